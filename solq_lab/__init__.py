@@ -1,0 +1,1 @@
+"""A workbench for SOLQ: segmenting objects by learning queries (NeurIPS 2021)."""

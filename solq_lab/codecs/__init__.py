@@ -1,0 +1,1 @@
+"""Mask codes: DCT first. Paper: section 3.2."""

@@ -1,0 +1,304 @@
+"""The typed schema of an experiment, and its loader. Every default of the project stands here and nowhere else.
+
+The numbers are the paper's (section 4.2) where it gives them; where the released code differs, the field says so.
+This module loads without torch, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+BackboneName = Literal["resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "small"]
+
+
+class ConfigError(ValueError):
+    """An experiment that cannot be used: the message names the file, the key, what was found, what is allowed, the cure."""
+
+
+class Section(BaseModel):
+    """Common ground: unknown keys are refused, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The network (paper, section 3.2)."""
+
+    backbone: BackboneName = "resnet50"
+    pretrained: str = Field("imagenet", description="'imagenet', 'none', or the path of a safetensors or .pth file")
+    dilation: bool = Field(False, description="DC5: stride 16 instead of 32 in the last ResNet stage")
+    levels: int = Field(4, ge=1, le=6, description="1: C5 alone; 3: C3-C5; more: stride-2 convolutions on top")
+    width: int = Field(256, gt=0, description="C; the released SOLQ models have 384, the paper's table 5 has 256")
+    heads: int = Field(8, gt=0)
+    encoder_layers: int = Field(6, ge=0)
+    decoder_layers: int = Field(6, gt=0)
+    encoder_points: int = Field(4, gt=0)
+    decoder_points: int = Field(4, gt=0)
+    feedforward: int = Field(1024, gt=0)
+    vector_hidden: int = Field(1024, gt=0, description="hidden size of the vector MLP")
+    queries: int = Field(300, gt=0, description="J")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    refine_boxes: bool = Field(True, description="iterative box refinement; on in all released SOLQ models")
+    two_stage: bool = Field(False, description="queries from the encoder's best proposals")
+    standardise_vectors: bool = Field(False, description="vector head predicts in units of the training vectors' spread")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> ModelSection:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width % 32:
+            raise ValueError(f"width {self.width} is not a multiple of 32 (group norm has 32 groups)")
+        if self.levels == 2:
+            raise ValueError("levels 2 does not exist: 1 is C5 alone, 3 is C3-C5, 4 adds the stride-64 level")
+        if self.two_stage and not self.refine_boxes:
+            raise ValueError("two_stage needs refine_boxes: true; proposals are refined layer by layer")
+        if self.dilation and not self.backbone.startswith("resnet"):
+            raise ValueError(f"dilation is for ResNet backbones, not {self.backbone}")
+        return self
+
+
+class CodecSection(Section):
+    """The mask code (paper, section 3.2, Mask Compression Coding)."""
+
+    kind: Literal["dct", "none"] = Field("dct", description="'none' trains a plain detector")
+    mask_size: int = Field(128, gt=0, description="N, cells")
+    vector_dim: int = Field(256, gt=0, description="n_k, kept coefficients")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> CodecSection:
+        if self.vector_dim > self.mask_size**2:
+            raise ValueError(f"vector_dim {self.vector_dim} exceeds mask_size squared ({self.mask_size**2})")
+        return self
+
+
+class MatcherSection(Section):
+    """Costs of the Hungarian matching (paper, eq. 1); masks take no part in it."""
+
+    class_cost: float = Field(2.0, ge=0)
+    l1_cost: float = Field(5.0, ge=0)
+    giou_cost: float = Field(2.0, ge=0)
+
+
+class LossSection(Section):
+    """Weights of eq. 2 and eq. 5."""
+
+    class_weight: float = Field(2.0, ge=0)
+    l1_weight: float = Field(5.0, ge=0)
+    giou_weight: float = Field(2.0, ge=0)
+    vector_weight: float = Field(3.0, ge=0, description="lambda_vec")
+    vector_layers: int = Field(6, ge=1, description="number of last decoder layers with a vector loss (table 3c)")
+    vector_normalisation: Literal["mean", "num_boxes"] = Field(
+        "mean", description="mean over pairs and coefficients (released models), or sum over both / number of boxes"
+    )
+    focal_alpha: float = Field(0.25, ge=0, le=1)
+    focal_gamma: float = Field(2.0, ge=0)
+
+
+class DataSection(Section):
+    """A COCO-format folder and what happens to its pictures on the way in."""
+
+    root: str = Field("", description="folder that holds images and annotations; empty has to be given on the command line")
+    train_images: str = "train2017"
+    train_annotations: str = "annotations/instances_train2017.json"
+    val_images: str = "val2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    class_ids: Literal["contiguous", "raw"] = Field("contiguous", description="raw: the category id is the channel")
+    num_classes: int | None = Field(None, gt=0, description="class channels; None: as the annotations say (raw COCO: 91)")
+    generate: Literal["none", "easy", "hard"] = Field("none", description="draw shapes into root when it is missing")
+    generate_train: int = Field(6000, gt=0)
+    generate_val: int = Field(200, gt=0)
+    augment: Literal["released", "flip", "none"] = Field("released", description="training augmentation, FACTS A.6")
+    train_scales: list[int] = Field([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], min_length=1)
+    crop_scales: list[int] = Field([400, 500, 600], min_length=1, description="short sides before the random crop")
+    crop_size: tuple[int, int] = Field((384, 600), description="smallest and largest side of the random crop, pixels")
+    test_scale: int = Field(800, gt=0)
+    max_size: int = Field(1333, gt=0, description="longest side, training and test")
+    mask_route: Literal["window", "bitmap"] = Field("window", description="bitmap: the released nearest-resized full masks")
+    cache: bool = Field(False, description="keep decoded pictures and box-frame masks in memory (small data sets)")
+    workers: int = Field(4, ge=0, description="loader processes per training process; 0 loads in the training process")
+
+
+class OptimSection(Section):
+    """AdamW with three groups and a step drop (paper, section 4.2)."""
+
+    lr: float = Field(2e-4, gt=0)
+    backbone_lr: float = Field(2e-5, ge=0)
+    offset_lr_factor: float = Field(0.1, ge=0, description="for sampling_offsets and reference_points")
+    weight_decay: float = Field(1e-4, ge=0)
+    clip_norm: float = Field(0.1, ge=0, description="largest gradient norm; 0 turns clipping off")
+    schedule: Literal["step", "cosine"] = "step"
+    drop_at: float = Field(0.8, gt=0, le=1, description="step schedule: when, as a share of the training (epoch 40 of 50)")
+    drop_factor: float = Field(0.1, gt=0, lt=1)
+    warmup: float = Field(0.0, ge=0, lt=1, description="linear warm-up, as a share of the training")
+    final_factor: float = Field(0.01, ge=0, le=1, description="cosine schedule: last learning rate over the first")
+
+
+class TrainSection(Section):
+    """Length, batch and hardware of a training."""
+
+    epochs: int = Field(50, gt=0)
+    steps: int | None = Field(None, gt=0, description="optimiser steps; overrides epochs where given")
+    batch_size: int = Field(32, gt=0, description="pictures per optimiser step, over all processes and accumulation")
+    gpus: int = Field(1, gt=0, description="training processes; on a machine without CUDA they are CPU processes (gloo)")
+    accumulate: int = Field(1, gt=0, description="backward passes per optimiser step")
+    autocast: Literal["none", "bf16"] = "none"
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 is off")
+    threads: int = Field(0, ge=0, description="torch threads per process; 0 leaves the choice to torch")
+    save_every: int = Field(1000, gt=0, description="steps between checkpoints; one is also written at each evaluation")
+    evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
+    log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainSection:
+        parts = self.gpus * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide by gpus x accumulate = {self.gpus} x {self.accumulate}"
+            )
+        return self
+
+
+class EvaluationSection(Section):
+    """What is reported (paper, section 4.1)."""
+
+    top_k: int = Field(100, gt=0, description="detections kept per picture")
+    batch_size: int = Field(1, gt=0, description="pictures per forward pass and process")
+    max_images: int | None = Field(None, gt=0, description="evaluate the first so many pictures only")
+    area_sides: tuple[float, float] = Field((32.0, 96.0), description="small below, medium below; square root of pixels")
+    boundary_ratio: float = Field(0.02, gt=0, lt=1, description="boundary width over the picture's diagonal")
+
+
+class Experiment(Section):
+    """One experiment, complete: what `experiment.yaml` in a run folder holds."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(42, ge=0)
+    model: ModelSection = ModelSection()
+    codec: CodecSection = CodecSection()
+    matcher: MatcherSection = MatcherSection()
+    loss: LossSection = LossSection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    def to_yaml(self) -> str:
+        """The experiment as YAML that `load_experiment` reads back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_experiment(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+    """The experiment in a YAML file, its parents (`extends`) filled in and the overrides applied.
+
+    Args:
+        path: YAML file; its optional key `extends` names a parent file relative to it.
+        overrides: `section.key=value` strings, the value in YAML spelling; later ones win.
+
+    Raises:
+        ConfigError: the file, a key or a value cannot be used.
+    """
+    path = Path(path)
+    values = _read_with_parents(path, seen=[])
+    for override in overrides:
+        _apply_override(values, override)
+    values.setdefault("name", path.stem)
+    return validate_experiment(values, source=str(path))
+
+
+def validate_experiment(values: dict[str, Any], *, source: str) -> Experiment:
+    """The experiment of a plain dictionary; `source` is what an error message calls it.
+
+    Raises:
+        ConfigError: an unknown key or a value that does not fit; all faults are listed at once.
+    """
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        faults = [_describe_fault(fault) for fault in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(faults)) from None
+
+
+def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: extends itself by way of {' -> '.join(str(p) for p in seen)}; remove one `extends`")
+    values = read_yaml(path)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends: found {parent!r}, allowed is the path of one YAML file")
+    return _merge(_read_with_parents(path.parent / parent, [*seen, path.resolve()]), values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML (object tags included), or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        neighbours = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        nearest = difflib.get_close_matches(path.name, neighbours, n=1)
+        hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else f"; found there: {', '.join(neighbours) or 'no YAML'}"
+        raise ConfigError(f"{path}: no such experiment file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: found a {type(values).__name__}, allowed is a mapping of sections")
+    return values
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {override!r}: allowed is section.key=value, for example train.batch_size=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    *sections, key = dotted.split(".")
+    place = values
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section")
+    place[key] = value
+
+
+def _describe_fault(fault: dict[str, Any]) -> str:
+    location = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        allowed = _allowed_keys(fault["loc"][:-1])
+        nearest = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(allowed)}"
+        return f"unknown key {location}; {hint}"
+    message = fault["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(fault["input"], dict | BaseModel) or fault["type"] == "missing" else f" (found {fault['input']!r})"
+    return f"{location or 'experiment'}: {message}{found}"
+
+
+def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Experiment
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""COCO-format folders and generated shapes, as images and targets."""

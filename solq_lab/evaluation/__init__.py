@@ -1,0 +1,1 @@
+"""How good are the detections: box, mask and boundary AP."""

@@ -1,0 +1,117 @@
+"""The values that flow through the house, as typed tuples: images and targets in, predictions and detections out.
+
+Shape letters, here and everywhere: B batch, J queries, K objects, S classes, C channels, H W image, N mask side,
+D vector_dim, L levels, P points, M heads. Frames: *image pixels*, *normalised image* (0..1 over the unpadded picture),
+*box frame* (N x N cells over an object's box).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)  # RGB mean of ImageNet, on the 0..1 scale
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+class ImageBatch(NamedTuple):
+    """Pictures of one batch, padded bottom and right to a common size.
+
+    pixels: (B, 3, H, W) RGB; uint8 as the loader gives them, or float once `normalised`.
+    padding: (B, H, W) bool, True on padded cells.
+    """
+
+    pixels: Tensor
+    padding: Tensor
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """The same batch on `device`; the copy does not block when the memory is pinned."""
+        return ImageBatch(self.pixels.to(device, non_blocking=True), self.padding.to(device, non_blocking=True))
+
+    def pin_memory(self) -> ImageBatch:
+        """The same batch in page-locked memory; the DataLoader's pinning thread calls this."""
+        return ImageBatch(self.pixels.pin_memory(), self.padding.pin_memory())
+
+    def normalised(self, dtype: torch.dtype = torch.float32) -> ImageBatch:
+        """The batch as the network wants it: ImageNet-normalised floats, zero on padded cells."""
+        mean = torch.tensor(PIXEL_MEAN, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
+        std = torch.tensor(PIXEL_STD, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
+        pixels = (self.pixels.to(dtype) / 255 - mean) / std
+        return ImageBatch(pixels.masked_fill(self.padding.unsqueeze(1), 0.0), self.padding)
+
+
+class Target(NamedTuple):
+    """Ground truth of one image after its transforms.
+
+    image_id: the id in the annotation file.
+    labels: (K,) int64 class channels (not category ids).
+    boxes: (K, 4) float32 (cx, cy, w, h), normalised image.
+    masks: (K, N, N) bool in the box frame, or None where no masks are wanted.
+    image_size: (height, width) of the network input before padding, pixels.
+    original_size: (height, width) of the picture in the file, pixels.
+    """
+
+    image_id: int
+    labels: Tensor
+    boxes: Tensor
+    masks: Tensor | None
+    image_size: tuple[int, int]
+    original_size: tuple[int, int]
+
+    def to(self, device: torch.device | str) -> Target:
+        """The same target with its tensors on `device`."""
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
+        labels, boxes = self.labels.to(device, non_blocking=True), self.boxes.to(device, non_blocking=True)
+        return self._replace(labels=labels, boxes=boxes, masks=masks)
+
+
+class LayerPrediction(NamedTuple):
+    """What the unified query head says after one decoder layer.
+
+    logits: (B, J, S) class logits, one sigmoid each.
+    boxes: (B, J, 4) (cx, cy, w, h), normalised image.
+    vectors: (B, J, D) mask vectors, or None for a plain detector.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    vectors: Tensor | None
+
+
+class Predictions(NamedTuple):
+    """All decoder layers, first to last, and the encoder's proposals where the model is two-stage.
+
+    proposals: a `LayerPrediction` over all encoder tokens (B, S_tokens, ...) without vectors, or None.
+    """
+
+    layers: list[LayerPrediction]
+    proposals: LayerPrediction | None
+
+
+class Detections(NamedTuple):
+    """The objects found in one picture, best score first.
+
+    scores: (K,) float32 in 0..1.
+    labels: (K,) int64 class channels.
+    boxes: (K, 4) float32 (x0, y0, x1, y1), pixels of the original picture, not clipped.
+    queries: (K,) int64, the query each object came from; one query may speak for several classes.
+    masks: K compressed COCO RLEs ({"size": [H, W], "counts": bytes}) at original size, or None for a plain detector.
+    names: K class names, parallel to labels.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    boxes: Tensor
+    queries: Tensor
+    masks: list[dict] | None
+    names: list[str]
+
+    def above(self, score: float) -> Detections:
+        """Only the objects whose score is at least `score`."""
+        keep = (self.scores >= score).nonzero().squeeze(1)
+        rows = keep.tolist()
+        masks = None if self.masks is None else [self.masks[row] for row in rows]
+        tensors = (self.scores[keep], self.labels[keep], self.boxes[keep], self.queries[keep])
+        return Detections(*tensors, masks, [self.names[row] for row in rows])

@@ -1,0 +1,1 @@
+"""Training: criterion, matcher, optimiser, trainer, checkpoints."""

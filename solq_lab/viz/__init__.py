@@ -1,0 +1,1 @@
+"""Figures: functions that take data and return a matplotlib Figure."""
