@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make .venv when it is missing or out of date.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,\
+            $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $(p))))
+BIN := .venv/bin
+STAMP := .venv/installed
+# The compiled operators look for ninja on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-slow lab bench lint install clean
+
+demo: install  ## train and evaluate a small SOLQ on generated shapes, on the CPU
+	$(BIN)/solq-lab run notebooks/train.ipynb experiments/shapes.yaml
+
+test: install  ## the quick tests
+	$(BIN)/pytest tests
+
+test-slow: install  ## the long ones
+	$(BIN)/pytest tests -m slow
+
+lab: install  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+bench: install  ## side-by-side speed ratios
+	$(BIN)/solq-lab bench --json bench.json
+
+lint: install  ## style, floors, clean notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "solq_lab needs Python 3.11 or newer; none was found. Install one, or name it: make PYTHON=/path/to/python3"; exit 1; fi
+	@if ! command -v $${CXX:-c++} >/dev/null 2>&1; then echo "No C++ compiler found ($${CXX:-c++}): everything works, but deformable attention runs in pure torch, several times slower. Install g++ to change that."; fi
+	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[swin,dev]'
+	@touch $(STAMP)
+
+clean:  ## remove the environment; runs/ and data/ stay
+	rm -rf .venv build *.egg-info
