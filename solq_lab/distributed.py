@@ -1,0 +1,78 @@
+"""The processes of one training: who am I, how many are we, sum this over all of us.
+
+`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process and every function is a no-op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Number of this process, 0 for the main one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and log lines."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This process's device: its own GPU where CUDA is available, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, and leave them in order."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    # An evaluation on rank 0 may keep the others waiting for long; a lost process is torchrun's to notice.
+    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum of `values` over all processes, on every one of them; the argument is not changed."""
+    if world_size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every process, by rank, on every process."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if world_size() > 1:
+        dist.barrier()

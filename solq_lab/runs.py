@@ -1,0 +1,349 @@
+"""Run folders: everything one experiment leaves behind, readable while it is still being written. Loads without torch.
+
+runs/<name>/
+    experiment.yaml      the resolved experiment; a run never changes its experiment
+    environment.json     versions, git commit, operator implementation, fingerprints of data set and codec, command
+    status.json          what the training is doing: created, training, preempted, failed, finished
+    metrics.jsonl        one JSON object per line: "start", "train" and "evaluation" lines
+    train.log            the training's log lines
+    trainer.lock         held by the one training process that may write here
+    checkpoints/step_XXXXXXX/{weights.safetensors, state.pt}
+    weights.safetensors  the trained model
+    detections.json.gz, results.json, figures/, <notebook>.ipynb, <notebook>.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experiment
+
+log = logging.getLogger(__name__)
+
+State = Literal["created", "training", "preempted", "failed", "finished"]
+
+_PACKAGES = "solq-lab torch torchvision timm numpy scipy pycocotools faster-coco-eval safetensors".split()
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked: the message names the folder, what was found and the cure."""
+
+
+class Run:
+    """One run folder.
+
+    Attributes:
+        folder: the folder itself.
+        experiment: the resolved experiment that the folder belongs to.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open an existing run folder.
+
+        Raises:
+            RunError: there is no such folder, or it holds no usable experiment.
+        """
+        self.folder = Path(folder)
+        self.experiment = _read_experiment(self.folder)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.status()['state']})"
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which is the experiment's name."""
+        return self.folder.name
+
+    @property
+    def weights(self) -> Path:
+        """The trained model; exists once the training is finished."""
+        return self.folder / "weights.safetensors"
+
+    @property
+    def detections(self) -> Path:
+        """COCO results of the final evaluation, gzipped JSON."""
+        return self.folder / "detections.json.gz"
+
+    @property
+    def results(self) -> Path:
+        """The final evaluation's numbers, JSON."""
+        return self.folder / "results.json"
+
+    @property
+    def environment(self) -> Path:
+        """What the run was made with, JSON."""
+        return self.folder / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """The training's numbers, one JSON object per line."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        """The training's log lines."""
+        return self.folder / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the pictures."""
+        return self.folder / "figures"
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first; only those of one `kind` where it is given.
+
+        A line that is being written, or was torn by a kill, is left out and named in a log line.
+        """
+        lines, _ = _read_lines(self.metrics_file)
+        return [line for line in lines if kind is None or line.get("kind") == kind]
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl; readers see all of it or none."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget the lines after `step`, and a torn one: a resumed training writes them again."""
+        lines, torn = _read_lines(self.metrics_file)
+        kept = [line for line in lines if line.get("step", 0) <= step]
+        if torn or len(kept) < len(lines):
+            forgotten = len(lines) - len(kept)
+            log.info("%s: %d lines after step %d will be written again", self.metrics_file, forgotten, step)
+            with replacing(self.metrics_file) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def status(self) -> dict[str, Any]:
+        """What the training is doing: "state", "step", "message", "pid", "host", "time" (seconds since 1970).
+
+        A state of "training" is the last one written: after a kill -9 it stands although nobody trains.
+        `is_training` asks whether the process lives.
+        """
+        path = self.folder / "status.json"
+        return read_json(path) if path.exists() else {"state": "created", "step": 0, "message": ""}
+
+    def write_status(self, state: State, *, step: int, message: str = "") -> None:
+        """Say what the training is doing."""
+        about = {"state": state, "step": step, "message": message, "time": time.time()}
+        write_json(self.folder / "status.json", about | {"pid": os.getpid(), "host": socket.gethostname()})
+
+    def is_training(self) -> bool:
+        """Whether a living process holds the folder's lock.
+
+        Not for the process that trains: closing the file here would give its own lock away.
+        """
+        try:
+            with (self.folder / "trainer.lock").open("r+") as file:
+                return not _try_lock(file.fileno())
+        except FileNotFoundError:
+            return False
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for training. The kernel frees the lock when the process dies, however it dies.
+
+        Raises:
+            RunError: another living process trains here.
+        """
+        # A POSIX record lock: unlike flock, loader processes do not inherit it and so cannot keep it after a kill -9.
+        with (self.folder / "trainer.lock").open("a+") as file:
+            if not _try_lock(file.fileno()):
+                holder = self.status()
+                raise RunError(
+                    f"{self.folder}: process {holder.get('pid')} on {holder.get('host')} is training here; "
+                    "wait for it, stop it, or give the new run another name= "
+                )
+            yield
+
+    def record_environment(self, facts: dict[str, Any]) -> None:
+        """Add facts to environment.json, over those of the same name."""
+        known = read_json(self.environment) if self.environment.exists() else {}
+        write_json(self.environment, known | facts)
+
+
+def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
+    """The run folder of an experiment, made if it is missing, opened if it holds the very same experiment.
+
+    Raises:
+        RunError: the folder exists and belongs to a different experiment, or to something else; nothing is written.
+    """
+    folder = Path(runs_dir) / experiment.name
+    path = folder / "experiment.yaml"
+    if path.exists():
+        run = Run(folder)
+        differences = _differences(run.experiment.model_dump(mode="json"), experiment.model_dump(mode="json"))
+        if differences:
+            raise RunError(
+                f"{folder}: this run belongs to another experiment; it differs in {'; '.join(differences)}. "
+                "Give the new one another name (name=...), or remove the folder"
+            )
+        return run
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: exists but is not a run folder (no experiment.yaml); choose another name=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(experiment.to_yaml(), encoding="utf-8")
+    run = Run(folder)
+    run.record_environment(describe_software())
+    run.write_status("created", step=0)
+    return run
+
+
+def load_run(folder: str | Path) -> Run:
+    """The run in an existing folder.
+
+    Raises:
+        RunError: there is no such folder, or it holds no usable experiment.
+    """
+    return Run(folder)
+
+
+def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
+    """All runs in a folder, by name; a folder whose experiment cannot be read is left out and named in a log line."""
+    runs = []
+    for path in sorted(Path(runs_dir).glob("*/experiment.yaml")):
+        try:
+            runs.append(Run(path.parent))
+        except RunError as error:
+            log.warning("left out: %s", error)
+    return runs
+
+
+def describe_software() -> dict[str, Any]:
+    """What this process runs with: Python, packages, the repository's git commit, machine and command."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "versions": versions,
+        "git": _git_commit(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        RunError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable as JSON: {error}") from None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file in one piece: a reader, or a machine that lost power, has the old content or the new."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; on leaving without an error it takes the place of `path`, on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        temporary.replace(path)
+        flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_experiment(folder: Path) -> Experiment:
+    path = folder / "experiment.yaml"
+    if not path.is_file():
+        neighbours = sorted(found.parent.name for found in folder.parent.glob("*/experiment.yaml"))
+        hint = f"runs there: {', '.join(neighbours)}" if neighbours else f"no runs in {folder.parent}"
+        raise RunError(f"{folder}: not a run folder (no experiment.yaml); {hint}")
+    try:
+        return validate_experiment(read_yaml(path), source=str(path))
+    except ConfigError as error:
+        raise RunError(str(error)) from None
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The whole lines of a JSON-lines file, and whether there is a torn one."""
+    if not path.exists():
+        return [], False
+    lines: list[dict[str, Any]] = []
+    torn = False
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            torn = True
+            log.info("%s: line %d is incomplete and left out", path, number)
+    return lines, torn
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in stored | asked:
+        before, after = stored.get(key), asked.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} (there {before!r}, asked {after!r})")
+    return found
+
+
+def _git_commit() -> dict[str, Any] | None:
+    """Commit of the checkout that this package lies in and whether it has changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "modified": bool(changes)}
