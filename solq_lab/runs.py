@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 State = Literal["created", "training", "preempted", "failed", "finished"]
 
-_PACKAGES = "solq-lab torch torchvision timm numpy scipy pycocotools faster-coco-eval safetensors".split()
+_CORE_PACKAGES = ("solq-lab", "torch", "torchvision", "timm", "numpy", "scipy", "safetensors")
+_COCO_PACKAGES = ("pycocotools", "faster-coco-eval")
 
 
 class RunError(ValueError):
@@ -230,7 +231,7 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
 def describe_software() -> dict[str, Any]:
     """What this process runs with: Python, packages, the repository's git commit, machine and command."""
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in _CORE_PACKAGES + _COCO_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {

@@ -1,0 +1,122 @@
+"""From an experiment to objects. The only place where configuration meets the network, the codes and the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.dct import DCTCodec
+from solq_lab.config import ConfigError, DataSection, Experiment, ModelSection
+from solq_lab.data.classes import ClassMap
+from solq_lab.data.coco import CocoDataset
+from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
+from solq_lab.models.backbone import ResNetBackbone, SmallBackbone, SwinBackbone
+from solq_lab.models.solq import SOLQ
+
+
+def build_codec(experiment: Experiment) -> MaskCodec | None:
+    """The mask code, or None for a plain detector."""
+    codec = experiment.codec
+    match codec.kind:
+        case "dct":
+            return DCTCodec(codec.mask_size, codec.vector_dim)
+        case "none":
+            return None
+
+
+def build_backbone(model: ModelSection, *, pretrained: str = "none") -> nn.Module:
+    """The backbone, with the weights that `pretrained` names ("imagenet", "none" or a file).
+
+    Args:
+        model: which backbone, and whether C5 is dilated or stands alone.
+        pretrained: not `model.pretrained`, so that loading a trained model fetches nothing.
+    """
+    c5_only = model.levels == 1
+    match model.backbone:
+        case "resnet50" | "resnet101":
+            return ResNetBackbone(model.backbone, dilation=model.dilation, c5_only=c5_only, pretrained=pretrained)
+        case "swin_t" | "swin_s" | "swin_b" | "swin_l":
+            return SwinBackbone(model.backbone, c5_only=c5_only, pretrained=pretrained)
+        case "small":
+            return SmallBackbone(c5_only=c5_only, pretrained=pretrained)
+
+
+def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = False) -> SOLQ:
+    """The network on the CPU, freshly initialised.
+
+    Args:
+        experiment: sections `model` and `codec` are read.
+        num_classes: number S of class channels.
+        pretrained: start the backbone from the weights that `model.pretrained` names; a trained model that is
+            about to be loaded does not need them.
+    """
+    model, codec = experiment.model, experiment.codec
+    return SOLQ(
+        build_backbone(model, pretrained=model.pretrained if pretrained else "none"),
+        num_classes,
+        vector_dim=None if codec.kind == "none" else codec.vector_dim,
+        width=model.width,
+        heads=model.heads,
+        levels=model.levels,
+        encoder_layers=model.encoder_layers,
+        decoder_layers=model.decoder_layers,
+        encoder_points=model.encoder_points,
+        decoder_points=model.decoder_points,
+        feedforward=model.feedforward,
+        vector_hidden=model.vector_hidden,
+        queries=model.queries,
+        dropout=model.dropout,
+        activation=model.activation,
+        refine_boxes=model.refine_boxes,
+        two_stage=model.two_stage,
+        standardise_vectors=model.standardise_vectors,
+    )
+
+
+def build_dataset(
+    experiment: Experiment, split: Literal["train", "val"], classes: ClassMap | None = None
+) -> CocoDataset:
+    """Pictures and targets of one split; only training targets carry masks.
+
+    Args:
+        experiment: sections `data`, `codec` and the seed are read.
+        split: "train" augments, "val" only resizes.
+        classes: the class map of the training, or of a trained model; None: as this split's annotations say.
+
+    Raises:
+        ConfigError: `data.root` is empty.
+        DataError: a folder or file is missing, or the annotations are not COCO.
+    """
+    data = experiment.data
+    if not data.root:
+        raise ConfigError(
+            "data.root is empty: give the folder that holds the images and annotations (data.root=FOLDER)"
+        )
+    root, training = Path(data.root), split == "train"
+    annotations = root / (data.train_annotations if training else data.val_annotations)
+    if classes is None:
+        classes = ClassMap.from_annotations(annotations, class_ids=data.class_ids, num_classes=data.num_classes)
+    return CocoDataset(
+        root / (data.train_images if training else data.val_images),
+        annotations,
+        classes=classes,
+        mask_size=experiment.codec.mask_size if training and experiment.codec.kind != "none" else None,
+        transform=build_augmentation(data) if training else TestResize(data.test_scale, data.max_size),
+        seed=experiment.seed,
+        mask_route=data.mask_route,
+        cache=data.cache,
+    )
+
+
+def build_augmentation(data: DataSection) -> ReleasedAugmentation | FlipOnly | TestResize:
+    """What happens to a training picture on its way in."""
+    match data.augment:
+        case "released":
+            return ReleasedAugmentation(data.train_scales, data.max_size, data.crop_scales, data.crop_size)
+        case "flip":
+            return FlipOnly(data.test_scale, data.max_size)
+        case "none":
+            return TestResize(data.test_scale, data.max_size)
