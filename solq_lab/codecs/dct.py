@@ -36,8 +36,8 @@ class DCTCodec(MaskCodec):
 
     Nothing is scaled: the first entry of a full mask's vector is N, and every entry weighs the same in an L1 loss.
 
-    The kept coefficients fill only a corner of the spectrum (23 x 23 of 128 x 128 for 256 of them), so both ways are two
-    thin matrix products per mask instead of a full transform.
+    The kept coefficients fill only a corner of the spectrum (23 x 23 of 128 x 128 for 256 of them), so both ways are
+    two thin matrix products per mask instead of a full transform.
     """
 
     def __init__(self, mask_size: int, vector_dim: int) -> None:
@@ -45,7 +45,7 @@ class DCTCodec(MaskCodec):
         kept = zigzag(mask_size)[:vector_dim]
         row, column = kept // mask_size, kept % mask_size
         rows, columns = int(row.max()) + 1, int(column.max()) + 1
-        # The tables follow from the two sizes, so no state dict has to carry them. They stay float64; a call rounds them.
+        # The tables follow from the two sizes, so no state dict carries them. They stay float64; each call rounds them.
         self.register_buffer("row_basis", cosine_basis(mask_size, rows), persistent=False)
         self.register_buffer("column_basis", cosine_basis(mask_size, columns), persistent=False)
         self.register_buffer("kept", row * columns + column, persistent=False)  # places in the rows x columns corner
@@ -86,6 +86,6 @@ class DCTCodec(MaskCodec):
 
 
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float64 where the user lets float32 products round their factors (TF32, bf16): coefficients reach N."""
+    """`dtype`, or float64 where the user lets float32 products round their factors (TF32, bf16)."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     return dtype if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
