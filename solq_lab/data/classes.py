@@ -1,0 +1,123 @@
+"""Which class channel of the network stands for which category of the annotation file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from solq_lab.data.annotations import DataError, read_annotations
+
+UNUSED = -1  # category id of a channel that no category uses; its name is empty
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Class channels, in order.
+
+    Attributes:
+        names: one name per channel; empty for an unused channel.
+        category_ids: one category id per channel; `UNUSED` for an unused channel.
+    """
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.category_ids):
+            raise DataError(
+                f"a class map needs as many names as category ids: {len(self.names)} != {len(self.category_ids)}"
+            )
+        used = [category_id for category_id in self.category_ids if category_id != UNUSED]
+        for category_id in used:
+            if used.count(category_id) > 1:
+                raise DataError(
+                    f"category id {category_id} has more than one class channel; category ids have to be unique"
+                )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def from_annotations(
+        cls,
+        annotations: Path | str | dict[str, Any],
+        class_ids: Literal["contiguous", "raw"] = "contiguous",
+        num_classes: int | None = None,
+    ) -> ClassMap:
+        """The map of an annotation file, or of its document.
+
+        Args:
+            annotations: path of a COCO annotation file, or what was read from it.
+            class_ids: "contiguous": channels 0, 1, ... by rising category id; "raw": the category id is the channel, as
+                in the released models (91 channels for COCO, eleven of them unused).
+            num_classes: number of channels, the rest unused; None: as many as needed.
+
+        Raises:
+            DataError: unusable categories, or more of them than `num_classes`.
+        """
+        source = "annotations" if isinstance(annotations, dict) else str(annotations)
+        document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
+        channels: dict[int, tuple[str, int]] = {}
+        for place, category in enumerate(document["categories"]):
+            match category:
+                case {"id": int(category_id)} if category_id >= 0:
+                    channels[category_id] = (str(category.get("name", category_id)), category_id)
+                case _:
+                    raise DataError(
+                        f"{source}: categories[{place}]: found {category!r}; needed is an 'id' of 0 or more"
+                    )
+        if len(channels) != len(document["categories"]):
+            raise DataError(
+                f"{source}: a category id comes more than once among {len(document['categories'])} categories"
+            )
+        rows = sorted(channels.values(), key=lambda row: row[1])
+        if class_ids == "raw":
+            rows = [channels.get(channel, ("", UNUSED)) for channel in range(max(channels, default=-1) + 1)]
+        if num_classes is not None and num_classes < len(rows):
+            raise DataError(
+                f"{source}: {len(rows)} class channels ({class_ids} ids) do not fit num_classes {num_classes}; "
+                "raise data.num_classes or leave it empty"
+            )
+        rows += [("", UNUSED)] * ((num_classes or 0) - len(rows))
+        return cls(tuple(name for name, _ in rows), tuple(category_id for _, category_id in rows))
+
+    @classmethod
+    def from_json(cls, text: str) -> ClassMap:
+        """The map that `to_json` wrote.
+
+        Raises:
+            DataError: the text is something else.
+        """
+        try:
+            value = json.loads(text)
+            return cls(tuple(map(str, value["names"])), tuple(map(int, value["category_ids"])))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"not a class map: {error!r}; needed are the lists 'names' and 'category_ids'") from None
+
+    def to_json(self) -> str:
+        """The map as one line of JSON, for the metadata of a weight file."""
+        return json.dumps({"names": self.names, "category_ids": self.category_ids}, ensure_ascii=False)
+
+    def channel_of(self, category_id: int) -> int:
+        """The class channel of a category.
+
+        Raises:
+            DataError: no channel has this category id.
+        """
+        try:
+            return self._channels[category_id]
+        except KeyError:
+            raise DataError(f"category id {category_id} is not in the class map; {self.describe()}") from None
+
+    def describe(self) -> str:
+        """The category ids of the map in half a sentence, for messages."""
+        used = sorted(self._channels)
+        shown = ", ".join(map(str, used[:12])) + (f", ... {used[-1]}" if len(used) > 12 else "")
+        return f"it has {len(used)} category ids: {shown}"
+
+    @cached_property
+    def _channels(self) -> dict[int, int]:
+        return {category_id: channel for channel, category_id in enumerate(self.category_ids) if category_id != UNUSED}

@@ -1,0 +1,231 @@
+"""A folder of pictures with a COCO annotation file, as pairs of picture and target."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from solq_lab import masks
+from solq_lab.boxes import xyxy_to_cxcywh
+from solq_lab.data.annotations import (
+    FIRST_FEW,
+    DataError,
+    Objects,
+    Pictures,
+    read_annotations,
+    tabulate_objects,
+    tabulate_pictures,
+)
+from solq_lab.data.classes import ClassMap
+from solq_lab.data.pictures import read_picture
+from solq_lab.data.transforms import (
+    Step,
+    Transform,
+    apply_to_bitmaps,
+    apply_to_boxes,
+    apply_to_picture,
+    boxes_before,
+    mirrored,
+    size_after,
+)
+from solq_lab.structures import Target
+
+__all__ = ["CocoDataset", "DataError"]
+
+SNAP = 1e-6  # pixels: a box moved forth and back comes home within this; what is closer was not cropped
+
+
+class Cached(NamedTuple):
+    """One picture and its objects' masks before any transform, kept in memory.
+
+    picture: (3, H, W) uint8.
+    masks: (K, N, N / 8 rounded up) uint8, packed bits in the box frame, or None where no masks are wanted.
+    """
+
+    picture: Tensor
+    masks: np.ndarray | None
+
+
+class CocoDataset(Dataset):
+    """Pictures and targets of a COCO-format folder; pictures without objects are kept, crowds are no targets.
+
+    `dataset[epoch, index]` is the picture (3, H, W) uint8 and its `Target`; `dataset[index]` is that of epoch 0. The
+    same (seed, epoch, index) always gives the same sample, in whatever process and order.
+
+    Attributes:
+        annotations: path of the annotation file.
+        classes: the class map.
+        image_ids: the image ids, by rising id; the order of `index`.
+        mask_size: side N of the targets' masks, or None.
+    """
+
+    def __init__(
+        self,
+        images: Path | str,
+        annotations: Path | str,
+        *,
+        classes: ClassMap | None = None,
+        class_ids: Literal["contiguous", "raw"] = "contiguous",
+        num_classes: int | None = None,
+        mask_size: int | None = None,
+        transform: Transform | None = None,
+        seed: int = 0,
+        mask_route: Literal["window", "bitmap"] = "window",
+        cache: bool = False,
+    ) -> None:
+        """Read and check the annotation file; no picture is opened yet.
+
+        Args:
+            images: folder of the pictures.
+            annotations: COCO annotation file.
+            classes: class map to use, for example that of the training set; None: that of this annotation file.
+            class_ids, num_classes: how to make the map where `classes` is None, see `ClassMap.from_annotations`.
+            mask_size: side N of the targets' masks, cells; None: targets without masks.
+            transform: plans the steps of each sample; None leaves pictures as they are.
+            seed: of the transform's chance.
+            mask_route: "window" rasterises each object inside its box in the original picture; "bitmap" moves
+                full-picture bitmaps through every step and crops them by ROI-align, as the released code does.
+            cache: keep decoded pictures, and the masks of uncropped boxes, in the memory of each loader process.
+
+        Raises:
+            DataError: the folder or the file cannot be used.
+        """
+        self.images, self.annotations = Path(images), Path(annotations)
+        self.mask_size, self.transform, self.seed, self.mask_route = mask_size, transform, seed, mask_route
+        if not self.images.is_dir():
+            raise DataError(
+                f"{self.images}: no such image folder; check the data section (data.root and the names below it)"
+            )
+        document = read_annotations(self.annotations)
+        self.classes = classes or ClassMap.from_annotations(document, class_ids, num_classes)
+        self._pictures = tabulate_pictures(document, self.annotations)
+        _check_files(self.images, self._pictures)
+        self._objects = tabulate_objects(document, self.annotations, self._pictures, with_masks=mask_size is not None)
+        self._labels = _channels(self._objects, self.classes, self.annotations)
+        self.image_ids: list[int] = self._pictures.ids.tolist()
+        self._cache: dict[int, Cached] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of a data set of {len(self)} pictures")
+        original_size = self._size(index)
+        random = np.random.default_rng((self.seed, epoch, index))
+        steps = [] if self.transform is None else self.transform.plan(original_size, random)
+        height, width = size_after(steps, original_size)
+
+        rows = slice(*self._objects.starts[index : index + 2])
+        boxes = apply_to_boxes(steps, self._objects.boxes[rows])
+        kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))  # by box area alone: a mask may be empty
+        boxes = boxes[kept]
+        relative = torch.from_numpy(boxes / (width, height, width, height)).float()
+        target = Target(
+            image_id=self.image_ids[index],
+            labels=torch.from_numpy(self._labels[rows][kept]),
+            boxes=xyxy_to_cxcywh(relative),
+            masks=None if self.mask_size is None else self._masks(index, kept, boxes, steps),
+            image_size=(height, width),
+            original_size=original_size,
+        )
+        return apply_to_picture(steps, self._picture(index)), target
+
+    def _size(self, index: int) -> tuple[int, int]:
+        height, width = self._pictures.sizes[index].tolist()
+        return height, width
+
+    def _segmentations(self, index: int, kept: np.ndarray) -> list:
+        rows = self._objects.order[self._objects.starts[index] + kept]
+        return [self._objects.segmentations[row] for row in rows.tolist()]
+
+    def _masks(self, index: int, kept: np.ndarray, boxes: np.ndarray, steps: list[Step]) -> Tensor:
+        """Masks (K, N, N) bool of the kept objects, whose boxes (K, 4) xyxy pixels are given after the steps."""
+        if self.mask_route == "bitmap":
+            return self._masks_by_bitmap(index, kept, boxes, steps)
+        original = self._objects.boxes[self._objects.starts[index] + kept]
+        windows = boxes_before(steps, boxes)
+        windows = np.where(np.abs(windows - original) < SNAP, original, windows)
+        if self._cache is None:
+            box_masks = self._rasterize(index, kept, windows)
+        else:
+            box_masks = self._cached_masks(index)[torch.from_numpy(kept)]
+            cropped = np.flatnonzero((windows != original).any(axis=1))
+            if len(cropped):
+                box_masks[torch.from_numpy(cropped)] = self._rasterize(index, kept[cropped], windows[cropped])
+        return box_masks.flip(-1) if mirrored(steps) else box_masks
+
+    def _rasterize(self, index: int, kept: np.ndarray, windows: np.ndarray) -> Tensor:
+        segmentations = self._segmentations(index, kept)
+        return masks.rasterize_in_box(segmentations, torch.from_numpy(windows), self._size(index), self.mask_size)
+
+    def _masks_by_bitmap(self, index: int, kept: np.ndarray, boxes: np.ndarray, steps: list[Step]) -> Tensor:
+        size = self._size(index)
+        if len(kept) == 0:
+            return torch.zeros(0, self.mask_size, self.mask_size, dtype=torch.bool)
+        rles = [masks.segmentation_to_rle(segmentation, size) for segmentation in self._segmentations(index, kept)]
+        bitmaps = apply_to_bitmaps(steps, masks.decode_rle(rles))
+        return masks.crop_and_resize(bitmaps, torch.from_numpy(boxes).float(), self.mask_size) >= 0.5
+
+    def _picture(self, index: int) -> Tensor:
+        return self._read_picture(index) if self._cache is None else self._cached(index).picture
+
+    def _read_picture(self, index: int) -> Tensor:
+        path = self.images / self._pictures.names[index]
+        return read_picture(path, self.image_ids[index], self._size(index))
+
+    def _cached_masks(self, index: int) -> Tensor:
+        """Masks (K, N, N) bool of all objects of a picture in their whole boxes."""
+        bits = np.unpackbits(self._cached(index).masks, axis=-1, count=self.mask_size)
+        return torch.from_numpy(bits.view(np.bool_))
+
+    def _cached(self, index: int) -> Cached:
+        if index not in self._cache:
+            packed = None
+            if self.mask_size is not None and self.mask_route == "window":
+                first, end = self._objects.starts[index : index + 2]
+                whole = self._rasterize(index, np.arange(end - first), self._objects.boxes[first:end])
+                packed = np.packbits(whole.numpy(), axis=-1)
+            self._cache[index] = Cached(self._read_picture(index), packed)
+        return self._cache[index]
+
+
+def _check_files(images: Path, pictures: Pictures) -> None:
+    """Raise DataError for pictures that are not in the folder; each folder is listed once, no file is opened."""
+    folders: dict[str, set[str]] = {}
+    missing = []
+    for row, name in enumerate(pictures.names):
+        folder, file = os.path.split(name)
+        if folder not in folders:
+            folders[folder] = set(os.listdir(images / folder)) if (images / folder).is_dir() else set()
+        if file not in folders[folder]:
+            missing.append(row)
+    if missing:
+        first = ", ".join(f"{pictures.names[row]} (image id {pictures.ids[row]})" for row in missing[:FIRST_FEW])
+        more = ", ..." if len(missing) > FIRST_FEW else ""
+        raise DataError(
+            f"{images}: {len(missing)} of {len(pictures.names)} pictures of the annotation file are missing: {first}{more}; "
+            "fetch them or remove their entries"
+        )
+
+
+def _channels(objects: Objects, classes: ClassMap, path: Path) -> np.ndarray:
+    """(A,) int64 class channels of the objects."""
+    categories, first_rows, inverse = np.unique(objects.categories, return_index=True, return_inverse=True)
+    channels = []
+    for category_id, row in zip(categories.tolist(), first_rows.tolist(), strict=True):
+        try:
+            channels.append(classes.channel_of(category_id))
+        except DataError as error:
+            raise DataError(
+                f"{path}: annotation id {objects.ids[row]}: {error}; add the category to the file that the map was made "
+                "from, or remove the annotation"
+            ) from None
+    return np.array(channels, dtype=np.int64)[inverse]

@@ -1,0 +1,51 @@
+"""Reading picture files into uint8 RGB tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from solq_lab.data.annotations import DataError
+
+
+def read_picture(path: Path, image_id: int, size: tuple[int, int]) -> Tensor:
+    """The picture in a file as (3, H, W) uint8 RGB: grey is repeated, CMYK converted, transparency dropped.
+
+    The EXIF rotation is ignored, as in COCO, whose boxes refer to the pixels as they are stored.
+
+    Args:
+        path: JPEG, PNG, GIF or WebP file.
+        image_id: the id in the annotation file, for messages.
+        size: (height, width) that the annotation file gives, pixels.
+
+    Raises:
+        DataError: the file is missing, truncated, no picture, or of another size.
+    """
+    name = f"image id {image_id}: {path}"
+    try:
+        data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+    try:
+        picture = decode_image(data, mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "empty"
+        raise DataError(
+            f"{name}: not a whole picture ({len(data)} bytes; {reason}); JPEG, PNG, GIF and WebP are read; "
+            "fetch the file again or remove the image from the annotations"
+        ) from None
+    if picture.ndim == 4:  # an animation: its first frame
+        picture = picture[0]
+    if picture.dtype == torch.uint16:
+        picture = (picture.to(torch.int32) >> 8).to(torch.uint8)
+    if tuple(picture.shape[1:]) != size:
+        found = f"{picture.shape[1]} x {picture.shape[2]}"
+        raise DataError(
+            f"{name}: the picture is {found} pixels (height x width), the annotations say {size[0]} x {size[1]}; "
+            "correct the annotations or the file"
+        )
+    return picture

@@ -1,0 +1,232 @@
+"""Training and test transforms: first a plan from the picture's size, then the plan applied to picture and boxes.
+
+A plan is a list of steps (mirror, resize, crop) and needs no pixels, so that its arithmetic is tested alone. Masks do not
+travel: an object's final box is mapped back through the steps (`boxes_before`) and the object is rasterised there, in the
+original picture. The released route, nearest-resized full bitmaps, is `apply_to_bitmaps`.
+
+Paper: section 4.2 (training); the details follow the released code, which resizes training pictures twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+
+class Mirror(NamedTuple):
+    """Left becomes right in a picture `width` pixels wide."""
+
+    width: int
+
+
+class Resize(NamedTuple):
+    """From one (height, width) to another, pixels."""
+
+    before: tuple[int, int]
+    after: tuple[int, int]
+
+
+class Crop(NamedTuple):
+    """Cut out a rectangle, pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+Step = Mirror | Resize | Crop
+
+
+class Transform(Protocol):
+    """What a data set asks of its transform."""
+
+    def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
+        """The steps for a picture of (height, width) pixels; all chance comes from `random`."""
+
+
+@dataclass(frozen=True)
+class TestResize:
+    """Resize to the test scale, nothing random.
+
+    Attributes:
+        test_scale: length of the shorter side, pixels.
+        max_size: longest allowed longer side, pixels.
+    """
+
+    __test__ = False  # not a test case, whatever pytest makes of the name
+
+    test_scale: int
+    max_size: int
+
+    def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
+        """The steps for a picture of (height, width) pixels."""
+        return _resize(size, self.test_scale, self.max_size)
+
+
+@dataclass(frozen=True)
+class FlipOnly:
+    """Mirror with probability 1/2, then resize to the test scale.
+
+    Attributes:
+        test_scale: length of the shorter side, pixels.
+        max_size: longest allowed longer side, pixels.
+    """
+
+    test_scale: int
+    max_size: int
+
+    def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
+        """The steps for a picture of (height, width) pixels."""
+        return [*_mirror(size, random), *_resize(size, self.test_scale, self.max_size)]
+
+
+@dataclass(frozen=True)
+class ReleasedAugmentation:
+    """The augmentation of the released models: mirror, resize, then one more resize or a crop between two more.
+
+    The first resize always happens, also before the crop; it is not in the paper.
+
+    Attributes:
+        train_scales: lengths of the shorter side to draw from, pixels.
+        max_size: longest allowed longer side, pixels.
+        crop_scales: lengths of the shorter side before the crop, pixels; the longer side is not limited there.
+        crop_size: smallest and largest side of the crop, pixels; a picture smaller than the smallest limits it.
+    """
+
+    train_scales: Sequence[int]
+    max_size: int
+    crop_scales: Sequence[int]
+    crop_size: tuple[int, int]
+
+    def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
+        """The steps for a picture of (height, width) pixels."""
+        steps = _mirror(size, random)
+        steps += _resize(size, random.choice(self.train_scales), self.max_size)
+        if random.random() < 0.5:
+            steps += _resize(size_after(steps, size), random.choice(self.crop_scales), None)
+            height, width = size_after(steps, size)
+            smallest, largest = self.crop_size
+            crop_height = int(random.integers(min(smallest, height), min(height, largest), endpoint=True))
+            crop_width = int(random.integers(min(smallest, width), min(width, largest), endpoint=True))
+            top = int(random.integers(height - crop_height, endpoint=True))
+            left = int(random.integers(width - crop_width, endpoint=True))
+            steps.append(Crop(top, left, crop_height, crop_width))
+        return steps + _resize(size_after(steps, size), random.choice(self.train_scales), self.max_size)
+
+
+def resized_size(size: tuple[int, int], short: int, longest: int | None) -> tuple[int, int]:
+    """(height, width) after a resize that makes the shorter side `short`, or the longer one about `longest` if it would exceed it.
+
+    The rounding is the released one: the longer side is rounded down, and where `longest` binds, the shorter side is
+    rounded first, so that the longer may end one or two pixels below `longest`.
+
+    Args:
+        size: (height, width), pixels.
+        short: wanted length of the shorter side, pixels.
+        longest: limit of the longer side, pixels; None: no limit.
+    """
+    small, large = min(size), max(size)
+    if longest is not None and large / small * short > longest:
+        short = max(1, round(longest * small / large))
+    if small == short:
+        return size
+    long = int(short * large / small)
+    return (short, long) if size[0] == small else (long, short)
+
+
+def size_after(steps: Sequence[Step], size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a picture of `size` after the steps, pixels."""
+    for step in reversed(steps):
+        match step:
+            case Resize():
+                return step.after
+            case Crop():
+                return step.height, step.width
+    return size
+
+
+def mirrored(steps: Sequence[Step]) -> bool:
+    """Whether left and right have changed places after the steps."""
+    return sum(isinstance(step, Mirror) for step in steps) % 2 == 1
+
+
+def apply_to_picture(steps: Sequence[Step], picture: Tensor) -> Tensor:
+    """The picture (3, H, W) uint8 after the steps; resizing is bilinear with antialiasing, on uint8 as in PIL."""
+    for step in steps:
+        match step:
+            case Mirror():
+                picture = picture.flip(-1)
+            case Resize(after=after):
+                picture = TF.resize(picture, list(after), interpolation=InterpolationMode.BILINEAR, antialias=True)
+            case Crop(top, left, height, width):
+                picture = picture[:, top : top + height, left : left + width]
+    return picture
+
+
+def apply_to_bitmaps(steps: Sequence[Step], bitmaps: Tensor) -> Tensor:
+    """Full-picture masks (K, H, W) bool after the steps, the released way: nearest neighbour at every resize."""
+    for step in steps:
+        match step:
+            case Mirror():
+                bitmaps = bitmaps.flip(-1)
+            case Resize(after=after):
+                bitmaps = F.interpolate(bitmaps[None].byte(), size=after, mode="nearest")[0].bool()
+            case Crop(top, left, height, width):
+                bitmaps = bitmaps[:, top : top + height, left : left + width]
+    return bitmaps
+
+
+def apply_to_boxes(steps: Sequence[Step], boxes: np.ndarray) -> np.ndarray:
+    """Boxes (K, 4) (x0, y0, x1, y1) in pixels after the steps, clipped to each crop: a box that left has no area.
+
+    Boxes are clipped, not tightened to the mask's remainder, as in the released code.
+    """
+    for step in steps:
+        match step:
+            case Mirror(width):
+                boxes = _mirror_boxes(boxes, width)
+            case Resize(before, after):
+                boxes = boxes * _scale(before, after)
+            case Crop(top, left, height, width):
+                boxes = np.clip(boxes - (left, top, left, top), 0, (width, height, width, height))
+    return boxes
+
+
+def boxes_before(steps: Sequence[Step], boxes: np.ndarray) -> np.ndarray:
+    """Where boxes (K, 4) (x0, y0, x1, y1), given after the steps, lay in the original picture, pixels."""
+    for step in reversed(steps):
+        match step:
+            case Mirror(width):
+                boxes = _mirror_boxes(boxes, width)
+            case Resize(before, after):
+                boxes = boxes * _scale(after, before)
+            case Crop(top, left, _, _):
+                boxes = boxes + (left, top, left, top)
+    return boxes
+
+
+def _mirror(size: tuple[int, int], random: np.random.Generator) -> list[Step]:
+    return [Mirror(size[1])] if random.random() < 0.5 else []
+
+
+def _resize(size: tuple[int, int], short: int, longest: int | None) -> list[Step]:
+    after = resized_size(size, int(short), longest)
+    return [] if after == size else [Resize(size, after)]
+
+
+def _mirror_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
+    return np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+
+
+def _scale(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Factors for (x, y, x, y)."""
+    x, y = after[1] / before[1], after[0] / before[0]
+    return x, y, x, y
