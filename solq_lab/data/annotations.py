@@ -164,7 +164,7 @@ def tabulate_pictures(document: dict[str, Any], path: Path) -> Pictures:
 
 
 def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *, with_masks: bool) -> Objects:
-    """The objects of a document read from `path`: crowds and boxes without area are left out, the latter with a log line.
+    """The objects of a document read from `path`, without crowds, and without objects that have no area (one log line).
 
     Raises:
         DataError: an object of an unknown picture, a box that is not four finite numbers, or, `with_masks`, a

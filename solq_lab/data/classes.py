@@ -27,9 +27,7 @@ class ClassMap:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.category_ids):
-            raise DataError(
-                f"a class map needs as many names as category ids: {len(self.names)} != {len(self.category_ids)}"
-            )
+            raise DataError(f"a class map of {len(self.names)} names has {len(self.category_ids)} category ids")
         used = [category_id for category_id in self.category_ids if category_id != UNUSED]
         for category_id in used:
             if used.count(category_id) > 1:

@@ -99,9 +99,7 @@ class CocoDataset(Dataset):
         self.images, self.annotations = Path(images), Path(annotations)
         self.mask_size, self.transform, self.seed, self.mask_route = mask_size, transform, seed, mask_route
         if not self.images.is_dir():
-            raise DataError(
-                f"{self.images}: no such image folder; check the data section (data.root and the names below it)"
-            )
+            raise DataError(f"{self.images}: no such image folder; check data.root and the names in the data section")
         document = read_annotations(self.annotations)
         self.classes = classes or ClassMap.from_annotations(document, class_ids, num_classes)
         self._pictures = tabulate_pictures(document, self.annotations)
@@ -211,7 +209,7 @@ def _check_files(images: Path, pictures: Pictures) -> None:
         first = ", ".join(f"{pictures.names[row]} (image id {pictures.ids[row]})" for row in missing[:FIRST_FEW])
         more = ", ..." if len(missing) > FIRST_FEW else ""
         raise DataError(
-            f"{images}: {len(missing)} of {len(pictures.names)} pictures of the annotation file are missing: {first}{more}; "
+            f"{images}: {len(missing)} of the {len(pictures.names)} annotated pictures are missing: {first}{more}; "
             "fetch them or remove their entries"
         )
 
@@ -225,7 +223,7 @@ def _channels(objects: Objects, classes: ClassMap, path: Path) -> np.ndarray:
             channels.append(classes.channel_of(category_id))
         except DataError as error:
             raise DataError(
-                f"{path}: annotation id {objects.ids[row]}: {error}; add the category to the file that the map was made "
-                "from, or remove the annotation"
+                f"{path}: annotation id {objects.ids[row]}: {error}; add the category to the file that the map "
+                "was made from, or remove the annotation"
             ) from None
     return np.array(channels, dtype=np.int64)[inverse]

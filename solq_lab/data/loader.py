@@ -14,7 +14,7 @@ from solq_lab.structures import ImageBatch, Target
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Target]]:
-    """One batch of samples (picture (3, H, W) uint8, target), padded bottom and right to the largest height and width."""
+    """One batch of samples (picture (3, H, W) uint8, target), padded bottom and right to the largest sides."""
     height = max(picture.shape[1] for picture, _ in samples)
     width = max(picture.shape[2] for picture, _ in samples)
     pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
@@ -66,9 +66,7 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
                 f"batch_size {batch_size} does not divide by processes x accumulate = {world_size} x {accumulate}"
             )
         if length < batch_size:
-            raise DataError(
-                f"the data set has {length} pictures, fewer than train.batch_size {batch_size}; lower batch_size"
-            )
+            raise DataError(f"the data set has {length} pictures, fewer than train.batch_size {batch_size}; lower it")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.total_steps, self.start_step = total_steps, start_step
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
