@@ -117,9 +117,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such annotation file; check the data section (data.root and the names below it)"
-        ) from None
+        raise DataError(f"{path}: no such annotation file; check data.root and the names in the data section") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -185,9 +183,9 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
         if area and segmentations is not None:
             area = _pack(entry.get("segmentation"), segmentations, (height, width), f"{path}: {name}")
         if not area:
-            without_area.append(entry.get("id", place))
+            without_area.append(entry["id"])
             continue
-        ids.append(entry.get("id", place))
+        ids.append(entry["id"])
         owners.append(owner)
         categories.append(entry["category_id"])
         boxes.extend(box)
@@ -227,8 +225,8 @@ def _name(entry: Any, place: int) -> str:
 
 
 def _owner(entry: Any, rows: dict[int, int], name: str) -> int:
-    if not isinstance(entry, dict) or not isinstance(entry.get("category_id"), int):
-        raise DataError(f"{name}: found {_shorten(entry)}; needed is a mapping with a whole number 'category_id'")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("id", "category_id")):
+        raise DataError(f"{name}: found {_shorten(entry)}; needed are whole numbers 'id' and 'category_id'")
     owner = rows.get(entry.get("image_id"))
     if owner is None:
         raise DataError(f"{name}: image_id {entry.get('image_id')!r} is not among the {len(rows)} ids in 'images'")

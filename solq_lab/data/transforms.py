@@ -1,8 +1,8 @@
 """Training and test transforms: first a plan from the picture's size, then the plan applied to picture and boxes.
 
 A plan is a list of steps (mirror, resize, crop) and needs no pixels, so that its arithmetic is tested alone. Masks do
-not travel: an object's final box is mapped back through the steps (`boxes_before`) and the object is rasterised there, in
-the original picture. The released route, nearest-resized full bitmaps, is `apply_to_bitmaps`.
+not travel: an object's final box is mapped back through the steps (`boxes_before`) and the object is rasterised there,
+in the original picture. The released route, nearest-resized full bitmaps, is `apply_to_bitmaps`.
 
 Paper: section 4.2 (training); the details follow the released code, which resizes training pictures twice.
 """
@@ -123,7 +123,7 @@ class ReleasedAugmentation:
 
 
 def resized_size(size: tuple[int, int], short: int, longest: int | None) -> tuple[int, int]:
-    """(height, width) after a resize of the shorter side to `short`, or to less where the longer would exceed `longest`.
+    """(height, width) after a resize of the shorter side to `short`, or less where the longer would exceed `longest`.
 
     The rounding is the released one: the longer side is rounded down, and where `longest` binds, the shorter side is
     rounded first, so that the longer may end one or two pixels below `longest`.
