@@ -1,0 +1,230 @@
+"""COCO evaluation of boxes, masks and mask boundaries. Paper: section 4.1 and table 4.
+
+The matching and the precision-recall curves are faster-coco-eval's (pycocotools' numbers, in C++). A segmentation
+result is scored without its box, so that its area, which decides between small, medium and large, is the mask's.
+Boundary AP replaces the IoU of a pair by min(mask IoU, boundary IoU); the boundary of a mask is the mask minus its
+erosion by a 3 x 3 square, repeated round(ratio * diagonal) times but at least once, the outside of the picture counting
+as background. Against a crowd region a pair keeps its mask IoU.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as rle_api
+
+from solq_lab.config import EvaluationSection
+from solq_lab.data.annotations import DataError, read_annotations
+from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("box", "segm", "boundary")
+DEFAULTS = EvaluationSection()
+
+_IOU_TYPE = {"box": "bbox", "segm": "segm", "boundary": "boundary"}
+_ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # area ranges, in the order of faster-coco-eval's arrays
+_LARGEST_AREA = 1e10  # pixels; COCO's own upper end
+_AP50, _AP75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55, ... 0.95
+
+
+def evaluate_results(
+    annotations: str | Path | dict,
+    results: Sequence[dict],
+    *,
+    kinds: Collection[str] = KINDS,
+    area_sides: tuple[float, float] = DEFAULTS.area_sides,
+    boundary_ratio: float = DEFAULTS.boundary_ratio,
+    image_ids: Collection[int] | None = None,
+) -> Evaluation:
+    """Scores results in COCO's format against ground truth.
+
+    Args:
+        annotations: COCO instances file, or its parsed content; left unchanged.
+        results: one dictionary per detection: "image_id", "category_id", "score", "bbox" (x, y, w, h) in image pixels
+            where boxes are scored, "segmentation" (compressed RLE at picture size) where masks are. May be empty; left
+            unchanged.
+        kinds: which of "box", "segm", "boundary".
+        area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
+        boundary_ratio: boundary width over the picture's diagonal.
+        image_ids: pictures to look at; results elsewhere are left out. None: all pictures of the file.
+
+    Returns:
+        The twelve COCO numbers of each kind and the six APs per class. Without results they are 0; where nothing could
+        have been found (no ground truth of that class or size) they are NaN.
+
+    Raises:
+        DataError: the annotations or a result cannot be used; the message names the entry and the cure.
+        ValueError: an unknown kind, or sizes that do not ascend.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"evaluation kinds {unknown or list(kinds)}: allowed are {', '.join(KINDS)}")
+    if not 0 < area_sides[0] < area_sides[1]:
+        raise ValueError(f"area_sides {area_sides}: allowed are two ascending positive sides in pixels")
+    masks_wanted = any(kind != "box" for kind in kinds)
+    truth = _GroundTruth(annotations, image_ids, masks_wanted=masks_wanted)
+    ranges = _area_ranges(area_sides)
+    metrics: dict[str, float] = {}
+    per_class: dict[str, dict[str, float]] = {name: {} for name in truth.class_names}
+    for kind in (kind for kind in KINDS if kind in kinds):
+        evaluator = COCOeval_faster(
+            truth.index(),
+            truth.detections(results, masks=kind != "box"),
+            _IOU_TYPE[kind],
+            ranges=ranges,
+            boundary_dilation_ratio=boundary_ratio,
+            print_function=logger.debug,
+        )
+        evaluator.evaluate()
+        evaluator.accumulate()
+        precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
+        metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall).items()}
+        for channel, name in enumerate(truth.class_names):
+            numbers = _average_precisions(precision[:, :, channel : channel + 1])
+            per_class[name] |= {f"{kind}.{number}": value for number, value in numbers.items()}
+    return Evaluation(metrics, per_class, tuple(area_sides), boundary_ratio, len(truth.images))
+
+
+class _GroundTruth:
+    """The pictures, classes and objects that count, in the form faster-coco-eval reads."""
+
+    def __init__(
+        self, annotations: str | Path | dict, image_ids: Collection[int] | None, *, masks_wanted: bool
+    ) -> None:
+        self.source = "annotations" if isinstance(annotations, dict) else str(annotations)
+        document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
+        try:
+            self.known = {image["id"]: image for image in document["images"]}
+            self.images = {key: self.known[key] for key in (self.known if image_ids is None else image_ids)}
+            self.categories = sorted(document["categories"], key=lambda category: category["id"])
+            self.class_names = _distinct_names(self.categories)
+            counted = [entry for entry in document["annotations"] if entry["image_id"] in self.images]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.source}: no {error} in an entry, or no picture of that id; needed are pictures and categories "
+                "with 'id', categories with 'name', objects with 'image_id', and image_ids of this file"
+            ) from None
+        self.category_ids = {category["id"] for category in self.categories}
+        self.objects = [self._object(entry, number, masks_wanted) for number, entry in enumerate(counted, start=1)]
+
+    def index(self) -> COCO:
+        """The ground truth, indexed; a fresh copy, because an evaluation writes into it."""
+        return self._indexed([dict(entry) for entry in self.objects])
+
+    def detections(self, results: Sequence[dict], *, masks: bool) -> COCO:
+        """The results that count, indexed, without box where `masks` are scored and without mask where they are not."""
+        checked = (self._detection(number, result, masks) for number, result in enumerate(results))
+        counted = [entry for entry in checked if entry["image_id"] in self.images]
+        if masks and counted:
+            areas = rle_api.area([entry["segmentation"] for entry in counted])
+            for entry, area in zip(counted, areas.tolist(), strict=True):
+                entry["area"] = area
+        return self._indexed(counted)
+
+    def _indexed(self, entries: list[dict]) -> COCO:
+        index = COCO()
+        index.dataset = {"images": list(self.images.values()), "categories": self.categories, "annotations": entries}
+        index.createIndex()
+        return index
+
+    def _object(self, entry: dict, number: int, masks_wanted: bool) -> dict:
+        """One ground-truth entry, renumbered from 1: faster-coco-eval takes id 0 for "not matched"."""
+        try:
+            kept = {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": entry["bbox"]}
+            if masks_wanted:
+                kept["segmentation"] = entry["segmentation"]
+            image = self.images[entry["image_id"]]
+            height, width = image["height"], image["width"]
+        except KeyError as error:
+            raise DataError(
+                f"{self.source}: annotation {entry.get('id')}: no {error}, in the entry or in its picture; scoring "
+                "boxes needs 'bbox', masks 'segmentation' and the picture's 'height' and 'width'"
+            ) from None
+        area = entry.get("area")
+        if area is None and masks_wanted:
+            area = rle_api.area(rle_api.segmToRle(kept["segmentation"], width, height))
+        elif area is None:
+            area = entry["bbox"][2] * entry["bbox"][3]
+        return kept | {"id": number, "area": float(area), "iscrowd": int(entry.get("iscrowd", 0))}
+
+    def _detection(self, number: int, result: dict, masks: bool) -> dict:
+        """One result, checked: result `number` of the list, counted from 0, becomes detection `number` + 1."""
+        try:
+            image_id, category_id, score = result["image_id"], result["category_id"], result["score"]
+            shape = result["segmentation"] if masks else result["bbox"]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"result {number}: no {error} ({_shortened(result)}); scoring boxes needs 'bbox', scoring masks "
+                "'segmentation', both 'image_id', 'category_id' and 'score'. Leave out kinds that were not predicted"
+            ) from None
+        if image_id not in self.known:
+            raise DataError(f"result {number}: picture {image_id!r} is not in {self.source}; score it with its file")
+        if category_id not in self.category_ids:
+            raise DataError(
+                f"result {number}: category_id {category_id!r} is not in {self.source}; allowed are "
+                f"{_shortened(sorted(self.category_ids))}. Were class channels written instead of category ids?"
+            )
+        if not math.isfinite(score):
+            raise DataError(f"result {number}: score {score} (picture {image_id}); allowed are finite numbers")
+        entry = {"id": number + 1, "image_id": image_id, "category_id": category_id, "score": score, "iscrowd": 0}
+        if not masks:
+            return entry | {"bbox": shape, "area": shape[2] * shape[3]}
+        if not isinstance(shape, dict) or not isinstance(shape.get("counts"), str | bytes):
+            raise DataError(f"result {number}: segmentation {_shortened(shape)}; allowed is a compressed RLE")
+        image = self.known[image_id]
+        if list(shape["size"]) != [image["height"], image["width"]]:
+            raise DataError(
+                f"result {number}: a mask of size {list(shape['size'])}, but picture {image_id} has height and width "
+                f"{image['height']}, {image['width']}; masks are scored at the original size"
+            )
+        return entry | {"segmentation": shape}
+
+
+def _distinct_names(categories: list[dict]) -> list[str]:
+    """Names of the categories; where one comes more than once, its id is added."""
+    counts = Counter(category["name"] for category in categories)
+    return [
+        category["name"] if counts[category["name"]] == 1 else f"{category['name']} ({category['id']})"
+        for category in categories
+    ]
+
+
+def _area_ranges(sides: tuple[float, float]) -> dict[str, list[float]]:
+    small, medium = (side**2 for side in sides)
+    return {"small": [0.0, small], "medium": [small, medium], "large": [medium, _LARGEST_AREA]}
+
+
+def _summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+    """COCO's twelve numbers.
+
+    Args:
+        precision: (thresholds, recalls, classes, areas, detections per picture 1 / 10 / 100), -1 without ground truth.
+        recall: (thresholds, classes, areas, detections per picture), likewise.
+    """
+    recalls = {f"AR{count}": _mean(recall[:, :, _ALL, index]) for index, count in enumerate((1, 10, 100))}
+    sizes = {"ARs": _SMALL, "ARm": _MEDIUM, "ARl": _LARGE}
+    recalls |= {name: _mean(recall[:, :, size, -1]) for name, size in sizes.items()}
+    return _average_precisions(precision) | recalls
+
+
+def _average_precisions(precision: np.ndarray) -> dict[str, float]:
+    best = precision[..., -1]  # all detections of a picture: (thresholds, recalls, classes, areas)
+    parts = (best[..., _ALL], best[_AP50, ..., _ALL], best[_AP75, ..., _ALL], best[..., _SMALL], best[..., _MEDIUM])
+    return dict(zip(AP_COLUMNS, map(_mean, (*parts, best[..., _LARGE])), strict=True))
+
+
+def _mean(values: np.ndarray) -> float:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else math.nan
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,107 @@
+"""Detections as COCO results, in memory and in files: what an evaluation reads and what a test server takes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from solq_lab.data.annotations import DataError
+from solq_lab.data.classes import UNUSED, ClassMap
+from solq_lab.runs import replacing
+from solq_lab.structures import Detections
+
+_NEEDED = ("image_id", "category_id", "score")
+_SHAPES = {"box": "bbox", "segm": "segmentation"}
+
+
+def detections_to_results(detections: Detections, image_id: int, classes: ClassMap) -> list[dict]:
+    """COCO results of one picture, best score first.
+
+    Channels that stand for no category (the unused raw ids of COCO) give no result: no evaluation could count them.
+
+    Args:
+        detections: the objects found in the picture.
+        image_id: the picture's id in its annotation file.
+        classes: which category each class channel stands for.
+
+    Returns:
+        Per detection "image_id", "category_id", "bbox" (x, y, w, h) in pixels of the original picture, "score", and
+        "segmentation" (compressed RLE whose counts are text, as JSON wants them) where there are masks.
+    """
+    results = []
+    scores, labels, boxes = detections.scores.tolist(), detections.labels.tolist(), detections.boxes.tolist()
+    for row, (score, label, (x0, y0, x1, y1)) in enumerate(zip(scores, labels, boxes, strict=True)):
+        category_id = classes.category_ids[label]
+        if category_id == UNUSED:
+            continue
+        result = {"image_id": image_id, "category_id": category_id, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+        if detections.masks is not None:
+            rle = detections.masks[row]
+            counts = rle["counts"].decode("ascii") if isinstance(rle["counts"], bytes) else rle["counts"]
+            result["segmentation"] = {"size": list(rle["size"]), "counts": counts}
+        results.append(result)
+    return results
+
+
+def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["all", "box", "segm"] = "all") -> None:
+    """Writes results as JSON, gzipped where the name ends in .gz; the file appears complete or not at all.
+
+    Args:
+        path: .json or .json.gz
+        results: as `detections_to_results` makes them.
+        kind: "box" and "segm" keep only the shape that this COCO challenge reads. A mask submission must not carry
+            boxes: the server would take an object's area, and so its size class, from them.
+
+    Raises:
+        ValueError: another file ending, or results that lack the wanted shape.
+    """
+    path = Path(path)
+    _check_name(path)
+    if kind != "all":
+        wanted = _SHAPES[kind]
+        if any(wanted not in result for result in results):
+            raise ValueError(
+                f"{path}: a {kind} result file needs {wanted!r} in every result; these come from a plain detector"
+            )
+        others = set(_SHAPES.values()) - {wanted}
+        results = [{key: value for key, value in result.items() if key not in others} for result in results]
+    content = json.dumps(list(results), separators=(",", ":"), allow_nan=False).encode()
+    if path.suffix == ".gz":
+        content = gzip.compress(content, compresslevel=6, mtime=0)  # no time stamp: equal results give equal files
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """The results in a .json or .json.gz file.
+
+    Raises:
+        DataError: no such file, not JSON, or not a list of COCO results; the message names the first bad entry.
+        ValueError: another file ending.
+    """
+    path = Path(path)
+    _check_name(path)
+    try:
+        content = path.read_bytes()
+        results = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as COCO results: {error}") from None
+    if not isinstance(results, list):
+        raise DataError(f"{path}: found a {type(results).__name__}, allowed is a list of results")
+    for number, result in enumerate(results):
+        missing = [key for key in _NEEDED if key not in result] if isinstance(result, dict) else list(_NEEDED)
+        if missing or not any(shape in result for shape in _SHAPES.values()):
+            lacking = ", ".join(missing) or "bbox or segmentation"
+            raise DataError(
+                f"{path}: result {number} lacks {lacking}: {str(result)[:100]}; allowed are COCO detection results"
+            )
+    return results
+
+
+def _check_name(path: Path) -> None:
+    if not path.name.endswith((".json", ".json.gz")):
+        raise ValueError(f"{path}: results are kept as .json or .json.gz; rename the file")
