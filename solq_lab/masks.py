@@ -1,0 +1,311 @@
+"""Masks between the image frame and the box frame, and their run-length codes.
+
+Paper: section 3.2, the mask as an N x N bitmap inside its object's box. Image pixels: pixel (row i, column j) covers
+[j, j+1) x [i, i+1), boxes are (x0, y0, x1, y1). Box frame: N x N cells that divide the box evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_rle
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+Segmentation = list[list[float]] | dict  # COCO's two spellings: polygons in image pixels, or an RLE
+ROI_ALIGN_CHUNK = 16  # full-size float bitmaps at once; bounds the memory on pictures with hundreds of objects
+
+
+# Image frame -> box frame
+
+
+def rasterize_in_box(
+    segmentations: Sequence[Segmentation], boxes: Tensor, picture_size: tuple[int, int], mask_size: int
+) -> Tensor:
+    """Box-frame masks of COCO objects, drawn inside their boxes only: no bitmap of the whole picture is made.
+
+    Equals ROI-align of the full bitmap at a threshold of one half (`crop_and_resize`) but for the rounding of exact
+    ties: polygons fill the pixels that COCO's rasteriser fills, and ROI-align, being separable, is two matrix products.
+
+    Args:
+        segmentations: K objects, each a list of polygons [x, y, x, y, ...] or an RLE.
+        boxes: (K, 4) xyxy, image pixels of the original picture; a window smaller than the object crops it.
+        picture_size: (H, W) of the original picture, pixels.
+        mask_size: N.
+
+    Returns:
+        (K, N, N) bool. A box without area, or outside the picture, gives an empty mask.
+
+    Raises:
+        ValueError: counts differ, a polygon has an odd number of coordinates, or an RLE is of another picture size.
+    """
+    if boxes.shape != (len(segmentations), 4):
+        raise ValueError(f"{len(segmentations)} segmentations cannot have boxes {tuple(boxes.shape)}, expected (K, 4)")
+    masks = torch.zeros(len(segmentations), mask_size, mask_size, dtype=torch.bool)
+    height, width = picture_size
+    for mask, segmentation, (x0, y0, x1, y1) in zip(masks, segmentations, boxes.float().cpu().numpy(), strict=True):
+        down, across = _AxisSampling.of(y0, y1, mask_size, height), _AxisSampling.of(x0, x1, mask_size, width)
+        if down is None or across is None:
+            continue
+        bitmap = _window_bitmap(segmentation, (down.start, across.start, down.stop, across.stop), picture_size)
+        sums = down.weights @ bitmap.float() @ across.weights.T  # (N, h) @ (h, w) @ (w, N)
+        torch.ge(sums, down.samples * across.samples / 2, out=mask)  # at least half of the bin's samples
+    return masks
+
+
+def crop_and_resize(masks: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """The share of each of size x size cells of a box that its mask covers, by ROI-align of the full bitmap.
+
+    The released implementation's route to its targets, which are these values thresholded at >= 0.5: aligned (pixel
+    centres at half), and each cell averages ceil(cell side) bilinear samples per axis.
+
+    Args:
+        masks: (K, H, W) bool or 0/1 float, one per box.
+        boxes: (K, 4) xyxy, pixels of the masks.
+        size: cells per side.
+
+    Returns:
+        (K, size, size) float32 in 0..1; zero for boxes without area.
+
+    Raises:
+        ValueError: masks and boxes differ in number.
+    """
+    _check_pairs(masks, boxes)
+    cells = [masks.new_zeros((0, size, size), dtype=torch.float32)]
+    for some_masks, some_boxes in zip(masks.split(ROI_ALIGN_CHUNK), boxes.split(ROI_ALIGN_CHUNK), strict=True):
+        index = torch.arange(len(some_boxes), dtype=torch.float32, device=boxes.device).unsqueeze(1)
+        rois = torch.cat([index, some_boxes.float()], dim=1)  # (k, 5): which bitmap, then its box
+        cells.append(roi_align(some_masks.float().unsqueeze(1), rois, size, 1.0, 0, aligned=True).squeeze(1))
+    return torch.cat(cells)
+
+
+class _AxisSampling:
+    """ROI-align along one axis: cell i of the box is the sum over pixels p of weights[i, p - start], over `samples`.
+
+    start, stop: the pixels that any sample touches.
+    weights: (N, stop - start) float32, sums of the bilinear weights of each cell's samples.
+    samples: how many samples a cell has along this axis.
+    """
+
+    def __init__(self, start: int, stop: int, weights: Tensor, samples: int) -> None:
+        self.start, self.stop, self.weights, self.samples = start, stop, weights, samples
+
+    @classmethod
+    def of(cls, low: np.float32, high: np.float32, cells: int, length: int) -> _AxisSampling | None:
+        """The sampling of the interval low..high, pixels, on an axis of `length` pixels; None where it meets none."""
+        side = (high - low) / np.float32(cells)
+        if not 0 < side < np.inf:
+            return None
+        samples = int(np.ceil(side))
+        steps = np.arange(cells * samples, dtype=np.float64) + 0.5
+        position = (low - np.float32(0.5)) + steps * (side / samples)  # (N * samples,) in units of pixel centres
+        inside = (position >= -1) & (position <= length)
+        if not inside.any():
+            return None
+        position = position.clip(0, length - 1)
+        first = position.astype(np.int64)
+        after = position - first
+        second = np.minimum(first + 1, length - 1)
+        start, stop = int(first[0]), int(second[-1]) + 1
+        cell = np.arange(cells * samples) // samples * (stop - start) - start
+        weights = np.bincount(
+            np.concatenate([cell + first, cell + second]),
+            weights=np.concatenate([(1 - after) * inside, after * inside]),
+            minlength=cells * (stop - start),
+        )
+        return cls(start, stop, torch.from_numpy(weights.reshape(cells, -1).astype(np.float32)), samples)
+
+
+def _window_bitmap(
+    segmentation: Segmentation, window: tuple[int, int, int, int], picture_size: tuple[int, int]
+) -> Tensor:
+    """(h, w) uint8 pixels of an object inside a window (top, left, bottom, right) of its picture."""
+    top, left, bottom, right = window
+    if isinstance(segmentation, dict):
+        bitmap = coco_rle.decode(segmentation_to_rle(segmentation, picture_size))
+        return torch.from_numpy(bitmap[top:bottom, left:right])
+    polygons = _checked_polygons(segmentation)
+    if not polygons:
+        return torch.zeros(bottom - top, right - left, dtype=torch.uint8)
+    # COCO's rasteriser rounds vertices to fifths of a pixel, towards zero: a shift by whole pixels changes nothing as
+    # long as no vertex turns negative by it.
+    x_shift = max(0, min(left, *(int(polygon[:, 0].min()) for polygon in polygons)))
+    y_shift = max(0, min(top, *(int(polygon[:, 1].min()) for polygon in polygons)))
+    shifted = [(polygon - (x_shift, y_shift)).ravel().tolist() for polygon in polygons]
+    rles = coco_rle.frPyObjects(shifted, bottom - y_shift, right - x_shift)
+    bitmap = coco_rle.decode(coco_rle.merge(rles) if len(rles) > 1 else rles[0])
+    return torch.from_numpy(bitmap[top - y_shift :, left - x_shift :])
+
+
+def _checked_polygons(polygons: Sequence[Sequence[float]]) -> list[np.ndarray]:
+    """The polygons that have an area, each as vertices (n, 2) float64."""
+    for polygon in polygons:
+        if len(polygon) % 2:
+            raise ValueError(f"a polygon has {len(polygon)} coordinates, expected pairs x, y")
+    # pycocotools would read four numbers as a box
+    return [np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in polygons if len(polygon) >= 6]
+
+
+# Box frame -> image frame
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) -> Tensor:
+    """Full-picture masks of box-frame masks: each pixel centre is mapped into the box and the mask sampled there.
+
+    Bilinear between cell centres, zero outside the mask, kept at >= 0.5: what the released implementation does, in the
+    arithmetic of `grid_sample` on a CPU, spelled out so that every device and `paste_to_rle` agree on exact ties.
+
+    Args:
+        masks: (K, N, N) bool, or float reconstructions.
+        boxes: (K, 4) xyxy, image pixels; any part may lie outside the picture.
+        picture_size: (H, W), pixels.
+
+    Returns:
+        (K, H, W) bool; empty for boxes without area.
+
+    Raises:
+        ValueError: masks and boxes differ in number.
+    """
+    _check_pairs(masks, boxes)
+    pictures = masks.new_zeros((len(masks), *picture_size), dtype=torch.bool)
+    for picture, mask, box in zip(pictures, masks, boxes.float().cpu(), strict=True):
+        top, left, bottom, right = _paste_window(box, picture_size)
+        if top < bottom and left < right:
+            picture[top:bottom, left:right] = _paste_inside(mask, box, (top, left, bottom, right))
+    return pictures
+
+
+def paste_to_rle(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) -> list[dict]:
+    """Compressed COCO RLEs of pasted masks, byte for byte `encode_rle(paste_masks(...))`, drawn inside the boxes only.
+
+    Args:
+        masks: (K, N, N) bool.
+        boxes: (K, 4) xyxy, image pixels; any part may lie outside the picture.
+        picture_size: (H, W), pixels.
+
+    Returns:
+        K dicts {"size": [H, W], "counts": bytes}; an empty mask for boxes without area.
+
+    Raises:
+        ValueError: masks and boxes differ in number.
+    """
+    _check_pairs(masks, boxes)
+    masks, boxes = masks.cpu(), boxes.float().cpu()
+    rles = []
+    for mask, box in zip(masks, boxes, strict=True):
+        top, left, bottom, right = window = _paste_window(box, picture_size)
+        empty = top >= bottom or left >= right
+        inside = np.zeros((0, 0), dtype=bool) if empty else _paste_inside(mask, box, window).numpy()
+        rles.append(_rle_of_window(inside, top, left, picture_size))
+    return rles
+
+
+def _paste_window(box: Tensor, picture_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of the pixels that a box can touch, one more on each side; empty without area."""
+    height, width = picture_size
+    x0, y0, x1, y1 = box.tolist()
+    if not (x0 < x1 and y0 < y1 and np.isfinite((x0, y0, x1, y1)).all()):
+        return 0, 0, 0, 0
+    left, top = (int(max(np.floor(low) - 1, 0)) for low in (x0, y0))
+    right, bottom = (int(min(np.ceil(high) + 1, length)) for high, length in ((x1, width), (y1, height)))
+    return top, left, bottom, right
+
+
+def _paste_inside(mask: Tensor, box: Tensor, window: tuple[int, int, int, int]) -> Tensor:
+    """(h, w) bool: `mask` (N, N) in `box`, sampled at the pixel centres of a window (top, left, bottom, right)."""
+    top, left, bottom, right = window
+    x0, y0, x1, y1 = box.to(mask.device)
+    row, north, south = _bilinear_cells(y0, y1, mask.shape[0], top, bottom)
+    column, west, east = _bilinear_cells(x0, x1, mask.shape[1], left, right)
+    row, north, south = row.unsqueeze(1), north.unsqueeze(1), south.unsqueeze(1)
+    cells = F.pad(mask.float(), (2, 2, 2, 2))
+    value = cells[row, column] * (west * north)
+    value += cells[row, column + 1] * (east * north)
+    value += cells[row + 1, column] * (west * south)
+    value += cells[row + 1, column + 1] * (east * south)
+    return value >= 0.5
+
+
+def _bilinear_cells(low: Tensor, high: Tensor, cells: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the centres of the pixels start..stop fall between `cells` cells that divide low..high.
+
+    Returns:
+        the lower one of two neighbouring cells (stop - start,) int64, counted with a border of two cells, and the
+        weights of the lower and of the upper one.
+    """
+    centers = torch.arange(start, stop, dtype=torch.float32, device=low.device) + 0.5
+    grid = (centers - low) / (high - low) * 2 - 1  # to -1..1 and back: the roundings of `grid_sample`
+    position = (grid + 1) * (cells / 2) - 0.5
+    first = position.floor()
+    upper = position - first
+    return first.clamp(-2, cells).long() + 2, 1 - upper, upper
+
+
+def _rle_of_window(inside: np.ndarray, top: int, left: int, picture_size: tuple[int, int]) -> dict:
+    """The RLE of a picture that is empty but for the pixels `inside` (h, w) bool at (top, left)."""
+    height, width = picture_size
+    columns = np.pad(inside.T, ((0, 0), (1, 1))).astype(np.int8)  # (w, h + 2): RLEs run down the columns
+    change = np.diff(columns, axis=1)  # (w, h + 1)
+    column, row = np.nonzero(change)
+    edges = (left + column) * height + top + row  # starts and ends of runs, in turn
+    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])  # a run that reaches the bottom goes on in the next column
+    edges = np.delete(edges, np.concatenate([2 * joined + 1, 2 * joined + 2]))
+    edges = np.concatenate([[0], edges, [height * width]])
+    counts = np.diff(edges if len(edges) == 2 or edges[-1] != edges[-2] else edges[:-1])
+    return coco_rle.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+
+
+# Run-length codes
+
+
+def encode_rle(masks: Tensor) -> list[dict]:
+    """Compressed COCO RLEs {"size": [H, W], "counts": bytes} of masks (K, H, W) bool. K may be 0."""
+    columns_first = masks.transpose(1, 2).to("cpu", torch.uint8).contiguous().numpy()  # (K, W, H)
+    return coco_rle.encode(columns_first.T) if len(masks) else []  # (H, W, K) in Fortran order, as pycocotools wants
+
+
+def decode_rle(rles: Sequence[dict]) -> Tensor:
+    """Masks (K, H, W) bool of compressed COCO RLEs of one picture; (0, 0, 0) for none.
+
+    Raises:
+        ValueError: the RLEs differ in size.
+    """
+    if not rles:
+        return torch.zeros(0, 0, 0, dtype=torch.bool)
+    sizes = sorted({tuple(rle["size"]) for rle in rles})
+    if len(sizes) > 1:
+        raise ValueError(f"RLEs of one picture must share one size, found {sizes}")
+    return torch.from_numpy(coco_rle.decode(list(rles))).permute(2, 0, 1).bool()  # (H, W, K) -> (K, H, W)
+
+
+def segmentation_to_rle(segmentation: Segmentation, picture_size: tuple[int, int]) -> dict:
+    """The compressed RLE of one COCO segmentation: polygons (their union), a compressed or an uncompressed RLE.
+
+    Args:
+        segmentation: list of polygons [x, y, x, y, ...], image pixels, or {"size": [H, W], "counts": ...}.
+        picture_size: (H, W) of the picture, pixels.
+
+    Raises:
+        ValueError: the RLE is of another picture size, or a polygon has an odd number of coordinates.
+    """
+    height, width = picture_size
+    if isinstance(segmentation, dict):
+        size = list(segmentation["size"])
+        if size != [height, width]:
+            raise ValueError(f"an RLE of size {size} does not fit its picture of {[height, width]} (height, width)")
+        if isinstance(segmentation["counts"], list):
+            return coco_rle.frPyObjects(segmentation, height, width)
+        counts = segmentation["counts"]
+        return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
+    polygons = _checked_polygons(segmentation)
+    if not polygons:
+        return coco_rle.frPyObjects({"size": [height, width], "counts": [height * width]}, height, width)
+    return coco_rle.merge(coco_rle.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width))
+
+
+def _check_pairs(masks: Tensor, boxes: Tensor) -> None:
+    if masks.ndim != 3 or boxes.shape != (len(masks), 4):
+        raise ValueError(f"masks {tuple(masks.shape)} and boxes {tuple(boxes.shape)} must be (K, H, W) and (K, 4)")
