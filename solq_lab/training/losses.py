@@ -1,0 +1,242 @@
+"""The training losses over matched pairs. Paper: eq. 2 (class, L1, GIoU) and eq. 5 (mask vectors).
+
+Shape letters beside those of `structures`: Z decoder layers, T matched pairs of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.structures import Predictions, Target
+from solq_lab.training.matcher import HungarianMatcher, Matching
+
+DICE_FLOOR = 1e-5  # as released: keeps the dice of an empty mask finite
+
+
+class Objects(NamedTuple):
+    """All objects of a batch, the images' one after the other.
+
+    labels: (K,) int64 class channels.
+    boxes: (K, 4) (cx, cy, w, h), normalised image.
+    masks: (K, N, N) bool in the box frame, or None for a plain detector.
+    vectors: (K, D) codes of the masks, or None.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    masks: Tensor | None
+    vectors: Tensor | None
+
+
+class SetCriterion(nn.Module):
+    """Matches predictions to objects and returns the losses by name, none of them weighted yet.
+
+    Names: "class", "l1", "giou", "vector" for the last decoder layer, the same with "/0", "/1", ... for earlier layers
+    and with "/proposals" for the encoder's proposals. The names depend on the model alone, never on the batch, and a
+    loss without pairs is a zero that still reaches the predictions: under DDP all ranks reduce the same parameters.
+
+    Everything is computed in float32 at least, outside autocast.
+
+    Args:
+        codec: gives the target vectors, and by its `loss` the kind of vector loss; None for a plain detector.
+        matcher: decides which query answers for which object.
+        class_weight: weight of the focal loss.
+        l1_weight: weight of the L1 box loss.
+        giou_weight: weight of the GIoU box loss.
+        vector_weight: weight of the vector loss, lambda_vec.
+        vector_layers: how many of the last decoder layers have a vector loss (table 3c); at least one.
+        vector_normalisation: of the "l1" vector loss: "mean" over pairs and coefficients, as the released models were
+            trained, or "num_boxes", the sum over both by the number of boxes. "l2_dice" always does the latter.
+        focal_alpha: share of the positive term in the focal loss.
+        focal_gamma: focusing power of the focal loss.
+
+    Raises:
+        ValueError: an argument outside its choices.
+    """
+
+    def __init__(
+        self,
+        codec: MaskCodec | None,
+        matcher: HungarianMatcher,
+        *,
+        class_weight: float,
+        l1_weight: float,
+        giou_weight: float,
+        vector_weight: float,
+        vector_layers: int,
+        vector_normalisation: Literal["mean", "num_boxes"],
+        focal_alpha: float,
+        focal_gamma: float,
+    ) -> None:
+        super().__init__()
+        if vector_normalisation not in ("mean", "num_boxes"):
+            raise ValueError(f"vector_normalisation {vector_normalisation!r}: allowed are 'mean' and 'num_boxes'")
+        if vector_layers < 1:
+            raise ValueError(f"vector_layers {vector_layers}: allowed is 1 (the last layer alone) or more")
+        if codec is not None and codec.loss not in ("l1", "l2_dice"):
+            raise ValueError(f"{type(codec).__name__}.loss {codec.loss!r}: allowed are 'l1' and 'l2_dice'")
+        self.codec = codec
+        self.matcher = matcher
+        self.weights = {"class": class_weight, "l1": l1_weight, "giou": giou_weight, "vector": vector_weight}
+        self.vector_layers = vector_layers
+        self.vector_normalisation = vector_normalisation
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+
+    def forward(
+        self, predictions: Predictions, targets: Sequence[Target], *, num_boxes: float | None = None
+    ) -> dict[str, Tensor]:
+        """The unweighted losses of one batch, scalars by name.
+
+        Args:
+            predictions: of a batch of B images.
+            targets: B targets on the same device; with `masks` where there is a codec.
+            num_boxes: objects of the global batch divided by the number of processes, when there are several. The mean
+                vector loss is then taken over the global batch too: n processes of B images each have, on average,
+                the losses of one process with n*B images. None: the objects of this batch, and the mean over its own
+                pairs, as the released models were trained in every process. The two means differ only where an image
+                has more objects than queries, because an object without a query has no pair.
+
+        Raises:
+            MatchingError: a cost is not finite, or the targets are not one per image.
+            ValueError: targets or predictions do not fit the codec.
+        """
+        with torch.autocast(predictions.layers[0].logits.device.type, enabled=False):
+            objects = self._gather_objects(predictions, targets)
+            matches = self.matcher(predictions, targets)
+            count = max(float(len(objects.labels)) if num_boxes is None else num_boxes, 1.0)
+
+            logits = torch.stack([layer.logits for layer in predictions.layers])  # (Z, B, J, S)
+            boxes = torch.stack([layer.boxes for layer in predictions.layers])  # (Z, B, J, 4)
+            by_term = self._detection_losses(logits, boxes, matches.layers, objects, count)
+            if self.codec is not None:
+                mean_over = count if num_boxes is not None else max(float(len(matches.layers.images)), 1.0)
+                by_term["vector"] = self._vector_losses(predictions, matches.layers, objects, count, mean_over)
+            losses = _name_by_layer(by_term, len(predictions.layers))
+
+            if predictions.proposals is not None:
+                logits, boxes = predictions.proposals.logits[None], predictions.proposals.boxes[None]  # Z = 1
+                anything = objects._replace(labels=torch.zeros_like(objects.labels))
+                by_term = self._detection_losses(logits, boxes, matches.proposals, anything, count)
+                losses |= {f"{term}/proposals": values.squeeze(0) for term, values in by_term.items()}
+        return losses
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of what `forward` returned, the scalar to differentiate; all layers weigh the same."""
+        return torch.stack([self.weights[name.partition("/")[0]] * loss for name, loss in losses.items()]).sum()
+
+    def _gather_objects(self, predictions: Predictions, targets: Sequence[Target]) -> Objects:
+        labels = torch.cat([target.labels for target in targets])
+        boxes = torch.cat([target.boxes for target in targets])
+        if self.codec is None:
+            return Objects(labels, boxes, None, None)
+        for target in targets:
+            found = None if target.masks is None else tuple(target.masks.shape)
+            allowed = (len(target.labels), self.codec.mask_size, self.codec.mask_size)
+            if found != allowed:
+                raise ValueError(f"image {target.image_id}: masks {found} do not fit the codec, which wants {allowed}")
+        for index, layer in enumerate(predictions.layers):
+            found = None if layer.vectors is None else layer.vectors.shape[-1]
+            if found != self.codec.vector_dim:
+                raise ValueError(
+                    f"decoder layer {index} predicts vectors of length {found}, the codec has {self.codec.vector_dim}; "
+                    "build the model with the codec's vector_dim"
+                )
+        masks = torch.cat([target.masks for target in targets])
+        with torch.no_grad():
+            return Objects(labels, boxes, masks, self.codec.encode(masks))
+
+    def _detection_losses(
+        self, logits: Tensor, boxes: Tensor, matching: Matching, objects: Objects, count: float
+    ) -> dict[str, Tensor]:
+        """Class, L1 and GIoU losses (Z,) of logits (Z, B, J, S) and boxes (Z, B, J, 4)."""
+        logits = _at_least_float32(logits)
+        truth = torch.zeros_like(logits)
+        layers = torch.arange(len(logits), device=logits.device)[:, None]
+        truth[layers, matching.images, matching.queries, objects.labels[matching.objects]] = 1.0
+        focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        boxes = _at_least_float32(_matched(boxes, matching))  # (Z, T, 4)
+        true_boxes = objects.boxes[matching.objects].to(boxes.dtype)
+        overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (Z, T)
+        return {
+            "class": focal.sum((1, 2, 3)) / count,
+            "l1": (boxes - true_boxes).abs().sum((1, 2)) / count,
+            "giou": (1 - overlap).sum(1) / count,
+        }
+
+    def _vector_losses(
+        self, predictions: Predictions, matching: Matching, objects: Objects, count: float, mean_over: float
+    ) -> Tensor:
+        """Vector losses of the last `vector_layers` layers, as a tensor of that length."""
+        first = max(len(predictions.layers) - self.vector_layers, 0)
+        matching = matching._replace(queries=matching.queries[first:], objects=matching.objects[first:])
+        vectors = torch.stack([layer.vectors for layer in predictions.layers[first:]])  # (Z, B, J, D)
+        vectors = _at_least_float32(_matched(vectors, matching))  # (Z, T, D)
+        truth = objects.vectors[matching.objects].to(vectors.dtype)
+        if self.codec.loss == "l2_dice":
+            decoded = self.codec.decode(vectors.flatten(0, 1)).flatten(1)  # (Z, T, D) -> (Z*T, N*N)
+            masks = objects.masks[matching.objects].flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
+            dice = dice_loss(decoded, masks.to(decoded.dtype)).view(truth.shape[:2])  # (Z, T)
+            return ((vectors - truth).square().sum((1, 2)) / self.codec.vector_dim + dice.sum(1)) / count
+        distance = (vectors - truth).abs().sum((1, 2))  # (Z,)
+        if self.vector_normalisation == "mean":
+            return distance / (mean_over * self.codec.vector_dim)
+        return distance / count
+
+
+def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """Focal loss of every logit on its own, same shape as `logits`.
+
+    Args:
+        logits: any shape.
+        truth: same shape, 1.0 where the class is present, else 0.0.
+        alpha: weight of present classes; absent ones have 1 - alpha.
+        gamma: focusing power.
+    """
+    probability = logits.sigmoid()
+    miss = truth + probability - 2 * truth * probability  # 1 - p of the true answer
+    balance = alpha * truth + (1 - alpha) * (1 - truth)
+    return balance * miss**gamma * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+
+
+def dice_loss(decoded: Tensor, masks: Tensor) -> Tensor:
+    """One minus the dice overlap of reconstructions (K, cells) and masks (K, cells) of 0 and 1: (K,)."""
+    shared = (decoded * masks).sum(1)
+    return 1 - 2 * shared / (decoded.square().sum(1) + masks.square().sum(1) + DICE_FLOOR)
+
+
+def vector_plateau(vectors: Tensor) -> float:
+    """Mean L1 loss of the best constant answer to vectors (K, D): each coefficient's median. 0 when K = 0.
+
+    A vector head that has learnt nothing about the picture stalls here; a training curve means something below it.
+    """
+    if len(vectors) == 0:
+        return 0.0
+    return (vectors - vectors.median(dim=0).values).abs().mean().item()
+
+
+def _matched(values: Tensor, matching: Matching) -> Tensor:
+    """(Z, T, ...): the rows of values (Z, B, J, ...) that the matching picks."""
+    layers = torch.arange(len(values), device=values.device)[:, None]
+    return values[layers, matching.images, matching.queries]
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _name_by_layer(by_term: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Scalars by name from tensors of one value for each of the last decoder layers."""
+    suffixes = [f"/{index}" for index in range(depth - 1)] + [""]
+    return {
+        term + suffix: value
+        for term, values in by_term.items()
+        for suffix, value in zip(suffixes[depth - len(values) :], values.unbind(), strict=True)
+    }

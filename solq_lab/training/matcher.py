@@ -1,0 +1,185 @@
+"""Bipartite matching between predictions and objects. Paper: eq. 1; masks take no part in it.
+
+Shape letters beside those of `structures`: Z decoder layers, T matched pairs of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
+from solq_lab.structures import LayerPrediction, Predictions, Target
+
+LOG_FLOOR = 1e-8  # the released cost adds it inside the logarithm
+
+
+class MatchingError(ValueError):
+    """Predictions or targets that cannot be matched: the message names image, layer and cost term."""
+
+
+class Matching(NamedTuple):
+    """The matched pairs of Z layers over one batch.
+
+    An image with K objects has min(J, K) pairs in every layer, so the layers' pairs stack without padding.
+
+    images: (T,) int64, image of each pair, ascending; the same for all layers.
+    queries: (Z, T) int64.
+    objects: (Z, T) int64, counted through the whole batch, the images' objects one after the other.
+    """
+
+    images: Tensor
+    queries: Tensor
+    objects: Tensor
+
+
+class Matches(NamedTuple):
+    """Who answers for which object: in each decoder layer, and among the proposals of the encoder (Z = 1), if any."""
+
+    layers: Matching
+    proposals: Matching | None
+
+
+class HungarianMatcher:
+    """Finds, for every layer and image on its own, the cheapest one-to-one matching of queries and objects.
+
+    In the result a query and an object occur at most once per layer; with K <= J every object occurs.
+    The encoder's proposals are matched without regard to class: every object counts as class 0 there.
+
+    Args:
+        class_cost: weight of the focal class cost, positive minus negative term at the object's class.
+        l1_cost: weight of the L1 distance of (cx, cy, w, h), normalised image.
+        giou_cost: weight of the negative generalised IoU.
+        focal_alpha: share of the positive term in the class cost.
+        focal_gamma: focusing power of the class cost.
+    """
+
+    def __init__(
+        self, *, class_cost: float, l1_cost: float, giou_cost: float, focal_alpha: float, focal_gamma: float
+    ) -> None:
+        self.class_cost = class_cost
+        self.l1_cost = l1_cost
+        self.giou_cost = giou_cost
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+
+    @torch.no_grad()
+    def __call__(self, predictions: Predictions, targets: Sequence[Target]) -> Matches:
+        """The matchings of all decoder layers and of the proposals, from one copy to the host.
+
+        Args:
+            predictions: of a batch of B images; half precision is raised to float32.
+            targets: B targets on the same device; any of them, or all, may have no objects.
+
+        Raises:
+            MatchingError: B differs, or a cost is not finite.
+        """
+        images, device = len(predictions.layers[0].logits), predictions.layers[0].logits.device
+        if len(targets) != images:
+            raise MatchingError(f"{len(targets)} targets for predictions of {images} images")
+        counts = [len(target.labels) for target in targets]
+        with torch.autocast(device.type, enabled=False):
+            terms = self._cost_terms(predictions, targets, counts)
+            cost = torch.stack(list(terms.values())).sum(0)  # (K, all queries)
+        on_host = cost.cpu().numpy()
+        if not np.isfinite(on_host).all():
+            raise MatchingError(_describe_fault(terms, predictions, targets, counts))
+
+        widths = [layer.logits.shape[1] for layer in _all_layers(predictions)]
+        borders = pairwise(np.cumsum([0, *widths]))
+        assignments = [_assign(on_host[:, start:stop], counts) for start, stop in borders]
+        depth = len(predictions.layers)
+        return Matches(
+            layers=_to_matching(assignments[:depth], device),
+            proposals=None if predictions.proposals is None else _to_matching(assignments[depth:], device),
+        )
+
+    def _cost_terms(self, predictions: Predictions, targets: Sequence[Target], counts: list[int]) -> dict[str, Tensor]:
+        """Weighted costs by name, each (K, Z*J): the objects of the batch by the queries of all layers, side by side.
+
+        A row meets the queries of its own image only: the costs between images are never computed. Proposals come last.
+        """
+        images = _image_of_object(counts).to(predictions.layers[0].logits.device)
+        labels = torch.cat([target.labels for target in targets])
+        by_layer = [layer.logits[images, :, labels] for layer in predictions.layers]  # each (K, J)
+        if predictions.proposals is not None:
+            by_layer.append(predictions.proposals.logits[images, :, 0])
+        logits = torch.cat(by_layer, dim=1)
+        boxes = torch.cat([layer.boxes for layer in _all_layers(predictions)], dim=1)[images]  # (K, Z*J, 4)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        boxes = boxes.to(dtype)
+        truth = torch.cat([target.boxes for target in targets]).to(dtype)[:, None]  # (K, 4) -> (K, 1, 4)
+        return {
+            "class": self.class_cost * self._focal_cost(logits.to(dtype)),
+            "l1": self.l1_cost * (boxes - truth).abs().sum(-1),
+            "giou": -self.giou_cost * generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)),
+        }
+
+    def _focal_cost(self, logits: Tensor) -> Tensor:
+        probability = logits.sigmoid()
+        positive = -self.focal_alpha * (1 - probability) ** self.focal_gamma * (probability + LOG_FLOOR).log()
+        negative = -(1 - self.focal_alpha) * probability**self.focal_gamma * (1 - probability + LOG_FLOOR).log()
+        return positive - negative
+
+
+def _all_layers(predictions: Predictions) -> list[LayerPrediction]:
+    """The decoder layers, then the proposals if there are any: the order of the costs' columns."""
+    return predictions.layers + ([] if predictions.proposals is None else [predictions.proposals])
+
+
+def _image_of_object(counts: list[int]) -> Tensor:
+    """(K,) int64: the image each object of the batch belongs to."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+
+
+def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
+    """Pairs (3, T) of one layer, rows image, query, object, from its costs (K, J)."""
+    pairs, first = [np.empty((3, 0), dtype=np.int64)], 0
+    for image, count in enumerate(counts):
+        objects, queries = linear_sum_assignment(cost[first : first + count])
+        pairs.append(np.stack([np.full_like(queries, image), queries, objects + first]))
+        first += count
+    return np.concatenate(pairs, axis=1)
+
+
+def _to_matching(assignments: list[np.ndarray], device: torch.device) -> Matching:
+    images, queries, objects = torch.from_numpy(np.stack(assignments, axis=1)).to(device)  # (3, Z, T)
+    return Matching(images[0], queries, objects)
+
+
+def _describe_fault(
+    terms: dict[str, Tensor], predictions: Predictions, targets: Sequence[Target], counts: list[int]
+) -> str:
+    """One sentence about the first cost that is not finite."""
+    images = _image_of_object(counts).tolist()
+    name, cost = next((name, cost) for name, cost in terms.items() if not cost.isfinite().all())
+    row, column = (~cost.isfinite()).nonzero()[0].tolist()
+    image, target = images[row], targets[images[row]]
+    layer, query, place = _locate(column, predictions)
+    number = row - sum(counts[:image])
+    return (
+        f"image {target.image_id}, {place}, query {query}: the {name} cost is not finite; "
+        f"predicted box {_rounded(layer.boxes[image, query])}, object {number} has class {int(target.labels[number])} "
+        f"and box {_rounded(target.boxes[number])} (cx, cy, w, h). "
+        "Where the prediction is at fault, lower the learning rate or train without autocast"
+    )
+
+
+def _locate(column: int, predictions: Predictions) -> tuple[LayerPrediction, int, str]:
+    """The layer, the query in it, and the layer's name, of a column of the costs."""
+    names = [f"decoder layer {index}" for index in range(len(predictions.layers))] + ["encoder proposals"]
+    for layer, name in zip(_all_layers(predictions), names, strict=False):
+        if column < layer.logits.shape[1]:
+            return layer, column, name
+        column -= layer.logits.shape[1]
+    raise AssertionError("a column belongs to a layer")
+
+
+def _rounded(box: Tensor) -> list[float]:
+    return [round(value, 4) for value in box.tolist()]
