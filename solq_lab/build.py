@@ -97,12 +97,12 @@ def build_dataset(
         )
     root, training = Path(data.root), split == "train"
     annotations = root / (data.train_annotations if training else data.val_annotations)
-    if classes is None:
-        classes = ClassMap.from_annotations(annotations, class_ids=data.class_ids, num_classes=data.num_classes)
     return CocoDataset(
         root / (data.train_images if training else data.val_images),
         annotations,
         classes=classes,
+        class_ids=data.class_ids,
+        num_classes=data.num_classes,
         mask_size=experiment.codec.mask_size if training and experiment.codec.kind != "none" else None,
         transform=build_augmentation(data) if training else TestResize(data.test_scale, data.max_size),
         seed=experiment.seed,

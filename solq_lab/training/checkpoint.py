@@ -1,0 +1,122 @@
+"""Checkpoints: the weights and everything else a training needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from solq_lab.models.weights import read_weights, save_weights
+from solq_lab.runs import RunError, flush_to_disk
+
+log = logging.getLogger(__name__)
+
+KEPT = 2  # the newest, and one before it in case the newest is damaged
+
+
+class Checkpoint(NamedTuple):
+    """What one checkpoint folder holds.
+
+    step: optimiser steps done.
+    weights: the model's state dict.
+    state: the training's other state, plain containers of tensors, numbers and strings.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, classes: str) -> None:
+    """Write a checkpoint under `folder`, and forget all but the last `KEPT`.
+
+    The files are complete and on the disk before their folder gets its name: a kill or a power cut at any moment
+    leaves the older checkpoints and at most a `.part` folder.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        checkpoint: what to write; its state is read back with `weights_only=True`.
+        experiment: YAML of the experiment, kept beside the weights.
+        classes: JSON of the class map, likewise.
+    """
+    final = folder / f"step_{checkpoint.step:07d}"
+    if not final.exists():
+        partial = folder / f".{final.name}.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_weights(partial / "weights.safetensors", checkpoint.weights, experiment=experiment, classes=classes)
+        torch.save({"step": checkpoint.step, **checkpoint.state}, partial / "state.pt")
+        for path in (partial / "weights.safetensors", partial / "state.pt", partial):
+            flush_to_disk(path)
+        partial.rename(final)
+        flush_to_disk(folder)
+    for old in list_checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read, or None where there is none; a damaged one is named in a log line.
+
+    Raises:
+        RunError: there are checkpoints, and all of them are damaged.
+    """
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        try:
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            weights = read_weights(path / "weights.safetensors").state
+            return Checkpoint(state.pop("step"), weights, state)
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            pickle.UnpicklingError,
+            SafetensorError,
+        ) as error:
+            log.warning("%s: damaged checkpoint left aside: %s", path, " ".join(str(error).split()))
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise RunError(
+            f"{folder}: no checkpoint can be read (damaged: {names}); remove this folder to start the training anew"
+        )
+    return None
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of this process's random generators as tensors and numbers."""
+    _, keys, position, has_gauss, cached_gauss = np.random.get_state()  # noqa: NPY002 - a user's transform may use it
+    version, internal, gauss_next = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": (position, has_gauss, cached_gauss)},
+        "python": {"version": version, "internal": torch.tensor(internal), "gauss_next": gauss_next},
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Set this process's random generators to what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    keys, python = state["numpy"]["keys"].numpy().astype(np.uint32), state["python"]
+    np.random.set_state(("MT19937", keys, *state["numpy"]["rest"]))  # noqa: NPY002
+    random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss_next"]))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

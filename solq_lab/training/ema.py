@@ -1,0 +1,46 @@
+"""Averaged weights: an exponential moving average of the model over the optimiser steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class AveragedWeights:
+    """Follows a model: after each step every float moves by (1 - decay) towards the model's; integers are copied."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take one step of the model into the average."""
+        current = model.state_dict()
+        floats = [name for name, value in self._average.items() if value.is_floating_point()]
+        averages = [self._average[name] for name in floats]
+        torch._foreach_lerp_(averages, [current[name] for name in floats], 1 - self.decay)
+        for name in self._average.keys() - set(floats):
+            self._average[name].copy_(current[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights under the model's names."""
+        return self._average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from averaged weights that `state_dict` gave."""
+        for name, value in self._average.items():
+            value.copy_(state[name])
+
+    @contextlib.contextmanager
+    def inside(self, model: nn.Module) -> Iterator[None]:
+        """Run the block with the averaged weights in the model; its own return afterwards."""
+        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(self._average)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)

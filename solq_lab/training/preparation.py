@@ -1,0 +1,71 @@
+"""What is measured once, before the first step: the training's mask vectors, and fingerprints of data set and codec."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.data.coco import CocoDataset
+from solq_lab.runs import hash_file
+
+SAMPLED_VECTORS = 2000  # enough for the median of a coefficient to within 3 % of its spread
+SAMPLED_PICTURES = 1000
+
+
+def sample_vectors(dataset: CocoDataset, codec: MaskCodec, *, seed: int) -> Tensor:
+    """Vectors (K, D) of training masks as the network will meet them, from pictures drawn without replacement.
+
+    K is about `SAMPLED_VECTORS`, or less in a small data set; it may be 0.
+    """
+    order = np.random.default_rng(seed).permutation(len(dataset))[:SAMPLED_PICTURES]
+    vectors, count = [torch.zeros(0, codec.vector_dim)], 0
+    for index in order.tolist():
+        masks = dataset[index][1].masks
+        vectors.append(codec.encode(masks).float())
+        count += len(masks)
+        if count >= SAMPLED_VECTORS:
+            break
+    return torch.cat(vectors)
+
+
+def vector_statistics(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Center (D,) and spread (D,) of vectors (K, D): median and standard deviation of each coefficient.
+
+    A coefficient that hardly varies gets a hundredth of the mean spread, so that it can still be learned. Without
+    vectors to look at the center is 0 and the spread 1.
+    """
+    if len(vectors) < 2:
+        return vectors.new_zeros(vectors.shape[1]), vectors.new_ones(vectors.shape[1])
+    spread = vectors.std(dim=0)
+    floor = spread.mean() / 100 if spread.any() else 1.0
+    return vectors.median(dim=0).values, spread.clamp(min=float(floor))
+
+
+def describe_dataset(dataset: CocoDataset) -> dict[str, Any]:
+    """What tells one data set from another: the annotation file's hash, and counts."""
+    return {
+        "annotations": str(dataset.annotations),
+        "sha256": hash_file(dataset.annotations),
+        "images": len(dataset),
+        "classes": sum(1 for name in dataset.classes.names if name),
+    }
+
+
+def describe_codec(codec: MaskCodec | None) -> dict[str, Any] | None:
+    """What tells one code from another: its kind, its sizes and the hash of its tables; None without a code."""
+    if codec is None:
+        return None
+    tables = hashlib.sha256()
+    for name, table in sorted(codec.state_dict().items()):
+        tables.update(name.encode() + table.cpu().contiguous().numpy().tobytes())
+    return {
+        "kind": type(codec).__name__,
+        "mask_size": codec.mask_size,
+        "vector_dim": codec.vector_dim,
+        "sha256": tables.hexdigest(),
+    }
