@@ -1,0 +1,107 @@
+"""From the last decoder layer to detections: best classes, decoded masks, pasted. Paper: section 3.2, inference.
+
+No score threshold and no suppression of duplicates, as in the released models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from solq_lab.boxes import cxcywh_to_xyxy
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.masks import paste_to_rle
+from solq_lab.structures import Detections, LayerPrediction
+
+CELLS_PER_CHUNK = 2**22  # mask cells decoded at once: 256 masks of 128 x 128, 16 MiB in float32
+
+
+@torch.no_grad()
+def postprocess(
+    prediction: LayerPrediction,
+    original_sizes: Sequence[tuple[int, int]],
+    codec: MaskCodec | None,
+    *,
+    top_k: int = 100,
+    class_names: Sequence[str],
+) -> list[Detections]:
+    """The `top_k` best (query, class) pairs of every image, with their masks at original size.
+
+    Selection and decoding run on the prediction's device; what comes to the host are the selected numbers and, chunk
+    by chunk, the decoded masks as bits. A query that speaks for several classes has its mask decoded and pasted once.
+
+    Args:
+        prediction: of the last decoder layer, B images.
+        original_sizes: B sizes (height, width) of the pictures in their files, pixels.
+        codec: turns vectors into masks, on the prediction's device; None for a plain detector.
+        top_k: detections per image; fewer where J * S is smaller.
+        class_names: S names, one per class channel.
+
+    Returns:
+        B detections on the CPU, best score first.
+
+    Raises:
+        ValueError: sizes, names or codec do not fit the prediction, or the prediction is not finite.
+    """
+    _check_fit(prediction, original_sizes, codec, class_names)
+    scores, labels, queries, boxes = (tensor.cpu() for tensor in _select_best(prediction, original_sizes, top_k=top_k))
+    detections = []
+    for image, size in enumerate(original_sizes):
+        if not (scores[image].isfinite().all() and boxes[image].isfinite().all()):
+            raise ValueError(f"image {image} of the batch: scores or boxes are not finite; the weights have diverged")
+        masks = None
+        if codec is not None:
+            masks = _draw_masks(prediction.vectors[image], queries[image], boxes[image], size, codec)
+        names = [class_names[label] for label in labels[image].tolist()]
+        detections.append(Detections(scores[image], labels[image], boxes[image], queries[image], masks, names))
+    return detections
+
+
+def _select_best(
+    prediction: LayerPrediction, original_sizes: Sequence[tuple[int, int]], *, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, labels and queries (B, k), and xyxy boxes (B, k, 4) in original pixels, of the best pairs."""
+    logits, classes = prediction.logits, prediction.logits.shape[-1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores = logits.to(dtype).sigmoid().flatten(1)  # (B, J, S) -> (B, J*S)
+    scores, best = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    queries, labels = best // classes, best % classes
+    boxes = prediction.boxes.to(dtype).gather(1, queries[..., None].expand(-1, -1, 4))
+    scale = torch.tensor([(width, height) * 2 for height, width in original_sizes], dtype=dtype)
+    boxes = cxcywh_to_xyxy(boxes) * scale.view(-1, 1, 4).to(boxes.device)
+    return scores.float(), labels, queries, boxes.float()
+
+
+def _draw_masks(vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int, int], codec: MaskCodec) -> list[dict]:
+    """The RLEs of one image's detections: vectors (J, D) of all queries, queries (k,), boxes (k, 4) in pixels."""
+    distinct, place = queries.unique(return_inverse=True)
+    box_of = boxes.new_empty(len(distinct), 4).index_copy_(0, place, boxes)  # same query, same box: any may win
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))[distinct.to(vectors.device)]
+    at_once = max(1, CELLS_PER_CHUNK // codec.mask_size**2)
+    rles = []
+    for some_vectors, some_boxes in zip(vectors.split(at_once), box_of.split(at_once), strict=True):
+        masks = codec.binarize(codec.decode(some_vectors)).cpu()
+        rles += paste_to_rle(masks, some_boxes, size)
+    return [dict(rles[row]) for row in place.tolist()]  # copies: a caller may rewrite its RLE's counts
+
+
+def _check_fit(
+    prediction: LayerPrediction,
+    original_sizes: Sequence[tuple[int, int]],
+    codec: MaskCodec | None,
+    class_names: Sequence[str],
+) -> None:
+    batch, _, classes = prediction.logits.shape
+    if len(original_sizes) != batch:
+        raise ValueError(f"{len(original_sizes)} original sizes for predictions of {batch} images")
+    if len(class_names) != classes:
+        raise ValueError(f"{len(class_names)} class names for {classes} class channels")
+    if codec is not None:
+        found = None if prediction.vectors is None else prediction.vectors.shape[-1]
+        if found != codec.vector_dim:
+            raise ValueError(
+                f"the model predicts vectors of length {found}, the codec has {codec.vector_dim}; "
+                "use the codec the model was trained with, or None for a plain detector"
+            )
