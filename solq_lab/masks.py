@@ -130,11 +130,13 @@ def _window_bitmap(
     polygons = _checked_polygons(segmentation)
     if not polygons:
         return torch.zeros(bottom - top, right - left, dtype=torch.uint8)
-    # COCO's rasteriser rounds vertices to fifths of a pixel, towards zero: a shift by whole pixels changes nothing as
-    # long as no vertex turns negative by it.
-    x_shift = max(0, min(left, *(int(polygon[:, 0].min()) for polygon in polygons)))
-    y_shift = max(0, min(top, *(int(polygon[:, 1].min()) for polygon in polygons)))
-    shifted = [(polygon - (x_shift, y_shift)).ravel().tolist() for polygon in polygons]
+    # COCO's rasteriser first rounds vertices to fifths of a pixel, and coordinates of one decimal are ties. Rounded here,
+    # in the picture, they survive a shift by whole pixels, whose own rounding would break the ties otherwise.
+    fifths = [np.trunc(5 * polygon + 0.5) for polygon in polygons]
+    low = np.min([polygon.min(axis=0) for polygon in fifths], axis=0) // 5
+    x_shift, y_shift = shift = np.maximum(np.minimum(low, (left, top)), 0).astype(int)
+    shifted = [polygon - 5 * shift for polygon in fifths]
+    shifted = [((polygon - (polygon < 0)) / 5).ravel().tolist() for polygon in shifted]  # it truncates towards zero
     rles = coco_rle.frPyObjects(shifted, bottom - y_shift, right - x_shift)
     bitmap = coco_rle.decode(coco_rle.merge(rles) if len(rles) > 1 else rles[0])
     return torch.from_numpy(bitmap[top - y_shift :, left - x_shift :])
