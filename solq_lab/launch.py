@@ -1,0 +1,409 @@
+"""Starting work and watching it: notebooks by papermill, training as a detached child process. Loads without torch.
+
+The kernel of a notebook never trains. Training runs in a session of its own and writes files; closing the browser,
+losing the kernel or the terminal loses nothing, and any notebook or terminal can follow it again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from solq_lab.config import ConfigError, Experiment, load_experiment
+from solq_lab.parameters import check_parameters
+from solq_lab.progress import Progress, status_line
+from solq_lab.runs import Run, RunError, create_run, load_run, replacing
+
+log = logging.getLogger(__name__)
+
+WORKSPACE = (
+    "SOLQ_LAB_WORKSPACE"  # environment variable: the folder that relative paths of a launched notebook start from
+)
+STARTING_SECONDS = 60  # a fresh training imports torch for so long at most before it takes the run's lock
+LOG_LINES_SHOWN = 15
+REFUSED = 2  # exit status of a training, and of the command line, for a mistake of the user's
+REFUSALS = frozenset(
+    [
+        "ConfigError",
+        "DataError",
+        "ExtensionBuildError",
+        "NotebookError",
+        "RunError",
+        "TrainingRefused",
+        "WeightMismatch",
+    ]
+)
+
+_children: dict[int, subprocess.Popen[bytes]] = {}  # trainings that this process started: their exit status is ours
+
+
+class NotebookFailed(RuntimeError):
+    """A cell of an executed notebook raised.
+
+    Attributes:
+        refused: the cell named a mistake of the user's, such as a missing folder; nothing of ours broke.
+    """
+
+    def __init__(self, message: str, *, refused: bool) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class TrainingFailed(RuntimeError):
+    """The training process ended without a trained model; the message holds how, and the last lines of its log."""
+
+
+class TrainingRefused(RunError):
+    """The training named a mistake of the user's before it began."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the training was asked to save and to stop; the message says where it stands."""
+
+
+# ---------------------------------------------------------------------------------------------------------- notebooks
+
+
+def run_notebook(
+    notebook: str | Path,
+    experiment_path: str | Path,
+    overrides: Sequence[str] = (),
+    runs_dir: str | Path = "runs",
+    *,
+    parameters: Mapping[str, Any] | None = None,
+) -> Path:
+    """Execute a notebook for an experiment; it is written into the run folder cell by cell, and as HTML at the end.
+
+    Everything that can be checked without work is checked first: the parameters, the experiment, the data folder.
+
+    Args:
+        notebook: a notebook with one cell tagged `parameters` that declares experiment, overrides and runs_dir.
+        experiment_path: the experiment's YAML file.
+        overrides: `section.key=value` changes to it.
+        runs_dir: folder of run folders.
+        parameters: further parameters of the notebook; text is converted to the declared type.
+
+    Returns:
+        The executed notebook, in the run folder; the HTML lies beside it.
+
+    Raises:
+        NotebookError: the notebook or a parameter cannot be used.
+        ConfigError: the experiment cannot be used, or its data folder is missing.
+        RunError: the run folder belongs to another experiment.
+        NotebookFailed: a cell raised; the full traceback is in the executed notebook.
+        Interrupted: Ctrl-C; a training of this run has been asked to save and to stop.
+    """
+    notebook = Path(notebook)
+    shared = {
+        "experiment": str(Path(experiment_path).absolute()),
+        "overrides": list(overrides),
+        "runs_dir": str(Path(runs_dir).absolute()),
+    }
+    values = check_parameters(notebook, dict(parameters or {}) | shared)
+    experiment = load_experiment(experiment_path, list(overrides))
+    check_data_folder(experiment)
+    run = create_run(experiment, runs_dir)
+    executed = run.folder / notebook.name
+    os.environ[WORKSPACE] = str(Path.cwd())  # the kernel inherits it
+    execution = _Execution(notebook, executed, values)
+    try:
+        execution.start()
+        _watch(execution, run)
+    except KeyboardInterrupt:
+        message = stop_training(run.folder)
+        execution.join(timeout=30.0)  # the cell that followed the training ends by itself, and papermill saves
+        raise Interrupted(message) from None
+    if executed.exists():
+        export_html(executed)
+    if execution.error is not None:
+        raise _explain_failure(notebook, executed, execution.error)
+    return executed
+
+
+def export_html(notebook: Path) -> Path:
+    """Write an executed notebook as one HTML file beside it, and return that file's path."""
+    from nbconvert import HTMLExporter
+
+    html, _ = HTMLExporter().from_filename(str(notebook))
+    target = notebook.with_suffix(".html")
+    with replacing(target) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return target
+
+
+def check_data_folder(experiment: Experiment) -> None:
+    """Refuse an experiment whose data folder is not there, unless it is one that is drawn on demand.
+
+    Raises:
+        ConfigError: data.root is empty or missing, or lacks a file or folder that the experiment names.
+    """
+    data = experiment.data
+    if data.generate != "none":
+        return
+    if not data.root:
+        raise ConfigError("data.root: found '', allowed is a folder with images and annotations; add data.root=FOLDER")
+    _require("data.root", Path(data.root))
+    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
+        _require(f"data.{key}", Path(data.root) / getattr(data, key))
+
+
+def prepare_data(experiment: Experiment) -> None:
+    """Draw the experiment's shapes where they are missing; any other data folder only has to be there.
+
+    Raises:
+        ConfigError: the data folder is missing, or lacks a file or folder that the experiment names.
+        DataError: the folder holds shapes of other settings.
+    """
+    check_data_folder(experiment)
+    data = experiment.data
+    if data.generate == "none":
+        return
+    from solq_lab.data.shapes import write_shapes
+
+    write_shapes(Path(data.root), level=data.generate, train=data.generate_train, val=data.generate_val)
+
+
+def enter_workspace() -> Path:
+    """Go to the folder that relative paths start from, and return it.
+
+    That is the folder `solq-lab run` was called in; for a notebook opened in JupyterLab, whose kernel starts beside it,
+    the nearest folder above that holds `experiments` and `notebooks`.
+    """
+    here = Path.cwd()
+    checkouts = (folder for folder in (here, *here.parents) if {"experiments", "notebooks"} <= set(os.listdir(folder)))
+    launched = os.environ.get(WORKSPACE)
+    workspace = Path(launched) if launched else next(checkouts, here)
+    os.chdir(workspace)
+    return workspace
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def start_training(run_folder: str | Path, processes: int | None = None) -> int | None:
+    """Start, or resume, the training of a run in a child process that outlives this one.
+
+    Args:
+        run_folder: the run; what the child prints goes to its train.log, its process id to train.pid.
+        processes: training processes, by default the experiment's train.gpus; several are started by torchrun.
+
+    Returns:
+        The child's process id, or None when there is nothing to start: the run is finished, or is being trained.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    run = load_run(run_folder)
+    if run.status()["state"] == "finished":
+        log.info("%s: finished at step %s, nothing to train", run.folder, run.status()["step"])
+        return None
+    if _is_alive(run):
+        log.info("%s: process %s is training already", run.folder, _recorded_pid(run))
+        return None
+    with run.log_file.open("ab") as output:
+        child = subprocess.Popen(
+            training_command(run, processes or run.experiment.train.gpus),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # neither Ctrl-C in a terminal nor the end of a kernel reaches it
+        )
+    _children[child.pid] = child
+    with replacing(_pid_file(run)) as temporary:
+        temporary.write_text(f"{child.pid}\n")
+    log.info("%s: training in process %d, log in %s", run.folder, child.pid, run.log_file)
+    return child.pid
+
+
+def training_command(run: Run, processes: int) -> list[str]:
+    """What trains a run: Python itself for one process, torchrun for several."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(torchrun if processes > 1 else []), "-m", "solq_lab.training", str(run.folder)]
+
+
+def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
+    """Show the progress of a training until it ends; any process may follow, at any time, as often as it likes.
+
+    Interrupting leaves the training alone: `stop_training` stops it.
+
+    Args:
+        run_folder: the run.
+        interval: seconds between two looks.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        TrainingRefused: the training named a mistake of the user's.
+        TrainingFailed: the training died; the message names its signal and the last lines of its log.
+    """
+    run = load_run(run_folder)
+    progress = Progress(run)
+    with status_line() as show:
+        while _is_alive(run):
+            show(progress.read())
+            time.sleep(interval)
+        show(progress.read())
+    if run.status()["state"] != "finished":
+        raise _explain_death(run)
+    return run
+
+
+def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
+    """Ask a training once to save and to stop, and wait until it has.
+
+    Args:
+        run_folder: the run.
+        patience: seconds to wait for the checkpoint.
+
+    Returns:
+        One sentence about where the run stands.
+    """
+    run = load_run(run_folder)
+    pid = _recorded_pid(run)
+    if pid is None or not _is_alive(run):
+        return f"{run.folder}: no training was running; the same command goes on from here"
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    while _is_alive(run):
+        if time.monotonic() > deadline:
+            return f"{run.folder}: process {pid} is still saving after {patience:.0f} s; it will stop by itself"
+        time.sleep(0.2)
+    return f"{run.folder}: stopped at step {run.status()['step']}; the same command resumes the training there"
+
+
+# ------------------------------------------------------------------------------------------------------------ details
+
+
+class _Execution(threading.Thread):
+    """Papermill in a thread, so that Ctrl-C reaches the main thread and not papermill's event loop."""
+
+    def __init__(self, notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self._arguments = (str(notebook), str(executed), parameters)
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        import papermill
+
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        try:
+            papermill.execute_notebook(*self._arguments, progress_bar=False)
+        except Exception as error:  # handed to the main thread, which explains it
+            self.error = error
+
+
+def _watch(execution: _Execution, run: Run) -> None:
+    """Show in the terminal how the training of a notebook goes, until the notebook ends."""
+    progress = Progress(run)
+    with status_line() as show:
+        while execution.is_alive():
+            execution.join(timeout=1.0)
+            if run.is_training():
+                show(progress.read())
+
+
+def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Exception:
+    """What to raise for an error of papermill: failed cell and dead kernel in a few lines, anything else as it is."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, DeadKernelError):
+        cure = "a training it followed goes on; the same command takes it up again"
+        return NotebookFailed(f"{notebook}: its kernel was killed (often: out of memory); {cure}", refused=False)
+    if not isinstance(error, PapermillExecutionError):
+        return error
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    arrow = re.search(r"^-+> *\d+ (.*)$", plain, re.MULTILINE)  # IPython points at the line of the cell that failed
+    where = f" at: {arrow.group(1).strip()}" if arrow else ""
+    message = "\n".join(
+        [
+            f"{notebook}: cell {error.exec_count} failed{where}",
+            f"{error.ename}: {error.evalue}",
+            f"The full traceback is in {executed}",
+        ]
+    )
+    return NotebookFailed(message, refused=error.ename in REFUSALS)
+
+
+def _explain_death(run: Run) -> Exception:
+    """What to raise for a training that ended without finishing."""
+    status = run.status()
+    child = _children.get(_recorded_pid(run) or 0)
+    code = None if child is None else child.poll()
+    if code == REFUSED and status["message"]:
+        return TrainingRefused(status["message"])
+    if status["state"] == "preempted":
+        return TrainingFailed(f"{run.folder}: stopped at step {status['step']}; run again to resume it there")
+    how = f"exit status {code}"
+    if code is None:
+        how = "a status that only the process that started it knows; a kill from outside leaves no other trace"
+    elif code < 0:
+        how = f"signal {signal.Signals(-code).name}" + (" (often: out of memory)" if code == -signal.SIGKILL else "")
+    lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if run.log_file.exists() else []
+    message = [
+        f"{run.folder}: the training ended at step {status['step']} with {how}; run again to resume it",
+        f"Last lines of {run.log_file}:",
+        *(f"  {line}" for line in lines[-LOG_LINES_SHOWN:]),
+    ]
+    return TrainingFailed("\n".join(message))
+
+
+def _is_alive(run: Run) -> bool:
+    """Whether somebody trains the run: our child, the holder of its lock, or a process on its way to the lock."""
+    pid = _recorded_pid(run)
+    child = _children.get(pid or 0)
+    if child is not None:
+        return child.poll() is None
+    if run.is_training():
+        return True
+    if pid is None:
+        return False
+    started = _pid_file(run).stat().st_mtime
+    on_its_way = time.time() - started < STARTING_SECONDS and run.status().get("time", 0.0) < started
+    return on_its_way and _exists(pid)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _pid_file(run: Run) -> Path:
+    return run.folder / "train.pid"
+
+
+def _recorded_pid(run: Run) -> int | None:
+    try:
+        return int(_pid_file(run).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _require(key: str, path: Path) -> None:
+    """Refuse a path that is not there, naming the nearest that is."""
+    if path.exists():
+        return
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    names = sorted(os.listdir(folder))
+    missing = path.relative_to(folder).parts[0]
+    nearest = difflib.get_close_matches(missing, names, n=1)
+    hint = f"did you mean {folder / nearest[0]}?" if nearest else f"{folder} holds {', '.join(names[:8]) or 'nothing'}"
+    raise ConfigError(f"{key}: found {path}, which does not exist; {hint}; set {key}=...")
