@@ -130,7 +130,7 @@ def _window_bitmap(
     polygons = _checked_polygons(segmentation)
     if not polygons:
         return torch.zeros(bottom - top, right - left, dtype=torch.uint8)
-    # COCO's rasteriser first rounds vertices to fifths of a pixel, and coordinates of one decimal are ties. Rounded here,
+    # COCO's rasteriser first rounds vertices to fifths of a pixel; coordinates of one decimal are ties. Rounded here,
     # in the picture, they survive a shift by whole pixels, whose own rounding would break the ties otherwise.
     fifths = [np.trunc(5 * polygon + 0.5) for polygon in polygons]
     low = np.min([polygon.min(axis=0) for polygon in fifths], axis=0) // 5
