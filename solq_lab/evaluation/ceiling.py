@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as rle_api
+from torch import Tensor
 
 from solq_lab import masks
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.data.annotations import Objects, read_annotations, tabulate_objects, tabulate_pictures
+from solq_lab.data.annotations import read_annotations, tabulate_objects, tabulate_pictures
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.summary import Evaluation
 
@@ -52,24 +54,22 @@ def codec_ceiling(
     document = annotations if isinstance(annotations, dict) else read_annotations(source)
     pictures = tabulate_pictures(document, source)
     objects = tabulate_objects(document, source, pictures, with_masks=True)
-    wanted = (
-        np.arange(len(pictures.ids)) if image_ids is None else np.flatnonzero(np.isin(pictures.ids, list(image_ids)))
-    )
+    chosen = sorted(pictures.ids.tolist() if image_ids is None else image_ids)[:max_images]
     results: list[dict] = []
     overlaps: list[float] = []
-    for picture in wanted[:max_images].tolist():
-        size = tuple(pictures.sizes[picture].tolist())
+    for picture in np.flatnonzero(np.isin(pictures.ids, chosen)).tolist():
+        image_id, size = int(pictures.ids[picture]), tuple(pictures.sizes[picture].tolist())
         first, last = objects.starts[picture : picture + 2].tolist()
         for start in range(first, last, _MASKS_AT_ONCE):
-            rows = range(start, min(start + _MASKS_AT_ONCE, last))
-            sent = [_segmentation(objects, row) for row in rows]
-            received = _send_through(codec, sent, torch.from_numpy(objects.boxes[rows.start : rows.stop]), size)
+            rows = slice(start, min(start + _MASKS_AT_ONCE, last))
+            sent = [objects.segmentations[row] for row in objects.order[rows]]
+            received = _send_through(codec, sent, torch.from_numpy(objects.boxes[rows]), size)
             overlaps += [
-                _iou(masks.segmentation_to_rle(one, size), other) for one, other in zip(sent, received, strict=True)
+                _iou(masks.segmentation_to_rle(one, size), rle) for one, rle in zip(sent, received, strict=True)
             ]
             results += [
-                {"image_id": int(pictures.ids[picture]), "category_id": category, "score": 1.0, "segmentation": rle}
-                for category, rle in zip(objects.categories[rows.start : rows.stop].tolist(), received, strict=True)
+                {"image_id": image_id, "category_id": category_id, "score": 1.0, "segmentation": rle}
+                for category_id, rle in zip(objects.categories[rows].tolist(), received, strict=True)
             ]
     evaluation = evaluate_results(
         document,
@@ -77,24 +77,19 @@ def codec_ceiling(
         kinds=("segm", "boundary"),
         area_sides=area_sides,
         boundary_ratio=boundary_ratio,
-        image_ids=pictures.ids[wanted[:max_images]].tolist(),
+        image_ids=chosen,
     )
-    mean_iou = float(np.mean(overlaps)) if overlaps else float("nan")
+    mean_iou = float(np.mean(overlaps)) if overlaps else math.nan
     return dataclasses.replace(evaluation, metrics=evaluation.metrics | {"segm.IoU": mean_iou})
 
 
-def _segmentation(objects: Objects, row: int) -> list | dict:
-    return objects.segmentations[objects.order[row]]
-
-
 @torch.inference_mode()
-def _send_through(codec: MaskCodec, segmentations: list, boxes: torch.Tensor, size: tuple[int, int]) -> list[dict]:
-    """RLEs of the objects of one picture after encoding and decoding; boxes (K, 4) xyxy in its pixels."""
-    in_box = masks.rasterize_in_box(segmentations, boxes, size, codec.mask_size)  # (K, N, N)
-    tables = next(codec.buffers(), None)
-    sent = in_box if tables is None else in_box.to(tables.device)
-    decoded = codec.binarize(codec.decode(codec.encode(sent)))
-    return masks.paste_to_rle(decoded.cpu(), boxes, size)
+def _send_through(codec: MaskCodec, segmentations: list, boxes: Tensor, size: tuple[int, int]) -> list[dict]:
+    """RLEs of objects of one picture after encoding and decoding; boxes (K, 4) xyxy in its pixels."""
+    bits = masks.rasterize_in_box(segmentations, boxes, size, codec.mask_size)  # (K, N, N)
+    table = next(codec.buffers(), None)
+    decoded = codec.decode(codec.encode(bits if table is None else bits.to(table.device)))
+    return masks.paste_to_rle(codec.binarize(decoded), boxes, size)
 
 
 def _iou(one: dict, other: dict) -> float:

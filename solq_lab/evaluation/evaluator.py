@@ -1,0 +1,224 @@
+"""From a model to its numbers: predict a data set, on one process or several, and score what was found."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from solq_lab import distributed
+from solq_lab.build import build_codec, build_dataset
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.config import Experiment
+from solq_lab.data.coco import CocoDataset
+from solq_lab.data.loader import make_loader
+from solq_lab.evaluation.ceiling import codec_ceiling
+from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
+from solq_lab.evaluation.results import detections_to_results, write_results
+from solq_lab.evaluation.summary import Evaluation
+from solq_lab.inference.postprocess import postprocess
+from solq_lab.inference.predictor import Predictor
+from solq_lab.runs import Run, RunError, hash_file, read_json, write_json
+from solq_lab.structures import Detections
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 30  # of progress, where it goes to a log file and every update is a new line
+
+
+def predict_dataset(
+    model: nn.Module,
+    codec: MaskCodec | None,
+    dataset: CocoDataset,
+    *,
+    batch_size: int = DEFAULTS.batch_size,
+    top_k: int = DEFAULTS.top_k,
+    device: torch.device | str = "cpu",
+    max_images: int | None = None,
+    workers: int = 0,
+) -> Iterator[tuple[int, Detections]]:
+    """Image id and detections of every picture, one after the other; only one batch is in memory.
+
+    Where several processes have joined a group, each predicts its share of the batches. Batches are the same however
+    many processes there are, because padding a picture to its batch's size changes its numbers slightly.
+
+    Args:
+        model: the network, on `device`; it predicts in evaluation mode and is left in the mode it came in.
+        codec: its mask code, on `device`, or None for a plain detector.
+        dataset: the pictures, with and without objects.
+        batch_size: pictures per forward pass.
+        top_k: detections kept per picture.
+        device: where the network is.
+        max_images: only the first so many pictures. None: all.
+        workers: processes that read pictures; 0 reads them here.
+    """
+    indices = list(range(len(dataset))[:max_images])
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    share = batches[distributed.rank() :: distributed.world_size()]
+    was_training = model.training
+    model.eval()
+    try:
+        with _progress(sum(map(len, share))) as progress, torch.inference_mode():
+            for images, targets in make_loader(dataset, share, workers):
+                prediction = model(images.to(device).normalised()).layers[-1]
+                sizes = [target.original_size for target in targets]
+                found = postprocess(prediction, sizes, codec, top_k=top_k, class_names=dataset.classes.names)
+                for target, detections in zip(targets, found, strict=True):
+                    yield target.image_id, detections
+                progress.update(len(targets))
+    finally:
+        model.train(was_training)
+
+
+def evaluate_model(
+    model: nn.Module,
+    codec: MaskCodec | None,
+    dataset: CocoDataset,
+    *,
+    batch_size: int = DEFAULTS.batch_size,
+    top_k: int = DEFAULTS.top_k,
+    area_sides: tuple[float, float] = DEFAULTS.area_sides,
+    boundary_ratio: float = DEFAULTS.boundary_ratio,
+    device: torch.device | str = "cpu",
+    max_images: int | None = None,
+    workers: int = 0,
+) -> tuple[list[dict], Evaluation]:
+    """Predicts a data set and scores it; a plain detector (`codec` None) has box numbers only.
+
+    Every process of a group has to call it: each predicts its share, the main one scores.
+
+    Args:
+        model, codec, dataset, batch_size, top_k, device, max_images, workers: as in `predict_dataset`.
+        area_sides, boundary_ratio: as in `evaluate_results`.
+
+    Returns:
+        COCO results of all pictures by rising image id (empty on other processes than the main one), and the numbers
+        (on every process).
+    """
+    share: list[dict] = []
+    for image_id, detections in predict_dataset(
+        model,
+        codec,
+        dataset,
+        batch_size=batch_size,
+        top_k=top_k,
+        device=device,
+        max_images=max_images,
+        workers=workers,
+    ):
+        share += detections_to_results(detections, image_id, dataset.classes)
+    results = sorted(_gather_on_main(share), key=lambda result: result["image_id"])  # stable: best score stays first
+    evaluation = None
+    if distributed.is_main():
+        evaluation = evaluate_results(
+            dataset.annotations,
+            results,
+            kinds=("box",) if codec is None else KINDS,
+            area_sides=area_sides,
+            boundary_ratio=boundary_ratio,
+            image_ids=list(dataset.image_ids[:max_images]),
+        )
+    return results, distributed.gather_objects(evaluation)[0]
+
+
+def evaluate_run(run: Run, *, device: torch.device | str | None = None) -> Evaluation:
+    """Evaluates a run's trained weights on its validation split, as its experiment says.
+
+    Writes `detections.json.gz` and `results.json` (the numbers, the settings, and fingerprints of weights and
+    annotations) into the run folder. Where results of the same weights, annotations and settings are there already,
+    they are returned and nothing is computed.
+
+    Args:
+        run: a run whose training is finished.
+        device: where to predict. None: this process's GPU, or the CPU.
+
+    Raises:
+        RunError: the run has no trained weights.
+        DataError: the validation split cannot be used.
+    """
+    if not run.weights.exists():
+        raise RunError(f"{run.folder}: no {run.weights.name} yet ({run.status()['state']}); finish the training first")
+    experiment = run.experiment
+    about = _what_is_evaluated(experiment, run.weights)
+    finished = _finished_results(run, about)
+    if finished is not None:
+        logger.info("%s: results of these weights are there already", run.results)
+        return finished
+    device = distributed.device() if device is None else torch.device(device)
+    predictor = Predictor(run.weights, device=device)
+    started = time.perf_counter()
+    settings = experiment.evaluation
+    results, evaluation = evaluate_model(
+        predictor.model,
+        predictor.codec,
+        build_dataset(experiment, "val", classes=predictor.classes),
+        batch_size=settings.batch_size,
+        top_k=settings.top_k,
+        area_sides=settings.area_sides,
+        boundary_ratio=settings.boundary_ratio,
+        device=device,
+        max_images=settings.max_images,
+        workers=experiment.data.workers,
+    )
+    if distributed.is_main():
+        write_results(run.detections, results)
+        write_json(run.results, evaluation.to_dict() | about | {"seconds": time.perf_counter() - started})
+    return evaluation
+
+
+def run_ceiling(run: Run) -> Evaluation | None:
+    """What the run's mask code allows on its validation split (`codec_ceiling`); None for a plain detector."""
+    codec = build_codec(run.experiment)
+    if codec is None:
+        return None
+    settings = run.experiment.evaluation
+    return codec_ceiling(
+        _validation_annotations(run.experiment),
+        codec,
+        area_sides=settings.area_sides,
+        boundary_ratio=settings.boundary_ratio,
+        max_images=settings.max_images,
+    )
+
+
+def _validation_annotations(experiment: Experiment) -> Path:
+    return Path(experiment.data.root) / experiment.data.val_annotations
+
+
+def _what_is_evaluated(experiment: Experiment, weights: Path) -> dict:
+    """Everything the numbers depend on, as JSON types."""
+    annotations = _validation_annotations(experiment)
+    return {
+        "settings": experiment.evaluation.model_dump(mode="json"),
+        "scale": [experiment.data.test_scale, experiment.data.max_size],
+        "weights": hash_file(weights),
+        "annotations": hash_file(annotations) if annotations.is_file() else None,
+    }
+
+
+def _finished_results(run: Run, about: dict) -> Evaluation | None:
+    if not (run.results.exists() and run.detections.exists()):
+        return None
+    stored = read_json(run.results)
+    return Evaluation.from_dict(stored) if all(stored.get(key) == value for key, value in about.items()) else None
+
+
+def _gather_on_main(share: list[dict]) -> list[dict]:
+    """The results of all processes on the main one, nothing on the others."""
+    if distributed.world_size() == 1:
+        return share
+    shares: list[list[dict]] | None = [[]] * distributed.world_size() if distributed.is_main() else None
+    dist.gather_object(share, shares)
+    return [result for results in shares or () for result in results]
+
+
+def _progress(total: int) -> tqdm:
+    interval = 0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+    return tqdm(total=total, desc="evaluating", unit="img", mininterval=interval, disable=not distributed.is_main())
