@@ -1,4 +1,4 @@
-"""Rebuilds what a golden model folder describes: weights from their rule, pictures, targets, and our model for its `args`.
+"""Rebuilds what a golden model folder describes: weights from their rule, pictures, targets, our model for its `args`.
 
 The folder's own README states the rules (weights are not stored but drawn from a seed per tensor name). Shared by the
 tests of the model, of the losses and of the post-processing.
@@ -60,7 +60,7 @@ class Fixture:
             self.arrays: dict[str, np.ndarray] = {name: stored[name] for name in stored.files}
 
     def official_state(self) -> dict[str, Tensor]:
-        """State dict of the released model: its names, its order, float32; aliases are one tensor under several names."""
+        """The released model's state dict: its names and order, float32; aliases are one tensor under several names."""
         drawn: dict[str, Tensor] = {}
         state = {}
         for name, shape, _, canonical in self.record["state_dict"]:

@@ -1,0 +1,109 @@
+"""The unified query head: one query, three answers (class, box, mask vector). Paper: section 3.2, fig. 2."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from solq_lab.structures import LayerPrediction
+
+PRIOR = 0.01  # score of every class before training, so that the focal loss starts small
+EDGE = 1e-5  # references this near to 0 or 1 count as being there
+
+
+def inverse_sigmoid(values: Tensor) -> Tensor:
+    """Logits of numbers 0..1, finite at both ends."""
+    values = values.clamp(0, 1)
+    return torch.log(values.clamp(min=EDGE) / (1 - values).clamp(min=EDGE))
+
+
+class MLP(nn.Module):
+    """Three linear layers with ReLU between; the last starts at zero, so that every answer starts as its bias."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)])
+        nn.init.zeros_(self.layers[2].weight)
+        nn.init.zeros_(self.layers[2].bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        first, second, last = self.layers
+        return last(F.relu(second(F.relu(first(features)))))
+
+
+class VectorMLP(MLP):
+    """Mask vectors of queries; all decoder layers share one.
+
+    Args:
+        width: C.
+        hidden: features of the two hidden layers.
+        vector_dim: D.
+        standardise: answer in units of the training vectors' spread (`set_statistics`). Otherwise, as released,
+            coefficients 2 and higher start at -2.
+    """
+
+    def __init__(self, width: int, hidden: int, vector_dim: int, *, standardise: bool = False) -> None:
+        super().__init__(width, hidden, vector_dim)
+        self.standardise = standardise
+        if standardise:
+            self.register_buffer("vector_center", torch.zeros(vector_dim))
+            self.register_buffer("vector_spread", torch.ones(vector_dim))
+        else:
+            nn.init.constant_(self.layers[2].bias[2:], -2.0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., C) -> (..., D)."""
+        vectors = super().forward(features)
+        return self.vector_center + self.vector_spread * vectors if self.standardise else vectors
+
+    def set_statistics(self, center: Tensor, spread: Tensor) -> None:
+        """Take centre and spread, each (D,), of the training vectors.
+
+        Raises:
+            ValueError: the head does not standardise, or the lengths differ.
+        """
+        if not self.standardise:
+            raise ValueError("this vector head answers in plain coefficients; build the model with standardise_vectors")
+        if center.shape != self.vector_center.shape or spread.shape != self.vector_spread.shape:
+            raise ValueError(
+                f"vector statistics of shapes {tuple(center.shape)} and {tuple(spread.shape)} do not fit vectors of "
+                f"length {self.vector_center.numel()}; take both over the training vectors of this codec"
+            )
+        self.vector_center.copy_(center)
+        self.vector_spread.copy_(spread)
+
+
+class UnifiedQueryHead(nn.Module):
+    """Class, box and mask vector of each query after one decoder layer.
+
+    Args:
+        width: C.
+        num_classes: S, class channels.
+        vector: the mask-vector head that all layers share, or None for a plain detector.
+    """
+
+    def __init__(self, width: int, num_classes: int, vector: VectorMLP | None) -> None:
+        super().__init__()
+        self.classify = nn.Linear(width, num_classes)
+        self.box = MLP(width, width, 4)
+        self.vector = vector
+        nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
+
+    def forward(self, queries: Tensor, reference: Tensor) -> LayerPrediction:
+        """What the queries say.
+
+        Args:
+            queries: (B, J, C).
+            reference: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image; boxes are said
+                relative to it.
+        """
+        delta = self.box(queries)
+        anchor = inverse_sigmoid(reference)
+        if reference.shape[-1] == 2:
+            anchor = F.pad(anchor, (0, 2))  # a point says nothing about size
+        vectors = None if self.vector is None else self.vector(queries)
+        return LayerPrediction(self.classify(queries), (delta + anchor).sigmoid(), vectors)

@@ -1,0 +1,329 @@
+"""The released implementation's names of the weights, beside ours.
+
+One table per architecture, in the released order, serves both directions. Released files hold some tensors under
+several names: the mask-vector head once per layer, the box heads once more inside the decoder, and without box
+refinement every head once per layer. Here each such name points to the one that we keep.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+SWIN_BLOCKS = {"swin_t": (2, 2, 6, 2), "swin_s": (2, 2, 18, 2), "swin_b": (2, 2, 18, 2), "swin_l": (2, 2, 18, 2)}
+SWIN_WIDTHS = {"swin_t": 96, "swin_s": 96, "swin_b": 128, "swin_l": 192}
+SWIN_INDEX = "relative_position_index"  # stored by the released Swin, computed by ours
+DEFAULT_HEADS = 8  # all released models; tensor shapes do not tell
+WEIGHT_BIAS = ("weight", "bias")
+BODY = "backbone.0.body."
+
+
+class WeightMismatch(ValueError):
+    """Weights that do not fit: the message names the file, the tensor, what was found, what is expected, the cure."""
+
+
+class Layout(NamedTuple):
+    """What decides which tensors a model has: names, not sizes. `backbone` is a name, `vectors` whether it is SOLQ."""
+
+    backbone: str
+    levels: int
+    encoder_layers: int
+    decoder_layers: int
+    refine_boxes: bool
+    two_stage: bool
+    vectors: bool
+
+
+def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state without what wrappers put before the names: `module.` (parallel training), `detr.` (mask branch)."""
+    return {name.removeprefix("module.").removeprefix("detr."): tensor for name, tensor in state.items()}
+
+
+def is_official(names: Iterable[str]) -> bool:
+    """Whether these are released names of a whole detector, prefixes stripped."""
+    return "transformer.level_embed" in names
+
+
+def official_layout(state: Mapping[str, Tensor], *, source: str = "state dict") -> Layout:
+    """The layout of a state dict in released naming, prefixes stripped.
+
+    Raises:
+        WeightMismatch: it is not a detector of this family.
+    """
+    if not is_official(state):
+        raise WeightMismatch(
+            f"{source}: no tensor transformer.level_embed (found {_some(state)}); allowed are released SOLQ and "
+            "Deformable DETR checkpoints"
+        )
+    decoder_layers = _count(state, r"transformer\.decoder\.layers\.(\d+)\.")
+    two_stage = "transformer.enc_output.weight" in state
+    return Layout(
+        backbone=_backbone_name(state, source),
+        levels=state["transformer.level_embed"].shape[0],
+        encoder_layers=_count(state, r"transformer\.encoder\.layers\.(\d+)\."),
+        decoder_layers=decoder_layers,
+        refine_boxes=two_stage
+        or "transformer.decoder.bbox_embed.0.layers.0.weight" in state
+        or _differ(state, [f"bbox_embed.{layer}.layers.2.bias" for layer in range(decoder_layers)]),
+        two_stage=two_stage,
+        vectors="vector_embed.0.layers.0.weight" in state,
+    )
+
+
+def own_layout(state: Mapping[str, Tensor], *, source: str = "state dict") -> Layout:
+    """The layout of a state dict in our naming.
+
+    A single decoder layer does not tell whether boxes are refined; it counts as refined.
+
+    Raises:
+        WeightMismatch: it is not one of our models, or its backbone has no released counterpart.
+    """
+    if "level_embedding" not in state:
+        raise WeightMismatch(f"{source}: no tensor level_embedding (found {_some(state)}); allowed are SOLQ weights")
+    decoder_layers = _count(state, r"decoder\.(\d+)\.")
+    two_stage = "proposal_projection.weight" in state
+    released = {BODY + name.removeprefix("backbone."): tensor for name, tensor in state.items() if "backbone." in name}
+    biases = [f"heads.{layer}.box.layers.2.bias" for layer in range(decoder_layers)]
+    return Layout(
+        backbone=_backbone_name(released, source),
+        levels=state["level_embedding"].shape[0],
+        encoder_layers=_count(state, r"encoder\.(\d+)\."),
+        decoder_layers=decoder_layers,
+        refine_boxes=two_stage or decoder_layers == 1 or _differ(state, biases),
+        two_stage=two_stage,
+        vectors="heads.0.vector.layers.0.weight" in state,
+    )
+
+
+def name_table(layout: Layout) -> list[tuple[str, str | None]]:
+    """(released name, our name) of every tensor, in the released order; None where ours is computed, not stored."""
+    return list(_detector_names(layout))
+
+
+def own_aliases(layout: Layout) -> dict[str, str]:
+    """Our names of shared tensors -> the one of them that `name_table` uses."""
+    aliases = {}
+    for layer in range(1, layout.decoder_layers):
+        if layout.vectors:
+            aliases |= {f"heads.{layer}.vector.{name}": f"heads.0.vector.{name}" for name in _mlp()}
+        if not layout.refine_boxes:
+            aliases |= {f"heads.{layer}.{name}": f"heads.0.{name}" for _, name in _class_and_box()}
+    return aliases
+
+
+def infer_architecture(state: Mapping[str, Tensor], args: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """The sections `model`, `codec` and `data` of the experiment that fits a state dict in released naming.
+
+    Tensor shapes tell nearly everything. What they do not tell (heads, dilation, activation, mask size, the query count
+    of a two-stage model) is taken from `args`, the released configuration that checkpoints carry; without it heads are
+    the released 8 and the rest is left to the schema's defaults.
+
+    Raises:
+        WeightMismatch: it is not a detector of this family, or a size does not divide by heads and levels.
+    """
+    state, args = strip_prefixes(state), args or {}
+    layout = official_layout(state)
+    heads = args.get("nheads", DEFAULT_HEADS)
+    first = "transformer.decoder.layers.0."
+    model: dict[str, Any] = {
+        "backbone": layout.backbone,
+        "pretrained": "none",
+        "levels": layout.levels,
+        "width": state["transformer.level_embed"].shape[1],
+        "heads": heads,
+        "encoder_layers": layout.encoder_layers,
+        "decoder_layers": layout.decoder_layers,
+        "decoder_points": _points(state, f"{first}cross_attn.attention_weights.bias", heads, layout.levels),
+        "feedforward": state[f"{first}linear1.bias"].shape[0],
+        "refine_boxes": layout.refine_boxes,
+        "two_stage": layout.two_stage,
+    }
+    if layout.encoder_layers:
+        name = "transformer.encoder.layers.0.self_attn.attention_weights.bias"
+        model["encoder_points"] = _points(state, name, heads, layout.levels)
+    if layout.vectors:
+        model["vector_hidden"] = state["vector_embed.0.layers.0.bias"].shape[0]
+    if not layout.two_stage:
+        model["queries"] = state["query_embed.weight"].shape[0]
+    elif "num_queries" in args:
+        model["queries"] = args["num_queries"]
+    for key in ("dilation", "activation", "dropout"):
+        if key in args:
+            model[key] = args[key]
+    codec: dict[str, Any] = {"kind": "none"}
+    if layout.vectors:
+        codec = {"kind": "dct", "vector_dim": state["vector_embed.0.layers.2.bias"].shape[0]}
+        if "gt_mask_len" in args:
+            codec["mask_size"] = args["gt_mask_len"]
+    # The released code uses COCO's category id as the class channel.
+    data = {"class_ids": "raw", "num_classes": state["class_embed.0.bias"].shape[0]}
+    return {"model": model, "codec": codec, "data": data}
+
+
+def swin_position_index(window: int) -> Tensor:
+    """Row of a Swin's bias table for each pair of cells in a window: (window^2, window^2) int64."""
+    cell = torch.arange(window**2)
+    y, x = cell // window, cell % window
+    rows = (y.unsqueeze(1) - y + window - 1) * (2 * window - 1)
+    return rows + (x.unsqueeze(1) - x + window - 1)
+
+
+def own_swin_name(name: str) -> str:
+    """Our name of a tensor in the released Swin, without `backbone` prefixes.
+
+    A stage's down-sampling closes the stage before it there, and opens the stage after it here and in timm.
+    """
+    name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) + 1}.downsample.", name)
+    return re.sub(r"^norm([123])\.", r"norms.\1.", name)
+
+
+def _detector_names(layout: Layout) -> Iterator[tuple[str, str | None]]:
+    yield "transformer.level_embed", "level_embedding"
+    for layer in range(layout.encoder_layers):
+        official, own = f"transformer.encoder.layers.{layer}.", f"encoder.{layer}."
+        yield from _pairs(f"{official}self_attn.", f"{own}attention.", _deformable())
+        yield from _pairs(f"{official}norm1.", f"{own}attention_norm.", WEIGHT_BIAS)
+        yield from _pairs(official, f"{own}feedforward.", _linears("linear1", "linear2"))
+        yield from _pairs(f"{official}norm2.", f"{own}feedforward.norm.", WEIGHT_BIAS)
+    for layer in range(layout.decoder_layers):
+        official, own = f"transformer.decoder.layers.{layer}.", f"decoder.{layer}."
+        yield from _pairs(f"{official}cross_attn.", f"{own}cross_attention.", _deformable())
+        yield from _pairs(f"{official}norm1.", f"{own}cross_norm.", WEIGHT_BIAS)
+        in_out = ("in_proj_weight", "in_proj_bias", *_linears("out_proj"))
+        yield from _pairs(f"{official}self_attn.", f"{own}self_attention.", in_out)
+        yield from _pairs(f"{official}norm2.", f"{own}self_norm.", WEIGHT_BIAS)
+        yield from _pairs(official, f"{own}feedforward.", _linears("linear1", "linear2"))
+        yield from _pairs(f"{official}norm3.", f"{own}feedforward.norm.", WEIGHT_BIAS)
+    heads = _official_heads(layout)
+    if layout.refine_boxes:
+        for number, head in enumerate(heads):
+            yield from _pairs(f"transformer.decoder.bbox_embed.{number}.", f"{head}.box.", _mlp())
+    if layout.two_stage:
+        for number, head in enumerate(heads):
+            yield from _pairs(f"transformer.decoder.class_embed.{number}.", f"{head}.classify.", WEIGHT_BIAS)
+        yield from _pairs("transformer.enc_output.", "proposal_projection.", WEIGHT_BIAS)
+        yield from _pairs("transformer.enc_output_norm.", "proposal_norm.", WEIGHT_BIAS)
+        yield from _pairs("transformer.pos_trans.", "query_projection.", WEIGHT_BIAS)
+        yield from _pairs("transformer.pos_trans_norm.", "query_norm.", WEIGHT_BIAS)
+    else:
+        yield from _pairs("transformer.reference_points.", "reference_points.", WEIGHT_BIAS)
+    for number, head in enumerate(heads):
+        yield from _pairs(f"class_embed.{number}.", f"{head}.classify.", WEIGHT_BIAS)
+    for number, head in enumerate(heads):
+        yield from _pairs(f"bbox_embed.{number}.", f"{head}.box.", _mlp())
+    if layout.vectors:
+        for number in range(len(heads)):
+            yield from _pairs(f"vector_embed.{number}.", "heads.0.vector.", _mlp())
+    if not layout.two_stage:
+        yield "query_embed.weight", "query_embedding"
+    for level in range(layout.levels):
+        yield from _pairs(f"input_proj.{level}.", f"projections.{level}.", _linears("0", "1"))
+    if layout.backbone in RESNET_BLOCKS:
+        yield from _pairs(BODY, "backbone.", _resnet_names(RESNET_BLOCKS[layout.backbone]))
+    else:
+        for name in _swin_names(SWIN_BLOCKS[layout.backbone], norms=(3,) if layout.levels == 1 else (1, 2, 3)):
+            yield BODY + name, None if name.endswith(SWIN_INDEX) else f"backbone.{own_swin_name(name)}"
+
+
+def _official_heads(layout: Layout) -> list[str]:
+    """Our head module behind each number that the released lists `class_embed` and `bbox_embed` have."""
+    heads = [f"heads.{layer if layout.refine_boxes else 0}" for layer in range(layout.decoder_layers)]
+    return [*heads, "proposal_head"] if layout.two_stage else heads
+
+
+def _pairs(official: str, own: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    return ((official + name, own + name) for name in names)
+
+
+def _linears(*modules: str) -> list[str]:
+    return [f"{module}.{part}" for module in modules for part in WEIGHT_BIAS]
+
+
+def _deformable() -> list[str]:
+    return _linears("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+
+
+def _mlp() -> list[str]:
+    return _linears("layers.0", "layers.1", "layers.2")
+
+
+def _class_and_box() -> list[tuple[str, str]]:
+    classify = [("class", f"classify.{name}") for name in WEIGHT_BIAS]
+    return classify + [("box", f"box.{name}") for name in _mlp()]
+
+
+def _resnet_names(blocks: tuple[int, ...]) -> Iterator[str]:
+    def norm(name: str) -> list[str]:
+        return [f"{name}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+
+    yield "conv1.weight"
+    yield from norm("bn1")
+    for stage, count in enumerate(blocks, start=1):
+        for block in range(count):
+            prefix = f"layer{stage}.{block}."
+            for convolution in (1, 2, 3):
+                yield f"{prefix}conv{convolution}.weight"
+                yield from norm(f"{prefix}bn{convolution}")
+            if block == 0:
+                yield f"{prefix}downsample.0.weight"
+                yield from norm(f"{prefix}downsample.1")
+
+
+def _swin_names(blocks: tuple[int, ...], norms: tuple[int, ...]) -> Iterator[str]:
+    yield from _linears("patch_embed.proj", "patch_embed.norm")
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            prefix = f"layers.{stage}.blocks.{block}."
+            yield from (f"{prefix}norm1.{part}" for part in WEIGHT_BIAS)
+            yield from (f"{prefix}attn.{name}" for name in ("relative_position_bias_table", SWIN_INDEX))
+            yield from (prefix + name for name in _linears("attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"))
+        if stage + 1 < len(blocks):
+            yield f"layers.{stage}.downsample.reduction.weight"
+            yield from _linears(f"layers.{stage}.downsample.norm")
+    yield from _linears(*(f"norm{stage}" for stage in norms))
+
+
+def _backbone_name(state: Mapping[str, Tensor], source: str) -> str:
+    if f"{BODY}layer1.0.conv3.weight" in state:
+        blocks = tuple(_count(state, rf"{re.escape(BODY)}layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+        known = {blocks: name for name, blocks in RESNET_BLOCKS.items()}
+        if blocks in known:
+            return known[blocks]
+    elif f"{BODY}patch_embed.proj.bias" in state:
+        width = state[f"{BODY}patch_embed.proj.bias"].shape[0]
+        blocks = tuple(_count(state, rf"{re.escape(BODY)}layers\.{stage}\.blocks\.(\d+)\.") for stage in range(4))
+        for name in SWIN_BLOCKS:
+            if (SWIN_WIDTHS[name], SWIN_BLOCKS[name]) == (width, blocks):
+                return name
+    raise WeightMismatch(
+        f"{source}: its backbone has no released name; allowed are {', '.join([*RESNET_BLOCKS, *SWIN_BLOCKS])}"
+    )
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Number of different values of the pattern's group among the names it opens."""
+    return len({found[1] for name in state if (found := re.match(pattern, name))})
+
+
+def _differ(state: Mapping[str, Tensor], names: list[str]) -> bool:
+    present = [state[name] for name in names if name in state]
+    return any(not torch.equal(present[0], other) for other in present[1:])
+
+
+def _points(state: Mapping[str, Tensor], name: str, heads: int, levels: int) -> int:
+    rows = state[name].shape[0]
+    if rows % (heads * levels):
+        raise WeightMismatch(
+            f"{name} has {rows} rows, not a multiple of {heads} heads x {levels} levels; the model was trained with "
+            "another number of heads: give it as args['nheads']"
+        )
+    return rows // (heads * levels)
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:3]) or "nothing"

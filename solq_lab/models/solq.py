@@ -1,0 +1,239 @@
+"""SOLQ, the whole network: read `forward` first. Paper: section 3, figs. 1(b) and 2.
+
+Shape letters: B batch, J queries, C width, L levels, T tokens of all levels, S classes, D vector_dim.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from solq_lab.models.attention import Memory
+from solq_lab.models.decoder import DecoderLayer
+from solq_lab.models.encoder import EncoderLayer
+from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
+from solq_lab.models.position import cell_centers, sine_encoding, sine_features, valid_sizes
+from solq_lab.structures import ImageBatch, LayerPrediction, Predictions
+
+GROUPS = 32  # of the group norm after each projection
+PROPOSAL_SIDE = 0.05  # of a proposal on the finest level, share of the image; doubles from level to level
+PROPOSAL_MARGIN = 0.01  # proposals whose centre or side is nearer to 0 or 1 are not used
+
+
+class SOLQ(nn.Module):
+    """Deformable DETR whose queries also predict the code of their mask.
+
+    Args:
+        backbone: module with `channels`; maps pixels (B, 3, H, W) to the maps C3, C4, C5 (or C5 alone).
+        num_classes: S, class channels.
+        vector_dim: D, length of the mask vectors; None is plain Deformable DETR.
+        width: C, features per token and query.
+        heads: M, attention heads.
+        levels: 1 for C5 alone; 3 for C3-C5; each one more adds a stride-2 convolution on top.
+        encoder_layers: number of encoder layers, may be 0.
+        decoder_layers: number of decoder layers.
+        encoder_points: P of the encoder.
+        decoder_points: P of the decoder.
+        feedforward: hidden features of the feed-forward blocks.
+        vector_hidden: hidden features of the vector MLP.
+        queries: J.
+        dropout: share of features that training drops.
+        activation: of the feed-forward blocks: "relu", "gelu" or "silu".
+        refine_boxes: each layer starts from the box of the one before, and has its own class and box head.
+        two_stage: queries come from the encoder's best proposals; needs `refine_boxes`.
+        standardise_vectors: the vector head answers in units of the training vectors' spread.
+
+    Raises:
+        ValueError: the numbers do not fit together.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        vector_dim: int | None = 256,
+        width: int = 256,
+        heads: int = 8,
+        levels: int = 4,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        encoder_points: int = 4,
+        decoder_points: int = 4,
+        feedforward: int = 1024,
+        vector_hidden: int = 1024,
+        queries: int = 300,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        refine_boxes: bool = True,
+        two_stage: bool = False,
+        standardise_vectors: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % GROUPS:
+            raise ValueError(f"width {width} is not a multiple of {GROUPS}, the groups of the group norm")
+        if two_stage and not refine_boxes:
+            raise ValueError("two_stage needs refine_boxes=True: proposals are boxes that the layers refine")
+        self.refine_boxes, self.two_stage, self.num_queries = refine_boxes, two_stage, queries
+
+        self.backbone = backbone
+        self.projections = _level_projections(backbone.channels, width, levels)
+        self.level_embedding = nn.Parameter(torch.randn(levels, width))
+        shared = {"levels": levels, "feedforward": feedforward, "dropout": dropout, "activation": activation}
+        self.encoder = nn.ModuleList(
+            EncoderLayer(width, heads, points=encoder_points, **shared) for _ in range(encoder_layers)
+        )
+        self.decoder = nn.ModuleList(
+            DecoderLayer(width, heads, points=decoder_points, **shared) for _ in range(decoder_layers)
+        )
+        vector = None
+        if vector_dim is not None:
+            vector = VectorMLP(width, vector_hidden, vector_dim, standardise=standardise_vectors)
+        self.heads = _query_heads(UnifiedQueryHead(width, num_classes, vector), decoder_layers, refine_boxes)
+        if two_stage:
+            self.proposal_head = UnifiedQueryHead(width, num_classes, None)
+            self.proposal_projection = _xavier(nn.Linear(width, width))
+            self.proposal_norm = nn.LayerNorm(width)
+            self.query_projection = _xavier(nn.Linear(2 * width, 2 * width))
+            self.query_norm = nn.LayerNorm(2 * width)
+        else:
+            self.query_embedding = nn.Parameter(torch.randn(queries, 2 * width))
+            self.reference_points = _xavier(nn.Linear(width, 2))
+            nn.init.zeros_(self.reference_points.bias)
+            nn.init.constant_(self.heads[0].box.layers[2].bias[2:], -2.0)  # first boxes are small
+
+    def forward(self, images: ImageBatch) -> Predictions:
+        """Classes, boxes and mask vectors of all queries after every decoder layer.
+
+        Args:
+            images: normalised pixels (B, 3, H, W) and their padding (B, H, W).
+        """
+        features = self.backbone(images.pixels)  # C3, C4, C5
+        memory = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
+        for encode in self.encoder:
+            memory = encode(memory)
+
+        queries, query_pos, reference, proposals = self.initial_queries(memory)
+        layers = []
+        for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
+            queries = decode(queries, query_pos, reference, memory)  # (B, J, C)
+            prediction = head(queries, reference)  # logits, boxes, mask vectors
+            layers.append(prediction)
+            if self.refine_boxes:
+                reference = prediction.boxes.detach()
+        return Predictions(layers=layers, proposals=proposals)
+
+    def embed_levels(self, features: list[Tensor], padding: Tensor) -> Memory:
+        """All levels at width C, flattened into one row of tokens, with their positions.
+
+        Args:
+            features: the backbone's maps, (B, C_l, H_l, W_l) each, finest first.
+            padding: (B, H, W) bool of the pixels.
+        """
+        maps: list[Tensor] = []
+        for level, project in enumerate(self.projections):
+            if level < len(features):
+                maps.append(project(features[level]))
+            else:  # the first extra level sees the raw C5, the next ones see the level below
+                maps.append(project(features[-1] if level == len(features) else maps[-1]))
+        shapes = tuple((level_map.shape[-2], level_map.shape[-1]) for level_map in maps)
+        pixel_padding = padding.unsqueeze(1).to(torch.uint8)
+        paddings = [F.interpolate(pixel_padding, size=shape).squeeze(1).bool() for shape in shapes]  # nearest
+
+        tokens = torch.cat([level_map.flatten(2).transpose(1, 2) for level_map in maps], dim=1)  # (B, T, C)
+        positions = torch.cat(
+            [
+                sine_encoding(level_padding, tokens.shape[-1]).flatten(1, 2).to(tokens.dtype) + embedding
+                for level_padding, embedding in zip(paddings, self.level_embedding, strict=True)
+            ],
+            dim=1,
+        )
+        valid = [valid_sizes(level_padding) for level_padding in paddings]
+        level_sizes = torch.tensor(shapes, dtype=torch.float32, device=tokens.device).flip(-1)  # (L, 2) as (W, H)
+        return Memory(
+            tokens=tokens,
+            positions=positions,
+            centers=torch.cat([cell_centers(shape, size) for shape, size in zip(shapes, valid, strict=True)], dim=1),
+            padding=torch.cat([level_padding.flatten(1) for level_padding in paddings], dim=1),
+            spatial_shapes=shapes,
+            level_sizes=level_sizes,
+            valid_ratios=torch.stack(valid, dim=1) / level_sizes,
+        )
+
+    def initial_queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, LayerPrediction | None]:
+        """What the first decoder layer starts from.
+
+        Returns:
+            queries (B, J, C), query_pos (B, J, C), reference (B, J, 2 or 4) in the normalised image, and the
+            proposals of all tokens (None with learned queries).
+        """
+        if self.two_stage:
+            return self._queries_from_proposals(memory)
+        embedding = self.query_embedding.expand(memory.tokens.shape[0], -1, -1)  # (J, 2C) -> (B, J, 2C)
+        query_pos, queries = embedding.chunk(2, dim=-1)
+        return queries, query_pos, self.reference_points(query_pos).sigmoid(), None
+
+    def _queries_from_proposals(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, LayerPrediction]:
+        """Two-stage: each token proposes a box around its cell; the best J become references and queries."""
+        if memory.tokens.shape[1] < self.num_queries:
+            raise ValueError(
+                f"{self.num_queries} queries cannot be chosen from the {memory.tokens.shape[1]} tokens of this "
+                "picture; lower queries or give a larger picture"
+            )
+        sizes = [
+            memory.centers.new_full((height * width, 2), PROPOSAL_SIDE * 2.0**level)
+            for level, (height, width) in enumerate(memory.spatial_shapes)
+        ]
+        cells = torch.cat([memory.centers, torch.cat(sizes).expand_as(memory.centers)], dim=-1)  # (B, T, 4)
+        usable = ((cells > PROPOSAL_MARGIN) & (cells < 1 - PROPOSAL_MARGIN)).all(-1) & ~memory.padding
+        tokens = memory.tokens.masked_fill(~usable.unsqueeze(-1), 0.0)
+        proposals = self.proposal_head(self.proposal_norm(self.proposal_projection(tokens)), cells)
+        proposals = proposals._replace(boxes=proposals.boxes.masked_fill(~usable.unsqueeze(-1), 1.0))
+
+        best = proposals.logits[..., 0].topk(self.num_queries, dim=1).indices  # stage one knows one class, channel 0
+        reference = proposals.boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach()
+        encoded = sine_features(reference, memory.tokens.shape[-1] // 2).flatten(2)  # (B, J, 4) -> (B, J, 2C)
+        encoded = self.query_norm(self.query_projection(encoded.to(memory.tokens.dtype)))
+        query_pos, queries = encoded.chunk(2, dim=-1)
+        return queries, query_pos, reference, proposals
+
+    def set_vector_statistics(self, center: Tensor, spread: Tensor) -> None:
+        """Give a model built with `standardise_vectors` the centre and spread, each (D,), of the training vectors.
+
+        Raises:
+            ValueError: the model has no mask vectors or does not standardise them, or the lengths differ.
+        """
+        if self.heads[0].vector is None:
+            raise ValueError("a plain detector (vector_dim=None) has no mask vectors to standardise")
+        self.heads[0].vector.set_statistics(center, spread)
+
+
+def _level_projections(channels: tuple[int, ...], width: int, levels: int) -> nn.ModuleList:
+    """1x1 convolutions of the backbone's maps and 3x3 stride-2 ones above, each with a group norm."""
+    if levels < len(channels) or (len(channels) == 1) != (levels == 1):
+        raise ValueError(
+            f"levels {levels} does not fit a backbone with {len(channels)} maps: C5 alone makes 1 level, "
+            "C3-C5 make 3 or more"
+        )
+    extra = [channels[-1], *[width] * levels][: levels - len(channels)]
+    convolutions = [nn.Conv2d(inputs, width, kernel_size=1) for inputs in channels]
+    convolutions += [nn.Conv2d(inputs, width, kernel_size=3, stride=2, padding=1) for inputs in extra]
+    for convolution in convolutions:
+        nn.init.zeros_(_xavier(convolution).bias)
+    return nn.ModuleList(nn.Sequential(convolution, nn.GroupNorm(GROUPS, width)) for convolution in convolutions)
+
+
+def _query_heads(head: UnifiedQueryHead, layers: int, refine_boxes: bool) -> nn.ModuleList:
+    """One head per decoder layer: the same for all, or with refinement copies that share only the vector MLP."""
+    if not refine_boxes:
+        return nn.ModuleList([head] * layers)
+    vector = head.vector
+    return nn.ModuleList(copy.deepcopy(head, {id(vector): vector}) for _ in range(layers))
+
+
+def _xavier(layer: nn.Module) -> nn.Module:
+    nn.init.xavier_uniform_(layer.weight)
+    return layer

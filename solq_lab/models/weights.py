@@ -1,0 +1,384 @@
+"""Weight files: ours (safetensors), the released ones (.pth), and the way between. No file's code is ever executed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from solq_lab.models.official import (
+    BODY,
+    WeightMismatch,
+    infer_architecture,
+    is_official,
+    name_table,
+    official_layout,
+    own_aliases,
+    own_layout,
+    own_swin_name,
+    strip_prefixes,
+    swin_position_index,
+)
+
+__all__ = [
+    "ImportReport",
+    "OfficialFile",
+    "WeightFile",
+    "WeightMismatch",
+    "export_official",
+    "import_official",
+    "infer_architecture",
+    "initialise",
+    "load_state",
+    "read_backbone_weights",
+    "read_official",
+    "read_weights",
+    "save_weights",
+    "to_official_state",
+    "translate_official_state",
+]
+
+log = logging.getLogger(__name__)
+
+SWIN_WINDOW = 7
+
+
+class WeightFile(NamedTuple):
+    """What a weights file of ours holds.
+
+    state: tensors by our names; shared tensors stand under each of their names.
+    experiment: the experiment as YAML, or None.
+    classes: the class map as JSON, or None.
+    """
+
+    state: dict[str, Tensor]
+    experiment: str | None
+    classes: str | None
+
+
+class OfficialFile(NamedTuple):
+    """What we use of a released checkpoint.
+
+    state: tensors by released names, without the prefixes that wrappers add.
+    args: the configuration that the checkpoint carries; empty where it carries none.
+    """
+
+    state: dict[str, Tensor]
+    args: dict[str, Any]
+
+
+class ImportReport(NamedTuple):
+    """What became of the tensors of a file.
+
+    architecture: sections of the fitting experiment (`infer_architecture`); empty where nothing was inferred.
+    used: names in the file that were taken.
+    missing: names of ours that the file has no fitting tensor for.
+    left_over: names in the file that nothing here needs or that do not fit.
+    """
+
+    architecture: dict[str, dict[str, Any]]
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
+    left_over: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.used)} tensors used, {len(self.missing)} missing, {len(self.left_over)} left over"]
+        lines += [f"  missing    {name}" for name in self.missing]
+        lines += [f"  left over  {name}" for name in self.left_over]
+        return "\n".join(lines)
+
+
+def save_weights(path: Path, state: Mapping[str, Tensor], *, experiment: str, classes: str) -> None:
+    """Write weights to a safetensors file, all or nothing.
+
+    Args:
+        path: the file; its folder exists.
+        state: a model's state dict. A tensor that it holds under several names is stored once.
+        experiment: the experiment as YAML.
+        classes: the class map as JSON.
+    """
+    stored: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first_name: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        first = first_name.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+        if first != name and tensor.numel():
+            shared[name] = first
+        else:
+            stored[name] = tensor.detach().cpu().contiguous()
+    metadata = {"experiment": experiment, "classes": classes, "shared": json.dumps(shared)}
+    _replace_atomically(path, lambda temporary: save_file(stored, temporary, metadata))
+
+
+def read_weights(path: Path) -> WeightFile:
+    """A weights file of ours, on the CPU.
+
+    Raises:
+        WeightMismatch: no such file, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
+    except FileNotFoundError:
+        raise WeightMismatch(f"{path}: no such weights file") from None
+    except (SafetensorError, OSError) as error:
+        raise WeightMismatch(
+            f"{path}: not a safetensors file ({error}); released .pth files have to be imported first: "
+            "solq-lab import-weights"
+        ) from None
+    for name, first in json.loads(metadata.get("shared", "{}")).items():
+        state[name] = state[first]
+    return WeightFile(state, metadata.get("experiment"), metadata.get("classes"))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load a state dict in our naming; every name and shape has to fit. `source` is what a message calls the file.
+
+    Raises:
+        WeightMismatch: a tensor is missing, superfluous or of another shape.
+    """
+    own = model.state_dict()
+    cure = "build the model from the experiment stored beside the weights, or give other weights"
+    for name, tensor in own.items():
+        if name not in state:
+            raise WeightMismatch(f"{source}: no tensor {name}, the model expects one of shape {_shape(tensor)}; {cure}")
+        if state[name].shape != tensor.shape:
+            raise WeightMismatch(
+                f"{source}: {name} has shape {_shape(state[name])}, the model expects {_shape(tensor)}; {cure}"
+            )
+    superfluous = [name for name in state if name not in own]
+    if superfluous:
+        raise WeightMismatch(f"{source}: the model has no tensor {superfluous[0]} ({len(superfluous)} such); {cure}")
+    model.load_state_dict(state)
+
+
+def read_official(path: Path) -> OfficialFile:
+    """A released checkpoint, on the CPU: `{"model": ..., "args": ...}`, or a state dict alone; .pth or safetensors.
+
+    Raises:
+        WeightMismatch: no such file, not a checkpoint, or one that wants to execute code.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return OfficialFile(strip_prefixes(read_weights(path).state), {})
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightMismatch(f"{path}: no such checkpoint file") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise WeightMismatch(
+            f"{path}: refused, because it holds more than tensors and plain values ({reason}); nothing in it was "
+            'executed. Allowed are state dicts and {"model": ..., "args": ...} checkpoints'
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise WeightMismatch(f"{path}: not a checkpoint that torch can read ({error})") from None
+    args = content.get("args", {}) if isinstance(content, dict) else {}
+    if isinstance(content, dict):
+        content = content.get("model", content.get("state_dict", content))
+    tensors = (
+        {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
+    if not tensors:
+        raise WeightMismatch(
+            f"{path}: holds no tensors by name; allowed are state dicts and checkpoints with a `model`"
+        )
+    return OfficialFile(
+        strip_prefixes(tensors), vars(args) if isinstance(args, argparse.Namespace) else dict(args or {})
+    )
+
+
+def translate_official_state(state: Mapping[str, Tensor], *, source: str = "state dict") -> dict[str, Tensor]:
+    """A state dict in our naming from one in released naming; shared tensors stay shared.
+
+    Raises:
+        WeightMismatch: not a detector of this family, a tensor is missing, or two names of one tensor disagree.
+    """
+    own, report = _translate(strip_prefixes(state), source)
+    if report.missing:
+        raise WeightMismatch(
+            f"{source}: {len(report.missing)} tensors are missing, the first is {report.missing[0]}; is the file "
+            "whole? To start a training from part of it, name it as model.pretrained"
+        )
+    return own
+
+
+def to_official_state(state: Mapping[str, Tensor], *, source: str = "state dict") -> dict[str, Tensor]:
+    """A state dict in released naming, in the released order, from one in ours.
+
+    A standardising vector head has no released counterpart; its centre and spread are folded into its last layer.
+
+    Raises:
+        WeightMismatch: not one of our models, or its backbone has no released counterpart.
+    """
+    state = _without_standardising(state)
+    table = name_table(own_layout(state, source=source))
+    absent = [own for _, own in table if own is not None and own not in state]
+    if absent:
+        raise WeightMismatch(
+            f"{source}: {len(absent)} tensors are missing, the first is {absent[0]}; is the file whole?"
+        )
+    index = swin_position_index(SWIN_WINDOW)
+    return {official: index if own is None else state[own] for official, own in table}
+
+
+def import_official(
+    source: Path, destination: Path, describe: Callable[[dict[str, dict[str, Any]]], tuple[str, str]]
+) -> ImportReport:
+    """Turn a released checkpoint into a weights file of ours.
+
+    Args:
+        source: the checkpoint; SOLQ or Deformable DETR.
+        destination: the safetensors file to write.
+        describe: from the inferred sections of the experiment (`infer_architecture`) to the texts that go into the
+            file: the experiment as YAML and the class map as JSON.
+
+    Raises:
+        WeightMismatch: the file cannot be used (`read_official`, `translate_official_state`).
+    """
+    official = read_official(source)
+    try:
+        architecture = infer_architecture(official.state, official.args)
+    except WeightMismatch as error:
+        raise WeightMismatch(f"{source}: {error}") from None
+    own = translate_official_state(official.state, source=str(source))
+    _, report = _translate(official.state, str(source))
+    experiment, classes = describe(architecture)
+    save_weights(destination, own, experiment=experiment, classes=classes)
+    return report._replace(architecture=architecture)
+
+
+def export_official(source: Path, destination: Path) -> None:
+    """Turn a weights file of ours into a released checkpoint, `{"model": state dict}`.
+
+    Raises:
+        WeightMismatch: the file cannot be used, or its model has no released counterpart.
+    """
+    state = to_official_state(read_weights(source).state, source=str(source))
+    _replace_atomically(destination, lambda temporary: torch.save({"model": state}, temporary))
+
+
+def initialise(model: nn.Module, path: Path) -> ImportReport:
+    """Start a model from a file that need not fit: what has our name and shape is taken, the rest stays fresh.
+
+    Args:
+        model: changed in place.
+        path: weights of ours, or a released SOLQ or Deformable DETR checkpoint.
+
+    Raises:
+        WeightMismatch: the file cannot be read, or nothing in it fits.
+    """
+    path = Path(path)
+    state = read_official(path).state
+    if is_official(state):
+        state, report = _translate(state, str(path))
+        left_over = list(report.left_over)
+    else:
+        left_over = []
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise WeightMismatch(
+            f"{path}: none of its tensors fits this model (it holds {', '.join(list(state)[:3])}, ...)"
+        )
+    model.load_state_dict(fitting, strict=False)
+    missing = tuple(name for name in own if name not in fitting)
+    left_over += [f"{name} {_shape(tensor)}" for name, tensor in state.items() if name not in fitting]
+    report = ImportReport({}, tuple(fitting), missing, tuple(left_over))
+    log.info("%s: %s", path, report)
+    return report
+
+
+def read_backbone_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict for a backbone from a classifier's or a detector's file.
+
+    Args:
+        path: safetensors or .pth; names of torchvision, timm, the released Swin, or of a detector.
+        own: the backbone's state dict; norms of the returned maps, which no classifier has, keep their values.
+
+    Raises:
+        WeightMismatch: the file cannot be read, or a tensor is missing or of another shape.
+    """
+    state = read_official(path).state
+    for prefix in (BODY, "backbone."):
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if "layers.0.downsample.reduction.weight" in state:
+        state = {own_swin_name(name): tensor for name, tensor in state.items()}
+    for name, tensor in own.items():
+        if name not in state and name.startswith("norms."):
+            continue
+        found = _shape(state[name]) if name in state else "no such tensor"
+        if found != _shape(tensor):
+            raise WeightMismatch(
+                f"{path}: {name}: found {found}, the backbone expects {_shape(tensor)}; name a file of this very "
+                "backbone as model.pretrained"
+            )
+    return {name: state.get(name, tensor) for name, tensor in own.items()}
+
+
+def _translate(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], ImportReport]:
+    """Our names for a state dict in released naming, and what became of its tensors."""
+    layout = official_layout(state, source=source)
+    own: dict[str, Tensor] = {}
+    taken_from: dict[str, str] = {}
+    table = name_table(layout)
+    for official, name in table:
+        if official not in state or name is None:
+            continue
+        first = taken_from.setdefault(name, official)
+        own.setdefault(name, state[official])
+        if state[official] is not own[name] and not torch.equal(state[official], own[name]):
+            raise WeightMismatch(
+                f"{source}: {first} and {official} are two names of one tensor, but their values differ; "
+                "the file is damaged, or was trained with code that does not share them"
+            )
+    missing = tuple(official for official, name in table if name is not None and name not in own)
+    known = {official for official, _ in table}
+    for alias, name in own_aliases(layout).items():
+        if name in own:
+            own[alias] = own[name]
+    used, left_over = (tuple(name for name in state if (name in known) == wanted) for wanted in (True, False))
+    return own, ImportReport({}, used, missing, left_over)
+
+
+def _without_standardising(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    center, spread = (state.get(f"heads.0.vector.vector_{name}") for name in ("center", "spread"))
+    if center is None or spread is None:
+        return dict(state)
+    plain = {name: tensor for name, tensor in state.items() if ".vector.vector_" not in name}
+    last = "heads.0.vector.layers.2."
+    plain[f"{last}weight"] = plain[f"{last}weight"] * spread.unsqueeze(1)
+    plain[f"{last}bias"] = plain[f"{last}bias"] * spread + center
+    return plain
+
+
+def _replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
