@@ -1,23 +1,35 @@
 """Multi-scale deformable attention: every query samples a few points of every level and sums what it finds.
 
-Paper: section 3.1 (Deformable DETR, eq. 2). For a query q and a head m the result is
-`sum over levels l and points p of weight[q, m, l, p] * value_l[m](location[q, m, l, p])`, where `value_l[m](x, y)` is bilinear
-interpolation of level l, zero outside the picture.
+Paper: section 3.1 (Deformable DETR, eq. 2). For a query q and a head m the result is the sum over levels l and points
+p of `weight[q, m, l, p] * value_l[m](location[q, m, l, p])`, where `value_l[m](x, y)` interpolates level l bilinearly,
+zero outside the picture.
 
-`solq_lab::ms_deform_attn` is one operator with three implementations: CUDA, C++ for the CPU, and pure torch (`reference`).
-The first that works on a tensor's device serves it; the compiled ones are built at the first call.
+`solq_lab::ms_deform_attn` is one operator with three implementations: "cuda" and "cpu" in C++ (folder `cuda/`, compiled
+at the first call), and "reference" in plain torch. A tensor is served by its device's compiled one where that can be
+built and by the reference elsewhere; the environment variable SOLQ_OPS=reference, or `use_implementation`, decides
+otherwise.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from solq_lab.ops.extension import ExtensionBuildError, load_extension
+
+logger = logging.getLogger(__name__)
+
+COMPILED = ("cuda", "cpu")  # each serves the device of its name
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MULTIPLY_ADD = 2  # FLOPs; the convention of torch's own counter
@@ -82,7 +94,7 @@ def ms_deform_attn_reference(
 def _reference_backward(
     grad_output: Tensor,
     value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
+    flat_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +104,7 @@ def _reference_backward(
     exact = sampling_locations.dtype
     grad_sums = grad_output.to(exact).transpose(1, 2).reshape(batch * heads, width, queries, 1)
     grad_maps, grad_locations, grad_weights = [], [], []
-    for level, level_map in enumerate(_level_maps(value.to(exact), spatial_shapes)):
+    for level, level_map in enumerate(_level_maps(value.to(exact), _pairs(flat_shapes))):
         locations = sampling_locations[:, :, :, level]
         weights = _heads_first(attention_weights[:, :, :, level])  # (B*M, Q, P)
         if level_map.numel() and queries and points:
@@ -168,8 +180,8 @@ def _check_arguments(
             raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
     if sampling_locations.dtype not in FLOATING[:2]:
         raise ValueError(
-            f"sampling_locations must be float32 or float64, got {sampling_locations.dtype}: its spacing near 1 is up to "
-            "half a cell; compute the locations in float32"
+            f"sampling_locations must be float32 or float64, got {sampling_locations.dtype}, whose spacing near 1 is "
+            "up to half a cell; compute the locations in float32"
         )
     if not value.device == sampling_locations.device == attention_weights.device:
         raise ValueError(
@@ -178,8 +190,99 @@ def _check_arguments(
         )
 
 
-# The operator. Its arguments are those of `ms_deform_attn` with the level shapes in one row (H0, W0, H1, W1, ...), so that
-# a compiler may hold them as symbols; locations and weights are float64 for float64 values and float32 otherwise.
+# Who serves whom.
+
+
+class _Implementation(NamedTuple):
+    """Both directions, with the arguments of the operators below."""
+
+    name: str
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+_asked_for: str | None = None  # process-wide, as backward passes run in threads of their own
+
+
+@contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Within the context, "cuda", "cpu" or "reference" serves every call of this process, or fails.
+
+    Raises:
+        ValueError: no such implementation.
+        ExtensionBuildError: it cannot be built here.
+    """
+    global _asked_for
+    _by_name(name)
+    before, _asked_for = _asked_for, name
+    try:
+        yield
+    finally:
+        _asked_for = before
+
+
+def implementations() -> tuple[str, ...]:
+    """Names of the implementations that work on this machine; builds what was not built yet."""
+    present = [name for name in COMPILED if name != "cuda" or torch.cuda.is_available()]
+    return tuple(name for name in (*present, "reference") if _works(name))
+
+
+def implementation_for(device_type: str) -> str:
+    """Name of the implementation that serves tensors of "cpu", "cuda", ... now."""
+    return _implementation(device_type).name
+
+
+def _implementation(device_type: str) -> _Implementation:
+    if _asked_for is None:
+        return _automatic(device_type)
+    if _asked_for in COMPILED and _asked_for != device_type:
+        raise ValueError(f"implementation {_asked_for!r} was asked for by name, but the tensors are on {device_type!r}")
+    return _by_name(_asked_for)
+
+
+@functools.cache
+def _automatic(device_type: str) -> _Implementation:
+    wish = os.environ.get("SOLQ_OPS", "")
+    if wish not in ("", "reference"):
+        raise ValueError(f"SOLQ_OPS={wish!r} is unknown; set it to 'reference' for plain torch, or unset it")
+    if wish == "reference":
+        logger.info("deformable attention on %s: plain torch, as SOLQ_OPS asks", device_type)
+    elif device_type in COMPILED:
+        try:
+            return _by_name(device_type)
+        except ExtensionBuildError as error:
+            logger.warning("deformable attention on %s runs in plain torch, slower: %s", device_type, error.reason)
+    return _by_name("reference")
+
+
+@functools.cache
+def _by_name(name: str) -> _Implementation:
+    if name == "reference":
+        return _Implementation(name, _reference_forward, _reference_backward)
+    if name not in COMPILED:
+        raise ValueError(
+            f"no implementation {name!r} of deformable attention; there are {', '.join(COMPILED)}, reference"
+        )
+    load_extension(name)
+    operators = torch.ops.solq_lab
+    forward, backward = f"ms_deform_attn_{name}", f"ms_deform_attn_backward_{name}"
+    return _Implementation(name, getattr(operators, forward).default, getattr(operators, backward).default)
+
+
+def _works(name: str) -> bool:
+    try:
+        _by_name(name)
+    except ExtensionBuildError:
+        return False
+    return True
+
+
+def _reference_forward(value: Tensor, flat_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    return ms_deform_attn_reference(value, _pairs(flat_shapes), locations, weights).contiguous()
+
+
+# The operator. Its arguments are those of `ms_deform_attn` with the level shapes in one row (H0, W0, H1, W1, ...), so
+# that a compiler may hold them as symbols; locations and weights are float64 for float64 values and float32 otherwise.
 
 torch.library.define(
     "solq_lab::ms_deform_attn",
@@ -200,14 +303,14 @@ def _pairs(flat_shapes: Sequence[int]) -> list[tuple[int, int]]:
 
 @torch.library.impl("solq_lab::ms_deform_attn", "default")
 def _forward(value: Tensor, flat_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    return ms_deform_attn_reference(value, _pairs(flat_shapes), locations, weights).contiguous()
+    return _implementation(value.device.type).forward(value, flat_shapes, locations, weights)
 
 
 @torch.library.impl("solq_lab::ms_deform_attn_backward", "default")
 def _backward(
     grad_output: Tensor, value: Tensor, flat_shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _reference_backward(grad_output, value, _pairs(flat_shapes), locations, weights)
+    return _implementation(value.device.type).backward(grad_output, value, flat_shapes, locations, weights)
 
 
 @torch.library.register_fake("solq_lab::ms_deform_attn")

@@ -1,0 +1,96 @@
+// The arithmetic of one deformable-attention sample, shared by the CPU and the CUDA kernels.
+//
+// A level is a map of height x width cells; the cell in row r and column c covers the normalised square around its centre
+// ((c + 1/2) / width, (r + 1/2) / height). A sample at (x, y) mixes the four cells around it:
+//
+//        0 --------- 1         0 top left     weight (1 - right) (1 - bottom)
+//        |    .      |         1 top right    weight      right  (1 - bottom)
+//        |    sample |         2 bottom left  weight (1 - right)      bottom
+//        2 --------- 3         3 bottom right weight      right       bottom
+//
+// A cell beyond the map counts as zero. Not finite or far away locations touch nothing.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define SOLQ_INLINE __host__ __device__ __forceinline__
+#else
+#define SOLQ_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace solq {
+
+constexpr int kOutside = -1;  // in place of a cell's index: the map ends before this corner
+
+struct Level {
+  int height, width;
+  int start;  // its first cell in the row of all levels' cells
+};
+
+template <typename Real>
+struct Footprint {
+  int cell[4];         // row-major index in the level's map, or kOutside
+  Real right, bottom;  // how far the sample is from the left column and the top row, 0..1
+};
+
+// Without branches, so that compilers turn a loop over samples into vector instructions.
+template <typename Real>
+SOLQ_INLINE Footprint<Real> footprint(Real x, Real y, int height, int width) {
+  Real column = x * Real(width) - Real(0.5);
+  Real row = y * Real(height) - Real(0.5);
+  const bool near = (column > Real(-1)) & (row > Real(-1)) & (column < Real(width)) & (row < Real(height));
+  column = near ? column : Real(0);  // the conversion to int below is undefined for huge numbers and NaN
+  row = near ? row : Real(0);
+  const Real left_column = std::floor(column);
+  const Real top_row = std::floor(row);
+  const int left = int(left_column);
+  const int top = int(top_row);
+  const bool has_left = near & (left >= 0);
+  const bool has_right = near & (left + 1 < width);
+  const bool has_top = top >= 0;
+  const bool has_bottom = top + 1 < height;
+  const int first = top * width + left;
+
+  Footprint<Real> result;
+  result.cell[0] = (has_left & has_top) ? first : kOutside;
+  result.cell[1] = (has_right & has_top) ? first + 1 : kOutside;
+  result.cell[2] = (has_left & has_bottom) ? first + width : kOutside;
+  result.cell[3] = (has_right & has_bottom) ? first + width + 1 : kOutside;
+  result.right = column - left_column;
+  result.bottom = row - top_row;
+  return result;
+}
+
+// The share of each corner in the sample, times `scale` (the attention weight).
+template <typename Real>
+SOLQ_INLINE void corner_weights(Real right, Real bottom, Real scale, Real (&weight)[4]) {
+  const Real upper = scale * (Real(1) - bottom);
+  const Real lower = scale * bottom;
+  weight[1] = upper * right;
+  weight[0] = upper - weight[1];
+  weight[3] = lower * right;
+  weight[2] = lower - weight[3];
+}
+
+template <typename Real>
+struct SampleGradient {
+  Real weight, x, y;  // for the attention weight and the normalised location
+};
+
+// `dot[k]` is the product of the output's gradient with the values at corner k (zero outside), summed over channels.
+template <typename Real>
+SOLQ_INLINE SampleGradient<Real> sample_gradient(const Real (&dot)[4], Real right, Real bottom, Real attention, int height,
+                                                 int width) {
+  const Real across_top = dot[1] - dot[0];
+  const Real across_bottom = dot[3] - dot[2];
+  const Real top = dot[0] + right * across_top;
+  const Real down = dot[2] + right * across_bottom - top;
+  SampleGradient<Real> result;
+  result.weight = top + bottom * down;
+  result.x = attention * Real(width) * (across_top + bottom * (across_bottom - across_top));
+  result.y = attention * Real(height) * down;
+  return result;
+}
+
+}  // namespace solq

@@ -1,0 +1,335 @@
+// Deformable attention on the CPU: vector registers along the channels, threads along what no other thread writes.
+//
+//   value      (B, S, M, D)        S: the cells of all levels, one level after another
+//   locations  (B, Q, M, L, P, 2)
+//   weights    (B, Q, M, L, P)
+//   output     (B, Q, M, D)
+//
+// Forward: one unit of work is the row of a query and a head; neighbours in the order (B, M, Q) read the same head's map,
+// a part of the values small enough for a cache. Backward: one unit is (image, head, level); it alone writes the gradient
+// of that slice of the values and visits the queries in order, so no bit depends on the number of threads.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "ms_deform_attn.h"
+#include "ms_deform_attn_arguments.h"
+
+namespace solq {
+namespace {
+
+constexpr int kBlock = 64;            // samples whose footprints are computed together
+constexpr int64_t kTaskWork = 65536;  // channels read by one task; fewer are not worth waking a thread
+
+// kBytes of numbers as one value; the compiler cuts it into what the processor has.
+template <typename Real, int kBytes = 64>
+struct Lanes {
+  static constexpr int kSize = kBytes / sizeof(Real);
+  typedef Real Register __attribute__((vector_size(kBytes)));
+  typedef Real Memory __attribute__((vector_size(kBytes), aligned(alignof(Real)), may_alias));
+
+  static SOLQ_INLINE Register load(const Real* from) { return *reinterpret_cast<const Memory*>(from); }
+  static SOLQ_INLINE void store(Real* to, Register numbers) { *reinterpret_cast<Memory*>(to) = numbers; }
+
+  static SOLQ_INLINE Real sum(Register numbers) {
+    if constexpr (kSize == 2) {
+      return numbers[0] + numbers[1];
+    } else {
+      using Half = Lanes<Real, kBytes / 2>;
+      union {
+        Register whole;
+        typename Half::Register halves[2];
+      } parts = {numbers};
+      return Half::sum(parts.halves[0] + parts.halves[1]);
+    }
+  }
+};
+
+// The D channels of one row, in registers. D is a multiple of the vector's size.
+template <typename Real, int kWidth>
+class Channels {
+  using Vector = Lanes<Real>;
+  static constexpr int kCount = kWidth / Vector::kSize;
+  static_assert(kWidth % Vector::kSize == 0);
+
+ public:
+  explicit Channels(int64_t) {}
+
+  SOLQ_INLINE void clear() {
+    for (int i = 0; i < kCount; ++i) numbers_[i] = typename Vector::Register{};
+  }
+  SOLQ_INLINE void load(const Real* row) {
+    for (int i = 0; i < kCount; ++i) numbers_[i] = Vector::load(row + i * Vector::kSize);
+  }
+  SOLQ_INLINE void store(Real* row) const {
+    for (int i = 0; i < kCount; ++i) Vector::store(row + i * Vector::kSize, numbers_[i]);
+  }
+  // this += weight * row
+  SOLQ_INLINE void add(Real weight, const Real* row) {
+    for (int i = 0; i < kCount; ++i) numbers_[i] += weight * Vector::load(row + i * Vector::kSize);
+  }
+  // The sum over channels of this * row.
+  SOLQ_INLINE Real dot(const Real* row) const {
+    typename Vector::Register products = numbers_[0] * Vector::load(row);
+    for (int i = 1; i < kCount; ++i) products += numbers_[i] * Vector::load(row + i * Vector::kSize);
+    return Vector::sum(products);
+  }
+  // row += weight * this
+  SOLQ_INLINE void scatter(Real weight, Real* row) const {
+    for (int i = 0; i < kCount; ++i) {
+      Real* const to = row + i * Vector::kSize;
+      Vector::store(to, Vector::load(to) + weight * numbers_[i]);
+    }
+  }
+
+ private:
+  typename Vector::Register numbers_[kCount];
+};
+
+// The same for a D that is known only now, in memory.
+template <typename Real>
+class Channels<Real, 0> {
+ public:
+  explicit Channels(int64_t width) : numbers_(width) {}
+
+  void clear() { std::fill(numbers_.begin(), numbers_.end(), Real(0)); }
+  void load(const Real* row) { std::copy_n(row, numbers_.size(), numbers_.begin()); }
+  void store(Real* row) const { std::copy(numbers_.begin(), numbers_.end(), row); }
+  void add(Real weight, const Real* row) {
+    Real* const to = numbers_.data();
+#pragma omp simd
+    for (size_t i = 0; i < numbers_.size(); ++i) to[i] += weight * row[i];
+  }
+  Real dot(const Real* row) const {
+    const Real* const from = numbers_.data();
+    Real total = 0;
+#pragma omp simd reduction(+ : total)
+    for (size_t i = 0; i < numbers_.size(); ++i) total += from[i] * row[i];
+    return total;
+  }
+  void scatter(Real weight, Real* row) const {
+    const Real* const from = numbers_.data();
+#pragma omp simd
+    for (size_t i = 0; i < numbers_.size(); ++i) row[i] += weight * from[i];
+  }
+
+ private:
+  std::vector<Real> numbers_;
+};
+
+template <typename Real>
+struct Inputs {
+  const Real *value, *locations, *weights;
+
+  const Real* map(const Sizes& sizes, int64_t image, int64_t head) const {
+    return value + (image * sizes.cells * sizes.heads + head) * sizes.width;
+  }
+};
+
+// Forward, rows begin..end of the order (B, M, Q).
+template <typename Real, int kWidth>
+void forward_rows(const Sizes& sizes, const Inputs<Real>& inputs, Real* output, int64_t begin, int64_t end) {
+  const int64_t width = kWidth > 0 ? kWidth : sizes.width;
+  const int64_t row_samples = sizes.samples_per_row();
+  const int64_t stride = sizes.heads * width;  // from one cell's channels to the next's
+  const std::vector<Real> zeros(width);        // what a corner beyond the map reads
+  Channels<Real, kWidth> sums(width);
+  int cell[4][kBlock];
+  Real weight[4][kBlock];
+
+  std::vector<Level> level_of(row_samples);
+  for (int64_t sample = 0; sample < row_samples; ++sample) level_of[sample] = sizes.levels[sample / sizes.points];
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t query = unit % sizes.queries, head = unit / sizes.queries % sizes.heads;
+    const int64_t image = unit / (sizes.queries * sizes.heads);
+    const int64_t row = (image * sizes.queries + query) * sizes.heads + head;  // in the order (B, Q, M)
+    const Real* const map = inputs.map(sizes, image, head);
+    sums.clear();
+    for (int64_t first = 0; first < row_samples; first += kBlock) {
+      const int count = int(std::min<int64_t>(kBlock, row_samples - first));
+      const Real* const xy = inputs.locations + 2 * (row * row_samples + first);
+      const Real* const attention = inputs.weights + row * row_samples + first;
+      const Level* const levels = level_of.data() + first;
+      for (int i = 0; i < count; ++i) {
+        const Footprint<Real> at = footprint(xy[2 * i], xy[2 * i + 1], levels[i].height, levels[i].width);
+        Real shares[4];
+        corner_weights(at.right, at.bottom, attention[i], shares);
+        for (int corner = 0; corner < 4; ++corner) {
+          cell[corner][i] = at.cell[corner] == kOutside ? kOutside : at.cell[corner] + levels[i].start;
+          weight[corner][i] = shares[corner];
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        for (int corner = 0; corner < 4; ++corner) {
+          const bool outside = cell[corner][i] == kOutside;
+          sums.add(weight[corner][i], outside ? zeros.data() : map + cell[corner][i] * stride);
+        }
+      }
+    }
+    sums.store(output + row * width);
+  }
+}
+
+template <typename Real>
+struct Gradients {
+  Real *value, *locations, *weights;
+};
+
+// Backward, units begin..end of the order (B, M, L).
+template <typename Real, int kWidth>
+void backward_units(const Sizes& sizes, const Inputs<Real>& inputs, const Real* grad_output, const Gradients<Real>& to,
+                    int64_t begin, int64_t end) {
+  const int64_t width = kWidth > 0 ? kWidth : sizes.width;
+  const int64_t level_count = sizes.levels.size();
+  const int64_t stride = sizes.heads * width;
+  const std::vector<Real> zeros(width);  // what a corner beyond the map reads
+  std::vector<Real> nowhere(width);      // what it writes
+  Channels<Real, kWidth> gradient(width);
+  int cell[4][kBlock];
+  Real right[kBlock], bottom[kBlock];
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t index = unit % level_count, head = unit / level_count % sizes.heads;
+    const int64_t image = unit / (level_count * sizes.heads);
+    const Level level = sizes.levels[index];
+    const Real* const map = inputs.map(sizes, image, head) + level.start * stride;
+    Real* const grad_map = to.value + (map - inputs.value);
+    for (int64_t token = 0; token < int64_t(level.height) * level.width; ++token) {
+      std::fill_n(grad_map + token * stride, width, Real(0));
+    }
+    for (int64_t query = 0; query < sizes.queries; ++query) {
+      const int64_t row = (image * sizes.queries + query) * sizes.heads + head;
+      gradient.load(grad_output + row * width);
+      for (int64_t first = 0; first < sizes.points; first += kBlock) {
+        const int count = int(std::min<int64_t>(kBlock, sizes.points - first));
+        const int64_t sample = (row * level_count + index) * sizes.points + first;
+        const Real* const xy = inputs.locations + 2 * sample;
+        const Real* const attention = inputs.weights + sample;
+        for (int i = 0; i < count; ++i) {
+          const Footprint<Real> at = footprint(xy[2 * i], xy[2 * i + 1], level.height, level.width);
+          for (int corner = 0; corner < 4; ++corner) cell[corner][i] = at.cell[corner];
+          right[i] = at.right;
+          bottom[i] = at.bottom;
+        }
+        for (int i = 0; i < count; ++i) {
+          Real share[4], dot[4];
+          corner_weights(right[i], bottom[i], attention[i], share);
+          for (int corner = 0; corner < 4; ++corner) {
+            const bool outside = cell[corner][i] == kOutside;
+            const int64_t offset = cell[corner][i] * stride;
+            dot[corner] = gradient.dot(outside ? zeros.data() : map + offset);
+            gradient.scatter(share[corner], outside ? nowhere.data() : grad_map + offset);
+          }
+          const auto result = sample_gradient(dot, right[i], bottom[i], attention[i], level.height, level.width);
+          to.weights[sample + i] = result.weight;
+          to.locations[2 * (sample + i)] = result.x;
+          to.locations[2 * (sample + i) + 1] = result.y;
+        }
+      }
+    }
+  }
+}
+
+// Calls `run` with the head width as a constant where the kernels have a version for it, else with 0.
+template <typename Run>
+void with_width(int64_t width, Run run) {
+  switch (width) {
+    case 16: return run(std::integral_constant<int, 16>());
+    case 32: return run(std::integral_constant<int, 32>());
+    case 48: return run(std::integral_constant<int, 48>());
+    case 64: return run(std::integral_constant<int, 64>());
+    default: return run(std::integral_constant<int, 0>());
+  }
+}
+
+int64_t grain(int64_t work_per_unit) { return std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, work_per_unit)); }
+
+template <typename Real>
+void forward(const Sizes& sizes, const Inputs<Real>& inputs, Real* output) {
+  const int64_t work = 4 * sizes.samples_per_row() * sizes.width;
+  with_width(sizes.width, [&](auto width) {
+    at::parallel_for(0, sizes.batch * sizes.heads * sizes.queries, grain(work), [&](int64_t begin, int64_t end) {
+      forward_rows<Real, width>(sizes, inputs, output, begin, end);
+    });
+  });
+}
+
+template <typename Real>
+void backward(const Sizes& sizes, const Inputs<Real>& inputs, const Real* grad_output, const Gradients<Real>& to) {
+  const int64_t units = sizes.batch * sizes.heads * int64_t(sizes.levels.size());
+  const int64_t work = 8 * sizes.queries * sizes.points * sizes.width;
+  with_width(sizes.width, [&](auto width) {
+    at::parallel_for(0, units, grain(work), [&](int64_t begin, int64_t end) {
+      backward_units<Real, width>(sizes, inputs, grad_output, to, begin, end);
+    });
+  });
+}
+
+// Half-precision values are widened once; sums and gradients are those of float32, rounded at the end.
+at::Tensor widened(const at::Tensor& tensor) {
+  const auto type = tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return tensor.to(type).contiguous();
+}
+
+template <typename Real>
+Inputs<Real> pointers(const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights) {
+  return {value.const_data_ptr<Real>(), locations.const_data_ptr<Real>(), weights.const_data_ptr<Real>()};
+}
+
+template <typename Run>
+void with_real(const at::Tensor& tensor, Run run) {
+  tensor.scalar_type() == at::kDouble ? run(double()) : run(float());
+}
+
+at::Tensor ms_deform_attn_cpu(const at::Tensor& value, at::IntArrayRef flat_shapes, const at::Tensor& locations,
+                              const at::Tensor& weights) {
+  const Sizes sizes = read_sizes(value, flat_shapes, locations, weights);
+  const at::Tensor wide = widened(value), places = locations.contiguous(), attention = weights.contiguous();
+  at::Tensor output = at::empty({sizes.batch, sizes.queries, sizes.heads * sizes.width}, wide.options());
+  with_real(wide, [&](auto real) {
+    using Real = decltype(real);
+    forward<Real>(sizes, pointers<Real>(wide, places, attention), output.mutable_data_ptr<Real>());
+  });
+  return output.to(value.scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cpu(
+    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef flat_shapes, const at::Tensor& locations,
+    const at::Tensor& weights) {
+  const Sizes sizes = read_sizes(value, flat_shapes, locations, weights);
+  const std::vector<int64_t> expected{sizes.batch, sizes.queries, sizes.heads * sizes.width};
+  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(expected), "grad_output must be ",
+                    at::IntArrayRef(expected), ", got ", grad_output.sizes());
+  const at::Tensor wide = widened(value), gradient = grad_output.to(wide.scalar_type()).contiguous();
+  const at::Tensor places = locations.contiguous(), attention = weights.contiguous();
+  at::Tensor grad_value = at::empty_like(wide), grad_locations = at::empty_like(places);
+  at::Tensor grad_weights = at::empty_like(attention);
+  with_real(wide, [&](auto real) {
+    using Real = decltype(real);
+    const Gradients<Real> to{grad_value.mutable_data_ptr<Real>(), grad_locations.mutable_data_ptr<Real>(),
+                             grad_weights.mutable_data_ptr<Real>()};
+    backward<Real>(sizes, pointers<Real>(wide, places, attention), gradient.const_data_ptr<Real>(), to);
+  });
+  return {grad_value.to(value.scalar_type()), grad_locations, grad_weights};
+}
+
+}  // namespace
+}  // namespace solq
+
+TORCH_LIBRARY_FRAGMENT(solq_lab, library) {
+  library.def(
+      "ms_deform_attn_cpu(Tensor value, int[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights)"
+      " -> Tensor");
+  library.impl("ms_deform_attn_cpu", torch::dispatch(c10::kCPU, &solq::ms_deform_attn_cpu));
+  library.def(
+      "ms_deform_attn_backward_cpu(Tensor grad_output, Tensor value, int[] spatial_shapes, Tensor sampling_locations,"
+      " Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
+  library.impl("ms_deform_attn_backward_cpu", torch::dispatch(c10::kCPU, &solq::ms_deform_attn_backward_cpu));
+}

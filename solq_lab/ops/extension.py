@@ -1,0 +1,271 @@
+"""Compiles the operators in `cuda/` at their first use and keeps the libraries for every later process.
+
+A library's name carries a hash of everything that it depends on: sources, flags, torch, Python, processor and GPU
+architectures. It is built in a folder of its own and moved to its place whole, under a lock that the operating system
+takes back from a killed process; so there is never half a library, nor a lock without an owner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+
+from solq_lab.ops.toolkit import CudaToolkit, cuda_version_of_torch, find_compiler, find_cuda_toolkits, find_ninja
+
+Kind = Literal["cpu", "cuda"]
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).resolve().parents[2] / "cuda"
+SOURCE_PATTERNS = {"cpu": ("*_cpu.cpp",), "cuda": ("*_cuda.cu", "*_bindings.cpp")}
+# Without -fopenmp torch's parallel loops are serial, silently. The last two let loops with comparisons vectorise.
+CPU_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+BINDING_FLAGS = ("-O2",)
+NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr")
+DEFAULT_ARCHITECTURES = "8.0;9.0"  # where no GPU is in sight: A100 and H100/H200
+SHOWN_LINES = 20  # of the compiler's output in an error
+
+_lock = threading.Lock()
+_loaded: dict[str, Path | None] = {}
+_failed: dict[str, ExtensionBuildError] = {}
+
+
+class ExtensionBuildError(RuntimeError):
+    """The compiled operators cannot be had here. `reason` is one sentence with the cause and the cure."""
+
+    def __init__(self, reason: str, compiler_output: str = "") -> None:
+        self.reason = reason
+        lines = compiler_output.strip().splitlines()[-SHOWN_LINES:]
+        super().__init__("\n".join([reason, *lines]))
+
+
+class Recipe(NamedTuple):
+    """All that makes one library what it is."""
+
+    kind: Kind
+    sources: list[Path]
+    flags: tuple[str, ...]
+    cuda_flags: tuple[str, ...]
+    library: Path
+
+
+def load_extension(kind: Kind) -> None:
+    """Makes the operators of `cuda/*_cpu.cpp` ("cpu") or of the CUDA kernels ("cuda") callable as torch.ops.solq_lab.*.
+
+    The first call on a machine compiles, later ones load the kept library; in one process only the first does anything.
+    The libraries lie in $TORCH_EXTENSIONS_DIR/solq_lab, by default in ~/.cache/torch_extensions/solq_lab.
+
+    Raises:
+        ExtensionBuildError: no compiler, no writable cache, an error in the sources, ...; the same again at every call.
+    """
+    with _lock:
+        if kind in _failed:
+            raise _failed[kind]
+        if kind in _loaded:
+            return
+        try:
+            recipe = _recipe(kind)
+            if recipe.library.exists() or not _build(recipe):
+                _load(recipe.library)
+        except ExtensionBuildError as error:
+            _failed[kind] = error
+            raise
+        _loaded[kind] = recipe.library
+
+
+def cache_folder() -> Path:
+    """Where the compiled libraries are kept."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return Path(root) / "solq_lab"
+
+
+def _recipe(kind: Kind) -> Recipe:
+    sources = sorted(path for pattern in SOURCE_PATTERNS[kind] for path in SOURCES.glob(pattern))
+    if not sources:
+        raise ExtensionBuildError(
+            f"the operators' sources are not at {SOURCES}; install solq_lab from a checkout: pip install -e ."
+        )
+    flags = CPU_FLAGS if kind == "cpu" else BINDING_FLAGS
+    cuda_flags = (*NVCC_FLAGS, *_architecture_flags()) if kind == "cuda" else ()
+    digest = hashlib.sha256()
+    for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    environment = (torch.__version__, sys.implementation.cache_tag, platform.machine(), _processor())
+    digest.update(repr((flags, cuda_flags, environment)).encode())
+    return Recipe(kind, sources, flags, cuda_flags, cache_folder() / f"{kind}-{digest.hexdigest()[:16]}.so")
+
+
+def _processor() -> str:
+    """Model and instruction sets of the processor: what -march=native stands for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )
+
+
+def _architecture_flags() -> tuple[str, ...]:
+    """nvcc's flags for $TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine, else for `DEFAULT_ARCHITECTURES`."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not wanted and torch.cuda.is_available():
+        wanted = ";".join(
+            "{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())
+        )
+    flags = set()
+    for name in (wanted or DEFAULT_ARCHITECTURES).replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        if not number.rstrip("af").isdigit():
+            raise ExtensionBuildError(
+                f"TORCH_CUDA_ARCH_LIST names {name!r}; give numbers such as 9.0, 8.0;9.0 or 9.0+PTX"
+            )
+        flags.add(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.add(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return tuple(sorted(flags))
+
+
+def _load(library: Path) -> None:
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise ExtensionBuildError(
+            f"the kept library {library} does not load ({error}); remove it to build it anew"
+        ) from error
+
+
+def _build(recipe: Recipe) -> bool:
+    """Compiles and loads the library and moves it to its place; False when another process did so meanwhile."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise ExtensionBuildError(
+            f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is on the PATH; install one (g++, or gxx of conda)"
+        )
+    ninja = find_ninja()
+    if ninja is None:
+        raise ExtensionBuildError("ninja is neither on the PATH nor beside Python; install it: pip install ninja")
+    toolkit = _fitting_toolkit() if recipe.kind == "cuda" else None
+    folder = recipe.library.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(FileLock(recipe.library.with_suffix(".lock"))):
+            if recipe.library.exists():
+                return False
+            for abandoned in folder.glob(
+                f"{recipe.library.stem}.building-*"
+            ):  # its builder was killed: we hold the lock
+                shutil.rmtree(abandoned, ignore_errors=True)
+            build_folder = Path(tempfile.mkdtemp(prefix=f"{recipe.library.stem}.building-", dir=folder))
+            try:
+                _compile(recipe, build_folder, ninja, toolkit)
+                os.replace(build_folder / f"solq_lab_{recipe.kind}.so", recipe.library)
+            finally:
+                shutil.rmtree(build_folder, ignore_errors=True)
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
+        raise ExtensionBuildError(
+            f"compiled operators cannot be kept in {folder} ({error}); set TORCH_EXTENSIONS_DIR to a writable folder"
+        ) from error
+    return True
+
+
+def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolkit | None) -> None:
+    from torch.utils import cpp_extension  # slow to import, and only a build needs it
+
+    logger.info("compiling the %s operators, once on this machine (about half a minute)", recipe.kind)
+    started = time.monotonic()
+    ld_flags = []
+    if toolkit is not None:  # the runtime of the Python packages has no libcudart.so, which the linker asks for
+        (build_folder / "libcudart.so").symlink_to(toolkit.runtime)
+        ld_flags = [f"-L{build_folder}", f"-L{toolkit.runtime.parent}"]
+    elif "-fopenmp" in recipe.flags:
+        ld_flags = ["-fopenmp"]
+    with _environment(PATH=os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", "")])), _cuda_home(toolkit):
+        try:
+            cpp_extension.load(
+                name=f"solq_lab_{recipe.kind}",
+                sources=[str(path) for path in recipe.sources],
+                extra_cflags=list(recipe.flags),
+                extra_cuda_cflags=list(recipe.cuda_flags),
+                extra_ldflags=ld_flags,
+                build_directory=str(build_folder),
+                is_python_module=False,
+                with_cuda=toolkit is not None,
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            names = ", ".join(path.name for path in recipe.sources)
+            raise ExtensionBuildError(
+                f"compiling {names} failed; mend what the compiler says, or set SOLQ_OPS=reference to do without",
+                str(error),
+            ) from error
+    logger.info("compiled the %s operators in %.0f s", recipe.kind, time.monotonic() - started)
+
+
+def _fitting_toolkit() -> CudaToolkit:
+    wanted = cuda_version_of_torch()
+    if not wanted:
+        raise ExtensionBuildError(f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
+    toolkits = find_cuda_toolkits()
+    cure = f"install one from the package index (pip install 'solq-lab[cuda]') or set CUDA_HOME to CUDA {wanted[0]}.x"
+    if not toolkits:
+        raise ExtensionBuildError(
+            f"no CUDA toolkit (nvcc, headers and libcudart in one folder) is on this machine; {cure}"
+        )
+    if toolkits[0].version[0] != wanted[0]:
+        found = ", ".join(map(str, toolkits))
+        raise ExtensionBuildError(f"torch is built for CUDA {torch.version.cuda}, but here is only {found}; {cure}")
+    return toolkits[0]
+
+
+@contextmanager
+def _alone(lock: FileLock) -> Iterator[None]:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another process compiles the operators; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _cuda_home(toolkit: CudaToolkit | None) -> Iterator[None]:
+    """torch guesses its CUDA_HOME once, when imported, and may have found a wrapper of nvcc instead of the toolkit."""
+    from torch.utils import cpp_extension
+
+    before = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = str(toolkit.home) if toolkit else before
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = before
