@@ -1,0 +1,155 @@
+"""Numbers of a training and of an evaluation: curves over steps, bars per size and class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from solq_lab.viz.style import GREY, KIND_COLOURS, LOSS_COLOURS, METHOD_COLOURS, STYLE, new_figure
+
+LOSS_TITLES = {"class": "class (focal)", "l1": "box L1", "giou": "box GIoU", "vector": "mask vector (L1)"}
+SIZES = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}
+
+
+@mpl.rc_context(STYLE)
+def training_curves(metrics: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
+    """Losses of the last decoder layer, the vector loss beside its plateau, learning rate, and AP over the steps.
+
+    The plateau is the vector loss of a head that says the same, best vector about every object. A curve that has not
+    left it yet has learnt nothing about masks; that is normal in the first minutes.
+
+    Args:
+        metrics: the lines of a run's metrics.jsonl, as `Run.metrics()` gives them.
+        title: which run.
+    """
+    train = [line for line in metrics if line["kind"] == "train"]
+    evaluations = [line for line in metrics if line["kind"] == "evaluation"]
+    plateaus: dict[str, float] = {}
+    for line in metrics:
+        plateaus |= line.get("plateau", {})
+    names = [name for name in LOSS_TITLES if any(name in line["losses"] for line in train)]
+    figure, axes = new_figure(2, 3, size=(11.0, 5.6), title=title)
+    panels = iter(axes.flat)
+    steps = [line["step"] for line in train]
+    for name in names:
+        _plot_loss(next(panels), name, steps, [line["losses"][name] for line in train], plateaus.get(name))
+    _plot_rate(next(panels), steps, [line["lr"] for line in train])
+    _plot_precision(next(panels), evaluations)
+    for panel in panels:
+        panel.set_axis_off()
+    for panel in axes[-1]:
+        panel.set_xlabel("optimiser step")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def ap_by_size(
+    metrics: Mapping[str, float], *, ceiling: Mapping[str, float] | None = None, method: str = "SOLQ", title: str = ""
+) -> Figure:
+    """Box, mask and boundary AP, overall and by object size, beside what the mask code allows.
+
+    Args:
+        metrics: "box.AP", "segm.APs", ... in 0..1, as `Evaluation.metrics`.
+        ceiling: the same numbers of the code's ceiling.
+        method: whose numbers these are; chooses the colour.
+        title: what is compared.
+    """
+    kinds = [kind for kind in KIND_COLOURS if f"{kind}.AP" in metrics]
+    figure, axes = new_figure(1, max(len(kinds), 1), size=(11.0, 3.2), title=title)
+    for place, kind in zip(axes.flat, kinds, strict=False):
+        ours = [metrics.get(f"{kind}.{key}", math.nan) for key in SIZES]
+        best = None if ceiling is None else [ceiling.get(f"{kind}.{key}", math.nan) for key in SIZES]
+        _bars(place, list(SIZES.values()), ours, best, method)
+        place.set_title(f"{kind} AP")
+    axes[0, 0].set_ylabel("AP, percent")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def ap_by_class(
+    per_class: Mapping[str, Mapping[str, float]],
+    *,
+    kind: str = "segm",
+    ceiling: Mapping[str, Mapping[str, float]] | None = None,
+    method: str = "SOLQ",
+    most: int = 30,
+    title: str = "",
+) -> Figure:
+    """AP of each class, best first, beside what the mask code allows.
+
+    Args:
+        per_class: class name -> {"segm.AP": 0..1, ...}, as `Evaluation.per_class`; NaN (no objects) is left out.
+        kind: "box", "segm" or "boundary".
+        ceiling: the same numbers of the code's ceiling.
+        method: whose numbers these are; chooses the colour.
+        most: classes shown; of more, the best and the worst.
+        title: what is compared.
+    """
+    key = f"{kind}.AP"
+    known = {name: values[key] for name, values in per_class.items() if not math.isnan(values.get(key, math.nan))}
+    order = sorted(known, key=lambda name: -known[name])
+    if len(order) > most:
+        order = order[: most // 2] + order[-(most - most // 2) :]
+    figure, axes = new_figure(1, 1, size=(11.0, 3.4), title=title)
+    best = None if ceiling is None else [ceiling.get(name, {}).get(key, math.nan) for name in order]
+    _bars(axes[0, 0], order, [known[name] for name in order], best, method)
+    axes[0, 0].set_ylabel(f"{kind} AP, percent")
+    if len(order) > 10:
+        axes[0, 0].tick_params(axis="x", labelrotation=60)
+    return figure
+
+
+def _plot_loss(axes: Axes, name: str, steps: Sequence[int], values: Sequence[float], plateau: float | None) -> None:
+    axes.plot(steps, values, color=LOSS_COLOURS[name], linewidth=1.4, label="last decoder layer")
+    axes.set_title(f"loss: {LOSS_TITLES[name]}")
+    if plateau is not None:
+        axes.axhline(plateau, color=GREY, linestyle="--", linewidth=1.2, label="plateau: predict the median")
+        axes.legend(loc="lower left")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("unweighted")
+
+
+def _plot_rate(axes: Axes, steps: Sequence[int], rates: Sequence[float]) -> None:
+    axes.plot(steps, rates, color=GREY, linewidth=1.4)
+    axes.set_title("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def _plot_precision(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title("AP on the validation pictures")
+    axes.set_ylabel("percent")
+    steps = [line["step"] for line in evaluations]
+    for kind, colour in KIND_COLOURS.items():
+        values = [_percent(line["metrics"].get(f"{kind}.AP")) for line in evaluations]
+        if any(not math.isnan(value) for value in values):
+            axes.plot(steps, values, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=kind)
+    if axes.get_lines():
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
+    else:
+        axes.text(0.5, 0.5, "none yet", transform=axes.transAxes, horizontalalignment="center", color=GREY)
+
+
+def _bars(axes: Axes, names: Sequence[str], ours: Sequence[float], best: Sequence[float] | None, method: str) -> None:
+    """One bar per name in the method's colour, the ceiling behind it as a wider, paler one."""
+    places = np.arange(len(names))
+    if best is not None and not np.isnan(best).all():
+        colour = METHOD_COLOURS["ceiling"]
+        axes.bar(places, 100 * np.asarray(best), width=0.8, color=colour, alpha=0.3, label="ceiling of the mask code")
+    bars = axes.bar(places, 100 * np.asarray(ours), width=0.55, color=METHOD_COLOURS[method], label=method)
+    axes.bar_label(bars, labels=["-" if math.isnan(value) else f"{100 * value:.0f}" for value in ours], fontsize=8)
+    axes.set_xticks(places, names)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylim(0, 105)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
+
+
+def _percent(share: float | None) -> float:
+    return math.nan if share is None else 100 * share

@@ -1,0 +1,161 @@
+"""Pictures with objects drawn into them: translucent masks, outlines, labels. Paper: figures 3, 5 and 6."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from solq_lab.boxes import cxcywh_to_xyxy
+from solq_lab.masks import decode_rle, paste_to_rle
+from solq_lab.structures import Detections, Target
+from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure
+
+MASK_OPACITY = 0.45
+EDGE = 0.1  # labels closer than this share of a side to the edge are moved inwards
+FIGURE_WIDTH = 11.0  # inches
+
+
+def ground_truth(target: Target, class_names: Sequence[str]) -> Detections:
+    """The objects of a target as detections of score 1, in pixels of the network input."""
+    height, width = target.image_size
+    boxes = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height, width, height])
+    masks = None if target.masks is None else paste_to_rle(target.masks, boxes, target.image_size)
+    count = len(target.labels)
+    names = [class_names[label] for label in target.labels.tolist()]
+    return Detections(torch.ones(count), target.labels, boxes, torch.arange(count), masks, names)
+
+
+@mpl.rc_context(STYLE)
+def draw_detections(image: np.ndarray | Tensor, detections: Detections, *, title: str = "") -> Figure:
+    """One picture with its objects.
+
+    Args:
+        image: (H, W, 3) uint8, or a tensor (3, H, W) uint8.
+        detections: the objects to draw, boxes and masks in pixels of `image`; `detections.above(0.3)` leaves out the
+            doubtful ones.
+        title: what is shown.
+    """
+    pixels = as_pixels(image)
+    height, width = pixels.shape[:2]
+    figure, axes = new_figure(1, 1, size=(6.0, 0.3 + 6.0 * height / width))
+    _draw(axes[0, 0], pixels, detections, class_colours(detections.labels.tolist()))
+    axes[0, 0].set_title(title)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def prediction_grid(
+    examples: Sequence[tuple[np.ndarray | Tensor, Detections, Detections]],
+    *,
+    examples_per_row: int = 2,
+    title: str = "",
+) -> Figure:
+    """Picture, ground truth and prediction side by side.
+
+    Args:
+        examples: picture ((H, W, 3) or (3, H, W), uint8), ground truth and prediction in its pixels.
+        examples_per_row: so many times three columns.
+        title: what is shown.
+    """
+    across = min(examples_per_row, max(len(examples), 1))
+    pictures = [as_pixels(image) for image, _, _ in examples]
+    aspects = [height / width for height, width, _ in (pixels.shape for pixels in pictures)] or [1.0]
+    heights = [max(aspects[first : first + across]) for first in range(0, len(aspects), across)]
+    size = (FIGURE_WIDTH, 0.7 + FIGURE_WIDTH / (3 * across) * sum(heights))
+    figure, axes = new_figure(len(heights), 3 * across, size=size, title=title, height_ratios=heights)
+    for place in axes.flat:
+        hide_axes(place)
+    for number, (pixels, (_, truth, prediction)) in enumerate(zip(pictures, examples, strict=True)):
+        row, first = number // across, 3 * (number % across)
+        colours = class_colours(truth.labels.tolist() + prediction.labels.tolist())
+        columns = (("picture", truth.above(math.inf)), ("ground truth", truth), ("prediction", prediction))
+        for place, (name, objects) in zip(axes[row, first:], columns, strict=False):
+            _draw(place, pixels, objects, colours)
+            place.set_anchor("N")
+            if row == 0:
+                place.set_title(name)
+    return figure
+
+
+def _draw(axes: Axes, pixels: np.ndarray, detections: Detections, colours: Mapping[int, str]) -> None:
+    """A picture and its objects, the best score on top."""
+    height, width = pixels.shape[:2]
+    masks = None if detections.masks is None else decode_rle(detections.masks).numpy()
+    objects = list(enumerate(detections.labels.tolist()))[::-1]
+    axes.imshow(_blend(pixels, masks, [(row, colours[label]) for row, label in objects]))
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)
+    hide_axes(axes)
+    for row, label in objects:
+        x0, y0, x1, y1 = detections.boxes[row].tolist()
+        anchor = (x0 + x1) / 2, y0
+        if masks is None:
+            outline = {"fill": False, "edgecolor": colours[label], "linewidth": 1.5}
+            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
+        elif masks[row].any():
+            _outline(axes, masks[row], colours[label])
+            top = masks[row].any(axis=1).argmax()
+            anchor = float(masks[row][top].nonzero()[0].mean()), float(top)
+        score = float(detections.scores[row])
+        text = detections.names[row] + ("" if score == 1 else f" {score:.2f}")
+        _label(axes, text, anchor, pixels.shape[:2], colours[label])
+
+
+def _outline(axes: Axes, mask: np.ndarray, colour: str) -> None:
+    padded = np.pad(mask, 1).astype(float)  # so that an outline also closes at the picture's edge
+    across, down = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
+    for line, width in (("white", 2.2), (colour, 1.2)):
+        axes.contour(across, down, padded, levels=[0.5], colors=[line], linewidths=width)
+
+
+def _label(axes: Axes, text: str, anchor: tuple[float, float], size: tuple[int, int], colour: str) -> None:
+    """A text above a point (x, y) in pixels, moved inwards at the edges of a picture of `size` (height, width)."""
+    x, y = (min(max(place, 0.0), length) for place, length in zip(anchor, size[::-1], strict=True))
+    side = "left" if x < EDGE * size[1] else "right" if x > (1 - EDGE) * size[1] else "center"
+    red, green, blue = to_rgb(colour)
+    axes.text(
+        x,
+        y,
+        text,
+        fontsize=6.5,
+        color="white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black",
+        horizontalalignment=side,
+        verticalalignment="top" if y < EDGE * size[0] else "bottom",
+        bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+        clip_on=True,
+    )
+
+
+def _blend(pixels: np.ndarray, masks: np.ndarray | None, objects: Sequence[tuple[int, str]]) -> np.ndarray:
+    """The picture (H, W, 3) in 0..1 with masks (K, H, W) laid over it, given as (row, colour), the last on top."""
+    blended = pixels.astype(np.float32) / 255
+    if masks is not None:
+        for row, colour in objects:
+            paint = MASK_OPACITY * np.array(to_rgb(colour), dtype=np.float32)
+            blended[masks[row]] = (1 - MASK_OPACITY) * blended[masks[row]] + paint
+    return blended
+
+
+def as_pixels(image: np.ndarray | Tensor) -> np.ndarray:
+    """(H, W, 3) uint8 of a picture.
+
+    Raises:
+        ValueError: neither an array (H, W, 3) nor a tensor (3, H, W) of uint8.
+    """
+    pixels = (
+        image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else np.asarray(image)
+    )
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"a picture is an array (H, W, 3) or a tensor (3, H, W) of uint8, found {tuple(image.shape)} {image.dtype}"
+        )
+    return pixels

@@ -1,0 +1,72 @@
+"""The look of all figures: one colour per method and per loss, readable at notebook size, safe for colour-blind eyes.
+
+Colours: Okabe and Ito, "Color Universal Design" (2008).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#8C8C8C"
+
+METHOD_COLOURS = {"SOLQ": BLUE, "SQR": ORANGE, "Deformable DETR": GREEN, "ceiling": GREY}
+LOSS_COLOURS = {"class": VERMILION, "l1": GREEN, "giou": SKY, "vector": PURPLE}
+KIND_COLOURS = {"box": GREEN, "segm": BLUE, "boundary": PURPLE}
+OBJECT_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)
+
+STYLE = {
+    "figure.dpi": 100,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "image.interpolation": "nearest",
+}
+
+
+def new_figure(
+    rows: int,
+    columns: int,
+    *,
+    size: tuple[float, float],
+    title: str = "",
+    width_ratios: Sequence[float] | None = None,
+    height_ratios: Sequence[float] | None = None,
+) -> tuple[Figure, np.ndarray]:
+    """An empty figure and its axes (rows, columns); the size is (width, height) in inches."""
+    ratios = {"width_ratios": width_ratios, "height_ratios": height_ratios}
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **ratios)
+    plt.close(figure)  # pyplot would keep it alive, and a notebook would show it twice
+    if title:
+        figure.suptitle(title)
+    return figure, axes
+
+
+def hide_axes(axes: Axes) -> None:
+    """No ticks, grid or frame: for pictures and empty places."""
+    axes.set_axis_off()
+
+
+def class_colours(labels: Iterable[int]) -> dict[int, str]:
+    """A colour for each class channel of one picture: the channel's own, or the next free one.
+
+    Two classes share a colour only where a picture has more classes than there are colours.
+    """
+    count = len(OBJECT_COLOURS)
+    chosen: dict[int, str] = {}
+    for label in sorted(set(labels)):
+        turns = [OBJECT_COLOURS[(label + turn) % count] for turn in range(count)]
+        chosen[label] = next((colour for colour in turns if colour not in chosen.values()), turns[0])
+    return chosen
