@@ -14,7 +14,9 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
 from solq_lab.models.backbone import ResNetBackbone, SmallBackbone, SwinBackbone
+from solq_lab.models.official import is_official
 from solq_lab.models.solq import SOLQ
+from solq_lab.models.weights import initialise, read_backbone_weights, read_official
 
 
 def build_codec(experiment: Experiment) -> MaskCodec | None:
@@ -27,21 +29,16 @@ def build_codec(experiment: Experiment) -> MaskCodec | None:
             return None
 
 
-def build_backbone(model: ModelSection, *, pretrained: str = "none") -> nn.Module:
-    """The backbone, with the weights that `pretrained` names ("imagenet", "none" or a file).
-
-    Args:
-        model: which backbone, and whether C5 is dilated or stands alone.
-        pretrained: not `model.pretrained`, so that loading a trained model fetches nothing.
-    """
-    c5_only = model.levels == 1
+def build_backbone(model: ModelSection, *, imagenet: bool = False) -> nn.Module:
+    """The backbone, fresh or with ImageNet weights; C5 alone where the network has one level."""
+    pretrained, c5_only = "imagenet" if imagenet else "none", model.levels == 1
     match model.backbone:
         case "resnet50" | "resnet101":
-            return ResNetBackbone(model.backbone, dilation=model.dilation, c5_only=c5_only, pretrained=pretrained)
+            return ResNetBackbone(model.backbone, pretrained=pretrained, dilation=model.dilation, c5_only=c5_only)
         case "swin_t" | "swin_s" | "swin_b" | "swin_l":
-            return SwinBackbone(model.backbone, c5_only=c5_only, pretrained=pretrained)
+            return SwinBackbone(model.backbone, pretrained=pretrained, c5_only=c5_only)
         case "small":
-            return SmallBackbone(c5_only=c5_only, pretrained=pretrained)
+            return SmallBackbone(pretrained=pretrained, c5_only=c5_only)
 
 
 def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = False) -> SOLQ:
@@ -50,12 +47,16 @@ def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = 
     Args:
         experiment: sections `model` and `codec` are read.
         num_classes: number S of class channels.
-        pretrained: start the backbone from the weights that `model.pretrained` names; a trained model that is
-            about to be loaded does not need them.
+        pretrained: start from what `model.pretrained` names, as a training does: ImageNet weights of the backbone, or a
+            file of a backbone or of a whole detector. A model that is about to be loaded does not need it.
+
+    Raises:
+        WeightMismatch: the file cannot be read, or nothing in it fits.
+        ValueError: ImageNet weights cannot be had.
     """
     model, codec = experiment.model, experiment.codec
-    return SOLQ(
-        build_backbone(model, pretrained=model.pretrained if pretrained else "none"),
+    network = SOLQ(
+        build_backbone(model, imagenet=pretrained and model.pretrained == "imagenet"),
         num_classes,
         vector_dim=None if codec.kind == "none" else codec.vector_dim,
         width=model.width,
@@ -74,6 +75,19 @@ def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = 
         two_stage=model.two_stage,
         standardise_vectors=model.standardise_vectors,
     )
+    if pretrained and model.pretrained not in ("imagenet", "none"):
+        _start_from_file(network, Path(model.pretrained))
+    return network
+
+
+def _start_from_file(network: SOLQ, path: Path) -> None:
+    """Load all that fits of a detector's file, or the backbone from a classifier's."""
+    names = read_official(path).state.keys()
+    if is_official(names) or not names.isdisjoint(network.state_dict()):
+        initialise(network, path)
+    else:
+        backbone = network.backbone
+        backbone.load_state_dict(read_backbone_weights(path, backbone.state_dict()))
 
 
 def build_dataset(

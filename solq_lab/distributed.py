@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def any_process(flag: bool, here: torch.device) -> bool:
+    """Whether `flag` is true in any process; the same answer in all of them. `here` is this process's device."""
+    return bool(sum_over_processes(torch.tensor(float(flag), device=here)))
+
+
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite `tensors`, on every process, with those of the main one."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:

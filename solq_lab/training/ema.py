@@ -14,16 +14,21 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        average_of: dict[int, Tensor] = {}  # by address: a tensor under several names is averaged once
+        self._average: dict[str, Tensor] = {}
+        for name, value in model.state_dict().items():
+            self._average[name] = average_of.setdefault(value.data_ptr(), value.detach().clone())
+        names = {id(value): name for name, value in self._average.items()}.values()
+        self._floats = [name for name in names if self._average[name].is_floating_point()]
+        self._integers = [name for name in names if not self._average[name].is_floating_point()]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take one step of the model into the average."""
         current = model.state_dict()
-        floats = [name for name, value in self._average.items() if value.is_floating_point()]
-        averages = [self._average[name] for name in floats]
-        torch._foreach_lerp_(averages, [current[name] for name in floats], 1 - self.decay)
-        for name in self._average.keys() - set(floats):
+        averages = [self._average[name] for name in self._floats]
+        torch._foreach_lerp_(averages, [current[name] for name in self._floats], 1 - self.decay)
+        for name in self._integers:
             self._average[name].copy_(current[name])
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def describe_codec(codec: MaskCodec | None) -> dict[str, Any] | None:
     if codec is None:
         return None
     tables = hashlib.sha256()
-    for name, table in sorted(codec.state_dict().items()):
+    for name, table in sorted(codec.named_buffers()):
         tables.update(name.encode() + table.cpu().contiguous().numpy().tobytes())
     return {
         "kind": type(codec).__name__,

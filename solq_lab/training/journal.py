@@ -1,0 +1,117 @@
+"""What a training writes while it runs: lines of metrics.jsonl, log lines, and once how long it will take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solq_lab import distributed
+from solq_lab.evaluation.summary import Evaluation
+from solq_lab.progress import describe_duration
+from solq_lab.runs import Run
+
+log = logging.getLogger(__name__)
+
+WARM_STEPS, TIMED_STEPS = 10, 30  # the speed between these two of a process's steps gives the expected duration
+SECONDS_BETWEEN_LINES = 10.0  # of the log; metrics.jsonl has every line
+
+
+class Journal:
+    """Collects the numbers of optimiser steps, and writes their means every `log_every` steps.
+
+    Every process collects; the main one writes, after summing over all of them.
+
+    Attributes:
+        seconds: spent on optimiser steps since the training's first start, data loading included.
+    """
+
+    def __init__(self, run: Run, *, total_steps: int, steps_per_epoch: int) -> None:
+        self._run, self._train = run, run.experiment.train
+        self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
+        self.seconds = 0.0
+        self._sums: dict[str, Tensor] = {}  # since the last line
+        self._steps, self._since = 0, 0.0
+        self._steps_here, self._warm = 0, 0.0  # of this process, for the expected duration
+        self._told = 0.0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add numbers of a step; those of one name are summed over the step and averaged over steps and processes."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach()
+
+    def end_step(self, step: int, seconds: float, learning_rate: float) -> None:
+        """Count a step; write a line where one is due.
+
+        Args:
+            step: optimiser steps done, this one included.
+            seconds: it took.
+            learning_rate: of the main group of parameters.
+        """
+        self.seconds += seconds
+        self._steps += 1
+        self._steps_here += 1
+        if self._steps_here == WARM_STEPS:
+            self._warm = self.seconds
+        if self._steps_here == TIMED_STEPS:
+            self._tell_duration(step)
+        if step % self._train.log_every == 0 or step == self._total_steps:
+            self._write_train_line(step, learning_rate)
+
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Write an evaluation's line."""
+        metrics = evaluation.to_dict()["metrics"]
+        line = {"kind": "evaluation", "step": step, "epoch": self._epoch(step), "metrics": metrics}
+        self._run.append_metrics(line)
+        log.info("step %d of %d, evaluation\n%s", step, self._total_steps, evaluation.table())
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after this step has been written."""
+        return any(line["step"] == step for line in self._run.metrics("evaluation"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to write the same lines."""
+        return {"seconds": self.seconds, "sums": self._sums, "steps": self._steps, "since": self._since}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` gave."""
+        self.seconds, self._steps, self._since = state["seconds"], state["steps"], state["since"]
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+
+    def _write_train_line(self, step: int, learning_rate: float) -> None:
+        shares = distributed.sum_over_processes(torch.stack(list(self._sums.values())))
+        means = dict(zip(self._sums, (shares / (self._steps * distributed.world_size())).tolist(), strict=True))
+        speed = self._steps * self._train.batch_size / (self.seconds - self._since)
+        line = {
+            "kind": "train",
+            "step": step,
+            "epoch": self._epoch(step),
+            "total": means.pop("total"),
+            "grad_norm": means.pop("grad_norm"),
+            "losses": means,
+            "lr": learning_rate,
+            "images_per_second": speed,
+            "seconds": self.seconds,
+        }
+        self._sums, self._steps, self._since = {}, 0, self.seconds
+        if not distributed.is_main():
+            return
+        self._run.append_metrics(line)
+        if time.monotonic() - self._told > SECONDS_BETWEEN_LINES or step == self._total_steps:
+            self._told = time.monotonic()
+            last_layer = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items() if "/" not in name)
+            progress = f"step {step} of {self._total_steps}, epoch {line['epoch']:.2f}"
+            log.info("%s: loss %.3f (%s), %.1f pictures/s", progress, line["total"], last_layer, speed)
+
+    def _tell_duration(self, step: int) -> None:
+        per_step = (self.seconds - self._warm) / (TIMED_STEPS - WARM_STEPS)
+        left = describe_duration(per_step * (self._total_steps - step))
+        if distributed.is_main():
+            speed = self._train.batch_size / per_step
+            log.info("%.1f pictures/s; the remaining %d steps will take %s", speed, self._total_steps - step, left)
+
+    def _epoch(self, step: int) -> float:
+        return round(step / self._steps_per_epoch, 4)

@@ -1,0 +1,398 @@
+"""The training of one run: the loop, one step of it, and how it goes on after an interruption. Paper: section 4.2."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from solq_lab import distributed
+from solq_lab.build import build_codec, build_dataset, build_model
+from solq_lab.config import OptimSection, TrainSection
+from solq_lab.data.loader import BatchStream, make_loader
+from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
+from solq_lab.launch import prepare_data
+from solq_lab.models.weights import save_weights
+from solq_lab.ops.ms_deform_attn import implementation_for
+from solq_lab.runs import Run, RunError, State, describe_software, flush_to_disk
+from solq_lab.structures import ImageBatch, Target
+from solq_lab.training.checkpoint import (
+    Checkpoint,
+    load_newest_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from solq_lab.training.ema import AveragedWeights
+from solq_lab.training.journal import Journal
+from solq_lab.training.losses import SetCriterion, vector_plateau
+from solq_lab.training.matcher import HungarianMatcher
+from solq_lab.training.optim import build_optimizer, clip_gradients, learning_rate_factor, set_learning_rate
+from solq_lab.training.preparation import describe_codec, describe_dataset, sample_vectors, vector_statistics
+from solq_lab.training.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[ImageBatch, list[Target]]
+
+
+class NonFiniteError(RuntimeError):
+    """The gradients are no longer finite; the message names the step and the pictures."""
+
+
+def train_run(run: Run) -> State:
+    """Train a run to its end, or until a signal stops it; go on where an earlier process stood.
+
+    Returns:
+        "finished" or "preempted"; the same is written to the run's status.
+
+    Raises:
+        ConfigError, DataError, RunError, WeightMismatch: the experiment cannot be trained as it stands.
+        NonFiniteError, MatchingError: the training diverged.
+    """
+    with distributed.process_group(), run.locked() if distributed.is_main() else contextlib.nullcontext():
+        if run.status()["state"] == "finished":
+            log.info("%s is finished; remove the folder to train it anew", run.folder)
+            return "finished"
+        try:
+            return Trainer(run).train()
+        except Exception as error:
+            if distributed.is_main():
+                run.write_status("failed", step=run.status()["step"], message=str(error))
+            raise
+
+
+class Trainer:
+    """One process of a run's training. Every process builds its own; the main one (rank 0) writes."""
+
+    def __init__(self, run: Run) -> None:
+        """Build everything; load the newest checkpoint, or measure the start where there is none."""
+        self.run, self.experiment, self.device = run, run.experiment, distributed.device()
+        experiment, train, loss = run.experiment, run.experiment.train, run.experiment.loss
+        _check_processes(train)
+        _check_autocast(train, self.device)
+        torch.set_num_threads(train.threads or torch.get_num_threads())
+        _seed_generators(experiment.seed)
+
+        if distributed.is_main():
+            prepare_data(experiment)
+        distributed.wait_for_all()
+        self.train_set = build_dataset(experiment, "train")
+        self.val_set = build_dataset(experiment, "val", classes=self.train_set.classes)
+        steps_per_epoch = len(self.train_set) // train.batch_size
+        self.total_steps = train.steps or train.epochs * steps_per_epoch
+        self.evaluate_every = train.evaluate_every * steps_per_epoch
+        self.journal = Journal(run, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch)
+        self.step = 0  # optimiser steps done
+
+        self.codec = build_codec(experiment)
+        checkpoint = load_newest_checkpoint(run.checkpoints)
+        self.model = build_model(experiment, len(self.train_set.classes), pretrained=checkpoint is None)
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint.weights)
+        elif distributed.is_main():  # the other processes receive the statistics with the first weights
+            self._measure_start(steps_per_epoch)
+        self.model.to(self.device)
+        self.parallel = _share_gradients(self.model, self.device)
+
+        costs = experiment.matcher.model_dump()
+        matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
+        self.criterion = SetCriterion(self.codec, matcher, **loss.model_dump()).to(self.device)
+        self.optimizer = build_optimizer(self.model, experiment.optim)
+        self.average = AveragedWeights(self.model, train.ema) if train.ema else None
+        if checkpoint is None:
+            _seed_generators(experiment.seed + distributed.rank())
+        else:
+            self._restore(checkpoint)
+
+    def train(self) -> State:
+        """The loop: one optimiser step after the other, with metrics, checkpoints and evaluations in between."""
+        self._announce()
+        accumulate = self.experiment.train.accumulate
+        with StopRequest() as stop, self._progress() as progress:
+            batches = self._batches()
+            while self.step < self.total_steps:
+                if self._evaluation_is_due():
+                    self._evaluate()
+                if distributed.any_process(stop.received is not None, self.device):
+                    return self._preempt(stop)
+                started = time.perf_counter()
+                set_learning_rate(self.optimizer, self._learning_rate_factor())
+                self._take_step([next(batches) for _ in range(accumulate)])
+                self.step += 1
+                self.journal.end_step(self.step, time.perf_counter() - started, self.optimizer.param_groups[0]["lr"])
+                progress.update()
+                if self._checkpoint_is_due():
+                    self._save()
+        return self._finish()
+
+    def _take_step(self, batches: list[Batch]) -> None:
+        """One optimiser step on this process's share of a global batch; one backward pass for each of `batches`."""
+        train = self.experiment.train
+        num_boxes = self._boxes_per_process(batches)
+        self.optimizer.zero_grad()
+        for number, (images, targets) in enumerate(batches, start=1):
+            with self._gradients_kept_apart(number < len(batches)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bf16"):
+                    predictions = self.parallel(images.to(self.device).normalised())
+                targets = [target.to(self.device) for target in targets]
+                losses = self.criterion(predictions, targets, num_boxes=num_boxes)
+                total = self.criterion.total(losses)
+                total.backward()
+            self.journal.add({**losses, "total": total})
+        norm = clip_gradients(self.model, self.experiment.optim.clip_norm)
+        self._check_finite(norm, batches)
+        self.journal.add({"grad_norm": norm})
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
+
+    def _boxes_per_process(self, batches: list[Batch]) -> float:
+        """Objects of the global batch over the number of processes: what the losses of this step are divided by.
+
+        Gradients are then summed over the step's backward passes and averaged over processes, and so are those of the
+        whole batch at once.
+        """
+        objects = sum(len(target.labels) for _, targets in batches for target in targets)
+        total = distributed.sum_over_processes(torch.tensor(float(objects), device=self.device))
+        return total.item() / distributed.world_size()
+
+    def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager:
+        """Within: whether processes wait with averaging their gradients, for a later backward pass of the same step."""
+        if apart and isinstance(self.parallel, DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
+
+    def _check_finite(self, norm: Tensor, batches: list[Batch]) -> None:
+        if math.isfinite(norm.item()):  # the norm is the same in every process
+            return
+        own = [target.image_id for _, targets in batches for target in targets]
+        image_ids = [image_id for share in distributed.gather_objects(own) for image_id in share]
+        raise NonFiniteError(
+            f"step {self.step + 1}: the gradient norm is {norm.item()}; image ids of this step: {image_ids}. "
+            "The weights were left as they were before it. Lower optim.lr, or set train.autocast=none"
+        )
+
+    def _learning_rate_factor(self) -> float:
+        return learning_rate_factor(self.experiment.optim, self.step, self.total_steps)
+
+    def _batches(self) -> Iterator[Batch]:
+        """This process's batches from the next step to the last, `accumulate` of them per step."""
+        train = self.experiment.train
+        stream = BatchStream(
+            len(self.train_set),
+            train.batch_size,
+            seed=self.experiment.seed,
+            total_steps=self.total_steps,
+            start_step=self.step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            accumulate=train.accumulate,
+        )
+        with _random_state_kept(self.device):  # an iterator draws a seed for its workers
+            return iter(make_loader(self.train_set, stream, self.experiment.data.workers))
+
+    def _evaluation_is_due(self) -> bool:
+        """Between two steps; the evaluation after the last one belongs to `_finish`."""
+        if not self.evaluate_every or self.step == 0 or self.step % self.evaluate_every:
+            return False
+        return self.step < self.total_steps and not self.journal.has_evaluation(self.step)
+
+    def _checkpoint_is_due(self) -> bool:
+        return (
+            self.step % self.experiment.train.save_every == 0
+            or self.step == self.total_steps
+            or self._evaluation_is_due()
+        )
+
+    def _evaluate(self) -> None:
+        """Validate the model as it stands, with averaged weights where there are some."""
+        settings = self.experiment.evaluation
+        distributed.copy_from_main(self.model.buffers())  # each process has its own batch-norm statistics
+        averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
+        with averaged, _random_state_kept(self.device):
+            _, evaluation = evaluate_model(
+                self.model,
+                self.criterion.codec,
+                self.val_set,
+                batch_size=settings.batch_size,
+                top_k=settings.top_k,
+                area_sides=settings.area_sides,
+                boundary_ratio=settings.boundary_ratio,
+                device=self.device,
+                max_images=settings.max_images,
+                workers=self.experiment.data.workers,
+            )
+        if distributed.is_main():
+            self.journal.write_evaluation(self.step, evaluation)
+        distributed.wait_for_all()
+
+    def _save(self) -> None:
+        """Write a checkpoint, from which `_restore` makes a trainer that goes on in the very same way."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "journal": self.journal.state_dict(),
+            "random": distributed.gather_objects(random_state(self.device)),
+        }
+        if distributed.is_main():
+            checkpoint = Checkpoint(self.step, self.model.state_dict(), state)
+            save_checkpoint(self.run.checkpoints, checkpoint, **self._metadata())
+            self.run.write_status("training", step=self.step)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take over all but the weights, which the model has already."""
+        self.step = checkpoint.step
+        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.state["average"])
+        self.journal.load_state_dict(checkpoint.state["journal"], self.device)
+        restore_random_state(checkpoint.state["random"][distributed.rank()], self.device)
+        if distributed.is_main():
+            self.run.rewind_metrics(self.step)
+
+    def _preempt(self, stop: StopRequest) -> State:
+        self._save()
+        if distributed.is_main():
+            log.info("%s: saved at step %d of %d; the same command goes on", stop.received, self.step, self.total_steps)
+            self.run.write_status("preempted", step=self.step, message=stop.received or "another process was stopped")
+        return "preempted"
+
+    def _finish(self) -> State:
+        """Write the trained model, and evaluate what was written."""
+        if distributed.is_main():
+            weights = self.model.state_dict() if self.average is None else self.average.state_dict()
+            save_weights(self.run.weights, weights, **self._metadata())
+            flush_to_disk(self.run.weights)
+        distributed.wait_for_all()
+        evaluation = evaluate_run(self.run, device=self.device)
+        if distributed.is_main():
+            if not self.journal.has_evaluation(self.step):
+                self.journal.write_evaluation(self.step, evaluation)
+            self.run.write_status("finished", step=self.step)
+        return "finished"
+
+    def _metadata(self) -> dict[str, str]:
+        return {"experiment": self.experiment.to_yaml(), "classes": self.train_set.classes.to_json()}
+
+    def _measure_start(self, steps_per_epoch: int) -> None:
+        """What the training can be compared with: the vector loss of a constant answer, and the code's ceiling."""
+        line: dict[str, Any] = {"kind": "start", "step": 0, "plateau": {}, "ceiling": {}}
+        line |= {"total_steps": self.total_steps, "steps_per_epoch": steps_per_epoch}
+        if self.codec is not None:
+            vectors = sample_vectors(self.train_set, self.codec, seed=self.experiment.seed)
+            if self.experiment.model.standardise_vectors:
+                self.model.set_vector_statistics(*vector_statistics(vectors))
+            ceiling = run_ceiling(self.run)
+            line["plateau"] = {"vector": vector_plateau(vectors)}
+            line["ceiling"] = ceiling.to_dict()["metrics"]
+            log.info("the mask code alone allows, on the validation split:\n%s", ceiling.table())
+            log.info("predicting the median vector gives a vector loss of %.3f", line["plateau"]["vector"])
+        self.run.metrics_file.unlink(missing_ok=True)
+        self.run.append_metrics(line)
+
+    def _announce(self) -> None:
+        """Say what is trained, with what, and where it starts."""
+        if not distributed.is_main():
+            return
+        train, optim, processes = self.experiment.train, self.experiment.optim, distributed.world_size()
+        operator = implementation_for(self.device.type)
+        facts = {
+            "operator": operator,
+            "device": _describe_device(self.device),
+            "processes": processes,
+            "dataset": describe_dataset(self.train_set),
+            "codec": describe_codec(self.codec),
+        }
+        self.run.record_environment(describe_software() | facts)
+        self.run.write_status("training", step=self.step)
+        weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        log.info("%s: %.2f M trained weights, %d pictures", self.run.folder, weights / 1e6, len(self.train_set))
+        log.info("on %s, %d threads, deformable attention: %s", facts["device"], torch.get_num_threads(), operator)
+        share = train.batch_size // (processes * train.accumulate)
+        log.info("batch %d = %d processes x %d passes x %d", train.batch_size, processes, train.accumulate, share)
+        rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in self.optimizer.param_groups)
+        log.info("learning rates: %s; schedule %s over %d steps", rates, optim.schedule, self.total_steps)
+        released_lr, released_batch = OptimSection().lr, TrainSection().batch_size
+        if train.batch_size != released_batch:
+            scaled = released_lr * math.sqrt(train.batch_size / released_batch)
+            log.info(
+                "the paper's %.2g at batch %d would be %.2g by square-root scaling", released_lr, released_batch, scaled
+            )
+        if self.step:
+            log.info("going on from the checkpoint of step %d", self.step)
+
+    def _progress(self) -> tqdm:
+        """A bar on a terminal; elsewhere the log lines speak."""
+        hidden = not (distributed.is_main() and sys.stderr.isatty())
+        return tqdm(total=self.total_steps, initial=self.step, desc=self.run.name, unit="step", disable=hidden)
+
+
+def _share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as DDP, which averages gradients over the processes; as it is where there is only one."""
+    if distributed.world_size() == 1:
+        return model
+    # Every loss reaches its parameters on every rank, so none is unused. Batch norms keep statistics of their own
+    # share of the pictures; the main process's are copied before anything is evaluated.
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _check_processes(train: TrainSection) -> None:
+    """Refuse a number of processes that is not the experiment's, and more of them than GPUs."""
+    started = distributed.world_size()
+    if started != train.gpus:
+        raise RunError(
+            f"{started} training processes were started, the experiment has train.gpus={train.gpus}; start it with "
+            f"torchrun --standalone --nproc-per-node={train.gpus} -m solq_lab.training RUN_FOLDER"
+        )
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available() and here > gpus:
+        raise RunError(f"train.gpus={train.gpus} puts {here} processes on a machine with {gpus} GPUs; lower train.gpus")
+
+
+def _check_autocast(train: TrainSection, device: torch.device) -> None:
+    """Say so where bf16 costs time instead of saving it."""
+    if train.autocast == "bf16" and device.type == "cpu" and not _cpu_multiplies_bf16():
+        log.warning("train.autocast=bf16: this CPU has no bf16 instructions, so it will be slower than autocast=none")
+
+
+def _cpu_multiplies_bf16() -> bool:
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # new in some torch later than our oldest
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - whoever draws from the global generators gets the same numbers in every run
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Within the block the random generators may be used; afterwards they are as if they had not been."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        restore_random_state(state, device)
+
+
+def _describe_device(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.backends.cpu.get_cpu_capability()} CPU"
+    )
