@@ -218,16 +218,26 @@ def translate_official_state(state: Mapping[str, Tensor], *, source: str = "stat
     return own
 
 
-def to_official_state(state: Mapping[str, Tensor], *, source: str = "state dict") -> dict[str, Tensor]:
+def to_official_state(
+    state: Mapping[str, Tensor], *, refine_boxes: bool | None = None, source: str = "state dict"
+) -> dict[str, Tensor]:
     """A state dict in released naming, in the released order, from one in ours.
 
     A standardising vector head has no released counterpart; its centre and spread are folded into its last layer.
+
+    Args:
+        state: a state dict in our naming.
+        refine_boxes: whether the model refines boxes. None: its heads differ from layer to layer, or it has one layer.
+        source: what a message calls the state.
 
     Raises:
         WeightMismatch: not one of our models, or its backbone has no released counterpart.
     """
     state = _without_standardising(state)
-    table = name_table(own_layout(state, source=source))
+    layout = own_layout(state, source=source)
+    if refine_boxes is not None:
+        layout = layout._replace(refine_boxes=refine_boxes)
+    table = name_table(layout)
     absent = [own for _, own in table if own is not None and own not in state]
     if absent:
         raise WeightMismatch(
