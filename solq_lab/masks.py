@@ -6,7 +6,12 @@ Paper: section 3.2, the mask as an N x N bitmap inside its object's box. Image p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +19,10 @@ from pycocotools import mask as coco_rle
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
+
+from solq_lab.ops.extension import ExtensionBuildError, load_extension
+
+logger = logging.getLogger(__name__)
 
 Segmentation = list[list[float]] | dict  # COCO's two spellings: polygons in image pixels, or an RLE
 ROI_ALIGN_CHUNK = 16  # full-size float bitmaps at once; bounds the memory on pictures with hundreds of objects
@@ -47,7 +56,7 @@ def rasterize_in_box(
     masks = torch.zeros(len(segmentations), mask_size, mask_size, dtype=torch.bool)
     height, width = picture_size
     for mask, segmentation, (x0, y0, x1, y1) in zip(masks, segmentations, boxes.float().cpu().numpy(), strict=True):
-        down, across = _AxisSampling.of(y0, y1, mask_size, height), _AxisSampling.of(x0, x1, mask_size, width)
+        down, across = _sample_axis(y0, y1, mask_size, height), _sample_axis(x0, x1, mask_size, width)
         if down is None or across is None:
             continue
         bitmap = _window_bitmap(segmentation, (down.start, across.start, down.stop, across.stop), picture_size)
@@ -82,41 +91,43 @@ def crop_and_resize(masks: Tensor, boxes: Tensor, size: int) -> Tensor:
     return torch.cat(cells)
 
 
-class _AxisSampling:
-    """ROI-align along one axis: cell i of the box is the sum over pixels p of weights[i, p - start], over `samples`.
+class _AxisSampling(NamedTuple):
+    """ROI-align along one axis: cell i of the box averages, over `samples`, weights[i] @ pixels[start:stop].
 
     start, stop: the pixels that any sample touches.
-    weights: (N, stop - start) float32, sums of the bilinear weights of each cell's samples.
+    weights: (N, stop - start) float32, the summed bilinear weights of each cell's samples.
     samples: how many samples a cell has along this axis.
     """
 
-    def __init__(self, start: int, stop: int, weights: Tensor, samples: int) -> None:
-        self.start, self.stop, self.weights, self.samples = start, stop, weights, samples
+    start: int
+    stop: int
+    weights: Tensor
+    samples: int
 
-    @classmethod
-    def of(cls, low: np.float32, high: np.float32, cells: int, length: int) -> _AxisSampling | None:
-        """The sampling of the interval low..high, pixels, on an axis of `length` pixels; None where it meets none."""
-        side = (high - low) / np.float32(cells)
-        if not 0 < side < np.inf:
-            return None
-        samples = int(np.ceil(side))
-        steps = np.arange(cells * samples, dtype=np.float64) + 0.5
-        position = (low - np.float32(0.5)) + steps * (side / samples)  # (N * samples,) in units of pixel centres
-        inside = (position >= -1) & (position <= length)
-        if not inside.any():
-            return None
-        position = position.clip(0, length - 1)
-        first = position.astype(np.int64)
-        after = position - first
-        second = np.minimum(first + 1, length - 1)
-        start, stop = int(first[0]), int(second[-1]) + 1
-        cell = np.arange(cells * samples) // samples * (stop - start) - start
-        weights = np.bincount(
-            np.concatenate([cell + first, cell + second]),
-            weights=np.concatenate([(1 - after) * inside, after * inside]),
-            minlength=cells * (stop - start),
-        )
-        return cls(start, stop, torch.from_numpy(weights.reshape(cells, -1).astype(np.float32)), samples)
+
+def _sample_axis(low: np.float32, high: np.float32, cells: int, length: int) -> _AxisSampling | None:
+    """How `cells` cells of low..high, pixels, sample an axis of `length` pixels; None where they meet none of it."""
+    side = (high - low) / np.float32(cells)
+    if not 0 < side < np.inf:
+        return None
+    samples = int(np.ceil(side))
+    steps = np.arange(cells * samples) + 0.5
+    position = (low - np.float32(0.5)) + steps * (side / samples)  # (N * samples,) in units of pixel centres
+    inside = (position >= -1) & (position <= length)
+    if not inside.any():
+        return None
+    position = position.clip(0, length - 1)  # the outermost pixels reach half a pixel further
+    first = position.astype(np.int64)
+    second = np.minimum(first + 1, length - 1)
+    after = position - first
+    start, stop = int(first[0]), int(second[-1]) + 1
+    row = np.arange(cells * samples) // samples * (stop - start) - start  # of the flat (N, stop - start) weights
+    weights = np.bincount(
+        np.concatenate([row + first, row + second]),
+        weights=np.concatenate([(1 - after) * inside, after * inside]),
+        minlength=cells * (stop - start),
+    )
+    return _AxisSampling(start, stop, torch.from_numpy(weights.reshape(cells, -1).astype(np.float32)), samples)
 
 
 def _window_bitmap(
@@ -192,27 +203,49 @@ def paste_to_rle(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) ->
         K dicts {"size": [H, W], "counts": bytes}; an empty mask for boxes without area.
 
     Raises:
-        ValueError: masks and boxes differ in number.
+        ValueError: masks and boxes differ in number, or the masks are not bool.
     """
     _check_pairs(masks, boxes)
+    if masks.dtype != torch.bool:
+        raise ValueError(f"masks are {masks.dtype}, expected bool; binarize the reconstructions first")
     masks, boxes = masks.cpu(), boxes.float().cpu()
-    rles = []
-    for mask, box in zip(masks, boxes, strict=True):
-        top, left, bottom, right = window = _paste_window(box, picture_size)
-        empty = top >= bottom or left >= right
-        inside = np.zeros((0, 0), dtype=bool) if empty else _paste_inside(mask, box, window).numpy()
-        rles.append(_rle_of_window(inside, top, left, picture_size))
-    return rles
+    compiled = _compiled_paste()
+    if compiled is not None:
+        return [
+            {"size": list(picture_size), "counts": counts.encode()} for counts in compiled(masks, boxes, *picture_size)
+        ]
+    return [_paste_one_to_rle(mask, box, picture_size) for mask, box in zip(masks, boxes, strict=True)]
+
+
+@functools.cache
+def _compiled_paste() -> Callable[[Tensor, Tensor, int, int], list[str]] | None:
+    """The C++ operator, or None where the environment variable SOLQ_OPS=reference or a failed build rules it out."""
+    if os.environ.get("SOLQ_OPS") == "reference":
+        return None
+    try:
+        load_extension("cpu")
+    except ExtensionBuildError as error:
+        logger.warning("masks are pasted in plain torch, slower: %s", error.reason)
+        return None
+    return torch.ops.solq_lab.paste_to_rle.default
+
+
+def _paste_one_to_rle(mask: Tensor, box: Tensor, picture_size: tuple[int, int]) -> dict:
+    """The same in plain torch, for one mask (N, N) and its box (4,)."""
+    top, left, bottom, right = window = _paste_window(box, picture_size)
+    empty = top >= bottom or left >= right
+    inside = np.zeros((0, 0), dtype=bool) if empty else _paste_inside(mask, box, window).numpy()
+    return _rle_of_window(inside, top, left, picture_size)
 
 
 def _paste_window(box: Tensor, picture_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) of the pixels that a box can touch, one more on each side; empty without area."""
     height, width = picture_size
     x0, y0, x1, y1 = box.tolist()
-    if not (x0 < x1 and y0 < y1 and np.isfinite((x0, y0, x1, y1)).all()):
+    if not (x0 < x1 and y0 < y1 and all(map(math.isfinite, (x0, y0, x1, y1)))):
         return 0, 0, 0, 0
-    left, top = (int(max(np.floor(low) - 1, 0)) for low in (x0, y0))
-    right, bottom = (int(min(np.ceil(high) + 1, length)) for high, length in ((x1, width), (y1, height)))
+    left, top = (max(math.floor(low) - 1, 0) for low in (x0, y0))
+    right, bottom = (min(math.ceil(high) + 1, length) for high, length in ((x1, width), (y1, height)))
     return top, left, bottom, right
 
 

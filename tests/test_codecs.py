@@ -1,0 +1,194 @@
+"""The mask codes: against scipy's transforms, against the released implementation, and against their own laws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.fft
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solq_lab.codecs.dct import DCTCodec, zigzag
+
+FLOAT32_ROUNDING = 2e-4  # of coefficients up to N = 128, each the sum of N products per axis
+
+
+def random_masks(count: int, size: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, size, size, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def walk(size: int) -> list[int]:
+    """The zig-zag scan, one step after another: right, down-left to the edge, down, up-right to the edge, ..."""
+    row = column = 0
+    places = []
+    while len(places) < size * size:
+        places.append(row * size + column)
+        upwards = (row + column) % 2 == 0
+        if (upwards and column == size - 1) or (not upwards and row == size - 1):
+            row, column = (row + 1, column) if upwards else (row, column + 1)
+        elif (upwards and row == 0) or (not upwards and column == 0):
+            row, column = (row, column + 1) if upwards else (row + 1, column)
+        else:
+            row, column = (row - 1, column + 1) if upwards else (row + 1, column - 1)
+    return places
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 28])
+def test_the_zigzag_walks_the_anti_diagonals_of_every_size_to_the_end(size):
+    assert zigzag(size).tolist() == walk(size)
+
+
+def test_the_zigzag_starts_to_the_right():
+    assert zigzag(128)[:6].tolist() == [0, 1, 128, 256, 129, 2]
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 24), data=st.data())
+def test_vectors_are_the_first_coefficients_of_scipys_orthonormal_dct(size, data):
+    vector_dim = data.draw(st.integers(1, size**2))
+    masks = random_masks(3, size, seed=size)
+    spectrum = scipy.fft.dctn(masks.numpy().astype(np.float64), axes=(1, 2), norm="ortho")
+    expected = torch.from_numpy(spectrum).flatten(1)[:, walk(size)[:vector_dim]]
+    torch.testing.assert_close(DCTCodec(size, vector_dim).encode(masks.double()), expected, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 24), data=st.data())
+def test_decoding_is_scipys_inverse_of_the_zero_filled_spectrum(size, data):
+    vector_dim = data.draw(st.integers(1, size**2))
+    vectors = torch.randn(3, vector_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    spectrum = np.zeros((3, size * size))
+    spectrum[:, walk(size)[:vector_dim]] = vectors.numpy()
+    expected = scipy.fft.idctn(spectrum.reshape(3, size, size), axes=(1, 2), norm="ortho")
+    decoded = DCTCodec(size, vector_dim).decode(vectors)
+    torch.testing.assert_close(decoded, torch.from_numpy(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 33])
+def test_nothing_is_lost_when_no_coefficient_is_cut(size):
+    codec, masks = DCTCodec(size, size**2), random_masks(4, size)
+    torch.testing.assert_close(codec.decode(codec.encode(masks)), masks.float(), rtol=0, atol=1e-4)
+
+
+def test_encoding_undoes_decoding_for_any_vector():
+    codec, vectors = DCTCodec(63, 256), torch.randn(5, 256, dtype=torch.float64)
+    torch.testing.assert_close(codec.encode(codec.decode(vectors)), vectors)
+
+
+def test_the_first_entry_of_a_full_mask_is_its_side_and_all_others_are_zero():
+    vector = DCTCodec(128, 256).encode(torch.ones(1, 128, 128, dtype=torch.bool))[0]
+    assert vector[0].item() == pytest.approx(128, abs=FLOAT32_ROUNDING)
+    assert vector[1:].abs().max() < FLOAT32_ROUNDING
+
+
+def test_encoding_is_linear():
+    codec, (first, second) = DCTCodec(31, 100), torch.rand(2, 4, 31, 31, dtype=torch.float64)
+    mixed = codec.encode(2 * first - 3 * second)
+    torch.testing.assert_close(mixed, 2 * codec.encode(first) - 3 * codec.encode(second))
+
+
+def test_a_masks_vector_does_not_depend_on_its_batch():
+    codec, masks = DCTCodec(128, 256), random_masks(9, 128)
+    alone = torch.cat([codec.encode(mask.unsqueeze(0)) for mask in masks])
+    torch.testing.assert_close(codec.encode(masks), alone, rtol=0, atol=FLOAT32_ROUNDING)
+    decoded_alone = torch.cat([codec.decode(vector.unsqueeze(0)) for vector in alone])
+    torch.testing.assert_close(codec.decode(alone), decoded_alone, rtol=0, atol=1e-5)
+
+
+def test_bool_and_float_masks_have_the_same_vectors():
+    codec, masks = DCTCodec(64, 256), random_masks(3, 64)
+    assert torch.equal(codec.encode(masks), codec.encode(masks.float()))
+    assert torch.equal(codec.encode(masks), codec.encode(masks.transpose(1, 2).contiguous().transpose(1, 2)))
+
+
+def test_no_masks_give_no_vectors_and_no_vectors_no_masks():
+    codec = DCTCodec(28, 60)
+    assert codec.encode(torch.zeros(0, 28, 28, dtype=torch.bool)).shape == (0, 60)
+    assert codec.decode(torch.zeros(0, 60)).shape == (0, 28, 28)
+    assert codec.binarize(torch.zeros(0, 28, 28)).shape == (0, 28, 28)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_decoding_keeps_the_type_of_the_vectors(dtype):
+    assert DCTCodec(28, 60).decode(torch.zeros(2, 60, dtype=dtype)).dtype == dtype
+
+
+def test_autocast_changes_no_coefficient():
+    codec, masks = DCTCodec(128, 256), random_masks(4, 128)
+    vectors = codec.encode(masks)
+    decoded = codec.decode(vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(masks), vectors)
+        assert torch.equal(codec.decode(vectors), decoded)
+
+
+def test_coefficients_are_computed_in_float64_where_float32_products_may_be_rounded():
+    codec, masks = DCTCodec(128, 256), random_masks(4, 128)
+    exact = codec.encode(masks.double())
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(codec.encode(masks), exact.float())
+        assert torch.equal(codec.decode(exact.float()), codec.decode(exact.float().double()).float())
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_both_ways_are_differentiable():
+    codec = DCTCodec(5, 11)
+    torch.autograd.gradcheck(codec.encode, torch.rand(2, 5, 5, dtype=torch.float64, requires_grad=True))
+    torch.autograd.gradcheck(codec.decode, torch.rand(2, 11, dtype=torch.float64, requires_grad=True))
+
+
+def test_a_state_dict_holds_no_tables_that_follow_from_the_sizes():
+    assert DCTCodec(28, 60).state_dict() == {}
+
+
+def test_binarize_cuts_at_the_middle_of_each_masks_range_and_empties_constant_ones():
+    decoded = torch.tensor([[[0.0, 0.2], [0.3, 0.4]], [[0.7, 0.7], [0.7, 0.7]]])
+    assert DCTCodec(2, 4).binarize(decoded).tolist() == [[[False, False], [True, True]], [[False, False]] * 2]
+
+
+@pytest.mark.parametrize(("size", "vector_dim"), [(8, 65), (8, 0), (0, 1)])
+def test_sizes_that_do_not_fit_are_refused_with_what_is_allowed(size, vector_dim):
+    with pytest.raises(ValueError, match=rf"vector_dim {vector_dim} does not fit mask_size {size}: allowed are 1\.\."):
+        DCTCodec(size, vector_dim)
+
+
+def test_wrong_shapes_are_refused_with_the_expected_ones():
+    codec = DCTCodec(8, 10)
+    with pytest.raises(ValueError, match=r"masks have shape \(2, 9, 8\), expected \(K, 8, 8\)"):
+        codec.encode(torch.zeros(2, 9, 8))
+    with pytest.raises(ValueError, match=r"mask vectors have shape \(2, 11\), expected \(K, 10\)"):
+        codec.decode(torch.zeros(2, 11))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("size", [64, 128])
+def test_golden_parts_dct_vectors_and_masks_are_those_of_the_released_implementation(golden_root: Path, size):
+    folder = golden_root / "parts_dct"
+    facts = json.loads((folder / "fixture.json").read_text())
+    arrays = np.load(folder / "fixture.npz")
+
+    def mask_array(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.unpackbits(arrays[f"{name}_{size}"], axis=-1)[..., :size]).bool()
+
+    assert zigzag(size).tolist() == arrays[f"zigzag_{size}"].tolist()
+    codec, masks = DCTCodec(size, facts["n_keep"]), mask_array("binary")
+    vectors = torch.from_numpy(arrays[f"vectors_{size}"])
+    torch.testing.assert_close(codec.encode(masks), vectors, rtol=0, atol=FLOAT32_ROUNDING)
+
+    decoded = codec.decode(vectors)
+    spread = torch.stack([decoded.amin((1, 2)), decoded.amax((1, 2))], dim=1)
+    torch.testing.assert_close(spread.double(), torch.from_numpy(arrays[f"decoded_range_{size}"]), rtol=0, atol=1e-5)
+    assert torch.equal(codec.binarize(decoded), mask_array("decoded"))
+    noisy = codec.decode(torch.from_numpy(arrays[f"noisy_vectors_{size}"]))
+    assert torch.equal(codec.binarize(noisy), mask_array("noisy_decoded"))
+
+    round_trip = codec.binarize(codec.decode(codec.encode(masks)))
+    iou = (round_trip & masks).sum((1, 2)) / (round_trip | masks).sum((1, 2))
+    assert iou.tolist() == pytest.approx(facts["iou_after_round_trip"][str(size)], abs=1e-4)
