@@ -6,10 +6,9 @@ import re
 import tomllib
 
 import yaml
+from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from conftest import REPOSITORY
 
 INSTALLED_EXTRAS = ("swin", "dev")  # what the Makefile installs
 
