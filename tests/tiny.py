@@ -15,7 +15,7 @@ SIDE = 48  # of the pictures, pixels
 
 
 def write_pictures(root: Path, *, train: int = 12, val: int = 4) -> Path:
-    """A COCO-format folder of bright boxes and diamonds; every fourth picture has no object, one object is a crowd."""
+    """A COCO-format folder of bright triangles and diamonds; every fourth picture has no object."""
     for split, count in (("train", train), ("val", val)):
         (root / split).mkdir(parents=True)
         images, annotations = [], []
@@ -26,7 +26,7 @@ def write_pictures(root: Path, *, train: int = 12, val: int = 4) -> Path:
                 category = int(random.integers(1, 3))
                 x, y = random.uniform(2, SIDE / 2, 2).round(1).tolist()
                 w, h = random.uniform(12, SIDE / 2 - 2, 2).round(1).tolist()
-                outline = [x, y, x + w, y, x + w, y + h, x, y + h]
+                outline = [x, y + h, x + w / 2, y, x + w, y + h]
                 if category == 2:
                     outline = [x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h, x, y + h / 2]
                 ImageDraw.Draw(picture).polygon(outline, fill=(200, 80, 40) if category == 1 else (40, 90, 220))
@@ -36,14 +36,14 @@ def write_pictures(root: Path, *, train: int = 12, val: int = 4) -> Path:
                         "image_id": number + 1,
                         "category_id": category,
                         "bbox": [x, y, w, h],
-                        "area": w * h / category,
+                        "area": w * h / 2,
                         "iscrowd": 0,
                         "segmentation": [outline],
                     }
                 )
             picture.save(root / split / f"{number + 1}.png")
             images.append({"id": number + 1, "file_name": f"{number + 1}.png", "width": SIDE, "height": SIDE})
-        categories = [{"id": 1, "name": "box"}, {"id": 2, "name": "diamond"}]
+        categories = [{"id": 1, "name": "triangle"}, {"id": 2, "name": "diamond"}]
         document = {"images": images, "categories": categories, "annotations": annotations}
         (root / f"{split}.json").write_text(json.dumps(document))
     return root

@@ -1,0 +1,340 @@
+"""Whole trainings of a tiny model: they learn, resume exactly, stop politely, survive kills, and share work evenly."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_experiment, write_pictures
+
+from solq_lab.models.weights import read_weights
+from solq_lab.runs import RunError, create_run, load_run, read_json
+from solq_lab.training import trainer as module
+from solq_lab.training.checkpoint import list_checkpoints
+from solq_lab.training.trainer import NonFiniteError, Trainer, train_run
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def new_run(pictures, folder, **sections):
+    return create_run(tiny_experiment(pictures, **sections), folder)
+
+
+def what_was_learned(run):
+    """Everything of the metrics but the time it took, and the trained weights."""
+    lines = [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in run.metrics()]
+    return lines, {name: value.tolist() for name, value in read_weights(run.weights).state.items()}
+
+
+def signal_after(monkeypatch, steps, number=signal.SIGTERM):
+    """Sends this process a signal while it takes that step."""
+    take_step, taken = Trainer._take_step, []
+
+    def take_step_and_signal(self, batches):
+        taken.append(take_step(self, batches))
+        if len(taken) == steps:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_take_step", take_step_and_signal)
+
+
+def test_a_training_leaves_everything_a_run_promises(pictures, tmp_path):
+    run = new_run(pictures, tmp_path, train={"evaluate_every": 2})
+    assert train_run(run) == "finished"
+    assert run.status()["state"] == "finished"
+    start, *lines = run.metrics()
+    assert start["kind"] == "start"
+    assert start["plateau"]["vector"] > 0
+    assert 0 < start["ceiling"]["segm.AP50"] <= 1
+    train_lines = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train_lines] == list(range(1, 9))
+    assert train_lines[2]["epoch"] == 1.0
+    terms = ("class", "l1", "giou", "vector")
+    assert set(train_lines[0]["losses"]) == {f"{term}{layer}" for term in terms for layer in ("", "/0")}
+    assert [line["step"] for line in run.metrics("evaluation")] == [6, 8]
+    assert "segm.AP50" in run.metrics("evaluation")[0]["metrics"]
+
+    environment = read_json(run.environment)
+    assert environment["operator"] in ("cpu", "cuda", "reference")
+    assert environment["dataset"]["images"] == 12
+    assert len(environment["dataset"]["sha256"]) == len(environment["codec"]["sha256"]) == 64
+    assert run.results.exists()
+    assert run.detections.exists()
+    stored = read_weights(run.weights)
+    assert "name: tiny" in stored.experiment
+    assert json.loads(stored.classes)["names"] == ["triangle", "diamond"]
+    assert len(list_checkpoints(run.checkpoints)) == 2
+
+
+def test_a_finished_run_is_not_trained_again(pictures, tmp_path, caplog):
+    run = new_run(pictures, tmp_path, train={"steps": 1})
+    train_run(run)
+    before = run.weights.stat().st_mtime_ns
+    with caplog.at_level(logging.INFO):
+        assert train_run(run) == "finished"
+    assert "is finished; remove the folder to train it anew" in caplog.text
+    assert run.weights.stat().st_mtime_ns == before
+
+
+def test_the_loss_falls_below_what_a_constant_answer_gives(pictures, tmp_path):
+    run = new_run(
+        pictures, tmp_path, train={"steps": 150, "save_every": 1000}, model={"dropout": 0.0}, data={"cache": True}
+    )
+    train_run(run)
+    losses = [line["total"] for line in run.metrics("train")]
+    vector = [line["losses"]["vector"] for line in run.metrics("train")[-10:]]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert sum(vector) / 10 < run.metrics("start")[0]["plateau"]["vector"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
+    pictures, tmp_path, monkeypatch, number
+):
+    # dropout, averaged weights, accumulation, windows of three steps and an evaluation between: all of it has a state
+    train = {"ema": 0.9, "accumulate": 2, "log_every": 3, "evaluate_every": 2}
+    whole = new_run(pictures, tmp_path / "whole", train=train)
+    train_run(whole)
+    parts = new_run(pictures, tmp_path / "parts", train=train)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 5, number)
+        assert train_run(parts) == "preempted"
+    status = parts.status()
+    assert (status["state"], status["step"], status["message"]) == ("preempted", 5, number.name)
+    assert not parts.weights.exists()
+    torch.manual_seed(123)  # another process would not have these generators either
+    assert train_run(parts) == "finished"
+    assert what_was_learned(parts) == what_was_learned(whole)
+
+
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(pictures, tmp_path, monkeypatch):
+    whole = new_run(pictures, tmp_path / "whole")
+    train_run(whole)
+    crashed = new_run(pictures, tmp_path / "crashed")
+    end_step = module.Journal.end_step
+
+    def fall_over(self, step, *arguments):
+        end_step(self, step, *arguments)
+        if step == 5:
+            raise OSError("the disk is on fire")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Journal, "end_step", fall_over)
+        with pytest.raises(OSError, match="fire"):
+            train_run(crashed)
+    assert crashed.status()["state"] == "failed"
+    assert crashed.status()["message"] == "the disk is on fire"
+    assert [path.name for path in list_checkpoints(crashed.checkpoints)] == ["step_0000003"]
+    train_run(crashed)
+    assert what_was_learned(crashed) == what_was_learned(whole)
+
+
+def test_an_evaluation_that_was_interrupted_is_done_on_resuming(pictures, tmp_path, monkeypatch):
+    run = new_run(pictures, tmp_path, train={"evaluate_every": 1})
+
+    def interrupt(self):
+        raise OSError("killed while evaluating")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", interrupt)
+        with pytest.raises(OSError, match="killed"):
+            train_run(run)
+    assert run.metrics("evaluation") == []
+    train_run(run)
+    assert [line["step"] for line in run.metrics("evaluation")] == [3, 6, 8]
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(pictures, tmp_path, monkeypatch, caplog):
+    whole = new_run(pictures, tmp_path / "whole")
+    train_run(whole)
+    damaged = new_run(pictures, tmp_path / "damaged")
+    with monkeypatch.context() as patch:
+        signal_after(patch, 7)
+        train_run(damaged)
+    newest = list_checkpoints(damaged.checkpoints)[-1]
+    (newest / "weights.safetensors").write_bytes(b"not weights")
+    train_run(damaged)
+    assert f"{newest}: damaged checkpoint left aside" in caplog.text
+    assert what_was_learned(damaged) == what_was_learned(whole)
+
+
+def test_a_data_set_without_any_object_trains(pictures, tmp_path):
+    for split in ("train", "val"):
+        document = json.loads((pictures / f"{split}.json").read_text()) | {"annotations": []}
+        (tmp_path / f"{split}.json").write_text(json.dumps(document))
+    data = {f"{split}_annotations": str(tmp_path / f"{split}.json") for split in ("train", "val")}
+    run = new_run(pictures, tmp_path / "runs", train={"steps": 2}, data=data)
+    assert train_run(run) == "finished"
+    losses = run.metrics("train")[-1]["losses"]
+    assert losses["class"] > 0
+    assert losses["l1"] == losses["giou"] == losses["vector"] == 0
+    assert run.metrics("start")[0]["plateau"]["vector"] == 0
+
+
+def test_a_plain_detector_trains(pictures, tmp_path):
+    run = new_run(pictures, tmp_path, train={"steps": 2}, codec={"kind": "none"}, model={"standardise_vectors": False})
+    assert train_run(run) == "finished"
+    assert run.metrics("start")[0]["plateau"] == {}
+    assert "vector" not in run.metrics("train")[0]["losses"]
+
+
+def test_autocast_trains_close_to_float32(pictures, tmp_path):
+    losses = []
+    for autocast in ("none", "bf16"):
+        model = {"dropout": 0.0}
+        run = new_run(pictures, tmp_path / autocast, train={"steps": 3, "autocast": autocast}, model=model)
+        train_run(run)
+        losses.append([line["total"] for line in run.metrics("train")])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)  # bf16 has three digits
+
+
+def test_a_diverged_training_names_step_and_pictures_and_keeps_its_weights(pictures, tmp_path, monkeypatch):
+    run = new_run(pictures, tmp_path)
+    total, seen = module.SetCriterion.total, []
+
+    def blow_up(self, losses):
+        seen.append(total(self, losses))
+        return seen[-1] * (float("nan") if len(seen) == 3 else 1.0)
+
+    monkeypatch.setattr(module.SetCriterion, "total", blow_up)
+    with pytest.raises(
+        NonFiniteError, match=r"step 3: the gradient norm is nan; image ids of this step: \[\d+, \d+, \d+, \d+\]"
+    ):
+        train_run(run)
+    assert run.status()["state"] == "failed"
+    assert len(run.metrics("train")) == 2
+
+
+def test_a_wrong_number_of_processes_is_refused_with_the_command(pictures, tmp_path):
+    run = new_run(pictures, tmp_path, train={"gpus": 2})
+    with pytest.raises(RunError, match=r"1 training processes were started, .*train\.gpus=2; .*--nproc-per-node=2"):
+        train_run(run)
+
+
+# -------------------------------------------------------------------------------------------- processes of their own
+
+
+def start(run):
+    """`python -m solq_lab.training` on a run, as a process."""
+    command = [sys.executable, "-m", "solq_lab.training", str(run.folder)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(run, step, process):
+    deadline = time.monotonic() + 90
+    while not any(line["step"] >= step for line in run.metrics("train")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_kill_9_loses_only_the_steps_since(pictures, tmp_path):
+    sections = {"train": {"steps": 60, "save_every": 10}, "data": {"workers": 1}}
+    run = new_run(pictures, tmp_path / "parts", **sections)
+    first = start(run)
+    wait_for_step(run, 5, first)
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait(30) == 0, first.stderr.read()
+    assert run.status()["state"] == "preempted"
+
+    second = start(run)
+    wait_for_step(run, run.status()["step"] + 14, second)
+    assert run.is_training()
+    os.kill(second.pid, signal.SIGKILL)
+    second.wait(30)
+    assert not run.is_training()
+    assert run.status()["state"] == "training"  # nobody was left to say otherwise
+
+    assert train_run(run) == "finished"
+    whole = new_run(pictures, tmp_path / "whole", **sections)
+    train_run(whole)
+    assert what_was_learned(run) == what_was_learned(whole)
+
+
+def test_the_command_refuses_in_one_line_and_with_status_2(pictures, tmp_path):
+    run = new_run(pictures, tmp_path, data={"train_annotations": "missing.json"})
+    process = start(run)
+    assert process.wait(60) == 2
+    lines = process.stderr.read().splitlines()
+    assert "Traceback" not in "".join(lines)
+    assert "missing.json" in lines[-1]
+    assert "missing.json" in run.log_file.read_text()
+    assert run.status()["state"] == "failed"
+    assert "missing.json" in run.status()["message"]
+
+
+ONE_STEP = """
+import sys, torch
+from solq_lab import distributed
+from solq_lab.runs import load_run
+from solq_lab.training.trainer import Trainer
+with distributed.process_group():
+    trainer = Trainer(load_run(sys.argv[1]))
+    trainer.model.backbone.eval()  # a batch norm sees only its process's share of the pictures
+    trainer.optimizer.step = lambda: None
+    batches = trainer._batches()
+    for _ in range(2):
+        trainer._take_step([next(batches) for _ in range(trainer.experiment.train.accumulate)])
+    sums = distributed.sum_over_processes(torch.stack(list(trainer.journal._sums.values()))) / distributed.world_size()
+    if distributed.is_main():
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        torch.save({"losses": dict(zip(trainer.journal._sums, sums)), "gradients": gradients}, sys.argv[2])
+"""
+
+
+def losses_and_gradients(run, tmp_path, processes):
+    script, output = tmp_path / "one_step.py", tmp_path / "output.pt"
+    script.write_text(ONE_STEP)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *torchrun, str(script), str(run.folder), str(output)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.parametrize("shares", [{"gpus": 2}, {"accumulate": 2}, {"gpus": 2, "accumulate": 2}])
+def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(pictures, tmp_path, shares):
+    same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}}
+    whole = losses_and_gradients(new_run(pictures, tmp_path / "whole", **same), tmp_path, 1)
+    run = new_run(pictures, tmp_path / "shared", train=shares, **same)
+    shared = losses_and_gradients(run, tmp_path, shares.get("gpus", 1))
+    assert shared["losses"].keys() == whole["losses"].keys()
+    for name, loss in whole["losses"].items():
+        assert shared["losses"][name].item() == pytest.approx(loss.item(), rel=1e-5), name
+    assert shared["gradients"].keys() == whole["gradients"].keys()
+    for name, gradient in whole["gradients"].items():
+        # float32 sums in another order; small entries lose digits against the largest of their tensor
+        assert torch.allclose(shared["gradients"][name], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max()), name
+
+
+def test_two_processes_train_save_stop_and_resume_together(pictures, tmp_path):
+    run = new_run(pictures, tmp_path, train={"gpus": 2, "steps": 40, "evaluate_every": 4, "save_every": 5})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "solq_lab.training", str(run.folder)]
+    first = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for_step(run, 3, first)
+    os.kill(first.pid, signal.SIGTERM)
+    first.communicate(timeout=60)
+    status = run.status()
+    assert status["state"] == "preempted"
+    assert list_checkpoints(run.checkpoints)[-1].name == f"step_{status['step']:07d}"
+    second = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert load_run(run.folder).status()["state"] == "finished"
+    assert [line["step"] for line in run.metrics("train")] == list(range(1, 41))
+    assert [line["step"] for line in run.metrics("evaluation")] == [12, 24, 36, 40]
