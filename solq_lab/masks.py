@@ -185,9 +185,8 @@ def paste_masks(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) -> 
     _check_pairs(masks, boxes)
     pictures = masks.new_zeros((len(masks), *picture_size), dtype=torch.bool)
     for picture, mask, box in zip(pictures, masks, boxes.float().cpu(), strict=True):
-        top, left, bottom, right = _paste_window(box, picture_size)
-        if top < bottom and left < right:
-            picture[top:bottom, left:right] = _paste_inside(mask, box, (top, left, bottom, right))
+        top, left, bottom, right = window = _paste_window(box, picture_size)
+        picture[top:bottom, left:right] = _paste_inside(mask, box, window)
     return pictures
 
 
@@ -232,21 +231,19 @@ def _compiled_paste() -> Callable[[Tensor, Tensor, int, int], list[str]] | None:
 
 def _paste_one_to_rle(mask: Tensor, box: Tensor, picture_size: tuple[int, int]) -> dict:
     """The same in plain torch, for one mask (N, N) and its box (4,)."""
-    top, left, bottom, right = window = _paste_window(box, picture_size)
-    empty = top >= bottom or left >= right
-    inside = np.zeros((0, 0), dtype=bool) if empty else _paste_inside(mask, box, window).numpy()
-    return _rle_of_window(inside, top, left, picture_size)
+    window = _paste_window(box, picture_size)
+    return _rle_of_window(_paste_inside(mask, box, window).numpy(), window[:2], picture_size)
 
 
 def _paste_window(box: Tensor, picture_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of the pixels that a box can touch, one more on each side; empty without area."""
+    """(top, left, bottom, right) of the pixels that a box can touch, one more on each side; all zero where none."""
     height, width = picture_size
     x0, y0, x1, y1 = box.tolist()
     if not (x0 < x1 and y0 < y1 and all(map(math.isfinite, (x0, y0, x1, y1)))):
         return 0, 0, 0, 0
-    left, top = (max(math.floor(low) - 1, 0) for low in (x0, y0))
-    right, bottom = (min(math.ceil(high) + 1, length) for high, length in ((x1, width), (y1, height)))
-    return top, left, bottom, right
+    left, top = max(math.floor(x0) - 1, 0), max(math.floor(y0) - 1, 0)
+    right, bottom = min(math.ceil(x1) + 1, width), min(math.ceil(y1) + 1, height)
+    return (top, left, bottom, right) if top < bottom and left < right else (0, 0, 0, 0)
 
 
 def _paste_inside(mask: Tensor, box: Tensor, window: tuple[int, int, int, int]) -> Tensor:
@@ -279,9 +276,9 @@ def _bilinear_cells(low: Tensor, high: Tensor, cells: int, start: int, stop: int
     return first.clamp(-2, cells).long() + 2, 1 - upper, upper
 
 
-def _rle_of_window(inside: np.ndarray, top: int, left: int, picture_size: tuple[int, int]) -> dict:
-    """The RLE of a picture that is empty but for the pixels `inside` (h, w) bool at (top, left)."""
-    height, width = picture_size
+def _rle_of_window(inside: np.ndarray, corner: tuple[int, int], picture_size: tuple[int, int]) -> dict:
+    """The RLE of a picture that is empty but for the pixels `inside` (h, w) bool, whose corner is at (top, left)."""
+    (top, left), (height, width) = corner, picture_size
     columns = np.pad(inside.T, ((0, 0), (1, 1))).astype(np.int8)  # (w, h + 2): RLEs run down the columns
     change = np.diff(columns, axis=1)  # (w, h + 1)
     column, row = np.nonzero(change)
