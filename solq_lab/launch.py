@@ -7,6 +7,7 @@ losing the kernel or the terminal loses nothing, and any notebook or terminal ca
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import re
@@ -31,7 +32,8 @@ WORKSPACE = (
 )
 STARTING_SECONDS = 60  # a fresh training imports torch for so long at most before it takes the run's lock
 LOG_LINES_SHOWN = 15
-REFUSED = 2  # exit status of a training, and of the command line, for a mistake of the user's
+QUIET_KERNEL = ["--IPKernelApp.log_level=ERROR"]  # else each start warns that local sockets are not encrypted
+# Mistakes of the user: one clear message and exit status 2, no traceback. By name, because naming them loads no torch.
 REFUSALS = frozenset(
     [
         "ConfigError",
@@ -67,7 +69,7 @@ class TrainingRefused(RunError):
     """The training named a mistake of the user's before it began."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(RuntimeError):
     """Ctrl-C, after the training was asked to save and to stop; the message says where it stands."""
 
 
@@ -118,7 +120,7 @@ def run_notebook(
     execution = _Execution(notebook, executed, values)
     try:
         execution.start()
-        _watch(execution, run)
+        _watch(execution, run, executed)
     except KeyboardInterrupt:
         message = stop_training(run.folder)
         execution.join(timeout=30.0)  # the cell that followed the training ends by itself, and papermill saves
@@ -134,6 +136,7 @@ def export_html(notebook: Path) -> Path:
     """Write an executed notebook as one HTML file beside it, and return that file's path."""
     from nbconvert import HTMLExporter
 
+    logging.getLogger("traitlets").setLevel(logging.ERROR)  # it warns about figures without a description
     html, _ = HTMLExporter().from_filename(str(notebook))
     target = notebook.with_suffix(".html")
     with replacing(target) as temporary:
@@ -298,19 +301,28 @@ class _Execution(threading.Thread):
 
         logging.getLogger("papermill").setLevel(logging.ERROR)
         try:
-            papermill.execute_notebook(*self._arguments, progress_bar=False)
+            papermill.execute_notebook(*self._arguments, progress_bar=False, extra_arguments=QUIET_KERNEL)
         except Exception as error:  # handed to the main thread, which explains it
             self.error = error
 
 
-def _watch(execution: _Execution, run: Run) -> None:
-    """Show in the terminal how the training of a notebook goes, until the notebook ends."""
+def _watch(execution: _Execution, run: Run, executed: Path) -> None:
+    """Show in the terminal how the training of a notebook goes, or how many cells are done, until the notebook ends."""
     progress = Progress(run)
     with status_line() as show:
         while execution.is_alive():
             execution.join(timeout=1.0)
-            if run.is_training():
-                show(progress.read())
+            show(progress.read() if run.is_training() else _describe_cells(executed))
+
+
+def _describe_cells(executed: Path) -> str:
+    """How far papermill has come, by the marks it leaves in the notebook that it writes."""
+    try:
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError):  # not there yet, or being written
+        return f"{executed.name}: starting"
+    done = sum(cell["metadata"].get("papermill", {}).get("status") == "completed" for cell in cells)
+    return f"{executed.name}: {done} of {len(cells)} cells done"
 
 
 def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Exception:
@@ -339,10 +351,11 @@ def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Except
 def _explain_death(run: Run) -> Exception:
     """What to raise for a training that ended without finishing."""
     status = run.status()
+    kind, _, message = status["message"].partition(": ")
+    if status["state"] == "failed" and kind in REFUSALS:
+        return TrainingRefused(message)
     child = _children.get(_recorded_pid(run) or 0)
     code = None if child is None else child.poll()
-    if code == REFUSED and status["message"]:
-        return TrainingRefused(status["message"])
     if status["state"] == "preempted":
         return TrainingFailed(f"{run.folder}: stopped at step {status['step']}; run again to resume it there")
     how = f"exit status {code}"

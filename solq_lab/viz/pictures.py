@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +15,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from solq_lab.boxes import cxcywh_to_xyxy
+from solq_lab.data.coco import CocoDataset
+from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle, paste_to_rle
 from solq_lab.structures import Detections, Target
 from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure
@@ -34,6 +36,21 @@ def ground_truth(target: Target, class_names: Sequence[str]) -> Detections:
     return Detections(torch.ones(count), target.labels, boxes, torch.arange(count), masks, names)
 
 
+def predicted_examples(
+    predictor: Predictor, dataset: CocoDataset, indices: Iterable[int], *, score: float = 0.3
+) -> list[tuple[Tensor, Detections, Detections]]:
+    """Pictures (3, H, W) uint8 of a data set, their ground truth, and what a model finds in them with at least `score`.
+
+    Boxes and masks are in pixels of the picture as the data set's transform leaves it.
+    """
+    examples = []
+    for index in indices:
+        picture, target = dataset[index]
+        found = predictor.predict(picture.permute(1, 2, 0).numpy()).above(score)
+        examples.append((picture, ground_truth(target, dataset.classes.names), found))
+    return examples
+
+
 @mpl.rc_context(STYLE)
 def draw_detections(image: np.ndarray | Tensor, detections: Detections, *, title: str = "") -> Figure:
     """One picture with its objects.
@@ -46,8 +63,9 @@ def draw_detections(image: np.ndarray | Tensor, detections: Detections, *, title
     """
     pixels = as_pixels(image)
     height, width = pixels.shape[:2]
-    figure, axes = new_figure(1, 1, size=(6.0, 0.3 + 6.0 * height / width))
-    _draw(axes[0, 0], pixels, detections, class_colours(detections.labels.tolist()))
+    side = FIGURE_WIDTH / 2
+    figure, axes = new_figure(1, 1, size=(side, 0.3 + side * height / width))
+    _draw(axes[0, 0], pixels, detections, class_colours(detections.labels.tolist()), font_size=9)
     axes[0, 0].set_title(title)
     return figure
 
@@ -79,15 +97,17 @@ def prediction_grid(
         colours = class_colours(truth.labels.tolist() + prediction.labels.tolist())
         columns = (("picture", truth.above(math.inf)), ("ground truth", truth), ("prediction", prediction))
         for place, (name, objects) in zip(axes[row, first:], columns, strict=False):
-            _draw(place, pixels, objects, colours)
+            _draw(place, pixels, objects, colours, font_size=6.5)
             place.set_anchor("N")
             if row == 0:
                 place.set_title(name)
     return figure
 
 
-def _draw(axes: Axes, pixels: np.ndarray, detections: Detections, colours: Mapping[int, str]) -> None:
-    """A picture and its objects, the best score on top."""
+def _draw(
+    axes: Axes, pixels: np.ndarray, detections: Detections, colours: Mapping[int, str], *, font_size: float
+) -> None:
+    """A picture and its objects, the best score on top; an object without a mask is drawn as its box."""
     height, width = pixels.shape[:2]
     masks = None if detections.masks is None else decode_rle(detections.masks).numpy()
     objects = list(enumerate(detections.labels.tolist()))[::-1]
@@ -98,16 +118,16 @@ def _draw(axes: Axes, pixels: np.ndarray, detections: Detections, colours: Mappi
     for row, label in objects:
         x0, y0, x1, y1 = detections.boxes[row].tolist()
         anchor = (x0 + x1) / 2, y0
-        if masks is None:
-            outline = {"fill": False, "edgecolor": colours[label], "linewidth": 1.5}
-            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
-        elif masks[row].any():
+        if masks is not None and masks[row].any():
             _outline(axes, masks[row], colours[label])
             top = masks[row].any(axis=1).argmax()
             anchor = float(masks[row][top].nonzero()[0].mean()), float(top)
+        else:
+            outline = {"fill": False, "edgecolor": colours[label], "linewidth": 1.5}
+            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
         score = float(detections.scores[row])
         text = detections.names[row] + ("" if score == 1 else f" {score:.2f}")
-        _label(axes, text, anchor, pixels.shape[:2], colours[label])
+        _label(axes, text, anchor, pixels.shape[:2], colours[label], font_size)
 
 
 def _outline(axes: Axes, mask: np.ndarray, colour: str) -> None:
@@ -117,7 +137,9 @@ def _outline(axes: Axes, mask: np.ndarray, colour: str) -> None:
         axes.contour(across, down, padded, levels=[0.5], colors=[line], linewidths=width)
 
 
-def _label(axes: Axes, text: str, anchor: tuple[float, float], size: tuple[int, int], colour: str) -> None:
+def _label(
+    axes: Axes, text: str, anchor: tuple[float, float], size: tuple[int, int], colour: str, font_size: float
+) -> None:
     """A text above a point (x, y) in pixels, moved inwards at the edges of a picture of `size` (height, width)."""
     x, y = (min(max(place, 0.0), length) for place, length in zip(anchor, size[::-1], strict=True))
     side = "left" if x < EDGE * size[1] else "right" if x > (1 - EDGE) * size[1] else "center"
@@ -126,7 +148,7 @@ def _label(axes: Axes, text: str, anchor: tuple[float, float], size: tuple[int, 
         x,
         y,
         text,
-        fontsize=6.5,
+        fontsize=font_size,
         color="white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black",
         horizontalalignment=side,
         verticalalignment="top" if y < EDGE * size[0] else "bottom",

@@ -6,6 +6,7 @@ Colours: Okabe and Ito, "Color Universal Design" (2008).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -52,6 +53,13 @@ def new_figure(
     if title:
         figure.suptitle(title)
     return figure, axes
+
+
+def save(figure: Figure, path: Path) -> Figure:
+    """Write a figure as PNG, making its folder, and return it for a notebook to show."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return figure
 
 
 def hide_axes(axes: Axes) -> None:
