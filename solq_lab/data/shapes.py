@@ -1,0 +1,178 @@
+"""A drawn data set that is worth learning: shapes in COCO format, the same on every machine for one seed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from solq_lab import masks
+from solq_lab.data.annotations import DataError
+from solq_lab.data.scene import LEVELS, Level, draw_scene
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of the drawings: another number, other pictures for the same seed
+STAMP = "shapes.json"  # the settings of a folder; it is written last
+SPLITS = ("train", "val")
+
+
+class Drawn(NamedTuple):
+    """What a drawing process hands back of one picture.
+
+    number: which picture of its split, from 1; its image id.
+    classes: K indices into `Level.classes`.
+    masks: (K, H, W / 8 rounded up) uint8, the visible masks, packed bits.
+    """
+
+    number: int
+    classes: list[int]
+    masks: np.ndarray
+
+
+def write_shapes(
+    root: Path | str,
+    *,
+    level: Literal["easy", "hard"] = "easy",
+    train: int = 6000,
+    val: int = 200,
+    seed: int = 0,
+    processes: int = 2,
+) -> None:
+    """Draw a data set into a folder: `train/`, `val/` and `annotations/instances_{train,val}.json`.
+
+    The folder appears whole or not at all. One that already holds these settings is kept.
+
+    Args:
+        root: folder to make.
+        level: "easy": 96 x 96 pixels, 8 classes, little turned, from 24 pixels; "hard": 128 x 128 pixels, 16 classes,
+            turned at will, from 14 pixels.
+        train, val: numbers of pictures.
+        seed: of the drawings; the number of processes has no influence on them.
+        processes: how many draw at the same time.
+
+    Raises:
+        DataError: the folder holds something else, or the level is unknown.
+    """
+    root = Path(root)
+    if level not in LEVELS:
+        raise DataError(f"level {level!r} does not exist; allowed are {', '.join(LEVELS)}")
+    settings = {"generator": VERSION, "level": level, "train": train, "val": val, "seed": seed}
+    if _already_there(root, settings):
+        logger.info("%s holds these shapes already", root)
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        (unfinished / "annotations").mkdir()
+        for split, count in zip(SPLITS, (train, val), strict=True):
+            document = _write_split(unfinished / split, split, count, settings, processes)
+            (unfinished / "annotations" / f"instances_{split}.json").write_text(json.dumps(document), encoding="utf-8")
+        (unfinished / STAMP).write_text(json.dumps(settings), encoding="utf-8")
+        unfinished.chmod(0o755)  # temporary folders are private, data sets are not
+        os.replace(unfinished, root)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _already_there(root: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds these shapes; DataError where it holds anything else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    try:
+        found = json.loads((root / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{root}: holds something else than drawn shapes; give an empty or a new folder") from None
+    if found == settings:
+        return True
+    found = found if isinstance(found, dict) else {}
+    differing = "; ".join(
+        f"{key}: found {found.get(key)!r}, asked {value!r}"
+        for key, value in settings.items()
+        if found.get(key) != value
+    )
+    raise DataError(f"{root}: holds other shapes ({differing}); give another folder or remove this one")
+
+
+def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Draw the pictures of one split; the annotation document."""
+    level = LEVELS[settings["level"]]
+    folder.mkdir()
+    draw = partial(_draw, folder, settings["level"], (settings["seed"], SPLITS.index(split)))
+    images, annotations = [], []
+    with closing(_in_processes(draw, count, processes)) as drawings:
+        for drawn in tqdm(drawings, total=count, desc=f"drawing {split}", unit="picture"):
+            name = _file_name(drawn.number)
+            images.append({"id": drawn.number, "file_name": name, "height": level.side, "width": level.side})
+            for entry in _describe_objects(drawn, level):
+                annotations.append({"id": len(annotations) + 1, "image_id": drawn.number, **entry})
+    return {
+        "info": {
+            "description": f"Drawn shapes, level {settings['level']}, {split}",
+            "version": str(settings["generator"]),
+            "seed": settings["seed"],
+            "object_side": list(level.object_side),
+            "area_sides": [level.side / 6, level.side / 3],  # below the first: small; below the second: medium
+        },
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": number, "name": name, "supercategory": "shape"} for number, name in enumerate(level.classes, start=1)
+        ],
+    }
+
+
+def _in_processes(draw: partial[Drawn], count: int, processes: int) -> Iterator[Drawn]:
+    """The drawings 1 .. count in order."""
+    numbers = range(1, count + 1)
+    if processes == 1:
+        yield from map(draw, numbers)
+        return
+    pool = ProcessPoolExecutor(processes)
+    try:
+        yield from pool.map(draw, numbers, chunksize=16)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _draw(folder: Path, level: str, seed: tuple[int, int], number: int) -> Drawn:
+    """Draw one picture and write its file."""
+    scene = draw_scene(LEVELS[level], np.random.default_rng((*seed, number)))
+    Image.fromarray(scene.picture).save(folder / _file_name(number), compress_level=1)
+    return Drawn(number, scene.classes, np.packbits(scene.masks, axis=-1))
+
+
+def _file_name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def _describe_objects(drawn: Drawn, level: Level) -> list[dict[str, Any]]:
+    """The COCO entries of a picture's objects, without ids."""
+    bits = np.unpackbits(drawn.masks, axis=-1, count=level.side).view(np.bool_)
+    entries = []
+    for class_index, mask, rle in zip(drawn.classes, bits, masks.encode_rle(torch.from_numpy(bits)), strict=True):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        top, left = int(rows[0]), int(columns[0])
+        entries.append(
+            {
+                "category_id": class_index + 1,
+                "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+                "area": int(mask.sum()),
+                "iscrowd": 0,
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            }
+        )
+    return entries
