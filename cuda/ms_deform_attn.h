@@ -21,7 +21,7 @@
 
 namespace solq {
 
-constexpr int kOutside = -1;  // in place of a cell's index: the map ends before this corner
+constexpr int kOutside = -1;  // in place of a cell's index where the map ends before the corner
 
 struct Level {
   int height, width;
@@ -39,24 +39,24 @@ template <typename Real>
 SOLQ_INLINE Footprint<Real> footprint(Real x, Real y, int height, int width) {
   Real column = x * Real(width) - Real(0.5);
   Real row = y * Real(height) - Real(0.5);
-  const bool near = (column > Real(-1)) & (row > Real(-1)) & (column < Real(width)) & (row < Real(height));
-  column = near ? column : Real(0);  // the conversion to int below is undefined for huge numbers and NaN
-  row = near ? row : Real(0);
+  column = (column > Real(-1)) & (column < Real(width)) ? column : Real(-2);  // NaN and huge numbers go where
+  row = (row > Real(-1)) & (row < Real(height)) ? row : Real(-2);             // no corner is on the map
   const Real left_column = std::floor(column);
   const Real top_row = std::floor(row);
   const int left = int(left_column);
   const int top = int(top_row);
-  const bool has_left = near & (left >= 0);
-  const bool has_right = near & (left + 1 < width);
-  const bool has_top = top >= 0;
-  const bool has_bottom = top + 1 < height;
+  // 0 on the map, kOutside (all bits set) beyond; one unsigned comparison checks both ends.
+  const int misses_left = unsigned(left) < unsigned(width) ? 0 : kOutside;
+  const int misses_right = unsigned(left + 1) < unsigned(width) ? 0 : kOutside;
+  const int misses_top = unsigned(top) < unsigned(height) ? 0 : kOutside;
+  const int misses_bottom = unsigned(top + 1) < unsigned(height) ? 0 : kOutside;
   const int first = top * width + left;
 
   Footprint<Real> result;
-  result.cell[0] = (has_left & has_top) ? first : kOutside;
-  result.cell[1] = (has_right & has_top) ? first + 1 : kOutside;
-  result.cell[2] = (has_left & has_bottom) ? first + width : kOutside;
-  result.cell[3] = (has_right & has_bottom) ? first + width + 1 : kOutside;
+  result.cell[0] = first | misses_left | misses_top;
+  result.cell[1] = (first + 1) | misses_right | misses_top;
+  result.cell[2] = (first + width) | misses_left | misses_bottom;
+  result.cell[3] = (first + width + 1) | misses_right | misses_bottom;
   result.right = column - left_column;
   result.bottom = row - top_row;
   return result;

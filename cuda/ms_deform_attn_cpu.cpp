@@ -126,9 +126,39 @@ class Channels<Real, 0> {
 template <typename Real>
 struct Inputs {
   const Real *value, *locations, *weights;
+};
 
-  const Real* map(const Sizes& sizes, int64_t image, int64_t head) const {
-    return value + (image * sizes.cells * sizes.heads + head) * sizes.width;
+template <typename Real>
+struct Gradients {
+  Real *value, *locations, *weights;
+};
+
+// The footprints of up to kBlock samples, one array per number: loops over samples become vector instructions.
+template <typename Real>
+struct Footprints {
+  int cell[4][kBlock];
+  Real right[kBlock], bottom[kBlock];
+
+  SOLQ_INLINE void set(int i, const Footprint<Real>& one) {
+    cell[0][i] = one.cell[0];
+    cell[1][i] = one.cell[1];
+    cell[2][i] = one.cell[2];
+    cell[3][i] = one.cell[3];
+    right[i] = one.right;
+    bottom[i] = one.bottom;
+  }
+};
+
+// The level of each sample of a row, likewise.
+struct RowLevels {
+  std::vector<int> height, width, start;
+
+  explicit RowLevels(const Sizes& sizes) {
+    for (const Level& level : sizes.levels) {
+      height.insert(height.end(), sizes.points, level.height);
+      width.insert(width.end(), sizes.points, level.width);
+      start.insert(start.end(), sizes.points, level.start);
+    }
   }
 };
 
@@ -139,48 +169,39 @@ void forward_rows(const Sizes& sizes, const Inputs<Real>& inputs, Real* output, 
   const int64_t row_samples = sizes.samples_per_row();
   const int64_t stride = sizes.heads * width;  // from one cell's channels to the next's
   const std::vector<Real> zeros(width);        // what a corner beyond the map reads
+  const RowLevels levels(sizes);
   Channels<Real, kWidth> sums(width);
-  int cell[4][kBlock];
+  Footprints<Real> at;
   Real weight[4][kBlock];
-
-  std::vector<Level> level_of(row_samples);
-  for (int64_t sample = 0; sample < row_samples; ++sample) level_of[sample] = sizes.levels[sample / sizes.points];
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t query = unit % sizes.queries, head = unit / sizes.queries % sizes.heads;
     const int64_t image = unit / (sizes.queries * sizes.heads);
     const int64_t row = (image * sizes.queries + query) * sizes.heads + head;  // in the order (B, Q, M)
-    const Real* const map = inputs.map(sizes, image, head);
+    const Real* const maps = inputs.value + (image * sizes.cells * sizes.heads + head) * width;
     sums.clear();
     for (int64_t first = 0; first < row_samples; first += kBlock) {
       const int count = int(std::min<int64_t>(kBlock, row_samples - first));
       const Real* const xy = inputs.locations + 2 * (row * row_samples + first);
       const Real* const attention = inputs.weights + row * row_samples + first;
-      const Level* const levels = level_of.data() + first;
+      const int *const heights = &levels.height[first], *const widths = &levels.width[first];
+      for (int i = 0; i < count; ++i) at.set(i, footprint(xy[2 * i], xy[2 * i + 1], heights[i], widths[i]));
       for (int i = 0; i < count; ++i) {
-        const Footprint<Real> at = footprint(xy[2 * i], xy[2 * i + 1], levels[i].height, levels[i].width);
-        Real shares[4];
-        corner_weights(at.right, at.bottom, attention[i], shares);
-        for (int corner = 0; corner < 4; ++corner) {
-          cell[corner][i] = at.cell[corner] == kOutside ? kOutside : at.cell[corner] + levels[i].start;
-          weight[corner][i] = shares[corner];
-        }
+        Real share[4];
+        corner_weights(at.right[i], at.bottom[i], attention[i], share);
+        for (int corner = 0; corner < 4; ++corner) weight[corner][i] = share[corner];
       }
       for (int i = 0; i < count; ++i) {
+        const Real* const map = maps + levels.start[first + i] * stride;
         for (int corner = 0; corner < 4; ++corner) {
-          const bool outside = cell[corner][i] == kOutside;
-          sums.add(weight[corner][i], outside ? zeros.data() : map + cell[corner][i] * stride);
+          const int cell = at.cell[corner][i];
+          sums.add(weight[corner][i], cell == kOutside ? zeros.data() : map + cell * stride);
         }
       }
     }
     sums.store(output + row * width);
   }
 }
-
-template <typename Real>
-struct Gradients {
-  Real *value, *locations, *weights;
-};
 
 // Backward, units begin..end of the order (B, M, L).
 template <typename Real, int kWidth>
@@ -190,19 +211,19 @@ void backward_units(const Sizes& sizes, const Inputs<Real>& inputs, const Real* 
   const int64_t level_count = sizes.levels.size();
   const int64_t stride = sizes.heads * width;
   const std::vector<Real> zeros(width);  // what a corner beyond the map reads
-  std::vector<Real> nowhere(width);      // what it writes
+  std::vector<Real> nowhere(width);      // where its gradient goes
   Channels<Real, kWidth> gradient(width);
-  int cell[4][kBlock];
-  Real right[kBlock], bottom[kBlock];
+  Footprints<Real> at;
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t index = unit % level_count, head = unit / level_count % sizes.heads;
     const int64_t image = unit / (level_count * sizes.heads);
     const Level level = sizes.levels[index];
-    const Real* const map = inputs.map(sizes, image, head) + level.start * stride;
-    Real* const grad_map = to.value + (map - inputs.value);
-    for (int64_t token = 0; token < int64_t(level.height) * level.width; ++token) {
-      std::fill_n(grad_map + token * stride, width, Real(0));
+    const int64_t offset = ((image * sizes.cells + level.start) * sizes.heads + head) * width;
+    const Real* const map = inputs.value + offset;
+    Real* const grad_map = to.value + offset;
+    for (int64_t cell = 0; cell < int64_t(level.height) * level.width; ++cell) {
+      std::fill_n(grad_map + cell * stride, width, Real(0));
     }
     for (int64_t query = 0; query < sizes.queries; ++query) {
       const int64_t row = (image * sizes.queries + query) * sizes.heads + head;
@@ -212,22 +233,19 @@ void backward_units(const Sizes& sizes, const Inputs<Real>& inputs, const Real* 
         const int64_t sample = (row * level_count + index) * sizes.points + first;
         const Real* const xy = inputs.locations + 2 * sample;
         const Real* const attention = inputs.weights + sample;
-        for (int i = 0; i < count; ++i) {
-          const Footprint<Real> at = footprint(xy[2 * i], xy[2 * i + 1], level.height, level.width);
-          for (int corner = 0; corner < 4; ++corner) cell[corner][i] = at.cell[corner];
-          right[i] = at.right;
-          bottom[i] = at.bottom;
-        }
+        for (int i = 0; i < count; ++i) at.set(i, footprint(xy[2 * i], xy[2 * i + 1], level.height, level.width));
         for (int i = 0; i < count; ++i) {
           Real share[4], dot[4];
-          corner_weights(right[i], bottom[i], attention[i], share);
+          corner_weights(at.right[i], at.bottom[i], attention[i], share);
           for (int corner = 0; corner < 4; ++corner) {
-            const bool outside = cell[corner][i] == kOutside;
-            const int64_t offset = cell[corner][i] * stride;
-            dot[corner] = gradient.dot(outside ? zeros.data() : map + offset);
-            gradient.scatter(share[corner], outside ? nowhere.data() : grad_map + offset);
+            const int cell = at.cell[corner][i];
+            dot[corner] = gradient.dot(cell == kOutside ? zeros.data() : map + cell * stride);
           }
-          const auto result = sample_gradient(dot, right[i], bottom[i], attention[i], level.height, level.width);
+          for (int corner = 0; corner < 4; ++corner) {
+            const int cell = at.cell[corner][i];
+            gradient.scatter(share[corner], cell == kOutside ? nowhere.data() : grad_map + cell * stride);
+          }
+          const auto result = sample_gradient(dot, at.right[i], at.bottom[i], attention[i], level.height, level.width);
           to.weights[sample + i] = result.weight;
           to.locations[2 * (sample + i)] = result.x;
           to.locations[2 * (sample + i) + 1] = result.y;
