@@ -68,7 +68,7 @@ class Scene(NamedTuple):
 
 
 def draw_scene(level: Level, random: Random) -> Scene:
-    """Draw one picture of at least one object; the same state of `random` gives the same picture."""
+    """Draw one picture; the same state of `random` gives the same picture."""
     stage = _Stage(level, random)
     for _ in range(int(random.integers(*level.objects, endpoint=True))):
         stage.add_object(random)
@@ -113,7 +113,8 @@ class _Stage:
         masks = np.zeros((count, size, size), dtype=bool)
         for number, mask in enumerate(masks, start=1):
             np.greater(_shrink(self.owner == number, np.uint8), OVERSAMPLING**2 // 2, out=mask)
-        return Scene(picture, self.classes, masks)
+        seen = np.flatnonzero(masks.any(axis=(1, 2)))
+        return Scene(picture, [self.classes[row] for row in seen], masks[seen])
 
     def _find_place(self, cutout: _Cutout, random: Random) -> np.ndarray | None:
         """A centre (y, x) that leaves this and all earlier objects visible enough, None where the tries find none.
@@ -123,9 +124,10 @@ class _Stage:
         occluding = bool(self.centers) and random.random() < self.level.occlusion
         second_choice = None
         for _ in range(PLACE_TRIES):
-            center = self._beside_another(cutout, random) if occluding else random.uniform(0, self.side, 2)
             reach = cutout.size * (0.5 - self.level.overhang)
-            center = np.clip(center, reach, self.side - reach)
+            center = random.uniform(reach, self.side - reach)
+            if occluding:
+                center = np.clip(self._beside_another(cutout, random), reach, self.side - reach)
             cover = cutout.at(center, self.side)
             taken = np.bincount(self.owner[cover], minlength=len(self.classes) + 1)[1:]
             visible = np.bincount(self.owner.ravel(), minlength=len(self.classes) + 1)[1:] - taken
