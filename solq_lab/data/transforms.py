@@ -125,8 +125,8 @@ class ReleasedAugmentation:
 def resized_size(size: tuple[int, int], short: int, longest: int | None) -> tuple[int, int]:
     """(height, width) after a resize of the shorter side to `short`, or less where the longer would exceed `longest`.
 
-    The rounding is the released one: the longer side is rounded down, and where `longest` binds, the shorter side is
-    rounded first, so that the longer may end one or two pixels below `longest`.
+    The rounding is the released one: where `longest` binds, the shorter side is rounded first and the longer follows
+    from it, rounded down, so that it misses `longest` by a pixel or, in very long pictures, a few.
 
     Args:
         size: (height, width), pixels.
@@ -178,7 +178,7 @@ def apply_to_bitmaps(steps: Sequence[Step], bitmaps: Tensor) -> Tensor:
             case Mirror():
                 bitmaps = bitmaps.flip(-1)
             case Resize(after=after):
-                bitmaps = F.interpolate(bitmaps[None].byte(), size=after, mode="nearest")[0].bool()
+                bitmaps = F.interpolate(bitmaps[:, None].byte(), size=after, mode="nearest")[:, 0].bool()
             case Crop(top, left, height, width):
                 bitmaps = bitmaps[:, top : top + height, left : left + width]
     return bitmaps
