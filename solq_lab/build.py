@@ -91,14 +91,19 @@ def _start_from_file(network: SOLQ, path: Path) -> None:
 
 
 def build_dataset(
-    experiment: Experiment, split: Literal["train", "val"], classes: ClassMap | None = None
+    experiment: Experiment,
+    split: Literal["train", "val"],
+    classes: ClassMap | None = None,
+    *,
+    with_masks: bool = False,
 ) -> CocoDataset:
-    """Pictures and targets of one split; only training targets carry masks.
+    """Pictures and targets of one split; training targets always carry masks.
 
     Args:
         experiment: sections `data`, `codec` and the seed are read.
         split: "train" augments, "val" only resizes.
         classes: the class map of the training, or of a trained model; None: as this split's annotations say.
+        with_masks: validation targets carry masks too; evaluation needs none, pictures of the ground truth do.
 
     Raises:
         ConfigError: `data.root` is empty.
@@ -110,6 +115,7 @@ def build_dataset(
             "data.root is empty: give the folder that holds the images and annotations (data.root=FOLDER)"
         )
     root, training = Path(data.root), split == "train"
+    wanted = training or with_masks
     annotations = root / (data.train_annotations if training else data.val_annotations)
     return CocoDataset(
         root / (data.train_images if training else data.val_images),
@@ -117,7 +123,7 @@ def build_dataset(
         classes=classes,
         class_ids=data.class_ids,
         num_classes=data.num_classes,
-        mask_size=experiment.codec.mask_size if training and experiment.codec.kind != "none" else None,
+        mask_size=experiment.codec.mask_size if wanted and experiment.codec.kind != "none" else None,
         transform=build_augmentation(data) if training else TestResize(data.test_scale, data.max_size),
         seed=experiment.seed,
         mask_route=data.mask_route,

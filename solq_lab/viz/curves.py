@@ -111,7 +111,7 @@ def _plot_loss(axes: Axes, name: str, steps: Sequence[int], values: Sequence[flo
     if plateau is not None:
         axes.axhline(plateau, color=GREY, linestyle="--", linewidth=1.2, label="plateau: predict the median")
         axes.legend(loc="lower left")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max([*values, plateau or 0.0], default=1.0))
     axes.set_ylabel("unweighted")
 
 

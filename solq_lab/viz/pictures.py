@@ -41,7 +41,8 @@ def predicted_examples(
 ) -> list[tuple[Tensor, Detections, Detections]]:
     """Pictures (3, H, W) uint8 of a data set, their ground truth, and what a model finds in them with at least `score`.
 
-    Boxes and masks are in pixels of the picture as the data set's transform leaves it.
+    Boxes and masks are in pixels of the picture as the data set's transform leaves it. A data set whose targets carry
+    no masks shows boxes as ground truth.
     """
     examples = []
     for index in indices:
