@@ -50,6 +50,7 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
     try:
         yield
+        wait_for_all()  # leaving while another process is still in its last exchange aborts that one
     finally:
         dist.destroy_process_group()
 

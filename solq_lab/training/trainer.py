@@ -220,7 +220,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Validate the model as it stands, with averaged weights where there are some."""
         settings = self.experiment.evaluation
-        distributed.copy_from_main(self.model.buffers())  # each process has its own batch-norm statistics
+        distributed.copy_from_main(self.model.buffers())  # batch norms saw different pictures in their last step
         averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
         with averaged, _random_state_kept(self.device):
             _, evaluation = evaluate_model(
@@ -344,10 +344,9 @@ def _share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as DDP, which averages gradients over the processes; as it is where there is only one."""
     if distributed.world_size() == 1:
         return model
-    # Every loss reaches its parameters on every rank, so none is unused. Batch norms keep statistics of their own
-    # share of the pictures; the main process's are copied before anything is evaluated.
+    # Every loss reaches its parameters on every rank, so none is unused.
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def _check_processes(train: TrainSection) -> None:

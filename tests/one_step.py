@@ -1,0 +1,33 @@
+"""Two steps of a run without moving its weights: `python one_step.py RUN_FOLDER OUTPUT`, also under torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from solq_lab import distributed
+from solq_lab.runs import load_run
+from solq_lab.training.trainer import Trainer
+
+
+def losses_and_gradients(run_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Losses of two steps, averaged over the processes, and the gradients of the second one."""
+    trainer = Trainer(load_run(run_folder))
+    trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the pictures
+    trainer.optimizer.step = lambda: None
+    batches = trainer._batches()
+    for _ in range(2):
+        trainer._take_step([next(batches) for _ in range(trainer.experiment.train.accumulate)])
+    sums = trainer.journal.state_dict()["sums"]
+    means = distributed.sum_over_processes(torch.stack(list(sums.values()))) / distributed.world_size()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return {"losses": dict(zip(sums, means, strict=True)), "gradients": gradients}
+
+
+if __name__ == "__main__":
+    with distributed.process_group():
+        found = losses_and_gradients(Path(sys.argv[1]))
+        if distributed.is_main():
+            torch.save(found, sys.argv[2])
