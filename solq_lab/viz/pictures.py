@@ -24,6 +24,7 @@ from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure
 MASK_OPACITY = 0.45
 EDGE = 0.1  # labels closer than this share of a side to the edge are moved inwards
 FIGURE_WIDTH = 11.0  # inches
+MOST_OBJECTS = 40  # drawn in one picture, the best ones; more would hide it
 
 
 def ground_truth(target: Target, class_names: Sequence[str]) -> Detections:
@@ -108,10 +109,10 @@ def prediction_grid(
 def _draw(
     axes: Axes, pixels: np.ndarray, detections: Detections, colours: Mapping[int, str], *, font_size: float
 ) -> None:
-    """A picture and its objects, the best score on top; an object without a mask is drawn as its box."""
+    """A picture and its best objects, the best on top; an object without a mask is drawn as its box."""
     height, width = pixels.shape[:2]
     masks = None if detections.masks is None else decode_rle(detections.masks).numpy()
-    objects = list(enumerate(detections.labels.tolist()))[::-1]
+    objects = list(enumerate(detections.labels.tolist()))[MOST_OBJECTS - 1 :: -1]
     axes.imshow(_blend(pixels, masks, [(row, colours[label]) for row, label in objects]))
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)

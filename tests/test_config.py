@@ -1,0 +1,143 @@
+"""Experiments are read strictly: what a message says about a mistake, and that nothing is lost on the way to a file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a YAML file into a fresh folder and return its path."""
+
+    def write_file(text: str, name: str = "mine.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+def refusal(path, overrides=()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_empty_file_is_the_paper(write):
+    experiment = load_experiment(write(""))
+    assert experiment == Experiment(name="mine")
+    assert (experiment.optim.lr, experiment.train.batch_size, experiment.codec.vector_dim) == (2e-4, 32, 256)
+
+
+def test_a_file_overrides_its_parent_key_by_key_and_the_command_line_overrides_both(write):
+    write("train: {batch_size: 8, epochs: 3}\ncodec: {vector_dim: 64}", "parent.yaml")
+    child = write("extends: parent.yaml\ntrain: {batch_size: 16}")
+    experiment = load_experiment(child, ["codec.vector_dim=100", "name=other"])
+    assert (experiment.train.batch_size, experiment.train.epochs) == (16, 3)
+    assert (experiment.codec.vector_dim, experiment.name) == (100, "other")
+
+
+@given(seed=st.integers(0, 2**31), rate=st.floats(1e-8, 1.0), scales=st.lists(st.integers(1, 2000), min_size=1))
+def test_writing_and_reading_gives_the_same_experiment(seed, rate, scales):
+    experiment = Experiment(name="a", seed=seed, optim={"lr": rate}, data={"train_scales": scales})
+    assert validate_experiment(yaml.safe_load(experiment.to_yaml()), source="text") == experiment
+
+
+def test_a_misspelt_key_is_refused_with_the_nearest_one(write):
+    message = refusal(write("train: {bach_size: 8}"))
+    assert "mine.yaml" in message
+    assert "unknown key train.bach_size; did you mean batch_size?" in message
+
+
+def test_a_misspelt_section_is_refused_with_the_nearest_one(write):
+    assert "unknown key modle; did you mean model?" in refusal(write("modle: {width: 256}"))
+
+
+def test_a_key_like_no_other_is_refused_with_all_that_are_allowed(write):
+    assert "allowed are kind, mask_size, vector_dim" in refusal(write("codec: {zzz: 1}"))
+
+
+def test_a_misspelt_override_is_refused_like_a_misspelt_key(write):
+    assert "unknown key optim.lrr; did you mean lr?" in refusal(write(""), ["optim.lrr=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {batch_size: many}", ("train.batch_size", "integer", "'many'")),
+        ("optim: {lr: -1}", ("optim.lr", "greater than 0", "-1")),
+        ("model: {backbone: resnet49}", ("model.backbone", "'resnet50'", "'resnet49'")),
+        ("data: {crop_size: [384, big]}", ("data.crop_size.1", "integer", "'big'")),
+        ("evaluation: 7", ("evaluation", "7")),
+    ],
+)
+def test_a_wrong_type_or_value_is_named_with_what_was_found_and_what_is_allowed(write, text, said):
+    message = refusal(write(text))
+    assert all(part in message for part in said), message
+
+
+def test_all_faults_of_a_file_are_named_at_once(write):
+    message = refusal(write("train: {epochs: 0}\noptim: {momentum: 0.9}"))
+    assert "train.epochs" in message
+    assert "optim.momentum" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("codec: {mask_size: 8, vector_dim: 65}", ("vector_dim 65", "mask_size squared (64)")),
+        ("model: {width: 200, heads: 8}", ("width 200", "multiple of 32")),
+        ("model: {width: 256, heads: 5}", ("width 256", "heads 5")),
+        ("model: {levels: 2}", ("levels 2", "1 is C5 alone")),
+        ("model: {two_stage: true, refine_boxes: false}", ("two_stage", "refine_boxes")),
+        ("model: {backbone: swin_t, dilation: true}", ("dilation", "swin_t")),
+        ("train: {batch_size: 10, gpus: 4}", ("batch_size 10", "4 x 1")),
+    ],
+)
+def test_numbers_that_do_not_fit_together_are_refused_with_their_values(write, text, said):
+    message = refusal(write(text))
+    assert all(part in message for part in said), message
+
+
+def test_a_missing_file_is_refused_with_the_nearest_name(write):
+    path = write("", "solq_r50.yaml")
+    assert f"did you mean {path}?" in refusal(path.with_name("solq_r5.yaml"))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "a: [1", "a: !!python/object/apply:os.getcwd []"])
+def test_a_file_that_is_no_mapping_is_refused_and_runs_nothing(write, text):
+    assert "mine.yaml" in refusal(write(text))
+
+
+def test_a_file_that_extends_itself_is_refused(write):
+    write("extends: b.yaml", "a.yaml")
+    assert "extends itself" in refusal(write("extends: a.yaml", "b.yaml"))
+
+
+@pytest.mark.parametrize("override", ["train.batch_size", "=3", "train.batch_size.more=3", "train.steps=[1"])
+def test_an_override_of_another_form_is_refused(write, override):
+    assert override in refusal(write("train: {batch_size: 8}"), [override])
+
+
+def test_a_name_that_is_no_folder_name_is_refused(write):
+    assert "name" in refusal(write(""), ["name=../elsewhere"])
+
+
+def test_an_experiment_cannot_be_changed_after_loading(write):
+    with pytest.raises(ValueError, match="frozen"):
+        load_experiment(write("")).seed = 7
+
+
+def test_the_schema_loads_without_torch():
+    code = "import sys, solq_lab.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
