@@ -193,7 +193,11 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
         first = ", ".join(map(str, without_area[:FIRST_FEW])) + (", ..." if len(without_area) > FIRST_FEW else "")
         total = len(document["annotations"])
         logger.warning(
-            "%s: %d of %d objects have no area and are left out: ids %s", path, len(without_area), total, first
+            "%s: %d of %d objects have no area and are left out: annotation ids %s",
+            path,
+            len(without_area),
+            total,
+            first,
         )
     if segmentations is not None:
         segmentations.freeze()
@@ -227,9 +231,10 @@ def _name(entry: Any, place: int) -> str:
 def _owner(entry: Any, rows: dict[int, int], name: str) -> int:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("id", "category_id")):
         raise DataError(f"{name}: found {_shorten(entry)}; needed are whole numbers 'id' and 'category_id'")
-    owner = rows.get(entry.get("image_id"))
+    image_id = entry.get("image_id")
+    owner = rows.get(image_id) if isinstance(image_id, int) else None
     if owner is None:
-        raise DataError(f"{name}: image_id {entry.get('image_id')!r} is not among the {len(rows)} ids in 'images'")
+        raise DataError(f"{name}: image_id {image_id!r} is not among the {len(rows)} ids in 'images'")
     return owner
 
 

@@ -64,13 +64,9 @@ class ClassMap:
                 case {"id": int(category_id)} if category_id >= 0:
                     channels[category_id] = (str(category.get("name", category_id)), category_id)
                 case _:
-                    raise DataError(
-                        f"{source}: categories[{place}]: found {category!r}; needed is an 'id' of 0 or more"
-                    )
+                    raise DataError(f"{source}: categories[{place}]: found {category!r}; needed is an 'id' >= 0")
         if len(channels) != len(document["categories"]):
-            raise DataError(
-                f"{source}: a category id comes more than once among {len(document['categories'])} categories"
-            )
+            raise DataError(f"{source}: a category id comes more than once; ids have to be unique")
         rows = sorted(channels.values(), key=lambda row: row[1])
         if class_ids == "raw":
             rows = [channels.get(channel, ("", UNUSED)) for channel in range(max(channels, default=-1) + 1)]

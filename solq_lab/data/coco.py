@@ -173,7 +173,7 @@ class CocoDataset(Dataset):
         return masks.crop_and_resize(bitmaps, torch.from_numpy(boxes).float(), self.mask_size) >= 0.5
 
     def _picture(self, index: int) -> Tensor:
-        return self._read_picture(index) if self._cache is None else self._cached(index).picture
+        return self._read_picture(index) if self._cache is None else self._cached(index).picture.clone()
 
     def _read_picture(self, index: int) -> Tensor:
         path = self.images / self._pictures.names[index]

@@ -172,7 +172,10 @@ def apply_to_picture(steps: Sequence[Step], picture: Tensor) -> Tensor:
 
 
 def apply_to_bitmaps(steps: Sequence[Step], bitmaps: Tensor) -> Tensor:
-    """Full-picture masks (K, H, W) bool after the steps, the released way: nearest neighbour at every resize."""
+    """Full-picture masks (K, H, W) bool after the steps, the released way: nearest neighbour at every resize.
+
+    Each resize samples at the upper left corners of the new pixels and so moves a mask by up to half an old one.
+    """
     for step in steps:
         match step:
             case Mirror():
