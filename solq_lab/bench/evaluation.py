@@ -1,0 +1,83 @@
+"""COCO evaluation of 1,000 pictures with 100 detections each: faster-coco-eval against pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Iterator
+
+import numpy as np
+from pycocotools import mask as coco_rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from solq_lab.bench.scenes import HEIGHT, WIDTH, coco_document, outline, random_box
+from solq_lab.bench.timing import Row, compare
+from solq_lab.evaluation.coco import evaluate_results
+from solq_lab.evaluation.summary import AP_COLUMNS, AR_COLUMNS
+
+PICTURES, DETECTIONS = 1000, 100
+DIGITS = 6  # to which the twelve numbers must agree
+
+
+def rows(pictures: int = PICTURES) -> Iterator[Row]:
+    """Boxes, then masks, from results in memory to the twelve numbers."""
+    document = coco_document(0, pictures=pictures, objects=7)
+    results = _draw_results(document)
+    for kind, iou_type in (("box", "bbox"), ("segm", "segm")):
+        shape = {"box": "bbox", "segm": "segmentation"}[kind]
+        kept = [{key: result[key] for key in ("image_id", "category_id", "score", shape)} for result in results]
+        yield compare(
+            "eval",
+            f"{iou_type}, {pictures} pictures x {DETECTIONS} detections",
+            lambda kept=kept, iou_type=iou_type: evaluate_plainly(document, kept, iou_type),
+            lambda kept=kept, kind=kind: evaluate_results(document, kept, kinds=[kind]).metrics,
+            lambda expected, found, kind=kind: _same_numbers(expected, found, kind),
+        )
+
+
+def evaluate_plainly(document: dict, results: list[dict], iou_type: str) -> np.ndarray:
+    """The plain way: pycocotools' twelve numbers. It writes into what it is given, so it gets copies."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = copy.deepcopy(document)
+        truth.createIndex()
+        evaluator = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), iou_type)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator.stats
+
+
+def _same_numbers(expected: np.ndarray, found: dict[str, float], kind: str) -> bool:
+    ours = np.nan_to_num([found[f"{kind}.{number}"] for number in AP_COLUMNS + AR_COLUMNS], nan=-1)
+    return bool(np.abs(expected - ours).max() < 10**-DIGITS)
+
+
+def _draw_results(document: dict) -> list[dict]:
+    """Detections near the objects of each picture and anywhere else, of the classes that are present."""
+    random = np.random.default_rng(1)
+    by_picture: dict[int, list[dict]] = {image["id"]: [] for image in document["images"]}
+    for entry in document["annotations"]:
+        by_picture[entry["image_id"]].append(entry)
+    results = []
+    for image_id, objects in by_picture.items():
+        for number in range(DETECTIONS):
+            entry = objects[number % len(objects)]
+            box = random_box(random)
+            if number < 3 * len(objects):
+                x, y, w, h = entry["bbox"]
+                shift, stretch = random.normal(0, 0.05, 2), random.normal(1, 0.08, 2)
+                box = (x + w * shift[0], y + h * shift[1], w * stretch[0], h * stretch[1])
+            rle = coco_rle.merge(coco_rle.frPyObjects([outline(random, box)], HEIGHT, WIDTH))
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": entry["category_id"],
+                    "bbox": list(map(float, box)),
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                    "score": float(random.random()),
+                }
+            )
+    return results

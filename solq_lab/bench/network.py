@@ -1,0 +1,130 @@
+"""The whole network, inference and a training step, against the same network on `grid_sample`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from solq_lab.bench.codec import zigzag_places
+from solq_lab.bench.postprocess import TOP_K, postprocess_one_by_one
+from solq_lab.bench.scenes import HEIGHT, WIDTH, blob_masks, boxes_xyxy
+from solq_lab.bench.timing import Row, compare
+from solq_lab.boxes import xyxy_to_cxcywh
+from solq_lab.build import build_codec, build_model
+from solq_lab.config import Experiment
+from solq_lab.inference.postprocess import postprocess
+from solq_lab.ops.ms_deform_attn import use_implementation
+from solq_lab.structures import Detections, ImageBatch, LayerPrediction, Target
+from solq_lab.training.losses import SetCriterion
+from solq_lab.training.matcher import HungarianMatcher
+from solq_lab.training.optim import build_optimizer, clip_gradients
+
+NETWORK_SIZE = (512, 852)  # of the network's input: table 5 of the paper
+CLASSES = 91
+OBJECTS = 7
+EXPERIMENT = Experiment.model_validate({"name": "bench", "model": {"width": 384, "pretrained": "none", "dropout": 0}})
+OUTPUT_TOLERANCE = 1e-3  # of the largest logit, box or vector entry, after twelve layers in float32
+LOSS_TOLERANCE = 1e-3  # relative
+GRADIENT_TOLERANCE = 1e-2  # relative, of the gradient's norm: single samples may change cells by rounding
+
+
+def infer_rows() -> Iterator[Row]:
+    """One picture from pixels to masks."""
+    model, images = _build_network().eval(), _draw_images()
+    codec, names = build_codec(EXPERIMENT), [str(channel) for channel in range(CLASSES)]
+    kept = zigzag_places(codec.mask_size)[: codec.vector_dim]
+
+    def plainly() -> tuple[LayerPrediction, Detections]:
+        with torch.inference_mode(), use_implementation("reference"):
+            prediction = model(images.normalised()).layers[-1]
+            return prediction, postprocess_one_by_one(prediction, kept)
+
+    def ours() -> tuple[LayerPrediction, Detections]:
+        with torch.inference_mode():
+            prediction = model(images.normalised()).layers[-1]
+            return prediction, postprocess(prediction, [(HEIGHT, WIDTH)], codec, top_k=TOP_K, class_names=names)[0]
+
+    yield compare(
+        "infer",
+        f"ResNet-50, width {EXPERIMENT.model.width}, {_size()}, batch 1, with masks",
+        plainly,
+        ours,
+        lambda expected, found: all(map(_close, expected[0], found[0])),
+        repeats=5,
+    )
+
+
+def train_rows() -> Iterator[Row]:
+    """One optimiser step on one picture."""
+    model, images = _build_network().train(), _draw_images()
+    codec = build_codec(EXPERIMENT)
+    boxes = xyxy_to_cxcywh(boxes_xyxy(0, count=OBJECTS) / torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT]))
+    masks = blob_masks(0, count=OBJECTS, size=codec.mask_size)
+    target = Target(0, torch.arange(OBJECTS), boxes, masks, NETWORK_SIZE, (HEIGHT, WIDTH))
+    matcher = HungarianMatcher(
+        **EXPERIMENT.matcher.model_dump(),
+        focal_alpha=EXPERIMENT.loss.focal_alpha,
+        focal_gamma=EXPERIMENT.loss.focal_gamma,
+    )
+    criterion = SetCriterion(codec, matcher, **EXPERIMENT.loss.model_dump())
+
+    def stepper(network: nn.Module) -> Callable[[], tuple[float, float]]:
+        optimizer = build_optimizer(network, EXPERIMENT.optim)
+
+        def step() -> tuple[float, float]:
+            """Loss and gradient norm of one step."""
+            optimizer.zero_grad(set_to_none=True)
+            loss = criterion.total(criterion(network(images.normalised()), [target]))
+            loss.backward()
+            norm = clip_gradients(network, EXPERIMENT.optim.clip_norm)
+            optimizer.step()
+            return loss.item(), norm.item()
+
+        return step
+
+    ours, plain_step = stepper(model), stepper(copy.deepcopy(model))
+
+    def plainly() -> tuple[float, float]:
+        with use_implementation("reference"):
+            return plain_step()
+
+    yield compare(
+        "train",
+        f"one step, ResNet-50, width {EXPERIMENT.model.width}, {_size()}, batch 1, {OBJECTS} objects",
+        plainly,
+        ours,
+        _same_step,
+        repeats=3,
+    )
+
+
+def _build_network() -> nn.Module:
+    """A fresh network whose zero matrices are drawn too: otherwise all queries would give one and the same mask."""
+    torch.manual_seed(0)
+    model = build_model(EXPERIMENT, CLASSES)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
+
+
+def _draw_images() -> ImageBatch:
+    pixels = torch.randint(256, (1, 3, *NETWORK_SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return ImageBatch(pixels, torch.zeros(1, *NETWORK_SIZE, dtype=torch.bool))
+
+
+def _size() -> str:
+    return "x".join(map(str, NETWORK_SIZE))
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    return bool((expected - found).abs().max() <= OUTPUT_TOLERANCE * expected.abs().max())
+
+
+def _same_step(expected: tuple[float, float], found: tuple[float, float]) -> bool:
+    (loss, norm), (our_loss, our_norm) = expected, found
+    return abs(our_loss - loss) <= LOSS_TOLERANCE * loss and abs(our_norm - norm) <= GRADIENT_TOLERANCE * norm

@@ -1,0 +1,81 @@
+"""Deformable attention: the implementation that serves this machine against bilinear sampling by `grid_sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from solq_lab.bench.timing import Row, compare
+from solq_lab.ops.ms_deform_attn import implementation_for, ms_deform_attn
+
+SHAPES = ((64, 107), (32, 54), (16, 27), (8, 14))  # C3, C4, C5 and the stride-64 level of a 512 x 852 picture
+HEADS, HEAD_WIDTH, POINTS = 8, 48, 4
+TOLERANCE = 1e-4  # of the largest number; float32 sums of 16 products differ by a few 1e-6
+
+Inputs = tuple[Tensor, Tensor, Tensor]  # value, sampling locations, attention weights
+
+
+def rows() -> Iterator[Row]:
+    """Forward and backward, at the size of an encoder layer and of a decoder layer."""
+    tokens = sum(height * width for height, width in SHAPES)
+    for layer, queries in (("encoder", tokens), ("decoder", 300)):
+        inputs, gradient = _draw_inputs(queries)
+        what = f"{layer}, {queries} queries, 512x852, head width {HEAD_WIDTH}, {implementation_for('cpu')}"
+        with torch.no_grad():
+            yield compare(
+                "op",
+                f"{what}, forward",
+                lambda inputs=inputs: sample_by_grid(*inputs[:1], SHAPES, *inputs[1:]),
+                lambda inputs=inputs: ms_deform_attn(inputs[0], SHAPES, *inputs[1:]),
+                _close,
+            )
+        plain = sample_by_grid(inputs[0], SHAPES, *inputs[1:])
+        ours = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+        yield compare(
+            "op",
+            f"{what}, backward",
+            lambda output=plain, of=inputs, by=gradient: torch.autograd.grad(output, of, by, retain_graph=True),
+            lambda output=ours, of=inputs, by=gradient: torch.autograd.grad(output, of, by, retain_graph=True),
+            lambda expected, found: all(map(_close, expected, found)),
+        )
+
+
+def sample_by_grid(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """The plain way: one `grid_sample` per level, then a weighted sum. Arguments as in `ms_deform_attn`."""
+    batch, _, heads, width = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    levels = value.split([height * columns for height, columns in shapes], dim=1)
+    sampled = []
+    for level, (level_value, (height, columns)) in enumerate(zip(levels, shapes, strict=True)):
+        picture = level_value.flatten(2).transpose(1, 2).reshape(batch * heads, width, height, columns)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B*M, Q, P, 2)
+        sampled.append(F.grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    stacked = torch.stack(sampled, dim=-2).flatten(-2)  # L times (B*M, D, Q, P) -> (B*M, D, Q, L*P)
+    share = weights.transpose(1, 2).reshape(batch * heads, 1, queries, len(shapes) * points)
+    return (stacked * share).sum(-1).view(batch, heads * width, queries).transpose(1, 2)
+
+
+def _draw_inputs(queries: int) -> tuple[Inputs, Tensor]:
+    """Inputs of one layer and the gradient of its output.
+
+    Samples keep off the pixel centres: the gradient with respect to a location jumps there, and rounding would decide
+    on which side each way stands.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(height * width for height, width in SHAPES)
+    value = torch.randn(1, tokens, HEADS, HEAD_WIDTH, generator=generator)
+    sizes = torch.tensor([(width, height) for height, width in SHAPES], dtype=torch.float32).view(1, 1, 1, -1, 1, 2)
+    shape = (1, queries, HEADS, len(SHAPES), POINTS)
+    cell = (torch.rand(*shape, 2, generator=generator) * sizes).floor()
+    inside_cell = 0.05 + 0.9 * torch.rand(*shape, 2, generator=generator)
+    locations = (cell + 0.5 + inside_cell) / sizes
+    weights = torch.rand(shape, generator=generator).flatten(-2).softmax(-1).view(shape)
+    inputs = tuple(tensor.requires_grad_() for tensor in (value, locations, weights))
+    return inputs, torch.randn(1, queries, HEADS * HEAD_WIDTH, generator=generator)
+
+
+def _close(expected: Tensor, found: Tensor) -> bool:
+    return bool((expected - found).abs().max() <= TOLERANCE * expected.abs().max())

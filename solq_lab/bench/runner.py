@@ -1,0 +1,127 @@
+"""Runs the benchmark parts and reports them: a table for the screen, a JSON file for comparisons."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from solq_lab.bench import codec, evaluation, loader, matcher, network, op, postprocess, targets
+from solq_lab.bench.timing import Row
+from solq_lab.config import DataSection
+from solq_lab.data.annotations import DataError
+from solq_lab.runs import describe_software, write_json
+
+PARTS = ("op", "codec", "targets", "postprocess", "matcher", "loader", "eval", "infer", "train")
+
+
+class Report(NamedTuple):
+    """What was measured, and on what.
+
+    machine: processor, cores and system.
+    threads: torch's threads.
+    versions: of Python and the packages.
+    rows: the comparisons.
+    """
+
+    machine: dict[str, str | int]
+    threads: int
+    versions: dict[str, str]
+    rows: list[Row]
+
+    def table(self) -> str:
+        """The rows as aligned text."""
+        lines = [f"{'part':<12}{'baseline ms':>12}{'ours ms':>10}{'ratio':>8}  equal  what"]
+        for row in self.rows:
+            equal = "yes" if row.equal else "NO"
+            times = f"{row.baseline_ms:>12.1f}{row.ours_ms:>10.2f}{row.ratio:>7.1f}x"
+            lines.append(f"{row.part:<12}{times}  {equal:<5}  {row.what}")
+        return "\n".join([*lines, f"{self.machine['processor']}, {self.threads} threads; medians"])
+
+    def to_dict(self) -> dict:
+        """The report as JSON types."""
+        return self._asdict() | {"rows": [row.to_dict() for row in self.rows]}
+
+
+def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data: str | Path | None = None) -> Report:
+    """Measures parts of the pipeline against the plain way of doing the same.
+
+    Args:
+        parts: names from `PARTS`, run in that order; none: all of them.
+        json_path: file to write the report to.
+        data: folder of a COCO data set; "targets" and "loader" then use its validation split. None: generated pictures.
+
+    Raises:
+        ValueError: an unknown part.
+        DataError: `data` holds no COCO validation split.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"bench part {unknown[0]!r}: allowed are {', '.join(PARTS)}")
+    images, annotations = (None, None) if data is None else _validation_split(Path(data))
+    chosen = [part for part in PARTS if part in parts or not parts]
+    rows: list[Row] = []
+    with tqdm(chosen, desc="bench", unit="part") as progress:
+        for part in progress:
+            progress.set_postfix_str(part)
+            rows += _rows(part, images, annotations)
+    report = Report(_describe_machine(), torch.get_num_threads(), describe_software()["versions"], rows)
+    if json_path is not None:
+        write_json(json_path, report.to_dict())
+    return report
+
+
+def _rows(part: str, images: Path | None, annotations: Path | None) -> Iterator[Row]:
+    match part:
+        case "op":
+            return op.rows()
+        case "codec":
+            return codec.rows()
+        case "targets":
+            return targets.rows(annotations)
+        case "postprocess":
+            return postprocess.rows()
+        case "matcher":
+            return matcher.rows()
+        case "loader":
+            return loader.rows(images, annotations)
+        case "eval":
+            return evaluation.rows()
+        case "infer":
+            return network.infer_rows()
+        case "train":
+            return network.train_rows()
+
+
+def _validation_split(root: Path) -> tuple[Path, Path]:
+    names = DataSection()
+    images, annotations = root / names.val_images, root / names.val_annotations
+    for path in (images, annotations):
+        if not path.exists():
+            raise DataError(f"{path}: not there; the benchmark's data folder needs it, or leave the folder out")
+    return images, annotations
+
+
+def _describe_machine() -> dict[str, str | int]:
+    return {
+        "processor": _processor_name(),
+        "cores": os.cpu_count() or 1,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def _processor_name() -> str:
+    """What Linux calls the processor; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,79 @@
+"""Two ways of doing the same, timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+Result = TypeVar("Result")
+
+REPEATS = 9  # timed runs of each way, at most
+SECONDS = 12.0  # that the timed runs of a pair may take together; the first run of each is never cut short
+
+
+class Row(NamedTuple):
+    """One comparison.
+
+    part: name of the benchmark part.
+    what: what was done, with its sizes.
+    baseline_ms, ours_ms: median wall time, milliseconds.
+    equal: whether both gave the same result, by the part's own measure.
+    """
+
+    part: str
+    what: str
+    baseline_ms: float
+    ours_ms: float
+    equal: bool
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.baseline_ms / self.ours_ms
+
+    def to_dict(self) -> dict:
+        """The row as JSON types, its ratio included."""
+        return self._asdict() | {"ratio": self.ratio}
+
+
+def compare(
+    part: str,
+    what: str,
+    baseline: Callable[[], Result],
+    ours: Callable[[], Result],
+    equal: Callable[[Result, Result], bool],
+    *,
+    repeats: int = REPEATS,
+    seconds: float = SECONDS,
+) -> Row:
+    """Times both ways in turn, so that a busy moment of the machine hits both, and compares their first results.
+
+    The first run of each warms caches and builds what is built lazily; it counts only where it alone took more than
+    `seconds`, because such a run leaves nothing to warm.
+
+    Args:
+        part, what: name the row.
+        baseline: the plain way.
+        ours: this library's way.
+        equal: whether the two results are the same.
+        repeats: timed runs of each way, at most.
+        seconds: after which no further pair of runs is started.
+    """
+    baseline_ms, expected = _timed(baseline)
+    ours_ms, found = _timed(ours)
+    same = equal(expected, found)
+    times = ([baseline_ms], [ours_ms]) if baseline_ms + ours_ms > 1000 * seconds else ([], [])
+    del expected, found
+    started = time.perf_counter()
+    while not times[0] or (len(times[0]) < repeats and time.perf_counter() - started < seconds):
+        for measured, way in zip(times, (baseline, ours), strict=True):
+            measured.append(_timed(way)[0])
+    return Row(part, what, statistics.median(times[0]), statistics.median(times[1]), bool(same))
+
+
+def _timed(way: Callable[[], Result]) -> tuple[float, Result]:
+    started = time.perf_counter()
+    result = way()
+    return 1000 * (time.perf_counter() - started), result

@@ -1,0 +1,73 @@
+"""The benchmark: both ways are timed, compared and reported; the plain ways do what ours do."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from solq_lab.bench import evaluation, loader, op, targets
+from solq_lab.bench.runner import PARTS, run
+from solq_lab.bench.timing import compare
+from solq_lab.data.annotations import DataError
+from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
+
+
+def test_medians_ignore_the_warming_run_and_a_slow_moment():
+    pauses = itertools.chain([0.2, 0.01, 0.01, 0.1], itertools.repeat(0.01))
+    row = compare(
+        "p", "w", lambda: time.sleep(next(pauses)) or 1, lambda: time.sleep(0.001) or 1, int.__eq__, repeats=5
+    )
+    assert 10 <= row.baseline_ms < 50
+    assert row.equal
+    assert row.to_dict()["ratio"] == row.baseline_ms / row.ours_ms > 1
+
+
+def test_a_first_run_longer_than_the_time_allowed_is_kept():
+    pauses = iter([0.2, 0.02])
+    row = compare("p", "w", lambda: time.sleep(next(pauses)), lambda: None, lambda *_: False, repeats=2, seconds=0.05)
+    assert row.baseline_ms > 100
+    assert not row.equal
+
+
+def test_a_report_names_machine_versions_and_rows(tmp_path):
+    report = run(["matcher", "codec"], tmp_path / "bench.json")
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["part"] for row in stored["rows"]] == ["codec", "codec", "matcher", "matcher"]
+    assert all(row["equal"] for row in stored["rows"])
+    assert {"part", "what", "baseline_ms", "ours_ms", "ratio", "equal"} == set(stored["rows"][0])
+    assert torch.__version__.startswith(stored["versions"]["torch"])
+    assert stored["machine"]["processor"] in report.table()
+    assert stored["threads"] == torch.get_num_threads()
+
+
+def test_an_unknown_part_and_an_empty_data_folder_are_named(tmp_path):
+    with pytest.raises(ValueError, match=f"bench part 'ops': allowed are {', '.join(PARTS)}"):
+        run(["ops"])
+    with pytest.raises(DataError, match="val2017: not there"):
+        run(["targets"], data=tmp_path)
+
+
+def test_plain_sampling_is_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 7), (3, 4))
+    value = torch.randn(2, 47, 3, 4, generator=generator)
+    locations = torch.rand(2, 6, 3, 2, 4, 2, generator=generator) * 1.4 - 0.2
+    weights = torch.rand(2, 6, 3, 2, 4, generator=generator)
+    expected = ms_deform_attn_reference(value, shapes, locations, weights)
+    torch.testing.assert_close(op.sample_by_grid(value, shapes, locations, weights), expected)
+
+
+def test_both_evaluations_agree_to_six_digits_on_generated_results():
+    rows = list(evaluation.rows(pictures=4))
+    assert [row.equal for row in rows] == [True, True]
+
+
+def test_targets_and_samples_agree_on_real_pictures(coco_tiny: Path):
+    images, annotations = coco_tiny / "val2017", coco_tiny / "annotations" / "instances_val2017.json"
+    rows = [*targets.rows(annotations), *loader.rows(images, annotations, pictures=2)]
+    assert [row.part for row in rows if row.equal] == ["targets", "loader"]
