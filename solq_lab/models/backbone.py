@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from solq_lab.models.weights import read_backbone_weights
 
@@ -31,6 +30,16 @@ SWINS = {  # timm's name, and the released drop-path rate
     "swin_b": ("swin_base_patch4_window7_224", 0.3),
     "swin_l": ("swin_large_patch4_window7_224", 0.3),
 }
+
+
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
+    """Batch norm with constant statistics and scales, applied in one pass over the map; torchvision takes two."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift.view(1, -1, 1, 1), maps, scale.view(1, -1, 1, 1))
 
 
 class ResNetBackbone(nn.Module):

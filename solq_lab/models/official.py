@@ -71,7 +71,7 @@ def official_layout(state: Mapping[str, Tensor], *, source: str = "state dict") 
         or "transformer.decoder.bbox_embed.0.layers.0.weight" in state
         or _differ(state, [f"bbox_embed.{layer}.layers.2.bias" for layer in range(decoder_layers)]),
         two_stage=two_stage,
-        vectors="vector_embed.0.layers.0.weight" in state,
+        vectors=any(name.startswith("vector_embed.") for name in state),
     )
 
 
@@ -87,7 +87,8 @@ def own_layout(state: Mapping[str, Tensor], *, source: str = "state dict") -> La
         raise WeightMismatch(f"{source}: no tensor level_embedding (found {_some(state)}); allowed are SOLQ weights")
     decoder_layers = _count(state, r"decoder\.(\d+)\.")
     two_stage = "proposal_projection.weight" in state
-    released = {BODY + name.removeprefix("backbone."): tensor for name, tensor in state.items() if "backbone." in name}
+    backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    released = {BODY + name.removeprefix("backbone."): tensor for name, tensor in backbone.items()}
     biases = [f"heads.{layer}.box.layers.2.bias" for layer in range(decoder_layers)]
     return Layout(
         backbone=_backbone_name(released, source),
@@ -112,11 +113,16 @@ def own_aliases(layout: Layout) -> dict[str, str]:
         if layout.vectors:
             aliases |= {f"heads.{layer}.vector.{name}": f"heads.0.vector.{name}" for name in _mlp()}
         if not layout.refine_boxes:
-            aliases |= {f"heads.{layer}.{name}": f"heads.0.{name}" for _, name in _class_and_box()}
+            aliases |= {
+                f"heads.{layer}.{name}": f"heads.0.{name}"
+                for name in (*_linears("classify"), *(f"box.{part}" for part in _mlp()))
+            }
     return aliases
 
 
-def infer_architecture(state: Mapping[str, Tensor], args: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+def infer_architecture(
+    state: Mapping[str, Tensor], args: Mapping[str, Any] | None = None, *, source: str = "state dict"
+) -> dict[str, dict[str, Any]]:
     """The sections `model`, `codec` and `data` of the experiment that fits a state dict in released naming.
 
     Tensor shapes tell nearly everything. What they do not tell (heads, dilation, activation, mask size, the query count
@@ -124,32 +130,38 @@ def infer_architecture(state: Mapping[str, Tensor], args: Mapping[str, Any] | No
     the released 8 and the rest is left to the schema's defaults.
 
     Raises:
-        WeightMismatch: it is not a detector of this family, or a size does not divide by heads and levels.
+        WeightMismatch: it is not a detector of this family, a tensor is missing, or a size does not divide by heads and
+            levels.
     """
     state, args = strip_prefixes(state), args or {}
-    layout = official_layout(state)
+    layout = official_layout(state, source=source)
+    table = [(name, own) for name, own in name_table(layout) if own is not None]
+    found = {own: state[name] for name, own in table if name in state}
+    absent = next((name for name, own in table if own not in found), None)
+    if absent is not None:
+        raise WeightMismatch(
+            f"{source}: no tensor {absent}, which a model with its other tensors has; is the file whole?"
+        )
     heads = args.get("nheads", DEFAULT_HEADS)
-    first = "transformer.decoder.layers.0."
     model: dict[str, Any] = {
         "backbone": layout.backbone,
         "pretrained": "none",
         "levels": layout.levels,
-        "width": state["transformer.level_embed"].shape[1],
+        "width": found["level_embedding"].shape[1],
         "heads": heads,
         "encoder_layers": layout.encoder_layers,
         "decoder_layers": layout.decoder_layers,
-        "decoder_points": _points(state, f"{first}cross_attn.attention_weights.bias", heads, layout.levels),
-        "feedforward": state[f"{first}linear1.bias"].shape[0],
+        "decoder_points": _points(found, "decoder.0.cross_attention", heads, layout.levels, source),
+        "feedforward": found["decoder.0.feedforward.linear1.bias"].shape[0],
         "refine_boxes": layout.refine_boxes,
         "two_stage": layout.two_stage,
     }
     if layout.encoder_layers:
-        name = "transformer.encoder.layers.0.self_attn.attention_weights.bias"
-        model["encoder_points"] = _points(state, name, heads, layout.levels)
+        model["encoder_points"] = _points(found, "encoder.0.attention", heads, layout.levels, source)
     if layout.vectors:
-        model["vector_hidden"] = state["vector_embed.0.layers.0.bias"].shape[0]
+        model["vector_hidden"] = found["heads.0.vector.layers.0.bias"].shape[0]
     if not layout.two_stage:
-        model["queries"] = state["query_embed.weight"].shape[0]
+        model["queries"] = found["query_embedding"].shape[0]
     elif "num_queries" in args:
         model["queries"] = args["num_queries"]
     for key in ("dilation", "activation", "dropout"):
@@ -157,11 +169,11 @@ def infer_architecture(state: Mapping[str, Tensor], args: Mapping[str, Any] | No
             model[key] = args[key]
     codec: dict[str, Any] = {"kind": "none"}
     if layout.vectors:
-        codec = {"kind": "dct", "vector_dim": state["vector_embed.0.layers.2.bias"].shape[0]}
+        codec = {"kind": "dct", "vector_dim": found["heads.0.vector.layers.2.bias"].shape[0]}
         if "gt_mask_len" in args:
             codec["mask_size"] = args["gt_mask_len"]
     # The released code uses COCO's category id as the class channel.
-    data = {"class_ids": "raw", "num_classes": state["class_embed.0.bias"].shape[0]}
+    data = {"class_ids": "raw", "num_classes": found["heads.0.classify.bias"].shape[0]}
     return {"model": model, "codec": codec, "data": data}
 
 
@@ -252,11 +264,6 @@ def _mlp() -> list[str]:
     return _linears("layers.0", "layers.1", "layers.2")
 
 
-def _class_and_box() -> list[tuple[str, str]]:
-    classify = [("class", f"classify.{name}") for name in WEIGHT_BIAS]
-    return classify + [("box", f"box.{name}") for name in _mlp()]
-
-
 def _resnet_names(blocks: tuple[int, ...]) -> Iterator[str]:
     def norm(name: str) -> list[str]:
         return [f"{name}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
@@ -315,12 +322,13 @@ def _differ(state: Mapping[str, Tensor], names: list[str]) -> bool:
     return any(not torch.equal(present[0], other) for other in present[1:])
 
 
-def _points(state: Mapping[str, Tensor], name: str, heads: int, levels: int) -> int:
-    rows = state[name].shape[0]
+def _points(state: Mapping[str, Tensor], attention: str, heads: int, levels: int, source: str) -> int:
+    """P of a deformable attention in our naming, from the rows of its weights: one per head, level and point."""
+    rows = state[f"{attention}.attention_weights.bias"].shape[0]
     if rows % (heads * levels):
         raise WeightMismatch(
-            f"{name} has {rows} rows, not a multiple of {heads} heads x {levels} levels; the model was trained with "
-            "another number of heads: give it as args['nheads']"
+            f"{source}: {attention} has {rows} attention weights, not a multiple of {heads} heads x {levels} levels; "
+            "the model has another number of heads, which tensors do not tell (`nheads` in the checkpoint's args)"
         )
     return rows // (heads * levels)
 

@@ -81,7 +81,8 @@ class SOLQ(nn.Module):
 
         self.backbone = backbone
         self.projections = _level_projections(backbone.channels, width, levels)
-        self.level_embedding = nn.Parameter(torch.randn(levels, width))
+        # Only the encoder reads positions; without one an idle trainable tensor would stall distributed training.
+        self.level_embedding = nn.Parameter(torch.randn(levels, width), requires_grad=encoder_layers > 0)
         shared = {"levels": levels, "feedforward": feedforward, "dropout": dropout, "activation": activation}
         self.encoder = nn.ModuleList(
             EncoderLayer(width, heads, points=encoder_points, **shared) for _ in range(encoder_layers)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,9 +83,9 @@ class ImportReport(NamedTuple):
     """What became of the tensors of a file.
 
     architecture: sections of the fitting experiment (`infer_architecture`); empty where nothing was inferred.
-    used: names in the file that were taken.
-    missing: names of ours that the file has no fitting tensor for.
-    left_over: names in the file that nothing here needs or that do not fit.
+    used: tensors that were taken.
+    missing: tensors of the model that the file has no fitting one for; they stay as they were.
+    left_over: tensors of the file that the model does not have, or has in another shape.
     """
 
     architecture: dict[str, dict[str, Any]]
@@ -173,34 +174,34 @@ def read_official(path: Path) -> OfficialFile:
     path = Path(path)
     if path.suffix == ".safetensors":
         return OfficialFile(strip_prefixes(read_weights(path).state), {})
+    content = _load_pickle(path)
+    checkpoint = content if isinstance(content, dict) else {}
+    named = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise WeightMismatch(f"{path}: holds no tensors by name; allowed are state dicts and {{'model': state dict}}")
+    args = checkpoint.get("args")
+    return OfficialFile(strip_prefixes(tensors), vars(args) if isinstance(args, argparse.Namespace) else {})
+
+
+def _load_pickle(path: Path) -> Any:
+    """What `torch.save` wrote into a file, as far as it is tensors and plain values; anything else is refused."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightMismatch(f"{path}: no such checkpoint file") from None
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it wants to load {wanted[1]}" if wanted else "it is no pickle of tensors"
         raise WeightMismatch(
-            f"{path}: refused, because it holds more than tensors and plain values ({reason}); nothing in it was "
-            'executed. Allowed are state dicts and {"model": ..., "args": ...} checkpoints'
+            f"{path}: refused, {found}; nothing in it was executed. Allowed are tensors, plain values and an "
+            "argparse.Namespace; save the state dict alone with torch.save and give that"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise WeightMismatch(f"{path}: not a checkpoint that torch can read ({error})") from None
-    args = content.get("args", {}) if isinstance(content, dict) else {}
-    if isinstance(content, dict):
-        content = content.get("model", content.get("state_dict", content))
-    tensors = (
-        {name: value for name, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
-    if not tensors:
         raise WeightMismatch(
-            f"{path}: holds no tensors by name; allowed are state dicts and checkpoints with a `model`"
-        )
-    return OfficialFile(
-        strip_prefixes(tensors), vars(args) if isinstance(args, argparse.Namespace) else dict(args or {})
-    )
+            f"{path}: not a checkpoint, or cut short ({type(error).__name__}); allowed are files that torch.save wrote"
+        ) from None
 
 
 def translate_official_state(state: Mapping[str, Tensor], *, source: str = "state dict") -> dict[str, Tensor]:
@@ -209,13 +210,7 @@ def translate_official_state(state: Mapping[str, Tensor], *, source: str = "stat
     Raises:
         WeightMismatch: not a detector of this family, a tensor is missing, or two names of one tensor disagree.
     """
-    own, report = _translate(strip_prefixes(state), source)
-    if report.missing:
-        raise WeightMismatch(
-            f"{source}: {len(report.missing)} tensors are missing, the first is {report.missing[0]}; is the file "
-            "whole? To start a training from part of it, name it as model.pretrained"
-        )
-    return own
+    return _translate_whole(strip_prefixes(state), source)[0]
 
 
 def to_official_state(
@@ -262,12 +257,8 @@ def import_official(
         WeightMismatch: the file cannot be used (`read_official`, `translate_official_state`).
     """
     official = read_official(source)
-    try:
-        architecture = infer_architecture(official.state, official.args)
-    except WeightMismatch as error:
-        raise WeightMismatch(f"{source}: {error}") from None
-    own = translate_official_state(official.state, source=str(source))
-    _, report = _translate(official.state, str(source))
+    own, report = _translate_whole(official.state, str(source))
+    architecture = infer_architecture(official.state, official.args, source=str(source))
     experiment, classes = describe(architecture)
     save_weights(destination, own, experiment=experiment, classes=classes)
     return report._replace(architecture=architecture)
@@ -295,12 +286,13 @@ def initialise(model: nn.Module, path: Path) -> ImportReport:
     """
     path = Path(path)
     state = read_official(path).state
+    left_over: list[str] = []
     if is_official(state):
-        state, report = _translate(state, str(path))
-        left_over = list(report.left_over)
-    else:
-        left_over = []
+        state, translated = _translate(state, str(path))
+        left_over += translated.left_over
     own = model.state_dict()
+    if "heads.0.vector.vector_center" not in own:
+        state = _without_standardising(state)
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
         raise WeightMismatch(
@@ -342,6 +334,16 @@ def read_backbone_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Te
     return {name: state.get(name, tensor) for name, tensor in own.items()}
 
 
+def _translate_whole(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], ImportReport]:
+    own, report = _translate(state, source)
+    if report.missing:
+        raise WeightMismatch(
+            f"{source}: {len(report.missing)} tensors are missing, the first is {report.missing[0]}; is the file "
+            "whole? To start a training from part of it, name it as model.pretrained"
+        )
+    return own, report
+
+
 def _translate(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], ImportReport]:
     """Our names for a state dict in released naming, and what became of its tensors."""
     layout = official_layout(state, source=source)
@@ -368,14 +370,20 @@ def _translate(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tens
 
 
 def _without_standardising(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same vectors from a head that answers in plain coefficients: centre and spread go into its last layer."""
     center, spread = (state.get(f"heads.0.vector.vector_{name}") for name in ("center", "spread"))
     if center is None or spread is None:
         return dict(state)
     plain = {name: tensor for name, tensor in state.items() if ".vector.vector_" not in name}
     last = "heads.0.vector.layers.2."
-    plain[f"{last}weight"] = plain[f"{last}weight"] * spread.unsqueeze(1)
-    plain[f"{last}bias"] = plain[f"{last}bias"] * spread + center
-    return plain
+    folded = {
+        "weight": plain[f"{last}weight"] * spread.unsqueeze(1),
+        "bias": plain[f"{last}bias"] * spread + center,
+    }
+    return {
+        name: folded[name.rpartition(".")[2]] if ".vector.layers.2." in name else tensor
+        for name, tensor in plain.items()
+    }
 
 
 def _replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
