@@ -90,7 +90,7 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
 
 def _read_cells(notebook: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        document = json.loads(notebook.read_text(encoding="utf-8"))
     except FileNotFoundError:
         neighbours = sorted(path.name for path in notebook.parent.glob("*.ipynb"))
         nearest = difflib.get_close_matches(notebook.name, neighbours, n=1)
@@ -100,8 +100,12 @@ def _read_cells(notebook: Path) -> list[dict[str, Any]]:
             else f"found there: {', '.join(neighbours) or 'none'}"
         )
         raise NotebookError(f"{notebook}: no such notebook; {hint}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise NotebookError(f"{notebook}: not a Jupyter notebook (no JSON with cells)") from None
+    except (OSError, ValueError):
+        document = None
+    match document:
+        case {"cells": list(cells)}:
+            return cells
+    raise NotebookError(f"{notebook}: not a Jupyter notebook (no JSON with a list of cells)")
 
 
 def _read_parameter(statement: ast.stmt, notebook: Path) -> tuple[str, Parameter]:

@@ -38,10 +38,8 @@ class Progress:
             pictures = (total - train["step"]) * self._run.experiment.train.batch_size
             parts.append(f"{describe_duration(pictures / train['images_per_second'])} left")
         if evaluation is not None:
-            metrics = evaluation["metrics"]
-            parts += [
-                f"{kind} AP {100 * metrics[f'{kind}.AP']:.1f}" for kind in ("box", "segm") if f"{kind}.AP" in metrics
-            ]
+            aps = {kind: evaluation["metrics"].get(f"{kind}.AP") for kind in ("box", "segm")}
+            parts += [f"{kind} AP {100 * ap:.1f}" for kind, ap in aps.items() if ap is not None]
         return f"{self._run.name}: " + ", ".join(parts)
 
     def _new_lines(self) -> Iterator[dict[str, Any]]:
@@ -70,18 +68,27 @@ def status_line() -> Iterator[Callable[[str], None]]:
     """A function that shows a text in place of the one before.
 
     In a notebook one output is updated, so that the executed notebook keeps only the last text; a terminal's line is
-    overwritten; a log file gets a new line now and then.
+    overwritten; a log file gets a new line now and then, and the last text.
     """
-    if "ipykernel" in sys.modules:
+    if _in_notebook():
         yield _notebook_output()
-        return
-    if not sys.stderr.isatty():
-        yield _now_and_then()
-        return
-    try:
-        yield _overwriting
-    finally:
-        sys.stderr.write("\n")
+    elif sys.stderr.isatty():
+        try:
+            yield _overwriting
+        finally:
+            sys.stderr.write("\n")
+    else:
+        lines = _LogLines()
+        try:
+            yield lines.show
+        finally:
+            lines.close()
+
+
+def _in_notebook() -> bool:
+    import IPython
+
+    return IPython.get_ipython() is not None
 
 
 def _notebook_output() -> Callable[[str], None]:
@@ -96,14 +103,21 @@ def _overwriting(text: str) -> None:
     sys.stderr.flush()
 
 
-def _now_and_then() -> Callable[[str], None]:
-    last = -SECONDS_BETWEEN_LINES
+class _LogLines:
+    """Some of the texts as lines of standard error, always the last one."""
 
-    def show(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            sys.stderr.write(f"{text}\n")
+    def __init__(self) -> None:
+        self._shown = self._latest = ""
+        self._when = -SECONDS_BETWEEN_LINES
+
+    def show(self, text: str) -> None:
+        self._latest = text
+        if time.monotonic() - self._when >= SECONDS_BETWEEN_LINES:
+            self._when = time.monotonic()
+            self.close()
+
+    def close(self) -> None:
+        if self._latest != self._shown:
+            self._shown = self._latest
+            sys.stderr.write(f"{self._latest}\n")
             sys.stderr.flush()
-
-    return show

@@ -7,8 +7,8 @@ import shlex
 
 import pytest
 import yaml
-
 from conftest import REPOSITORY
+
 from solq_lab.config import Experiment, load_experiment
 from solq_lab.parameters import check_parameters
 

@@ -1,0 +1,362 @@
+"""Launching: refusals before any work, notebooks that fail clearly, and trainings that outlive whoever started them.
+
+The training processes here are stand-ins that write a run folder as a training does, without importing torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from notebook import SHARED, write_notebook
+
+from solq_lab import launch
+from solq_lab.config import ConfigError, Experiment, load_experiment
+from solq_lab.parameters import NotebookError
+from solq_lab.runs import RunError, create_run
+
+STAND_IN = """
+import signal, sys, time
+from solq_lab.runs import load_run
+run = load_run(sys.argv[1])
+def stop(*_):
+    time.sleep(0.3)  # saving
+    run.write_status("preempted", step=7, message="SIGTERM")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+with run.locked():
+    run.write_status("training", step=1)
+    run.append_metrics({{"kind": "train", "step": 1, "total": 2.0, "images_per_second": 3.0}})
+    print("a line of the log", flush=True)
+    {body}
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    return create_run(Experiment(name="a", train={"steps": 10}), tmp_path / "runs")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Let `start_training` start a process of our own; what it leaves running is killed afterwards."""
+    started = []
+
+    def use(body: str) -> None:
+        def command(run, processes):
+            started.append(run)
+            return [sys.executable, "-c", STAND_IN.format(body=body), str(run.folder)]
+
+        monkeypatch.setattr(launch, "training_command", command)
+
+    yield use
+    for child in launch._children.values():
+        child.kill()
+        child.wait()
+    launch._children.clear()
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+# ---- training
+
+
+def test_a_training_is_followed_to_its_end(run, stand_in, capsys):
+    stand_in('run.write_status("finished", step=10)')
+    pid = launch.start_training(run.folder)
+    assert launch.follow_training(run.folder, interval=0.05).status()["state"] == "finished"
+    assert (run.folder / "train.pid").read_text() == f"{pid}\n"
+    assert "a line of the log" in run.log_file.read_text()
+    assert "a: step 1 of 10" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_trained_again(run, stand_in):
+    stand_in("1 / 0")
+    run.write_status("finished", step=10)
+    assert launch.start_training(run.folder) is None
+    assert launch.follow_training(run.folder).name == "a"
+
+
+def test_a_training_lives_in_a_session_of_its_own_and_is_started_once(run, stand_in):
+    stand_in("time.sleep(60)")
+    pid = launch.start_training(run.folder)
+    assert os.getsid(pid) == pid != os.getsid(0)
+    assert launch.start_training(run.folder) is None
+    wait_for(run.is_training)
+    launch._children.clear()  # as another process, or a new kernel, sees it
+    assert launch.start_training(run.folder) is None
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_another_process_follows_a_training_that_it_did_not_start(run, stand_in):
+    stand_in('time.sleep(1); run.write_status("finished", step=10)')
+    child = launch._children[launch.start_training(run.folder)]
+    launch._children.clear()
+    threading.Thread(target=child.wait).start()  # the parent that reaps it, be it init
+    assert launch.follow_training(run.folder, interval=0.05).status()["state"] == "finished"
+
+
+def test_stopping_sends_one_signal_and_waits_for_the_checkpoint(run, stand_in):
+    stand_in("time.sleep(60)")
+    launch.start_training(run.folder)
+    wait_for(run.is_training)
+    wait_for(lambda: run.status()["state"] == "training")
+    message = launch.stop_training(run.folder)
+    assert "stopped at step 7; the same command resumes the training there" in message
+    with pytest.raises(launch.TrainingFailed, match="stopped at step 7; run again to resume"):
+        launch.follow_training(run.folder)
+
+
+def test_stopping_what_does_not_run_says_so(run):
+    assert "no training was running" in launch.stop_training(run.folder)
+
+
+def test_a_killed_training_is_reported_with_its_signal_and_its_last_words(run, stand_in):
+    stand_in("import os; os.kill(os.getpid(), signal.SIGKILL)")
+    launch.start_training(run.folder)
+    with pytest.raises(launch.TrainingFailed) as caught:
+        launch.follow_training(run.folder, interval=0.05)
+    message = str(caught.value)
+    assert "SIGKILL" in message
+    assert "out of memory" in message
+    assert "a line of the log" in message
+
+
+def test_a_crashed_training_is_reported_with_its_exit_status(run, stand_in):
+    stand_in("raise SystemExit(3)")
+    launch.start_training(run.folder)
+    with pytest.raises(launch.TrainingFailed, match="exit status 3"):
+        launch.follow_training(run.folder, interval=0.05)
+
+
+def test_a_training_that_somebody_else_started_and_that_died_is_reported_too(run):
+    run.write_status("training", step=5)
+    with pytest.raises(launch.TrainingFailed, match="ended at step 5 with a status that only the process"):
+        launch.follow_training(run.folder)
+
+
+def test_a_refused_training_is_the_users_mistake_and_nothing_else(run, stand_in):
+    stand_in('run.write_status("failed", step=0, message="DataError: train.json: not COCO"); sys.exit(2)')
+    launch.start_training(run.folder)
+    with pytest.raises(launch.TrainingRefused) as caught:
+        launch.follow_training(run.folder, interval=0.05)
+    assert str(caught.value) == "train.json: not COCO"
+
+
+def test_several_processes_are_started_by_torchrun(run):
+    assert launch.training_command(run, 1)[1:] == ["-m", "solq_lab.training", str(run.folder)]
+    several = launch.training_command(run, 3)
+    assert "torch.distributed.run" in several
+    assert "--nproc-per-node=3" in several
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="not a run folder"):
+        launch.start_training(tmp_path)
+
+
+# ---- data
+
+
+@pytest.fixture
+def coco_folder(tmp_path):
+    root = tmp_path / "coco"
+    for name in ("train2017", "val2017", "annotations"):
+        (root / name).mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / "annotations" / f"instances_{split}2017.json").write_text("{}")
+    return root
+
+
+def data_refusal(**data) -> str:
+    with pytest.raises(ConfigError) as caught:
+        launch.check_data_folder(Experiment(name="a", data=data))
+    return str(caught.value)
+
+
+def test_a_whole_data_folder_is_accepted(coco_folder):
+    launch.check_data_folder(Experiment(name="a", data={"root": str(coco_folder)}))
+
+
+def test_a_data_folder_that_was_not_given_is_asked_for():
+    assert "data.root: found ''" in (message := data_refusal())
+    assert "data.root=FOLDER" in message
+
+
+def test_a_missing_data_folder_is_refused_with_the_nearest_name(coco_folder):
+    message = data_refusal(root=str(coco_folder.with_name("cocoo")))
+    assert f"did you mean {coco_folder}?" in message
+
+
+def test_a_folder_far_from_anything_is_refused_with_what_is_there(tmp_path):
+    (tmp_path / "holiday").mkdir()
+    assert f"{tmp_path} holds holiday" in data_refusal(root=str(tmp_path / "coco" / "deep" / "er"))
+
+
+def test_a_missing_annotation_file_is_refused_by_its_key(coco_folder):
+    message = data_refusal(root=str(coco_folder), val_annotations="annotations/instances_val2014.json")
+    assert message.startswith("data.val_annotations: found ")
+    assert "did you mean" in message
+    assert "instances_val2017.json?" in message
+
+
+def test_shapes_need_no_folder_yet(tmp_path):
+    launch.check_data_folder(Experiment(name="a", data={"root": str(tmp_path / "none"), "generate": "easy"}))
+
+
+# ---- workspace
+
+
+def test_a_notebook_in_jupyterlab_works_from_the_checkout(tmp_path, monkeypatch):
+    for name in ("experiments", "notebooks"):
+        (tmp_path / name).mkdir()
+    monkeypatch.delenv(launch.WORKSPACE, raising=False)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert launch.enter_workspace() == tmp_path
+    assert os.getcwd() == str(tmp_path)
+
+
+def test_a_launched_notebook_works_from_where_the_command_was_given(tmp_path, monkeypatch):
+    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    monkeypatch.chdir("/")
+    assert launch.enter_workspace() == tmp_path
+
+
+# ---- notebooks
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))  # run_notebook sets it; afterwards it is as before
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {generate: easy, root: none}")
+    return path
+
+
+def test_a_notebook_runs_in_the_run_folder_and_becomes_html(tmp_path, experiment):
+    notebook = write_notebook(
+        tmp_path / "look.ipynb", "print(overrides, deep, runs_dir)", parameters=f"{SHARED}\ndeep: int = 1"
+    )
+    executed = launch.run_notebook(notebook, experiment, ["seed=3"], parameters={"deep": "5"})
+    assert executed.resolve() == tmp_path / "runs" / "mine" / "look.ipynb"
+    assert f"['seed=3'] 5 {tmp_path / 'runs'}" in executed.read_text()
+    assert "['seed=3'] 5" in executed.with_suffix(".html").read_text().replace("&#39;", "'")
+    assert load_experiment(executed.with_name("experiment.yaml")).seed == 3
+
+
+def test_a_failing_cell_is_told_in_a_few_lines_and_its_traceback_kept_in_the_notebook(tmp_path, experiment):
+    notebook = write_notebook(tmp_path / "look.ipynb", "before = 1", "seen = before\nseen / 0", "after = 2")
+    with pytest.raises(launch.NotebookFailed) as caught:
+        launch.run_notebook(notebook, experiment)
+    message = str(caught.value)
+    assert "failed at: seen / 0" in message
+    assert "ZeroDivisionError: division by zero" in message
+    assert len(message.splitlines()) == 3
+    assert not caught.value.refused
+    executed = tmp_path / "runs" / "mine" / "look.ipynb"
+    assert "Traceback" in executed.read_text()
+    assert "ZeroDivisionError" in executed.with_suffix(".html").read_text()
+
+
+def test_a_users_mistake_found_in_a_cell_counts_as_one(tmp_path, experiment):
+    cell = "from solq_lab.runs import load_run\nload_run('nowhere')"
+    with pytest.raises(launch.NotebookFailed, match="RunError: nowhere: not a run folder") as caught:
+        launch.run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
+    assert caught.value.refused
+
+
+def test_a_killed_kernel_is_named_and_does_not_look_like_a_crash_of_ours(tmp_path, experiment):
+    cell = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(launch.NotebookFailed, match=r"its kernel was killed .*takes it up again"):
+        launch.run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"parameters": {"pictres": "3"}}, NotebookError, "unknown parameter pictres"),
+        ({"overrides": ["train.stesp=3"]}, ConfigError, "unknown key train.stesp; did you mean steps?"),
+        ({"overrides": ["data.generate=none"]}, ConfigError, "data.root: found none, which does not exist"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(tmp_path, experiment, change, error, said):
+    notebook = write_notebook(tmp_path / "look.ipynb", "1 / 0")
+    arguments = {"overrides": [], "parameters": {}} | change
+    with pytest.raises(error, match=said):
+        launch.run_notebook(notebook, experiment, arguments["overrides"], parameters=arguments["parameters"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_notebook_without_the_shared_parameters_is_refused(tmp_path, experiment):
+    notebook = write_notebook(tmp_path / "look.ipynb", parameters="x: int = 1")
+    with pytest.raises(NotebookError, match="unknown parameter experiment; allowed are x"):
+        launch.run_notebook(notebook, experiment)
+
+
+def test_another_experiment_under_the_same_name_is_refused_with_what_differs(tmp_path, experiment):
+    notebook = write_notebook(tmp_path / "look.ipynb")
+    folder = create_run(load_experiment(experiment), tmp_path / "runs").folder
+    before = (folder / "experiment.yaml").read_bytes()
+    with pytest.raises(RunError, match=r"differs in seed \(there 42, asked 3\)"):
+        launch.run_notebook(notebook, experiment, ["seed=3"])
+    assert (folder / "experiment.yaml").read_bytes() == before
+
+
+FOLLOWING = """
+from solq_lab import launch, runs
+launch.training_command = lambda run, processes: [{python!r}, "-c", {script!r}, str(run.folder)]
+run = runs.create_run(launch.load_experiment(experiment, overrides), runs_dir)
+launch.start_training(run.folder)
+launch.follow_training(run.folder, interval=0.1)
+"""
+
+
+@pytest.fixture
+def followed(tmp_path, experiment):
+    """A command in a process of its own, running a notebook that follows a stand-in for a training."""
+    script = STAND_IN.format(body="time.sleep(60)")
+    notebook = write_notebook(tmp_path / "look.ipynb", FOLLOWING.format(python=sys.executable, script=script))
+    command = [str(Path(sys.executable).with_name("solq-lab")), "run", str(notebook), str(experiment)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder = tmp_path / "runs" / "mine"
+    try:
+        wait_for(lambda: (folder / "status.json").exists() and '"training"' in (folder / "status.json").read_text(), 60)
+        yield process, folder
+    finally:
+        process.kill()
+        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int((folder / "train.pid").read_text()), signal.SIGKILL)
+
+
+def test_ctrl_c_stops_the_training_once_says_how_to_resume_and_ends_with_130(followed):
+    process, folder = followed
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped at step 7; the same command resumes the training there" in output
+    assert "Traceback" not in output
+    assert json.loads((folder / "status.json").read_text())["message"] == "SIGTERM"
+
+
+def test_a_lost_terminal_leaves_the_training_running(followed):
+    process, folder = followed
+    process.kill()
+    process.wait()
+    time.sleep(1.5)  # long enough for the kernel to notice
+    assert launch.load_run(folder).is_training()

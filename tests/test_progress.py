@@ -1,0 +1,88 @@
+"""The progress line: right numbers, no torn lines, an estimate once there is something to estimate from."""
+
+from __future__ import annotations
+
+import pytest
+
+from solq_lab.config import Experiment
+from solq_lab.progress import Progress, describe_duration, status_line
+from solq_lab.runs import create_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return create_run(Experiment(name="a", train={"batch_size": 10, "epochs": 2}), tmp_path)
+
+
+def train_line(step: int, speed: float = 5.0) -> dict:
+    return {"kind": "train", "step": step, "total": 12.345, "images_per_second": speed}
+
+
+def test_nothing_written_yet_is_a_start(run):
+    assert Progress(run).read() == "a: starting"
+
+
+def test_the_line_tells_steps_loss_and_speed_but_guesses_no_duration_from_the_first_steps(run):
+    run.append_metrics({"kind": "start", "total_steps": 100})
+    run.append_metrics(train_line(10))
+    assert Progress(run).read() == "a: step 10 of 100 (10 %), loss 12.35, 5.0 pictures/s"
+
+
+def test_the_time_left_follows_from_steps_batch_and_speed(run):
+    run.append_metrics({"kind": "start", "total_steps": 100})
+    run.append_metrics(train_line(40))
+    assert Progress(run).read().endswith("5.0 pictures/s, 2 min left")  # 60 steps of 10 pictures
+
+
+def test_the_last_evaluation_stays_in_the_line(run):
+    run.append_metrics({"kind": "evaluation", "step": 5, "metrics": {"box.AP": 0.25, "segm.AP": 0.125}})
+    run.append_metrics(train_line(6))
+    assert Progress(run).read().endswith("box AP 25.0, segm AP 12.5")
+
+
+def test_an_ap_that_does_not_exist_is_left_out(run):
+    run.append_metrics({"kind": "evaluation", "step": 5, "metrics": {"box.AP": None}})
+    run.append_metrics(train_line(6))
+    assert "AP" not in Progress(run).read()
+
+
+def test_only_whole_lines_count(run):
+    progress = Progress(run)
+    run.append_metrics(train_line(1))
+    with run.metrics_file.open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert "step 1," in progress.read()
+    with run.metrics_file.open("a") as file:
+        file.write('ep": 2, "total": 1, "images_per_second": 1}\n')
+    assert "step 2," in progress.read()
+
+
+def test_lines_that_a_resumed_training_took_back_are_forgotten(run):
+    progress = Progress(run)
+    for step in (1, 2, 3):
+        run.append_metrics(train_line(step))
+    assert "step 3," in progress.read()
+    run.rewind_metrics(1)
+    assert "step 1," in progress.read()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (89, "89 s"), (90, "2 min"), (600, "10 min"), (18720, "5.2 h"), (129600, "1.5 days")],
+)
+def test_a_duration_is_told_in_the_unit_a_person_would_choose(seconds, said):
+    assert describe_duration(seconds) == said
+
+
+def test_a_log_file_gets_the_first_and_the_last_text_and_is_not_flooded(capsys):
+    with status_line() as show:
+        for number in range(1000):
+            show(f"line {number}")
+    assert capsys.readouterr().err == "line 0\nline 999\n"
+
+
+def test_a_text_is_not_logged_twice(capsys):
+    with status_line() as show:
+        show("once")
+        show("once")
+    assert capsys.readouterr().err == "once\n"
