@@ -30,10 +30,14 @@ SMALL = MappingProxyType(
         "levels": 3,
         "encoder_layers": 1,
         "decoder_layers": 2,
+        "encoder_points": 4,
+        "decoder_points": 4,
         "feedforward": 48,
         "vector_hidden": 24,
         "queries": 7,
         "dropout": 0.0,
+        "activation": "relu",
+        "refine_boxes": True,
     }
 )
 
@@ -349,7 +353,7 @@ def test_without_a_network_the_message_names_the_cure(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     with pytest.raises(ValueError, match=r"cannot be downloaded \(.*no route.*pretrained=none"):
-        ResNetBackbone("resnet50")
+        ResNetBackbone("resnet50", pretrained="imagenet")
 
 
 @pytest.mark.parametrize(
@@ -402,8 +406,9 @@ def parts_misc(golden_root: Path) -> dict[str, Any]:
 
 def released_model(backbone: str, c5: bool) -> SOLQ:
     """The released configuration (width 384); C5 alone has no box refinement."""
-    body = ResNetBackbone(backbone, pretrained="none", c5_only=c5)
-    return SOLQ(body, 91, width=384, levels=1 if c5 else 4, refine_boxes=not c5)
+    sizes = {"vector_dim": 256, "width": 384, "heads": 8, "levels": 1 if c5 else 4, "refine_boxes": not c5}
+    sizes |= {"encoder_layers": 6, "decoder_layers": 6, "feedforward": 1024, "vector_hidden": 1024, "queries": 300}
+    return SOLQ(ResNetBackbone(backbone, c5_only=c5), 91, **(SMALL | sizes))
 
 
 @pytest.mark.golden

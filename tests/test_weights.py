@@ -71,7 +71,8 @@ def made_up(layout: Layout) -> dict[str, Tensor]:
 
 def small_model(num_classes: int = 5, **changes: Any) -> SOLQ:
     sizes: dict[str, Any] = {"width": 32, "heads": 4, "levels": 3, "encoder_layers": 1, "decoder_layers": 2}
-    sizes |= {"feedforward": 32, "vector_dim": 12, "vector_hidden": 16, "queries": 6, "dropout": 0.0} | changes
+    sizes |= {"encoder_points": 4, "decoder_points": 4, "feedforward": 32, "vector_dim": 12, "vector_hidden": 16}
+    sizes |= {"queries": 6, "dropout": 0.0, "activation": "relu", "refine_boxes": True} | changes
     return SOLQ(SmallBackbone((8, 16, 24, 32), (1, 1, 1, 1)), num_classes, **sizes)
 
 

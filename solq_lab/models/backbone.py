@@ -55,9 +55,7 @@ class ResNetBackbone(nn.Module):
         ValueError: an unknown name, or weights that cannot be had or do not fit.
     """
 
-    def __init__(
-        self, name: str, *, pretrained: str = "imagenet", dilation: bool = False, c5_only: bool = False
-    ) -> None:
+    def __init__(self, name: str, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> None:
         super().__init__()
         build, imagenet = _look_up(name, RESNETS)
         body = build(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation])
@@ -97,7 +95,7 @@ class SwinBackbone(nn.Module):
         ValueError: an unknown name, or weights that cannot be had or do not fit.
     """
 
-    def __init__(self, name: str, *, pretrained: str = "imagenet", c5_only: bool = False) -> None:
+    def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False) -> None:
         super().__init__()
         try:
             import timm
