@@ -81,8 +81,9 @@ class DCTCodec(MaskCodec):
         with torch.autocast(vectors.device.type, enabled=False):
             corner = vectors.new_zeros(vectors.shape[0], rows * columns, dtype=exact)
             corner = corner.index_copy(1, self.kept, vectors.to(exact)).unflatten(1, (rows, columns))
-            half = self.row_basis.to(exact).T @ corner  # (K, rows, columns) -> (K, N, columns)
-            return (half @ self.column_basis.to(exact)).to(vectors.dtype)  # (K, N, N)
+            half = corner @ self.column_basis.to(exact)  # (K, rows, columns) -> (K, rows, N)
+            rows_back = self.row_basis.to(exact).T.expand(vectors.shape[0], -1, -1)
+            return torch.bmm(rows_back, half).to(vectors.dtype)  # (K, N, N)
 
 
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
