@@ -173,15 +173,15 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
     segmentations = PackedSegmentations() if with_masks else None
     ids, owners, categories, boxes, without_area = array("q"), array("q"), array("q"), array("d"), []
     for place, entry in enumerate(document["annotations"]):
-        name = _name(entry, place)
-        owner = _owner(entry, rows, f"{path}: {name}")
+        name = f"{path}: {_name(entry, place)}"
+        owner = _owner(entry, rows, name)
         if entry.get("iscrowd", 0):
             continue
         height, width = sizes[owner]
-        box = _clamped_box(entry.get("bbox"), height, width, f"{path}: {name}")
+        box = _clamped_box(entry.get("bbox"), height, width, name)
         area = box[2] > box[0] and box[3] > box[1]
         if area and segmentations is not None:
-            area = _pack(entry.get("segmentation"), segmentations, (height, width), f"{path}: {name}")
+            area = _pack(entry.get("segmentation"), segmentations, (height, width), name)
         if not area:
             without_area.append(entry["id"])
             continue
