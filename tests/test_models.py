@@ -392,6 +392,14 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
     assert not torch.equal(model(images).layers[-1].logits, model(images).layers[-1].logits)
 
 
+@pytest.mark.parametrize("changes", [{}, {"refine_boxes": False}, {"two_stage": True}])
+def test_boxes_stay_float32_under_bfloat16_autocast(changes: dict[str, Any]):
+    model = small_model(**changes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layers = model(batch((64, 96), (50, 40))).layers
+    assert {layer.boxes.dtype for layer in layers} == {torch.float32}
+
+
 def test_a_model_can_be_exported_as_one_graph():
     model = small_model().eval()
     images = batch((64, 96), (50, 40))

@@ -175,7 +175,9 @@ class SOLQ(nn.Module):
             return self._queries_from_proposals(memory)
         embedding = self.query_embedding.expand(memory.tokens.shape[0], -1, -1)  # (J, 2C) -> (B, J, 2C)
         query_pos, queries = embedding.chunk(2, dim=-1)
-        return queries, query_pos, self.reference_points(query_pos).sigmoid(), None
+        reference = self.reference_points(query_pos)
+        exact = torch.promote_types(reference.dtype, torch.float32)  # bfloat16 boxes would be off by half a percent
+        return queries, query_pos, reference.to(exact).sigmoid(), None
 
     def _queries_from_proposals(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, LayerPrediction]:
         """Two-stage: each token proposes a box around its cell; the best J become references and queries."""
