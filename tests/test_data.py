@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_rle
 from pycocotools.coco import COCO
 
 from solq_lab.boxes import cxcywh_to_xyxy
+from solq_lab.data.annotations import _pixels_of_rle
 from solq_lab.data.classes import UNUSED, ClassMap
 from solq_lab.data.coco import CocoDataset, DataError
 from solq_lab.data.transforms import (
@@ -276,6 +279,18 @@ def test_every_spelling_of_a_segmentation_gives_the_same_mask(tmp_path, route):
     assert masks.all()
 
 
+@settings(max_examples=50, deadline=None)
+@given(height=st.integers(1, 50), width=st.integers(1, 50), share=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_every_rle_of_pycocotools_covers_its_picture(height, width, share, seed):
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    assert _pixels_of_rle(coco_rle.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"]) == height * width
+
+
+def test_a_data_set_without_any_object_is_allowed(tmp_path):
+    dataset = CocoDataset(**write_folder(tmp_path), mask_size=8)
+    assert [len(target.labels) for _, target in dataset] == [0, 0]
+
+
 def test_crowds_are_no_targets(tmp_path):
     crowd = {"size": [30, 40], "counts": [0, 1200]}
     files = write_folder(tmp_path, annotation(id=1, iscrowd=1, segmentation=crowd), annotation())
@@ -393,6 +408,14 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path, text, message):
         ({"segmentation": [["a"] * 6]}, r"annotation id 7: segmentation .*; polygons are made of numbers"),
         ({"segmentation": [[float("nan")] * 6]}, r"annotation id 7: a polygon has an infinite or missing coordinate"),
         ({"segmentation": {"size": [30, 40]}}, r"annotation id 7: segmentation .* an RLE needs 'counts' and the size"),
+        (
+            {"segmentation": {"size": [30, 40], "counts": [600, 500]}},
+            r"annotation id 7: .*counts 1100 pixels, its picture has 30 x 40 = 1200",
+        ),
+        ({"segmentation": {"size": [30, 40], "counts": "123"}}, r"annotation id 7: .*the RLE counts 6 pixels"),
+        ({"segmentation": {"size": [30, 40], "counts": ""}}, r"annotation id 7: .*not an RLE"),
+        ({"segmentation": {"size": [30, 40], "counts": [-5, 1205]}}, r"annotation id 7: .*not an RLE"),
+        ({"segmentation": {"size": [30, 40], "counts": ["a"]}}, r"annotation id 7: .*not an RLE"),
         ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"annotation id 7: .*size .* here \[30, 40\]"),
     ],
 )

@@ -190,15 +190,9 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
         categories.append(entry["category_id"])
         boxes.extend(box)
     if without_area:
+        count = f"{len(without_area)} of {len(document['annotations'])}"
         first = ", ".join(map(str, without_area[:FIRST_FEW])) + (", ..." if len(without_area) > FIRST_FEW else "")
-        total = len(document["annotations"])
-        logger.warning(
-            "%s: %d of %d objects have no area and are left out: annotation ids %s",
-            path,
-            len(without_area),
-            total,
-            first,
-        )
+        logger.warning("%s: %s objects have no area and are left out: annotation ids %s", path, count, first)
     if segmentations is not None:
         segmentations.freeze()
         for row in segmentations.objects_with_infinite_coordinates()[:1]:
@@ -259,7 +253,17 @@ def _pack(segmentation: Any, packed: PackedSegmentations, size: tuple[int, int],
                 f"{name}: segmentation {_shorten(segmentation)}; an RLE needs 'counts' and the size [height, width] of "
                 f"its picture, here {list(size)}"
             )
-        packed.append_rle(masks.segmentation_to_rle(segmentation, size))
+        try:
+            rle = masks.segmentation_to_rle(segmentation, size)
+            covered = _pixels_of_rle(rle["counts"])
+        except (ValueError, OverflowError, TypeError, IndexError) as error:
+            raise DataError(f"{name}: segmentation {_shorten(segmentation)}: not an RLE ({error})") from None
+        if covered != size[0] * size[1]:
+            raise DataError(
+                f"{name}: segmentation {_shorten(segmentation)}: the RLE counts {covered} pixels, its picture has "
+                f"{size[0]} x {size[1]} = {size[0] * size[1]}; correct or remove the object"
+            )
+        packed.append_rle(rle)
         return True
     if not isinstance(segmentation, list) or not segmentation or not all(isinstance(p, list) for p in segmentation):
         raise DataError(
@@ -276,6 +280,21 @@ def _pack(segmentation: Any, packed: PackedSegmentations, size: tuple[int, int],
         except TypeError:
             raise DataError(f"{name}: segmentation {_shorten(segmentation)}; polygons are made of numbers") from None
     return bool(polygons)
+
+
+def _pixels_of_rle(counts: bytes) -> int:
+    """How many pixels the runs of a compressed RLE cover: pycocotools would leave the rest of a mask uninitialised.
+
+    A run is written in groups of five bits, lowest first, one character each from "0" on; the sixth bit says that more
+    follow, the fifth of the last one is the sign. From the fourth run on it is the difference to the last but one.
+    """
+    characters = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - ord("0")
+    last = np.flatnonzero((characters & 32) == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    group = np.arange(len(characters)) - np.repeat(first, last - first + 1)
+    runs = np.add.reduceat((characters & 31) << (5 * group), first)
+    runs -= np.where(characters[last] & 16, 1 << (5 * (group[last] + 1)), 0)
+    return int(runs[0] + np.cumsum(runs[1::2]).sum() + np.cumsum(runs[2::2]).sum())
 
 
 def _shorten(value: Any) -> str:

@@ -49,8 +49,28 @@ class Level:
 
 
 LEVELS = {
-    "easy": Level(96, tuple(EASY), (1, 4), (24, 63), 20, (2, 10), 0.35, 0.6, 0.0),
-    "hard": Level(128, tuple(HARD), (1, 6), (14, 88), 180, (4, 15), 0.45, 0.45, 0.2),
+    "easy": Level(
+        side=96,
+        classes=tuple(EASY),
+        objects=(1, 4),
+        object_side=(24, 63),
+        rotation=20,
+        clutter=(2, 10),
+        occlusion=0.35,
+        contrast=0.6,
+        overhang=0.0,
+    ),
+    "hard": Level(
+        side=128,
+        classes=tuple(HARD),
+        objects=(1, 6),
+        object_side=(14, 88),
+        rotation=180,
+        clutter=(4, 15),
+        occlusion=0.45,
+        contrast=0.45,
+        overhang=0.2,
+    ),
 }
 
 
@@ -119,25 +139,30 @@ class _Stage:
     def _find_place(self, cutout: _Cutout, random: Random) -> np.ndarray | None:
         """A centre (y, x) that leaves this and all earlier objects visible enough, None where the tries find none.
 
-        A part of the objects covers another one, the rest stands free; a place of the other kind is second choice.
+        Some objects are to cover another one, the rest to stand free; a place of the other kind is second choice.
         """
         occluding = bool(self.centers) and random.random() < self.level.occlusion
+        low = cutout.size * (0.5 - self.level.overhang)
+        high = self.side - low
+        visible = self._pixels_of_objects(self.owner.ravel())
+        needed = [MIN_VISIBLE * other.area for other in self.cutouts]
         second_choice = None
         for _ in range(PLACE_TRIES):
-            reach = cutout.size * (0.5 - self.level.overhang)
-            center = random.uniform(reach, self.side - reach)
-            if occluding:
-                center = np.clip(self._beside_another(cutout, random), reach, self.side - reach)
+            center = (
+                np.clip(self._beside_another(cutout, random), low, high) if occluding else random.uniform(low, high)
+            )
             cover = cutout.at(center, self.side)
-            taken = np.bincount(self.owner[cover], minlength=len(self.classes) + 1)[1:]
-            visible = np.bincount(self.owner.ravel(), minlength=len(self.classes) + 1)[1:] - taken
-            needed = [MIN_VISIBLE * other.area for other in self.cutouts]
-            if cover.sum() < MIN_VISIBLE * cutout.area or (visible < needed).any():
+            taken = self._pixels_of_objects(self.owner[cover])
+            if cover.sum() < MIN_VISIBLE * cutout.area or (visible - taken < needed).any():
                 continue
             if taken.any() == occluding:
                 return center
             second_choice = center
         return second_choice
+
+    def _pixels_of_objects(self, owner: np.ndarray) -> np.ndarray:
+        """How many of the pixels `owner` (P,) show each object, (K,) int64."""
+        return np.bincount(owner, minlength=len(self.classes) + 1)[1:]
 
     def _beside_another(self, cutout: _Cutout, random: Random) -> np.ndarray:
         """A centre (y, x) at which the object reaches over one that stands already."""
@@ -180,6 +205,7 @@ class _Cutout:
 
 
 def _fill(polygons: list[np.ndarray], solid: list[bool], center: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(height, width) bool of polygons around `center` (y, x), painted over each other in and out."""
     layer = Image.new("L", size[::-1])
     pen = ImageDraw.Draw(layer)
     for polygon, adds in zip(polygons, solid, strict=True):
