@@ -86,7 +86,7 @@ class HungarianMatcher:
         counts = [len(target.labels) for target in targets]
         with torch.autocast(device.type, enabled=False):
             terms = self._cost_terms(predictions, targets, counts)
-            cost = torch.stack(list(terms.values())).sum(0)  # (K, all queries)
+            cost = terms["class"] + terms["l1"] + terms["giou"]  # (K, Z*J)
         on_host = cost.cpu().numpy()
         if not np.isfinite(on_host).all():
             raise MatchingError(_describe_fault(terms, predictions, targets, counts))
@@ -111,14 +111,14 @@ class HungarianMatcher:
         if predictions.proposals is not None:
             by_layer.append(predictions.proposals.logits[images, :, 0])
         logits = torch.cat(by_layer, dim=1)
-        boxes = torch.cat([layer.boxes for layer in _all_layers(predictions)], dim=1)[images]  # (K, Z*J, 4)
+        boxes = torch.cat([layer.boxes for layer in _all_layers(predictions)], dim=1)  # (B, Z*J, 4)
+        truth = torch.cat([target.boxes for target in targets])[:, None]  # (K, 4) -> (K, 1, 4)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        boxes = boxes.to(dtype)
-        truth = torch.cat([target.boxes for target in targets]).to(dtype)[:, None]  # (K, 4) -> (K, 1, 4)
+        boxes, truth = boxes.to(dtype), truth.to(dtype)
         return {
             "class": self.class_cost * self._focal_cost(logits.to(dtype)),
-            "l1": self.l1_cost * (boxes - truth).abs().sum(-1),
-            "giou": -self.giou_cost * generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth)),
+            "l1": self.l1_cost * (_rows(boxes, images) - truth).abs().sum(-1),
+            "giou": -self.giou_cost * generalized_iou(_rows(cxcywh_to_xyxy(boxes), images), cxcywh_to_xyxy(truth)),
         }
 
     def _focal_cost(self, logits: Tensor) -> Tensor:
@@ -126,6 +126,11 @@ class HungarianMatcher:
         positive = -self.focal_alpha * (1 - probability) ** self.focal_gamma * (probability + LOG_FLOOR).log()
         negative = -(1 - self.focal_alpha) * probability**self.focal_gamma * (1 - probability + LOG_FLOOR).log()
         return positive - negative
+
+
+def _rows(boxes: Tensor, images: Tensor) -> Tensor:
+    """boxes[images], (B, J, 4) -> (K, J, 4), laid out as four planes: work on single coordinates is then dense."""
+    return boxes.movedim(-1, 0).contiguous()[:, images].movedim(0, -1)
 
 
 def _all_layers(predictions: Predictions) -> list[LayerPrediction]:
