@@ -34,7 +34,7 @@ ROI_ALIGN_CHUNK = 16  # full-size float bitmaps at once; bounds the memory on pi
 def rasterize_in_box(
     segmentations: Sequence[Segmentation], boxes: Tensor, picture_size: tuple[int, int], mask_size: int
 ) -> Tensor:
-    """Box-frame masks of COCO objects, drawn inside their boxes only: no bitmap of the whole picture is made.
+    """Box-frame masks of COCO objects, drawn inside their boxes only: no polygon becomes a bitmap of the whole picture.
 
     Equals ROI-align of the full bitmap at a threshold of one half (`crop_and_resize`) but for the rounding of exact
     ties: polygons fill the pixels that COCO's rasteriser fills, and ROI-align, being separable, is two matrix products.
@@ -61,7 +61,7 @@ def rasterize_in_box(
             continue
         bitmap = _window_bitmap(segmentation, (down.start, across.start, down.stop, across.stop), picture_size)
         sums = down.weights @ bitmap.float() @ across.weights.T  # (N, h) @ (h, w) @ (w, N)
-        torch.ge(sums, down.samples * across.samples / 2, out=mask)  # at least half of the bin's samples
+        torch.ge(sums, down.samples * across.samples / 2, out=mask)  # half of the cell's samples
     return masks
 
 
