@@ -143,6 +143,7 @@ def test_a_model_predicts_in_evaluation_mode_and_keeps_the_mode_it_came_in(datas
     assert model.training
     half_way = predict_dataset(model, codec, dataset)
     next(half_way)
+    assert not torch.is_inference_mode_enabled()  # between two pictures the caller's own code runs
     half_way.close()
     assert model.training
 

@@ -65,11 +65,12 @@ def predict_dataset(
     was_training = model.training
     model.eval()
     try:
-        with _progress(sum(map(len, share))) as progress, torch.inference_mode():
+        with _progress(sum(map(len, share))) as progress:
             for images, targets in make_loader(dataset, share, workers):
-                prediction = model(images.to(device).normalised()).layers[-1]
                 sizes = [target.original_size for target in targets]
-                found = postprocess(prediction, sizes, codec, top_k=top_k, class_names=dataset.classes.names)
+                with torch.inference_mode():  # not around the yield: the caller's code would run in it too
+                    prediction = model(images.to(device).normalised()).layers[-1]
+                    found = postprocess(prediction, sizes, codec, top_k=top_k, class_names=dataset.classes.names)
                 for target, detections in zip(targets, found, strict=True):
                     yield target.image_id, detections
                 progress.update(len(targets))
