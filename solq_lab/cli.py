@@ -204,6 +204,24 @@ def doctor() -> None:
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def bench(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="op, codec, targets, postprocess, matcher, loader, eval, infer, train; by default all."),
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
+    data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read pictures.")] = None,
+) -> None:
+    """Time each part against the plain way of doing the same, side by side, and check that both agree."""
+    from solq_lab.bench import runner
+
+    unknown = set(parts or []) - set(runner.PARTS)
+    if unknown:
+        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; allowed are {', '.join(runner.PARTS)}")
+    typer.echo(runner.run(parts or [], json_path, data=data).table())
+
+
 def _exit(message: str, status: int) -> None:
     typer.echo(message, err=True)
     sys.exit(status)

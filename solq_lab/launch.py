@@ -358,11 +358,14 @@ def _explain_death(run: Run) -> Exception:
     code = None if child is None else child.poll()
     if status["state"] == "preempted":
         return TrainingFailed(f"{run.folder}: stopped at step {status['step']}; run again to resume it there")
-    how = f"exit status {code}"
-    if code is None:
+    if status["state"] == "failed":
+        how = status["message"]
+    elif code is None:
         how = "a status that only the process that started it knows; a kill from outside leaves no other trace"
     elif code < 0:
         how = f"signal {signal.Signals(-code).name}" + (" (often: out of memory)" if code == -signal.SIGKILL else "")
+    else:
+        how = f"exit status {code}"
     lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if run.log_file.exists() else []
     message = [
         f"{run.folder}: the training ended at step {status['step']} with {how}; run again to resume it",

@@ -143,6 +143,12 @@ def test_a_crashed_training_is_reported_with_its_exit_status(run, stand_in):
         launch.follow_training(run.folder, interval=0.05)
 
 
+def test_a_failed_training_is_reported_with_its_error(run):
+    run.write_status("failed", step=4, message="OSError: no space left")
+    with pytest.raises(launch.TrainingFailed, match="ended at step 4 with OSError: no space left"):
+        launch.follow_training(run.folder)
+
+
 def test_a_training_that_somebody_else_started_and_that_died_is_reported_too(run):
     run.write_status("training", step=5)
     with pytest.raises(launch.TrainingFailed, match="ended at step 5 with a status that only the process"):

@@ -138,7 +138,7 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(pictures, tmp_path, 
         with pytest.raises(OSError, match="fire"):
             train_run(crashed)
     assert crashed.status()["state"] == "failed"
-    assert crashed.status()["message"] == "the disk is on fire"
+    assert crashed.status()["message"] == "OSError: the disk is on fire"
     assert [path.name for path in list_checkpoints(crashed.checkpoints)] == ["step_0000003"]
     train_run(crashed)
     assert what_was_learned(crashed) == what_was_learned(whole)

@@ -70,7 +70,7 @@ def train_run(run: Run) -> State:
             return Trainer(run).train()
         except Exception as error:
             if distributed.is_main():
-                run.write_status("failed", step=run.status()["step"], message=str(error))
+                run.write_status("failed", step=run.status()["step"], message=f"{type(error).__name__}: {error}")
             raise
 
 

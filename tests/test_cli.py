@@ -1,0 +1,431 @@
+"""The command line: a user's mistake is one message and exit status 2, without a traceback, nothing written over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from notebook import write_notebook
+from PIL import Image
+from tiny import tiny_experiment, write_pictures
+
+from solq_lab import cli, launch
+from solq_lab.build import build_model
+from solq_lab.config import Experiment, load_experiment
+from solq_lab.data.classes import ClassMap
+from solq_lab.models.weights import read_weights, save_weights, to_official_state
+from solq_lab.runs import load_run
+
+CLASSES = ClassMap(("triangle", "diamond"), (1, 2)).to_json()
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """Run `solq-lab ARGUMENTS` in this process, in a fresh folder: exit status and all it wrote."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["solq-lab", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        captured = capsys.readouterr()
+        output = captured.out + captured.err
+        assert "Traceback" not in output
+        return status, output
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Run a command that has to be refused; its message."""
+
+    def run(*arguments: object) -> str:
+        status, output = command(*arguments)
+        assert status == 2, output
+        return output
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def experiment(tmp_path, pictures):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_experiment(pictures).to_yaml())
+    return path
+
+
+@pytest.fixture
+def weights(tmp_path, pictures):
+    """An untrained model in a weights file."""
+    settings = tiny_experiment(pictures)
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, build_model(settings, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
+    return path
+
+
+@pytest.fixture
+def train_here(monkeypatch):
+    """Let `solq-lab train` run its training in this process, which saves the seconds that importing torch takes."""
+    from solq_lab.training import __main__ as training
+
+    monkeypatch.setattr(cli, "start_training", lambda folder: training.main([str(folder)]))
+    yield
+    for handler in logging.getLogger().handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+# ---- help
+
+
+def test_help_lists_every_command(command):
+    status, output = command("--help")
+    assert status == 0
+    for name in ("run", "train", "evaluate", "predict", "make-shapes", "import-weights", "doctor", "bench"):
+        assert f"  {name} " in output
+
+
+def test_an_unknown_command_is_refused(refused):
+    assert "No such command 'trian'" in refused("trian")
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv = ['solq-lab', '--help']\nfrom solq_lab import cli\n"
+    code += "try: cli.main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# ---- experiments and data
+
+
+def test_a_misspelt_key_is_refused(refused, experiment):
+    assert "unknown key train.stpes; did you mean steps?" in refused("train", experiment, "train.stpes=3")
+
+
+def test_a_wrong_type_is_refused(refused, experiment):
+    message = refused("train", experiment, "train.steps=many")
+    assert "train.steps" in message
+    assert "'many'" in message
+
+
+def test_sizes_that_do_not_fit_are_refused(refused, experiment):
+    message = refused("train", experiment, "codec.mask_size=4")
+    assert "vector_dim 20 exceeds mask_size squared (16)" in message
+
+
+def test_a_missing_data_folder_is_refused(refused, experiment, pictures):
+    message = refused("train", experiment, f"data.root={pictures}s")
+    assert f"data.root: found {pictures}s, which does not exist; did you mean {pictures}?" in message
+
+
+def test_an_experiment_that_wants_its_folder_given_says_so(refused):
+    message = refused("train", REPOSITORY / "experiments" / "coco_small.yaml")
+    assert "data.root=FOLDER" in message
+
+
+def test_refused_experiments_leave_no_run_behind(refused, experiment, tmp_path):
+    refused("train", experiment, "data.root=nowhere")
+    assert not (tmp_path / "runs").exists()
+
+
+def change_annotations(pictures: Path, change) -> None:
+    path = pictures / "train.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_an_annotation_file_that_is_not_coco_is_refused(refused, experiment, pictures, train_here):
+    (pictures / "train.json").write_text('{"pictures": []}')
+    message = refused("train", experiment)
+    assert "train.json" in message
+    assert "images" in message
+
+
+def test_an_annotation_file_that_is_not_json_is_refused(refused, experiment, pictures, train_here):
+    (pictures / "train.json").write_text("<xml/>")
+    assert "train.json" in refused("train", experiment)
+
+
+def test_a_category_outside_the_map_is_refused_by_its_ids(refused, experiment, pictures, train_here):
+    change_annotations(pictures, lambda document: document["annotations"][0].update(category_id=77))
+    message = refused("train", experiment)
+    assert "category id 77" in message
+    assert "annotation id 1" in message
+
+
+def test_a_box_without_area_is_named(command, experiment, pictures, train_here, caplog):
+    change_annotations(pictures, lambda document: document["annotations"][0].update(bbox=[5, 5, 0, 3]))
+    with caplog.at_level(logging.INFO):
+        _, output = command("train", experiment, "train.steps=1")
+    assert "1" in (said := next(line for line in (caplog.text + output).splitlines() if "area" in line)), said
+
+
+def test_a_missing_picture_is_refused_by_name_and_id(refused, experiment, pictures, train_here):
+    (pictures / "train" / "2.png").unlink()
+    message = refused("train", experiment)
+    assert "2.png (image id 2)" in message
+
+
+def test_a_truncated_picture_is_refused_by_name(refused, experiment, pictures, train_here):
+    picture = pictures / "train" / "2.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    message = refused("train", experiment)
+    assert "2.png" in message
+
+
+def test_a_refusal_in_the_training_process_reaches_the_terminal(refused, experiment, pictures):
+    (pictures / "train" / "2.png").unlink()
+    message = refused("train", experiment)
+    assert "2.png (image id 2)" in message
+
+
+def test_another_experiment_of_the_same_name_is_refused_and_the_run_left_alone(
+    command, refused, experiment, tmp_path, train_here
+):
+    assert command("train", experiment, "train.steps=1")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    message = refused("train", experiment, "train.steps=2")
+    assert "train.steps (there 1, asked 2)" in message
+    assert before == {path: path.read_bytes() for path in before}
+
+
+# ---- notebooks
+
+
+def test_an_unknown_notebook_parameter_is_refused(refused, experiment):
+    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "picture=3")
+    assert "unknown parameter picture; did you mean pictures?" in message
+
+
+def test_a_parameter_without_a_value_is_refused(refused, experiment):
+    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "pictures")
+    assert "allowed is name=value" in message
+
+
+def test_a_missing_notebook_is_refused(refused, experiment):
+    message = refused("run", REPOSITORY / "notebooks" / "trian.ipynb", experiment)
+    assert "train.ipynb?" in message
+
+
+def test_a_cell_that_fails_ends_in_status_1_and_a_users_mistake_in_a_cell_in_2(command, experiment, tmp_path):
+    status, output = command("run", write_notebook(tmp_path / "a.ipynb", "1 / 0"), experiment)
+    assert status == 1
+    assert "ZeroDivisionError" in output
+    cell = "from solq_lab.runs import load_run\nload_run('nowhere')"
+    status, output = command("run", write_notebook(tmp_path / "b.ipynb", cell), experiment)
+    assert status == 2
+    assert "nowhere: not a run folder" in output
+
+
+def test_a_run_ends_with_the_paths_of_its_report(command, experiment, tmp_path):
+    status, output = command("run", write_notebook(tmp_path / "a.ipynb", "1"), experiment)
+    assert status == 0
+    assert f"notebook  {Path('runs/tiny/a.ipynb')}" in output
+    assert f"HTML      {Path('runs/tiny/a.html')}" in output
+
+
+# ---- training and evaluation
+
+
+def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_again(command, experiment, train_here):
+    status, output = command("train", experiment, "train.steps=2")
+    assert status == 0
+    assert "weights   runs/tiny/weights.safetensors" in output
+    rows = [line.split()[0] for line in output.splitlines() if line.strip()]
+    for kind in ("segm", "boundary"):
+        assert rows[rows.index(kind) + 1] == "ceiling"
+    status, again = command("evaluate", "runs/tiny", "--classes")
+    assert status == 0
+    assert output[output.index("box ") : output.index("weights   ")].strip() in again
+    assert "segm, class" in again
+
+
+def test_evaluating_an_untrained_run_is_refused(refused, experiment):
+    from solq_lab.runs import create_run
+
+    create_run(load_experiment(experiment), "runs")
+    assert "finish the training first" in refused("evaluate", "runs/tiny")
+
+
+def test_evaluating_what_is_no_run_is_refused(refused):
+    assert "not a run folder" in refused("evaluate", "runs/none")
+
+
+# ---- prediction
+
+
+def test_predict_lists_and_draws_the_objects(command, weights, pictures, tmp_path):
+    status, output = command("predict", weights, pictures / "val" / "1.png", "--score", 0.0, "--out", "drawn")
+    assert status == 0
+    assert "16 objects, drawn in drawn/1.png" in output  # 8 queries x 2 classes
+    assert ("triangle" in output) or ("diamond" in output)
+    assert Image.open(tmp_path / "drawn" / "1.png").size[0] > 100
+
+
+def test_a_picture_that_does_not_exist_is_refused(refused, weights):
+    assert "nowhere.jpg: no such file" in refused("predict", weights, "nowhere.jpg")
+
+
+def test_a_truncated_picture_is_refused_in_prediction_too(refused, weights, pictures):
+    picture = pictures / "val" / "1.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    assert "1.png: not a picture that can be read" in refused("predict", weights, picture)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(refused, pictures):
+    message = refused("predict", pictures / "train.json", pictures / "val" / "1.png")
+    assert "train.json: not a safetensors file" in message
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(refused, tmp_path, pictures):
+    settings = tiny_experiment(pictures)
+    wider = tiny_experiment(pictures, model={"width": 64})
+    path = tmp_path / "other.safetensors"
+    save_weights(path, build_model(wider, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
+    message = refused("predict", path, pictures / "val" / "1.png")
+    assert "other.safetensors" in message
+
+
+def test_a_start_from_weights_that_do_not_exist_is_refused(refused, experiment, train_here):
+    assert "nowhere.pth" in refused("train", experiment, "model.pretrained=nowhere.pth")
+
+
+# ---- weights
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A small model's checkpoint under the released names, with 91 class channels."""
+    small = {
+        "width": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "feedforward": 32,
+        "vector_hidden": 32,
+        "queries": 5,
+    }
+    settings = Experiment(name="small", model=small, codec={"vector_dim": 9})
+    model = build_model(settings, 91)
+    path = tmp_path_factory.mktemp("official") / "official.pth"
+    torch.save({"model": to_official_state(model.state_dict())}, path)
+    return path
+
+
+def test_import_reports_infers_and_names_cocos_classes_and_the_way_back_is_exact(command, official):
+    status, output = command("import-weights", official, "ours.safetensors")
+    assert status == 0
+    assert "0 missing, 0 left over" in output
+    assert "width 32" in output
+    stored = read_weights(Path("ours.safetensors"))
+    classes = ClassMap.from_json(stored.classes)
+    assert (len(classes), classes.names[1], classes.names[90]) == (91, "person", "toothbrush")
+    assert sum(1 for name in classes.names if name) == 80
+    assert classes.channel_of(90) == 90
+    assert command("import-weights", "ours.safetensors", "back.pth", "--to-official")[0] == 0
+    before = torch.load(official, weights_only=True)["model"]
+    after = torch.load("back.pth", weights_only=True)["model"]
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_imported_weights_predict(command, official, pictures):
+    command("import-weights", official, "ours.safetensors")
+    status, output = command("predict", "ours.safetensors", pictures / "val" / "1.png")
+    assert status == 0
+    assert "1.png: " in output
+
+
+def test_annotations_name_the_classes_of_imported_weights(command, official, pictures):
+    assert command("import-weights", official, "ours.safetensors", "--annotations", pictures / "val.json")[0] == 0
+    assert ClassMap.from_json(read_weights(Path("ours.safetensors")).classes).names[:3] == ("", "triangle", "diamond")
+
+
+def test_an_existing_file_is_not_written_over(refused, official, tmp_path):
+    (tmp_path / "mine.safetensors").write_text("precious")
+    assert "is not written over" in refused("import-weights", official, "mine.safetensors")
+    assert (tmp_path / "mine.safetensors").read_text() == "precious"
+
+
+class Touch:
+    """Pickles to a call that would leave a file behind."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_executed(refused, tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}, "args": Touch()}, tmp_path / "evil.pth")
+    message = refused("import-weights", "evil.pth", "out.safetensors")
+    assert "nothing in it was executed" in message
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_text_file_is_no_checkpoint(refused, tmp_path):
+    (tmp_path / "notes.pth").write_text("not weights")
+    assert "notes.pth" in refused("import-weights", "notes.pth", "out.safetensors")
+
+
+# ---- the rest
+
+
+def test_make_shapes_writes_a_folder_and_refuses_to_change_one(command, refused, tmp_path):
+    assert command("make-shapes", "s", "--train", 2, "--val", 1, "--processes", 1)[0] == 0
+    assert len(list((tmp_path / "s" / "train").iterdir())) == 2
+    before = (tmp_path / "s" / "annotations" / "instances_train.json").read_bytes()
+    message = refused("make-shapes", "s", "--train", 3, "--val", 1, "--processes", 1)
+    assert "s" in message
+    assert (tmp_path / "s" / "annotations" / "instances_train.json").read_bytes() == before
+
+
+def test_an_unknown_level_is_refused_with_those_that_exist(refused):
+    message = refused("make-shapes", "s", "--level", "medium")
+    assert "easy" in message
+    assert "hard" in message
+
+
+def test_bench_refuses_an_unknown_part(refused):
+    message = refused("bench", "opp")
+    assert "opp" in message
+    assert "postprocess" in message
+
+
+def test_bench_prints_a_table_and_writes_its_file(command):
+    status, output = command("bench", "matcher", "--json", "bench.json")
+    assert status == 0
+    assert "ratio" in output
+    assert {row["part"] for row in json.loads(Path("bench.json").read_text())["rows"]} == {"matcher"}
+
+
+def test_doctor_tells_what_the_machine_offers(command):
+    status, output = command("doctor")
+    assert status == 0
+    assert "reference" in output
+
+
+def test_the_package_offers_the_names_a_user_types():
+    import solq_lab
+
+    assert solq_lab.load_experiment is load_experiment
+    assert solq_lab.load_run is load_run
+    assert solq_lab.Predictor.__name__ == "Predictor"
+    with pytest.raises(AttributeError, match="it offers Predictor, load_experiment, load_run"):
+        solq_lab.predictor_of_the_future  # noqa: B018
