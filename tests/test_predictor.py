@@ -1,0 +1,213 @@
+"""One call from a picture to its objects, and the messages that a wrong file or picture gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import tiny_experiment
+
+from solq_lab.boxes import cxcywh_to_xyxy
+from solq_lab.build import build_model
+from solq_lab.config import ConfigError
+from solq_lab.data.annotations import DataError
+from solq_lab.data.classes import ClassMap
+from solq_lab.inference.predictor import Predictor, read_upright
+from solq_lab.models.weights import WeightMismatch, save_weights
+from solq_lab.runs import RunError, create_run, load_run
+from solq_lab.structures import PIXEL_MEAN, PIXEL_STD, ImageBatch
+
+CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
+ORIENTATION = 0x0112  # EXIF tag; 6: turn by 90 degrees clockwise to stand upright
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory):
+    return tiny_experiment(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def weights(experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    state = build_model(experiment, len(CLASSES)).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    save_weights(path, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictor(weights: Path) -> Predictor:
+    return Predictor(weights, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+
+
+def assert_same(first, second) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+    assert first[4:] == second[4:]
+
+
+def test_detections_are_the_models_own_in_pixels_of_the_given_picture(predictor: Predictor, picture: np.ndarray):
+    """48 is the test scale: a picture of twice that size is halved, and boxes come back doubled."""
+    found = predictor.predict(picture)
+    height, width = predictor.experiment.data.test_scale * 2 // 3, predictor.experiment.data.test_scale
+    small = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
+    pixels = (torch.from_numpy(np.array(small)).float() / 255 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    with torch.no_grad():
+        batch = ImageBatch(pixels.permute(2, 0, 1)[None], torch.zeros(1, height, width, dtype=torch.bool))
+        last = predictor.model(batch).layers[-1]
+    boxes = cxcywh_to_xyxy(last.boxes[0]) * torch.tensor([96, 64, 96, 64])
+    torch.testing.assert_close(
+        found.boxes, boxes[found.queries], atol=0.1, rtol=0
+    )  # torch and PIL round apart by 1/255
+    torch.testing.assert_close(found.scores, last.logits[0].sigmoid()[found.queries, found.labels], atol=1e-3, rtol=0)
+    assert [rle["size"] for rle in found.masks] == [[64, 96]] * len(found.names)
+    assert set(found.names) <= {"triangle", "diamond"}
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+
+
+def test_path_pil_and_array_give_the_same(predictor: Predictor, picture: np.ndarray, tmp_path: Path):
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    expected = predictor.predict(picture)
+    assert_same(predictor.predict(tmp_path / "picture.png"), expected)
+    assert_same(predictor.predict(str(tmp_path / "picture.png")), expected)
+    assert_same(predictor.predict(Image.fromarray(picture)), expected)
+
+
+def test_a_grey_or_transparent_picture_is_read_as_rgb(predictor: Predictor, picture: np.ndarray):
+    grey = Image.fromarray(picture[..., 0])
+    assert_same(predictor.predict(grey), predictor.predict(np.repeat(picture[..., :1], 3, axis=2)))
+    transparent = Image.fromarray(picture).convert("RGBA")
+    assert_same(predictor.predict(transparent), predictor.predict(picture))
+
+
+def test_a_file_is_turned_upright_but_an_open_image_is_taken_as_its_pixels_lie(
+    predictor: Predictor, picture: np.ndarray, tmp_path: Path
+):
+    lying = Image.fromarray(picture)
+    exif = lying.getexif()
+    exif[ORIENTATION] = 6
+    lying.save(tmp_path / "lying.png", exif=exif)
+    upright = np.ascontiguousarray(np.rot90(picture, k=-1))
+    assert np.array_equal(np.asarray(read_upright(tmp_path / "lying.png")), upright)
+    assert_same(predictor.predict(tmp_path / "lying.png"), predictor.predict(upright))
+    with Image.open(tmp_path / "lying.png") as opened:
+        assert_same(predictor.predict(opened), predictor.predict(picture))
+
+
+def test_a_run_its_folder_and_its_weights_are_the_same_model(experiment, weights: Path, picture, tmp_path: Path):
+    run = create_run(experiment, tmp_path)
+    run.weights.write_bytes(weights.read_bytes())
+    expected = Predictor(weights, device="cpu").predict(picture)
+    assert_same(Predictor(run.folder, device="cpu").predict(picture), expected)
+    assert_same(Predictor(load_run(run.folder), device="cpu").predict(picture), expected)
+
+
+def test_a_predictor_knows_what_it_was_built_from(predictor: Predictor, experiment):
+    assert predictor.experiment == experiment
+    assert predictor.classes == CLASSES
+    assert predictor.codec.vector_dim == experiment.codec.vector_dim
+    assert predictor.device == torch.device("cpu")
+    assert not predictor.model.training
+
+
+def test_top_k_limits_detections_and_defaults_to_the_experiments(weights: Path, picture: np.ndarray):
+    assert len(Predictor(weights, device="cpu", top_k=3).predict(picture).scores) == 3
+    assert len(Predictor(weights, device="cpu").predict(picture).scores) == 16  # 8 queries x 2 classes, below 100
+
+
+def test_a_plain_detector_predicts_without_masks(tmp_path: Path, picture: np.ndarray):
+    experiment = tiny_experiment(tmp_path, codec={"kind": "none"}, model={"standardise_vectors": False})
+    state = build_model(experiment, 2).state_dict()
+    path = tmp_path / "detector.safetensors"
+    save_weights(path, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+    predictor = Predictor(path, device="cpu")
+    assert predictor.codec is None
+    assert predictor.predict(picture).masks is None
+
+
+@pytest.mark.parametrize(
+    ("array", "cure"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"array \(4, 4, 3\) of float32; .*\.astype\(np\.uint8\)"),
+        (np.zeros((3, 4, 5), np.uint8), r"array \(3, 4, 5\) of uint8; .*\.transpose\(1, 2, 0\)"),
+        (np.zeros((4, 4), np.uint8), r"array \(4, 4\) of uint8; .*convert\('RGB'\)"),
+        (np.zeros((4, 4, 4), np.uint8), r"array \(4, 4, 4\) of uint8; .*convert\('RGB'\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"array \(0, 4, 3\) of uint8; .*at least one pixel"),
+    ],
+)
+def test_an_array_of_another_type_or_shape_is_refused_with_the_cure(predictor: Predictor, array: np.ndarray, cure: str):
+    with pytest.raises(DataError, match=cure):
+        predictor.predict(array)
+
+
+def test_something_that_is_no_picture_is_refused_by_name(predictor: Predictor, tmp_path: Path, picture: np.ndarray):
+    with pytest.raises(DataError, match=r"missing\.jpg: no such file"):
+        predictor.predict(tmp_path / "missing.jpg")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    with pytest.raises(DataError, match=r"notes\.txt: not a picture that can be read \(a format unknown to Pillow\)"):
+        predictor.predict(tmp_path / "notes.txt")
+    Image.fromarray(picture).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
+    with pytest.raises(DataError, match=r"half\.jpg: not a picture that can be read \(image file is truncated"):
+        predictor.predict(tmp_path / "half.jpg")
+    with pytest.raises(DataError, match=r"not a picture that can be read \(.*Is a directory"):
+        predictor.predict(tmp_path)
+    with pytest.raises(DataError, match="mode F has more than 8 bits per channel"):
+        predictor.predict(Image.fromarray(picture[..., 0].astype(np.float32)))
+    with pytest.raises(DataError, match="a picture cannot be a Tensor; allowed are a path, a PIL image"):
+        predictor.predict(torch.zeros(3, 4, 4))
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(WeightMismatch, match=r"missing\.safetensors: no such weights file"):
+        Predictor(tmp_path / "missing.safetensors")
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    with pytest.raises(WeightMismatch, match=r"notes\.txt: not a safetensors file .*import-weights"):
+        Predictor(tmp_path / "notes.txt")
+
+
+def test_weights_without_an_experiment_or_classes_are_refused_with_the_cure(tmp_path: Path, experiment):
+    path = tmp_path / "bare.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(WeightMismatch, match=r"bare\.safetensors: .* no experiment.*solq-lab import-weights"):
+        Predictor(path)
+    save_file({"x": torch.zeros(1)}, path, metadata={"experiment": experiment.to_yaml()})
+    with pytest.raises(WeightMismatch, match=r"bare\.safetensors: .* no class map"):
+        Predictor(path)
+
+
+def test_weights_of_another_network_than_the_one_beside_them_are_refused(weights: Path, tmp_path: Path, experiment):
+    state = build_model(experiment, 3).state_dict()
+    path = tmp_path / "other.safetensors"
+    save_weights(path, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+    with pytest.raises(WeightMismatch, match=r"other\.safetensors: .* has shape \(3"):
+        Predictor(path)
+
+
+def test_an_experiment_from_another_version_names_the_file_and_the_key(tmp_path: Path, experiment):
+    path = tmp_path / "old.safetensors"
+    save_weights(path, {"x": torch.zeros(1)}, experiment=experiment.to_yaml() + "colour: red\n", classes="{}")
+    with pytest.raises(ConfigError, match=r"old\.safetensors \(stored experiment\): unknown key colour"):
+        Predictor(path)
+
+
+def test_a_run_without_a_finished_model_says_what_is_there(tmp_path: Path, experiment, weights: Path):
+    run = create_run(experiment, tmp_path)
+    with pytest.raises(RunError, match=r"tiny: this run has no weights\.safetensors yet; no checkpoint either .*exper"):
+        Predictor(run.folder)
+    checkpoint = run.checkpoints / "step_0000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights.safetensors").write_bytes(weights.read_bytes())
+    with pytest.raises(RunError, match=r"finish the training, or give .*step_0000003/weights\.safetensors"):
+        Predictor(run.folder)
+    assert len(Predictor(checkpoint / "weights.safetensors").classes) == 2
+    with pytest.raises(RunError, match=r"experiment\.yaml"):
+        Predictor(tmp_path)
