@@ -149,6 +149,7 @@ def mug(random: Random) -> list[Part]:
     ]
 
 
+# Class name -> outline; the order gives the category ids.
 EASY: dict[str, Callable[[Random], list[Part]]] = {
     shape.__name__: shape for shape in (ellipse, box, triangle, star, cross, ring, heart, moon)
 }
