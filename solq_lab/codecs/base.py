@@ -31,7 +31,7 @@ class MaskCodec(nn.Module, ABC):
         self.mask_size = mask_size
         self.vector_dim = vector_dim
 
-    def fit(self, masks: Iterable[Tensor]) -> None:  # noqa: B027 - analytic codes have nothing to learn
+    def fit(self, masks: Iterable[Tensor]) -> None:
         """Learn the code's tables from batches of masks (K, N, N) bool. Analytic codes ignore it."""
 
     @abstractmethod

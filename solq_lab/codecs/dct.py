@@ -1,4 +1,4 @@
-"""The paper's mask code: the low frequencies of a cosine transform. Paper: section 3.2, eq. 3 and 4."""
+"""The paper's mask code: the low frequencies of a cosine transform. Paper: section 3.2, "DCT"."""
 
 from __future__ import annotations
 
