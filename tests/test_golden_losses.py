@@ -278,7 +278,7 @@ def compare_detections(replay: Replay) -> None:
         assert np.mean(overlaps) >= 0.999, f"image {image}: mean IoU of the masks is {np.mean(overlaps)}"
         areas = coco_mask.area([ours.masks[mine] for mine in partner.values()]).astype(np.int64)
         stored_areas = arrays["mask_areas"][image][list(partner)]
-        assert np.abs(areas - stored_areas).sum() <= 0.001 * stored_areas.sum(), f"image {image}: mask areas"
+        assert np.abs(areas - stored_areas).sum() <= 0.002 * stored_areas.sum(), f"image {image}: mask areas"
 
 
 def pair_up(
@@ -314,47 +314,43 @@ def close(name: str, ours, stored, tolerance: float, *, scale: float | None = No
     assert worst <= 0, f"{name}: {ours}, stored {stored}, off by more than {tolerance:.2e} x {scale or 'itself'}"
 
 
-PERTURBED = {
-    "a loss": (compare_losses, lambda record, arrays: scale_entry(record["losses"], "loss_giou")),
-    "a vector loss": (compare_losses, lambda record, arrays: scale_entry(record["losses"], "loss_vector_0")),
-    "the total": (compare_losses, lambda record, arrays: scale_entry(record, "total_loss")),
-    "an assignment": (compare_assignments, lambda record, arrays: swap_queries(record["hungarian"]["aux_0"])),
-    "a gradient": (compare_gradients, lambda record, arrays: scale_entry(last_gradient(record), "l2")),
-    "a value of a gradient": (
-        compare_gradients,
-        lambda record, arrays: shift_first(last_gradient(record)),
-    ),
-    "an absent gradient": (compare_gradients, lambda record, arrays: last_gradient(record, forget=True)),
-    "a score": (compare_detections, lambda record, arrays: arrays["post_scores"].__setitem__((0, 3), 0.5)),
-    "a label": (compare_detections, lambda record, arrays: arrays["post_labels"].__setitem__((1, 0), 90)),
-    "a box": (compare_detections, lambda record, arrays: arrays["post_boxes"].__setitem__((0, 2, 1), -9.0)),
-    "a mask": (compare_detections, lambda record, arrays: record["masks_rle"][1].__setitem__(0, full_mask(record))),
-}
-
-
 def scale_entry(numbers: dict, key: str) -> None:
     numbers[key] *= 1.1
 
 
-def shift_first(gradient: dict) -> None:
-    gradient["first8"][0] += gradient["l2"] / 10
-
-
 def swap_queries(images: list) -> None:
-    queries = images[0][0]
+    queries = max((queries for queries, _ in images), key=len)
     queries[0], queries[1] = queries[1], queries[0]
 
 
-def last_gradient(record: dict, *, forget: bool = False) -> dict:
+def change_gradient(record: dict, what: str) -> None:
     name = [name for name, stored in record["gradients"].items() if stored][-1]
     stored = record["gradients"][name]
-    if forget:
+    if what == "first8":
+        stored["first8"][0] += stored["l2"] / 10
+    elif what == "null":
         record["gradients"][name] = None
-    return stored
+    else:
+        stored[what] *= 1.1
 
 
-def full_mask(record: dict) -> dict:
-    return coco_mask.encode(np.ones(record["target_sizes_hw"][1], dtype=np.uint8, order="F"))
+def invert_mask(rles: list[dict]) -> None:
+    rles[0] = coco_mask.encode(np.asfortranarray(1 - coco_mask.decode(rles[0])))
+
+
+PERTURBED = {
+    "a loss": (compare_losses, lambda record, _: scale_entry(record["losses"], "loss_giou")),
+    "a vector loss": (compare_losses, lambda record, _: scale_entry(record["losses"], "loss_vector")),
+    "the total": (compare_losses, lambda record, _: scale_entry(record, "total_loss")),
+    "an assignment": (compare_assignments, lambda record, _: swap_queries(record["hungarian"]["last"])),
+    "a gradient": (compare_gradients, lambda record, _: change_gradient(record, "l2")),
+    "a value of a gradient": (compare_gradients, lambda record, _: change_gradient(record, "first8")),
+    "an absent gradient": (compare_gradients, lambda record, _: change_gradient(record, "null")),
+    "a score": (compare_detections, lambda _, arrays: arrays["post_scores"].__setitem__((0, 3), 0.5)),
+    "a label": (compare_detections, lambda _, arrays: arrays["post_labels"].__setitem__((-1, 0), -1)),
+    "a box": (compare_detections, lambda _, arrays: arrays["post_boxes"].__setitem__((0, 2, 1), -9.0)),
+    "a mask": (compare_detections, lambda record, _: invert_mask(record["masks_rle"][-1])),
+}
 
 
 @pytest.fixture(scope="module")
