@@ -28,7 +28,8 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
     """
     area_first = (first[..., 2] - first[..., 0]) * (first[..., 3] - first[..., 1])
     area_second = (second[..., 2] - second[..., 0]) * (second[..., 3] - second[..., 1])
-    overlap = (torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])).clamp(min=0)
+    overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    overlap = overlap.clamp(min=0)
     intersection = overlap[..., 0] * overlap[..., 1]
     union = area_first + area_second - intersection
     enclosing = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])

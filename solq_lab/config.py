@@ -17,7 +17,7 @@ BackboneName = Literal["resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "s
 
 
 class ConfigError(ValueError):
-    """An experiment that cannot be used: the message names the file, the key, what was found, what is allowed, the cure."""
+    """An experiment that cannot be used: the message names file and key, what was found and what is allowed."""
 
 
 class Section(BaseModel):
@@ -46,7 +46,7 @@ class ModelSection(Section):
     activation: Literal["relu", "gelu", "silu"] = "relu"
     refine_boxes: bool = Field(True, description="iterative box refinement; on in all released SOLQ models")
     two_stage: bool = Field(False, description="queries from the encoder's best proposals")
-    standardise_vectors: bool = Field(False, description="vector head predicts in units of the training vectors' spread")
+    standardise_vectors: bool = Field(False, description="vectors in units of their spread in training")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelSection:
@@ -103,23 +103,25 @@ class LossSection(Section):
 class DataSection(Section):
     """A COCO-format folder and what happens to its pictures on the way in."""
 
-    root: str = Field("", description="folder that holds images and annotations; empty has to be given on the command line")
+    root: str = Field("", description="folder of images and annotations; empty: has to be given")
     train_images: str = "train2017"
     train_annotations: str = "annotations/instances_train2017.json"
     val_images: str = "val2017"
     val_annotations: str = "annotations/instances_val2017.json"
     class_ids: Literal["contiguous", "raw"] = Field("contiguous", description="raw: the category id is the channel")
-    num_classes: int | None = Field(None, gt=0, description="class channels; None: as the annotations say (raw COCO: 91)")
+    num_classes: int | None = Field(None, gt=0, description="class channels; None: as the annotations say")
     generate: Literal["none", "easy", "hard"] = Field("none", description="draw shapes into root when it is missing")
     generate_train: int = Field(6000, gt=0)
     generate_val: int = Field(200, gt=0)
-    augment: Literal["released", "flip", "none"] = Field("released", description="training augmentation, FACTS A.6")
+    augment: Literal["released", "flip", "none"] = Field(
+        "released", description="released: two resizes, flip, random crop"
+    )
     train_scales: list[int] = Field([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], min_length=1)
     crop_scales: list[int] = Field([400, 500, 600], min_length=1, description="short sides before the random crop")
     crop_size: tuple[int, int] = Field((384, 600), description="smallest and largest side of the random crop, pixels")
     test_scale: int = Field(800, gt=0)
     max_size: int = Field(1333, gt=0, description="longest side, training and test")
-    mask_route: Literal["window", "bitmap"] = Field("window", description="bitmap: the released nearest-resized full masks")
+    mask_route: Literal["window", "bitmap"] = Field("window", description="bitmap: as released, full masks")
     cache: bool = Field(False, description="keep decoded pictures and box-frame masks in memory (small data sets)")
     workers: int = Field(4, ge=0, description="loader processes per training process; 0 loads in the training process")
 
@@ -133,7 +135,7 @@ class OptimSection(Section):
     weight_decay: float = Field(1e-4, ge=0)
     clip_norm: float = Field(0.1, ge=0, description="largest gradient norm; 0 turns clipping off")
     schedule: Literal["step", "cosine"] = "step"
-    drop_at: float = Field(0.8, gt=0, le=1, description="step schedule: when, as a share of the training (epoch 40 of 50)")
+    drop_at: float = Field(0.8, gt=0, le=1, description="step schedule: share of the training (epoch 40 of 50)")
     drop_factor: float = Field(0.1, gt=0, lt=1)
     warmup: float = Field(0.0, ge=0, lt=1, description="linear warm-up, as a share of the training")
     final_factor: float = Field(0.01, ge=0, le=1, description="cosine schedule: last learning rate over the first")
@@ -145,7 +147,7 @@ class TrainSection(Section):
     epochs: int = Field(50, gt=0)
     steps: int | None = Field(None, gt=0, description="optimiser steps; overrides epochs where given")
     batch_size: int = Field(32, gt=0, description="pictures per optimiser step, over all processes and accumulation")
-    gpus: int = Field(1, gt=0, description="training processes; on a machine without CUDA they are CPU processes (gloo)")
+    gpus: int = Field(1, gt=0, description="training processes; without CUDA on the CPU (gloo)")
     accumulate: int = Field(1, gt=0, description="backward passes per optimiser step")
     autocast: Literal["none", "bf16"] = "none"
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 is off")
@@ -170,7 +172,7 @@ class EvaluationSection(Section):
     top_k: int = Field(100, gt=0, description="detections kept per picture")
     batch_size: int = Field(1, gt=0, description="pictures per forward pass and process")
     max_images: int | None = Field(None, gt=0, description="evaluate the first so many pictures only")
-    area_sides: tuple[float, float] = Field((32.0, 96.0), description="small below, medium below; square root of pixels")
+    area_sides: tuple[float, float] = Field((32.0, 96.0), description="small below, medium below; pixels")
     boundary_ratio: float = Field(0.02, gt=0, lt=1, description="boundary width over the picture's diagonal")
 
 
@@ -247,7 +249,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         neighbours = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(path.name, neighbours, n=1)
-        hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else f"; found there: {', '.join(neighbours) or 'no YAML'}"
+        found = ", ".join(neighbours) or "no YAML"
+        hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else f"; found there: {found}"
         raise ConfigError(f"{path}: no such experiment file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
@@ -293,7 +296,8 @@ def _describe_fault(fault: dict[str, Any]) -> str:
         hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(allowed)}"
         return f"unknown key {location}; {hint}"
     message = fault["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(fault["input"], dict | BaseModel) or fault["type"] == "missing" else f" (found {fault['input']!r})"
+    shown = fault["type"] != "missing" and not isinstance(fault["input"], dict | BaseModel)
+    found = f" (found {fault['input']!r})" if shown else ""
     return f"{location or 'experiment'}: {message}{found}"
 
 
