@@ -143,7 +143,8 @@ def _bars(axes: Axes, names: Sequence[str], ours: Sequence[float], best: Sequenc
     if best is not None and not np.isnan(best).all():
         colour = METHOD_COLOURS["ceiling"]
         axes.bar(places, 100 * np.asarray(best), width=0.8, color=colour, alpha=0.3, label="ceiling of the mask code")
-    bars = axes.bar(places, 100 * np.asarray(ours), width=0.55, color=METHOD_COLOURS[method], label=method)
+    heights = 100 * np.nan_to_num(ours)  # what has no objects is a bar of no height, labelled "-"
+    bars = axes.bar(places, heights, width=0.55, color=METHOD_COLOURS[method], label=method)
     axes.bar_label(bars, labels=["-" if math.isnan(value) else f"{100 * value:.0f}" for value in ours], fontsize=8)
     axes.set_xticks(places, names)
     axes.grid(axis="x", visible=False)

@@ -1,0 +1,120 @@
+"""The notebooks are thin, stripped and typed, and run from the first cell to the last."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+from tiny import tiny_experiment, write_pictures
+
+from solq_lab import launch
+from solq_lab.parameters import read_parameters
+from solq_lab.runs import load_run
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+IDS = [path.stem for path in NOTEBOOKS]
+MOST_LINES = 12
+
+
+def cells(path: Path, kind: str | None = None) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if kind in (None, cell["cell_type"])]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def test_the_first_notebooks_are_there():
+    assert {"tour", "train", "evaluate"} <= set(IDS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+def test_it_is_stripped(path):
+    for cell in cells(path, "code"):
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+    strip = Path(sys.executable).with_name("nbstripout")
+    assert subprocess.run([strip, "--verify", path], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+def test_it_opens_with_a_question_and_then_its_typed_parameters(path):
+    first, second, *_ = cells(path)
+    assert first["cell_type"] == "markdown"
+    assert source(first).startswith("# ")
+    assert second["metadata"]["tags"] == ["parameters"]
+    assert {"experiment", "overrides", "runs_dir"} <= set(read_parameters(path))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+def test_its_cells_are_short_and_define_nothing(path):
+    for cell in cells(path, "code"):
+        assert len(source(cell).splitlines()) <= MOST_LINES, source(cell)
+        nodes = ast.walk(ast.parse(source(cell)))
+        assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda) for node in nodes), source(cell)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+def test_it_ends_with_a_sentence_of_reading(path):
+    last = cells(path)[-1]
+    assert last["cell_type"] == "markdown"
+    assert source(last).rstrip().endswith(".")
+
+
+def figures(executed: Path) -> list[np.ndarray]:
+    """The pictures in an executed notebook, (H, W, 3) in 0..255."""
+    outputs = [output for cell in cells(executed, "code") for output in cell["outputs"]]
+    encoded = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in encoded]
+
+
+def printed(executed: Path) -> str:
+    outputs = [output for cell in cells(executed, "code") for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    return "\n".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def test_the_tour_needs_no_weights_and_nothing_but_itself(workspace):
+    executed = launch.run_notebook(REPOSITORY / "notebooks" / "tour.ipynb", REPOSITORY / "experiments" / "shapes.yaml")
+    text = printed(executed)
+    assert "weights: none yet" in text
+    assert "decoder layer 3: logits (1, 40, 8), boxes (1, 40, 4), vectors (1, 40, 100)" in text
+    shown = figures(executed)
+    assert len(shown) == 4
+    assert all(picture.std() > 10 for picture in shown)
+
+
+def test_train_and_evaluate_leave_a_whole_report_in_the_run_folder(workspace):
+    root = write_pictures(workspace / "pictures")
+    experiment = workspace / "tiny.yaml"
+    experiment.write_text(tiny_experiment(root).to_yaml())
+    executed = launch.run_notebook(
+        REPOSITORY / "notebooks" / "train.ipynb", experiment, parameters={"pictures": "2", "score": "0.9"}
+    )
+    run = load_run(executed.parent)
+    assert run.status()["state"] == "finished"
+    assert "ceiling" in printed(executed)
+    assert len(figures(executed)) == 3
+    assert {path.name for path in run.figures.iterdir()} == {"training.png", "ap.png", "predictions.png"}
+    executed = launch.run_notebook(
+        REPOSITORY / "notebooks" / "evaluate.ipynb", experiment, parameters={"pictures": "2", "score": "0.9"}
+    )
+    assert "segm, class" in printed(executed)
+    assert len(figures(executed)) == 3

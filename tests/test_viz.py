@@ -1,0 +1,300 @@
+"""Figures are made from data alone, say what they compare, and bear the empty case."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from solq_lab.boxes import xyxy_to_cxcywh
+from solq_lab.build import build_model
+from solq_lab.codecs.dct import DCTCodec
+from solq_lab.config import Experiment
+from solq_lab.data.coco import CocoDataset
+from solq_lab.masks import decode_rle, encode_rle
+from solq_lab.structures import Detections, ImageBatch, Target
+from solq_lab.viz.attention import record_sampling, sampling_points
+from solq_lab.viz.codes import reconstructions
+from solq_lab.viz.curves import ap_by_class, ap_by_size, training_curves
+from solq_lab.viz.pictures import MASK_OPACITY, draw_detections, ground_truth, prediction_grid
+from solq_lab.viz.style import GREY, METHOD_COLOURS, OBJECT_COLOURS, class_colours, save
+
+SIDE = 40
+
+
+def picture() -> np.ndarray:
+    return np.full((SIDE, SIDE, 3), 200, dtype=np.uint8)
+
+
+def detections(*boxes: tuple[int, int, int, int], masks: bool = True) -> Detections:
+    """Rectangles (x0, y0, x1, y1), each a class of its own."""
+    bitmaps = torch.zeros(len(boxes), SIDE, SIDE, dtype=torch.bool)
+    for bitmap, (x0, y0, x1, y1) in zip(bitmaps, boxes, strict=True):
+        bitmap[y0:y1, x0:x1] = True
+    count = len(boxes)
+    return Detections(
+        scores=torch.linspace(0.9, 0.5, count),
+        labels=torch.arange(count),
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        queries=torch.arange(count),
+        masks=encode_rle(bitmaps) if masks else None,
+        names=[f"class {label}" for label in range(count)],
+    )
+
+
+def texts(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open():
+    yield
+    assert plt.get_fignums() == []
+
+
+# ---- pictures
+
+
+def test_ground_truth_puts_box_frame_masks_where_their_boxes_are():
+    boxes = torch.tensor([[10.0, 4.0, 30.0, 24.0]])
+    target = Target(
+        image_id=1,
+        labels=torch.tensor([1]),
+        boxes=xyxy_to_cxcywh(boxes / SIDE),
+        masks=torch.ones(1, 8, 8, dtype=torch.bool),
+        image_size=(SIDE, SIDE),
+        original_size=(80, 80),
+    )
+    found = ground_truth(target, ("a", "b"))
+    assert found.names == ["b"]
+    torch.testing.assert_close(found.boxes, boxes)
+    expected = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    expected[4:24, 10:30] = True
+    different = decode_rle(found.masks)[0] != expected
+    assert different.sum() <= 4  # pasting rounds the corners of a full mask
+    assert not different[5:23, 11:29].any()
+
+
+def test_a_mask_is_a_translucent_fill_of_its_classs_colour():
+    figure = draw_detections(picture(), detections((10, 10, 30, 30)))
+    shown = figure.axes[0].images[0].get_array()
+    colour = np.array(to_rgb(OBJECT_COLOURS[0]))
+    np.testing.assert_allclose(shown[20, 20], (1 - MASK_OPACITY) * 200 / 255 + MASK_OPACITY * colour, atol=1e-6)
+    np.testing.assert_allclose(shown[5, 5], 200 / 255, atol=1e-6)
+
+
+def test_labels_give_class_and_score_and_titles_are_shown():
+    figure = draw_detections(picture(), detections((2, 2, 10, 10), (20, 20, 30, 30)), title="two things")
+    assert sorted(texts(figure.axes[0])) == ["class 0 0.90", "class 1 0.50"]
+    assert figure.axes[0].get_title() == "two things"
+
+
+def test_the_best_score_lies_on_top():
+    figure = draw_detections(picture(), detections((5, 5, 25, 25), (5, 5, 25, 25)))
+    shown = figure.axes[0].images[0].get_array()[15, 15]
+    below = (1 - MASK_OPACITY) * 200 / 255 + MASK_OPACITY * np.array(to_rgb(OBJECT_COLOURS[1]))
+    np.testing.assert_allclose(
+        shown, (1 - MASK_OPACITY) * below + MASK_OPACITY * np.array(to_rgb(OBJECT_COLOURS[0])), atol=1e-6
+    )
+
+
+def test_a_plain_detectors_objects_are_boxes():
+    figure = draw_detections(picture(), detections((5, 6, 25, 36), masks=False))
+    (box,) = figure.axes[0].patches
+    assert (box.get_width(), box.get_height()) == (20, 30)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_picture_without_objects_is_just_a_picture(masks):
+    figure = draw_detections(picture(), detections(masks=masks))
+    assert texts(figure.axes[0]) == []
+    prediction_grid([(picture(), detections(masks=masks), detections(masks=masks))])
+
+
+def test_a_tensor_is_drawn_like_an_array():
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    drawn = [draw_detections(image, detections()) for image in (pixels, torch.from_numpy(pixels).permute(2, 0, 1))]
+    first, second = (figure.axes[0].images[0].get_array() for figure in drawn)
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4, 3)), torch.zeros(4, 4, 3, dtype=torch.uint8)])
+def test_what_is_no_picture_is_refused_with_its_shape_and_type(image):
+    with pytest.raises(ValueError, match=r"uint8, found \(4, 4"):
+        draw_detections(image, detections())
+
+
+def test_a_grid_shows_picture_truth_and_prediction_of_each_example():
+    truth, prediction = detections((5, 5, 20, 20)), detections((6, 6, 20, 20))
+    figure = prediction_grid([(picture(), truth, prediction)] * 3, title="three")
+    assert len(figure.axes) == 12  # two rows of two examples; the last place stays empty
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["picture", "ground truth", "prediction"]
+    assert [len(axes.texts) for axes in figure.axes[:3]] == [0, 1, 1]
+    assert [len(axes.images) for axes in figure.axes[9:]] == [0, 0, 0]
+    assert figure.get_suptitle() == "three"
+
+
+def test_a_grid_of_nothing_is_empty():
+    assert all(not axes.images for axes in prediction_grid([]).axes)
+
+
+def test_classes_of_one_picture_have_different_colours_as_long_as_there_are_enough():
+    count = len(OBJECT_COLOURS)
+    clashing = class_colours([0, count, 2 * count, 5])
+    assert len(set(clashing.values())) == 4
+    assert clashing[0] == OBJECT_COLOURS[0]
+    assert set(class_colours(range(3 * count)).values()) == set(OBJECT_COLOURS)
+    assert class_colours([]) == {}
+
+
+def test_real_pictures_and_their_masks_can_be_drawn(coco_tiny):
+    annotations = coco_tiny / "annotations" / "instances_val2017.json"
+    dataset = CocoDataset(coco_tiny / "val2017", annotations, mask_size=32)
+    pixels, target = dataset[0]
+    figure = draw_detections(pixels, ground_truth(target, dataset.classes.names))
+    assert len(figure.axes[0].texts) == len(target.labels) > 0
+
+
+# ---- curves and bars
+
+
+def train_lines(*steps: int, vector: bool = True) -> list[dict]:
+    losses = {"class": 1.0, "l1": 0.5, "giou": 0.7} | ({"vector": 1.4} if vector else {})
+    return [{"kind": "train", "step": step, "losses": losses, "lr": 1e-3} for step in steps]
+
+
+def panel(figure, title):
+    return next(axes for axes in figure.axes if axes.get_title() == title)
+
+
+def test_the_vector_loss_is_shown_beside_its_plateau():
+    start = {"kind": "start", "plateau": {"vector": 1.52}, "ceiling": {}}
+    axes = panel(training_curves([start, *train_lines(10, 20, 30)]), "loss: mask vector (L1)")
+    curve, plateau = axes.get_lines()
+    np.testing.assert_array_equal(curve.get_xdata(), [10, 20, 30])
+    assert set(plateau.get_ydata()) == {1.52}
+    assert plateau.get_color() == GREY
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 1.52
+
+
+def test_ap_is_shown_over_the_steps_in_percent():
+    evaluations = [
+        {"kind": "evaluation", "step": step, "metrics": {"box.AP": step / 100, "segm.AP": None}} for step in (10, 20)
+    ]
+    (curve,) = panel(training_curves([*train_lines(10), *evaluations]), "AP on the validation pictures").get_lines()
+    np.testing.assert_allclose(curve.get_ydata(), [10, 20])
+    assert curve.get_label() == "box"
+
+
+@pytest.mark.parametrize("metrics", [[], train_lines(1, vector=False)])
+def test_a_run_that_has_only_begun_and_a_plain_detector_have_curves_too(metrics):
+    assert "none yet" in texts(panel(training_curves(metrics), "AP on the validation pictures"))
+
+
+def test_bars_have_the_methods_colour_and_stand_before_the_ceiling():
+    metrics = {"segm.AP": 0.3, "segm.APs": math.nan, "segm.APm": 0.2, "segm.APl": 0.5}
+    figure = ap_by_size(metrics, ceiling=dict.fromkeys(metrics, 0.9))
+    ceiling, ours = figure.axes[0].containers
+    assert [bar.get_height() for bar in ceiling] == [90.0] * 4
+    assert to_rgb(ours[0].get_facecolor()[:3]) == to_rgb(METHOD_COLOURS["SOLQ"])
+    assert texts(figure.axes[0]) == ["30", "-", "20", "50"]
+
+
+def test_sizes_that_no_object_has_and_missing_kinds_do_not_break_the_bars():
+    ap_by_size({})
+    ap_by_size(dict.fromkeys(["box.AP", "box.APs", "box.APm", "box.APl"], math.nan))
+
+
+def test_classes_are_sorted_and_those_without_objects_left_out():
+    per_class = {"a": {"segm.AP": 0.2}, "b": {"segm.AP": math.nan}, "c": {"segm.AP": 0.6}}
+    axes = ap_by_class(per_class).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["c", "a"]
+
+
+def test_of_many_classes_the_best_and_the_worst_are_shown():
+    per_class = {f"{number}": {"box.AP": number / 100} for number in range(50)}
+    axes = ap_by_class(per_class, kind="box", most=4).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["49", "48", "1", "0"]
+
+
+def test_no_classes_at_all_is_an_empty_plot():
+    ap_by_class({})
+
+
+# ---- codes
+
+
+def test_reconstructions_say_what_each_number_of_coefficients_keeps():
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[8:24, 4:28] = True
+    figure = reconstructions(mask, [4, 64], title="a box")
+    codec = DCTCodec(32, 64)
+    back = codec.binarize(codec.decode(codec.encode(mask[None])))[0]
+    overlap = float((back & mask).sum() / (back | mask).sum())
+    titles = [axes.get_title() for axes in figure.axes]
+    assert f"$n_k$ = 64, IoU {overlap:.3f}" in titles
+    assert "first 64 coefficients" in titles
+
+
+@pytest.mark.parametrize("fill", [True, False])
+def test_full_and_empty_masks_can_be_shown(fill):
+    reconstructions(torch.full((8, 8), fill), [1, 64])
+
+
+def test_saving_makes_the_folder_and_gives_the_figure_back(tmp_path):
+    figure = ap_by_class({"a": {"segm.AP": 0.2}})
+    assert save(figure, tmp_path / "new" / "a.png") is figure
+    assert (tmp_path / "new" / "a.png").stat().st_size > 1000
+
+
+# ---- attention
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    settings = {"backbone": "small", "levels": 3, "width": 32, "heads": 2, "feedforward": 32, "queries": 5}
+    sizes = {"encoder_layers": 1, "decoder_layers": 2, "vector_hidden": 8}
+    return build_model(Experiment(name="a", model=settings | sizes, codec={"vector_dim": 9}), 3).eval()
+
+
+@pytest.fixture
+def images():
+    padding = torch.zeros(1, 64, 64, dtype=torch.bool)
+    padding[:, :, 48:] = True
+    return ImageBatch(torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8), padding).normalised()
+
+
+def test_recorded_weights_sum_to_one_and_points_lie_around_the_reference(model, images):
+    sampling = record_sampling(model, images, layer=0)
+    heads, levels, points = 2, 3, 4
+    assert sampling.points.shape == (5, heads, levels, points, 2)
+    torch.testing.assert_close(sampling.weights.sum((2, 3)), torch.ones(5, heads))
+    with torch.no_grad():
+        reference = model.reference_points(model.query_embedding[:, :32]).sigmoid()
+    # A fresh layer's points leave the reference in opposite directions by 1 to 4 cells of each level.
+    around = sampling.points[:, :, 0].mean((1, 2))
+    torch.testing.assert_close(around, reference, atol=1e-5, rtol=0)
+
+
+def test_recording_leaves_no_hook_behind_and_does_not_change_the_prediction(model, images):
+    with torch.no_grad():
+        before = model(images).layers[-1].boxes
+    sampling = record_sampling(model, images)
+    torch.testing.assert_close(sampling.boxes, before[0], rtol=0, atol=0)
+    assert not model.decoder[-1].cross_attention._forward_pre_hooks
+
+
+def test_every_sampling_point_is_drawn_in_pixels_with_its_weight(model, images):
+    sampling = record_sampling(model, images)
+    figure = sampling_points(np.zeros((64, 48, 3), dtype=np.uint8), sampling, 2)
+    clouds = figure.axes[1].collections
+    assert len(clouds) == 3
+    expected = sampling.points[2, :, 0].reshape(-1, 2) * torch.tensor([48, 64]) - 0.5
+    np.testing.assert_allclose(clouds[0].get_offsets(), expected, atol=1e-4)
+    np.testing.assert_allclose(clouds[0].get_sizes(), 250 * sampling.weights[2, :, 0].flatten(), rtol=1e-5)
