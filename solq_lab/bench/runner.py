@@ -72,6 +72,7 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
             rows += _rows(part, images, annotations)
     report = Report(_describe_machine(), torch.get_num_threads(), describe_software()["versions"], rows)
     if json_path is not None:
+        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
         write_json(json_path, report.to_dict())
     return report
 
