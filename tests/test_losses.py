@@ -101,7 +101,7 @@ def test_stacked_losses_equal_a_plain_loop_over_layers_and_images(normalisation,
     as_class_0 = [target._replace(labels=torch.zeros_like(target.labels)) for target in targets]
     plain = plain_losses(criterion, proposals, matches.proposals, 0, as_class_0, sum(counts))
     expected |= {f"{term}/proposals": value for term, value in plain.items() if term != "vector"}
-    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(expected, rel=1e-6)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-6)
 
     weight = {"class": 2.0, "l1": 5.0, "giou": 2.0, "vector": 3.0}
     by_hand = sum(weight[name.split("/")[0]] * value for name, value in expected.items())
