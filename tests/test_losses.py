@@ -105,7 +105,7 @@ def test_stacked_losses_equal_a_plain_loop_over_layers_and_images(normalisation,
 
     weight = {"class": 2.0, "l1": 5.0, "giou": 2.0, "vector": 3.0}
     by_hand = sum(weight[name.split("/")[0]] * value for name, value in expected.items())
-    assert float(criterion.total(losses)) == pytest.approx(by_hand, rel=1e-6)
+    assert criterion.total(losses).item() == pytest.approx(by_hand, rel=1e-6)
 
 
 @pytest.mark.parametrize(("vector_layers", "expected"), [(1, {"vector"}), (2, {"vector/1", "vector"}), (9, None)])
@@ -150,7 +150,7 @@ def test_two_processes_average_to_the_losses_of_one_with_the_whole_batch():
         part = [LayerPrediction(*(tensor[image : image + 1] for tensor in layer)) for layer in layers]
         halves.append(criterion(Predictions(part, None), targets[image : image + 1], num_boxes=3.0))
     for name, loss in whole.items():
-        assert float(halves[0][name] + halves[1][name]) / 2 == pytest.approx(float(loss), rel=1e-9), name
+        assert (halves[0][name] + halves[1][name]).item() / 2 == pytest.approx(loss.item(), rel=1e-9), name
 
 
 def test_gradients_agree_with_finite_differences():
@@ -179,7 +179,7 @@ def test_l2_dice_follows_its_formula():
     squared = (vectors - codec.encode(masks)).square().sum() / VECTOR_DIM
     decoded, masks = codec.decode(vectors), masks.double()
     overlap = (decoded * masks).sum((1, 2)) * 2 / ((decoded**2).sum((1, 2)) + masks.sum((1, 2)) + 1e-5)
-    assert float(losses["vector"]) == pytest.approx(float(squared + (1 - overlap).sum()) / 3, rel=1e-7)
+    assert losses["vector"].item() == pytest.approx((squared + (1 - overlap).sum()).item() / 3, rel=1e-7)
 
 
 def test_a_perfect_reconstruction_has_no_dice_loss_and_an_empty_pair_a_finite_one():
