@@ -46,7 +46,7 @@ def sine_encoding(padding: Tensor, width: int) -> Tensor:
     x = real.cumsum(2, dtype=torch.float32)
     y = (y - 0.5) / (y[:, -1:, :] + STABILISER)
     x = (x - 0.5) / (x[:, :, -1:] + STABILISER)
-    return torch.cat([sine_features(y, width // 2), sine_features(x, width // 2)], dim=-1)
+    return sine_features(torch.stack([y, x], dim=-1), width // 2).flatten(-2)  # (B, H, W, 2, width/2)
 
 
 def valid_sizes(padding: Tensor) -> Tensor:
