@@ -19,7 +19,7 @@ from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import FeedForward
 from solq_lab.models.heads import inverse_sigmoid
 from solq_lab.models.solq import SOLQ
-from solq_lab.models.weights import to_official_state
+from solq_lab.models.weights import WeightMismatch, to_official_state
 from solq_lab.structures import ImageBatch
 
 SMALL = MappingProxyType(
@@ -352,7 +352,7 @@ def test_without_a_network_the_message_names_the_cure(monkeypatch: pytest.Monkey
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(ValueError, match=r"cannot be downloaded \(.*no route.*pretrained=none"):
+    with pytest.raises(WeightMismatch, match=r"cannot be downloaded \(.*no route.*pretrained=none"):
         ResNetBackbone("resnet50", pretrained="imagenet")
 
 

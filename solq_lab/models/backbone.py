@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from solq_lab.models.weights import read_backbone_weights
+from solq_lab.models.weights import WeightMismatch, read_backbone_weights
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class ResNetBackbone(nn.Module):
         c5_only: return C5 alone.
 
     Raises:
-        ValueError: an unknown name, or weights that cannot be had or do not fit.
+        ValueError: an unknown name.
+        WeightMismatch: the weights cannot be had or do not fit.
     """
 
     def __init__(self, name: str, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> None:
@@ -92,7 +93,8 @@ class SwinBackbone(nn.Module):
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: an unknown name, or weights that cannot be had or do not fit.
+        ValueError: an unknown name.
+        WeightMismatch: the weights cannot be had or do not fit.
     """
 
     def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False) -> None:
@@ -176,7 +178,7 @@ class SmallBackbone(nn.Module):
         c5_only: return C5 alone.
 
     Raises:
-        ValueError: the weights cannot be had or do not fit.
+        WeightMismatch: the weights cannot be had or do not fit.
     """
 
     def __init__(
@@ -250,11 +252,11 @@ def _initialise(backbone: nn.Module, pretrained: str, fetch: Callable[[], dict[s
         backbone.load_state_dict(read_backbone_weights(Path(pretrained), backbone.state_dict()))
         return
     if fetch is None:
-        raise ValueError(f"there are no ImageNet weights for {type(backbone).__name__}; set pretrained: none")
+        raise WeightMismatch(f"there are no ImageNet weights for {type(backbone).__name__}; set pretrained: none")
     try:
         state = fetch()
     except Exception as error:  # whatever the download ran into
-        raise ValueError(
+        raise WeightMismatch(
             f"the ImageNet weights of {type(backbone).__name__} cannot be downloaded ({error}); get them on a machine "
             "with a network and give their file as pretrained, or start without them: pretrained=none"
         ) from error
