@@ -101,6 +101,7 @@ def test_the_tour_needs_no_weights_and_nothing_but_itself(workspace):
     assert all(picture.std() > 10 for picture in shown)
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_leave_a_whole_report_in_the_run_folder(workspace):
     root = write_pictures(workspace / "pictures")
     experiment = workspace / "tiny.yaml"
