@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -133,20 +134,41 @@ struct Gradients {
   Real *value, *locations, *weights;
 };
 
-// The footprints of up to kBlock samples, one array per number: loops over samples become vector instructions.
+// Up to kBlock samples, one array per number: loops over samples become vector instructions.
 template <typename Real>
-struct Footprints {
+struct Block {
   int cell[4][kBlock];
-  Real right[kBlock], bottom[kBlock];
+  Real right[kBlock], bottom[kBlock], share[4][kBlock];
 
-  SOLQ_INLINE void set(int i, const Footprint<Real>& one) {
+  SOLQ_INLINE void set(int i, const Footprint<Real>& one, Real attention) {
+    Real shares[4];
+    corner_weights(one.right, one.bottom, attention, shares);
+    right[i] = one.right;
+    bottom[i] = one.bottom;
     cell[0][i] = one.cell[0];
     cell[1][i] = one.cell[1];
     cell[2][i] = one.cell[2];
     cell[3][i] = one.cell[3];
-    right[i] = one.right;
-    bottom[i] = one.bottom;
+    share[0][i] = shares[0];
+    share[1][i] = shares[1];
+    share[2][i] = shares[2];
+    share[3][i] = shares[3];
   }
+};
+
+// Memory that begins at a vector's boundary, so that no row of a specialised width straddles more cache lines than it must.
+template <typename Real>
+class AlignedSpace {
+ public:
+  Real* zeros(int64_t count) {
+    memory_.assign(count + Lanes<Real>::kSize, Real(0));
+    void* start = memory_.data();
+    size_t room = memory_.size() * sizeof(Real);
+    return static_cast<Real*>(std::align(sizeof(typename Lanes<Real>::Register), count * sizeof(Real), start, room));
+  }
+
+ private:
+  std::vector<Real> memory_;
 };
 
 // The level of each sample of a row, likewise.
@@ -171,8 +193,7 @@ void forward_rows(const Sizes& sizes, const Inputs<Real>& inputs, Real* output, 
   const std::vector<Real> zeros(width);        // what a corner beyond the map reads
   const RowLevels levels(sizes);
   Channels<Real, kWidth> sums(width);
-  Footprints<Real> at;
-  Real weight[4][kBlock];
+  Block<Real> at;
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t query = unit % sizes.queries, head = unit / sizes.queries % sizes.heads;
@@ -185,17 +206,14 @@ void forward_rows(const Sizes& sizes, const Inputs<Real>& inputs, Real* output, 
       const Real* const xy = inputs.locations + 2 * (row * row_samples + first);
       const Real* const attention = inputs.weights + row * row_samples + first;
       const int *const heights = &levels.height[first], *const widths = &levels.width[first];
-      for (int i = 0; i < count; ++i) at.set(i, footprint(xy[2 * i], xy[2 * i + 1], heights[i], widths[i]));
       for (int i = 0; i < count; ++i) {
-        Real share[4];
-        corner_weights(at.right[i], at.bottom[i], attention[i], share);
-        for (int corner = 0; corner < 4; ++corner) weight[corner][i] = share[corner];
+        at.set(i, footprint(xy[2 * i], xy[2 * i + 1], heights[i], widths[i]), attention[i]);
       }
       for (int i = 0; i < count; ++i) {
         const Real* const map = maps + levels.start[first + i] * stride;
         for (int corner = 0; corner < 4; ++corner) {
           const int cell = at.cell[corner][i];
-          sums.add(weight[corner][i], cell == kOutside ? zeros.data() : map + cell * stride);
+          sums.add(at.share[corner][i], cell == kOutside ? zeros.data() : map + cell * stride);
         }
       }
     }
@@ -211,46 +229,69 @@ void backward_units(const Sizes& sizes, const Inputs<Real>& inputs, const Real* 
   const int64_t level_count = sizes.levels.size();
   const int64_t stride = sizes.heads * width;
   const std::vector<Real> zeros(width);  // what a corner beyond the map reads
-  std::vector<Real> nowhere(width);      // where its gradient goes
   Channels<Real, kWidth> gradient(width);
-  Footprints<Real> at;
+  Block<Real> at;
+  int64_t place[kBlock];            // of each sample in the order (B, Q, M, L, P)
+  const Real* grad_row[kBlock];     // the output's gradient for its query and head
+  Real x[kBlock], y[kBlock], attention[kBlock], dot[4][kBlock];
+  SampleGradient<Real> result[kBlock];
+  AlignedSpace<Real> space;
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t index = unit % level_count, head = unit / level_count % sizes.heads;
     const int64_t image = unit / (level_count * sizes.heads);
     const Level level = sizes.levels[index];
+    const int64_t cells = int64_t(level.height) * level.width;
     const int64_t offset = ((image * sizes.cells + level.start) * sizes.heads + head) * width;
     const Real* const map = inputs.value + offset;
-    Real* const grad_map = to.value + offset;
-    for (int64_t cell = 0; cell < int64_t(level.height) * level.width; ++cell) {
-      std::fill_n(grad_map + cell * stride, width, Real(0));
-    }
-    for (int64_t query = 0; query < sizes.queries; ++query) {
-      const int64_t row = (image * sizes.queries + query) * sizes.heads + head;
-      gradient.load(grad_output + row * width);
-      for (int64_t first = 0; first < sizes.points; first += kBlock) {
-        const int count = int(std::min<int64_t>(kBlock, sizes.points - first));
-        const int64_t sample = (row * level_count + index) * sizes.points + first;
-        const Real* const xy = inputs.locations + 2 * sample;
-        const Real* const attention = inputs.weights + sample;
-        for (int i = 0; i < count; ++i) at.set(i, footprint(xy[2 * i], xy[2 * i + 1], level.height, level.width));
-        for (int i = 0; i < count; ++i) {
-          Real share[4], dot[4];
-          corner_weights(at.right[i], at.bottom[i], attention[i], share);
-          for (int corner = 0; corner < 4; ++corner) {
-            const int cell = at.cell[corner][i];
-            dot[corner] = gradient.dot(cell == kOutside ? zeros.data() : map + cell * stride);
-          }
-          for (int corner = 0; corner < 4; ++corner) {
-            const int cell = at.cell[corner][i];
-            gradient.scatter(share[corner], cell == kOutside ? nowhere.data() : grad_map + cell * stride);
-          }
-          const auto result = sample_gradient(dot, at.right[i], at.bottom[i], attention[i], level.height, level.width);
-          to.weights[sample + i] = result.weight;
-          to.locations[2 * (sample + i)] = result.x;
-          to.locations[2 * (sample + i) + 1] = result.y;
+    // The map's gradient gathers in one piece of memory, which caches hold better than rows M heads apart. Its last row
+    // takes what falls beyond the map.
+    Real* const gathered = space.zeros((cells + 1) * width);
+
+    const int64_t samples = sizes.queries * sizes.points;  // of this unit, in the order (Q, P)
+    int64_t query = 0, point = 0;
+    for (int64_t first = 0; first < samples; first += kBlock) {
+      const int count = int(std::min<int64_t>(kBlock, samples - first));
+      for (int i = 0; i < count; ++i) {
+        const int64_t row = (image * sizes.queries + query) * sizes.heads + head;
+        place[i] = (row * level_count + index) * sizes.points + point;
+        grad_row[i] = grad_output + row * width;
+        x[i] = inputs.locations[2 * place[i]];
+        y[i] = inputs.locations[2 * place[i] + 1];
+        attention[i] = inputs.weights[place[i]];
+        if (++point == sizes.points) {
+          point = 0;
+          ++query;
         }
       }
+      for (int i = 0; i < count; ++i) at.set(i, footprint(x[i], y[i], level.height, level.width), attention[i]);
+      // Reads and writes in loops of their own: between stores, processors hold loads back whose addresses look alike.
+      for (int i = 0; i < count; ++i) {
+        gradient.load(grad_row[i]);
+        for (int corner = 0; corner < 4; ++corner) {
+          const int cell = at.cell[corner][i];
+          dot[corner][i] = gradient.dot(cell == kOutside ? zeros.data() : map + cell * stride);
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        gradient.load(grad_row[i]);
+        for (int corner = 0; corner < 4; ++corner) {
+          const int64_t cell = at.cell[corner][i];
+          gradient.scatter(at.share[corner][i], gathered + (cell == kOutside ? cells : cell) * width);
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        const Real dots[4] = {dot[0][i], dot[1][i], dot[2][i], dot[3][i]};
+        result[i] = sample_gradient(dots, at.right[i], at.bottom[i], attention[i], level.height, level.width);
+      }
+      for (int i = 0; i < count; ++i) {
+        to.weights[place[i]] = result[i].weight;
+        to.locations[2 * place[i]] = result[i].x;
+        to.locations[2 * place[i] + 1] = result[i].y;
+      }
+    }
+    for (int64_t cell = 0; cell < cells; ++cell) {
+      std::copy_n(gathered + cell * width, width, to.value + offset + cell * stride);
     }
   }
 }
