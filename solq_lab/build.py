@@ -52,11 +52,22 @@ def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = 
 
     Raises:
         WeightMismatch: the file cannot be read, or nothing in it fits.
-        ValueError: ImageNet weights cannot be had.
+        ConfigError: ImageNet weights cannot be fetched, or the backbone needs a package that is not installed.
     """
+    network = _build_network(experiment, num_classes, imagenet=pretrained and experiment.model.pretrained == "imagenet")
+    if pretrained and experiment.model.pretrained not in ("imagenet", "none"):
+        _start_from_file(network, Path(experiment.model.pretrained))
+    return network
+
+
+def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) -> SOLQ:
     model, codec = experiment.model, experiment.codec
-    network = SOLQ(
-        build_backbone(model, imagenet=pretrained and model.pretrained == "imagenet"),
+    try:
+        backbone = build_backbone(model, imagenet=imagenet)
+    except (ValueError, ImportError) as error:  # no network to fetch weights, no timm
+        raise ConfigError(f"model.backbone={model.backbone}, model.pretrained={model.pretrained}: {error}") from None
+    return SOLQ(
+        backbone,
         num_classes,
         vector_dim=None if codec.kind == "none" else codec.vector_dim,
         width=model.width,
@@ -75,9 +86,6 @@ def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = 
         two_stage=model.two_stage,
         standardise_vectors=model.standardise_vectors,
     )
-    if pretrained and model.pretrained not in ("imagenet", "none"):
-        _start_from_file(network, Path(model.pretrained))
-    return network
 
 
 def _start_from_file(network: SOLQ, path: Path) -> None:

@@ -91,6 +91,12 @@ def test_a_model_to_be_loaded_reads_no_pretrained_file(pictures):
     build_model(tiny_experiment(pictures, model={"pretrained": "nowhere.pth"}), 2)
 
 
+def test_imagenet_weights_that_cannot_be_had_are_a_mistake_in_the_experiment(pictures):
+    experiment = tiny_experiment(pictures, model={"pretrained": "imagenet"})
+    with pytest.raises(ConfigError, match=r"model\.backbone=small, model\.pretrained=imagenet: .*pretrained: none"):
+        build_model(experiment, 2, pretrained=True)
+
+
 def test_training_targets_have_masks_and_validation_targets_have_none(pictures):
     experiment = tiny_experiment(pictures)
     train = build_dataset(experiment, "train")
