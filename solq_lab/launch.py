@@ -122,8 +122,10 @@ def run_notebook(
         execution.start()
         _watch(execution, run, executed)
     except KeyboardInterrupt:
+        was_training = _is_alive(run)
         message = stop_training(run.folder)
-        execution.join(timeout=30.0)  # the cell that followed the training ends by itself, and papermill saves
+        if was_training:  # the cell that followed it ends by itself, and papermill saves the notebook
+            execution.join(timeout=30.0)
         raise Interrupted(message) from None
     if executed.exists():
         export_html(executed)

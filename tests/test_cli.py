@@ -82,7 +82,7 @@ def weights(tmp_path, pictures):
 @pytest.fixture
 def train_here(monkeypatch):
     """Let `solq-lab train` run its training in this process, which saves the seconds that importing torch takes."""
-    from solq_lab.training import __main__ as training
+    from solq_lab.training import command as training
 
     monkeypatch.setattr(cli, "start_training", lambda folder: training.main([str(folder)]))
     yield
