@@ -41,6 +41,8 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], *, title: str = "") ->
         _plot_loss(next(panels), name, steps, [line["losses"][name] for line in train], plateaus.get(name))
     _plot_rate(next(panels), steps, [line["lr"] for line in train])
     _plot_precision(next(panels), evaluations)
+    for panel in axes.flat:
+        panel.set_xlim(0, 1.03 * max(steps, default=1))
     for panel in panels:
         panel.set_axis_off()
     for panel in axes[-1]:
