@@ -41,10 +41,8 @@ SOLQ_INLINE Footprint<Real> footprint(Real x, Real y, int height, int width) {
   Real row = y * Real(height) - Real(0.5);
   column = (column > Real(-1)) & (column < Real(width)) ? column : Real(-2);  // NaN and huge numbers go where
   row = (row > Real(-1)) & (row < Real(height)) ? row : Real(-2);             // no corner is on the map
-  const Real left_column = std::floor(column);
-  const Real top_row = std::floor(row);
-  const int left = int(left_column);
-  const int top = int(top_row);
+  const int left = int(std::floor(column));
+  const int top = int(std::floor(row));
   // 0 on the map, kOutside (all bits set) beyond; one unsigned comparison checks both ends.
   const int misses_left = unsigned(left) < unsigned(width) ? 0 : kOutside;
   const int misses_right = unsigned(left + 1) < unsigned(width) ? 0 : kOutside;
@@ -57,8 +55,8 @@ SOLQ_INLINE Footprint<Real> footprint(Real x, Real y, int height, int width) {
   result.cell[1] = (first + 1) | misses_right | misses_top;
   result.cell[2] = (first + width) | misses_left | misses_bottom;
   result.cell[3] = (first + width + 1) | misses_right | misses_bottom;
-  result.right = column - left_column;
-  result.bottom = row - top_row;
+  result.right = column - Real(left);
+  result.bottom = row - Real(top);
   return result;
 }
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -184,34 +185,34 @@ def _build(recipe: Recipe) -> bool:
 
 
 def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolkit | None) -> None:
-    from torch.utils import cpp_extension  # slow to import, and only a build needs it
-
     logger.info("compiling the %s operators, once on this machine (about half a minute)", recipe.kind)
     started = time.monotonic()
-    ld_flags = []
-    if toolkit is not None:  # the runtime of the Python packages has no libcudart.so, which the linker asks for
+    variables = {"PATH": os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", "")])}
+    ld_flags = ["-fopenmp"] if "-fopenmp" in recipe.flags else []
+    if toolkit is not None:
+        variables["CUDA_HOME"] = str(toolkit.home)
+        # The runtime among the Python packages has no libcudart.so, the name that the linker looks for.
         (build_folder / "libcudart.so").symlink_to(toolkit.runtime)
-        ld_flags = [f"-L{build_folder}", f"-L{toolkit.runtime.parent}"]
-    elif "-fopenmp" in recipe.flags:
-        ld_flags = ["-fopenmp"]
-    with _environment(PATH=os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", "")])), _cuda_home(toolkit):
+        ld_flags = [f"-L{build_folder}"]
+    with _environment(**variables):
+        from torch.utils import cpp_extension  # slow to import, and only a build needs it
+
         try:
-            cpp_extension.load(
-                name=f"solq_lab_{recipe.kind}",
-                sources=[str(path) for path in recipe.sources],
-                extra_cflags=list(recipe.flags),
-                extra_cuda_cflags=list(recipe.cuda_flags),
-                extra_ldflags=ld_flags,
-                build_directory=str(build_folder),
-                is_python_module=False,
-                with_cuda=toolkit is not None,
-            )
+            with _cuda_home(cpp_extension, toolkit):
+                cpp_extension.load(
+                    name=f"solq_lab_{recipe.kind}",
+                    sources=[str(path) for path in recipe.sources],
+                    extra_cflags=list(recipe.flags),
+                    extra_cuda_cflags=list(recipe.cuda_flags),
+                    extra_ldflags=ld_flags,
+                    build_directory=str(build_folder),
+                    is_python_module=False,
+                    with_cuda=toolkit is not None,
+                )
         except (RuntimeError, OSError, ValueError) as error:
             names = ", ".join(path.name for path in recipe.sources)
-            raise ExtensionBuildError(
-                f"compiling {names} failed; mend what the compiler says, or set SOLQ_OPS=reference to do without",
-                str(error),
-            ) from error
+            reason = f"compiling {names} failed; mend what the compiler says, or set SOLQ_OPS=reference to do without"
+            raise ExtensionBuildError(reason, str(error)) from error
     logger.info("compiled the %s operators in %.0f s", recipe.kind, time.monotonic() - started)
 
 
@@ -259,10 +260,8 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 @contextmanager
-def _cuda_home(toolkit: CudaToolkit | None) -> Iterator[None]:
-    """torch guesses its CUDA_HOME once, when imported, and may have found a wrapper of nvcc instead of the toolkit."""
-    from torch.utils import cpp_extension
-
+def _cuda_home(cpp_extension: ModuleType, toolkit: CudaToolkit | None) -> Iterator[None]:
+    """torch guesses the toolkit when the module is imported, and may have found a wrapper of nvcc instead."""
     before = cpp_extension.CUDA_HOME
     cpp_extension.CUDA_HOME = str(toolkit.home) if toolkit else before
     try:
