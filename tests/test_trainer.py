@@ -16,6 +16,7 @@ import torch
 from one_step import losses_and_gradients
 from tiny import tiny_experiment, write_pictures
 
+from solq_lab.data.annotations import DataError
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError, create_run, load_run, read_json
 from solq_lab.training import trainer as module
@@ -221,6 +222,13 @@ def test_a_diverged_training_names_step_and_pictures_and_keeps_its_weights(pictu
     assert len(run.metrics("train")) == 2
 
 
+def test_a_batch_larger_than_the_data_set_is_refused_before_any_work(pictures, tmp_path):
+    run = new_run(pictures, tmp_path, train={"batch_size": 16})
+    with pytest.raises(DataError, match=r"12 pictures, fewer than train\.batch_size 16"):
+        train_run(run)
+    assert run.metrics() == []
+
+
 def test_a_wrong_number_of_processes_is_refused_with_the_command(pictures, tmp_path):
     run = new_run(pictures, tmp_path, train={"gpus": 2})
     with pytest.raises(RunError, match=r"1 training processes were started, .*train\.gpus=2; .*--nproc-per-node=2"):
@@ -305,6 +313,7 @@ def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(pictur
         assert torch.allclose(shared["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_save_stop_and_resume_together(pictures, tmp_path):
     run = new_run(pictures, tmp_path, train={"gpus": 2, "steps": 40, "evaluate_every": 4, "save_every": 5})
     command = torchrun("-m", "solq_lab.training", run.folder)

@@ -91,14 +91,15 @@ class Trainer:
         distributed.wait_for_all()
         self.train_set = build_dataset(experiment, "train")
         self.val_set = build_dataset(experiment, "val", classes=self.train_set.classes)
+        checkpoint = load_newest_checkpoint(run.checkpoints)
+        self.step = 0 if checkpoint is None else checkpoint.step  # optimiser steps done
         steps_per_epoch = len(self.train_set) // train.batch_size
         self.total_steps = train.steps or train.epochs * steps_per_epoch
         self.evaluate_every = train.evaluate_every * steps_per_epoch
+        self.stream = self._order_pictures()
         self.journal = Journal(run, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch)
-        self.step = 0  # optimiser steps done
 
         self.codec = build_codec(experiment)
-        checkpoint = load_newest_checkpoint(run.checkpoints)
         self.model = build_model(experiment, len(self.train_set.classes), pretrained=checkpoint is None)
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint.weights)
@@ -188,10 +189,10 @@ class Trainer:
     def _learning_rate_factor(self) -> float:
         return learning_rate_factor(self.experiment.optim, self.step, self.total_steps)
 
-    def _batches(self) -> Iterator[Batch]:
-        """This process's batches from the next step to the last, `accumulate` of them per step."""
+    def _order_pictures(self) -> BatchStream:
+        """Which pictures this process sees, from the next step to the last, `accumulate` batches per step."""
         train = self.experiment.train
-        stream = BatchStream(
+        return BatchStream(
             len(self.train_set),
             train.batch_size,
             seed=self.experiment.seed,
@@ -201,8 +202,11 @@ class Trainer:
             world_size=distributed.world_size(),
             accumulate=train.accumulate,
         )
+
+    def _batches(self) -> Iterator[Batch]:
+        """This process's batches, loaded in `stream`'s order."""
         with _random_state_kept(self.device):  # an iterator draws a seed for its workers
-            return iter(make_loader(self.train_set, stream, self.experiment.data.workers))
+            return iter(make_loader(self.train_set, self.stream, self.experiment.data.workers))
 
     def _evaluation_is_due(self) -> bool:
         """Between two steps; the evaluation after the last one belongs to `_finish`."""
@@ -253,8 +257,7 @@ class Trainer:
             self.run.write_status("training", step=self.step)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Take over all but the weights, which the model has already."""
-        self.step = checkpoint.step
+        """Take over all but the weights and the step, which are in place already."""
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint.state["average"])
@@ -266,8 +269,9 @@ class Trainer:
     def _preempt(self, stop: StopRequest) -> State:
         self._save()
         if distributed.is_main():
-            log.info("%s: saved at step %d of %d; the same command goes on", stop.received, self.step, self.total_steps)
-            self.run.write_status("preempted", step=self.step, message=stop.received or "another process was stopped")
+            reason = stop.received or "another process was stopped"
+            log.info("%s: saved at step %d of %d; the same command goes on", reason, self.step, self.total_steps)
+            self.run.write_status("preempted", step=self.step, message=reason)
         return "preempted"
 
     def _finish(self) -> State:
@@ -390,8 +394,6 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 def _describe_device(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.backends.cpu.get_cpu_capability()} CPU"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()} CPU"
