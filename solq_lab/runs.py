@@ -166,7 +166,7 @@ class Run:
         """
         # A POSIX record lock: unlike flock, loader processes do not inherit it and so cannot keep it after a kill -9.
         with (self.folder / "trainer.lock").open("a+") as file:
-            if not _try_lock(file.fileno()):
+            if not _lock_soon(file.fileno()):
                 holder = self.status()
                 raise RunError(
                     f"{self.folder}: process {holder.get('pid')} on {holder.get('host')} is training here; "
@@ -315,6 +315,15 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
             torn = True
             log.info("%s: line %d is incomplete and left out", path, number)
     return lines, torn
+
+
+def _lock_soon(descriptor: int) -> bool:
+    """Lock, or give up within a second: whoever asks `is_training` holds the lock for an instant."""
+    for _ in range(5):
+        if _try_lock(descriptor):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _try_lock(descriptor: int) -> bool:
