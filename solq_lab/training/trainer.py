@@ -26,6 +26,7 @@ from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceil
 from solq_lab.launch import prepare_data
 from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
+from solq_lab.precision import check_autocast
 from solq_lab.runs import Run, RunError, State, describe_software, flush_to_disk
 from solq_lab.structures import ImageBatch, Target
 from solq_lab.training.checkpoint import (
@@ -82,7 +83,7 @@ class Trainer:
         self.run, self.experiment, self.device = run, run.experiment, distributed.device()
         experiment, train, loss = run.experiment, run.experiment.train, run.experiment.loss
         _check_processes(train)
-        _check_autocast(train, self.device)
+        check_autocast(train.autocast, self.device, setting="train.autocast")
         torch.set_num_threads(train.threads or torch.get_num_threads())
         _seed_generators(experiment.seed)
 
@@ -364,17 +365,6 @@ def _check_processes(train: TrainSection) -> None:
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if torch.cuda.is_available() and here > gpus:
         raise RunError(f"train.gpus={train.gpus} puts {here} processes on a machine with {gpus} GPUs; lower train.gpus")
-
-
-def _check_autocast(train: TrainSection, device: torch.device) -> None:
-    """Say so where bf16 costs time instead of saving it."""
-    if train.autocast == "bf16" and device.type == "cpu" and not _cpu_multiplies_bf16():
-        log.warning("train.autocast=bf16: this CPU has no bf16 instructions, so it will be slower than autocast=none")
-
-
-def _cpu_multiplies_bf16() -> bool:
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # new in some torch later than our oldest
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _seed_generators(seed: int) -> None:
