@@ -7,6 +7,7 @@ D vector_dim, L levels, P points, M heads. Frames: *image pixels*, *normalised i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ class ImageBatch(NamedTuple):
 
     def normalised(self, dtype: torch.dtype = torch.float32) -> ImageBatch:
         """The batch as the network wants it: ImageNet-normalised floats, zero on padded cells."""
-        mean = torch.tensor(PIXEL_MEAN, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
-        std = torch.tensor(PIXEL_STD, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
+        mean = filled(PIXEL_MEAN, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
+        std = filled(PIXEL_STD, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
         pixels = (self.pixels.to(dtype) / 255 - mean) / std
         return ImageBatch(pixels.masked_fill(self.padding.unsqueeze(1), 0.0), self.padding)
 
@@ -115,3 +116,8 @@ class Detections(NamedTuple):
         masks = None if self.masks is None else [self.masks[row] for row in rows]
         tensors = (self.scores[keep], self.labels[keep], self.boxes[keep], self.queries[keep])
         return Detections(*tensors, masks, [self.names[row] for row in rows])
+
+
+def filled(values: Sequence[float], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few numbers (K,) on the device, K > 0, without a copy from the host: a CUDA graph cannot hold one."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])

@@ -16,7 +16,7 @@ from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
 from solq_lab.models.position import cell_centers, sine_encoding, sine_features, valid_sizes
-from solq_lab.structures import ImageBatch, LayerPrediction, Predictions
+from solq_lab.structures import ImageBatch, LayerPrediction, Predictions, filled
 
 GROUPS = 32  # of the group norm after each projection
 PROPOSAL_SIDE = 0.05  # of a proposal on the finest level, share of the image; doubles from level to level
@@ -153,7 +153,8 @@ class SOLQ(nn.Module):
             dim=1,
         )
         valid = [valid_sizes(level_padding) for level_padding in paddings]
-        level_sizes = torch.tensor(shapes, dtype=torch.float32, device=tokens.device).flip(-1)  # (L, 2) as (W, H)
+        sides = [side for height, width in shapes for side in (width, height)]
+        level_sizes = filled(sides, dtype=torch.float32, device=tokens.device).view(-1, 2)
         return Memory(
             tokens=tokens,
             positions=positions,
