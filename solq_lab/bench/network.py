@@ -15,6 +15,7 @@ from solq_lab.bench.timing import Row, compare
 from solq_lab.boxes import xyxy_to_cxcywh
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment
+from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.ops.ms_deform_attn import use_implementation
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction, Target
@@ -34,6 +35,7 @@ GRADIENT_TOLERANCE = 1e-2  # relative, of the gradient's norm: single samples ma
 def infer_rows() -> Iterator[Row]:
     """One picture from pixels to masks."""
     model, images = _build_network().eval(), _draw_images()
+    prepared = prepare_for_inference(model)
     codec, names = build_codec(EXPERIMENT), [str(channel) for channel in range(CLASSES)]
     kept = zigzag_places(codec.mask_size)[: codec.vector_dim]
 
@@ -44,7 +46,7 @@ def infer_rows() -> Iterator[Row]:
 
     def ours() -> tuple[LayerPrediction, Detections]:
         with torch.inference_mode():
-            prediction = model(images.normalised()).layers[-1]
+            prediction = prepared(images.normalised()).layers[-1]
             return prediction, postprocess(prediction, [(HEIGHT, WIDTH)], codec, top_k=TOP_K, class_names=names)[0]
 
     yield compare(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -16,10 +19,14 @@ from solq_lab.config import Experiment, validate_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.transforms import TestResize, apply_to_picture
+from solq_lab.inference.folding import prepare_for_inference
+from solq_lab.inference.graphs import GraphedForward
 from solq_lab.inference.postprocess import postprocess
+from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import WeightMismatch, load_state, read_weights
+from solq_lab.precision import check_autocast
 from solq_lab.runs import Run, RunError
-from solq_lab.structures import Detections, ImageBatch
+from solq_lab.structures import Detections, ImageBatch, LayerPrediction
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
@@ -34,9 +41,13 @@ class Predictor:
         weights_or_run: a weight file that this project wrote or imported, or a finished run or its folder.
         device: where the model runs; None: the first CUDA device, or the CPU where there is none.
         top_k: detections per picture; None: as many as the experiment evaluates.
+        bucket: the resized picture is padded, right and bottom, until its sides are multiples of this, pixels. On a GPU
+            each of the few sizes that are left is captured as a CUDA graph when it first occurs. The padding changes
+            the numbers slightly, as that of a batch does. None: no padding, no graphs.
+        autocast: "bf16" multiplies in bfloat16, for processors that are good at it; "none" stays in float32.
 
     Attributes:
-        model: the network, in evaluation mode.
+        model: the network as `prepare_for_inference` leaves it, in evaluation mode and with batch norms folded.
         codec: its mask code, None for a plain detector.
         classes: names and category ids of the class channels.
         experiment: how the model was trained.
@@ -45,21 +56,35 @@ class Predictor:
     Raises:
         RunError: a folder that is no run, or a run without a finished model.
         WeightMismatch: a file that holds no weights, no experiment, or weights of another network.
+        ValueError: a bucket or autocast that does not exist.
     """
 
     def __init__(
-        self, weights_or_run: str | Path | Run, *, device: torch.device | str | None = None, top_k: int | None = None
+        self,
+        weights_or_run: str | Path | Run,
+        *,
+        device: torch.device | str | None = None,
+        top_k: int | None = None,
+        bucket: int | None = None,
+        autocast: Literal["none", "bf16"] = "none",
     ) -> None:
+        if bucket is not None and bucket < 1:
+            raise ValueError(f"bucket {bucket}: allowed are positive numbers of pixels, and None for no padding")
         path = _find_weights(weights_or_run)
         state, self.experiment, self.classes = _read(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.top_k = top_k or self.experiment.evaluation.top_k
-        self.model = build_model(self.experiment, len(self.classes))
-        load_state(self.model, state, source=str(path))
-        self.model.to(self.device).eval()
+        self.bucket, self.autocast = bucket, autocast
+        check_autocast(autocast, self.device)
+        model = build_model(self.experiment, len(self.classes))
+        load_state(model, state, source=str(path))
+        self.model = prepare_for_inference(model).to(self.device)
         self.codec = build_codec(self.experiment)
         if self.codec is not None:
             self.codec.to(self.device)
+        self._graphed = None
+        if bucket is not None and self.device.type == "cuda":
+            self._graphed = GraphedForward(partial(_predict_last_layer, self.model, autocast=autocast), self.device)
 
     @torch.inference_mode()
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> Detections:
@@ -78,10 +103,11 @@ class Predictor:
         height, width = pixels.shape[1:]
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
         steps = resize.plan((height, width), np.random.default_rng())
-        resized = apply_to_picture(steps, pixels).unsqueeze(0)  # (1, 3, h, w)
-        padding = torch.zeros(1, *resized.shape[2:], dtype=torch.bool)
-        batch = ImageBatch(resized, padding).to(self.device).normalised()
-        last = self.model(batch).layers[-1]
+        batch = _pad_to_multiple(apply_to_picture(steps, pixels), self.bucket or 1).to(self.device)
+        if self._graphed is not None:
+            last = self._graphed(batch)
+        else:
+            last = _predict_last_layer(self.model, batch, autocast=self.autocast)
         return postprocess(last, [(height, width)], self.codec, top_k=self.top_k, class_names=self.classes.names)[0]
 
 
@@ -99,6 +125,21 @@ def read_upright(path: str | Path) -> Image.Image:
     except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # what PIL's readers raise
         reason = "a format unknown to Pillow" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{path}: not a picture that can be read ({reason}); JPEG, PNG and the like are") from None
+
+
+def _pad_to_multiple(picture: Tensor, multiple: int) -> ImageBatch:
+    """A batch of one picture (3, H, W), padded right and bottom until its sides are multiples of `multiple`."""
+    _, height, width = picture.shape
+    missing = (0, -width % multiple, 0, -height % multiple)
+    padding = F.pad(torch.zeros(1, height, width, dtype=torch.bool), missing, value=True)
+    return ImageBatch(F.pad(picture.unsqueeze(0), missing), padding)
+
+
+def _predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:
+    """What the last decoder layer says about uint8 pictures."""
+    # No cache of cast weights: within a CUDA graph it would hand out memory that the graph uses again.
+    with torch.autocast(images.pixels.device.type, torch.bfloat16, enabled=autocast == "bf16", cache_enabled=False):
+        return model(images.normalised()).layers[-1]
 
 
 def _to_tensor(image: str | Path | Image.Image | np.ndarray) -> Tensor:

@@ -1,0 +1,37 @@
+"""A network made ready to predict: its batch norms are folded into the convolutions before them."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from solq_lab.models.backbone import FrozenBatchNorm2d
+from solq_lab.models.solq import SOLQ
+
+
+def prepare_for_inference(model: SOLQ) -> SOLQ:
+    """A copy of the model that predicts the same, faster, and can no longer be trained.
+
+    In evaluation mode a batch norm multiplies and shifts every channel by constants. The convolution before it can do
+    that itself, at no cost. What is left of the backbone runs with channels last, as today's convolutions like it.
+    Swin has no batch norm and gains next to nothing.
+
+    Args:
+        model: stays as it is; its copy's `state_dict` has other names and values.
+    """
+    prepared = copy.deepcopy(model).eval().requires_grad_(False)
+    _fold_batch_norms(prepared.backbone)
+    return prepared.to(memory_format=torch.channels_last)
+
+
+def _fold_batch_norms(backbone: nn.Module) -> None:
+    """In our backbones and in torchvision's blocks a batch norm is declared right after the convolution it follows."""
+    for module in list(backbone.modules()):
+        for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, norm_name, nn.Identity())
