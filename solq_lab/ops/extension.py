@@ -173,8 +173,7 @@ def _build(recipe: Recipe) -> bool:
                 shutil.rmtree(abandoned, ignore_errors=True)
             build_folder = Path(tempfile.mkdtemp(prefix=f"{recipe.library.stem}.building-", dir=folder))
             try:
-                _compile(recipe, build_folder, ninja, toolkit)
-                os.replace(build_folder / f"solq_lab_{recipe.kind}.so", recipe.library)
+                os.replace(_compile(recipe, build_folder, ninja, toolkit), recipe.library)
             finally:
                 shutil.rmtree(build_folder, ignore_errors=True)
     except (OSError, NotImplementedError) as error:  # the second: a file system without locks
@@ -184,7 +183,9 @@ def _build(recipe: Recipe) -> bool:
     return True
 
 
-def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolkit | None) -> None:
+def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolkit | None) -> Path:
+    """Compiles and loads the library; the path to it in `build_folder`."""
+    name = f"solq_lab_{build_folder.name.rpartition('-')[2]}"  # torch numbers the builds of one name in one process
     logger.info("compiling the %s operators, once on this machine (about half a minute)", recipe.kind)
     started = time.monotonic()
     variables = {"PATH": os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", "")])}
@@ -200,7 +201,7 @@ def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolki
         try:
             with _cuda_home(cpp_extension, toolkit):
                 cpp_extension.load(
-                    name=f"solq_lab_{recipe.kind}",
+                    name=name,
                     sources=[str(path) for path in recipe.sources],
                     extra_cflags=list(recipe.flags),
                     extra_cuda_cflags=list(recipe.cuda_flags),
@@ -214,6 +215,7 @@ def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolki
             reason = f"compiling {names} failed; mend what the compiler says, or set SOLQ_OPS=reference to do without"
             raise ExtensionBuildError(reason, str(error)) from error
     logger.info("compiled the %s operators in %.0f s", recipe.kind, time.monotonic() - started)
+    return build_folder / f"{name}.so"
 
 
 def _fitting_toolkit() -> CudaToolkit:

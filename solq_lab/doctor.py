@@ -1,0 +1,191 @@
+"""What this machine offers for the operators, and whether every implementation gives the same numbers.
+
+Behind `solq-lab doctor`: versions, devices and tools, who serves which device and why, differences and times.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from solq_lab.ops.extension import ExtensionBuildError, cache_folder, load_extension
+from solq_lab.ops.ms_deform_attn import (
+    COMPILED,
+    implementation_for,
+    ms_deform_attn,
+    ms_deform_attn_reference,
+    use_implementation,
+)
+from solq_lab.ops.toolkit import find_compiler, find_cuda_toolkits, find_ninja
+
+SHAPES = ((32, 54), (16, 27), (8, 14))
+QUERIES, HEADS, HEAD_WIDTH, POINTS = 600, 8, 48, 4
+TOLERANCE = 1e-4  # of the largest number; float32 sums differ by a few 1e-6
+REPEATS = 5
+
+
+class Implementation(NamedTuple):
+    """One implementation on one device.
+
+    serves: it is the one that calls on this device reach.
+    note: why it cannot be used, or empty.
+    difference: of outputs and gradients to float64, relative to the largest number; None where it was not run.
+    forward_ms, backward_ms: medians for 600 queries, 8 heads of 48 channels, 3 levels, 4 points.
+    """
+
+    device: str
+    name: str
+    serves: bool
+    note: str
+    difference: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+
+    @property
+    def healthy(self) -> bool:
+        """It gives the reference's numbers, or is not in use."""
+        return self.difference is None or self.difference <= TOLERANCE
+
+    def __str__(self) -> str:
+        role = "serves" if self.serves else "stands by"
+        title = f"{self.name} on {self.device}"
+        if self.difference is None:
+            return f"{title:22}cannot be used: {self.note}"
+        verdict = "" if self.healthy else f", NOT the same numbers (at most {TOLERANCE:g})"
+        times = f"forward {self.forward_ms:.2f} ms, backward {self.backward_ms:.2f} ms"
+        return f"{title:22}{role}, {times}, differs from float64 by {self.difference:.1e}{verdict}"
+
+
+class Report(NamedTuple):
+    """The machine as (topic, text) pairs, and the implementations of deformable attention."""
+
+    machine: list[tuple[str, str]]
+    implementations: list[Implementation]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether all implementations that can be used here agree."""
+        return all(implementation.healthy for implementation in self.implementations)
+
+    def __str__(self) -> str:
+        lines = [f"{topic:16}{text}" for topic, text in self.machine]
+        return "\n".join([*lines, "", "deformable attention", *(f"  {each}" for each in self.implementations)])
+
+
+def examine() -> Report:
+    """Looks at the machine, builds what was not built yet, and runs every implementation that works."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    checks = [_check(device, name) for device in devices for name in (device, "reference")]
+    if "cuda" not in devices:
+        checks.append(Implementation("cuda", "cuda", False, _why_no_gpu()))
+    return Report(_machine(), checks)
+
+
+def _machine() -> list[tuple[str, str]]:
+    built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    toolkits = ", ".join(map(str, find_cuda_toolkits())) or "none (the extra [cuda] installs one)"
+    compiler = find_compiler()
+    folder = cache_folder()
+    kept = len(list(folder.glob("*.so")))
+    return [
+        ("torch", f"{torch.__version__}, {built_for}, Python {platform.python_version()}"),
+        ("processor", f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("GPU", "; ".join(map(_gpu, range(torch.cuda.device_count()))) or "none"),
+        ("C++ compiler", f"{compiler}, {_first_line(compiler)}" if compiler else "none"),
+        ("ninja", find_ninja() or "none"),
+        ("CUDA toolkits", toolkits),
+        ("kept libraries", f"{kept} in {folder}"),
+    ]
+
+
+def _check(device: str, name: str) -> Implementation:
+    serves = implementation_for(device) == name
+    if name in COMPILED:
+        try:
+            load_extension(name)
+        except ExtensionBuildError as error:
+            return Implementation(device, name, False, error.reason)
+    arguments = _arguments(device)
+    expected = _outcome(ms_deform_attn_reference, *(tensor.double().cpu() for tensor in arguments))
+    with use_implementation(name):
+        found = _outcome(ms_deform_attn, *arguments)
+        forward_ms, backward_ms = _times(arguments)
+    pairs = zip(found, expected, strict=True)
+    difference = max(float((ours.cpu() - exact).abs().max() / exact.abs().max()) for ours, exact in pairs)
+    return Implementation(device, name, serves, "", difference, forward_ms, backward_ms)
+
+
+def _arguments(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, locations and weights in float32. No sample lies near a cell's centre, where gradients jump."""
+    generator = torch.Generator().manual_seed(0)
+    cells = sum(height * width for height, width in SHAPES)
+    sides = torch.tensor([[width, height] for height, width in SHAPES]).view(1, 1, 1, -1, 1, 2)
+    shape = (1, QUERIES, HEADS, len(SHAPES), POINTS)
+    corner = (torch.rand(*shape, 2, generator=generator) * (sides + 1)).floor() - 1
+    between = 0.05 + 0.9 * torch.rand(*shape, 2, generator=generator)
+    value = torch.randn(1, cells, HEADS, HEAD_WIDTH, generator=generator)
+    weights = torch.rand(shape, generator=generator).flatten(-2).softmax(-1).view(shape)
+    return value.to(device), ((corner + 0.5 + between) / sides).to(device), weights.to(device)
+
+
+def _outcome(function: Callable[..., Tensor], value: Tensor, locations: Tensor, weights: Tensor) -> list[Tensor]:
+    """The output, and the three gradients of the sum of its squares."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
+    output = function(leaves[0], SHAPES, *leaves[1:])
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+
+
+def _times(arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """Median milliseconds forward and backward."""
+    leaves = [tensor.detach().requires_grad_() for tensor in arguments]
+    forward, backward = [], []
+    for _ in range(REPEATS + 1):
+        started = _now()
+        output = ms_deform_attn(leaves[0], SHAPES, *leaves[1:])
+        between = _now()
+        torch.autograd.grad(output, leaves, output.detach())
+        forward.append(between - started)
+        backward.append(_now() - between)
+    return 1e3 * statistics.median(forward[1:]), 1e3 * statistics.median(backward[1:])  # the first one warms up
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _why_no_gpu() -> str:
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is built without CUDA"
+    driver = "no NVIDIA driver answers" if shutil.which("nvidia-smi") is None else "torch sees no NVIDIA GPU"
+    return f"{driver} on this machine"
+
+
+def _gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _first_line(compiler: str) -> str:
+    answer = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
+    return (answer.stdout.splitlines() or ["says no version"])[0]
