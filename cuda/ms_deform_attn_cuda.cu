@@ -216,7 +216,7 @@ __device__ __forceinline__ Real sum_over_group(Real number) {
 }
 
 template <typename T, int kWidth, int kPoints, int kVector, int kGroup, typename Sums>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // blocks at once: room for 80 registers
     backward_kernel(const Problem problem, const T* grad_output, Sums sums, RealOf<T>* grad_locations,
                     RealOf<T>* grad_weights) {
   using Real = RealOf<T>;
@@ -262,6 +262,7 @@ __global__ void __launch_bounds__(kThreads)
         const auto at = footprint(samples.xy[2 * i], samples.xy[2 * i + 1], level.height, level.width);
         Real share[4], dot[4] = {};
         corner_weights(at.right, at.bottom, samples.attention[i], share);
+#pragma unroll 1
         for (int channel = lane * kVector; channel < width; channel += kStride) {
           if constexpr (kWidth == 0) load_gradient(channel);
           Real corners[4][kVector];
