@@ -1,7 +1,7 @@
 // The arithmetic of one deformable-attention sample, shared by the CPU and the CUDA kernels.
 //
-// A level is a map of height x width cells; the cell in row r and column c covers the normalised square around its centre
-// ((c + 1/2) / width, (r + 1/2) / height). A sample at (x, y) mixes the four cells around it:
+// A level is a map of height x width cells; the cell in row r and column c covers the normalised square around its
+// centre ((c + 1/2) / width, (r + 1/2) / height). A sample at (x, y) mixes the four cells around it:
 //
 //        0 --------- 1         0 top left     weight (1 - right) (1 - bottom)
 //        |    .      |         1 top right    weight      right  (1 - bottom)
@@ -78,8 +78,8 @@ struct SampleGradient {
 
 // `dot[k]` is the product of the output's gradient with the values at corner k (zero outside), summed over channels.
 template <typename Real>
-SOLQ_INLINE SampleGradient<Real> sample_gradient(const Real (&dot)[4], Real right, Real bottom, Real attention, int height,
-                                                 int width) {
+SOLQ_INLINE SampleGradient<Real> sample_gradient(const Real (&dot)[4], Real right, Real bottom, Real attention,
+                                                 int height, int width) {
   const Real across_top = dot[1] - dot[0];
   const Real across_bottom = dot[3] - dot[2];
   const Real top = dot[0] + right * across_top;

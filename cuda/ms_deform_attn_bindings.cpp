@@ -38,7 +38,8 @@ at::Tensor prepared(const at::Tensor& tensor) {
 }
 
 // The tensors must outlive the launch.
-Problem problem_of(const Sizes& sizes, const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights) {
+Problem problem_of(const Sizes& sizes, const at::Tensor& value, const at::Tensor& locations,
+                   const at::Tensor& weights) {
   TORCH_CHECK_VALUE(sizes.levels.size() <= kMaxLevels, "at most ", kMaxLevels, " levels, got ", sizes.levels.size());
   TORCH_CHECK_VALUE(sizes.batch * sizes.heads <= 65535, "at most 65535 images times heads, got ", sizes.batch, " x ",
                     sizes.heads);

@@ -5,9 +5,9 @@
 //   weights    (B, Q, M, L, P)
 //   output     (B, Q, M, D)
 //
-// Forward: one unit of work is the row of a query and a head; neighbours in the order (B, M, Q) read the same head's map,
-// a part of the values small enough for a cache. Backward: one unit is (image, head, level); it alone writes the gradient
-// of that slice of the values and visits the queries in order, so no bit depends on the number of threads.
+// Forward: one unit of work is the row of a query and a head; neighbours in the order (B, M, Q) read the same head's
+// map, a part of the values small enough for a cache. Backward: one unit is (image, head, level); it alone writes the
+// gradient of that slice of the values and visits the queries in order, so no bit depends on the number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <memory>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "ms_deform_attn.h"
@@ -156,7 +157,8 @@ struct Block {
   }
 };
 
-// Memory that begins at a vector's boundary, so that no row of a specialised width straddles more cache lines than it must.
+// Memory that begins at a vector's boundary, so that rows of a specialised width straddle no more cache lines than they
+// must.
 template <typename Real>
 class AlignedSpace {
  public:

@@ -79,7 +79,7 @@ __device__ __forceinline__ void write(T* to, const RealOf<T> (&from)[kCount]) {
   *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
 }
 
-// Where a cell's numbers are. An image has fewer than 2^32 bytes, so 32 bits count them: two instructions less per load.
+// Where a cell's numbers are. An image has fewer than 2^32 bytes, so 32 bits count them, in fewer instructions than 64.
 template <typename T>
 __device__ __forceinline__ T* locate(T* map, int cell, int stride) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // blocks a
   const int width = kWidth > 0 ? kWidth : problem.width;
   const int points = kPoints > 0 ? kPoints : problem.points;
   const unsigned index = blockIdx.x * kThreads + threadIdx.x;
-  // No thread may leave early, as the sums over a group want every lane of the warp: what is beyond the last query works
-  // on that query with a gradient of zero and writes nothing.
+  // No thread may leave early, as the sums over a group want every lane of the warp: what is beyond the last query
+  // works on that query with a gradient of zero and writes nothing.
   const bool real_query = index / kGroup < problem.queries;
   const int query = real_query ? index / kGroup : problem.queries - 1;
   const int lane = threadIdx.x % kGroup;
@@ -373,8 +373,9 @@ void launch_backward(const Problem& problem, const void* grad_output, void* grad
   });
 }
 
-void launch_deterministic_backward(const Problem& problem, const void* grad_output, const void* largest, long long* sums,
-                                   void* grad_value, void* grad_locations, void* grad_weights, cudaStream_t stream) {
+void launch_deterministic_backward(const Problem& problem, const void* grad_output, const void* largest,
+                                   long long* sums, void* grad_value, void* grad_locations, void* grad_weights,
+                                   cudaStream_t stream) {
   int headroom = 1;
   while ((int64_t(1) << headroom) < int64_t(problem.queries) * problem.points) ++headroom;
   with_type(problem.type, [&](auto number) {

@@ -28,7 +28,8 @@ void launch_backward(const Problem& problem, const void* grad_output, void* grad
 // The same with sums that do not depend on the order of threads: integers of 64 bits in a unit that fits the largest
 // addend. `largest` points to two numbers on the device, the largest sizes in grad_output and in the weights, of their
 // accumulating type; `sums` is as large as the values and zero before; `grad_value` is of the type of the values.
-void launch_deterministic_backward(const Problem& problem, const void* grad_output, const void* largest, long long* sums,
-                                   void* grad_value, void* grad_locations, void* grad_weights, cudaStream_t stream);
+void launch_deterministic_backward(const Problem& problem, const void* grad_output, const void* largest,
+                                   long long* sums, void* grad_value, void* grad_locations, void* grad_weights,
+                                   cudaStream_t stream);
 
 }  // namespace solq
