@@ -51,6 +51,13 @@ RunsDir = Annotated[Path, typer.Option(help="Folder of run folders.")]
 RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
 
 
+class Split(StrEnum):
+    """Which pictures to evaluate on."""
+
+    val = "val"
+    train = "train"
+
+
 class Level(StrEnum):
     """How hard the drawn shapes are."""
 
@@ -111,14 +118,16 @@ def train(experiment: ExperimentFile, overrides: Overrides = None, runs_dir: Run
 @app.command()
 def evaluate(
     run_folder: RunFolder,
+    split: Annotated[Split, typer.Option(help="Pictures: validation, or those it was trained on.")] = Split.val,
     classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
 ) -> None:
-    """Evaluate a finished run on its validation pictures; numbers that are there already are only printed."""
-    from solq_lab.evaluation.evaluator import evaluate_run
+    """Evaluate a finished run; numbers that are there already are only printed."""
+    from solq_lab.evaluation.evaluator import evaluate_run, run_ceiling
 
     evaluated = load_run(run_folder)
-    evaluation = evaluate_run(evaluated)
-    _print_results(evaluated)
+    evaluation = evaluate_run(evaluated, split=split.value)
+    ceiling = run_ceiling(evaluated, split=split.value)
+    typer.echo(f"\n{evaluated.name}, {split.value} pictures\n{evaluation.table(ceiling=ceiling)}")
     if classes:
         typer.echo("\n" + evaluation.class_table("segm" if "segm" in evaluation.kinds else "box"))
 

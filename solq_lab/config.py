@@ -190,6 +190,20 @@ class Experiment(Section):
     train: TrainSection = TrainSection()
     evaluation: EvaluationSection = EvaluationSection()
 
+    def evaluated_on(self, split: Literal["val", "train"]) -> Experiment:
+        """The same experiment with the pictures of `split` to validate on: "train" shows what was learnt by heart.
+
+        Raises:
+            ConfigError: another split.
+        """
+        if split not in ("val", "train"):
+            raise ConfigError(f"split {split!r}: allowed are 'val' and 'train'")
+        if split == "val":
+            return self
+        images, annotations = self.data.train_images, self.data.train_annotations
+        data = self.data.model_copy(update={"val_images": images, "val_annotations": annotations})
+        return self.model_copy(update={"data": data})
+
     def to_yaml(self) -> str:
         """The experiment as YAML that `load_experiment` reads back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

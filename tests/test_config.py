@@ -141,3 +141,12 @@ def test_an_experiment_cannot_be_changed_after_loading(write):
 def test_the_schema_loads_without_torch():
     code = "import sys, solq_lab.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_experiment_can_be_validated_on_its_training_pictures():
+    experiment = Experiment(name="x", data={"train_images": "seen", "train_annotations": "seen.json"})
+    assert experiment.evaluated_on("val") == experiment
+    data = experiment.evaluated_on("train").data
+    assert (data.val_images, data.val_annotations) == ("seen", "seen.json")
+    with pytest.raises(ConfigError, match=r"split 'test': allowed are 'val' and 'train'"):
+        experiment.evaluated_on("test")

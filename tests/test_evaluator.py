@@ -196,6 +196,8 @@ def run(coco_folder: Path, tmp_path: Path) -> Run:
             "codec": {"mask_size": MASK_SIZE, "vector_dim": VECTOR_DIM},
             "data": {
                 "root": str(coco_folder),
+                "train_images": "images",
+                "train_annotations": "instances.json",
                 "val_images": "images",
                 "val_annotations": "instances.json",
                 "test_scale": 32,
@@ -241,6 +243,15 @@ def test_a_run_is_evaluated_again_only_when_its_weights_change(run, dataset, mon
     run.detections.unlink()
     evaluate_run(run)
     assert used == [1, 1]
+
+
+def test_the_training_pictures_are_evaluated_into_files_of_their_own(run, dataset):
+    write_weights(run, dataset, seed=0)
+    evaluation = evaluate_run(run, split="train")
+    assert not run.results.exists()
+    assert json.loads((run.folder / "results_train.json").read_text())["images"] == evaluation.images == PICTURES
+    assert len(read_results(run.folder / "detections_train.json.gz")) == 5 * PICTURES
+    assert run_ceiling(run, split="train").metrics == run_ceiling(run).metrics  # here both splits are the same pictures
 
 
 def test_a_run_without_weights_says_so(run):

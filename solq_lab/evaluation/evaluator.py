@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -129,7 +130,9 @@ def evaluate_model(
     return results, distributed.gather_objects(evaluation)[0]
 
 
-def evaluate_run(run: Run, *, device: torch.device | str | None = None) -> Evaluation:
+def evaluate_run(
+    run: Run, *, split: Literal["val", "train"] = "val", device: torch.device | str | None = None
+) -> Evaluation:
     """Evaluates a run's trained weights on its validation split, as its experiment says.
 
     Writes `detections.json.gz` and `results.json` (the numbers, the settings, and fingerprints of weights and
@@ -138,19 +141,21 @@ def evaluate_run(run: Run, *, device: torch.device | str | None = None) -> Evalu
 
     Args:
         run: a run whose training is finished.
+        split: "train" evaluates on the training pictures instead, into files of their own (`results_train.json`).
         device: where to predict. None: this process's GPU, or the CPU.
 
     Raises:
         RunError: the run has no trained weights.
-        DataError: the validation split cannot be used.
+        DataError: the split cannot be used.
     """
     if not run.weights.exists():
         raise RunError(f"{run.folder}: no {run.weights.name} yet ({run.status()['state']}); finish the training first")
-    experiment = run.experiment
+    experiment = run.experiment.evaluated_on(split)
+    results_file, detections_file = _result_files(run, split)
     about = _what_is_evaluated(experiment, run.weights)
-    finished = _finished_results(run, about)
+    finished = _finished_results(results_file, about) if detections_file.exists() else None
     if finished is not None:
-        logger.info("%s: results of these weights are there already", run.results)
+        logger.info("%s: results of these weights are there already", results_file)
         return finished
     device = distributed.device() if device is None else torch.device(device)
     predictor = Predictor(run.weights, device=device)
@@ -169,19 +174,20 @@ def evaluate_run(run: Run, *, device: torch.device | str | None = None) -> Evalu
         workers=experiment.data.workers,
     )
     if distributed.is_main():
-        write_results(run.detections, results)
-        write_json(run.results, evaluation.to_dict() | about | {"seconds": time.perf_counter() - started})
+        write_results(detections_file, results)
+        write_json(results_file, evaluation.to_dict() | about | {"seconds": time.perf_counter() - started})
     return evaluation
 
 
-def run_ceiling(run: Run) -> Evaluation | None:
-    """What the run's mask code allows on its validation split (`codec_ceiling`); None for a plain detector."""
-    codec = build_codec(run.experiment)
+def run_ceiling(run: Run, *, split: Literal["val", "train"] = "val") -> Evaluation | None:
+    """What the run's mask code allows on the pictures of a split (`codec_ceiling`); None for a plain detector."""
+    experiment = run.experiment.evaluated_on(split)
+    codec = build_codec(experiment)
     if codec is None:
         return None
-    settings = run.experiment.evaluation
+    settings = experiment.evaluation
     return codec_ceiling(
-        _validation_annotations(run.experiment),
+        _validation_annotations(experiment),
         codec,
         area_sides=settings.area_sides,
         boundary_ratio=settings.boundary_ratio,
@@ -204,10 +210,17 @@ def _what_is_evaluated(experiment: Experiment, weights: Path) -> dict:
     }
 
 
-def _finished_results(run: Run, about: dict) -> Evaluation | None:
-    if not (run.results.exists() and run.detections.exists()):
+def _result_files(run: Run, split: str) -> tuple[Path, Path]:
+    """The files of the numbers and of the detections; only those of the validation split have plain names."""
+    if split == "val":
+        return run.results, run.detections
+    return run.folder / f"results_{split}.json", run.folder / f"detections_{split}.json.gz"
+
+
+def _finished_results(results_file: Path, about: dict) -> Evaluation | None:
+    if not results_file.exists():
         return None
-    stored = read_json(run.results)
+    stored = read_json(results_file)
     return Evaluation.from_dict(stored) if all(stored.get(key) == value for key, value in about.items()) else None
 
 
