@@ -338,7 +338,15 @@ def followed(tmp_path, experiment):
     script = STAND_IN.format(body="time.sleep(60)")
     notebook = write_notebook(tmp_path / "look.ipynb", FOLLOWING.format(python=sys.executable, script=script))
     command = [str(Path(sys.executable).with_name("solq-lab")), "run", str(notebook), str(experiment)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Shells start background jobs deaf to Ctrl-C, and children inherit that: these tests may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     folder = tmp_path / "runs" / "mine"
     try:
         wait_for(lambda: (folder / "status.json").exists() and '"training"' in (folder / "status.json").read_text(), 60)
