@@ -32,7 +32,7 @@ WORKSPACE = (
 )
 STARTING_SECONDS = 60  # a fresh training imports torch for so long at most before it takes the run's lock
 LOG_LINES_SHOWN = 15
-QUIET_KERNEL = ["--IPKernelApp.log_level=ERROR"]  # else each start warns that local sockets are not encrypted
+QUIET_KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it reports unencrypted local sockets, and its own shutdown
 # Mistakes of the user: one clear message and exit status 2, no traceback. By name, because naming them loads no torch.
 REFUSALS = frozenset(
     [
