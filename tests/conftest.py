@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,32 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def golden_folder() -> Path:
     """Root of the golden fixtures; the environment variable SOLQ_GOLDEN names another."""
     return Path(os.environ.get("SOLQ_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
+
+
+_golden_files_read: set[Path] = set()
+
+
+def pytest_configure() -> None:
+    """Note which golden folders the tests really open, so that none can drop out of the comparison unseen."""
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].endswith(("fixture.json", "fixture.npz")):
+            _golden_files_read.add(Path(arguments[0]).resolve())
+
+    sys.addaudithook(note)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the golden folders that were compared, and those that were not."""
+    if not _golden_files_read:
+        return
+    from golden import not_covered
+
+    root = golden_folder().resolve()
+    read = {path.parent for path in _golden_files_read} - set(not_covered(root))  # of those only names are read
+    for title, folders in (("compared", read), ("not compared", {path.parent for path in root.glob("*/*")} - read)):
+        names = ", ".join(sorted(folder.name for folder in folders))
+        terminalreporter.write_line(f"golden folders {title}: {names or 'none'}")
 
 
 @pytest.fixture(scope="session")
