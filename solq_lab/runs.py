@@ -9,7 +9,7 @@ runs/<name>/
     trainer.lock         held by the one training process that may write here
     checkpoints/step_XXXXXXX/{weights.safetensors, state.pt}
     weights.safetensors  the trained model
-    detections.json.gz, results.json, figures/, <notebook>.ipynb, <notebook>.html
+    detections.json.gz, results.json, ceiling.json, figures/, <notebook>.ipynb, <notebook>.html
 """
 
 from __future__ import annotations

@@ -263,3 +263,20 @@ def test_the_ceiling_of_a_run_is_that_of_its_code_on_its_validation_pictures(run
     ceiling = run_ceiling(run)
     assert ceiling.metrics["segm.IoU"] == codec_ceiling(dataset.annotations, codec).metrics["segm.IoU"]
     assert math.isclose(ceiling.boundary_ratio, 0.05)
+
+
+def test_the_ceiling_is_measured_once_and_again_only_when_what_it_depends_on_changes(run, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        evaluator,
+        "codec_ceiling",
+        lambda *args, _real=evaluator.codec_ceiling, **settings: measured.append(1) or _real(*args, **settings),
+    )
+    first = run_ceiling(run)
+    assert run_ceiling(run).to_dict() == first.to_dict()
+    assert measured == [1]
+    kept = run.folder / "ceiling.json"
+    stored = json.loads(kept.read_text())
+    kept.write_text(json.dumps(stored | {"codec": stored["codec"] | {"vector_dim": 3}}))
+    assert run_ceiling(run).to_dict() == first.to_dict()
+    assert measured == [1, 1]

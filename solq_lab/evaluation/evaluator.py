@@ -151,7 +151,7 @@ def evaluate_run(
     if not run.weights.exists():
         raise RunError(f"{run.folder}: no {run.weights.name} yet ({run.status()['state']}); finish the training first")
     experiment = run.experiment.evaluated_on(split)
-    results_file, detections_file = _result_files(run, split)
+    results_file, detections_file = _for_split(run.results, split), _for_split(run.detections, split)
     about = _what_is_evaluated(experiment, run.weights)
     finished = _finished_results(results_file, about) if detections_file.exists() else None
     if finished is not None:
@@ -180,41 +180,53 @@ def evaluate_run(
 
 
 def run_ceiling(run: Run, *, split: Literal["val", "train"] = "val") -> Evaluation | None:
-    """What the run's mask code allows on the pictures of a split (`codec_ceiling`); None for a plain detector."""
+    """What the run's mask code allows on the pictures of a split (`codec_ceiling`); None for a plain detector.
+
+    Kept in `ceiling.json` of the run folder (`ceiling_train.json`), and read from there while code, annotations and
+    settings are the same: training, notebooks and command line share one measurement.
+    """
     experiment = run.experiment.evaluated_on(split)
     codec = build_codec(experiment)
     if codec is None:
         return None
-    settings = experiment.evaluation
-    return codec_ceiling(
-        _validation_annotations(experiment),
-        codec,
-        area_sides=settings.area_sides,
-        boundary_ratio=settings.boundary_ratio,
-        max_images=settings.max_images,
-    )
+    settings, ceiling_file = experiment.evaluation, _for_split(run.folder / "ceiling.json", split)
+    about = _what_is_scored(experiment) | {"codec": experiment.codec.model_dump(mode="json")}
+    ceiling = _finished_results(ceiling_file, about)
+    if ceiling is None:
+        ceiling = codec_ceiling(
+            _validation_annotations(experiment),
+            codec,
+            area_sides=settings.area_sides,
+            boundary_ratio=settings.boundary_ratio,
+            max_images=settings.max_images,
+        )
+        write_json(ceiling_file, ceiling.to_dict() | about)
+    return ceiling
 
 
 def _validation_annotations(experiment: Experiment) -> Path:
     return Path(experiment.data.root) / experiment.data.val_annotations
 
 
-def _what_is_evaluated(experiment: Experiment, weights: Path) -> dict:
-    """Everything the numbers depend on, as JSON types."""
+def _what_is_scored(experiment: Experiment) -> dict:
+    """The part of what numbers depend on that no model changes, as JSON types."""
     annotations = _validation_annotations(experiment)
     return {
         "settings": experiment.evaluation.model_dump(mode="json"),
-        "scale": [experiment.data.test_scale, experiment.data.max_size],
-        "weights": hash_file(weights),
         "annotations": hash_file(annotations) if annotations.is_file() else None,
     }
 
 
-def _result_files(run: Run, split: str) -> tuple[Path, Path]:
-    """The files of the numbers and of the detections; only those of the validation split have plain names."""
-    if split == "val":
-        return run.results, run.detections
-    return run.folder / f"results_{split}.json", run.folder / f"detections_{split}.json.gz"
+def _what_is_evaluated(experiment: Experiment, weights: Path) -> dict:
+    """Everything the numbers of a model depend on, as JSON types."""
+    scale = [experiment.data.test_scale, experiment.data.max_size]
+    return _what_is_scored(experiment) | {"scale": scale, "weights": hash_file(weights)}
+
+
+def _for_split(path: Path, split: str) -> Path:
+    """The file itself for the validation split; beside it, with the split in its name, for another."""
+    stem, dot, suffixes = path.name.partition(".")
+    return path if split == "val" else path.with_name(f"{stem}_{split}{dot}{suffixes}")
 
 
 def _finished_results(results_file: Path, about: dict) -> Evaluation | None:
