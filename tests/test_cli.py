@@ -18,6 +18,7 @@ from tiny import tiny_experiment, write_pictures
 
 from solq_lab import cli, launch
 from solq_lab.build import build_model
+from solq_lab.commands import runs
 from solq_lab.config import Experiment, load_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.models.weights import read_weights, save_weights, to_official_state
@@ -84,7 +85,7 @@ def train_here(monkeypatch):
     """Let `solq-lab train` run its training in this process, which saves the seconds that importing torch takes."""
     from solq_lab.training import command as training
 
-    monkeypatch.setattr(cli, "start_training", lambda folder: training.main([str(folder)]))
+    monkeypatch.setattr(runs, "start_training", lambda folder: training.main([str(folder)]))
     yield
     for handler in logging.getLogger().handlers[:]:
         if isinstance(handler, logging.FileHandler):

@@ -1,0 +1,37 @@
+"""Commands about this machine: doctor, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from solq_lab.commands.arguments import FAILED
+
+
+def doctor() -> None:
+    """Show what this machine offers, and check that every implementation of the operators gives the same numbers."""
+    from solq_lab.doctor import examine
+
+    report = examine()
+    typer.echo(str(report))
+    if not report.healthy:
+        raise typer.Exit(FAILED)
+
+
+def bench(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="op, codec, targets, postprocess, matcher, loader, eval, infer, train; by default all."),
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
+    data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read pictures.")] = None,
+) -> None:
+    """Time each part against the plain way of doing the same, side by side, and check that both agree."""
+    from solq_lab.bench import runner
+
+    unknown = set(parts or []) - set(runner.PARTS)
+    if unknown:
+        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; allowed are {', '.join(runner.PARTS)}")
+    typer.echo(runner.run(parts or [], json_path, data=data).table())

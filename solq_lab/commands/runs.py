@@ -1,0 +1,106 @@
+"""Commands that make or read run folders: run, train, evaluate."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from solq_lab.commands.arguments import ExperimentFile, Notebook, Overrides, RunFolder, RunsDir
+from solq_lab.config import load_experiment
+from solq_lab.launch import (
+    Interrupted,
+    check_data_folder,
+    follow_training,
+    prepare_data,
+    run_notebook,
+    start_training,
+    stop_training,
+)
+from solq_lab.parameters import NotebookError
+from solq_lab.runs import Run, create_run, load_run, read_json
+
+if TYPE_CHECKING:
+    from solq_lab.evaluation.summary import Evaluation
+
+
+class Split(StrEnum):
+    """Which pictures to evaluate on."""
+
+    val = "val"
+    train = "train"
+
+
+def run(
+    notebook: Notebook,
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="A further parameter of the notebook, name=value.")
+    ] = None,
+) -> None:
+    """Execute a notebook for an experiment; the report appears in the run folder."""
+    given = dict(_split_parameter(text) for text in parameter or [])
+    executed = run_notebook(notebook, experiment, overrides or [], runs_dir, parameters=given)
+    _print_results(load_run(executed.parent))
+    typer.echo(f"\nnotebook  {executed}\nHTML      {executed.with_suffix('.html')}")
+
+
+def train(experiment: ExperimentFile, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Train an experiment without a notebook, or resume it; Ctrl-C saves and stops."""
+    resolved = load_experiment(experiment, overrides or [])
+    check_data_folder(resolved)
+    trained = create_run(resolved, runs_dir)
+    prepare_data(resolved)
+    start_training(trained.folder)
+    try:
+        follow_training(trained.folder)
+    except KeyboardInterrupt:
+        raise Interrupted(stop_training(trained.folder)) from None
+    _print_results(trained)
+    typer.echo(f"\nweights   {trained.weights}")
+
+
+def evaluate(
+    run_folder: RunFolder,
+    split: Annotated[Split, typer.Option(help="Pictures: validation, or those it was trained on.")] = Split.val,
+    classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
+) -> None:
+    """Evaluate a finished run; numbers that are there already are only printed."""
+    from solq_lab.evaluation.evaluator import evaluate_run, run_ceiling
+
+    evaluated = load_run(run_folder)
+    evaluation = evaluate_run(evaluated, split=split.value)
+    ceiling = run_ceiling(evaluated, split=split.value)
+    typer.echo(f"\n{evaluated.name}, {split.value} pictures\n{evaluation.table(ceiling=ceiling)}")
+    if classes:
+        typer.echo("\n" + evaluation.class_table("segm" if "segm" in evaluation.kinds else "box"))
+
+
+def _split_parameter(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise NotebookError(f"--parameter {text!r}: allowed is name=value, for example -p pictures=6")
+    return name, value
+
+
+def _print_results(run: Run) -> None:
+    """The AP table of a run beside its mask code's ceiling; nothing where the run has no results."""
+    from solq_lab.evaluation.summary import Evaluation
+
+    if not run.results.exists():
+        return
+    results = read_json(run.results)
+    table = Evaluation.from_dict(results).table(ceiling=_stored_ceiling(run, results))
+    typer.echo(f"\n{run.name}, validation pictures\n{table}")
+
+
+def _stored_ceiling(run: Run, results: dict) -> Evaluation | None:
+    """The code's ceiling as the training measured it; None for a plain detector."""
+    from solq_lab.evaluation.summary import Evaluation
+
+    measured = [line["ceiling"] for line in run.metrics("start") if line["ceiling"]]
+    return Evaluation.from_dict(results | {"metrics": measured[-1], "per_class": {}}) if measured else None

@@ -1,0 +1,93 @@
+"""Commands around weights: predict with them, import the released ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from solq_lab.data.classes import ClassMap
+
+
+def predict(
+    weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures with their objects drawn in.")] = Path(
+        "predictions"
+    ),
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Objects below this score are left out.")] = 0.3,
+) -> None:
+    """Find the objects in pictures; draw them, and list class, score and box (x0 y0 x1 y1, pixels)."""
+    import numpy as np
+
+    from solq_lab.inference.predictor import Predictor, read_upright
+    from solq_lab.viz.pictures import draw_detections
+
+    predictor = Predictor(weights)
+    for path in images:
+        picture = read_upright(path)
+        found = predictor.predict(picture).above(score)
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = out / f"{path.stem}.png"
+        draw_detections(np.asarray(picture), found, title=path.name).savefig(drawn)
+        typer.echo(f"{path}: {len(found.names)} objects, drawn in {drawn}")
+        for name, value, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True):
+            typer.echo(f"  {value:.2f}  {name:<20} " + " ".join(f"{edge:7.1f}" for edge in box))
+
+
+def import_weights(
+    source: Annotated[Path, typer.Argument(help="Released checkpoint (.pth); with --to-official, weights of ours.")],
+    destination: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
+    to_official: Annotated[
+        bool, typer.Option("--to-official", help="The way back: from ours to the released names.")
+    ] = False,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO annotations that name the classes; by default COCO's own names.")
+    ] = None,
+) -> None:
+    """Turn released SOLQ or Deformable DETR weights into ours; nothing in the file is executed."""
+    from solq_lab.models.weights import WeightMismatch, export_official, import_official
+
+    if destination.exists():
+        raise WeightMismatch(f"{destination}: exists already and is not written over; remove it or name another file")
+    if to_official:
+        export_official(source, destination)
+        typer.echo(f"{destination}: written under the released names")
+        return
+    report = import_official(source, destination, _describer(destination.stem, annotations))
+    typer.echo(str(report))
+    for section, values in report.architecture.items():
+        typer.echo(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    typer.echo(f"{destination}: written; `solq-lab predict {destination} PICTURE` uses it")
+
+
+def _describer(name: str, annotations: Path | None) -> Callable[[dict[str, dict]], tuple[str, str]]:
+    """From the sections inferred of released weights to their experiment (YAML) and class map (JSON)."""
+
+    def describe(architecture: dict[str, dict]) -> tuple[str, str]:
+        from solq_lab.config import validate_experiment
+
+        plain = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "imported"
+        experiment = validate_experiment({"name": plain} | architecture, source="the imported experiment")
+        return experiment.to_yaml(), _released_classes(architecture["data"]["num_classes"], annotations).to_json()
+
+    return describe
+
+
+def _released_classes(count: int, annotations: Path | None) -> ClassMap:
+    """The class map of released weights, whose channels are category ids: COCO's own where there are 91 of them."""
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    from solq_lab.data.classes import UNUSED, ClassMap
+
+    if annotations is not None:
+        return ClassMap.from_annotations(annotations, "raw", count)
+    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id, with gaps
+    names = ["" if name in ("N/A", "__background__") else name for name in coco]
+    if len(names) != count:
+        names = [f"category {channel}" for channel in range(count)]
+    return ClassMap(tuple(names), tuple(channel if name else UNUSED for channel, name in enumerate(names)))
