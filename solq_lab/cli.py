@@ -28,6 +28,7 @@ app.command()(runs.evaluate)
 app.command()(weights.predict)
 app.command()(data.make_shapes)
 app.command()(weights.import_weights)
+app.command()(weights.ship)
 app.command()(machine.doctor)
 app.command()(machine.bench)
 

@@ -23,7 +23,7 @@ from typing import Any
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.parameters import check_parameters
 from solq_lab.progress import Progress, status_line
-from solq_lab.runs import Run, RunError, create_run, load_run, replacing
+from solq_lab.runs import Run, RunError, create_run, load_run, replacing, working_copy
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +176,26 @@ def prepare_data(experiment: Experiment) -> None:
     from solq_lab.data.shapes import write_shapes
 
     write_shapes(Path(data.root), level=data.generate, train=data.generate_train, val=data.generate_val)
+
+
+def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
+    """A finished run to look into, with its pictures: drawn shapes appear on first use.
+
+    What is computed from a run that comes with the project goes into a copy of it in `runs_dir`; its own folder is
+    only read (`runs.working_copy`).
+
+    Raises:
+        RunError: no such run, or one without trained weights.
+        ConfigError: its data folder is missing.
+        DataError: its data folder holds shapes of other settings.
+    """
+    run = load_run(folder)
+    if not run.weights.is_file():
+        raise RunError(
+            f"{run.folder}: no {run.weights.name} ({run.status()['state']}); train it first, or name another"
+        )
+    prepare_data(run.experiment)
+    return working_copy(run, runs_dir)
 
 
 def enter_workspace() -> Path:

@@ -10,6 +10,7 @@ runs/<name>/
     checkpoints/step_XXXXXXX/{weights.safetensors, state.pt}
     weights.safetensors  the trained model
     detections.json.gz, results.json, ceiling.json, figures/, <notebook>.ipynb, <notebook>.html
+    shipped.json         only in a run that comes with the project: fingerprint of its weights, see `working_copy`
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import json
 import logging
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +38,8 @@ from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experim
 log = logging.getLogger(__name__)
 
 State = Literal["created", "training", "preempted", "failed", "finished"]
+
+SHIPPED = "shipped.json"
 
 _CORE_PACKAGES = ("solq-lab", "torch", "torchvision", "timm", "numpy", "scipy", "safetensors")
 _COCO_PACKAGES = ("pycocotools", "faster-coco-eval")
@@ -226,6 +231,31 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
         except RunError as error:
             log.warning("left out: %s", error)
     return runs
+
+
+def working_copy(run: Run, runs_dir: str | Path = "runs") -> Run:
+    """The run itself; of a run that comes with the project, a copy in `runs_dir`/shipped that may be written to.
+
+    The copy is made on first use, and made anew when the project ships other weights.
+
+    Raises:
+        RunError: the place of the copy holds something else.
+    """
+    shipped = run.folder / SHIPPED
+    copy = Path(runs_dir) / "shipped" / run.name
+    if not shipped.is_file() or run.folder.resolve() == copy.resolve():
+        return run
+    if copy.exists():
+        if not (copy / SHIPPED).is_file():
+            raise RunError(f"{copy}: is no copy of {run.folder} (no {SHIPPED}); move it away, or give another runs_dir")
+        if (copy / SHIPPED).read_bytes() == shipped.read_bytes():
+            return Run(copy)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{copy.name}-", dir=copy.parent) as unfinished:
+        shutil.copytree(run.folder, Path(unfinished) / copy.name)
+        shutil.rmtree(copy, ignore_errors=True)
+        os.replace(Path(unfinished) / copy.name, copy)
+    return Run(copy)
 
 
 def describe_software() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from solq_lab.launch import (
     Interrupted,
     check_data_folder,
     follow_training,
+    open_run,
     prepare_data,
     run_notebook,
     start_training,
@@ -72,7 +73,7 @@ def evaluate(
     """Evaluate a finished run; numbers that are there already are only printed."""
     from solq_lab.evaluation.evaluator import evaluate_run, run_ceiling
 
-    evaluated = load_run(run_folder)
+    evaluated = open_run(run_folder)
     evaluation = evaluate_run(evaluated, split=split.value)
     ceiling = run_ceiling(evaluated, split=split.value)
     typer.echo(f"\n{evaluated.name}, {split.value} pictures\n{evaluation.table(ceiling=ceiling)}")

@@ -1,4 +1,4 @@
-"""Commands around weights: predict with them, import the released ones."""
+"""Commands around weights: predict with them, import the released ones, make a trained run small enough to ship."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from solq_lab.commands.arguments import Overrides, RunFolder
 
 if TYPE_CHECKING:
     from solq_lab.data.classes import ClassMap
@@ -63,6 +65,26 @@ def import_weights(
     for section, values in report.architecture.items():
         typer.echo(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
     typer.echo(f"{destination}: written; `solq-lab predict {destination} PICTURE` uses it")
+
+
+def ship(
+    run_folder: RunFolder,
+    destination: Annotated[Path, typer.Argument(help="Folder to write; an earlier shipped run is replaced.")],
+    overrides: Overrides = None,
+) -> None:
+    """Make a finished run small: half-precision weights and its record; the detections are compared."""
+    from solq_lab.config import load_experiment
+    from solq_lab.inference.shipping import ship_run
+    from solq_lab.launch import prepare_data
+    from solq_lab.runs import load_run
+
+    run = load_run(run_folder)
+    changes = [*(overrides or []), f"name={destination.name}"]
+    experiment = load_experiment(run.folder / "experiment.yaml", changes)
+    prepare_data(experiment)
+    typer.echo(str(ship_run(run, destination, experiment)))
+    size = sum(path.stat().st_size for path in destination.iterdir())
+    typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {destination} PICTURE` uses it")
 
 
 def _describer(name: str, annotations: Path | None) -> Callable[[dict[str, dict]], tuple[str, str]]:
