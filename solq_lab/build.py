@@ -117,12 +117,8 @@ def build_dataset(
         ConfigError: `data.root` is empty.
         DataError: a folder or file is missing, or the annotations are not COCO.
     """
-    data = experiment.data
-    if not data.root:
-        raise ConfigError(
-            "data.root is empty: give the folder that holds the images and annotations (data.root=FOLDER)"
-        )
-    root, training = Path(data.root), split == "train"
+    data, root = experiment.data, _data_root(experiment)
+    training = split == "train"
     wanted = training or with_masks
     annotations = root / (data.train_annotations if training else data.val_annotations)
     return CocoDataset(
@@ -137,6 +133,31 @@ def build_dataset(
         mask_route=data.mask_route,
         cache=data.cache,
     )
+
+
+def build_pictures(experiment: Experiment, classes: ClassMap | None = None) -> CocoDataset:
+    """The validation pictures as they lie in their files, with their true masks; for looking, whatever the model.
+
+    Raises:
+        ConfigError, DataError: as in `build_dataset`.
+    """
+    data, root = experiment.data, _data_root(experiment)
+    return CocoDataset(
+        root / data.val_images,
+        root / data.val_annotations,
+        classes=classes,
+        class_ids=data.class_ids,
+        num_classes=data.num_classes,
+        mask_size=experiment.codec.mask_size,
+    )
+
+
+def _data_root(experiment: Experiment) -> Path:
+    if not experiment.data.root:
+        raise ConfigError(
+            "data.root is empty: give the folder that holds the images and annotations (data.root=FOLDER)"
+        )
+    return Path(experiment.data.root)
 
 
 def build_augmentation(data: DataSection) -> ReleasedAugmentation | FlipOnly | TestResize:

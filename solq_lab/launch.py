@@ -191,9 +191,7 @@ def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
     """
     run = load_run(folder)
     if not run.weights.is_file():
-        raise RunError(
-            f"{run.folder}: no {run.weights.name} ({run.status()['state']}); train it first, or name another"
-        )
+        raise RunError(f"{run.folder}: no {run.weights.name} ({run.status()['state']}); finish the training first")
     prepare_data(run.experiment)
     return working_copy(run, runs_dir)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_experiment, write_pictures
+from tiny import SIDE, tiny_experiment, write_pictures
 from torchvision.models import resnet50
 
-from solq_lab.build import build_augmentation, build_backbone, build_codec, build_dataset, build_model
+from solq_lab.build import build_augmentation, build_backbone, build_codec, build_dataset, build_model, build_pictures
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.config import ConfigError, DataSection, ModelSection
 from solq_lab.data.annotations import DataError
@@ -105,6 +105,15 @@ def test_training_targets_have_masks_and_validation_targets_have_none(pictures):
     assert val[0][1].masks is None
     assert val.classes is train.classes
     assert (len(train), len(val)) == (12, 4)
+
+
+def test_pictures_to_look_at_are_those_of_the_files_with_their_true_masks(pictures):
+    dataset = build_pictures(tiny_experiment(pictures, data={"test_scale": 20}, codec={"kind": "none"}))
+    picture, _ = dataset[0]
+    assert picture.shape == (3, SIDE, SIDE)
+    assert dataset.objects(0).masks[0]["size"] == [SIDE, SIDE]
+    with pytest.raises(ConfigError, match=r"data\.root is empty"):
+        build_pictures(tiny_experiment(pictures, data={"root": ""}))
 
 
 def test_raw_class_ids_are_the_channels(pictures):

@@ -313,6 +313,21 @@ def test_objects_of_coco_are_those_of_pycocotools(coco_tiny, capsys):
         torch.testing.assert_close(boxes, expected, rtol=0, atol=2e-2)  # some boxes leave the picture by a hair
 
 
+def test_true_objects_are_the_annotations_own_at_the_size_of_the_file(tmp_path):
+    folder = write_folder(tmp_path, annotation())
+    dataset = CocoDataset(**folder, mask_size=4, transform=Planned(Resize((30, 40), (60, 80)), Mirror(80)))
+    found = dataset.objects(dataset.image_ids.index(1))
+    assert found.boxes.tolist() == [[10, 5, 20, 15]]
+    assert (found.names, found.labels.tolist(), found.scores.tolist()) == (["cat"], [1], [1.0])
+    expected = torch.zeros(30, 40, dtype=torch.bool)
+    expected[5:15, 10:20] = True
+    assert torch.equal(decode_rle(found.masks)[0], expected)
+    empty = dataset.objects(dataset.image_ids.index(5))
+    assert (len(empty.labels), empty.boxes.shape, empty.masks) == (0, (0, 4), [])
+    with pytest.raises(ValueError, match="built without masks; give it a mask_size"):
+        CocoDataset(**folder).objects(0)
+
+
 def test_boxes_are_clamped_and_those_without_area_are_named_in_one_log_line(tmp_path, caplog):
     entries = [
         annotation(id=1, bbox=[-5, -5, 20, 20]),

@@ -34,7 +34,7 @@ from solq_lab.data.transforms import (
     mirrored,
     size_after,
 )
-from solq_lab.structures import Target
+from solq_lab.structures import Detections, Target
 
 __all__ = ["CocoDataset", "DataError"]
 
@@ -135,6 +135,24 @@ class CocoDataset(Dataset):
             original_size=original_size,
         )
         return apply_to_picture(steps, self._picture(index)), target
+
+    def objects(self, index: int) -> Detections:
+        """The true objects of a picture as detections of score 1, with boxes and masks in pixels of its file.
+
+        Crowds are left out. The masks are the annotations' own, no transform or mask code has touched them.
+
+        Raises:
+            ValueError: the data set was built without masks.
+        """
+        if self.mask_size is None:
+            raise ValueError("this data set was built without masks; give it a mask_size")
+        rows = slice(*self._objects.starts[index : index + 2])
+        labels = torch.from_numpy(self._labels[rows])
+        boxes = torch.from_numpy(self._objects.boxes[rows]).float()
+        segmentations = self._segmentations(index, np.arange(len(labels)))
+        rles = [masks.segmentation_to_rle(segmentation, self._size(index)) for segmentation in segmentations]
+        names = [self.classes.names[label] for label in labels.tolist()]
+        return Detections(torch.ones(len(labels)), labels, boxes, torch.arange(len(labels)), rles, names)
 
     def _size(self, index: int) -> tuple[int, int]:
         height, width = self._pictures.sizes[index].tolist()
