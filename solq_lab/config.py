@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, sweeps and their rows: folders and files are called so
 BackboneName = Literal["resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "small"]
 
 
@@ -24,6 +25,9 @@ class Section(BaseModel):
     """Common ground: unknown keys are refused, values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 class ModelSection(Section):
@@ -47,6 +51,7 @@ class ModelSection(Section):
     refine_boxes: bool = Field(True, description="iterative box refinement; on in all released SOLQ models")
     two_stage: bool = Field(False, description="queries from the encoder's best proposals")
     standardise_vectors: bool = Field(False, description="vectors in units of their spread in training")
+    mask_branch: Literal["none", "sqr"] = Field("none", description="sqr: the paper's baseline draws masks (table 2)")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelSection:
@@ -56,6 +61,8 @@ class ModelSection(Section):
             raise ValueError(f"width {self.width} is not a multiple of 32 (group norm has 32 groups)")
         if self.levels == 2:
             raise ValueError("levels 2 does not exist: 1 is C5 alone, 3 is C3-C5, 4 adds the stride-64 level")
+        if self.mask_branch == "sqr" and self.levels == 1:
+            raise ValueError("mask_branch sqr needs the maps C3-C5: give levels 3 or more, or mask_branch: none")
         if self.two_stage and not self.refine_boxes:
             raise ValueError("two_stage needs refine_boxes: true; proposals are refined layer by layer")
         if self.dilation and not self.backbone.startswith("resnet"):
@@ -96,6 +103,8 @@ class LossSection(Section):
     vector_normalisation: Literal["mean", "num_boxes"] = Field(
         "mean", description="mean over pairs and coefficients (released models), or sum over both / number of boxes"
     )
+    mask_weight: float = Field(1.0, ge=0, description="focal loss of the mask branch's pixels (released)")
+    dice_weight: float = Field(1.0, ge=0, description="dice loss of the mask branch (released)")
     focal_alpha: float = Field(0.25, ge=0, le=1)
     focal_gamma: float = Field(2.0, ge=0)
 
@@ -151,6 +160,7 @@ class TrainSection(Section):
     accumulate: int = Field(1, gt=0, description="backward passes per optimiser step")
     autocast: Literal["none", "bf16"] = "none"
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 is off")
+    freeze_detector: bool = Field(False, description="train the mask branch alone, on the detector in model.pretrained")
     threads: int = Field(0, ge=0, description="torch threads per process; 0 leaves the choice to torch")
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; one is also written at each evaluation")
     evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
@@ -179,7 +189,7 @@ class EvaluationSection(Section):
 class Experiment(Section):
     """One experiment, complete: what `experiment.yaml` in a run folder holds."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(min_length=1, pattern=NAME)
     seed: int = Field(42, ge=0)
     model: ModelSection = ModelSection()
     codec: CodecSection = CodecSection()
@@ -189,6 +199,22 @@ class Experiment(Section):
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _masks_have_one_source(self) -> Experiment:
+        if self.model.mask_branch != "none" and self.codec.kind != "none":
+            raise ValueError(
+                f"model.mask_branch {self.model.mask_branch} and codec.kind {self.codec.kind} would both make masks; "
+                "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
+            )
+        if self.train.freeze_detector and self.model.mask_branch == "none":
+            raise ValueError("train.freeze_detector leaves nothing to train without a branch: set model.mask_branch: sqr")
+        if self.train.freeze_detector and self.model.pretrained in ("imagenet", "none"):
+            raise ValueError(
+                f"train.freeze_detector needs a trained detector, and model.pretrained is {self.model.pretrained}; "
+                "name its weights file there"
+            )
+        return self
 
     def evaluated_on(self, split: Literal["val", "train"]) -> Experiment:
         """The same experiment with the pictures of `split` to validate on: "train" shows what was learnt by heart.
@@ -209,6 +235,37 @@ class Experiment(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class SweepRow(Section):
+    """One row of a sweep: what is changed, and which row of the paper it answers."""
+
+    name: str = Field(pattern=NAME)
+    overrides: list[str] = Field([], description="section.key=value changes to the experiment")
+    experiment: str | None = Field(None, description="instead of the sweep's")
+    paper: str | None = Field(None, description="row of the paper's table that this one answers")
+    run: str | None = Field(None, pattern=NAME, description="name of its runs, to share them with rows of other sweeps")
+
+
+class Sweep(Section):
+    """A table to fill: rows times seeds, each one a run of the same notebook."""
+
+    name: str = Field(pattern=NAME)
+    experiment: str = Field(description="YAML file that all rows start from; in the file, relative to it")
+    overrides: list[str] = Field([], description="section.key=value changes that all rows share")
+    rows: list[SweepRow] = Field(min_length=1)
+    seeds: list[int] = Field([42], min_length=1)
+    notebook: str = Field("notebooks/train.ipynb", description="what makes a run")
+    paper: str | None = Field(None, description="table of paper_results.yaml that this sweep answers")
+    metrics: list[str] = Field(["segm.AP", "box.AP"], min_length=1, description="columns of the table")
+
+    @model_validator(mode="after")
+    def _nothing_comes_twice(self) -> Sweep:
+        for what, values in (("rows", [row.name for row in self.rows]), ("seeds", self.seeds)):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"{what}: {', '.join(map(str, twice))} comes more than once; give each its own name")
+        return self
+
+
 def load_experiment(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
     """The experiment in a YAML file, its parents (`extends`) filled in and the overrides applied.
 
@@ -227,16 +284,36 @@ def load_experiment(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     return validate_experiment(values, source=str(path))
 
 
+def load_sweep(path: str | Path) -> Sweep:
+    """The sweep in a YAML file, called like the file, its experiments relative to the working directory.
+
+    Raises:
+        ConfigError: the file, a key or a value cannot be used. The experiments are not opened yet.
+    """
+    path = Path(path)
+    values = {"name": path.stem} | read_yaml(path)
+    sweep = _validate(Sweep, values, source=str(path))
+    rows = [
+        row.model_copy(update={"experiment": str(path.parent / row.experiment)}) if row.experiment else row
+        for row in sweep.rows
+    ]
+    return sweep.model_copy(update={"experiment": str(path.parent / sweep.experiment), "rows": rows})
+
+
 def validate_experiment(values: dict[str, Any], *, source: str) -> Experiment:
     """The experiment of a plain dictionary; `source` is what an error message calls it.
 
     Raises:
         ConfigError: an unknown key or a value that does not fit; all faults are listed at once.
     """
+    return _validate(Experiment, values, source=source)
+
+
+def _validate(schema: type[Schema], values: dict[str, Any], *, source: str) -> Schema:
     try:
-        return Experiment.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        faults = [_describe_fault(fault) for fault in error.errors()]
+        faults = [_describe_fault(fault, schema) for fault in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(faults)) from None
 
 
@@ -302,21 +379,22 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     place[key] = value
 
 
-def _describe_fault(fault: dict[str, Any]) -> str:
+def _describe_fault(fault: dict[str, Any], schema: type[Section]) -> str:
     location = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        allowed = _allowed_keys(fault["loc"][:-1])
+        allowed = _allowed_keys(schema, fault["loc"][:-1])
         nearest = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(allowed)}"
         return f"unknown key {location}; {hint}"
     message = fault["msg"].removeprefix("Value error, ")
     shown = fault["type"] != "missing" and not isinstance(fault["input"], dict | BaseModel)
     found = f" (found {fault['input']!r})" if shown else ""
-    return f"{location or 'experiment'}: {message}{found}"
+    return f"{location or schema.__name__.lower()}: {message}{found}"
 
 
-def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Experiment
+def _allowed_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
+        if isinstance(part, str):  # a number is a place in a list, whose type the step before has found
+            annotation = schema.model_fields[part].annotation
+            schema = next(iter(get_args(annotation)), annotation)
+    return list(schema.model_fields)

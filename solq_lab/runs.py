@@ -151,6 +151,10 @@ class Run:
         about = {"state": state, "step": step, "message": message, "time": time.time()}
         write_json(self.folder / "status.json", about | {"pid": os.getpid(), "host": socket.gethostname()})
 
+    def differences(self, experiment: Experiment) -> list[str]:
+        """Every setting that another experiment changes, with both values; empty when it is the run's own."""
+        return _differences(self.experiment.model_dump(mode="json"), experiment.model_dump(mode="json"))
+
     def is_training(self) -> bool:
         """Whether a living process holds the folder's lock.
 
@@ -195,7 +199,7 @@ def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
     path = folder / "experiment.yaml"
     if path.exists():
         run = Run(folder)
-        differences = _differences(run.experiment.model_dump(mode="json"), experiment.model_dump(mode="json"))
+        differences = run.differences(experiment)
         if differences:
             raise RunError(
                 f"{folder}: this run belongs to another experiment; it differs in {'; '.join(differences)}. "

@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from solq_lab.config import Experiment, load_experiment
 from solq_lab.parameters import check_parameters
 
-FILES = sorted((REPOSITORY / "experiments").glob("*.yaml"))
+FILES = sorted(path for path in (REPOSITORY / "experiments").glob("*.yaml") if path.stem != "paper_results")
 IDS = [path.stem for path in FILES]
 
 
