@@ -1,24 +1,64 @@
-"""The best a mask code allows: ground truth sent through the code. Paper: section 3.2, table 3."""
+"""The best a mask code allows: ground truth sent through the code. Paper: section 3.2, table 3.
+
+And what errors cost: the same with a normal error added to every box, or to every vector, as a network would make it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as rle_api
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from solq_lab import masks
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.data.annotations import read_annotations, tabulate_objects, tabulate_pictures
+from solq_lab.data.annotations import Objects, Pictures, read_annotations, tabulate_objects, tabulate_pictures
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.summary import Evaluation
+from solq_lab.evaluation.workers import in_processes
 
-_MASKS_AT_ONCE = 256  # keeps a crowded picture from holding hundreds of megabytes at N = 256
+Threshold = Literal["codec", "middle", "half"]
+
+SIZES = "sml"  # small, medium, large, as in APs, APm, APl
+_KINDS = ("segm", "boundary")
+_MASKS_AT_ONCE = 64  # a piece of work; at N = 256 its reconstructions are 16 MB
+
+
+class Noise(NamedTuple):
+    """Errors given to a network that makes none.
+
+    box: standard deviation of the error of each edge, over the side of the box.
+    vector: standard deviation of the error of each entry, over that entry's spread (standard deviation) among the
+        objects of the data set: 1 is about as wrong as always giving the mean vector.
+    seed: of the errors. An object's errors depend on this and its annotation id only, and grow in proportion.
+    """
+
+    box: float = 0.0
+    vector: float = 0.0
+    seed: int = 0
+
+
+class Reconstructions(NamedTuple):
+    """Objects of a data set after the way through a code, in the order of their pictures.
+
+    ids: (A,) int64 annotation ids.
+    areas: (A,) float64 areas as annotated, pixels; the mask's where the file gives none.
+    ious: (A,) float64 IoU of each mask with its ground truth; two empty masks have 0.
+    results: A COCO results, score 1.
+    """
+
+    ids: np.ndarray
+    areas: np.ndarray
+    ious: np.ndarray
+    results: list[dict]
 
 
 def codec_ceiling(
@@ -29,6 +69,9 @@ def codec_ceiling(
     boundary_ratio: float = DEFAULTS.boundary_ratio,
     image_ids: Collection[int] | None = None,
     max_images: int | None = None,
+    noise: Noise = Noise(),  # noqa: B008 - a constant
+    threshold: Threshold = "codec",
+    processes: int = 1,
 ) -> Evaluation:
     """Mask and boundary AP of a network that finds every object, its box and its vector without fault.
 
@@ -42,55 +85,226 @@ def codec_ceiling(
         boundary_ratio: boundary width over the picture's diagonal.
         image_ids: pictures to look at. None: all.
         max_images: only the first so many of them, by rising id. None: all.
+        noise: errors of boxes and vectors.
+        threshold: how a reconstruction becomes a mask: "codec" as the code says, "middle" above the middle of its
+            range, "half" from 0.5 on.
+        processes: how many work on the pictures; the numbers do not depend on it.
 
     Returns:
-        "segm" and "boundary" numbers, and "segm.IoU", the mean IoU of an object's mask with its ground truth (NaN where
-        there is no object).
+        "segm" and "boundary" numbers, and the mean IoU of an object's mask with its ground truth: "segm.IoU", and
+        "segm.IoUs", "segm.IoUm", "segm.IoUl" by object size (NaN where there is no object).
 
     Raises:
         DataError: the annotations cannot be used.
+        ValueError: negative noise, an unknown threshold, or several processes for a codec on a GPU.
     """
+    scene = _read_scene(annotations, codec, image_ids, max_images, noise, threshold)
+    if processes > 1 and _device(codec).type != "cpu":
+        raise ValueError(f"{processes} processes cannot share a codec on {_device(codec)}; use one, or a codec on cpu")
+    found = _reconstruct(scene, processes)
+    scoring = _Scoring(scene, found.results, area_sides, boundary_ratio)
+    scores = list(in_processes(_score, scoring, _KINDS, min(processes, len(_KINDS))))
+    return dataclasses.replace(
+        scores[0],
+        metrics=_joined(score.metrics for score in scores) | _mean_ious(found, area_sides),
+        per_class={name: _joined(score.per_class[name] for score in scores) for name in scores[0].per_class},
+    )
+
+
+def reconstruct_objects(
+    annotations: str | Path | dict,
+    codec: MaskCodec,
+    *,
+    image_ids: Collection[int] | None = None,
+    max_images: int | None = None,
+    noise: Noise = Noise(),  # noqa: B008 - a constant
+    threshold: Threshold = "codec",
+    processes: int = 1,
+) -> Reconstructions:
+    """Every object that is no crowd after the way through the code; arguments and errors as in `codec_ceiling`."""
+    return _reconstruct(_read_scene(annotations, codec, image_ids, max_images, noise, threshold), processes)
+
+
+class _Scene(NamedTuple):
+    """What all pieces of work share; `rows` are the objects in the chosen pictures, rows of `objects`."""
+
+    document: dict[str, Any]
+    pictures: Pictures
+    objects: Objects
+    rows: np.ndarray
+    image_ids: list[int]
+    codec: MaskCodec
+    noise: Noise
+    threshold: Threshold
+
+
+class _Scoring(NamedTuple):
+    scene: _Scene
+    results: list[dict]
+    area_sides: tuple[float, float]
+    boundary_ratio: float
+
+
+def _read_scene(
+    annotations: str | Path | dict,
+    codec: MaskCodec,
+    image_ids: Collection[int] | None,
+    max_images: int | None,
+    noise: Noise,
+    threshold: Threshold,
+) -> _Scene:
+    if not (0 <= noise.box < math.inf and 0 <= noise.vector < math.inf and noise.seed >= 0):
+        raise ValueError(f"{noise}: allowed are finite standard deviations from 0 on and seeds from 0 on")
+    if threshold not in ("codec", "middle", "half"):
+        raise ValueError(f"threshold {threshold!r}: allowed are codec, middle, half")
     source = Path("annotations") if isinstance(annotations, dict) else Path(annotations)
     document = annotations if isinstance(annotations, dict) else read_annotations(source)
     pictures = tabulate_pictures(document, source)
     objects = tabulate_objects(document, source, pictures, with_masks=True)
     chosen = sorted(pictures.ids.tolist() if image_ids is None else image_ids)[:max_images]
-    results: list[dict] = []
-    overlaps: list[float] = []
-    for picture in np.flatnonzero(np.isin(pictures.ids, chosen)).tolist():
-        image_id, size = int(pictures.ids[picture]), tuple(pictures.sizes[picture].tolist())
-        first, last = objects.starts[picture : picture + 2].tolist()
-        for start in range(first, last, _MASKS_AT_ONCE):
-            rows = slice(start, min(start + _MASKS_AT_ONCE, last))
-            sent = [objects.segmentations[row] for row in objects.order[rows]]
-            received = _send_through(codec, sent, torch.from_numpy(objects.boxes[rows]), size)
-            overlaps += [
-                _iou(masks.segmentation_to_rle(one, size), rle) for one, rle in zip(sent, received, strict=True)
-            ]
-            results += [
-                {"image_id": image_id, "category_id": category_id, "score": 1.0, "segmentation": rle}
-                for category_id, rle in zip(objects.categories[rows].tolist(), received, strict=True)
-            ]
-    evaluation = evaluate_results(
-        document,
-        results,
-        kinds=("segm", "boundary"),
-        area_sides=area_sides,
-        boundary_ratio=boundary_ratio,
-        image_ids=chosen,
-    )
-    mean_iou = float(np.mean(overlaps)) if overlaps else math.nan
-    return dataclasses.replace(evaluation, metrics=evaluation.metrics | {"segm.IoU": mean_iou})
+    owners = np.repeat(np.arange(len(pictures.ids)), np.diff(objects.starts))
+    rows = np.flatnonzero(np.isin(pictures.ids[owners], chosen))
+    return _Scene(document, pictures, objects, rows, chosen, codec, noise, threshold)
+
+
+def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
+    pieces = [scene.rows[start : start + _MASKS_AT_ONCE] for start in range(0, len(scene.rows), _MASKS_AT_ONCE)]
+    spread = None
+    if scene.noise.vector > 0 and pieces:
+        spread = _spread(list(in_processes(_vector_sums, scene, pieces, processes)))
+    ids = scene.objects.ids[scene.rows]
+    annotated = {entry["id"]: entry.get("area") for entry in scene.document["annotations"]}
+    areas, ious, results = [], [], []
+    work = in_processes(_send_through, scene, [_Piece(rows, spread) for rows in pieces], processes)
+    for received in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
+        areas += received.areas
+        ious += received.ious
+        results += received.results
+    areas = [area if annotated[key] is None else annotated[key] for key, area in zip(ids.tolist(), areas, strict=True)]
+    return Reconstructions(ids, np.array(areas, dtype=np.float64), np.array(ious, dtype=np.float64), results)
+
+
+class _Piece(NamedTuple):
+    """rows: (k,) of the scene's objects. spread: (D,) float64 of the vectors, or None where they get no error."""
+
+    rows: np.ndarray
+    spread: np.ndarray | None
+
+
+class _Received(NamedTuple):
+    """What comes out of one piece, object by object; the areas are those of the true masks."""
+
+    areas: list[float]
+    ious: list[float]
+    results: list[dict]
 
 
 @torch.inference_mode()
-def _send_through(codec: MaskCodec, segmentations: list, boxes: Tensor, size: tuple[int, int]) -> list[dict]:
-    """RLEs of objects of one picture after encoding and decoding; boxes (K, 4) xyxy in its pixels."""
-    bits = masks.rasterize_in_box(segmentations, boxes, size, codec.mask_size)  # (K, N, N)
+def _send_through(scene: _Scene, piece: _Piece) -> _Received:
+    codec, objects, noise = scene.codec, scene.objects, scene.noise
+    vectors = _encode(scene, piece.rows)  # (k, D)
+    boxes = objects.boxes[piece.rows].copy()  # (k, 4)
+    for place, key in enumerate(objects.ids[piece.rows].tolist()):
+        random = np.random.default_rng((noise.seed, key % 2**64))
+        boxes[place] = _moved(boxes[place], noise.box * random.standard_normal(4))
+        if piece.spread is not None:
+            error = torch.from_numpy(noise.vector * piece.spread * random.standard_normal(codec.vector_dim))
+            vectors[place] += error.to(vectors)
+    bits = _binarize(codec, codec.decode(vectors), scene.threshold)  # (k, N, N)
+    areas, ious, results = [], [], []
+    for picture, places in _by_picture(scene, piece.rows):
+        image_id, size = int(scene.pictures.ids[picture]), tuple(scene.pictures.sizes[picture].tolist())
+        rows = piece.rows[places]
+        truth = [masks.segmentation_to_rle(objects.segmentations[row], size) for row in objects.order[rows]]
+        found = masks.paste_to_rle(bits[places], torch.from_numpy(boxes[places]), size)
+        areas += rle_api.area(truth).tolist()
+        ious += [float(rle_api.iou([one], [other], [0])[0][0]) for one, other in zip(truth, found, strict=True)]
+        results += [
+            {"image_id": image_id, "category_id": category_id, "score": 1.0, "segmentation": rle}
+            for category_id, rle in zip(objects.categories[rows].tolist(), found, strict=True)
+        ]
+    return _Received(areas, ious, results)
+
+
+@torch.inference_mode()
+def _vector_sums(scene: _Scene, rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many vectors, their sum (D,) and the sum of their squares (D,)."""
+    vectors = _encode(scene, rows).double().cpu().numpy()
+    return len(vectors), vectors.sum(axis=0), (vectors**2).sum(axis=0)
+
+
+def _spread(sums: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """The standard deviation (D,) of each entry of all vectors."""
+    counts, firsts, seconds = zip(*sums, strict=True)
+    mean = sum(firsts) / sum(counts)
+    return np.sqrt(np.maximum(sum(seconds) / sum(counts) - mean**2, 0.0))
+
+
+def _encode(scene: _Scene, rows: np.ndarray) -> Tensor:
+    """Vectors (k, D) of objects, on the codec's device."""
+    objects, side = scene.objects, scene.codec.mask_size
+    bits = [
+        masks.rasterize_in_box(
+            [objects.segmentations[row] for row in objects.order[rows[places]]],
+            torch.from_numpy(objects.boxes[rows[places]]),
+            tuple(scene.pictures.sizes[picture].tolist()),
+            side,
+        )
+        for picture, places in _by_picture(scene, rows)
+    ]  # (·, N, N) each
+    return scene.codec.encode(torch.cat(bits).to(_device(scene.codec)))
+
+
+def _by_picture(scene: _Scene, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Each picture that has some of the objects, and which of `rows` they are."""
+    owners = np.searchsorted(scene.objects.starts, rows, side="right") - 1
+    cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(rows)]
+    for start, stop in pairwise(cuts):
+        yield int(owners[start]), slice(start, stop)
+
+
+def _moved(box: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """A box (x0, y0, x1, y1) whose edges are wrong by shares of its sides; edges that pass each other change places."""
+    sides = np.tile(box[2:] - box[:2], 2)
+    corners = (box + error * sides).reshape(2, 2)
+    return np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+
+
+def _binarize(codec: MaskCodec, decoded: Tensor, threshold: Threshold) -> Tensor:
+    """Masks (K, N, N) bool of reconstructions (K, N, N)."""
+    match threshold:
+        case "codec":
+            return codec.binarize(decoded)
+        case "middle":
+            return MaskCodec.binarize(codec, decoded)
+        case "half":
+            return decoded >= 0.5
+
+
+def _device(codec: MaskCodec) -> torch.device:
     table = next(codec.buffers(), None)
-    decoded = codec.decode(codec.encode(bits if table is None else bits.to(table.device)))
-    return masks.paste_to_rle(codec.binarize(decoded), boxes, size)
+    return torch.device("cpu") if table is None else table.device
 
 
-def _iou(one: dict, other: dict) -> float:
-    return float(rle_api.iou([one], [other], [0])[0][0])
+def _score(scoring: _Scoring, kind: str) -> Evaluation:
+    return evaluate_results(
+        scoring.scene.document,
+        scoring.results,
+        kinds=(kind,),
+        area_sides=scoring.area_sides,
+        boundary_ratio=scoring.boundary_ratio,
+        image_ids=scoring.scene.image_ids,
+    )
+
+
+def _joined(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _mean_ious(found: Reconstructions, area_sides: tuple[float, float]) -> dict[str, float]:
+    """The mean IoU of all objects and by size; bounds belong to both sizes that they part, as in COCO's numbers."""
+    bounds = (0.0, area_sides[0] ** 2, area_sides[1] ** 2, math.inf)
+    found_of = {"": found.ious}
+    for size, (low, high) in zip(SIZES, pairwise(bounds), strict=True):
+        found_of[size] = found.ious[(found.areas >= low) & (found.areas <= high)]
+    return {f"segm.IoU{size}": float(ious.mean()) if len(ious) else math.nan for size, ious in found_of.items()}
