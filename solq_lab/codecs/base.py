@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
+
+Threshold = Literal["middle", "half"]
 
 
 class MaskCodec(nn.Module, ABC):
@@ -17,9 +21,11 @@ class MaskCodec(nn.Module, ABC):
         mask_size: side N of the masks, cells.
         vector_dim: length D (n_k in the paper) of the vectors.
         loss: the loss its vectors are trained with: "l1" (eq. 5) or "l2_dice" (table 3a, flatten; the released PCA).
+        threshold: how `binarize` cuts: "middle" of each reconstruction's range, as released, or at "half" (0.5).
     """
 
-    loss: str = "l1"
+    loss: Literal["l1", "l2_dice"] = "l1"
+    threshold: Threshold = "middle"
 
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__()
@@ -31,7 +37,7 @@ class MaskCodec(nn.Module, ABC):
         self.mask_size = mask_size
         self.vector_dim = vector_dim
 
-    def fit(self, masks: Iterable[Tensor]) -> None:
+    def fit(self, masks: Iterable[Tensor], *, seed: int = 0) -> None:
         """Learn the code's tables from batches of masks (K, N, N) bool. Analytic codes ignore it."""
 
     @abstractmethod
@@ -43,12 +49,109 @@ class MaskCodec(nn.Module, ABC):
         """Real-valued reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype. K may be 0."""
 
     def binarize(self, decoded: Tensor) -> Tensor:
-        """Masks (K, N, N) bool of reconstructions (K, N, N): cells strictly above the middle of each one's range.
+        """Masks (K, N, N) bool of reconstructions (K, N, N): cells strictly above the threshold.
 
-        The released implementation thresholds at (max + min) / 2, not at 0.5; a constant reconstruction is empty.
+        The released implementation cuts at the middle of each reconstruction's range, (max + min) / 2, and so makes a
+        constant one empty: also that of a full mask, whose cosine transform keeps a single coefficient. Where objects
+        fill their boxes, "half" is the rule to take.
+
+        Raises:
+            ValueError: `threshold` is neither "middle" nor "half".
         """
-        flat = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
-        if flat.shape[0] == 0:
-            return decoded > 0
-        middle = (flat.amax(dim=1) + flat.amin(dim=1)) / 2
-        return decoded > middle[:, None, None]
+        match self.threshold:
+            case "half":
+                return decoded > 0.5
+            case "middle":
+                return decoded > _middle(decoded)
+        raise ValueError(f"threshold {self.threshold!r}: allowed are 'middle' and 'half'")
+
+    def check_masks(self, masks: Tensor) -> None:
+        """Raises ValueError where masks are not (K, N, N)."""
+        if masks.ndim != 3 or masks.shape[1:] != (self.mask_size, self.mask_size):
+            raise ValueError(f"masks have shape {tuple(masks.shape)}, expected (K, {self.mask_size}, {self.mask_size})")
+
+    def check_vectors(self, vectors: Tensor) -> None:
+        """Raises ValueError where vectors are not (K, D)."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.vector_dim:
+            raise ValueError(f"mask vectors have shape {tuple(vectors.shape)}, expected (K, {self.vector_dim})")
+
+
+class CodecFit(ABC):
+    """The learning of a code's tables, batch after batch; it can stop after any of them and go on from its state.
+
+    Attributes:
+        batch_size: masks that one `update` is meant to see.
+    """
+
+    batch_size: int
+
+    @abstractmethod
+    def update(self, masks: Tensor) -> None:
+        """Learn from masks (K, N, N) bool, K at least 1."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """All that was learnt so far; a fresh fit that is given it by `restore` goes on in the very same way."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where the fit that gave `state` stood."""
+
+    @abstractmethod
+    def tables(self) -> dict[str, Tensor]:
+        """The code's tables as a state dict, after one `update` at least."""
+
+
+class FittedCodec(MaskCodec):
+    """A code whose tables are learnt from masks. Until then they are zero, and encoding and decoding are refused."""
+
+    def __init__(self, mask_size: int, vector_dim: int) -> None:
+        super().__init__(mask_size, vector_dim)
+        self.fitted = False
+        self.register_load_state_dict_post_hook(_note_tables)
+
+    @abstractmethod
+    def start_fit(self, seed: int = 0) -> CodecFit:
+        """The learning of this code's tables from nothing; `load_state_dict(fit.tables())` takes them over."""
+
+    def fit(self, masks: Iterable[Tensor], *, seed: int = 0) -> None:
+        """Learn the tables from batches of masks (K, N, N) bool, each read once.
+
+        Raises:
+            ValueError: there is no mask at all.
+        """
+        fit, seen = self.start_fit(seed), 0
+        for batch in masks:
+            self.check_masks(batch)
+            if len(batch):
+                fit.update(batch)
+                seen += len(batch)
+        if not seen:
+            raise ValueError(f"{type(self).__name__} cannot be fitted to no masks at all")
+        self.load_state_dict(fit.tables())
+
+    def _check_fitted(self) -> None:
+        if not self.fitted:
+            raise ValueError(
+                f"this {type(self).__name__} has no tables yet: fit it (codec.fit, or `solq-lab fit-codec EXPERIMENT`) "
+                "or load them (codec.load_state_dict, `codecs.artifact.load_codec`)"
+            )
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`dtype`, or float64 where the user lets float32 products round their factors (TF32, bf16)."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return dtype if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
+
+
+def _middle(decoded: Tensor) -> Tensor:
+    """(K, 1, 1) middle of the range of each reconstruction (K, N, N)."""
+    if len(decoded) == 0:
+        return decoded.new_zeros(0, 1, 1)
+    flat = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
+    return ((flat.amax(dim=1) + flat.amin(dim=1)) / 2)[:, None, None]
+
+
+def _note_tables(codec: FittedCodec, _incompatible: object) -> None:
+    """After tables were loaded; those of a code that was never fitted are zero."""
+    codec.fitted = any(bool(table.any()) for table in codec.buffers())
