@@ -20,6 +20,8 @@ GREY = "#8C8C8C"
 METHOD_COLOURS = {"SOLQ": BLUE, "SQR": ORANGE, "Deformable DETR": GREEN, "ceiling": GREY}
 LOSS_COLOURS = {"class": VERMILION, "l1": GREEN, "giou": SKY, "vector": PURPLE}
 KIND_COLOURS = {"box": GREEN, "segm": BLUE, "boundary": PURPLE}
+CODEC_COLOURS = {"dct": BLUE, "pca": ORANGE, "sparse": GREEN, "flatten": PURPLE}
+MISSED, ADDED = VERMILION, SKY  # pixels that a reconstruction lacks, and those it has too many
 OBJECT_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)
 
 STYLE = {
