@@ -1,0 +1,305 @@
+"""How every detection lies on the objects of its picture, measured once: what the typing of errors is made from.
+
+Overlaps are of masks, in pixels of the original picture. Crowd regions are kept: a detection on one is no error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as rle_api
+from pycocotools import mask as coco_rle
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from solq_lab import masks
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.data.annotations import read_annotations
+
+LOWEST_THRESHOLD = 0.5  # mask IoU below which COCO never calls a detection right
+SAME_OBJECT = 0.1  # box IoU from which a detection is about an object of its class
+SAME_PLACE = 0.5  # box IoU from which it is about an object of another class
+MOST_DETECTIONS = 100  # per picture and class; COCO's rule
+_OBJECT_MASKS_AT_ONCE = 256  # decoded together; bounds the memory at N = 256
+
+
+class Truth(NamedTuple):
+    """The objects, A of them, grouped by picture.
+
+    ids: (A,) annotation ids.
+    image_ids: (A,) their pictures.
+    classes: (A,) rows of the file's categories, by rising category id.
+    areas: (A,) pixels, as the annotation says.
+    crowd: (A,) bool.
+    occlusion: (A,) share of the object's box that lies on other objects (those whose boxes meet its own), 0..1.
+    ceiling: (A,) mask IoU of the object sent through the code with itself; 1 without a code.
+    """
+
+    ids: np.ndarray
+    image_ids: np.ndarray
+    classes: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    occlusion: np.ndarray
+    ceiling: np.ndarray
+
+
+class Found(NamedTuple):
+    """The detections that count, F of them, best score first (equal scores: by image id, then as given).
+
+    results: (F,) places in the list of results.
+    image_ids: (F,) their pictures.
+    classes: (F,) rows of the file's categories.
+    scores: (F,).
+    areas: (F,) pixels of the mask.
+    occlusion: (F,) share of the box that lies on other objects than the one the detection is about.
+    about: (F,) row of the object that the detection is about, -1 for none: the object of its class that its box
+        overlaps most, from `SAME_OBJECT` on, or one of another class that it overlaps more, from `SAME_PLACE` on.
+    overlap: (F,) mask IoU with that object, 0 for none.
+    leak: (F,) share of the detection's mask on other objects than that one, whose boxes meet its box.
+    reach: (F,) mask IoU with that object if only the box were the detection's: the object's own vector, decoded and
+        pasted into the predicted box. Without a code a box confines no mask, and the IoU of the boxes stands here.
+    """
+
+    results: np.ndarray
+    image_ids: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+    areas: np.ndarray
+    occlusion: np.ndarray
+    about: np.ndarray
+    overlap: np.ndarray
+    leak: np.ndarray
+    reach: np.ndarray
+
+
+class Pairs(NamedTuple):
+    """Detections and objects of one class and picture that may match, P of them.
+
+    detections: (P,) rows of `Found`, ascending.
+    objects: (P,) rows of `Truth`.
+    overlap: (P,) mask IoU, `LOWEST_THRESHOLD` or more; the covered share of the detection for crowd objects.
+    """
+
+    detections: np.ndarray
+    objects: np.ndarray
+    overlap: np.ndarray
+
+
+class Overlaps(NamedTuple):
+    """What `measure_overlaps` finds; `class_names` belong to the class rows."""
+
+    truth: Truth
+    found: Found
+    pairs: Pairs
+    class_names: list[str]
+
+
+def measure_overlaps(
+    annotations: str | Path | dict,
+    results: Sequence[dict],
+    codec: MaskCodec | None,
+    *,
+    image_ids: Collection[int] | None = None,
+) -> Overlaps:
+    """Overlaps of results with ground truth, and what the code and the predicted boxes would have allowed.
+
+    Args:
+        annotations: COCO instances file, or its parsed content, that `evaluate_results` accepts.
+        results: COCO results with "bbox" and "segmentation", that it accepts too.
+        codec: the mask code of the model, on any device; None for a model without one.
+        image_ids: pictures to look at. None: all.
+    """
+    document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
+    categories = sorted(document["categories"], key=lambda category: category["id"])
+    class_rows = {category["id"]: row for row, category in enumerate(categories)}
+    chosen = {image["id"] for image in document["images"]} if image_ids is None else set(image_ids)
+    objects_of, results_of = defaultdict(list), defaultdict(list)
+    for entry in document["annotations"]:
+        objects_of[entry["image_id"]].append(entry)
+    for place, result in enumerate(results):
+        results_of[result["image_id"]].append(place)
+
+    parts = [_measure_picture(0, (1, 1), [], [], results, class_rows, codec)]  # gives empty columns their types
+    for image in sorted(document["images"], key=lambda image: image["id"]):
+        if image["id"] in chosen:
+            size, key = (image["height"], image["width"]), image["id"]
+            places = _best_of_each_class(results, results_of[key])
+            parts.append(_measure_picture(key, size, objects_of[key], places, results, class_rows, codec))
+    return Overlaps(*_joined(parts), [category["name"] for category in categories])
+
+
+def _best_of_each_class(results: Sequence[dict], places: list[int]) -> list[int]:
+    """Places of one picture's detections, best score first, without those that COCO's limit per class leaves out."""
+    kept, counts = [], defaultdict(int)
+    for place in sorted(places, key=lambda place: -results[place]["score"]):
+        category_id = results[place]["category_id"]
+        counts[category_id] += 1
+        if counts[category_id] <= MOST_DETECTIONS:
+            kept.append(place)
+    return kept
+
+
+@torch.inference_mode()
+def _measure_picture(
+    image_id: int,
+    size: tuple[int, int],
+    entries: Sequence[dict],
+    places: Sequence[int],
+    results: Sequence[dict],
+    class_rows: dict[int, int],
+    codec: MaskCodec | None,
+) -> tuple[Truth, Found, Pairs]:
+    """The tables of one picture of `size` (height, width): its objects, and its detections at `places` of `results`.
+
+    Rows of objects and detections count from 0.
+    """
+    found = [results[place] for place in places]
+    object_rles = [masks.segmentation_to_rle(entry["segmentation"], size) for entry in entries]
+    rles = [masks.segmentation_to_rle(result["segmentation"], size) for result in found]
+    object_boxes, boxes = _clipped(_corners(entries), size), _corners(found)
+    crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=bool)
+    object_classes = np.array([class_rows[entry["category_id"]] for entry in entries], dtype=np.int64)
+    classes = np.array([class_rows[result["category_id"]] for result in found], dtype=np.int64)
+
+    overlap = _iou(rles, object_rles, crowd)  # (F, A)
+    box_overlap = np.where(crowd, 0.0, box_iou(boxes, object_boxes).numpy())  # (F, A)
+    same_class = classes[:, None] == object_classes
+    about = _choose_objects(box_overlap, same_class)
+    row = np.arange(len(found))
+    known = about >= 0
+
+    neighbours = _neighbours(object_rles, object_boxes, crowd, size)  # A + 1: the last, row -1, for no object
+    ceiling, reach = np.ones(len(entries)), np.where(known, box_overlap[row, about], 0.0) if len(entries) else row * 0.0
+    if codec is not None and entries:
+        received = _send_through(codec, [entry["segmentation"] for entry in entries], object_boxes, size)
+        ceiling = _iou_of_each(masks.paste_to_rle(received, object_boxes, size), object_rles, np.arange(len(entries)))
+        pasted = masks.paste_to_rle(received[about[known]], boxes[known], size)
+        reach[known] = _iou_of_each(pasted, object_rles, about[known])
+
+    partners = np.nonzero(same_class & (overlap >= LOWEST_THRESHOLD))
+    object_areas = [float(area) for area in coco_rle.area(object_rles)] if entries else []
+    given = [entry.get("area") for entry in entries]
+    return (
+        Truth(
+            ids=np.array([entry["id"] for entry in entries], dtype=np.int64),
+            image_ids=np.full(len(entries), image_id),
+            classes=object_classes,
+            areas=np.array(
+                [drawn if area is None else area for area, drawn in zip(given, object_areas, strict=True)], float
+            ),
+            crowd=crowd,
+            occlusion=_share_on(_box_rles(object_boxes, size), neighbours, np.arange(len(entries))),
+            ceiling=ceiling,
+        ),
+        Found(
+            results=np.array(places, dtype=np.int64),
+            image_ids=np.full(len(found), image_id),
+            classes=classes,
+            scores=np.array([result["score"] for result in found], dtype=np.float64),
+            areas=np.asarray(coco_rle.area(rles), dtype=np.float64) if found else np.zeros(0),
+            occlusion=_share_on(_box_rles(boxes, size), neighbours, about),
+            about=about,
+            overlap=np.where(known, overlap[row, about], 0.0) if entries else np.zeros(len(found)),
+            leak=_share_on(rles, neighbours, about),
+            reach=reach,
+        ),
+        Pairs(*partners, overlap[partners]),
+    )
+
+
+def _choose_objects(box_overlap: np.ndarray, same_class: np.ndarray) -> np.ndarray:
+    """(F,) the object that each detection is about, -1 for none: see `Found.about`. Both arguments are (F, A)."""
+    count, objects = box_overlap.shape
+    if objects == 0:
+        return np.full(count, -1)
+    row = np.arange(count)
+    own, other = np.where(same_class, box_overlap, 0.0), np.where(same_class, 0.0, box_overlap)
+    best_own, best_other = own.argmax(axis=1), other.argmax(axis=1)
+    own, other = own[row, best_own], other[row, best_other]
+    of_own_class = np.where(own >= SAME_OBJECT, best_own, -1)
+    return np.where((other >= SAME_PLACE) & (other > own), best_other, of_own_class)
+
+
+def _neighbours(rles: Sequence[dict], boxes: Tensor, crowd: np.ndarray, size: tuple[int, int]) -> list[dict]:
+    """RLEs of the pixels of an object's neighbours without its own, A of them; last, those of all objects.
+
+    Neighbours are the other objects of the picture, crowds apart, whose boxes share pixels with the object's.
+    """
+    bitmaps = masks.decode_rle(rles) if rles else torch.zeros(0, *size, dtype=torch.bool)
+    alone = torch.from_numpy(~crowd)
+    meet = (box_iou(boxes, boxes) > 0) & alone
+    meet.fill_diagonal_(False)
+    around = [bitmaps[beside].any(dim=0) & ~own for beside, own in zip(meet, bitmaps, strict=True)]
+    return masks.encode_rle(torch.stack([*around, bitmaps[alone].any(dim=0)]))
+
+
+def _send_through(codec: MaskCodec, segmentations: list, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(A, N, N) bool, on the CPU: what the code leaves of objects in their boxes (A, 4)."""
+    bits = masks.rasterize_in_box(segmentations, boxes, size, codec.mask_size)
+    table = next(codec.buffers(), None)
+    received = []
+    for some in bits.split(_OBJECT_MASKS_AT_ONCE):
+        decoded = codec.decode(codec.encode(some if table is None else some.to(table.device)))
+        received.append(codec.binarize(decoded).cpu())
+    return torch.cat(received)
+
+
+def _corners(entries: Sequence[dict]) -> Tensor:
+    """(K, 4) float64 xyxy of COCO boxes (x, y, w, h), image pixels."""
+    boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4)
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:].clamp(min=0)], dim=1)
+
+
+def _box_rles(boxes: Tensor, size: tuple[int, int]) -> list[dict]:
+    """RLEs of the pixels of boxes (K, 4) xyxy that lie in the picture."""
+    inside = _clipped(boxes, size)
+    corner_and_sides = torch.cat([inside[:, :2], inside[:, 2:] - inside[:, :2]], dim=1)
+    return coco_rle.frPyObjects(corner_and_sides.numpy(), *size) if len(boxes) else []
+
+
+def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The parts of boxes (K, 4) xyxy inside a picture of `size` (height, width)."""
+    height, width = size
+    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+
+
+def _iou(rles: Sequence[dict], others: Sequence[dict], crowd: np.ndarray) -> np.ndarray:
+    """(K, A) IoU of masks; the covered share of the first where the second is a crowd."""
+    if not rles or not others:
+        return np.zeros((len(rles), len(others)))
+    return np.asarray(rle_api.iou(list(rles), list(others), crowd.astype(int).tolist()))
+
+
+def _iou_of_each(rles: Sequence[dict], others: Sequence[dict], which: np.ndarray) -> np.ndarray:
+    """(K,) IoU of mask k with `others[which[k]]`."""
+    return _iou(rles, others, np.zeros(len(others)))[np.arange(len(rles)), which]
+
+
+def _share_on(rles: Sequence[dict], regions: Sequence[dict], which: np.ndarray) -> np.ndarray:
+    """(K,) share of mask k that lies in `regions[which[k]]`, 0 for an empty mask."""
+    return _iou(rles, regions, np.ones(len(regions)))[np.arange(len(rles)), which]
+
+
+def _joined(parts: Sequence[tuple[Truth, Found, Pairs]]) -> tuple[Truth, Found, Pairs]:
+    """One table of all pictures' tables: rows of objects go on counting, those of detections go by score."""
+    first_object = np.cumsum([0, *(len(truth.ids) for truth, _, _ in parts)])
+    first_detection = np.cumsum([0, *(len(found.results) for _, found, _ in parts)])
+    for part, (_, found, pairs) in enumerate(parts):
+        found.about[found.about >= 0] += first_object[part]
+        pairs.detections[:] += first_detection[part]
+        pairs.objects[:] += first_object[part]
+    truth, found, pairs = (
+        type(tables[0])(*map(np.concatenate, zip(*tables, strict=True))) for tables in zip(*parts, strict=True)
+    )
+    by_score = np.argsort(-found.scores, kind="stable")
+    rank = np.empty_like(by_score)
+    rank[by_score] = np.arange(len(by_score))
+    by_rank = np.argsort(rank[pairs.detections], kind="stable")
+    pairs = Pairs(rank[pairs.detections][by_rank], pairs.objects[by_rank], pairs.overlap[by_rank])
+    return truth, Found(*(column[by_score] for column in found)), pairs
