@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.artifact import ArtifactError, load_tables
+from solq_lab.codecs.base import FittedCodec, MaskCodec
 from solq_lab.codecs.dct import DCTCodec
+from solq_lab.codecs.flatten import FlattenCodec
+from solq_lab.codecs.pca import PCACodec
+from solq_lab.codecs.sparse import SparseCodingCodec
 from solq_lab.config import ConfigError, DataSection, Experiment, ModelSection
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
@@ -19,14 +24,49 @@ from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import initialise, read_backbone_weights, read_official
 
 
-def build_codec(experiment: Experiment) -> MaskCodec | None:
-    """The mask code, or None for a plain detector."""
-    codec = experiment.codec
-    match codec.kind:
+def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None = None) -> MaskCodec | None:
+    """The mask code in evaluation mode, or None for a plain detector.
+
+    Args:
+        experiment: section `codec` is read.
+        tables: the tables of a fitted code, as a weights file carries them; without them `codec.artifact` is read.
+
+    Raises:
+        ConfigError: the artifact is missing, damaged, or holds another code.
+    """
+    codec = new_codec(experiment)
+    if codec is None:
+        return None
+    if isinstance(codec, FittedCodec):
+        try:
+            if tables:
+                codec.load_state_dict(tables)
+            else:
+                load_tables(codec, experiment.codec.artifact)
+        except (ArtifactError, RuntimeError) as error:  # RuntimeError: tables of other names or sizes
+            raise ConfigError(f"codec.artifact: {error}") from None
+    return codec.eval()
+
+
+def new_codec(experiment: Experiment) -> MaskCodec | None:
+    """The mask code without tables, where it has to be fitted; None for a plain detector."""
+    section = experiment.codec
+    match section.kind:
         case "dct":
-            return DCTCodec(codec.mask_size, codec.vector_dim)
+            codec = DCTCodec(section.mask_size, section.vector_dim)
+        case "pca" if section.pca == "released":
+            codec = PCACodec.released(section.mask_size, section.vector_dim)
+        case "pca":
+            codec = PCACodec(section.mask_size, section.vector_dim)
+        case "sparse":
+            codec = SparseCodingCodec(section.mask_size, section.vector_dim, beta=section.beta)
+        case "flatten":
+            codec = FlattenCodec(section.mask_size, section.vector_dim)
         case "none":
             return None
+    if section.threshold is not None:
+        codec.threshold = section.threshold
+    return codec
 
 
 def build_backbone(model: ModelSection, *, imagenet: bool = False) -> nn.Module:

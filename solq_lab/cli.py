@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from solq_lab.commands import data, machine, runs, weights
+from solq_lab.commands import codecs, data, machine, runs, weights
 from solq_lab.commands.arguments import FAILED, INTERRUPTED, REFUSED
 from solq_lab.launch import REFUSALS, Interrupted, NotebookFailed, TrainingFailed
 
@@ -27,6 +27,7 @@ app.command()(runs.train)
 app.command()(runs.evaluate)
 app.command()(weights.predict)
 app.command()(data.make_shapes)
+app.command()(codecs.fit_codec)
 app.command()(weights.import_weights)
 app.command()(weights.ship)
 app.command()(machine.doctor)

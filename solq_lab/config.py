@@ -7,6 +7,7 @@ This module loads without torch, so that the command line answers at once.
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -73,14 +74,31 @@ class ModelSection(Section):
 class CodecSection(Section):
     """The mask code (paper, section 3.2, Mask Compression Coding)."""
 
-    kind: Literal["dct", "none"] = Field("dct", description="'none' trains a plain detector")
+    kind: Literal["dct", "pca", "sparse", "flatten", "none"] = Field(
+        "dct", description="'none' trains a plain detector"
+    )
     mask_size: int = Field(128, gt=0, description="N, cells")
     vector_dim: int = Field(256, gt=0, description="n_k, kept coefficients")
+    artifact: str = Field("", description="pca, sparse: file of the fitted tables, written by solq-lab fit-codec")
+    pca: Literal["plain", "released"] = Field(
+        "plain", description="plain: eq. 4; released: centered, whitened, on noisy logits, other threshold and loss"
+    )
+    beta: float = Field(1.0, gt=0, description="sparse: price of a coefficient in eq. 3; the paper gives no value")
+    threshold: Literal["middle", "half"] | None = Field(
+        None, description="masks are cells above the middle of a reconstruction's range, or 0.5; None: the code's own"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> CodecSection:
         if self.vector_dim > self.mask_size**2:
             raise ValueError(f"vector_dim {self.vector_dim} exceeds mask_size squared ({self.mask_size**2})")
+        if self.kind == "flatten" and math.isqrt(self.vector_dim) ** 2 != self.vector_dim:
+            raise ValueError(f"kind 'flatten' needs a square number (784: 28 x 28), not vector_dim {self.vector_dim}")
+        if self.kind in ("pca", "sparse") and not self.artifact:
+            raise ValueError(
+                f"kind {self.kind!r} needs fitted tables: name their file (codec.artifact=FILE.safetensors), which "
+                "`solq-lab fit-codec EXPERIMENT` writes"
+            )
         return self
 
 

@@ -103,12 +103,24 @@ class CodecFit(ABC):
 
 
 class FittedCodec(MaskCodec):
-    """A code whose tables are learnt from masks. Until then they are zero, and encoding and decoding are refused."""
+    """A code whose tables are learnt from masks. Until then they are zero, and encoding and decoding are refused.
+
+    Attributes:
+        method: name of the kind, in files and experiments.
+        fitted: whether there are tables.
+    """
+
+    method: str
 
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__(mask_size, vector_dim)
         self.fitted = False
         self.register_load_state_dict_post_hook(_note_tables)
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, bool | float]:
+        """The keyword arguments, besides the sizes, that the tables depend on."""
 
     @abstractmethod
     def start_fit(self, seed: int = 0) -> CodecFit:

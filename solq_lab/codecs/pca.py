@@ -30,6 +30,8 @@ class PCACodec(FittedCodec):
             mode `encode` draws the doubt anew for every cell; after `.eval()` it takes the mean logit.
     """
 
+    method = "pca"
+
     def __init__(
         self,
         mask_size: int,
@@ -51,6 +53,10 @@ class PCACodec(FittedCodec):
         codec = cls(mask_size, vector_dim, centered=True, whitened=True, inverse_sigmoid=True)
         codec.loss, codec.threshold = "l2_dice", "half"
         return codec
+
+    @property
+    def settings(self) -> dict[str, bool]:
+        return {"centered": self.centered, "whitened": self.whitened, "inverse_sigmoid": self.inverse_sigmoid}
 
     def start_fit(self, seed: int = 0) -> PCAFit:
         """The learning of the components; nothing about it is random."""

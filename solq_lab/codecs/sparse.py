@@ -34,12 +34,18 @@ class SparseCodingCodec(FittedCodec):
         ValueError: sizes that do not fit, beta or tolerance not positive.
     """
 
+    method = "sparse"
+
     def __init__(self, mask_size: int, vector_dim: int, *, beta: float = 1.0, tolerance: float = 1e-4) -> None:
         super().__init__(mask_size, vector_dim)
         if not (beta > 0 and tolerance > 0):
             raise ValueError(f"beta {beta} and tolerance {tolerance}: allowed are positive numbers")
         self.beta, self.tolerance = beta, tolerance
         self.register_buffer("atoms", torch.zeros(vector_dim, mask_size**2))  # unit rows
+
+    @property
+    def settings(self) -> dict[str, float]:
+        return {"beta": self.beta}
 
     def start_fit(self, seed: int = 0) -> DictionaryFit:
         """The learning of the atoms by scikit-learn.
@@ -103,7 +109,7 @@ class DictionaryFit(CodecFit):
         """Learn from masks (K, N, N) bool, K at least 1."""
         cells = masks.flatten(1).to("cpu", torch.float64).numpy()  # (K, N, N) -> (K, N*N)
         step = getattr(self._learner, "n_steps_", 0)
-        random = np.random.RandomState(np.random.SeedSequence((self._seed, step)).generate_state(4))  # noqa: NPY002
+        random = np.random.RandomState(np.random.SeedSequence((self._seed, step)).generate_state(4))
         if step == 0:
             self._learner.set_params(dict_init=self._first_atoms(cells, random), random_state=random)
         else:
@@ -124,7 +130,8 @@ class DictionaryFit(CodecFit):
         self._learner.set_params(dict_init=state["atoms"].numpy().copy())
         self._step(np.zeros((1, self._cells)))
         self._learner.components_ = np.asfortranarray(state["atoms"].numpy())
-        self._learner._A, self._learner._B = state["code_products"].numpy().copy(), state["mask_products"].numpy().copy()
+        self._learner._A = state["code_products"].numpy().copy()
+        self._learner._B = state["mask_products"].numpy().copy()
         self._learner.n_steps_ = int(state["steps"])
 
     def tables(self) -> dict[str, Tensor]:
