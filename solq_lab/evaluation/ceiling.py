@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,6 @@ from solq_lab.data.annotations import Objects, Pictures, read_annotations, tabul
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.evaluation.workers import in_processes
-
-Threshold = Literal["codec", "middle", "half"]
 
 SIZES = "sml"  # small, medium, large, as in APs, APm, APl
 _KINDS = ("segm", "boundary")
@@ -46,12 +44,31 @@ class Noise(NamedTuple):
     seed: int = 0
 
 
+class GroundTruth(NamedTuple):
+    """An annotation file that was read and checked, for several ceilings on the same objects.
+
+    source: where it was read, for messages.
+    document: its content.
+    pictures, objects: the content in flat arrays; objects with masks, without crowds.
+    """
+
+    source: Path
+    document: dict[str, Any]
+    pictures: Pictures
+    objects: Objects
+
+    def rows_in(self, image_ids: Collection[int]) -> np.ndarray:
+        """The objects in these pictures, rows of `objects`."""
+        owners = np.repeat(np.arange(len(self.pictures.ids)), np.diff(self.objects.starts))
+        return np.flatnonzero(np.isin(self.pictures.ids[owners], list(image_ids)))
+
+
 class Reconstructions(NamedTuple):
     """Objects of a data set after the way through a code, in the order of their pictures.
 
     ids: (A,) int64 annotation ids.
     areas: (A,) float64 areas as annotated, pixels; the mask's where the file gives none.
-    ious: (A,) float64 IoU of each mask with its ground truth; two empty masks have 0.
+    ious: (A,) float64 IoU of each mask with its ground truth; two empty masks have 1.
     results: A COCO results, score 1.
     """
 
@@ -62,7 +79,7 @@ class Reconstructions(NamedTuple):
 
 
 def codec_ceiling(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     codec: MaskCodec,
     *,
     area_sides: tuple[float, float] = DEFAULTS.area_sides,
@@ -70,7 +87,6 @@ def codec_ceiling(
     image_ids: Collection[int] | None = None,
     max_images: int | None = None,
     noise: Noise = Noise(),  # noqa: B008 - a constant
-    threshold: Threshold = "codec",
     processes: int = 1,
 ) -> Evaluation:
     """Mask and boundary AP of a network that finds every object, its box and its vector without fault.
@@ -79,15 +95,13 @@ def codec_ceiling(
     with score 1, on the codec's device.
 
     Args:
-        annotations: COCO instances file, or its parsed content.
+        annotations: COCO instances file, its parsed content, or what `read_ground_truth` made of either.
         codec: the mask code.
         area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
         boundary_ratio: boundary width over the picture's diagonal.
         image_ids: pictures to look at. None: all.
         max_images: only the first so many of them, by rising id. None: all.
         noise: errors of boxes and vectors.
-        threshold: how a reconstruction becomes a mask: "codec" as the code says, "middle" above the middle of its
-            range, "half" from 0.5 on.
         processes: how many work on the pictures; the numbers do not depend on it.
 
     Returns:
@@ -96,9 +110,9 @@ def codec_ceiling(
 
     Raises:
         DataError: the annotations cannot be used.
-        ValueError: negative noise, an unknown threshold, or several processes for a codec on a GPU.
+        ValueError: negative noise, or several processes for a codec on a GPU.
     """
-    scene = _read_scene(annotations, codec, image_ids, max_images, noise, threshold)
+    scene = _read_scene(annotations, codec, image_ids, max_images, noise)
     if processes > 1 and _device(codec).type != "cpu":
         raise ValueError(f"{processes} processes cannot share a codec on {_device(codec)}; use one, or a codec on cpu")
     found = _reconstruct(scene, processes)
@@ -112,30 +126,41 @@ def codec_ceiling(
 
 
 def reconstruct_objects(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     codec: MaskCodec,
     *,
     image_ids: Collection[int] | None = None,
     max_images: int | None = None,
     noise: Noise = Noise(),  # noqa: B008 - a constant
-    threshold: Threshold = "codec",
     processes: int = 1,
 ) -> Reconstructions:
     """Every object that is no crowd after the way through the code; arguments and errors as in `codec_ceiling`."""
-    return _reconstruct(_read_scene(annotations, codec, image_ids, max_images, noise, threshold), processes)
+    return _reconstruct(_read_scene(annotations, codec, image_ids, max_images, noise), processes)
+
+
+def read_ground_truth(annotations: str | Path | dict) -> GroundTruth:
+    """Reads and checks COCO annotations with masks.
+
+    Args:
+        annotations: COCO instances file, or its parsed content.
+
+    Raises:
+        DataError: they cannot be used; the message names the entry and the cure.
+    """
+    source = Path("annotations") if isinstance(annotations, dict) else Path(annotations)
+    document = annotations if isinstance(annotations, dict) else read_annotations(source)
+    pictures = tabulate_pictures(document, source)
+    return GroundTruth(source, document, pictures, tabulate_objects(document, source, pictures, with_masks=True))
 
 
 class _Scene(NamedTuple):
-    """What all pieces of work share; `rows` are the objects in the chosen pictures, rows of `objects`."""
+    """What all pieces of work share; `rows` are the objects in the chosen pictures."""
 
-    document: dict[str, Any]
-    pictures: Pictures
-    objects: Objects
+    truth: GroundTruth
     rows: np.ndarray
     image_ids: list[int]
     codec: MaskCodec
     noise: Noise
-    threshold: Threshold
 
 
 class _Scoring(NamedTuple):
@@ -146,25 +171,17 @@ class _Scoring(NamedTuple):
 
 
 def _read_scene(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     codec: MaskCodec,
     image_ids: Collection[int] | None,
     max_images: int | None,
     noise: Noise,
-    threshold: Threshold,
 ) -> _Scene:
     if not (0 <= noise.box < math.inf and 0 <= noise.vector < math.inf and noise.seed >= 0):
         raise ValueError(f"{noise}: allowed are finite standard deviations from 0 on and seeds from 0 on")
-    if threshold not in ("codec", "middle", "half"):
-        raise ValueError(f"threshold {threshold!r}: allowed are codec, middle, half")
-    source = Path("annotations") if isinstance(annotations, dict) else Path(annotations)
-    document = annotations if isinstance(annotations, dict) else read_annotations(source)
-    pictures = tabulate_pictures(document, source)
-    objects = tabulate_objects(document, source, pictures, with_masks=True)
-    chosen = sorted(pictures.ids.tolist() if image_ids is None else image_ids)[:max_images]
-    owners = np.repeat(np.arange(len(pictures.ids)), np.diff(objects.starts))
-    rows = np.flatnonzero(np.isin(pictures.ids[owners], chosen))
-    return _Scene(document, pictures, objects, rows, chosen, codec, noise, threshold)
+    truth = annotations if isinstance(annotations, GroundTruth) else read_ground_truth(annotations)
+    chosen = sorted(truth.pictures.ids.tolist() if image_ids is None else image_ids)[:max_images]
+    return _Scene(truth, truth.rows_in(chosen), chosen, codec, noise)
 
 
 def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
@@ -172,8 +189,8 @@ def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
     spread = None
     if scene.noise.vector > 0 and pieces:
         spread = _spread(list(in_processes(_vector_sums, scene, pieces, processes)))
-    ids = scene.objects.ids[scene.rows]
-    annotated = {entry["id"]: entry.get("area") for entry in scene.document["annotations"]}
+    ids = scene.truth.objects.ids[scene.rows]
+    annotated = {entry["id"]: entry.get("area") for entry in scene.truth.document["annotations"]}
     areas, ious, results = [], [], []
     work = in_processes(_send_through, scene, [_Piece(rows, spread) for rows in pieces], processes)
     for received in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
@@ -201,7 +218,7 @@ class _Received(NamedTuple):
 
 @torch.inference_mode()
 def _send_through(scene: _Scene, piece: _Piece) -> _Received:
-    codec, objects, noise = scene.codec, scene.objects, scene.noise
+    codec, objects, noise = scene.codec, scene.truth.objects, scene.noise
     vectors = _encode(scene, piece.rows)  # (k, D)
     boxes = objects.boxes[piece.rows].copy()  # (k, 4)
     for place, key in enumerate(objects.ids[piece.rows].tolist()):
@@ -210,15 +227,15 @@ def _send_through(scene: _Scene, piece: _Piece) -> _Received:
         if piece.spread is not None:
             error = torch.from_numpy(noise.vector * piece.spread * random.standard_normal(codec.vector_dim))
             vectors[place] += error.to(vectors)
-    bits = _binarize(codec, codec.decode(vectors), scene.threshold)  # (k, N, N)
+    bits = codec.binarize(codec.decode(vectors))  # (k, N, N)
     areas, ious, results = [], [], []
     for picture, places in _by_picture(scene, piece.rows):
-        image_id, size = int(scene.pictures.ids[picture]), tuple(scene.pictures.sizes[picture].tolist())
+        image_id, size = int(scene.truth.pictures.ids[picture]), tuple(scene.truth.pictures.sizes[picture].tolist())
         rows = piece.rows[places]
         truth = [masks.segmentation_to_rle(objects.segmentations[row], size) for row in objects.order[rows]]
         found = masks.paste_to_rle(bits[places], torch.from_numpy(boxes[places]), size)
         areas += rle_api.area(truth).tolist()
-        ious += [float(rle_api.iou([one], [other], [0])[0][0]) for one, other in zip(truth, found, strict=True)]
+        ious += [_iou(one, other) for one, other in zip(truth, found, strict=True)]
         results += [
             {"image_id": image_id, "category_id": category_id, "score": 1.0, "segmentation": rle}
             for category_id, rle in zip(objects.categories[rows].tolist(), found, strict=True)
@@ -242,12 +259,12 @@ def _spread(sums: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
 
 def _encode(scene: _Scene, rows: np.ndarray) -> Tensor:
     """Vectors (k, D) of objects, on the codec's device."""
-    objects, side = scene.objects, scene.codec.mask_size
+    objects, side = scene.truth.objects, scene.codec.mask_size
     bits = [
         masks.rasterize_in_box(
             [objects.segmentations[row] for row in objects.order[rows[places]]],
             torch.from_numpy(objects.boxes[rows[places]]),
-            tuple(scene.pictures.sizes[picture].tolist()),
+            tuple(scene.truth.pictures.sizes[picture].tolist()),
             side,
         )
         for picture, places in _by_picture(scene, rows)
@@ -257,7 +274,7 @@ def _encode(scene: _Scene, rows: np.ndarray) -> Tensor:
 
 def _by_picture(scene: _Scene, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
     """Each picture that has some of the objects, and which of `rows` they are."""
-    owners = np.searchsorted(scene.objects.starts, rows, side="right") - 1
+    owners = np.searchsorted(scene.truth.objects.starts, rows, side="right") - 1
     cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(rows)]
     for start, stop in pairwise(cuts):
         yield int(owners[start]), slice(start, stop)
@@ -270,15 +287,10 @@ def _moved(box: np.ndarray, error: np.ndarray) -> np.ndarray:
     return np.concatenate([corners.min(axis=0), corners.max(axis=0)])
 
 
-def _binarize(codec: MaskCodec, decoded: Tensor, threshold: Threshold) -> Tensor:
-    """Masks (K, N, N) bool of reconstructions (K, N, N)."""
-    match threshold:
-        case "codec":
-            return codec.binarize(decoded)
-        case "middle":
-            return MaskCodec.binarize(codec, decoded)
-        case "half":
-            return decoded >= 0.5
+def _iou(one: dict, other: dict) -> float:
+    if not rle_api.area([one, other]).any():
+        return 1.0
+    return float(rle_api.iou([one], [other], [0])[0][0])
 
 
 def _device(codec: MaskCodec) -> torch.device:
@@ -288,7 +300,7 @@ def _device(codec: MaskCodec) -> torch.device:
 
 def _score(scoring: _Scoring, kind: str) -> Evaluation:
     return evaluate_results(
-        scoring.scene.document,
+        scoring.scene.truth.document,
         scoring.results,
         kinds=(kind,),
         area_sides=scoring.area_sides,
