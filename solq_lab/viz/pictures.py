@@ -19,7 +19,7 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle, paste_to_rle
 from solq_lab.structures import Detections, Target
-from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure
+from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure, text_colour
 
 MASK_OPACITY = 0.45
 EDGE = 0.1  # labels closer than this share of a side to the edge are moved inwards
@@ -121,7 +121,7 @@ def _draw(
         x0, y0, x1, y1 = detections.boxes[row].tolist()
         anchor = (x0 + x1) / 2, y0
         if masks is not None and masks[row].any():
-            _outline(axes, masks[row], colours[label])
+            outline_mask(axes, masks[row], colours[label])
             top = masks[row].any(axis=1).argmax()
             anchor = float(masks[row][top].nonzero()[0].mean()), float(top)
         else:
@@ -132,8 +132,9 @@ def _draw(
         _label(axes, text, anchor, pixels.shape[:2], colours[label], font_size)
 
 
-def _outline(axes: Axes, mask: np.ndarray, colour: str) -> None:
-    padded = np.pad(mask, 1).astype(float)  # so that an outline also closes at the picture's edge
+def outline_mask(axes: Axes, mask: np.ndarray, colour: str) -> None:
+    """Draw the outline of a mask (H, W) bool, edged in white; it closes at the picture's border too."""
+    padded = np.pad(mask, 1).astype(float)
     across, down = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
     for line, width in (("white", 2.2), (colour, 1.2)):
         axes.contour(across, down, padded, levels=[0.5], colors=[line], linewidths=width)
@@ -145,13 +146,12 @@ def _label(
     """A text above a point (x, y) in pixels, moved inwards at the edges of a picture of `size` (height, width)."""
     x, y = (min(max(place, 0.0), length) for place, length in zip(anchor, size[::-1], strict=True))
     side = "left" if x < EDGE * size[1] else "right" if x > (1 - EDGE) * size[1] else "center"
-    red, green, blue = to_rgb(colour)
     axes.text(
         x,
         y,
         text,
         fontsize=font_size,
-        color="white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black",
+        color=text_colour(colour),
         horizontalalignment=side,
         verticalalignment="top" if y < EDGE * size[0] else "bottom",
         bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.8, "pad": 0.6},

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -67,6 +68,12 @@ def save(figure: Figure, path: Path) -> Figure:
 def hide_axes(axes: Axes) -> None:
     """No ticks, grid or frame: for pictures and empty places."""
     axes.set_axis_off()
+
+
+def text_colour(background: str) -> str:
+    """Black or white, whichever can be read on this colour."""
+    red, green, blue = to_rgb(background)
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
 
 
 def class_colours(labels: Iterable[int]) -> dict[int, str]:
