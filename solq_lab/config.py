@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -312,10 +313,15 @@ def load_sweep(path: str | Path) -> Sweep:
     values = {"name": path.stem} | read_yaml(path)
     sweep = _validate(Sweep, values, source=str(path))
     rows = [
-        row.model_copy(update={"experiment": str(path.parent / row.experiment)}) if row.experiment else row
+        row.model_copy(update={"experiment": _beside(path, row.experiment)}) if row.experiment else row
         for row in sweep.rows
     ]
-    return sweep.model_copy(update={"experiment": str(path.parent / sweep.experiment), "rows": rows})
+    return sweep.model_copy(update={"experiment": _beside(path, sweep.experiment), "rows": rows})
+
+
+def _beside(path: Path, relative: str) -> str:
+    """A path that is meant relative to a file's folder, seen from here."""
+    return os.path.normpath(path.parent / relative)
 
 
 def validate_experiment(values: dict[str, Any], *, source: str) -> Experiment:

@@ -1,0 +1,92 @@
+"""Commands around sweeps: sweep, table."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from solq_lab.commands.arguments import FAILED, Overrides, RunsDir
+from solq_lab.config import ConfigError, load_sweep
+from solq_lab.runs import load_run, replacing, write_json
+from solq_lab.sweeps import SWEEPS, ClusterStarter, Job, check, find_sweep, plan, run_sweep
+from solq_lab.tables import RESULTS, read_table
+
+SweepFile = Annotated[Path, typer.Argument(help=f"Sweep: a YAML file, or the name of one in {SWEEPS}.")]
+
+
+class Where(StrEnum):
+    """What runs the jobs of a sweep."""
+
+    none = "none"
+    local = "local"
+    slurm = "slurm"
+
+
+def sweep(
+    sweep_file: SweepFile,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at the same time; by default 1, on SLURM all.")] = None,
+    cluster: Annotated[Where, typer.Option(help="Submit the runs by submitit; local tries that here.")] = Where.none,
+    cluster_option: Annotated[
+        list[str] | None, typer.Option(help="For submitit, name=value, for example slurm_partition=gpu.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and where each stands.")] = False,
+) -> None:
+    """Run every row and seed of a sweep that is not finished; the same command resumes it."""
+    planned = plan(load_sweep(find_sweep(sweep_file)), overrides or [], runs_dir)
+    check(planned)
+    if dry_run:
+        for job in planned:
+            typer.echo(f"{_standing(job):<20} solq-lab {shlex.join(job.arguments)}")
+        return
+    options = dict(map(_split_option, cluster_option or []))
+    if options and cluster is Where.none:
+        raise ConfigError("--cluster-option: needs --cluster slurm or --cluster local")
+    start = None if cluster is Where.none else ClusterStarter(cluster.value, runs_dir, options)
+    outcomes = run_sweep(planned, start=start, at_once=jobs or (len(planned) if cluster is Where.slurm else 1))
+    typer.echo(read_table(sweep_file, runs_dir=runs_dir).text())
+    failed = [outcome.job.run for outcome in outcomes if outcome.status != 0]
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def table(
+    sweep_file: SweepFile,
+    runs_dir: RunsDir = Path("runs"),
+    results_dir: Annotated[Path, typer.Option(help="Folder of the results that the project carries.")] = RESULTS,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the runs' numbers.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="File for means and spreads.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print as Markdown.")] = False,
+) -> None:
+    """Print a sweep's mean and spread over its seeds beside the paper's numbers."""
+    results = read_table(sweep_file, runs_dir=runs_dir, results_dir=results_dir)
+    typer.echo(results.markdown() if markdown else results.text())
+    if json_path is not None:
+        write_json(json_path, results.to_dict())
+    if csv_path is not None:
+        with replacing(csv_path) as temporary:
+            temporary.write_text(results.csv(), encoding="utf-8")
+
+
+def _standing(job: Job) -> str:
+    """Where a run stands, in two words at most."""
+    if job.is_finished():
+        return "finished"
+    if not job.folder.exists():
+        return "new"
+    status = load_run(job.folder).status()
+    return f"at step {status['step']}" if status["step"] else "started"
+
+
+def _split_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--cluster-option {text!r}: allowed is name=value, for example slurm_partition=gpu")
+    return name, yaml.safe_load(value)
