@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
@@ -90,6 +91,84 @@ def evaluate_results(
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
             per_class[name] |= {f"{kind}.{number}": value for number, value in numbers.items()}
     return Evaluation(metrics, per_class, tuple(area_sides), boundary_ratio, len(truth.images))
+
+
+class Candidates(NamedTuple):
+    """Which detections may match which objects: F detections by falling score, A objects, P pairs, I pictures.
+
+    Of a picture's detections of one class, only the 100 best are here, as COCO counts.
+
+    image_ids: (I,) pictures, ascending.
+    class_names: S names, by rising category id.
+    detection_images, object_images: (F,), (A,) rows of `image_ids`.
+    detection_classes, object_classes: (F,), (A,) rows of `class_names`.
+    crowd: (A,) bool.
+    detections, objects, overlap: (P,) rows of a detection and of an object of its class in its picture, and their IoU.
+    """
+
+    image_ids: np.ndarray
+    class_names: list[str]
+    detection_images: np.ndarray
+    detection_classes: np.ndarray
+    object_images: np.ndarray
+    object_classes: np.ndarray
+    crowd: np.ndarray
+    detections: np.ndarray
+    objects: np.ndarray
+    overlap: np.ndarray
+
+
+def measure_candidates(
+    annotations: str | Path | dict,
+    results: Sequence[dict],
+    *,
+    kind: str,
+    boundary_ratio: float = DEFAULTS.boundary_ratio,
+    image_ids: Collection[int] | None = None,
+) -> Candidates:
+    """The overlaps that `evaluate_results` matches by, for analyses that match or count in another way.
+
+    Args:
+        annotations, results, boundary_ratio, image_ids: as in `evaluate_results`.
+        kind: "box", "segm" or "boundary".
+
+    Raises:
+        DataError: the annotations or a result cannot be used; the message names the entry and the cure.
+    """
+    truth = _GroundTruth(annotations, image_ids, masks_wanted=kind != "box")
+    found = truth.detections(results, masks=kind != "box")
+    evaluator = COCOeval_faster(
+        truth.index(),
+        found,
+        _IOU_TYPE[kind],
+        boundary_dilation_ratio=boundary_ratio,
+        print_function=logger.debug,
+    )
+    evaluator.evaluate()
+    images = np.array(sorted(truth.images), dtype=np.int64)
+    image_rows = {key: row for row, key in enumerate(images.tolist())}
+    class_rows = {category["id"]: row for row, category in enumerate(truth.categories)}
+    detections = _best_detections(found.dataset["annotations"], evaluator.params.maxDets[-1])
+    detection_places, object_places = _places(detections), _places(truth.objects)
+    pairs = [np.zeros((0, 3))]
+    for key, places in detection_places.items():
+        others = object_places.get(key)
+        if others:
+            overlap = np.asarray(evaluator.ious[key])  # (detections by falling score, objects)
+            rows, columns = np.meshgrid(places, others, indexing="ij")
+            pairs.append(np.stack([rows.ravel(), columns.ravel(), overlap.ravel()], axis=1))
+    joined = np.concatenate(pairs)
+    joined = joined[np.argsort(joined[:, 0], kind="stable")]
+    return Candidates(
+        images,
+        truth.class_names,
+        *_rows(detections, image_rows, class_rows),
+        *_rows(truth.objects, image_rows, class_rows),
+        crowd=np.array([entry["iscrowd"] for entry in truth.objects], dtype=bool),
+        detections=joined[:, 0].astype(np.int64),
+        objects=joined[:, 1].astype(np.int64),
+        overlap=joined[:, 2],
+    )
 
 
 class _GroundTruth:
@@ -194,6 +273,32 @@ def _distinct_names(categories: list[dict]) -> list[str]:
         category["name"] if counts[category["name"]] == 1 else f"{category['name']} ({category['id']})"
         for category in categories
     ]
+
+
+def _best_detections(entries: list[dict], most: int) -> list[dict]:
+    """Detections by falling score (equal ones by picture), at most so many of a class in a picture."""
+    counts: Counter = Counter()
+    best = []
+    for entry in sorted(entries, key=lambda entry: (-entry["score"], entry["image_id"])):
+        key = entry["image_id"], entry["category_id"]
+        counts[key] += 1
+        if counts[key] <= most:
+            best.append(entry)
+    return best
+
+
+def _places(entries: list[dict]) -> dict[tuple[int, int], list[int]]:
+    """Picture and category -> places of its entries in the list."""
+    places: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, entry in enumerate(entries):
+        places[entry["image_id"], entry["category_id"]].append(place)
+    return places
+
+
+def _rows(entries: list[dict], images: dict[int, int], classes: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Picture row and class row of every entry."""
+    pictures = [images[entry["image_id"]] for entry in entries]
+    return np.array(pictures, dtype=np.int64), np.array([classes[e["category_id"]] for e in entries], dtype=np.int64)
 
 
 def _area_ranges(sides: tuple[float, float]) -> dict[str, list[float]]:
