@@ -363,7 +363,7 @@ def test_a_model_s_weights_come_back_bit_exact_and_shared_tensors_are_stored_onc
 
 def test_a_plain_safetensors_file_has_no_experiment(tmp_path: Path):
     save_file({"a": torch.ones(2)}, tmp_path / "plain.safetensors")
-    assert read_weights(tmp_path / "plain.safetensors")[1:] == (None, None)
+    assert read_weights(tmp_path / "plain.safetensors")[1:] == (None, None, {})
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,10 @@ class MaskCodec(nn.Module, ABC):
             case "middle":
                 return decoded > _middle(decoded)
         raise ValueError(f"threshold {self.threshold!r}: allowed are 'middle' and 'half'")
+
+    def decode_bits(self, vectors: Tensor) -> Tensor:
+        """Masks (K, N, N) bool of vectors (K, D): `binarize(decode(vectors))`, which a code may know a short cut to."""
+        return self.binarize(self.decode(vectors))
 
     def check_masks(self, masks: Tensor) -> None:
         """Raises ValueError where masks are not (K, N, N)."""
@@ -148,6 +153,26 @@ class FittedCodec(MaskCodec):
                 f"this {type(self).__name__} has no tables yet: fit it (codec.fit, or `solq-lab fit-codec EXPERIMENT`) "
                 "or load them (codec.load_state_dict, `codecs.artifact.load_codec`)"
             )
+
+
+def describe_codec(codec: MaskCodec | None) -> dict[str, Any] | None:
+    """What tells one code from another, as JSON types; None without a code.
+
+    Returns:
+        Its "kind", "mask_size", "vector_dim", "threshold", and the "sha256" of its tables.
+    """
+    if codec is None:
+        return None
+    tables = hashlib.sha256()
+    for name, table in sorted(codec.named_buffers()):
+        tables.update(name.encode() + table.cpu().contiguous().numpy().tobytes())
+    return {
+        "kind": type(codec).__name__,
+        "mask_size": codec.mask_size,
+        "vector_dim": codec.vector_dim,
+        "threshold": codec.threshold,
+        "sha256": tables.hexdigest(),
+    }
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

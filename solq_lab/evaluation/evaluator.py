@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_dataset
-from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.base import MaskCodec, describe_codec
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.loader import make_loader
@@ -26,6 +26,7 @@ from solq_lab.evaluation.results import detections_to_results, write_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
+from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run, RunError, hash_file, read_json, write_json
 from solq_lab.structures import Detections
 
@@ -186,11 +187,11 @@ def run_ceiling(run: Run, *, split: Literal["val", "train"] = "val") -> Evaluati
     settings are the same: training, notebooks and command line share one measurement.
     """
     experiment = run.experiment.evaluated_on(split)
-    codec = build_codec(experiment)
+    codec = build_codec(experiment, tables=read_weights(run.weights).codec if run.weights.exists() else None)
     if codec is None:
         return None
     settings, ceiling_file = experiment.evaluation, _for_split(run.folder / "ceiling.json", split)
-    about = _what_is_scored(experiment) | {"codec": experiment.codec.model_dump(mode="json")}
+    about = _what_is_scored(experiment) | {"codec": describe_codec(codec)}
     ceiling = _finished_results(ceiling_file, about)
     if ceiling is None:
         ceiling = codec_ceiling(

@@ -23,7 +23,7 @@ from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.graphs import GraphedForward
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.models.solq import SOLQ
-from solq_lab.models.weights import WeightMismatch, load_state, read_weights
+from solq_lab.models.weights import WeightFile, WeightMismatch, load_state, read_weights
 from solq_lab.precision import check_autocast
 from solq_lab.runs import Run, RunError
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
@@ -71,15 +71,15 @@ class Predictor:
         if bucket is not None and bucket < 1:
             raise ValueError(f"bucket {bucket}: allowed are positive numbers of pixels, and None for no padding")
         path = _find_weights(weights_or_run)
-        state, self.experiment, self.classes = _read(path)
+        weights, self.experiment, self.classes = _read(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.top_k = top_k or self.experiment.evaluation.top_k
         self.bucket, self.autocast = bucket, autocast
         check_autocast(autocast, self.device)
         model = build_model(self.experiment, len(self.classes))
-        load_state(model, state, source=str(path))
+        load_state(model, weights.state, source=str(path))
         self.model = prepare_for_inference(model).to(self.device)
-        self.codec = build_codec(self.experiment)
+        self.codec = build_codec(self.experiment, tables=weights.codec)
         if self.codec is not None:
             self.codec.to(self.device)
         self._graphed = None
@@ -197,7 +197,7 @@ def _find_weights(weights_or_run: str | Path | Run) -> Path:
     raise RunError(f"{run.folder}: this run has no {run.weights.name} yet; {cure}")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Experiment, ClassMap]:
+def _read(path: Path) -> tuple[WeightFile, Experiment, ClassMap]:
     weights = read_weights(path)
     if weights.experiment is None or weights.classes is None:
         missing = "experiment" if weights.experiment is None else "class map"
@@ -206,4 +206,4 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Experiment, ClassMap]:
             "turn it into one that does with `solq-lab import-weights`"
         )
     experiment = validate_experiment(yaml.safe_load(weights.experiment), source=f"{path} (stored experiment)")
-    return weights.state, experiment, ClassMap.from_json(weights.classes)
+    return weights, experiment, ClassMap.from_json(weights.classes)

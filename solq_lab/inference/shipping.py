@@ -75,7 +75,13 @@ def ship_run(run: Run, destination: Path, experiment: Experiment, *, pictures: i
     try:
         trained = read_weights(run.weights)
         weights = unfinished / run.weights.name
-        save_weights(weights, halved(trained.state), experiment=experiment.to_yaml(), classes=trained.classes)
+        save_weights(
+            weights,
+            halved(trained.state),
+            experiment=experiment.to_yaml(),
+            classes=trained.classes,
+            codec=trained.codec,
+        )
         whole, rounded = Predictor(run.weights), Predictor(weights)
         rounding = compare_predictors(whole, rounded, build_dataset(experiment, "val", whole.classes), pictures)
         _refuse_if_far(run, rounding)

@@ -53,6 +53,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SWIN_WINDOW = 7
+CODEC = "codec."  # prefix of the mask code's tables in a file; no network has such a part
 
 
 class WeightFile(NamedTuple):
@@ -61,11 +62,13 @@ class WeightFile(NamedTuple):
     state: tensors by our names; shared tensors stand under each of their names.
     experiment: the experiment as YAML, or None.
     classes: the class map as JSON, or None.
+    codec: tables of the mask code that the network was trained with, by name; empty where they follow from its sizes.
     """
 
     state: dict[str, Tensor]
     experiment: str | None
     classes: str | None
+    codec: dict[str, Tensor]
 
 
 class OfficialFile(NamedTuple):
@@ -100,7 +103,14 @@ class ImportReport(NamedTuple):
         return "\n".join(lines)
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], *, experiment: str, classes: str) -> None:
+def save_weights(
+    path: Path,
+    state: Mapping[str, Tensor],
+    *,
+    experiment: str,
+    classes: str,
+    codec: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write weights to a safetensors file, all or nothing.
 
     Args:
@@ -108,7 +118,9 @@ def save_weights(path: Path, state: Mapping[str, Tensor], *, experiment: str, cl
         state: a model's state dict. A tensor that it holds under several names is stored once.
         experiment: the experiment as YAML.
         classes: the class map as JSON.
+        codec: the mask code's state dict: a fitted code's tables belong to the network that learnt its vectors.
     """
+    state = {**state, **{CODEC + name: table for name, table in (codec or {}).items()}}
     stored: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first_name: dict[tuple[Any, ...], str] = {}
@@ -141,7 +153,8 @@ def read_weights(path: Path) -> WeightFile:
         ) from None
     for name, first in json.loads(metadata.get("shared", "{}")).items():
         state[name] = state[first]
-    return WeightFile(state, metadata.get("experiment"), metadata.get("classes"))
+    codec = {name.removeprefix(CODEC): state.pop(name) for name in list(state) if name.startswith(CODEC)}
+    return WeightFile(state, metadata.get("experiment"), metadata.get("classes"), codec)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

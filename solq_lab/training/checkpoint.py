@@ -29,11 +29,13 @@ class Checkpoint(NamedTuple):
     step: optimiser steps done.
     weights: the model's state dict.
     state: the training's other state, plain containers of tensors, numbers and strings.
+    codec: state dict of the mask code; None or empty where its tables follow from its sizes.
     """
 
     step: int
     weights: dict[str, Tensor]
     state: dict[str, Any]
+    codec: dict[str, Tensor] | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, classes: str) -> None:
@@ -53,7 +55,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, cl
         partial = folder / f".{final.name}.part"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_weights(partial / "weights.safetensors", checkpoint.weights, experiment=experiment, classes=classes)
+        save_weights(
+            partial / "weights.safetensors",
+            checkpoint.weights,
+            experiment=experiment,
+            classes=classes,
+            codec=checkpoint.codec,
+        )
         torch.save({"step": checkpoint.step, **checkpoint.state}, partial / "state.pt")
         for path in (partial / "weights.safetensors", partial / "state.pt", partial):
             flush_to_disk(path)
@@ -78,8 +86,8 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
     for path in reversed(found):
         try:
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            weights = read_weights(path / "weights.safetensors").state
-            return Checkpoint(state.pop("step"), weights, state)
+            weights = read_weights(path / "weights.safetensors")
+            return Checkpoint(state.pop("step"), weights.state, state, weights.codec)
         except (
             OSError,
             EOFError,

@@ -1,8 +1,7 @@
-"""What is measured once, before the first step: the training's mask vectors, and fingerprints of data set and codec."""
+"""What is measured once, before the first step: the training's mask vectors, and the data set's fingerprint."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -53,19 +52,4 @@ def describe_dataset(dataset: CocoDataset) -> dict[str, Any]:
         "sha256": hash_file(dataset.annotations),
         "images": len(dataset),
         "classes": sum(1 for name in dataset.classes.names if name),
-    }
-
-
-def describe_codec(codec: MaskCodec | None) -> dict[str, Any] | None:
-    """What tells one code from another: its kind, its sizes and the hash of its tables; None without a code."""
-    if codec is None:
-        return None
-    tables = hashlib.sha256()
-    for name, table in sorted(codec.named_buffers()):
-        tables.update(name.encode() + table.cpu().contiguous().numpy().tobytes())
-    return {
-        "kind": type(codec).__name__,
-        "mask_size": codec.mask_size,
-        "vector_dim": codec.vector_dim,
-        "sha256": tables.hexdigest(),
     }

@@ -20,9 +20,11 @@ from tqdm.auto import tqdm
 
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_dataset, build_model
+from solq_lab.codecs.base import describe_codec
 from solq_lab.config import OptimSection, TrainSection
 from solq_lab.data.loader import BatchStream, make_loader
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
+from solq_lab.fitting import check_fitted_data
 from solq_lab.launch import prepare_data
 from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
@@ -41,7 +43,7 @@ from solq_lab.training.journal import Journal
 from solq_lab.training.losses import SetCriterion, vector_plateau
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.optim import build_optimizer, clip_gradients, learning_rate_factor, set_learning_rate
-from solq_lab.training.preparation import describe_codec, describe_dataset, sample_vectors, vector_statistics
+from solq_lab.training.preparation import describe_dataset, sample_vectors, vector_statistics
 from solq_lab.training.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -87,12 +89,15 @@ class Trainer:
         torch.set_num_threads(train.threads or torch.get_num_threads())
         _seed_generators(experiment.seed)
 
+        checkpoint = load_newest_checkpoint(run.checkpoints)
         if distributed.is_main():
             prepare_data(experiment)
+            if checkpoint is None:  # a resumed training keeps the tables that it began with
+                check_fitted_data(experiment)
         distributed.wait_for_all()
+        self.codec = build_codec(experiment, tables=None if checkpoint is None else checkpoint.codec)
         self.train_set = build_dataset(experiment, "train")
         self.val_set = build_dataset(experiment, "val", classes=self.train_set.classes)
-        checkpoint = load_newest_checkpoint(run.checkpoints)
         self.step = 0 if checkpoint is None else checkpoint.step  # optimiser steps done
         steps_per_epoch = len(self.train_set) // train.batch_size
         self.total_steps = train.steps or train.epochs * steps_per_epoch
@@ -100,7 +105,6 @@ class Trainer:
         self.stream = self._order_pictures()
         self.journal = Journal(run, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch)
 
-        self.codec = build_codec(experiment)
         self.model = build_model(experiment, len(self.train_set.classes), pretrained=checkpoint is None)
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint.weights)
@@ -112,6 +116,7 @@ class Trainer:
         costs = experiment.matcher.model_dump()
         matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
         self.criterion = SetCriterion(self.codec, matcher, **loss.model_dump()).to(self.device)
+        self.criterion.train()  # the code too: the released PCA draws noise in training
         self.optimizer = build_optimizer(self.model, experiment.optim)
         self.average = AveragedWeights(self.model, train.ema) if train.ema else None
         if checkpoint is None:
@@ -253,7 +258,7 @@ class Trainer:
             "random": distributed.gather_objects(random_state(self.device)),
         }
         if distributed.is_main():
-            checkpoint = Checkpoint(self.step, self.model.state_dict(), state)
+            checkpoint = Checkpoint(self.step, self.model.state_dict(), state, self._codec_tables())
             save_checkpoint(self.run.checkpoints, checkpoint, **self._metadata())
             self.run.write_status("training", step=self.step)
 
@@ -279,7 +284,7 @@ class Trainer:
         """Write the trained model, and evaluate what was written."""
         if distributed.is_main():
             weights = self.model.state_dict() if self.average is None else self.average.state_dict()
-            save_weights(self.run.weights, weights, **self._metadata())
+            save_weights(self.run.weights, weights, codec=self._codec_tables(), **self._metadata())
             flush_to_disk(self.run.weights)
         distributed.wait_for_all()
         evaluation = evaluate_run(self.run, device=self.device)
@@ -288,6 +293,10 @@ class Trainer:
                 self.journal.write_evaluation(self.step, evaluation)
             self.run.write_status("finished", step=self.step)
         return "finished"
+
+    def _codec_tables(self) -> dict[str, Tensor]:
+        """What a reader of the weights needs of the mask code besides the experiment."""
+        return {} if self.codec is None else self.codec.state_dict()
 
     def _metadata(self) -> dict[str, str]:
         return {"experiment": self.experiment.to_yaml(), "classes": self.train_set.classes.to_json()}
