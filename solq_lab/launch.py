@@ -196,6 +196,21 @@ def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
     return working_copy(run, runs_dir)
 
 
+def trained_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:
+    """The finished run of an experiment, opened to look into (`open_run`).
+
+    It is the folder that the experiment file lies in where that holds trained weights, as one that comes with the
+    project does; otherwise the experiment's folder in `runs_dir`.
+
+    Raises:
+        ConfigError: the experiment cannot be used, or its data folder is missing.
+        RunError: no such run, or one without trained weights.
+    """
+    experiment, beside = load_experiment(experiment_path, list(overrides)), Path(experiment_path).parent
+    shipped = (beside / "weights.safetensors").is_file()
+    return open_run(beside if shipped else Path(runs_dir) / experiment.name, runs_dir)
+
+
 def enter_workspace() -> Path:
     """Go to the folder that relative paths start from, and return it.
 

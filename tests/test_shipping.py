@@ -165,3 +165,15 @@ def test_the_command_gives_the_shipped_run_its_folders_name(run: Run, tmp_path: 
     assert "pictures: scores within" in capsys.readouterr().out
     assert load_run(tmp_path / "small").experiment.name == "small"
     assert Predictor(tmp_path / "small").experiment.name == "small"
+
+
+def test_a_notebooks_experiment_names_its_run_beside_the_file_or_in_the_runs_folder(
+    run: Run, shipped: Path, tmp_path: Path
+):
+    opened = launch.trained_run(shipped / "experiment.yaml", [], tmp_path / "runs")
+    assert opened.folder == tmp_path / "runs" / "shipped" / "tiny"
+    experiment = tmp_path / "mine.yaml"
+    experiment.write_text(run.experiment.to_yaml())
+    assert launch.trained_run(experiment, [], tmp_path / "trained").folder == run.folder
+    with pytest.raises(RunError, match=r"other: not a run folder .*runs there: tiny"):
+        launch.trained_run(experiment, ["name=other"], tmp_path / "trained")

@@ -8,9 +8,9 @@ one type, the first of these that fits; "its object" is the one that the detecti
     background   its box lies on no object
     class        its object is of another class
     duplicate    its object is found by a better scored detection
-    siamese      at least `SIAMESE_LEAK` of its mask lies on neighbours of its object (`Found.leak`): the mask covers two
-                 objects, or it is the neighbour's. Where two neighbours get one and the same mask, it must lie for one
-                 of them by at least half of what it has on both on the wrong one
+    siamese      at least `SIAMESE_LEAK` of its mask lies on neighbours of its object (`Found.leak`): it covers two
+                 objects, or it is the neighbour's. Where two neighbours get one and the same mask, half or more of what
+                 it has on the two lies, for one of them, on the wrong one
     codec        codec truncation: even the object itself, sent through the mask code, has an IoU below t
     box          the object's own vector, decoded and pasted into the predicted box, has an IoU below t
     vector       vector regression: all that is left; the box would do and the code too, but the vector is off

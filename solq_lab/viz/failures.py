@@ -1,0 +1,202 @@
+"""Where AP is lost, as bars, and the worst errors of each type, as pictures. Paper: appendix A.5, fig. 6."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from solq_lab.masks import decode_rle
+from solq_lab.structures import Detections
+from solq_lab.viz.pictures import MASK_OPACITY, as_pixels, outline_mask
+from solq_lab.viz.style import (
+    BLACK,
+    GREEN,
+    GREY,
+    METHOD_COLOURS,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILION,
+    YELLOW,
+    hide_axes,
+    new_figure,
+    text_colour,
+)
+
+ERROR_COLOURS = {
+    "missed": GREY,
+    "background": BLACK,
+    "class": VERMILION,
+    "duplicate": YELLOW,
+    "box": GREEN,
+    "siamese": ORANGE,
+    "codec": SKY,
+    "vector": PURPLE,
+}
+ERROR_TITLES = {
+    "missed": "missed",
+    "background": "background",
+    "class": "class",
+    "duplicate": "duplicate",
+    "box": "box",
+    "siamese": "siamese mask",
+    "codec": "codec truncation",
+    "vector": "vector regression",
+}
+_SHORTEST_LABELLED = 4.5  # AP points: a shorter piece of a bar has no room for its number
+_MARGIN = 0.35  # around the boxes of a case, share of their longer side
+_GALLERY_WIDTH = 9.6  # inches, without the names of the types
+
+
+class Losses(Protocol):
+    """What one group of objects loses, as `evaluation.errors` says it; shares of AP, 0..1, NaN without objects."""
+
+    objects: int
+    ap: float
+    alone: dict[str, float]
+    in_turn: dict[str, float]
+
+
+@mpl.rc_context(STYLE)
+def lost_ap(groups: Mapping[str, Losses], *, title: str = "") -> Figure:
+    """Where mask AP is lost: each type repaired alone and in turn, and in turn by object size and by occlusion.
+
+    Args:
+        groups: of an error analysis: "all", then three by size, then three by occlusion.
+        title: which model.
+    """
+    figure, axes = new_figure(1, 2, size=(11.0, 4.2), title=title, width_ratios=(1.0, 1.75))
+    _draw_types(axes[0, 0], groups["all"])
+    _draw_groups(axes[0, 1], groups)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def failure_gallery(
+    cases: Mapping[str, Sequence[tuple[np.ndarray | Tensor, Detections, Detections]]], *, title: str = ""
+) -> Figure:
+    """One row per type of error: the detection's mask and box in the type's colour, the true outline in white.
+
+    Args:
+        cases: type -> the picture ((H, W, 3) or (3, H, W), uint8), the object that an error is about and the
+            detection, one or none of each, in its pixels; a type without cases says so.
+        title: which model.
+    """
+    across = max(1, *map(len, cases.values()))
+    side = _GALLERY_WIDTH / across
+    heights = [side + 0.25 if worst else 0.4 for worst in cases.values()]
+    size = (1.2 + _GALLERY_WIDTH, 0.5 + sum(heights))
+    figure, axes = new_figure(len(cases), across, size=size, title=title, height_ratios=heights)
+    for place in axes.flat:
+        hide_axes(place)
+    for row, (error, worst) in zip(axes, cases.items(), strict=True):
+        row[0].text(
+            -0.06,
+            0.5,
+            ERROR_TITLES[error].replace(" ", "\n"),
+            transform=row[0].transAxes,
+            horizontalalignment="right",
+            verticalalignment="center",
+            fontsize=10,
+        )
+        if not worst:
+            where = {"transform": row[0].transAxes, "horizontalalignment": "left", "verticalalignment": "center"}
+            row[0].text(0.0, 0.5, "none", color=GREY, **where)
+        for place, (image, true, found) in zip(row, worst, strict=False):
+            _draw_case(place, as_pixels(image), true, found, ERROR_COLOURS[error])
+    return figure
+
+
+def _draw_types(axes: Axes, group: Losses) -> None:
+    """Two bars per type: what it gives back in turn, and alone."""
+    rows = np.arange(len(ERROR_COLOURS))
+    in_turn, alone = (
+        100 * np.nan_to_num([gains[error] for error in ERROR_COLOURS]) for gains in (group.in_turn, group.alone)
+    )
+    colours = list(ERROR_COLOURS.values())
+    bars = axes.barh(rows - 0.2, in_turn, height=0.4, color=colours)
+    axes.bar_label(bars, labels=[f"{value:.1f}" for value in in_turn], fontsize=8, padding=2)
+    paler = [(*to_rgb(colour), 0.4) for colour in colours]
+    bars = axes.barh(rows + 0.2, alone, height=0.4, color=paler)
+    axes.bar_label(bars, labels=[f"{value:.1f}" for value in alone], fontsize=8, padding=2, color=GREY)
+    axes.set_yticks(rows, ERROR_TITLES.values())
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1.2 * max(1.0, alone.max(), in_turn.max()))
+    axes.set_xlabel("mask AP points given back")
+    axes.set_title("repaired in turn (full colour), alone (pale)")
+
+
+def _draw_groups(axes: Axes, groups: Mapping[str, Losses]) -> None:
+    """One bar per group from 0 to 100: the AP that is there, and the pieces that repairs in turn give back."""
+    names = list(groups)
+    places = np.arange(len(names)) + 0.5 * np.searchsorted([1, 4], np.arange(len(names)), side="right")
+    pieces = {"AP": [group.ap for group in groups.values()]}
+    pieces |= {error: [group.in_turn[error] for group in groups.values()] for error in ERROR_COLOURS}
+    titles = {"AP": "AP as it is"} | ERROR_TITLES
+    start = np.zeros(len(names))
+    for piece, shares in pieces.items():
+        width = 100 * np.nan_to_num(shares)
+        colour = METHOD_COLOURS["SOLQ"] if piece == "AP" else ERROR_COLOURS[piece]
+        bars = axes.barh(places, width, left=start, height=0.75, color=colour, label=titles[piece])
+        labels = [f"{value:.0f}" if value >= _SHORTEST_LABELLED else "" for value in width]
+        axes.bar_label(bars, labels=labels, label_type="center", fontsize=8, color=text_colour(colour))
+        start += width
+    for place, group in zip(places, groups.values(), strict=True):
+        if math.isnan(group.ap):
+            axes.text(1, place, "no objects", verticalalignment="center", fontsize=8, color=GREY)
+    labels = [f"{name} ({group.objects})" for name, group in groups.items()]
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("mask AP, percent")
+    axes.set_title("repaired in turn, by size and by occlusion (objects)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.46, -0.14), ncols=5, fontsize=8, handlelength=1.2)
+
+
+def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detections, colour: str) -> None:
+    """The surroundings of an error, titled with class, score and the IoU of the masks."""
+    shown = pixels.astype(np.float32) / 255
+    found_masks, true_masks = (decode_rle(objects.masks).numpy() for objects in (found, true))
+    for mask in found_masks:
+        shown[mask] = (1 - MASK_OPACITY) * shown[mask] + MASK_OPACITY * np.array(to_rgb(colour), dtype=np.float32)
+    axes.imshow(shown)
+    for x0, y0, x1, y1 in found.boxes.tolist():
+        line = {"fill": False, "edgecolor": colour, "linewidth": 1.0, "linestyle": ":"}
+        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **line))
+    for masks, line in ((true_masks, "white"), (found_masks, colour)):
+        for mask in masks:
+            if mask.any():
+                outline_mask(axes, mask, line)
+    _look_closer(axes, torch.cat([true.boxes, found.boxes]), pixels.shape[:2])
+    words = [*(found.names or true.names), *(f"{score:.2f}" for score in found.scores.tolist())]
+    if found.names and true.names and found.names != true.names:
+        words += [f"({true.names[0]})"]
+    if len(found_masks) and len(true_masks):
+        union = (found_masks[0] | true_masks[0]).sum()
+        words += [f"IoU {(found_masks[0] & true_masks[0]).sum() / max(union, 1):.2f}"]
+    axes.set_title(" ".join(words), fontsize=7.5, pad=3)
+
+
+def _look_closer(axes: Axes, boxes: Tensor, size: tuple[int, int]) -> None:
+    """Show a square around boxes (K, 4) xyxy, as far as a picture of `size` (height, width) goes."""
+    height, width = size
+    left, top = boxes[:, :2].amin(dim=0).tolist()
+    right, bottom = boxes[:, 2:].amax(dim=0).tolist()
+    side = min((1 + 2 * _MARGIN) * max(right - left, bottom - top), height, width)
+    x0 = min(max((left + right - side) / 2, 0), width - side) - 0.5
+    y0 = min(max((top + bottom - side) / 2, 0), height - side) - 0.5
+    axes.set_xlim(x0, x0 + side)
+    axes.set_ylim(y0 + side, y0)
