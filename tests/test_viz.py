@@ -11,13 +11,10 @@ import torch
 from matplotlib.colors import to_rgb
 
 from solq_lab.boxes import xyxy_to_cxcywh
-from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
-from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.masks import decode_rle, encode_rle
-from solq_lab.structures import Detections, ImageBatch, Target
-from solq_lab.viz.attention import record_sampling, sampling_points
+from solq_lab.structures import Detections, Target
 from solq_lab.viz.codes import reconstructions
 from solq_lab.viz.curves import ap_by_class, ap_by_size, training_curves
 from solq_lab.viz.pictures import MASK_OPACITY, draw_detections, ground_truth, prediction_grid
@@ -250,51 +247,3 @@ def test_saving_makes_the_folder_and_gives_the_figure_back(tmp_path):
     figure = ap_by_class({"a": {"segm.AP": 0.2}})
     assert save(figure, tmp_path / "new" / "a.png") is figure
     assert (tmp_path / "new" / "a.png").stat().st_size > 1000
-
-
-# ---- attention
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    settings = {"backbone": "small", "levels": 3, "width": 32, "heads": 2, "feedforward": 32, "queries": 5}
-    sizes = {"encoder_layers": 1, "decoder_layers": 2, "vector_hidden": 8}
-    return build_model(Experiment(name="a", model=settings | sizes, codec={"vector_dim": 9}), 3).eval()
-
-
-@pytest.fixture
-def images():
-    padding = torch.zeros(1, 64, 64, dtype=torch.bool)
-    padding[:, :, 48:] = True
-    return ImageBatch(torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8), padding).normalised()
-
-
-def test_recorded_weights_sum_to_one_and_points_lie_around_the_reference(model, images):
-    sampling = record_sampling(model, images, layer=0)
-    heads, levels, points = 2, 3, 4
-    assert sampling.points.shape == (5, heads, levels, points, 2)
-    torch.testing.assert_close(sampling.weights.sum((2, 3)), torch.ones(5, heads))
-    with torch.no_grad():
-        reference = model.reference_points(model.query_embedding[:, :32]).sigmoid()
-    # A fresh layer's points leave the reference in opposite directions by 1 to 4 cells of each level.
-    around = sampling.points[:, :, 0].mean((1, 2))
-    torch.testing.assert_close(around, reference, atol=1e-5, rtol=0)
-
-
-def test_recording_leaves_no_hook_behind_and_does_not_change_the_prediction(model, images):
-    with torch.no_grad():
-        before = model(images).layers[-1].boxes
-    sampling = record_sampling(model, images)
-    torch.testing.assert_close(sampling.boxes, before[0], rtol=0, atol=0)
-    assert not model.decoder[-1].cross_attention._forward_pre_hooks
-
-
-def test_every_sampling_point_is_drawn_in_pixels_with_its_weight(model, images):
-    sampling = record_sampling(model, images)
-    figure = sampling_points(np.zeros((64, 48, 3), dtype=np.uint8), sampling, 2)
-    clouds = figure.axes[1].collections
-    assert len(clouds) == 3
-    expected = sampling.points[2, :, 0].reshape(-1, 2) * torch.tensor([48, 64]) - 0.5
-    np.testing.assert_allclose(clouds[0].get_offsets(), expected, atol=1e-4)
-    np.testing.assert_allclose(clouds[0].get_sizes(), 250 * sampling.weights[2, :, 0].flatten(), rtol=1e-5)

@@ -1,94 +1,288 @@
-"""Where a query looks: sampling points of the decoder's cross-attention. Paper: figure 4."""
+"""Where queries look, drawn: sampling points, heat maps, shares of attention on outlines. Paper: figure 4."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from torch import Tensor
+from matplotlib.patheffects import withStroke
 
-from solq_lab.models.attention import MultiScaleDeformableAttention
-from solq_lab.models.solq import SOLQ
-from solq_lab.structures import ImageBatch
-from solq_lab.viz.pictures import as_pixels
-from solq_lab.viz.style import GREEN, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW, hide_axes, new_figure
+from solq_lab.inference.attention import SIZES, AttentionStudy, ObjectView, heat_map
+from solq_lab.viz.pictures import outline_mask
+from solq_lab.viz.style import BLACK, GREY, METHOD_COLOURS, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW, new_figure
 
-LEVEL_COLOURS = (SKY, ORANGE, VERMILION, PURPLE, YELLOW, GREEN)
+LEVEL_COLOURS = (SKY, YELLOW, VERMILION, PURPLE, ORANGE, GREY)
+FADED = 0.45  # of a picture behind points: how much of it is left
+SURROUNDINGS = 2.0  # side of a close-up over the longer side of its box
+LARGEST_POINT = 0.2  # of a panel's side: the diameter of a point that has all the weight
+HEAT_CELLS = 160  # side of a heat map's grid
+HEAT_SPREAD = 0.03  # standard deviation of a point in a heat map, share of the panel's side
 
-
-class SamplingPoints(NamedTuple):
-    """Where all queries of one picture look in one decoder layer.
-
-    points: (J, M, L, P, 2) as (x, y), normalised image.
-    weights: (J, M, L, P); of each head they sum to 1 over levels and points.
-    boxes: (J, 4) boxes (cx, cy, w, h) that the layer predicts, normalised image.
-    """
-
-    points: Tensor
-    weights: Tensor
-    boxes: Tensor
-
-
-@torch.no_grad()
-def record_sampling(model: SOLQ, images: ImageBatch, *, layer: int = -1) -> SamplingPoints:
-    """Run the model on one picture and keep where the cross-attention of a decoder layer looked.
-
-    Args:
-        model: in evaluation mode.
-        images: one normalised picture, B = 1.
-        layer: decoder layer, counted as Python counts; -1 is the last.
-    """
-    heard: list[tuple[Tensor, Tensor]] = []
-
-    def listen(attention: MultiScaleDeformableAttention, arguments: tuple) -> None:
-        queries, reference, memory = arguments
-        locations, weights = attention.sampling(queries, reference, memory)
-        ratios = memory.valid_ratios[:, None, None, :, None, :]  # (B, L, 2) -> (B, 1, 1, L, 1, 2)
-        heard.append((locations / ratios, weights))
-
-    hook = model.decoder[layer].cross_attention.register_forward_pre_hook(listen)
-    try:
-        predictions = model(images)
-    finally:
-        hook.remove()
-    points, weights = heard[0]
-    return SamplingPoints(points[0], weights[0], predictions.layers[layer].boxes[0])
+Window = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 
 @mpl.rc_context(STYLE)
-def sampling_points(image: np.ndarray | Tensor, sampling: SamplingPoints, query: int, *, title: str = "") -> Figure:
-    """The picture, and over it every point the query looks at: colour is the level, area the attention weight.
+def attention_of_object(view: ObjectView, *, title: str = "", close_up: bool = False) -> Figure:
+    """One object three times: its mask and box, the points its query looks at, and their weights summed up.
 
     Args:
-        image: (H, W, 3) uint8, or a tensor (3, H, W) uint8.
-        sampling: what `record_sampling` kept.
-        query: which query.
+        view: the object.
         title: what is shown.
+        close_up: show the surroundings of the object instead of the whole picture.
     """
-    pixels = as_pixels(image)
-    height, width = pixels.shape[:2]
-    figure, axes = new_figure(1, 2, size=(8.5, 0.6 + 3.6 * height / width), title=title)
-    axes[0, 0].imshow(pixels)
-    axes[0, 0].set_title("picture")
-    axes[0, 1].imshow(pixels, alpha=0.6)
-    axes[0, 1].set_title(f"query {query}: box and sampling points")
-    center_x, center_y, box_width, box_height = (sampling.boxes[query] * torch.tensor([width, height] * 2)).tolist()
-    corner = (center_x - box_width / 2 - 0.5, center_y - box_height / 2 - 0.5)
-    axes[0, 1].add_patch(Rectangle(corner, box_width, box_height, fill=False, edgecolor="black", linewidth=1.5))
-    points, weights = sampling.points[query], sampling.weights[query]  # (M, L, P, 2), (M, L, P)
-    for level in range(points.shape[1]):
-        place = points[:, level].reshape(-1, 2) * torch.tensor([width, height]) - 0.5
-        area = 250 * weights[:, level].flatten()
-        label = f"level {level + 1}" + (" (finest)" if level == 0 else "")
-        look = {"color": LEVEL_COLOURS[level], "edgecolor": "black", "linewidth": 0.4, "alpha": 0.85, "label": label}
-        axes[0, 1].scatter(*place.T.tolist(), s=area.tolist(), **look)
-    for place in axes.flat:
-        place.set_xlim(-0.5, width - 0.5)
-        place.set_ylim(height - 0.5, -0.5)
-        hide_axes(place)
-    axes[0, 1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    height, width = view.pixels.shape[:2]
+    window = _close_up(view) if close_up else (0.0, 0.0, float(width), float(height))
+    aspect = (window[3] - window[1]) / (window[2] - window[0])
+    figure, axes = new_figure(1, 3, size=(10.2, 0.85 + 3.3 * aspect), title=title)
+    _draw_object(axes[0, 0], view, window)
+    _draw_points(axes[0, 1], view, window)
+    _draw_heat(axes[0, 2], view, window)
+    for place, name in zip(axes[0], (view.caption, "sampling points", "attention, summed"), strict=True):
+        place.set_title(name)
+    _add_legend(figure, [view])
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def attention_by_size(runs: Mapping[str, Sequence[ObjectView]], columns: Sequence[str], *, title: str = "") -> Figure:
+    """Close-ups of objects side by side, each with its points and its heat map; two rows per run.
+
+    Args:
+        runs: method -> its views of the objects, the same objects in the same order for each.
+        columns: what the objects are, for example their sizes.
+        title: what is shown.
+
+    Raises:
+        ValueError: a run with another number of objects.
+    """
+    for name, views in runs.items():
+        if len(views) != len(columns):
+            raise ValueError(f"{name}: {len(views)} views for {len(columns)} columns")
+    if not runs or not columns:
+        return _empty(title, "no object was found by every run")
+    side = 2.75
+    figure, axes = new_figure(
+        2 * len(runs), len(columns), size=(0.5 + side * len(columns), 0.95 + 2 * side * len(runs)), title=title
+    )
+    windows = [_union([_close_up(views[column]) for views in runs.values()]) for column in range(len(columns))]
+    for row, (name, views) in enumerate(runs.items()):
+        for column, (view, window) in enumerate(zip(views, windows, strict=True)):
+            _draw_points(axes[2 * row, column], view, window)
+            _draw_heat(axes[2 * row + 1, column], view, window)
+            axes[2 * row, column].set_title(
+                f"{columns[column]}: {view.caption}" if row == 0 else view.caption, color=BLACK
+            )
+        for place, what in zip(axes[2 * row : 2 * row + 2, 0], ("sampling points", "attention, summed"), strict=True):
+            place.set_ylabel(f"{name}\n{what}" if len(runs) > 1 else what, fontsize=10)
+    _add_legend(figure, [view for views in runs.values() for view in views])
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") -> Figure:
+    """Share of the attention near outlines and near extremities, by decoder layer and size of the object.
+
+    Args:
+        studies: method -> what was measured. Dashed: points of another object's query. Dotted: even over the box.
+        title: what is compared.
+    """
+    figure, axes = new_figure(2, len(SIZES), size=(9.5, 5.2), title=title)
+    free = iter(colour for name, colour in METHOD_COLOURS.items() if name not in studies)
+    colours = {name: METHOD_COLOURS[name] if name in METHOD_COLOURS else next(free) for name in studies}
+    for row, what in enumerate(("outline", "tips")):
+        for size, word in enumerate(SIZES):
+            place = axes[row, size]
+            for name, study in studies.items():
+                colour = colours[name]
+                layers = np.arange(1, study.outline.shape[1] + 1)
+                place.plot(layers, 100 * study.mean(what, size), color=colour, marker="o", linewidth=2)
+                place.plot(layers, 100 * study.mean(f"other_{what}", size), color=colour, linestyle="--")
+                place.plot(layers, 100 * study.mean(f"even_{what}", size), color=colour, linestyle=":")
+                place.set_xticks(layers)
+            counts = " / ".join(str(int((study.sizes == size).sum())) for study in studies.values())
+            if row == 0:
+                place.set_title(f"{word} objects ({counts})")
+            else:
+                place.set_xlabel("decoder layer")
+        band = " / ".join(dict.fromkeys(f"{study.band:g}" for study in studies.values()))
+        target = "the outline" if what == "outline" else "the extremities"
+        axes[row, 0].set_ylabel(f"weight within {band} px\nof {target}, %")
+        top = max((place.get_ylim()[1] for place in axes[row]), default=1.0)
+        for place in axes[row]:
+            place.set_ylim(0, top)
+    handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
+    handles.append(Line2D([], [], color=GREY, linestyle="--", label="another object's points in this box"))
+    handles.append(Line2D([], [], color=GREY, linestyle=":", label="even over the box"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _draw_object(axes: Axes, view: ObjectView, window: Window) -> None:
+    _show(axes, view.pixels, window)
+    _draw_box(axes, view.box, "-")
+    if view.mask is not None and view.mask.any():
+        _draw_outline(axes, view)
+
+
+def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
+    """Every point; its area is its weight, the largest ones at the bottom."""
+    _show(axes, (255 - FADED * (255.0 - view.pixels)).astype(np.uint8), window)
+    _draw_outline(axes, view)
+    height, width = view.pixels.shape[:2]
+    _draw_reference(axes, view.reference, (height, width))
+    looked = view.looked
+    order = looked.weights.argsort(descending=True)
+    places = (looked.points[order] * torch.tensor([width, height]) - 0.5).numpy()
+    share = looked.weights[order] / max(float(looked.weights.sum()), 1e-12)
+    diameter = LARGEST_POINT * 72 * 2.75  # points of a panel's side
+    axes.scatter(
+        *places.T,
+        s=6 + (diameter**2 * share).numpy(),
+        c=[_level_colour(level) for level in looked.levels[order].tolist()],
+        edgecolors="black",
+        linewidths=0.6,
+        alpha=0.9,
+        zorder=3,
+    )
+
+
+def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
+    """The summed weights, bright where there is much, over the darkened picture."""
+    height, width = view.pixels.shape[:2]
+    _show(axes, (0.55 * view.pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)).astype(np.uint8), window)
+    left, top, right, bottom = window
+    rows, columns = HEAT_CELLS, max(round(HEAT_CELLS * (right - left) / (bottom - top)), 1)
+    scale, corner = torch.tensor([width, height]), torch.tensor([left, top])
+    inside = (view.looked.points * scale - corner) / torch.tensor([right - left, bottom - top])
+    heat = heat_map(view.looked._replace(points=inside), (rows, columns), spread=HEAT_SPREAD * rows)
+    heat /= max(heat.max(), 1e-12)
+    painted = mpl.colormaps["inferno"](heat)
+    painted[..., 3] = np.clip(1.6 * heat, 0, 0.92)
+    axes.imshow(painted, extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5), interpolation="bilinear")
+    _draw_outline(axes, view)
+    _frame(axes, window)
+
+
+def _show(axes: Axes, pixels: np.ndarray, window: Window) -> None:
+    axes.imshow(pixels, interpolation="bicubic")
+    _frame(axes, window)
+    length = _round_length((window[2] - window[0]) / 4)
+    x, y = window[0] + 0.05 * (window[2] - window[0]), window[3] - 0.05 * (window[3] - window[1])
+    for colour, thickness in (("black", 4.0), ("white", 2.2)):
+        axes.plot(
+            [x - 0.5, x + length - 0.5], [y, y], color=colour, linewidth=thickness, solid_capstyle="butt", zorder=4
+        )
+    label = axes.text(
+        x - 0.5, y - 0.02 * (window[3] - window[1]), f"{length:g} px", color="white", fontsize=8, zorder=4
+    )
+    label.set_path_effects([withStroke(linewidth=2, foreground="black")])
+
+
+def _frame(axes: Axes, window: Window) -> None:
+    left, top, right, bottom = window
+    axes.set_xlim(left - 0.5, right - 0.5)
+    axes.set_ylim(bottom - 0.5, top - 0.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_outline(axes: Axes, view: ObjectView) -> None:
+    """The mask's outline; the box where there is no mask."""
+    if view.mask is None or not view.mask.any():
+        _draw_box(axes, view.box, "-")
+        return
+    outline_mask(axes, view.mask, "white", edge="black")
+
+
+def _draw_box(axes: Axes, box: np.ndarray, style: str) -> None:
+    x0, y0, x1, y1 = box
+    for colour, thickness in (("white", 2.4), ("black", 1.2)):
+        axes.add_patch(
+            Rectangle(
+                (x0 - 0.5, y0 - 0.5),
+                x1 - x0,
+                y1 - y0,
+                fill=False,
+                edgecolor=colour,
+                linewidth=thickness,
+                linestyle=style,
+            )
+        )
+
+
+def _draw_reference(axes: Axes, reference: np.ndarray, size: tuple[int, int]) -> None:
+    """The box the points are placed around, dashed; a cross where the layer starts from a point."""
+    height, width = size
+    x, y = reference[:2] * (width, height) - 0.5
+    if len(reference) == 2:
+        for colour, thickness in (("white", 4.0), ("black", 2.0)):
+            axes.plot([x], [y], marker="+", markersize=12, markeredgewidth=thickness, color=colour, zorder=2)
+        return
+    half = reference[2:] * (width, height) / 2
+    _draw_box(axes, np.array([x - half[0], y - half[1], x + half[0], y + half[1]]) + 0.5, (0, (4, 2)))
+
+
+def _add_legend(figure: Figure, views: Sequence[ObjectView]) -> None:
+    """The levels that occur, and what the lines are."""
+    levels = sorted({level for view in views for level in view.looked.levels.unique().tolist()})
+    dot = {"linestyle": "", "marker": "o", "markersize": 9, "markeredgecolor": "black", "markeredgewidth": 0.6}
+    handles = [Line2D([], [], color=_level_colour(level), label=_level_name(level), **dot) for level in levels]
+    points_only = all(len(view.reference) == 2 for view in views)
+    outline = withStroke(linewidth=2.6, foreground="black")
+    handles.append(Line2D([], [], color="white", linewidth=1.3, path_effects=[outline], label="predicted mask"))
+    cross = {"marker": "+", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
+    handles.append(Line2D([], [], color="black", label="reference", **(cross if points_only else {"linestyle": "--"})))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.4)
+
+
+def _level_colour(level: int) -> str:
+    return LEVEL_COLOURS[level % len(LEVEL_COLOURS)]
+
+
+def _level_name(level: int) -> str:
+    return f"level {level + 1}" + (" (finest)" if level == 0 else "")
+
+
+def _close_up(view: ObjectView) -> Window:
+    """A square around the object's box, moved into the picture where it fits."""
+    height, width = view.pixels.shape[:2]
+    x0, y0, x1, y1 = view.box.tolist()
+    side = min(SURROUNDINGS * max(x1 - x0, y1 - y0, 1.0), max(height, width))
+    return _square_inside(((x0 + x1) / 2, (y0 + y1) / 2), side, (height, width))
+
+
+def _square_inside(center: tuple[float, float], side: float, size: tuple[int, int]) -> Window:
+    corner = []
+    for middle, length in zip(center, size[::-1], strict=True):
+        low = middle - side / 2
+        corner.append(min(max(low, 0.0), max(length - side, 0.0)) if side <= length else (length - side) / 2)
+    return corner[0], corner[1], corner[0] + side, corner[1] + side
+
+
+def _union(windows: Sequence[Window]) -> Window:
+    """The largest of several squares around one object: every run shows the same cut of the picture."""
+    return max(windows, key=lambda window: window[2] - window[0])
+
+
+def _round_length(length: float) -> float:
+    """The largest of 1, 2, 5, 10, 20, ... that is not longer."""
+    power = 10.0 ** math.floor(math.log10(max(length, 1.0)))
+    return max(step * power for step in (1, 2, 5) if step * power <= max(length, 1.0))
+
+
+@mpl.rc_context(STYLE)
+def _empty(title: str, message: str) -> Figure:
+    figure, axes = new_figure(1, 1, size=(6.0, 1.6), title=title)
+    axes[0, 0].set_axis_off()
+    axes[0, 0].text(0.5, 0.5, message, horizontalalignment="center", verticalalignment="center")
     return figure

@@ -67,7 +67,7 @@ def draw_detections(image: np.ndarray | Tensor, detections: Detections, *, title
     height, width = pixels.shape[:2]
     side = FIGURE_WIDTH / 2
     figure, axes = new_figure(1, 1, size=(side, 0.3 + side * height / width))
-    _draw(axes[0, 0], pixels, detections, class_colours(detections.labels.tolist()), font_size=9)
+    draw_objects(axes[0, 0], pixels, detections, class_colours(detections.labels.tolist()), font_size=9)
     axes[0, 0].set_title(title)
     return figure
 
@@ -99,14 +99,14 @@ def prediction_grid(
         colours = class_colours(truth.labels.tolist() + prediction.labels.tolist())
         columns = (("picture", truth.above(math.inf)), ("ground truth", truth), ("prediction", prediction))
         for place, (name, objects) in zip(axes[row, first:], columns, strict=False):
-            _draw(place, pixels, objects, colours, font_size=6.5)
+            draw_objects(place, pixels, objects, colours, font_size=6.5)
             place.set_anchor("N")
             if row == 0:
                 place.set_title(name)
     return figure
 
 
-def _draw(
+def draw_objects(
     axes: Axes, pixels: np.ndarray, detections: Detections, colours: Mapping[int, str], *, font_size: float
 ) -> None:
     """A picture and its best objects, the best on top; an object without a mask is drawn as its box."""
@@ -132,11 +132,11 @@ def _draw(
         _label(axes, text, anchor, pixels.shape[:2], colours[label], font_size)
 
 
-def outline_mask(axes: Axes, mask: np.ndarray, colour: str) -> None:
-    """Draw the outline of a mask (H, W) bool, edged in white; it closes at the picture's border too."""
+def outline_mask(axes: Axes, mask: np.ndarray, colour: str, *, edge: str = "white") -> None:
+    """Draw the outline of a mask (H, W) bool, edged in another colour; it closes at the picture's border too."""
     padded = np.pad(mask, 1).astype(float)
     across, down = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
-    for line, width in (("white", 2.2), (colour, 1.2)):
+    for line, width in ((edge, 2.2), (colour, 1.2)):
         axes.contour(across, down, padded, levels=[0.5], colors=[line], linewidths=width)
 
 
