@@ -25,7 +25,6 @@ from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.evaluation.workers import in_processes
 
-SIZES = "sml"  # small, medium, large, as in APs, APm, APl
 _KINDS = ("segm", "boundary")
 _MASKS_AT_ONCE = 64  # a piece of work; at N = 256 its reconstructions are 16 MB
 
@@ -61,6 +60,19 @@ class GroundTruth(NamedTuple):
         """The objects in these pictures, rows of `objects`."""
         owners = np.repeat(np.arange(len(self.pictures.ids)), np.diff(self.objects.starts))
         return np.flatnonzero(np.isin(self.pictures.ids[owners], list(image_ids)))
+
+    def areas(self, rows: np.ndarray) -> np.ndarray:
+        """(k,) float64 areas of objects, pixels: as annotated, or of the mask where the file gives none."""
+        annotated = {entry["id"]: entry.get("area") for entry in self.document["annotations"]}
+        owners = np.searchsorted(self.objects.starts, rows, side="right") - 1
+        areas = []
+        for row, owner in zip(rows.tolist(), owners.tolist(), strict=True):
+            area = annotated[int(self.objects.ids[row])]
+            if area is None:
+                segmentation = self.objects.segmentations[self.objects.order[row]]
+                area = rle_api.area(masks.segmentation_to_rle(segmentation, tuple(self.pictures.sizes[owner].tolist())))
+            areas.append(float(area))
+        return np.array(areas, dtype=np.float64)
 
 
 class Reconstructions(NamedTuple):
@@ -153,6 +165,15 @@ def read_ground_truth(annotations: str | Path | dict) -> GroundTruth:
     return GroundTruth(source, document, pictures, tabulate_objects(document, source, pictures, with_masks=True))
 
 
+def of_size(areas: np.ndarray, area_sides: tuple[float, float]) -> dict[str, np.ndarray]:
+    """Which of the areas (A,), pixels, are small "s", medium "m" and large "l": (A,) bool each.
+
+    As in COCO's numbers, an area on a bound belongs to both sizes that it parts.
+    """
+    bounds = (0.0, area_sides[0] ** 2, area_sides[1] ** 2, math.inf)
+    return {size: (areas >= low) & (areas <= high) for size, (low, high) in zip("sml", pairwise(bounds), strict=True)}
+
+
 class _Scene(NamedTuple):
     """What all pieces of work share; `rows` are the objects in the chosen pictures."""
 
@@ -189,16 +210,13 @@ def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
     spread = None
     if scene.noise.vector > 0 and pieces:
         spread = _spread(list(in_processes(_vector_sums, scene, pieces, processes)))
-    ids = scene.truth.objects.ids[scene.rows]
-    annotated = {entry["id"]: entry.get("area") for entry in scene.truth.document["annotations"]}
-    areas, ious, results = [], [], []
+    ious, results = [], []
     work = in_processes(_send_through, scene, [_Piece(rows, spread) for rows in pieces], processes)
     for received in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
-        areas += received.areas
         ious += received.ious
         results += received.results
-    areas = [area if annotated[key] is None else annotated[key] for key, area in zip(ids.tolist(), areas, strict=True)]
-    return Reconstructions(ids, np.array(areas, dtype=np.float64), np.array(ious, dtype=np.float64), results)
+    ids, areas = scene.truth.objects.ids[scene.rows], scene.truth.areas(scene.rows)
+    return Reconstructions(ids, areas, np.array(ious, dtype=np.float64), results)
 
 
 class _Piece(NamedTuple):
@@ -209,9 +227,8 @@ class _Piece(NamedTuple):
 
 
 class _Received(NamedTuple):
-    """What comes out of one piece, object by object; the areas are those of the true masks."""
+    """What comes out of one piece, object by object."""
 
-    areas: list[float]
     ious: list[float]
     results: list[dict]
 
@@ -228,19 +245,18 @@ def _send_through(scene: _Scene, piece: _Piece) -> _Received:
             error = torch.from_numpy(noise.vector * piece.spread * random.standard_normal(codec.vector_dim))
             vectors[place] += error.to(vectors)
     bits = codec.binarize(codec.decode(vectors))  # (k, N, N)
-    areas, ious, results = [], [], []
+    ious, results = [], []
     for picture, places in _by_picture(scene, piece.rows):
         image_id, size = int(scene.truth.pictures.ids[picture]), tuple(scene.truth.pictures.sizes[picture].tolist())
         rows = piece.rows[places]
         truth = [masks.segmentation_to_rle(objects.segmentations[row], size) for row in objects.order[rows]]
         found = masks.paste_to_rle(bits[places], torch.from_numpy(boxes[places]), size)
-        areas += rle_api.area(truth).tolist()
         ious += [_iou(one, other) for one, other in zip(truth, found, strict=True)]
         results += [
             {"image_id": image_id, "category_id": category_id, "score": 1.0, "segmentation": rle}
             for category_id, rle in zip(objects.categories[rows].tolist(), found, strict=True)
         ]
-    return _Received(areas, ious, results)
+    return _Received(ious, results)
 
 
 @torch.inference_mode()
@@ -314,9 +330,8 @@ def _joined(parts: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def _mean_ious(found: Reconstructions, area_sides: tuple[float, float]) -> dict[str, float]:
-    """The mean IoU of all objects and by size; bounds belong to both sizes that they part, as in COCO's numbers."""
-    bounds = (0.0, area_sides[0] ** 2, area_sides[1] ** 2, math.inf)
-    found_of = {"": found.ious}
-    for size, (low, high) in zip(SIZES, pairwise(bounds), strict=True):
-        found_of[size] = found.ious[(found.areas >= low) & (found.areas <= high)]
-    return {f"segm.IoU{size}": float(ious.mean()) if len(ious) else math.nan for size, ious in found_of.items()}
+    chosen = {"": np.ones(len(found.ious), dtype=bool)} | of_size(found.areas, area_sides)
+    return {
+        f"segm.IoU{size}": float(found.ious[which].mean()) if which.any() else math.nan
+        for size, which in chosen.items()
+    }

@@ -43,10 +43,10 @@ class Evaluation:
         """
         rows = [["", *_SHOWN]]
         for kind in self.kinds:
-            rows.append([kind, *(_percent(self.metrics.get(f"{kind}.{column}")) for column in _SHOWN)])
+            rows.append([kind, *(percent(self.metrics.get(f"{kind}.{column}")) for column in _SHOWN)])
             if ceiling is not None and kind in ceiling.kinds:
-                rows.append(["  ceiling", *(_percent(ceiling.metrics.get(f"{kind}.{column}")) for column in _SHOWN)])
-        return "\n".join([*_aligned(rows), self.legend])
+                rows.append(["  ceiling", *(percent(ceiling.metrics.get(f"{kind}.{column}")) for column in _SHOWN)])
+        return "\n".join([*aligned(rows), self.legend])
 
     def class_table(self, kind: str = "segm") -> str:
         """AP of every class that has ground truth, in percent as aligned text, best class first.
@@ -58,8 +58,8 @@ class Evaluation:
             raise ValueError(f"no {kind!r} in this evaluation; it has {', '.join(self.kinds) or 'nothing'}")
         present = {name: row for name, row in self.per_class.items() if not math.isnan(row[f"{kind}.AP"])}
         order = sorted(present, key=lambda name: -present[name][f"{kind}.AP"])
-        body = [[name, *(_percent(present[name][f"{kind}.{column}"]) for column in AP_COLUMNS)] for name in order]
-        return "\n".join(_aligned([[f"{kind}, class", *AP_COLUMNS], *body]))
+        body = [[name, *(percent(present[name][f"{kind}.{column}"]) for column in AP_COLUMNS)] for name in order]
+        return "\n".join(aligned([[f"{kind}, class", *AP_COLUMNS], *body]))
 
     @property
     def legend(self) -> str:
@@ -95,11 +95,13 @@ class Evaluation:
         )
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share in percent with one digit; "-" where it is not defined."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:.1f}"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Lines of a text table: the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in rows]
 
