@@ -174,8 +174,8 @@ class Laboratory:
         rows = self.truth.rows_in(self._image_ids)
         if len(rows) == 0:
             raise DataError(
-                f"{annotations}: no object in the {len(self._image_ids)} pictures looked at (crowds and objects without "
-                "area do not count), so there is nothing to measure; check the split, or look at more pictures"
+                f"{annotations}: no object in the {len(self._image_ids)} pictures looked at (crowds and objects "
+                "without area do not count), so there is nothing to measure; check the split, or look at more pictures"
             )
         self._areas = self.truth.areas(rows)
         self._sha256 = hash_file(self.truth.source)
@@ -236,8 +236,8 @@ class Laboratory:
         if setting.kind in FITTED:
             if self.fit_annotations is None:
                 raise ConfigError(
-                    f"codec {setting.kind!r} has to be fitted, and there are no training annotations to fit it to; name "
-                    "them (--fit-on), or leave this code out"
+                    f"codec {setting.kind!r} has to be fitted, and no training annotations are named to fit it to; "
+                    "name them (--fit-on FILE), or leave this code out"
                 )
             tables = _digest({"fit": self._fit(setting), "pca": setting.pca, "beta": setting.beta})
             code["artifact"] = str(self.folder / "codecs" / f"{_file_name(setting)}-{tables}.safetensors")
