@@ -1,0 +1,98 @@
+"""What mask codes allow, drawn over the length of their vectors and the errors they have to bear. Paper: table 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from solq_lab.viz.style import BLACK, CODEC_COLOURS, STYLE, new_figure
+
+Row = Mapping[str, Any]
+
+NUMBERS = {"segm.IoU": "mean IoU", "segm.AP": "mask AP", "boundary.AP": "boundary AP"}
+SIZES = {"s": "small objects", "m": "medium objects", "l": "large objects"}
+NOISES = {
+    "box_noise": "error of each box edge, sides of the box",
+    "vector_noise": "error of each entry, its spread over all objects",
+}
+_LINES = ("-", "--", ":", "-.")  # one per N, in rising order
+_MARKERS = ("o", "s", "^", "D")
+
+
+@mpl.rc_context(STYLE)
+def ceiling_curves(rows: Sequence[Row], *, over: str = "vector_dim", title: str = "") -> Figure:
+    """Mean IoU, mask AP and boundary AP of codes with nothing else in the way: colour is the code, line style its N.
+
+    Args:
+        rows: as `Ceiling.row` gives them; numbers are shares in 0..1.
+        over: what runs along the axis: "vector_dim", "box_noise" or "vector_noise". Rows that differ in another of
+            these are drawn as lines of their own.
+        title: which data.
+    """
+    figure, axes = new_figure(1, len(NUMBERS), size=(11.0, 3.6), title=title)
+    for panel, (number, name) in zip(axes[0], NUMBERS.items(), strict=True):
+        _draw(panel, rows, number, over)
+        panel.set_title(name)
+    axes[0, 0].set_ylabel("percent")
+    _add_legend(figure, rows)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def ceilings_by_size(rows: Sequence[Row], *, number: str = "segm.IoU", title: str = "") -> Figure:
+    """One number of codes over the length of their vectors, for small, medium and large objects on one scale.
+
+    Args:
+        rows: as `Ceiling.row` gives them.
+        number: "segm.IoU", "segm.AP" or "boundary.AP".
+        title: which data.
+    """
+    figure, axes = new_figure(1, len(SIZES), size=(11.0, 3.6), title=title)
+    for panel, (size, name) in zip(axes[0], SIZES.items(), strict=True):
+        panel.sharey(axes[0, 0])
+        _draw(panel, rows, number + size, "vector_dim")
+        panel.set_title(name)
+    axes[0, 0].set_ylabel(f"{NUMBERS[number]}, percent")
+    _add_legend(figure, rows)
+    return figure
+
+
+def _draw(axes: Axes, rows: Sequence[Row], number: str, over: str) -> None:
+    sides = sorted({row["mask_size"] for row in rows})
+    lines: dict[tuple, list[Row]] = {}
+    for row in rows:
+        apart = [key for key in ("vector_dim", *NOISES) if key != over]
+        lines.setdefault((row["kind"], row["pca"], row["mask_size"], *(row[key] for key in apart)), []).append(row)
+    for (kind, _, side, *_), line in lines.items():
+        line = sorted(line, key=lambda row: row[over])
+        values = [np.nan if row[number] is None else 100 * row[number] for row in line]
+        place = sides.index(side) % len(_LINES)
+        axes.plot(
+            [row[over] for row in line],
+            values,
+            color=CODEC_COLOURS[kind],
+            linestyle=_LINES[place],
+            marker=_MARKERS[place],
+            markersize=4,
+            linewidth=1.5,
+        )
+    axes.set_xlabel("vector length $n_k$" if over == "vector_dim" else NOISES[over])
+    axes.margins(x=0.04)
+
+
+def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:
+    """Codes by colour and, where there are several, sides N by line style, below the panels."""
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    sides = sorted({row["mask_size"] for row in rows})
+    handles = [Line2D([], [], color=CODEC_COLOURS[kind], linewidth=2, label=kind) for kind in kinds]
+    for place, side in enumerate(sides if len(sides) > 1 else []):
+        line, marker = _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)]
+        label = f"N = {side}"
+        handles.append(Line2D([], [], color=BLACK, linestyle=line, marker=marker, markersize=4, label=label))
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)))
