@@ -21,7 +21,14 @@ from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
 from solq_lab.models.backbone import ResNetBackbone, SmallBackbone, SwinBackbone
 from solq_lab.models.official import is_official
 from solq_lab.models.solq import SOLQ
-from solq_lab.models.weights import initialise, read_backbone_weights, read_official
+from solq_lab.models.sqr import SQRDetector
+from solq_lab.models.weights import (
+    ImportReport,
+    WeightMismatch,
+    initialise,
+    read_backbone_weights,
+    read_official,
+)
 
 
 def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None = None) -> MaskCodec | None:
@@ -85,7 +92,7 @@ def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = 
     """The network on the CPU, freshly initialised.
 
     Args:
-        experiment: sections `model` and `codec` are read.
+        experiment: sections `model` and `codec` are read, and `train.freeze_detector`.
         num_classes: number S of class channels.
         pretrained: start from what `model.pretrained` names, as a training does: ImageNet weights of the backbone, or a
             file of a backbone or of a whole detector. A model that is about to be loaded does not need it.
@@ -106,36 +113,52 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
         backbone = build_backbone(model, imagenet=imagenet)
     except (ValueError, ImportError) as error:  # no network to fetch weights, no timm
         raise ConfigError(f"model.backbone={model.backbone}, model.pretrained={model.pretrained}: {error}") from None
-    return SOLQ(
-        backbone,
-        num_classes,
-        vector_dim=None if codec.kind == "none" else codec.vector_dim,
-        width=model.width,
-        heads=model.heads,
-        levels=model.levels,
-        encoder_layers=model.encoder_layers,
-        decoder_layers=model.decoder_layers,
-        encoder_points=model.encoder_points,
-        decoder_points=model.decoder_points,
-        feedforward=model.feedforward,
-        vector_hidden=model.vector_hidden,
-        queries=model.queries,
-        dropout=model.dropout,
-        activation=model.activation,
-        refine_boxes=model.refine_boxes,
-        two_stage=model.two_stage,
-        standardise_vectors=model.standardise_vectors,
-    )
+    sizes = {
+        "width": model.width,
+        "heads": model.heads,
+        "levels": model.levels,
+        "encoder_layers": model.encoder_layers,
+        "decoder_layers": model.decoder_layers,
+        "encoder_points": model.encoder_points,
+        "decoder_points": model.decoder_points,
+        "feedforward": model.feedforward,
+        "vector_hidden": model.vector_hidden,
+        "queries": model.queries,
+        "dropout": model.dropout,
+        "activation": model.activation,
+        "refine_boxes": model.refine_boxes,
+        "two_stage": model.two_stage,
+        "standardise_vectors": model.standardise_vectors,
+    }
+    match model.mask_branch:
+        case "sqr":
+            return SQRDetector(backbone, num_classes, freeze_detector=experiment.train.freeze_detector, **sizes)
+        case "none":
+            vector_dim = None if codec.kind == "none" else codec.vector_dim
+            return SOLQ(backbone, num_classes, vector_dim=vector_dim, **sizes)
 
 
 def _start_from_file(network: SOLQ, path: Path) -> None:
     """Load all that fits of a detector's file, or the backbone from a classifier's."""
+    frozen = isinstance(network, SQRDetector) and network.freeze_detector
     names = read_official(path).state.keys()
-    if is_official(names) or not names.isdisjoint(network.state_dict()):
+    if frozen:
+        _check_frozen_part_is_whole(initialise(network, path), path)
+    elif is_official(names) or not names.isdisjoint(network.state_dict()):
         initialise(network, path)
     else:
         backbone = network.backbone
         backbone.load_state_dict(read_backbone_weights(path, backbone.state_dict()))
+
+
+def _check_frozen_part_is_whole(report: ImportReport, path: Path) -> None:
+    """A detector that is never trained must not keep a single fresh tensor."""
+    fresh = [name for name in report.missing if not name.startswith("mask_branch.")]
+    if fresh:
+        raise WeightMismatch(
+            f"{path}: {len(fresh)} tensors of the frozen detector are not in it, the first is {fresh[0]}; give the "
+            "weights of a detector of this very size and these classes, or set train.freeze_detector: false"
+        )
 
 
 def build_dataset(
@@ -145,10 +168,10 @@ def build_dataset(
     *,
     with_masks: bool = False,
 ) -> CocoDataset:
-    """Pictures and targets of one split; training targets always carry masks.
+    """Pictures and targets of one split; training targets carry the masks that the model learns from.
 
     Args:
-        experiment: sections `data`, `codec` and the seed are read.
+        experiment: sections `data` and `codec`, `model.mask_branch` and the seed are read.
         split: "train" augments, "val" only resizes.
         classes: the class map of the training, or of a trained model; None: as this split's annotations say.
         with_masks: validation targets carry masks too; evaluation needs none, pictures of the ground truth do.
@@ -168,6 +191,7 @@ def build_dataset(
         class_ids=data.class_ids,
         num_classes=data.num_classes,
         mask_size=experiment.codec.mask_size if wanted and experiment.codec.kind != "none" else None,
+        with_bitmaps=wanted and experiment.model.mask_branch != "none",
         transform=build_augmentation(data) if training else TestResize(data.test_scale, data.max_size),
         seed=experiment.seed,
         mask_route=data.mask_route,

@@ -52,6 +52,7 @@ class Target(NamedTuple):
     masks: (K, N, N) bool in the box frame, or None where no masks are wanted.
     image_size: (height, width) of the network input before padding, pixels.
     original_size: (height, width) of the picture in the file, pixels.
+    bitmaps: (K, height, width) bool, the masks in the image frame at `image_size`, or None where none are wanted.
     """
 
     image_id: int
@@ -60,25 +61,40 @@ class Target(NamedTuple):
     masks: Tensor | None
     image_size: tuple[int, int]
     original_size: tuple[int, int]
+    bitmaps: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Target:
         """The same target with its tensors on `device`."""
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
+        bitmaps = None if self.bitmaps is None else self.bitmaps.to(device, non_blocking=True)
         labels, boxes = self.labels.to(device, non_blocking=True), self.boxes.to(device, non_blocking=True)
-        return self._replace(labels=labels, boxes=boxes, masks=masks)
+        return self._replace(labels=labels, boxes=boxes, masks=masks, bitmaps=bitmaps)
+
+
+class ImageMasks(NamedTuple):
+    """Masks of all queries in the image frame, coarse: what the mask branch of the SQR baseline draws.
+
+    logits: (B, J, h, w) over the whole padded pictures, one sigmoid each.
+    padding: (B, H, W) bool of those pictures, True on padded cells.
+    """
+
+    logits: Tensor
+    padding: Tensor
 
 
 class LayerPrediction(NamedTuple):
-    """What the unified query head says after one decoder layer.
+    """What the queries say after one decoder layer.
 
     logits: (B, J, S) class logits, one sigmoid each.
     boxes: (B, J, 4) (cx, cy, w, h), normalised image.
     vectors: (B, J, D) mask vectors, or None for a plain detector.
+    masks: of the last layer of a model with a mask branch, else None.
     """
 
     logits: Tensor
     boxes: Tensor
     vectors: Tensor | None
+    masks: ImageMasks | None = None
 
 
 class Predictions(NamedTuple):

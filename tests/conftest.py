@@ -33,10 +33,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the golden folders that were compared, and those that were not."""
     if not _golden_files_read:
         return
-    from golden import not_covered
-
     root = golden_folder().resolve()
-    read = {path.parent for path in _golden_files_read} - set(not_covered(root))  # of those only names are read
+    read = {path.parent for path in _golden_files_read}
     for title, folders in (("compared", read), ("not compared", {path.parent for path in root.glob("*/*")} - read)):
         names = ", ".join(sorted(folder.name for folder in folders))
         terminalreporter.write_line(f"golden folders {title}: {names or 'none'}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,9 @@ from solq_lab.structures import PIXEL_MEAN, PIXEL_STD, ImageBatch, Target
 
 
 def fixtures(root: Path) -> list[Path]:
-    """Folders under `root` that hold a SOLQ model, sorted; the part fixtures and the SQR baseline are left out."""
-    return [folder for folder in _model_folders(root) if not folder.name.startswith("sqr_")]
-
-
-def not_covered(root: Path) -> list[Path]:
-    """Folders of the separate-query baseline, which the SOLQ tests do not compare."""
-    return [folder for folder in _model_folders(root) if folder.name.startswith("sqr_")]
-
-
-def _model_folders(root: Path) -> Iterator[Path]:
-    for folder in sorted(path.parent for path in root.glob("*/fixture.json")):
-        if not folder.name.startswith("parts_"):
-            yield folder
+    """Folders under `root` that hold a model, sorted; the part fixtures are left out."""
+    folders = sorted(path.parent for path in root.glob("*/fixture.json"))
+    return [folder for folder in folders if not folder.name.startswith("parts_")]
 
 
 def load_fixture(folder: Path) -> Fixture:
@@ -65,7 +54,7 @@ class Fixture:
         state = {}
         for name, shape, _, canonical in self.record["state_dict"]:
             if canonical not in drawn:
-                drawn[canonical] = _draw(canonical, tuple(shape))
+                drawn[canonical] = _draw(canonical.removeprefix("detr."), tuple(shape))
             state[name] = drawn[canonical]
         return state
 
@@ -86,6 +75,18 @@ class Fixture:
         picture = low.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width] + np.float32(0.5) * noise
         np.testing.assert_allclose(picture.ravel()[:8], described["image_first8"], rtol=1e-6)
         return picture
+
+    @property
+    def noise(self) -> dict[str, Any]:
+        """How far the released model in float32 is from itself in float64; SQR has r50_small's numbers."""
+        if "float64_check" in self.record:
+            return self.record["float64_check"]
+        return json.loads((self.folder.parent / "r50_small" / "fixture.json").read_text())["float64_check"]
+
+    @property
+    def trainable(self) -> list[str]:
+        """Released names of the trained parameters."""
+        return [name for name, gradient in self.record["gradients"].items() if gradient is not None]
 
     def images(self, dtype: torch.dtype = torch.float32) -> ImageBatch:
         """The normalised batch, padded bottom and right with zeros to the largest height and width."""
@@ -128,10 +129,10 @@ class Fixture:
     @property
     def num_classes(self) -> int:
         """Class channels of the released model."""
-        return next(shape[0] for name, shape, *_ in self.record["state_dict"] if name == "class_embed.0.bias")
+        return next(shape[0] for name, shape, *_ in self.record["state_dict"] if name.endswith("class_embed.0.bias"))
 
     def build_model(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-        """Our SOLQ for `args` with this fixture's weights, in evaluation mode (dropout off)."""
+        """Our model for `args` with this fixture's weights, in evaluation mode (dropout off)."""
         from solq_lab.models.weights import translate_official_state
 
         model = build_untrained(self.args, self.num_classes)
@@ -140,9 +141,10 @@ class Fixture:
 
 
 def build_untrained(args: dict[str, Any], num_classes: int) -> torch.nn.Module:
-    """Our SOLQ for a released configuration, freshly initialised, no ImageNet weights."""
+    """Our SOLQ or SQR detector for a released configuration, freshly initialised, no ImageNet weights."""
     from solq_lab.models.backbone import ResNetBackbone, SwinBackbone
     from solq_lab.models.solq import SOLQ
+    from solq_lab.models.sqr import SQRDetector
 
     if args["position_embedding"] != "sine":
         raise ValueError(f"position_embedding {args['position_embedding']!r} is not part of the library: only sine is")
@@ -152,25 +154,25 @@ def build_untrained(args: dict[str, Any], num_classes: int) -> torch.nn.Module:
         backbone = SwinBackbone(name, pretrained="none", c5_only=c5_only)
     else:
         backbone = ResNetBackbone(args["backbone"], pretrained="none", dilation=args["dilation"], c5_only=c5_only)
-    return SOLQ(
-        backbone,
-        num_classes,
-        vector_dim=args["n_keep"] if args["with_vector"] else None,
-        width=args["hidden_dim"],
-        heads=args["nheads"],
-        levels=args["num_feature_levels"],
-        encoder_layers=args["enc_layers"],
-        decoder_layers=args["dec_layers"],
-        encoder_points=args["enc_n_points"],
-        decoder_points=args["dec_n_points"],
-        feedforward=args["dim_feedforward"],
-        vector_hidden=args["vector_hidden_dim"],
-        queries=args["num_queries"],
-        dropout=args["dropout"],
-        activation=args["activation"],
-        refine_boxes=args["with_box_refine"],
-        two_stage=args["two_stage"],
-    )
+    sizes = {
+        "width": args["hidden_dim"],
+        "heads": args["nheads"],
+        "levels": args["num_feature_levels"],
+        "encoder_layers": args["enc_layers"],
+        "decoder_layers": args["dec_layers"],
+        "encoder_points": args["enc_n_points"],
+        "decoder_points": args["dec_n_points"],
+        "feedforward": args["dim_feedforward"],
+        "vector_hidden": args["vector_hidden_dim"],
+        "queries": args["num_queries"],
+        "dropout": args["dropout"],
+        "activation": args["activation"],
+        "refine_boxes": args["with_box_refine"],
+        "two_stage": args["two_stage"],
+    }
+    if args["meta_arch"] == "deformable_detr" and args["masks"]:
+        return SQRDetector(backbone, num_classes, **sizes)
+    return SOLQ(backbone, num_classes, vector_dim=args["n_keep"] if args["with_vector"] else None, **sizes)
 
 
 def digest(tensor: Tensor) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from solq_lab.training.losses import SetCriterion, dice_loss, sigmoid_focal_loss
 from solq_lab.training.matcher import HungarianMatcher
 
 WEIGHTS = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "vector_weight": 3.0}
+WEIGHTS |= {"mask_weight": 1.0, "dice_weight": 1.0}
 FOCAL = {"focal_alpha": 0.25, "focal_gamma": 2.0}
 CLASSES, MASK_SIZE, VECTOR_DIM = 5, 8, 10
 
@@ -147,7 +148,7 @@ def test_two_processes_average_to_the_losses_of_one_with_the_whole_batch():
     whole = criterion(Predictions(layers, None), targets)
     halves = []
     for image in (0, 1):
-        part = [LayerPrediction(*(tensor[image : image + 1] for tensor in layer)) for layer in layers]
+        part = [LayerPrediction(*(tensor[image : image + 1] for tensor in layer[:3])) for layer in layers]
         halves.append(criterion(Predictions(part, None), targets[image : image + 1], num_boxes=3.0))
     for name, loss in whole.items():
         assert (halves[0][name] + halves[1][name]).item() / 2 == pytest.approx(loss.item(), rel=1e-9), name
@@ -163,7 +164,7 @@ def test_gradients_agree_with_finite_differences():
         rebuilt = [LayerPrediction(*leaves[:3]), LayerPrediction(*leaves[3:])]
         return criterion.total(criterion(Predictions(rebuilt, None), targets))
 
-    assert torch.autograd.gradcheck(total, [tensor for layer in layers for tensor in layer])
+    assert torch.autograd.gradcheck(total, [tensor for layer in layers for tensor in layer[:3]])
 
 
 def test_l2_dice_follows_its_formula():
@@ -202,8 +203,8 @@ def test_focal_loss_is_torchvisions_and_finite_at_huge_logits():
 def test_half_precision_predictions_give_float32_losses_also_under_autocast():
     generator = torch.Generator().manual_seed(7)
     layer = random_layer(generator, 2, 6)
-    half = LayerPrediction(*(tensor.detach().bfloat16() for tensor in layer))
-    raised = LayerPrediction(*(tensor.float() for tensor in half))
+    half = LayerPrediction(*(tensor.detach().bfloat16() for tensor in layer[:3]))
+    raised = LayerPrediction(*(tensor.float() for tensor in half[:3]))
     targets = random_targets(generator, [3, 2])
     criterion = make_criterion(DCTCodec(MASK_SIZE, VECTOR_DIM))
     with torch.autocast("cpu", dtype=torch.bfloat16):

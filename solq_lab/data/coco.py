@@ -74,6 +74,7 @@ class CocoDataset(Dataset):
         class_ids: Literal["contiguous", "raw"] = "contiguous",
         num_classes: int | None = None,
         mask_size: int | None = None,
+        with_bitmaps: bool = False,
         transform: Transform | None = None,
         seed: int = 0,
         mask_route: Literal["window", "bitmap"] = "window",
@@ -87,6 +88,7 @@ class CocoDataset(Dataset):
             classes: class map to use, for example that of the training set; None: that of this annotation file.
             class_ids, num_classes: how to make the map where `classes` is None, see `ClassMap.from_annotations`.
             mask_size: side N of the targets' masks, cells; None: targets without masks.
+            with_bitmaps: targets carry full-picture masks too, moved through every step as the released code does.
             transform: plans the steps of each sample; None leaves pictures as they are.
             seed: of the transform's chance.
             mask_route: "window" rasterises each object inside its box in the original picture; "bitmap" moves
@@ -98,13 +100,15 @@ class CocoDataset(Dataset):
         """
         self.images, self.annotations = Path(images), Path(annotations)
         self.mask_size, self.transform, self.seed, self.mask_route = mask_size, transform, seed, mask_route
+        self.with_bitmaps = with_bitmaps
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such image folder; check data.root and the names in the data section")
         document = read_annotations(self.annotations)
         self.classes = classes or ClassMap.from_annotations(document, class_ids, num_classes)
         self._pictures = tabulate_pictures(document, self.annotations)
         _check_files(self.images, self._pictures)
-        self._objects = tabulate_objects(document, self.annotations, self._pictures, with_masks=mask_size is not None)
+        with_masks = mask_size is not None or with_bitmaps
+        self._objects = tabulate_objects(document, self.annotations, self._pictures, with_masks=with_masks)
         self._labels = _channels(self._objects, self.classes, self.annotations)
         self.image_ids: list[int] = self._pictures.ids.tolist()
         self._cache: dict[int, Cached] | None = {} if cache else None
@@ -133,6 +137,7 @@ class CocoDataset(Dataset):
             masks=None if self.mask_size is None else self._masks(index, kept, boxes, steps),
             image_size=(height, width),
             original_size=original_size,
+            bitmaps=self._bitmaps(index, kept, steps) if self.with_bitmaps else None,
         )
         return apply_to_picture(steps, self._picture(index)), target
 
@@ -183,12 +188,16 @@ class CocoDataset(Dataset):
         return masks.rasterize_in_box(segmentations, torch.from_numpy(windows), self._size(index), self.mask_size)
 
     def _masks_by_bitmap(self, index: int, kept: np.ndarray, boxes: np.ndarray, steps: list[Step]) -> Tensor:
+        bitmaps = self._bitmaps(index, kept, steps)
+        return masks.crop_and_resize(bitmaps, torch.from_numpy(boxes).float(), self.mask_size) >= 0.5
+
+    def _bitmaps(self, index: int, kept: np.ndarray, steps: list[Step]) -> Tensor:
+        """Full-picture masks (K, H, W) bool of the kept objects after the steps."""
         size = self._size(index)
         if len(kept) == 0:
-            return torch.zeros(0, self.mask_size, self.mask_size, dtype=torch.bool)
+            return torch.zeros(0, *size_after(steps, size), dtype=torch.bool)
         rles = [masks.segmentation_to_rle(segmentation, size) for segmentation in self._segmentations(index, kept)]
-        bitmaps = apply_to_bitmaps(steps, masks.decode_rle(rles))
-        return masks.crop_and_resize(bitmaps, torch.from_numpy(boxes).float(), self.mask_size) >= 0.5
+        return apply_to_bitmaps(steps, masks.decode_rle(rles))
 
     def _picture(self, index: int) -> Tensor:
         return self._read_picture(index) if self._cache is None else self._cached(index).picture.clone()

@@ -26,6 +26,7 @@ from solq_lab.evaluation.results import detections_to_results, write_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
+from solq_lab.models.sqr import SQRDetector
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run, RunError, hash_file, read_json, write_json
 from solq_lab.structures import Detections
@@ -53,7 +54,7 @@ def predict_dataset(
 
     Args:
         model: the network, on `device`; it predicts in evaluation mode and is left in the mode it came in.
-        codec: its mask code, on `device`, or None for a plain detector.
+        codec: its mask code, on `device`, or None where it has no mask vectors.
         dataset: the pictures, with and without objects.
         batch_size: pictures per forward pass.
         top_k: detections kept per picture.
@@ -93,7 +94,7 @@ def evaluate_model(
     max_images: int | None = None,
     workers: int = 0,
 ) -> tuple[list[dict], Evaluation]:
-    """Predicts a data set and scores it; a plain detector (`codec` None) has box numbers only.
+    """Predicts a data set and scores it; a plain detector, without mask vectors or mask branch, has box numbers only.
 
     Every process of a group has to call it: each predicts its share, the main one scores.
 
@@ -123,7 +124,7 @@ def evaluate_model(
         evaluation = evaluate_results(
             dataset.annotations,
             results,
-            kinds=("box",) if codec is None else KINDS,
+            kinds=KINDS if codec is not None or isinstance(model, SQRDetector) else ("box",),
             area_sides=area_sides,
             boundary_ratio=boundary_ratio,
             image_ids=list(dataset.image_ids[:max_images]),

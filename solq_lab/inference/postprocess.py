@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.masks import paste_to_rle
-from solq_lab.structures import Detections, LayerPrediction
+from solq_lab.masks import encode_rle, paste_to_rle
+from solq_lab.structures import Detections, ImageMasks, LayerPrediction
 
 CELLS_PER_CHUNK = 2**22  # mask cells decoded at once: 256 masks of 128 x 128, 16 MiB in float32
 
@@ -35,7 +36,8 @@ def postprocess(
     Args:
         prediction: of the last decoder layer, B images.
         original_sizes: B sizes (height, width) of the pictures in their files, pixels.
-        codec: turns vectors into masks, on the prediction's device; None for a plain detector.
+        codec: turns vectors into masks, on the prediction's device; None for a plain detector, and for one with a mask
+            branch, whose masks are in the prediction.
         top_k: detections per image; fewer where J * S is smaller.
         class_names: S names, one per class channel.
 
@@ -52,7 +54,9 @@ def postprocess(
         if not (scores[image].isfinite().all() and boxes[image].isfinite().all()):
             raise ValueError(f"image {image} of the batch: scores or boxes are not finite; the weights have diverged")
         masks = None
-        if codec is not None:
+        if prediction.masks is not None:
+            masks = _cut_out_masks(prediction.masks, image, queries[image], size)
+        elif codec is not None:
             masks = _draw_masks(prediction.vectors[image], queries[image], boxes[image], size, codec)
         names = [class_names[label] for label in labels[image].tolist()]
         detections.append(Detections(scores[image], labels[image], boxes[image], queries[image], masks, names))
@@ -82,9 +86,27 @@ def _draw_masks(vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int
     at_once = max(1, CELLS_PER_CHUNK // codec.mask_size**2)
     rles = []
     for some_vectors, some_boxes in zip(vectors.split(at_once), box_of.split(at_once), strict=True):
-        masks = codec.binarize(codec.decode(some_vectors)).cpu()
+        masks = codec.decode_bits(some_vectors).cpu()
         rles += paste_to_rle(masks, some_boxes, size)
     return [dict(rles[row]) for row in place.tolist()]  # copies: a caller may rewrite its RLE's counts
+
+
+def _cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[int, int]) -> list[dict]:
+    """The RLEs of one image's detections from masks in the image frame, where queries (k,) are the detections'.
+
+    As released: raised to the padded picture, thresholded, cut to the picture, and only then brought to `size`.
+    """
+    distinct, place = queries.unique(return_inverse=True)
+    real = ~masks.padding[image]
+    height, width = int(real[:, 0].sum()), int(real[0].sum())
+    logits = masks.logits[image, distinct.to(masks.logits.device)].unsqueeze(1)  # (k, 1, h, w)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rles = []
+    for some in logits.split(max(1, CELLS_PER_CHUNK // real.numel())):
+        raised = F.interpolate(some, size=real.shape, mode="bilinear")
+        inside = (raised[..., :height, :width] > 0).byte()  # a sigmoid above one half
+        rles += encode_rle(F.interpolate(inside, size=size).squeeze(1).bool())  # nearest
+    return [dict(rles[row]) for row in place.tolist()]
 
 
 def _check_fit(

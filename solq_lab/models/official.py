@@ -2,7 +2,8 @@
 
 One table per architecture, in the released order, serves both directions. Released files hold some tensors under
 several names: the mask-vector head once per layer, the box heads once more inside the decoder, and without box
-refinement every head once per layer. Here each such name points to the one that we keep.
+refinement every head once per layer. Here each such name points to the one that we keep. In a released detector with a
+mask branch (SQR) the detector's names begin with `detr.`; the tables are without it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ SWIN_INDEX = "relative_position_index"  # stored by the released Swin, computed 
 DEFAULT_HEADS = 8  # all released models; tensor shapes do not tell
 WEIGHT_BIAS = ("weight", "bias")
 BODY = "backbone.0.body."
+DETECTOR = "detr."  # before a released detector's names where it has a mask branch
+MASK_BRANCH = ("bbox_attention.", "mask_head.", "seg_input_proj.")  # how the released names of the branch itself begin
 
 
 class WeightMismatch(ValueError):
@@ -28,7 +31,10 @@ class WeightMismatch(ValueError):
 
 
 class Layout(NamedTuple):
-    """What decides which tensors a model has: names, not sizes. `backbone` is a name, `vectors` whether it is SOLQ."""
+    """What decides which tensors a model has: names, not sizes.
+
+    `backbone` is a name, `vectors` whether it is SOLQ, `mask_branch` whether it is SQR; plain detectors are neither.
+    """
 
     backbone: str
     levels: int
@@ -37,11 +43,19 @@ class Layout(NamedTuple):
     refine_boxes: bool
     two_stage: bool
     vectors: bool
+    mask_branch: bool = False
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state without what wrappers put before the names: `module.` (parallel training), `detr.` (mask branch)."""
-    return {name.removeprefix("module.").removeprefix("detr."): tensor for name, tensor in state.items()}
+    return {name.removeprefix("module.").removeprefix(DETECTOR): tensor for name, tensor in state.items()}
+
+
+def with_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back of `strip_prefixes`: a mask branch makes the released detector a part, named `detr.`."""
+    if not any(name.startswith(MASK_BRANCH) for name in state):
+        return dict(state)
+    return {name if name.startswith(MASK_BRANCH) else DETECTOR + name: tensor for name, tensor in state.items()}
 
 
 def is_official(names: Iterable[str]) -> bool:
@@ -72,6 +86,7 @@ def official_layout(state: Mapping[str, Tensor], *, source: str = "state dict") 
         or _differ(state, [f"bbox_embed.{layer}.layers.2.bias" for layer in range(decoder_layers)]),
         two_stage=two_stage,
         vectors=any(name.startswith("vector_embed.") for name in state),
+        mask_branch=any(name.startswith(MASK_BRANCH) for name in state),
     )
 
 
@@ -98,12 +113,13 @@ def own_layout(state: Mapping[str, Tensor], *, source: str = "state dict") -> La
         refine_boxes=two_stage or decoder_layers == 1 or _differ(state, biases),
         two_stage=two_stage,
         vectors="heads.0.vector.layers.0.weight" in state,
+        mask_branch=any(name.startswith("mask_branch.") for name in state),
     )
 
 
 def name_table(layout: Layout) -> list[tuple[str, str | None]]:
     """(released name, our name) of every tensor, in the released order; None where ours is computed, not stored."""
-    return list(_detector_names(layout))
+    return [*_detector_names(layout), *(_mask_branch_names() if layout.mask_branch else ())]
 
 
 def own_aliases(layout: Layout) -> dict[str, str]:
@@ -167,6 +183,8 @@ def infer_architecture(
     for key in ("dilation", "activation", "dropout"):
         if key in args:
             model[key] = args[key]
+    if layout.mask_branch:
+        model["mask_branch"] = "sqr"
     codec: dict[str, Any] = {"kind": "none"}
     if layout.vectors:
         codec = {"kind": "dct", "vector_dim": found["heads.0.vector.layers.2.bias"].shape[0]}
@@ -240,6 +258,19 @@ def _detector_names(layout: Layout) -> Iterator[tuple[str, str | None]]:
     else:
         for name in _swin_names(SWIN_BLOCKS[layout.backbone], norms=(3,) if layout.levels == 1 else (1, 2, 3)):
             yield BODY + name, None if name.endswith(SWIN_INDEX) else f"backbone.{own_swin_name(name)}"
+
+
+def _mask_branch_names() -> Iterator[tuple[str, str]]:
+    for official, own in (("q_linear", "query"), ("k_linear", "key")):
+        yield from _pairs(f"bbox_attention.{official}.", f"mask_branch.attention.{own}.", WEIGHT_BIAS)
+    for block in range(5):
+        yield from _pairs(f"mask_head.lay{block + 1}.", f"mask_branch.blocks.{block}.0.", WEIGHT_BIAS)
+        yield from _pairs(f"mask_head.gn{block + 1}.", f"mask_branch.blocks.{block}.1.", WEIGHT_BIAS)
+    yield from _pairs("mask_head.out_lay.", "mask_branch.answer.", WEIGHT_BIAS)
+    for number in range(3):
+        yield from _pairs(f"mask_head.adapter{number + 1}.", f"mask_branch.adapters.{number}.", WEIGHT_BIAS)
+    for number in range(3):
+        yield from _pairs(f"seg_input_proj.{number}.", f"mask_branch.pyramid.{number}.", WEIGHT_BIAS)
 
 
 def _official_heads(layout: Layout) -> list[str]:

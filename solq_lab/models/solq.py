@@ -116,7 +116,10 @@ class SOLQ(nn.Module):
         memory = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
         for encode in self.encoder:
             memory = encode(memory)
+        return self.decode(memory)[0]
 
+    def decode(self, memory: Memory) -> tuple[Predictions, Tensor]:
+        """The decoder: what the queries say after every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
         layers = []
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
@@ -125,7 +128,7 @@ class SOLQ(nn.Module):
             layers.append(prediction)
             if self.refine_boxes:
                 reference = prediction.boxes.detach()
-        return Predictions(layers=layers, proposals=proposals)
+        return Predictions(layers=layers, proposals=proposals), queries
 
     def embed_levels(self, features: list[Tensor], padding: Tensor) -> Memory:
         """All levels at width C, flattened into one row of tokens, with their positions.

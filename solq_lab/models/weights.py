@@ -30,6 +30,7 @@ from solq_lab.models.official import (
     own_swin_name,
     strip_prefixes,
     swin_position_index,
+    with_prefixes,
 )
 
 __all__ = [
@@ -252,7 +253,7 @@ def to_official_state(
             f"{source}: {len(absent)} tensors are missing, the first is {absent[0]}; is the file whole?"
         )
     index = swin_position_index(SWIN_WINDOW)
-    return {official: index if own is None else state[own] for official, own in table}
+    return with_prefixes({official: index if own is None else state[own] for official, own in table})
 
 
 def import_official(

@@ -1,4 +1,4 @@
-"""The training losses over matched pairs. Paper: eq. 2 (class, L1, GIoU) and eq. 5 (mask vectors).
+"""The training losses over matched pairs. Paper: eq. 2 (class, L1, GIoU), eq. 5 (mask vectors); SQR's image masks.
 
 Shape letters beside those of `structures`: Z decoder layers, T matched pairs of one layer.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.structures import Predictions, Target
+from solq_lab.structures import ImageMasks, Predictions, Target
 from solq_lab.training.matcher import HungarianMatcher, Matching
 
 DICE_FLOOR = 1e-5  # as released: keeps the dice of an empty mask finite
@@ -39,8 +39,9 @@ class SetCriterion(nn.Module):
     """Matches predictions to objects and returns the losses by name, none of them weighted yet.
 
     Names: "class", "l1", "giou", "vector" for the last decoder layer, the same with "/0", "/1", ... for earlier layers
-    and with "/proposals" for the encoder's proposals. The names depend on the model alone, never on the batch, and a
-    loss without pairs is a zero that still reaches the predictions: under DDP all ranks reduce the same parameters.
+    and with "/proposals" for the encoder's proposals; "mask" and "dice" where there is a mask branch, which follows the
+    last layer alone. The names depend on the model alone, never on the batch, and a loss without pairs is a zero that
+    still reaches the predictions: under DDP all ranks reduce the same parameters.
 
     Everything is computed in float32 at least, outside autocast.
 
@@ -54,8 +55,10 @@ class SetCriterion(nn.Module):
         vector_layers: how many of the last decoder layers have a vector loss (table 3c); at least one.
         vector_normalisation: of the "l1" vector loss: "mean" over pairs and coefficients, as the released models were
             trained, or "num_boxes", the sum over both by the number of boxes. "l2_dice" always does the latter.
-        focal_alpha: share of the positive term in the focal loss.
-        focal_gamma: focusing power of the focal loss.
+        mask_weight: weight of the mask branch's focal loss over pixels.
+        dice_weight: weight of the mask branch's dice loss.
+        focal_alpha: share of the positive term in both focal losses.
+        focal_gamma: focusing power of both focal losses.
 
     Raises:
         ValueError: an argument outside its choices.
@@ -72,6 +75,8 @@ class SetCriterion(nn.Module):
         vector_weight: float,
         vector_layers: int,
         vector_normalisation: Literal["mean", "num_boxes"],
+        mask_weight: float,
+        dice_weight: float,
         focal_alpha: float,
         focal_gamma: float,
     ) -> None:
@@ -85,6 +90,7 @@ class SetCriterion(nn.Module):
         self.codec = codec
         self.matcher = matcher
         self.weights = {"class": class_weight, "l1": l1_weight, "giou": giou_weight, "vector": vector_weight}
+        self.weights |= {"mask": mask_weight, "dice": dice_weight}
         self.vector_layers = vector_layers
         self.vector_normalisation = vector_normalisation
         self.focal_alpha = focal_alpha
@@ -97,7 +103,8 @@ class SetCriterion(nn.Module):
 
         Args:
             predictions: of a batch of B images.
-            targets: B targets on the same device; with `masks` where there is a codec.
+            targets: B targets on the same device; with `masks` where there is a codec, with `bitmaps` where the
+                predictions have masks.
             num_boxes: objects of the global batch divided by the number of processes, when there are several. The mean
                 vector loss is then taken over the global batch too: n processes of B images each have, on average,
                 the losses of one process with n*B images. None: the objects of this batch, and the mean over its own
@@ -120,6 +127,8 @@ class SetCriterion(nn.Module):
                 mean_over = count if num_boxes is not None else max(float(len(matches.layers.images)), 1.0)
                 by_term["vector"] = self._vector_losses(predictions, matches.layers, objects, count, mean_over)
             losses = _name_by_layer(by_term, len(predictions.layers))
+            if predictions.layers[-1].masks is not None:
+                losses |= self._mask_losses(predictions.layers[-1].masks, matches.layers, targets, count)
 
             if predictions.proposals is not None:
                 logits, boxes = predictions.proposals.logits[None], predictions.proposals.boxes[None]  # Z = 1
@@ -190,6 +199,18 @@ class SetCriterion(nn.Module):
             return distance / (mean_over * self.codec.vector_dim)
         return distance / count
 
+    def _mask_losses(
+        self, masks: ImageMasks, matching: Matching, targets: Sequence[Target], count: float
+    ) -> dict[str, Tensor]:
+        """Focal and dice loss of the last layer's masks, at the padded size of the pictures, padding included."""
+        padded_size = masks.padding.shape[-2:]
+        truth = _gather_bitmaps(targets, padded_size)[matching.objects[-1]]  # (T, H, W)
+        logits = _at_least_float32(masks.logits[matching.images, matching.queries[-1]])  # (T, h, w)
+        logits = F.interpolate(logits.unsqueeze(1), size=padded_size, mode="bilinear").flatten(1)  # (T, H*W)
+        truth = truth.flatten(1).to(logits.dtype)
+        focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        return {"mask": focal.mean(1).sum() / count, "dice": soft_dice_loss(logits.sigmoid(), truth).sum() / count}
+
 
 def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:
     """Focal loss of every logit on its own, same shape as `logits`.
@@ -212,6 +233,12 @@ def dice_loss(decoded: Tensor, masks: Tensor) -> Tensor:
     return 1 - 2 * shared / (decoded.square().sum(1) + masks.square().sum(1) + DICE_FLOOR)
 
 
+def soft_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
+    """The mask branch's dice (K,): as `dice_loss`, but with plain sums below, and one pixel added to all of them."""
+    shared = (probabilities * masks).sum(1)
+    return 1 - (2 * shared + 1) / (probabilities.sum(1) + masks.sum(1) + 1)
+
+
 def vector_plateau(vectors: Tensor) -> float:
     """Mean L1 loss of the best constant answer to vectors (K, D): each coefficient's median. 0 when K = 0.
 
@@ -220,6 +247,23 @@ def vector_plateau(vectors: Tensor) -> float:
     if len(vectors) == 0:
         return 0.0
     return (vectors - vectors.median(dim=0).values).abs().mean().item()
+
+
+def _gather_bitmaps(targets: Sequence[Target], padded_size: tuple[int, int]) -> Tensor:
+    """(K, H, W) bool: the objects' masks of all images, padded like the pictures.
+
+    Raises:
+        ValueError: an image has none, or of another size than itself.
+    """
+    bitmaps = []
+    for target in targets:
+        found = None if target.bitmaps is None else tuple(target.bitmaps.shape)
+        allowed = (len(target.labels), *target.image_size)
+        if found != allowed:
+            raise ValueError(f"image {target.image_id}: bitmaps {found} do not fit the mask branch, expected {allowed}")
+        height, width = target.image_size
+        bitmaps.append(F.pad(target.bitmaps, (0, padded_size[1] - width, 0, padded_size[0] - height)))
+    return torch.cat(bitmaps)
 
 
 def _matched(values: Tensor, matching: Matching) -> Tensor:
