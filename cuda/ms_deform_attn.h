@@ -13,11 +13,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define SOLQ_INLINE __host__ __device__ __forceinline__
-#else
-#define SOLQ_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace solq {
 

@@ -6,10 +6,7 @@ Paper: section 3.2, the mask as an N x N bitmap inside its object's box. Image p
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,9 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from solq_lab.ops.extension import ExtensionBuildError, load_extension
-
-logger = logging.getLogger(__name__)
+from solq_lab.ops.extension import cpu_operator
 
 Segmentation = list[list[float]] | dict  # COCO's two spellings: polygons in image pixels, or an RLE
 ROI_ALIGN_CHUNK = 16  # full-size float bitmaps at once; bounds the memory on pictures with hundreds of objects
@@ -53,9 +48,13 @@ def rasterize_in_box(
     """
     if boxes.shape != (len(segmentations), 4):
         raise ValueError(f"{len(segmentations)} segmentations cannot have boxes {tuple(boxes.shape)}, expected (K, 4)")
+    boxes = boxes.float().cpu()
+    compiled = cpu_operator("crop_codes")
+    if compiled is not None:
+        return _crop_compiled(compiled, segmentations, boxes, picture_size, mask_size)
     masks = torch.zeros(len(segmentations), mask_size, mask_size, dtype=torch.bool)
     height, width = picture_size
-    for mask, segmentation, (x0, y0, x1, y1) in zip(masks, segmentations, boxes.float().cpu().numpy(), strict=True):
+    for mask, segmentation, (x0, y0, x1, y1) in zip(masks, segmentations, boxes.numpy(), strict=True):
         down, across = _sample_axis(y0, y1, mask_size, height), _sample_axis(x0, x1, mask_size, width)
         if down is None or across is None:
             continue
@@ -135,12 +134,20 @@ def _window_bitmap(
 ) -> Tensor:
     """(h, w) uint8 pixels of an object inside a window (top, left, bottom, right) of its picture."""
     top, left, bottom, right = window
+    rle, x_shift, y_shift = _window_rle(segmentation, window, picture_size)
+    return torch.from_numpy(coco_rle.decode(rle)[top - y_shift : bottom - y_shift, left - x_shift : right - x_shift])
+
+
+def _window_rle(
+    segmentation: Segmentation, window: tuple[int, int, int, int], picture_size: tuple[int, int]
+) -> tuple[dict, int, int]:
+    """An RLE that holds an object's pixels inside a window (top, left, bottom, right), and its first pixel's (x, y)."""
+    top, left, bottom, right = window
     if isinstance(segmentation, dict):
-        bitmap = coco_rle.decode(segmentation_to_rle(segmentation, picture_size))
-        return torch.from_numpy(bitmap[top:bottom, left:right])
+        return segmentation_to_rle(segmentation, picture_size), 0, 0
     polygons = _checked_polygons(segmentation)
     if not polygons:
-        return torch.zeros(bottom - top, right - left, dtype=torch.uint8)
+        return segmentation_to_rle([], picture_size), 0, 0
     # COCO's rasteriser first rounds vertices to fifths of a pixel; coordinates of one decimal are ties. Rounded here,
     # in the picture, they survive a shift by whole pixels, whose own rounding would break the ties otherwise.
     fifths = [np.trunc(5 * polygon + 0.5) for polygon in polygons]
@@ -149,8 +156,31 @@ def _window_bitmap(
     shifted = [polygon - 5 * shift for polygon in fifths]
     shifted = [((polygon - (polygon < 0)) / 5).ravel().tolist() for polygon in shifted]  # it truncates towards zero
     rles = coco_rle.frPyObjects(shifted, bottom - y_shift, right - x_shift)
-    bitmap = coco_rle.decode(coco_rle.merge(rles) if len(rles) > 1 else rles[0])
-    return torch.from_numpy(bitmap[top - y_shift :, left - x_shift :])
+    return coco_rle.merge(rles) if len(rles) > 1 else rles[0], int(x_shift), int(y_shift)
+
+
+def _crop_compiled(
+    crop_codes: Callable[..., Tensor],
+    segmentations: Sequence[Segmentation],
+    boxes: Tensor,
+    picture_size: tuple[int, int],
+    mask_size: int,
+) -> Tensor:
+    """`rasterize_in_box` by the C++ operator."""
+    height, width = picture_size
+    # The last pixel of a window only has to lie behind all samples; polygons are drawn no further than that.
+    corners = boxes.nan_to_num(0, 0, 0).double().numpy()
+    first = np.clip(np.floor(corners[:, :2]) - 1, 0, (width, height)).astype(int)
+    last = np.clip(np.ceil(corners[:, 2:]) + 2, first + 1, (width, height)).astype(int)
+    codes, heights, shifts = [], [], []
+    for segmentation, (left, top), (right, bottom) in zip(segmentations, first.tolist(), last.tolist(), strict=True):
+        rle, *shift = _window_rle(segmentation, (top, left, bottom, right), picture_size)
+        codes.append(rle["counts"])
+        heights.append(rle["size"][0])
+        shifts.append(shift)
+    heights = torch.tensor(heights, dtype=torch.int64)
+    shifts = torch.tensor(shifts, dtype=torch.int64).view(-1, 2)
+    return crop_codes(*join_codes(codes), heights, shifts, boxes.contiguous(), height, width, mask_size)
 
 
 def _checked_polygons(polygons: Sequence[Sequence[float]]) -> list[np.ndarray]:
@@ -208,25 +238,12 @@ def paste_to_rle(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) ->
     if masks.dtype != torch.bool:
         raise ValueError(f"masks are {masks.dtype}, expected bool; binarize the reconstructions first")
     masks, boxes = masks.cpu(), boxes.float().cpu()
-    compiled = _compiled_paste()
+    compiled = cpu_operator("paste_to_rle")
     if compiled is not None:
-        return [
-            {"size": list(picture_size), "counts": counts.encode()} for counts in compiled(masks, boxes, *picture_size)
-        ]
+        height, width = picture_size
+        codes = compiled(masks, boxes, height, width)
+        return [{"size": [height, width], "counts": counts.encode()} for counts in codes]
     return [_paste_one_to_rle(mask, box, picture_size) for mask, box in zip(masks, boxes, strict=True)]
-
-
-@functools.cache
-def _compiled_paste() -> Callable[[Tensor, Tensor, int, int], list[str]] | None:
-    """The C++ operator, or None where the environment variable SOLQ_OPS=reference or a failed build rules it out."""
-    if os.environ.get("SOLQ_OPS") == "reference":
-        return None
-    try:
-        load_extension("cpu")
-    except ExtensionBuildError as error:
-        logger.warning("masks are pasted in plain torch, slower: %s", error.reason)
-        return None
-    return torch.ops.solq_lab.paste_to_rle.default
 
 
 def _paste_one_to_rle(mask: Tensor, box: Tensor, picture_size: tuple[int, int]) -> dict:
@@ -291,6 +308,12 @@ def _rle_of_window(inside: np.ndarray, corner: tuple[int, int], picture_size: tu
 
 
 # Run-length codes
+
+
+def join_codes(codes: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """Compressed codes as the C++ operators take them: one after another (bytes,) uint8, and where each ends (K,)."""
+    ends = torch.tensor([len(code) for code in codes], dtype=torch.int64).cumsum(0)
+    return torch.frombuffer(bytearray(b"".join(codes) or b" "), dtype=torch.uint8), ends
 
 
 def encode_rle(masks: Tensor) -> list[dict]:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solq_lab.codecs import dct as dct_module
 from solq_lab.codecs.dct import DCTCodec, zigzag
 
 FLOAT32_ROUNDING = 2e-4  # of coefficients up to N = 128, each the sum of N products per axis
@@ -101,14 +102,35 @@ def test_a_masks_vector_does_not_depend_on_its_batch():
 
 def test_bool_and_float_masks_have_the_same_vectors():
     codec, masks = DCTCodec(64, 256), random_masks(3, 64)
-    assert torch.equal(codec.encode(masks), codec.encode(masks.float()))
+    torch.testing.assert_close(codec.encode(masks), codec.encode(masks.float()), rtol=0, atol=FLOAT32_ROUNDING)
     assert torch.equal(codec.encode(masks), codec.encode(masks.transpose(1, 2).contiguous().transpose(1, 2)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 70), share=st.sampled_from([0.0, 0.02, 0.5, 0.98, 1.0]), data=st.data())
+def test_compiled_and_plain_products_agree_and_bits_are_the_binarized_reconstructions(size, share, data):
+    codec = DCTCodec(size, data.draw(st.integers(1, min(size**2, 400))))
+    masks = torch.rand(3, size, size, generator=torch.Generator().manual_seed(size)) < share
+    vectors = codec.encode(masks)
+    bits = codec.decode_bits(vectors)
+    assert torch.equal(bits, codec.binarize(codec.decode(vectors)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dct_module, "cpu_operator", lambda name: None)
+        torch.testing.assert_close(codec.encode(masks), vectors, rtol=0, atol=FLOAT32_ROUNDING)
+        torch.testing.assert_close(codec.decode(vectors), codec.decode(vectors.double()).float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(codec.decode(vectors), codec.decode(vectors.double()).float(), rtol=0, atol=1e-5)
+
+
+def test_vectors_that_are_not_finite_decode_to_the_bits_that_binarize_gives():
+    codec, vectors = DCTCodec(16, 30), torch.zeros(4, 30)
+    vectors[torch.arange(4), torch.tensor([0, 3, 5, 29])] = torch.tensor([np.nan, np.inf, -np.inf, 1.0])
+    assert torch.equal(codec.decode_bits(vectors), codec.binarize(codec.decode(vectors)))
 
 
 def test_no_masks_give_no_vectors_and_no_vectors_no_masks():
     codec = DCTCodec(28, 60)
     assert codec.encode(torch.zeros(0, 28, 28, dtype=torch.bool)).shape == (0, 60)
-    assert codec.decode(torch.zeros(0, 60)).shape == (0, 28, 28)
+    assert codec.decode(torch.zeros(0, 60)).shape == codec.decode_bits(torch.zeros(0, 60)).shape == (0, 28, 28)
     assert codec.binarize(torch.zeros(0, 28, 28)).shape == (0, 28, 28)
 
 

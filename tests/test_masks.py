@@ -24,6 +24,7 @@ from solq_lab.masks import (
     rasterize_in_box,
     segmentation_to_rle,
 )
+from solq_lab.ops import extension
 from solq_lab.ops.extension import ExtensionBuildError, load_extension
 
 L_SHAPE = [10.0, 10.0, 30.0, 10.0, 30.0, 20.0, 20.0, 20.0, 20.0, 40.0, 10.0, 40.0]
@@ -33,7 +34,7 @@ L_SHAPE = [10.0, 10.0, 30.0, 10.0, 30.0, 20.0, 20.0, 20.0, 20.0, 40.0, 10.0, 40.
 def paste_route(request, monkeypatch) -> str:
     """Both implementations of `paste_to_rle`, one after the other."""
     if request.param == "torch":
-        monkeypatch.setattr(mask_module, "_compiled_paste", lambda: None)
+        monkeypatch.setattr(mask_module, "cpu_operator", lambda name: None)
     else:
         compiled_or_skip()
     return request.param
@@ -95,7 +96,7 @@ def test_pasting_to_rle_is_byte_for_byte_pycocotools_encoding_of_the_pasted_pict
         found = paste_to_rle(masks, boxes, picture_size)
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mask_module, "_compiled_paste", lambda: None)
+            patch.setattr(mask_module, "cpu_operator", lambda name: None)
             found = paste_to_rle(masks, boxes, picture_size)
     pictures = paste_masks(masks, boxes, picture_size).numpy().astype(np.uint8)
     assert found == [coco_rle.encode(np.asfortranarray(picture)) for picture in pictures]
@@ -169,15 +170,15 @@ def test_a_failed_build_pastes_in_torch_and_says_so(monkeypatch, caplog):
     def fail(kind: str) -> None:
         raise ExtensionBuildError("no C++ compiler")
 
-    monkeypatch.setattr(mask_module, "load_extension", fail)
+    monkeypatch.setattr(extension, "load_extension", fail)
     monkeypatch.delenv("SOLQ_OPS", raising=False)
-    mask_module._compiled_paste.cache_clear()
+    extension.cpu_operator.cache_clear()
     try:
         rles = paste_to_rle(torch.ones(1, 4, 4, dtype=torch.bool), torch.tensor([[0.0, 0.0, 4.0, 4.0]]), (4, 4))
     finally:
-        mask_module._compiled_paste.cache_clear()
+        extension.cpu_operator.cache_clear()
     assert decode_rle(rles).all()
-    assert "masks are pasted in plain torch, slower: no C++ compiler" in caplog.text
+    assert "paste_to_rle runs in plain torch, slower: no C++ compiler" in caplog.text
 
 
 def test_real_valued_masks_are_not_pasted_to_rle():
@@ -289,6 +290,23 @@ def test_a_window_fills_exactly_the_pixels_that_cocos_rasteriser_fills_in_the_pi
     (left, top), (right, bottom) = corner, (min(corner[0] + side[0], width), min(corner[1] + side[1], height))
     window = mask_module._window_bitmap(polygons, (top, left, bottom, right), (height, width))
     assert torch.equal(window.bool(), bitmaps([polygons], (height, width))[0, top:bottom, left:right])
+
+
+def test_compiled_drawing_is_plain_torchs(coco_tiny: Path, monkeypatch):
+    compiled_or_skip()
+    different = cells = 0
+    for (_, height, width), objects in list(coco_pictures(coco_tiny).items())[:40]:
+        segmentations = [entry["segmentation"] for entry in objects]
+        boxes = torch.tensor([entry["bbox"] for entry in objects])
+        boxes = torch.cat([boxes[:, :2] - 3, boxes[:, :2] + boxes[:, 2:] * 1.1], dim=1)  # some beyond the picture
+        drawn = rasterize_in_box(segmentations, boxes, (height, width), 48)
+        with monkeypatch.context() as patch:
+            patch.setattr(mask_module, "cpu_operator", lambda name: None)
+            plain = rasterize_in_box(segmentations, boxes, (height, width), 48)
+        different += (drawn != plain).sum().item()
+        cells += plain.sum().item()
+    assert cells > 10_000
+    assert different <= 1e-4 * cells  # exact ties, rounded either way
 
 
 def test_polygons_compressed_and_uncompressed_rles_draw_the_same_mask():

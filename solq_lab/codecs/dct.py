@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.base import MaskCodec, product_dtype
+from solq_lab.ops.extension import cpu_operator
 
 
 def zigzag(size: int) -> Tensor:
@@ -37,7 +39,8 @@ class DCTCodec(MaskCodec):
     Nothing is scaled: the first entry of a full mask's vector is N, and every entry weighs the same in an L1 loss.
 
     The kept coefficients fill only a corner of the spectrum (23 x 23 of 128 x 128 for 256 of them), so both ways are
-    two thin matrix products per mask instead of a full transform.
+    two thin matrix products per mask instead of a full transform: in plain torch, or in `cuda/dct_cpu.cpp`, which knows
+    that a bool mask is a few runs of ones and that basis functions are symmetric.
     """
 
     def __init__(self, mask_size: int, vector_dim: int) -> None:
@@ -56,12 +59,14 @@ class DCTCodec(MaskCodec):
         Raises:
             ValueError: the masks are not N x N.
         """
-        if masks.ndim != 3 or masks.shape[1:] != (self.mask_size, self.mask_size):
-            raise ValueError(f"masks have shape {tuple(masks.shape)}, expected (K, {self.mask_size}, {self.mask_size})")
-        if masks.dtype == torch.bool:
-            masks = masks.view(torch.uint8)  # the same bytes, but ten times quicker to turn into floats
+        self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
-        exact = _product_dtype(dtype, masks.device)
+        exact = product_dtype(dtype, masks.device)
+        if masks.dtype == torch.bool:
+            compiled = _compiled("dct_encode", masks, exact)
+            if compiled is not None:
+                return compiled(masks, self.row_basis, self.column_basis, self.kept)
+            masks = masks.view(torch.uint8)  # the same bytes, but ten times quicker to turn into floats
         with torch.autocast(masks.device.type, enabled=False):
             rows = self.row_basis.to(exact).expand(masks.shape[0], -1, -1)
             half = torch.bmm(rows, masks.to(exact))  # (K, N, N) -> (K, rows, N)
@@ -74,10 +79,12 @@ class DCTCodec(MaskCodec):
         Raises:
             ValueError: the vectors are not D long.
         """
-        if vectors.ndim != 2 or vectors.shape[1] != self.vector_dim:
-            raise ValueError(f"mask vectors have shape {tuple(vectors.shape)}, expected (K, {self.vector_dim})")
+        self.check_vectors(vectors)
+        exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
+        compiled = _compiled("dct_decode", vectors, exact)
+        if compiled is not None:
+            return compiled(vectors.to(exact), self.row_basis, self.column_basis, self.kept).to(vectors.dtype)
         rows, columns = self.row_basis.shape[0], self.column_basis.shape[0]
-        exact = _product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
         with torch.autocast(vectors.device.type, enabled=False):
             corner = vectors.new_zeros(vectors.shape[0], rows * columns, dtype=exact)
             corner = corner.index_copy(1, self.kept, vectors.to(exact)).unflatten(1, (rows, columns))
@@ -85,8 +92,22 @@ class DCTCodec(MaskCodec):
             rows_back = self.row_basis.to(exact).T.expand(vectors.shape[0], -1, -1)
             return torch.bmm(rows_back, half).to(vectors.dtype)  # (K, N, N)
 
+    def decode_bits(self, vectors: Tensor) -> Tensor:
+        """Masks (K, N, N) bool of vectors (K, D); compiled, each mask goes from floats to bits while it is in cache.
 
-def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float64 where the user lets float32 products round their factors (TF32, bf16)."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    return dtype if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
+        Raises:
+            ValueError: the vectors are not D long.
+        """
+        self.check_vectors(vectors)
+        # Other types of vectors are rounded to after decoding, before the cut.
+        if self.threshold == "middle" and vectors.dtype == torch.float32:
+            compiled = _compiled("dct_decode_bits", vectors, product_dtype(vectors.dtype, vectors.device))
+            if compiled is not None:
+                return compiled(vectors, self.row_basis, self.column_basis, self.kept)
+        return super().decode_bits(vectors)
+
+
+def _compiled(name: str, tensor: Tensor, exact: torch.dtype) -> Callable[..., Tensor] | None:
+    """The C++ operator where it serves: float32 on the CPU, outside of autograd and of graphs that are being traced."""
+    traced = torch.compiler.is_compiling() or (tensor.requires_grad and torch.is_grad_enabled())
+    return None if tensor.device.type != "cpu" or exact != torch.float32 or traced else cpu_operator(name)

@@ -7,6 +7,7 @@ takes back from a killed process; so there is never half a library, nor a lock w
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -86,6 +87,22 @@ def load_extension(kind: Kind) -> None:
             _failed[kind] = error
             raise
         _loaded[kind] = recipe.library
+
+
+@functools.cache
+def cpu_operator(name: str) -> Callable | None:
+    """The compiled torch.ops.solq_lab.<name> for tensors on the CPU, or None where plain torch has to do.
+
+    That is where the environment variable SOLQ_OPS=reference asks for it or the operators cannot be built here.
+    """
+    if os.environ.get("SOLQ_OPS") == "reference":
+        return None
+    try:
+        load_extension("cpu")
+    except ExtensionBuildError as error:
+        logger.warning("%s runs in plain torch, slower: %s", name, error.reason)
+        return None
+    return getattr(torch.ops.solq_lab, name).default
 
 
 def cache_folder() -> Path:
