@@ -210,6 +210,7 @@ def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
     spread = None
     if scene.noise.vector > 0 and pieces:
         spread = _spread(list(in_processes(_vector_sums, scene, pieces, processes)))
+    masks.paste_to_rle(torch.zeros(0, 1, 1, dtype=torch.bool), torch.zeros(0, 4), (1, 1))  # compile once, before a fork
     ious, results = [], []
     work = in_processes(_send_through, scene, [_Piece(rows, spread) for rows in pieces], processes)
     for received in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
