@@ -1,0 +1,237 @@
+"""What masks cost a detector: parameters, multiply-adds and pictures per second of UQR and SQR. Paper: table 5.
+
+Both are the same detector with another mask branch, so the counts of the detector are those without any.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from solq_lab.build import build_codec, build_model
+from solq_lab.config import ConfigError, Experiment, validate_experiment
+from solq_lab.inference.folding import prepare_for_inference
+from solq_lab.inference.postprocess import postprocess
+from solq_lab.ops.ms_deform_attn import MULTIPLY_ADD
+from solq_lab.structures import ImageBatch
+
+PICTURE_SIZE = (512, 852)  # height and width of the network's input in table 5, pixels
+CLASS_CHANNELS = 91  # of the released models on COCO
+METHODS = ("SQR", "UQR")
+
+_SHOWN = {  # columns of the paper's table -> title, and how many of ours make one of its units
+    "detector_parameters": ("detector, M parameters", 1e6),
+    "mask_parameters": ("mask branch, M parameters", 1e6),
+    "detector_multiply_adds": ("detector, G multiply-adds", 1e9),
+    "mask_multiply_adds": ("mask branch, G multiply-adds", 1e9),
+    "decoding_multiply_adds": ("decoding one mask, G multiply-adds", 1e9),
+    "images_per_second": ("pictures per second", 1),
+}
+
+
+class Cost(NamedTuple):
+    """What one method costs for one picture.
+
+    detector_parameters, mask_parameters: trained numbers of the detector and of the mask branch.
+    detector_multiply_adds: of a forward pass without masks.
+    mask_multiply_adds: of the masks, or mask vectors, of all queries after the last decoder layer. Earlier layers need
+        none to predict.
+    decoding_multiply_adds: of turning one mask vector into a mask; None where there are no vectors.
+    images_per_second: from pixels to run-length codes, batch 1; None where it was not measured.
+    """
+
+    detector_parameters: int
+    mask_parameters: int
+    detector_multiply_adds: int
+    mask_multiply_adds: int
+    decoding_multiply_adds: int | None
+    images_per_second: float | None = None
+
+
+def count_costs(
+    experiment: Experiment, *, num_classes: int = CLASS_CHANNELS, picture_size: tuple[int, int] = PICTURE_SIZE
+) -> dict[str, Cost]:
+    """Parameters and multiply-adds of SQR and UQR. The networks compute nothing: their tensors have shapes only.
+
+    Args:
+        experiment: sections `model` and `codec` are read; it has a code, and its model no mask branch.
+        num_classes: S, class channels.
+        picture_size: (height, width) of the network's input, pixels.
+
+    Raises:
+        ConfigError: the experiment has no mask code, or SQR cannot be built at its sizes.
+    """
+    variants = _variants(experiment)
+    with torch.device("meta"):
+        detector, sqr, uqr = (build_model(variants[name], num_classes).eval() for name in ("detector", *METHODS))
+        images = _blank(picture_size)
+        queries = torch.zeros(1, uqr.num_queries, experiment.model.width)
+    codec = build_codec(variants["UQR"])
+    vector = torch.zeros(1, codec.vector_dim, dtype=torch.float64)  # decoded in plain torch, whose products are counted
+    parameters = {name: _trained(model) for name, model in (("detector", detector), ("SQR", sqr), ("UQR", uqr))}
+    alone = _multiply_adds(detector, images.normalised())
+    return {
+        "SQR": Cost(
+            parameters["detector"],
+            parameters["SQR"] - parameters["detector"],
+            alone,
+            _multiply_adds(sqr, images.normalised()) - alone,
+            None,
+        ),
+        "UQR": Cost(
+            parameters["detector"],
+            parameters["UQR"] - parameters["detector"],
+            alone,
+            _multiply_adds(uqr.heads[-1].vector, queries),
+            _multiply_adds(codec.decode, vector),
+        ),
+    }
+
+
+def measure_costs(
+    experiment: Experiment,
+    *,
+    num_classes: int = CLASS_CHANNELS,
+    picture_size: tuple[int, int] = PICTURE_SIZE,
+    device: torch.device | str | None = None,
+    repeats: int = 3,
+) -> dict[str, Cost]:
+    """The counts of `count_costs`, and the speed of both methods with drawn weights, batch 1.
+
+    The methods take turns, so that a busy moment of the machine hits both; the median of their times counts. Networks
+    are prepared as `Predictor` prepares them, masks come out at the size of the input.
+
+    Args:
+        experiment, num_classes, picture_size: as in `count_costs`.
+        device: where to measure. None: the first CUDA device, or the CPU where there is none.
+        repeats: timed pictures of each method, after one that is not timed.
+
+    Raises:
+        ConfigError: as in `count_costs`.
+        ValueError: no repeat.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats {repeats}: allowed are positive numbers of timed pictures")
+    costs = count_costs(experiment, num_classes=num_classes, picture_size=picture_size)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    variants = _variants(experiment)
+    predict = {name: _predictor(variants[name], num_classes, picture_size, device) for name in METHODS}
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    for turn in tqdm(range(repeats + 1), desc="measuring", unit="turn"):
+        for name in METHODS:
+            taken = _seconds(predict[name], device)
+            if turn > 0:  # the first one builds and warms what is built lazily
+                seconds[name].append(taken)
+    return {name: costs[name]._replace(images_per_second=1 / statistics.median(seconds[name])) for name in METHODS}
+
+
+def efficiency_table(costs: Mapping[str, Cost], paper: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Ours beside the paper's, and the ratio of speeds, as aligned text; "-" where there is no number.
+
+    Args:
+        costs: what each of `METHODS` costs, in that order.
+        paper: method -> column -> the paper's number, in millions, 10^9 and pictures per second.
+    """
+    printed = {name: paper.get(name, {}) for name in costs}
+    rows = [
+        (title, [(_scaled(getattr(cost, column), unit), printed[name].get(column)) for name, cost in costs.items()])
+        for column, (title, unit) in _SHOWN.items()
+    ]
+    speeds = dict(rows)[_SHOWN["images_per_second"][0]]
+    ratios = [_ratio(*both) for both in zip(speeds[METHODS.index("UQR")], speeds[METHODS.index("SQR")], strict=True)]
+    rows.append(("pictures per second, UQR over SQR", [(None, None), ratios]))
+    lines = [f"{'':<36}" + "".join(f"{name:>12}{'paper':>10}" for name in costs)]
+    lines += [f"{title:<36}" + "".join(f"{_number(a):>12}{_number(b):>10}" for a, b in cells) for title, cells in rows]
+    return "\n".join(lines)
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def _ratio(over: float | None, under: float | None) -> float | None:
+    return None if over is None or under is None else over / under
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
+
+
+def _variants(experiment: Experiment) -> dict[str, Experiment]:
+    """The detector alone, with SQR and with UQR, otherwise as the experiment says."""
+    if experiment.codec.kind == "none":
+        raise ConfigError(
+            f"{experiment.name}: codec.kind none has no mask vectors to measure; give an experiment with a mask code, "
+            "for example experiments/solq_r50.yaml"
+        )
+    values = experiment.model_dump(mode="json")
+    values["train"]["freeze_detector"] = False
+
+    def with_branch(branch: str, codec: dict[str, Any]) -> Experiment:
+        changed = values | {"model": values["model"] | {"mask_branch": branch}, "codec": codec}
+        return validate_experiment(changed, source=f"{experiment.name}, mask branch {branch}")
+
+    without = values["codec"] | {"kind": "none"}
+    return {
+        "detector": with_branch("none", without),
+        "SQR": with_branch("sqr", without),
+        "UQR": with_branch("none", values["codec"]),
+    }
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _multiply_adds(function: Callable[..., Any], argument: Any) -> int:
+    """Of one call; the module, if it is one, can no longer be trained."""
+    if isinstance(function, nn.Module):
+        function.requires_grad_(False)  # the counter follows gradients, which shapes alone do not have
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(argument)
+    return counter.get_total_flops() // MULTIPLY_ADD
+
+
+def _predictor(
+    experiment: Experiment, num_classes: int, picture_size: tuple[int, int], device: torch.device
+) -> Callable[[], object]:
+    """What predicts one picture, from pixels to run-length codes, with drawn weights."""
+    torch.manual_seed(experiment.seed)
+    model = build_model(experiment, num_classes)
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero matrices would give all queries one score and one mask
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+    model, codec = prepare_for_inference(model).to(device), build_codec(experiment)
+    if codec is not None:
+        codec.to(device)
+    images, names = _blank(picture_size).to(device), [str(channel) for channel in range(num_classes)]
+    top_k = experiment.evaluation.top_k
+
+    def predict() -> object:
+        with torch.inference_mode():
+            last = model(images.normalised()).layers[-1]
+            return postprocess(last, [picture_size], codec, top_k=top_k, class_names=names)
+
+    return predict
+
+
+def _blank(picture_size: tuple[int, int]) -> ImageBatch:
+    return ImageBatch(
+        torch.zeros(1, 3, *picture_size, dtype=torch.uint8), torch.zeros(1, *picture_size, dtype=torch.bool)
+    )
+
+
+def _seconds(predict: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    predict()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
