@@ -33,9 +33,12 @@ from solq_lab.evaluation.laboratory import (
     Laboratory,
     Setting,
     ceiling_table,
+    describe_size_gap,
+    length_for,
     make_grid,
     write_csv,
 )
+from solq_lab.evaluation.summary import Evaluation
 from solq_lab.viz.ceilings import ceiling_curves, ceilings_by_size
 from solq_lab.viz.style import CODEC_COLOURS
 
@@ -317,6 +320,30 @@ def test_the_size_of_objects_is_read_as_the_data_says(annotations, document, tmp
 
 
 # What is shown and written
+
+
+def ceilings_with(small: list[float], large: list[float]) -> list[Ceiling]:
+    lengths = (16, 64, 256)
+    return [
+        Ceiling(Setting("dct", 16, n), Evaluation({"segm.IoUs": s, "segm.IoUl": big}, {}, (32, 96), 0.02, 1), 0.0)
+        for n, s, big in zip(lengths, small, large, strict=True)
+    ]
+
+
+def test_the_reading_says_how_much_longer_vectors_large_objects_need():
+    found = ceilings_with([0.90, 0.95, 0.97], [0.85, 0.90, 0.96])
+    assert length_for(found, "segm.IoUl", 0.90) == 64
+    assert length_for(found, "segm.IoUl", 0.93) == pytest.approx(128)  # half-way between 64 and 256, as a ratio
+    assert length_for(found, "segm.IoUl", 0.80) == 16
+    first, second, third = describe_size_gap(found).splitlines()
+    assert first.endswith(
+        "IoU of small objects 90.0, of large ones 85.0; to be kept as well, large ones need about 64 numbers"
+    )
+    assert second.endswith("large ones need about 203 numbers")
+    assert third.endswith("large ones need more than 256 numbers")
+    assert "large objects are kept as well" in describe_size_gap(ceilings_with([0.8] * 3, [0.9] * 3))
+    assert "no objects of both sizes" in describe_size_gap(ceilings_with([math.nan] * 3, [0.9] * 3))
+    assert describe_size_gap([]) == ""
 
 
 def test_table_and_csv_hold_the_numbers(annotations, tmp_path):

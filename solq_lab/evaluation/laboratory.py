@@ -278,6 +278,53 @@ def ceiling_table(ceilings: Sequence[Ceiling]) -> str:
     return "\n".join([*aligned(rows), *(ceilings[0].evaluation.legend for _ in ceilings[:1])])
 
 
+def length_for(ceilings: Sequence[Ceiling], number: str, share: float) -> float:
+    """The vector length n_k at which a number reaches a share, between measured lengths by interpolation.
+
+    Args:
+        ceilings: one code at rising lengths.
+        number: "segm.IoU", "segm.IoUl", ...
+        share: in 0..1.
+
+    Returns:
+        n_k; NaN where the longest vector does not reach it, or there is no such object.
+    """
+    lengths = [ceiling.setting.vector_dim for ceiling in ceilings]
+    values = [ceiling.evaluation.metrics[number] for ceiling in ceilings]
+    for place, value in enumerate(values):
+        if value >= share and place == 0:
+            return float(lengths[0])
+        if value >= share:
+            way = (share - values[place - 1]) / (value - values[place - 1])
+            return lengths[place - 1] * (lengths[place] / lengths[place - 1]) ** way  # evenly on a logarithmic scale
+    return math.nan
+
+
+def describe_size_gap(ceilings: Sequence[Ceiling]) -> str:
+    """What a fixed vector length costs large objects more than small ones, one line per length. Paper: appendix A.1.
+
+    Args:
+        ceilings: one code at rising lengths, without errors.
+    """
+    lines = []
+    for ceiling in ceilings:
+        small, large = (ceiling.evaluation.metrics[f"segm.IoU{size}"] for size in "sl")
+        needed = length_for(ceilings, "segm.IoUl", small)
+        if math.isnan(small) or math.isnan(large):
+            verdict = "no objects of both sizes to compare"
+        elif large >= small:
+            verdict = "large objects are kept as well"
+        elif math.isnan(needed):
+            verdict = f"to be kept as well, large ones need more than {ceilings[-1].setting.vector_dim} numbers"
+        else:
+            verdict = f"to be kept as well, large ones need about {needed:.0f} numbers"
+        length = ceiling.setting.vector_dim
+        lines.append(
+            f"n_k = {length:>4}: IoU of small objects {percent(small)}, of large ones {percent(large)}; {verdict}"
+        )
+    return "\n".join(lines)
+
+
 def write_csv(path: Path, ceilings: Sequence[Ceiling]) -> None:
     """Ceilings as a table for other programs: one line each, shares in 0..1, empty where there is no such object."""
     path.parent.mkdir(parents=True, exist_ok=True)
