@@ -115,23 +115,47 @@ def run_notebook(
     experiment = load_experiment(experiment_path, list(overrides))
     check_data_folder(experiment)
     run = create_run(experiment, runs_dir)
-    executed = run.folder / notebook.name
-    os.environ[WORKSPACE] = str(Path.cwd())  # the kernel inherits it
-    execution = _Execution(notebook, executed, values)
+    execution = _Execution(notebook, run.folder / notebook.name, values)
     try:
         execution.start()
-        _watch(execution, run, executed)
+        _watch(execution, run)
     except KeyboardInterrupt:
         was_training = _is_alive(run)
         message = stop_training(run.folder)
         if was_training:  # the cell that followed it ends by itself, and papermill saves the notebook
             execution.join(timeout=30.0)
         raise Interrupted(message) from None
-    if executed.exists():
-        export_html(executed)
-    if execution.error is not None:
-        raise _explain_failure(notebook, executed, execution.error)
-    return executed
+    return execution.finish()
+
+
+def run_report(
+    notebook: str | Path, runs_dir: str | Path = "runs", *, parameters: Mapping[str, Any] | None = None
+) -> Path:
+    """Execute a notebook about several runs, one that declares no experiment; it is written into `runs_dir`/_reports.
+
+    Args:
+        notebook: a notebook with one cell tagged `parameters` that declares runs_dir.
+        runs_dir: folder of run folders.
+        parameters: further parameters of the notebook; text is converted to the declared type.
+
+    Returns:
+        The executed notebook; the HTML lies beside it.
+
+    Raises:
+        NotebookError: the notebook or a parameter cannot be used.
+        NotebookFailed: a cell raised; the full traceback is in the executed notebook.
+        Interrupted: Ctrl-C.
+    """
+    notebook, folder = Path(notebook), Path(runs_dir) / "_reports"
+    values = check_parameters(notebook, dict(parameters or {}) | {"runs_dir": str(Path(runs_dir).absolute())})
+    folder.mkdir(parents=True, exist_ok=True)
+    execution = _Execution(notebook, folder / notebook.name, values)
+    try:
+        execution.start()
+        _watch(execution)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{notebook}: interrupted; the same command starts it again") from None
+    return execution.finish()
 
 
 def export_html(notebook: Path) -> Path:
@@ -328,7 +352,8 @@ class _Execution(threading.Thread):
 
     def __init__(self, notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
         super().__init__(daemon=True)
-        self._arguments = (str(notebook), str(executed), parameters)
+        os.environ[WORKSPACE] = str(Path.cwd())  # the kernel inherits it
+        self.notebook, self.executed, self._parameters = notebook, executed, parameters
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -336,18 +361,32 @@ class _Execution(threading.Thread):
 
         logging.getLogger("papermill").setLevel(logging.ERROR)
         try:
-            papermill.execute_notebook(*self._arguments, progress_bar=False, extra_arguments=QUIET_KERNEL)
+            papermill.execute_notebook(
+                str(self.notebook),
+                str(self.executed),
+                self._parameters,
+                progress_bar=False,
+                extra_arguments=QUIET_KERNEL,
+            )
         except Exception as error:  # handed to the main thread, which explains it
             self.error = error
 
+    def finish(self) -> Path:
+        """Write the HTML of the executed notebook and return the notebook's path; raise what a cell has raised."""
+        if self.executed.exists():
+            export_html(self.executed)
+        if self.error is not None:
+            raise _explain_failure(self.notebook, self.executed, self.error)
+        return self.executed
 
-def _watch(execution: _Execution, run: Run, executed: Path) -> None:
+
+def _watch(execution: _Execution, run: Run | None = None) -> None:
     """Show in the terminal how the training of a notebook goes, or how many cells are done, until the notebook ends."""
-    progress = Progress(run)
+    progress = None if run is None else Progress(run)
     with status_line() as show:
         while execution.is_alive():
             execution.join(timeout=1.0)
-            show(progress.read() if run.is_training() else _describe_cells(executed))
+            show(progress.read() if progress and run.is_training() else _describe_cells(execution.executed))
 
 
 def _describe_cells(executed: Path) -> str:

@@ -10,14 +10,14 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from solq_lab.config import load_sweep
 from solq_lab.paper import PAPER_RESULTS, PaperTable, paper_table
-from solq_lab.runs import RunError, load_run, read_json
+from solq_lab.runs import Run, RunError, load_run, read_json
 from solq_lab.sweeps import Job, find_sweep, plan
 
 RESULTS = Path("experiments/results")
@@ -91,12 +91,14 @@ class ResultTable:
         """Names of the runs that are not finished."""
         return tuple(dict.fromkeys(name for row in self.rows for name in row.missing))
 
+    def ranked(self, metric: str) -> list[TableRow]:
+        """The rows that have this number, best mean first."""
+        known = [row for row in self.rows if row.mean(metric) is not None]
+        return sorted(known, key=lambda row: -row.mean(metric))
+
     def text(self) -> str:
         """Aligned text: ours as mean ± spread, the paper's number in brackets; below it what is missing."""
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-        return "\n".join([*lines, *self._remarks()])
+        return "\n".join([*_aligned(self._cells()), *self._remarks()])
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
@@ -177,6 +179,21 @@ def read_table(
     return ResultTable(sweep.name, tuple(sweep.metrics), tuple(rows), paper, f"solq-lab sweep {path}", tuple(notes))
 
 
+def summarise_runs(runs: Sequence[Run]) -> str:
+    """Runs as aligned text: state, steps, and the APs of the final evaluation in percent."""
+    kinds = ("box", "segm", "boundary")
+    rows = [["run", "state", "step", *(f"{kind}.AP" for kind in kinds)]]
+    for run in runs:
+        status = run.status()
+        state = "training" if run.is_training() else status["state"]
+        metrics = read_json(run.results)["metrics"] if run.results.is_file() else {}
+        shares = [metrics.get(f"{kind}.AP") for kind in kinds]
+        rows.append([run.name, state, str(status["step"]), *("-" if x is None else f"{100 * x:.1f}" for x in shares)])
+    if not runs:
+        return "no runs yet; `solq-lab run notebooks/train.ipynb EXPERIMENT` makes one"
+    return "\n".join(_aligned(rows))
+
+
 def _finished_run(job: Job, notes: list[str]) -> RunNumbers | None:
     """The numbers in a run folder, or None; `notes` gets a line where the run has other settings than the sweep."""
     if not (job.folder / "results.json").is_file():
@@ -213,6 +230,11 @@ def _run_from_dict(entry: Mapping[str, Any], source: Path) -> RunNumbers:
 def _run_to_dict(run: RunNumbers) -> dict[str, Any]:
     metrics = {name: None if math.isnan(value) else round(value, 5) for name, value in run.metrics.items()}
     return {"name": run.name, "seed": run.seed, "images": run.images, "commit": run.commit, "metrics": metrics}
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def _cell(row: TableRow, metric: str) -> str:

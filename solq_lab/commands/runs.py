@@ -17,10 +17,11 @@ from solq_lab.launch import (
     open_run,
     prepare_data,
     run_notebook,
+    run_report,
     start_training,
     stop_training,
 )
-from solq_lab.parameters import NotebookError
+from solq_lab.parameters import NotebookError, read_parameters
 from solq_lab.runs import Run, create_run, load_run, read_json
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class Split(StrEnum):
 
 def run(
     notebook: Notebook,
-    experiment: ExperimentFile,
+    experiment: Annotated[
+        Path | None, typer.Argument(help="Experiment, a YAML file; by default the one that the notebook names.")
+    ] = None,
     overrides: Overrides = None,
     runs_dir: RunsDir = Path("runs"),
     parameter: Annotated[
@@ -45,8 +48,13 @@ def run(
 ) -> None:
     """Execute a notebook for an experiment; the report appears in the run folder."""
     given = dict(_split_parameter(text) for text in parameter or [])
-    executed = run_notebook(notebook, experiment, overrides or [], runs_dir, parameters=given)
-    _print_results(load_run(executed.parent))
+    declared = read_parameters(notebook).get("experiment")
+    if experiment is None and declared is None:
+        executed = run_report(notebook, runs_dir, parameters=given)
+    else:
+        path = declared.default if experiment is None else experiment
+        executed = run_notebook(notebook, path, overrides or [], runs_dir, parameters=given)
+        _print_results(load_run(executed.parent))
     typer.echo(f"\nnotebook  {executed}\nHTML      {executed.with_suffix('.html')}")
 
 

@@ -72,6 +72,11 @@ class Comparison:
     draws: int
     confidence: float
 
+    @property
+    def changes(self) -> dict[str, tuple[float, float, float]]:
+        """Number -> change, low and high end of its interval, in 0..1."""
+        return {row.metric: (row.change, row.low, row.high) for row in self.differences}
+
     def table(self) -> str:
         """The numbers in percent as aligned text."""
         percent = f"{100 * self.confidence:g} %"

@@ -1,0 +1,123 @@
+"""Tables of results as figures: our mean and spread over seeds beside what the paper prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from solq_lab.paper import PaperTable
+from solq_lab.tables import ResultTable, TableRow
+from solq_lab.viz.style import BLACK, BLUE, GREY, KIND_COLOURS, STYLE, VERMILION, new_figure
+
+ROOM = 0.15  # of a panel's range, above and below its points
+
+
+@mpl.rc_context(STYLE)
+def beside_paper(
+    tables: Sequence[ResultTable], metric: str = "segm.AP", *, ours: str = "ours", title: str = ""
+) -> Figure:
+    """One column of panels per table: above the paper's numbers, below ours, row by row of the table.
+
+    The scales of the panels differ: what can be compared between other pictures is which row is ahead, and by how much.
+    Small marks are single seeds, bars their standard deviation.
+
+    Args:
+        tables: results, each with the paper's table.
+        metric: which number is shown.
+        ours: what our pictures are, for the label.
+        title: what is compared.
+    """
+    ratios = [max(3, len(table.rows)) for table in tables]
+    size = max(5.0, 1.0 + 0.52 * sum(ratios)), 4.6
+    figure, axes = new_figure(2, len(tables), size=size, title=title, width_ratios=ratios)
+    colour = KIND_COLOURS[metric.partition(".")[0]]
+    for (above, below), table in zip(axes.T, tables, strict=True):
+        printed = [row.paper.get(metric) for row in table.rows]
+        scale = _is_scale(table)
+        _points(above, [[] if value is None else [value] for value in printed], BLACK, joined=scale)
+        _points(below, [row.values(metric) for row in table.rows], colour, joined=scale)
+        twin = " (shapes)" if table.name.startswith("shapes_") else ""
+        above.set_title(table.name.removeprefix("shapes_").replace("table", "table ") + twin)
+        _name_rows(above, [row.paper_name if scale and row.paper_name else row.name for row in table.rows])
+        _name_rows(below, [row.name for row in table.rows])
+        if not any(row.runs for row in table.rows):
+            _say(below, f"not run yet:\nsolq-lab sweep\n{table.name}")
+    axes[0, 0].set_ylabel(f"paper, {metric}, %")
+    axes[1, 0].set_ylabel(f"{ours}, {metric}, %")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def among_methods(
+    paper: PaperTable, table: ResultTable, metrics: Sequence[str] = ("segm.AP", "box.AP"), *, title: str = ""
+) -> Figure:
+    """Every method of one of the paper's tables as a dot, SOLQ's in blue, and our runs as diamonds in its line.
+
+    Args:
+        paper: the paper's table.
+        table: our results; a row that answers none of the paper's rows gets a line of its own.
+        metrics: one panel each.
+        title: what is compared.
+    """
+    extra = [row for row in table.rows if row.paper_name not in paper.rows]
+    names = [*paper.rows, *(row.name for row in extra)]
+    height = 1.3 + 0.24 * len(names)
+    figure, axes = new_figure(1, len(metrics), size=(3.2 + 2.6 * len(metrics), height), title=title)
+    for place, (panel, metric) in enumerate(zip(axes.flat, metrics, strict=True)):
+        for line, name in enumerate(names):
+            printed = paper.row(name).get(metric) if name in paper.rows else None
+            if printed is not None:
+                solq = "SOLQ" in name or "UQR" in name
+                panel.plot(printed, line, "o", color=BLUE if solq else GREY, markersize=6 if solq else 5)
+        for row in table.rows:
+            _diamond(panel, names.index(row.paper_name if row.paper_name in paper.rows else row.name), row, metric)
+        panel.set_ylim(len(names) - 0.5, -0.5)
+        panel.set_yticks(range(len(names)), names if place == 0 else [])
+        panel.set_xlabel(f"{metric}, percent")
+    axes[0, 0].plot([], [], "o", color=GREY, label="paper, other methods")
+    axes[0, 0].plot([], [], "o", color=BLUE, label="paper, SOLQ")
+    axes[0, 0].plot([], [], "D", color=VERMILION, label="ours" if len(table.missing) == 0 else "ours (where run)")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def _is_scale(table: ResultTable) -> bool:
+    """Whether the rows are steps of one quantity, which a line may join, and not different things."""
+    return all(row.name[0].isdigit() for row in table.rows)
+
+
+def _points(axes: Axes, rows: Sequence[Sequence[float]], colour: str, *, joined: bool) -> None:
+    """Mean and spread of every row, and its single values where there are several."""
+    shown = [line for line, values in enumerate(rows) if values]
+    means = [float(np.mean(rows[line])) for line in shown]
+    spreads = [float(np.std(rows[line], ddof=1)) if len(rows[line]) > 1 else 0.0 for line in shown]
+    look = {"color": colour, "marker": "o", "markersize": 6, "linestyle": ":" if joined else "none"}
+    axes.errorbar(shown, means, yerr=spreads if any(spreads) else None, capsize=3, **look)
+    for line in shown:
+        if len(rows[line]) > 1:
+            axes.plot([line + 0.17] * len(rows[line]), rows[line], "o", color=colour, markersize=3, alpha=0.6)
+    axes.margins(y=ROOM)
+
+
+def _diamond(axes: Axes, line: int, row: TableRow, metric: str) -> None:
+    mean, spread = row.mean(metric), row.spread(metric)
+    if mean is not None:
+        axes.errorbar(mean, line, xerr=spread or 0.0, color=VERMILION, marker="D", markersize=6, capsize=3)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.grid(axis="x", visible=False)
+    if max(map(len, names)) > 4:
+        for label in axes.get_xticklabels():
+            label.set(rotation=35, ha="right", rotation_mode="anchor")
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=8)
+    axes.set_yticks([])
