@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from solq_lab.bench import codec, evaluation, loader, matcher, network, op, postprocess, targets
+from solq_lab.bench import codecs, evaluation, loader, matcher, network, op, postprocess, targets
 from solq_lab.bench.timing import Row
 from solq_lab.config import DataSection
 from solq_lab.data.annotations import DataError
@@ -82,7 +82,7 @@ def _rows(part: str, images: Path | None, annotations: Path | None) -> Iterator[
         case "op":
             return op.rows()
         case "codec":
-            return codec.rows()
+            return codecs.rows()
         case "targets":
             return targets.rows(annotations)
         case "postprocess":
