@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from matplotlib.colors import to_hex
 from pycocotools import mask as coco_rle
 from rectangles import HEIGHT, WIDTH, rle_of, truth_of
 from tiny import write_pictures
 
-from solq_lab import cli, masks
+from solq_lab import cli, launch, masks
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
@@ -202,6 +203,11 @@ def test_an_rle_of_another_size_is_refused_by_its_id():
 def test_impossible_errors_are_refused(document, noise):
     with pytest.raises(ValueError, match="allowed are finite standard deviations from 0 on and seeds from 0 on"):
         codec_ceiling(document, CODE, noise=noise)
+
+
+def test_a_codec_on_another_device_is_not_shared_between_processes(document):
+    with pytest.raises(ValueError, match="2 processes cannot share a codec on meta; use one, or a codec on the cpu"):
+        codec_ceiling(document, DCTCodec(16, 30).to("meta"), processes=2)
 
 
 def test_no_process_at_all_is_refused(document):
@@ -432,3 +438,23 @@ def test_the_annotations_of_a_folder_are_found_by_their_split(tmp_path):
     (tmp_path / "annotations" / "instances_val2014.json").write_text("{}")
     with pytest.raises(DataError, match=r"needed is exactly one for split 'val', found .*val2014.json, .*val2017.json"):
         find_annotations(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_study_reads_its_numbers_from_drawn_shapes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    small = {"codecs": ["dct", "pca"], "mask_sizes": [16], "vector_dims": [9, 36], "max_images": 20, "fit_objects": 50}
+    executed = launch.run_notebook(
+        REPOSITORY / "notebooks" / "codec_study.ipynb",
+        REPOSITORY / "experiments" / "shapes.yaml",
+        parameters=small | {"box_errors": [0.0, 0.1], "vector_errors": [0.2]},
+    )
+    cells = json.loads(executed.read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    text = "".join("".join(output.get("text", "")) for output in outputs)
+    assert "mask AP at the largest N and n_k: " in text
+    assert "n_k =   36: IoU of small objects" in text
+    folder = tmp_path / "runs" / "codec_study"
+    assert {"ceilings.csv", "ceilings.png", "ceilings_by_size.png"} <= {path.name for path in folder.iterdir()}
+    assert len(list((folder / "settings").iterdir())) == 4 + 3

@@ -125,8 +125,6 @@ def codec_ceiling(
         ValueError: negative noise, or several processes for a codec on a GPU.
     """
     scene = _read_scene(annotations, codec, image_ids, max_images, noise)
-    if processes > 1 and _device(codec).type != "cpu":
-        raise ValueError(f"{processes} processes cannot share a codec on {_device(codec)}; use one, or a codec on cpu")
     found = _reconstruct(scene, processes)
     scoring = _Scoring(scene, found.results, area_sides, boundary_ratio)
     scores = list(in_processes(_score, scoring, _KINDS, min(processes, len(_KINDS))))
@@ -206,6 +204,9 @@ def _read_scene(
 
 
 def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
+    device = _device(scene.codec)
+    if processes > 1 and device.type != "cpu":
+        raise ValueError(f"{processes} processes cannot share a codec on {device}; use one, or a codec on the cpu")
     pieces = [scene.rows[start : start + _MASKS_AT_ONCE] for start in range(0, len(scene.rows), _MASKS_AT_ONCE)]
     spread = None
     if scene.noise.vector > 0 and pieces:
