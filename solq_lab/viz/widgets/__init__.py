@@ -1,0 +1,1 @@
+"""Explorers for JupyterLab: ipywidgets around live panels, with the same views as plain figures."""

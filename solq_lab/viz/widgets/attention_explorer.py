@@ -1,0 +1,178 @@
+"""The attention explorer: click an object and see where its query looks, layer by layer. Paper: figure 4.
+
+`AttentionExplorer.widget` is for JupyterLab; `figure` is the same view as a plain figure.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import ipywidgets as widgets
+import numpy as np
+from matplotlib.figure import Figure
+
+from solq_lab.data.coco import CocoDataset
+from solq_lab.inference.attention import LayerAttention, ObjectView, object_view, predict_with_attention
+from solq_lab.inference.predictor import Predictor
+from solq_lab.structures import Detections
+from solq_lab.viz.attention import attention_of_object
+from solq_lab.viz.style import class_colours
+from solq_lab.viz.widgets.canvas import as_png
+from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_picture, figure_pixels
+
+WIDTH = 340  # of the picture, pixels of the screen
+ALL = -1  # of a list's options: everything summed up
+NOTHING = "Nothing is found in this picture with that score; lower the score or choose another picture."
+
+
+class AttentionExplorer:
+    """A picture whose objects can be clicked, and the attention of the chosen one's query.
+
+    Attributes:
+        picture, score, object, layer, head, level, close_up: the controls; setting the value of one redraws what
+            depends on it. `layer`, `head` and `level` count from 0, and are `ALL` where they are summed up.
+        stage: the picture; clicking an object chooses it.
+        panels: the drawn attention.
+        message: the sentence that is shown where there is nothing to draw, else empty.
+        widget: all of it, for JupyterLab to show.
+    """
+
+    def __init__(self, predictor: Predictor, dataset: CocoDataset, *, score: float = 0.3) -> None:
+        """Show the best object of the first picture.
+
+        Args:
+            predictor: the model, built without `bucket`.
+            dataset: pictures with true masks (`build_pictures`).
+            score: the slider's first value.
+
+        Raises:
+            ValueError: the data set has no pictures, or the predictor replays CUDA graphs.
+        """
+        if len(dataset) == 0:
+            raise ValueError("the data set has no pictures to explore")
+        self._predictor, self._dataset = predictor, dataset
+        self._look = lru_cache(16)(lambda index: predict_with_attention(predictor, self._pixels(index)))
+        self._stage_pixels = lru_cache(16)(self._draw_stage)
+        self._quiet = False
+        self.message = ""
+        self._make_controls(score)
+        self.stage = Stage(WIDTH, self._click)
+        self.panels = widgets.Image(
+            format="png", layout=widgets.Layout(width="100%", max_width="1020px", min_width="0")
+        )
+        self._status = widgets.HTML()
+        self.widget = self._lay_out()
+        self._choose_picture()
+
+    @property
+    def detections(self) -> Detections:
+        """The objects that can be chosen, best score first."""
+        return self._looked()[0].above(self.score.value)
+
+    def view(self) -> ObjectView:
+        """What is shown.
+
+        Raises:
+            ValueError: the picture has no object of at least the score.
+        """
+        if self.object.value is None:
+            raise ValueError(NOTHING)
+        which = {name: None if control.value == ALL else control.value for name, control in self._choices.items()}
+        return object_view(
+            self._pixels(self.picture.value), self.detections, self._looked()[1], self.object.value, **which
+        )
+
+    def figure(self) -> Figure:
+        """The object, its points and its heat map.
+
+        Raises:
+            ValueError: as `view`.
+        """
+        return attention_of_object(self.view(), title=self._describe(), close_up=self.close_up.value)
+
+    def update(self) -> None:
+        """Draw what the controls' present values ask for."""
+        if self._quiet:
+            return
+        found = self.detections
+        chosen = -1 if self.object.value is None else self.object.value
+        size = tuple(self._pixels(self.picture.value).shape[:2])
+        self.stage.show(self._stage_pixels(self.picture.value, self.score.value), found, size=size, chosen=chosen)
+        try:
+            drawn = self.figure()
+        except ValueError as reason:
+            self.message = str(reason)
+            self.panels.layout.visibility = "hidden"
+        else:
+            self.message = ""
+            self.panels.value = as_png(figure_pixels(drawn))
+            self.panels.layout.visibility = "visible"
+        self._status.value = self.message
+
+    def _make_controls(self, score: float) -> None:
+        model = self._predictor.experiment.model
+        narrow = widgets.Layout(width="210px")
+        self.picture = widgets.BoundedIntText(
+            value=0, min=0, max=len(self._dataset) - 1, description="picture", layout=narrow
+        )
+        self.score = widgets.FloatSlider(
+            value=score,
+            min=0.05,
+            max=0.95,
+            step=0.05,
+            description="score",
+            readout_format=".2f",
+            layout=widgets.Layout(width="340px"),
+        )
+        self.object = widgets.Dropdown(description="object", layout=narrow)
+        self.layer = self._make_list("layer", model.decoder_layers, layout=narrow)
+        self.layer.value = model.decoder_layers - 1
+        self.head = self._make_list("head", model.heads, layout=narrow)
+        self.level = self._make_list("level", model.levels, layout=narrow)
+        self._choices = {"layer": self.layer, "head": self.head, "level": self.level}
+        self.close_up = widgets.Checkbox(value=True, description="close-up", indent=False)
+        for control in (self.picture, self.score):
+            control.observe(lambda _: self._choose_picture(), "value")
+        for control in (self.object, *self._choices.values(), self.close_up):
+            control.observe(lambda _: self.update(), "value")
+
+    def _make_list(self, name: str, count: int, *, layout: widgets.Layout) -> widgets.Dropdown:
+        options = [("all", ALL)] + [(str(number + 1), number) for number in range(count)]
+        return widgets.Dropdown(options=options, value=ALL, description=name, layout=layout)
+
+    def _lay_out(self) -> widgets.Widget:
+        first = widgets.HBox([self.picture, self.score, self._status])
+        side = widgets.VBox([self.stage.widget, self.object, *self._choices.values(), self.close_up])
+        side.layout.flex = "0 0 auto"
+        panels = widgets.HBox([side, self.panels])
+        return widgets.VBox([widgets.HTML(STYLE_SHEET), first, panels])
+
+    def _choose_picture(self) -> None:
+        """Another picture or score: other objects, the best one chosen."""
+        found = self.detections
+        names = zip(found.names, found.scores.tolist(), strict=True)
+        self._quiet = True
+        self.object.options = [(f"{row + 1}: {name} {score:.2f}", row) for row, (name, score) in enumerate(names)]
+        self.object.value = 0 if len(found.labels) else None
+        self._quiet = False
+        self.update()
+
+    def _click(self, row: int) -> None:
+        self.object.value = row
+
+    def _looked(self) -> tuple[Detections, list[LayerAttention]]:
+        return self._look(self.picture.value)
+
+    def _draw_stage(self, index: int, score: float) -> np.ndarray:
+        found = self._look(index)[0].above(score)
+        return draw_picture(self._pixels(index), found, class_colours(found.labels.tolist()), width=WIDTH)
+
+    def _describe(self) -> str:
+        """What is summed up, in words: "layer 3, all heads, level 1"."""
+        parts = []
+        for name, control in self._choices.items():
+            parts.append(f"all {name}s" if control.value == ALL else f"{name} {control.value + 1}")
+        return ", ".join(parts)
+
+    def _pixels(self, index: int) -> np.ndarray:
+        return self._dataset[index][0].permute(1, 2, 0).numpy()

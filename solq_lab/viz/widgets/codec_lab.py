@@ -1,0 +1,220 @@
+"""From a setting to a view: everything the codec explorer computes, and remembers so that a slider answers at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solq_lab.viz.widgets.codec_panels import Curve, Setting, View
+from solq_lab.viz.widgets.objects import BoxedObject, ObjectFolder, Split
+from solq_lab.viz.widgets.shelf import METHODS, MOST_COMPONENTS, CodecShelf
+from solq_lab.viz.widgets.trial import Rule, Trial, decode_ious, decode_trial, term_order
+
+VECTOR_DIMS = (1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 300, 324, 361, 400, 576, 784)
+SPARSE_DIMS = (16, 64, 256)  # of the curve of sparse codes: each is a dictionary of its own, and slow to encode
+NESTED = ("dct", "pca")  # a shorter vector is the beginning of a longer one
+REMEMBERED = 64  # objects
+
+
+class Reconstructed(NamedTuple):
+    """An object and the IoU it comes back with."""
+
+    row: int
+    iou: float
+
+
+class CodecLab:
+    """Objects of some data sets and what mask codes make of them.
+
+    Args:
+        splits: the data sets by name; each is read when it is first looked at.
+        cache: folder for fitted codes.
+        boundary_ratio: boundary width over the picture's diagonal.
+        report: is given a sentence before something takes seconds.
+    """
+
+    def __init__(
+        self, splits: Mapping[str, Split], cache: Path, *, boundary_ratio: float, report: Callable[[str], None]
+    ) -> None:
+        self._splits, self._cache, self._ratio, self._report = dict(splits), Path(cache), boundary_ratio, report
+        self._folders: dict[str, ObjectFolder] = {}
+        self._shelves: dict[str, CodecShelf] = {}
+        self._read_picture = lru_cache(8)(lambda name, picture: self.folder(name).pixels(picture))
+        self._bits = lru_cache(REMEMBERED)(lambda name, row, size: self.folder(name).bits([row], size)[0])
+        self._vector = lru_cache(8 * REMEMBERED)(self._encode)
+        self._curve = lru_cache(8 * REMEMBERED)(self._measure_curve)
+
+    def folder(self, data_set: str) -> ObjectFolder:
+        """The objects of a data set.
+
+        Raises:
+            DataError: it cannot be read, or has no object.
+        """
+        if data_set not in self._folders:
+            self._folders[data_set] = ObjectFolder(self._splits[data_set])
+        return self._folders[data_set]
+
+    def view(self, setting: Setting) -> View:
+        """All that is shown for a setting.
+
+        Raises:
+            ValueError: there is no such code, or the picture cannot be read.
+        """
+        item = self.folder(setting.data_set)[setting.row]
+        codec = self._shelf(setting.data_set).codec(setting.method, setting.mask_size, setting.vector_dim)
+        vector = self._vector(setting.data_set, setting.row, setting.method, setting.mask_size, setting.vector_dim)
+        return View(
+            setting,
+            item,
+            self.pixels(setting.data_set, item.picture),
+            self.trial(setting),
+            self._continued(setting, vector),
+            term_order(codec, vector),
+            self._curves(setting),
+        )
+
+    def trial(self, setting: Setting) -> Trial:
+        """The object's way through the code. Raises as `view` does."""
+        key = (setting.method, setting.mask_size, setting.vector_dim)
+        codec = self._shelf(setting.data_set).codec(*key)
+        vector = self._vector(setting.data_set, setting.row, *key)
+        return decode_trial(
+            self.folder(setting.data_set)[setting.row],
+            self._bits(setting.data_set, setting.row, setting.mask_size),
+            vector,
+            codec,
+            terms=setting.terms,
+            rule=setting.rule,
+            error=self._error(setting),
+            boundary_ratio=self._ratio,
+        )
+
+    def pixels(self, data_set: str, picture: int) -> np.ndarray:
+        """A picture of a data set, (H, W, 3) uint8. Raises DataError where its file cannot be read."""
+        return self._read_picture(data_set, picture)
+
+    def compare_methods(self, setting: Setting) -> None:
+        """Fit what the lines of all methods need at this setting's N, so that they are there from now on."""
+        shelf = self._shelf(setting.data_set)
+        most = min(MOST_COMPONENTS, len(shelf.rows), setting.mask_size**2)
+        shelf.codec("pca", setting.mask_size, most)
+        for count in SPARSE_DIMS:
+            if count <= setting.mask_size**2:
+                shelf.codec("sparse", setting.mask_size, count)
+
+    def worst(self, setting: Setting, count: int, *, least_side: float = 0.0) -> list[Reconstructed]:
+        """The objects of the sample that come back worst from this code and threshold, without noise.
+
+        Args:
+            setting: its object, terms and noise do not matter.
+            count: how many.
+            least_side: only objects whose box covers at least the square of this, pixels.
+
+        Raises:
+            ValueError: there is no such code.
+        """
+        folder, shelf = self.folder(setting.data_set), self._shelf(setting.data_set)
+        codec = shelf.codec(setting.method, setting.mask_size, setting.vector_dim)
+        bits = shelf.sample(setting.mask_size)
+        vectors = shelf.vectors(setting.method, setting.mask_size, setting.vector_dim)
+        large = folder.sides() >= least_side
+        found = [
+            Reconstructed(row, decode_ious(folder[row], bits[place], vectors[place][None], codec, setting.rule)[0])
+            for place, row in enumerate(shelf.rows)
+            if large[row]
+        ]
+        return sorted(found, key=lambda one: one.iou)[:count]
+
+    def _shelf(self, data_set: str) -> CodecShelf:
+        if data_set not in self._shelves:
+            self._shelves[data_set] = CodecShelf(self.folder(data_set), self._cache, self._report)
+        return self._shelves[data_set]
+
+    @torch.inference_mode()
+    def _encode(self, data_set: str, row: int, method: str, mask_size: int, vector_dim: int) -> Tensor:
+        shelf = self._shelf(data_set)
+        if method == "sparse" and row in shelf.places:  # one by one they would take too long
+            return shelf.vectors(method, mask_size, vector_dim)[shelf.places[row]]
+        codec = shelf.codec(method, mask_size, vector_dim)
+        return codec.encode(self._bits(data_set, row, mask_size)[None])[0]
+
+    def _longest(self, setting: Setting) -> int:
+        """Length of the longest vector that is shown for a nested code."""
+        most = (
+            MOST_COMPONENTS
+            if setting.method == "dct"
+            else min(MOST_COMPONENTS, len(self._shelf(setting.data_set).rows))
+        )
+        return max(setting.vector_dim, min(most, setting.mask_size**2))
+
+    def _continued(self, setting: Setting, vector: Tensor) -> Tensor:
+        if setting.method not in NESTED:
+            return vector
+        longest = self._longest(setting)
+        return self._vector(setting.data_set, setting.row, setting.method, setting.mask_size, longest)
+
+    def _error(self, setting: Setting) -> Tensor | None:
+        """(D,) a normal error in spreads of each entry, the same direction whatever its size."""
+        if setting.error == 0:
+            return None
+        vectors = self._shelf(setting.data_set).vectors(setting.method, setting.mask_size, setting.vector_dim)
+        spread = vectors.std(dim=0, correction=0)
+        random = np.random.default_rng(setting.row)
+        direction = torch.from_numpy(random.standard_normal(setting.vector_dim)).float()
+        return setting.error * spread * direction
+
+    def _curves(self, setting: Setting) -> dict[str, Curve]:
+        """The lines of all methods that are fitted."""
+        curves = {}
+        for method in METHODS:
+            counts = self._curve_dims(setting, method)
+            if counts:
+                key = (setting.data_set, setting.row, method, setting.mask_size, setting.rule, tuple(counts))
+                curves[method] = Curve(counts, self._curve(*key))
+        return curves
+
+    def _curve_dims(self, setting: Setting, method: str) -> list[int]:
+        shelf, cells = self._shelf(setting.data_set), setting.mask_size**2
+        match method:
+            case "flatten":
+                return [count for count in VECTOR_DIMS if count <= cells and math.isqrt(count) ** 2 == count]
+            case "sparse":
+                return [
+                    count for count in SPARSE_DIMS if count <= cells and shelf.has(method, setting.mask_size, count)
+                ]
+        longest = self._longest(setting._replace(method=method, vector_dim=1))
+        known = shelf.has(method, setting.mask_size, longest)
+        return [count for count in VECTOR_DIMS if count <= longest] if known else []
+
+    def _measure_curve(
+        self, data_set: str, row: int, method: str, mask_size: int, rule: Rule, counts: tuple[int, ...]
+    ) -> list[float]:
+        item, bits = self.folder(data_set)[row], self._bits(data_set, row, mask_size)
+        shelf = self._shelf(data_set)
+        if method in NESTED:
+            vector = self._vector(data_set, row, method, mask_size, counts[-1])
+            kept = torch.arange(len(vector)) < torch.tensor(counts)[:, None]  # (K, D)
+            return decode_ious(item, bits, vector * kept, shelf.codec(method, mask_size, counts[-1]), rule)
+        return [
+            decode_ious(
+                item,
+                bits,
+                self._vector(data_set, row, method, mask_size, count)[None],
+                shelf.codec(method, mask_size, count),
+                rule,
+            )[0]
+            for count in counts
+        ]
+
+
+def object_title(item: BoxedObject, place: int) -> str:
+    """An object's name in a list of its picture's objects."""
+    x0, y0, x1, y1 = item.box.tolist()
+    return f"{place}: {item.name}, {x1 - x0:.0f} x {y1 - y0:.0f}"

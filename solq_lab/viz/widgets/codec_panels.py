@@ -1,0 +1,270 @@
+"""The panels of the codec explorer: a mask on its way through a code, and what the way costs. Paper: section 3.2."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm, to_rgb
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from PIL import Image
+from torch import Tensor
+
+from solq_lab.codecs.dct import zigzag
+from solq_lab.masks import decode_rle
+from solq_lab.viz.style import ADDED, BLUE, CODEC_COLOURS, GREY, MISSED
+from solq_lab.viz.widgets.canvas import Cell, Panel, PicturePanel
+from solq_lab.viz.widgets.objects import BoxedObject
+from solq_lab.viz.widgets.trial import Trial
+
+SIDE = 226  # of the square pictures, pixels of the screen
+MARGIN = 0.12  # around an object, as a share of its larger side
+MOST_BARS = (400, 800)  # ends of the axis of coefficients
+VALUES = SymLogNorm(linthresh=1.0, vmin=-128, vmax=128)  # a full mask's first cosine coefficient is N
+PALE = "#D9D9D9"
+
+
+class Setting(NamedTuple):
+    """What the controls say; `data_set` and `row` name the object, `error` is the noise in spreads of the vectors."""
+
+    data_set: str
+    row: int
+    method: str
+    mask_size: int
+    vector_dim: int
+    terms: int
+    rule: str
+    error: float
+
+
+class Curve(NamedTuple):
+    """IoU of one object by vector length, without noise."""
+
+    vector_dims: list[int]
+    ious: list[float]
+
+
+class View(NamedTuple):
+    """What the panels show: an object, its picture (H, W, 3) uint8, and its way through a code.
+
+    continued: (>= D,) the vector and the entries that follow where the code were longer, for codes where they exist.
+    order: (D,) the vector's entries by importance; the first `setting.terms` are kept.
+    """
+
+    setting: Setting
+    item: BoxedObject
+    pixels: np.ndarray
+    trial: Trial
+    continued: Tensor
+    order: Tensor
+    curves: Mapping[str, Curve]
+
+
+class Picture(PicturePanel):
+    """The whole picture, the object tinted."""
+
+    def depends_on(self, view: View) -> Hashable:
+        return view.setting.data_set, view.setting.row
+
+    def show(self, view: View) -> None:
+        pixels = fit_square(tinted(view.pixels, decode_rle([view.item.rle])[0].numpy()))
+        x0, y0, x1, y1 = view.item.box.tolist()
+        self.set(pixels, f"{view.item.name}, {x1 - x0:.0f} x {y1 - y0:.0f} pixels")
+
+
+class Target(PicturePanel):
+    """The mask in its box: what is encoded."""
+
+    def depends_on(self, view: View) -> Hashable:
+        return view.setting.data_set, view.setting.row, view.setting.mask_size
+
+    def show(self, view: View) -> None:
+        self.set(grey(view.trial.bits.numpy()), f"in its box: {view.setting.mask_size} x {view.setting.mask_size} bits")
+
+
+class Decoded(PicturePanel):
+    """The reconstruction as real numbers."""
+
+    def show(self, view: View) -> None:
+        terms, count = view.setting.terms, view.setting.vector_dim
+        kept = f"{count} numbers" if terms >= count else f"{terms} of {count} numbers"
+        self.set(grey(view.trial.decoded.numpy()), f"decoded from {kept}")
+
+
+class Binary(PicturePanel):
+    """The reconstruction as a mask."""
+
+    def show(self, view: View) -> None:
+        self.set(grey(view.trial.back.numpy()), f"above the threshold, {view.trial.cut:.2f}")
+
+
+class Errors(PicturePanel):
+    """The reconstruction in the picture: pixels missed and pixels added."""
+
+    def show(self, view: View) -> None:
+        pixels, missed, added = error_picture(view.pixels, view.item, view.trial.rle)
+        self.set(fit_square(pixels, sharp=True), f"missed {missed}, added {added} pixels")
+
+
+class Vector(Panel):
+    """The coefficients in their order: kept, left out of the sum, and cut off by the code's length."""
+
+    columns = 2
+    place = (0.085, 0.16, 0.9, 0.73)
+
+    def __init__(self, axes: Axes) -> None:
+        super().__init__(axes)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set(ylim=(-200, 200), xlabel="coefficient", title=" ")
+        ticks = [-100, -10, -1, 0, 1, 10, 100]
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        self._bars = axes.vlines([], [], [], linewidth=1.1)
+        self.moving = [self._bars, axes.title]
+
+    def background(self) -> Hashable:
+        return self.axes.get_xlim()
+
+    def show(self, view: View) -> None:
+        setting, values = view.setting, view.continued.numpy()
+        self.axes.set_xlim(-4, next(end for end in MOST_BARS if len(values) <= end) + 4)
+        kept = np.full(len(values), PALE)
+        kept[: setting.vector_dim] = GREY
+        kept[view.order[: setting.terms].numpy()] = CODEC_COLOURS[setting.method]
+        heights = values.copy()
+        heights[: setting.vector_dim] = np.where(
+            kept[: setting.vector_dim] == GREY, heights[: setting.vector_dim], view.trial.received.numpy()
+        )
+        places = np.arange(1, len(values) + 1)
+        self._bars.set_segments([((place, 0), (place, height)) for place, height in zip(places, heights, strict=True)])
+        self._bars.set_color(kept.tolist())
+        order = {"dct": ", in zig-zag order", "pca": ", by component", "sparse": ", by atom", "flatten": ", by cell"}
+        self.axes.title.set_text(f"{setting.vector_dim} coefficients{order[setting.method]}")
+
+
+class HeatMap(PicturePanel):
+    """The same as a map: the corner of the cosine spectrum; other vectors row by row."""
+
+    def show(self, view: View) -> None:
+        setting, vector = view.setting, view.trial.received.numpy()
+        if setting.method == "dct":
+            places = zigzag(setting.mask_size)[: len(vector)].numpy()
+            rows, columns = places // setting.mask_size, places % setting.mask_size
+            side, name = int(max(rows.max(), columns.max())) + 1, "waves across, waves down"
+        else:
+            side = int(np.ceil(np.sqrt(len(vector))))
+            rows, columns = np.arange(len(vector)) // side, np.arange(len(vector)) % side
+            name = "the vector, row by row"
+        table = np.full((side, side), np.nan)
+        table[rows, columns] = vector
+        self.set(diverging(table), name)
+
+
+class Curves(Panel):
+    """IoU of this object by vector length, one line per method, and where the setting stands."""
+
+    columns = 2
+    place = (0.085, 0.16, 0.9, 0.73)
+
+    def __init__(self, axes: Axes) -> None:
+        super().__init__(axes)
+        axes.set_xscale("log")
+        axes.set(xlim=(0.9, 900), ylim=(0, 1.02), xlabel="$n_k$, numbers per mask", title="IoU of this object")
+        axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 784]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        look = {"marker": ".", "markersize": 4.5, "linewidth": 1.4}
+        self._lines = {name: axes.plot([], [], color=CODEC_COLOURS[name], **look)[0] for name in CODEC_COLOURS}
+        self._guide = axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
+        (self._here,) = axes.plot([], [], marker="o", markersize=9, markeredgecolor="black", linestyle="none")
+        self._number = axes.text(1, 1, "", fontsize=10, fontweight="bold", verticalalignment="top")
+        axes.legend(self._lines.values(), self._lines.keys(), loc="lower right", ncols=2)
+        self.moving = [self._guide, *self._lines.values(), self._here, self._number]
+
+    def depends_on(self, view: View) -> Hashable:
+        return view.setting, tuple((name, len(curve.ious)) for name, curve in view.curves.items())
+
+    def show(self, view: View) -> None:
+        for name, line in self._lines.items():
+            line.set_data(view.curves.get(name, Curve([], [])))
+        count, iou = view.setting.vector_dim, view.trial.iou
+        self._guide.set_xdata([count, count])
+        self._here.set_data([count], [iou])
+        self._here.set_markerfacecolor(CODEC_COLOURS[view.setting.method])
+        left = count > 100
+        self._number.set_text(f"{iou:.3f}")
+        self._number.set_position((count * (0.85 if left else 1.18), max(iou - 0.06, 0.12)))
+        self._number.set_horizontalalignment("right" if left else "left")
+
+
+TABLE: dict[type[Panel], Cell] = {
+    Picture: Cell(0, 0),
+    Target: Cell(0, 1),
+    Decoded: Cell(0, 2),
+    Binary: Cell(0, 3),
+    Errors: Cell(0, 4),
+    Vector: Cell(1, 0),
+    HeatMap: Cell(1, 2),
+    Curves: Cell(1, 3),
+}
+
+
+def grey(cells: np.ndarray) -> np.ndarray:
+    """(N, N, 3) uint8 of cells that lie around 0..1: 0 is nearly black and 1 nearly white, to show what overshoots."""
+    shade = ((cells.astype(np.float32) + 0.2) / 1.4).clip(0, 1) * 255
+    return np.repeat(shade.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def diverging(values: np.ndarray) -> np.ndarray:
+    """(N, N, 3) uint8 of coefficients: orange below zero, purple above, pale where NaN says that there is none."""
+    colours = colormaps["PuOr"](VALUES(values), bytes=True)[..., :3]
+    colours[np.isnan(values)] = 245
+    return colours
+
+
+def tinted(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) whose pixels outside `mask` (H, W) fade, and those inside keep their colour under a tint."""
+    faded = (0.45 * pixels + 0.55 * 255).astype(np.uint8)
+    inside = (0.62 * pixels + 0.38 * 255 * np.array(to_rgb(BLUE))).astype(np.uint8)
+    return np.where(mask[..., None], inside, faded)
+
+
+def error_picture(pixels: np.ndarray, item: BoxedObject, found: dict) -> tuple[np.ndarray, int, int]:
+    """The surroundings of an object in grey, (h, w, 3) uint8, with the pixels that a mask misses and adds coloured.
+
+    Args:
+        pixels: the picture (H, W, 3) uint8.
+        item: the object.
+        found: RLE of the mask, of the picture's size.
+
+    Returns:
+        the picture, how many pixels are missed, and how many added.
+    """
+    truth, mask = decode_rle([item.rle, found]).numpy()
+    x0, y0, x1, y1 = item.box.tolist()
+    margin = max(2, round(MARGIN * max(x1 - x0, y1 - y0)))
+    rows = slice(max(int(y0) - margin, 0), int(np.ceil(y1)) + margin)
+    columns = slice(max(int(x0) - margin, 0), int(np.ceil(x1)) + margin)
+    light = pixels[rows, columns].mean(axis=2, keepdims=True) * 0.35
+    near_truth, near_mask = truth[rows, columns, None], mask[rows, columns, None]
+    base = np.repeat(np.where(near_truth & near_mask, light + 90, light + 165), 3, axis=2)
+    for wrong, colour in ((near_truth & ~near_mask, MISSED), (near_mask & ~near_truth, ADDED)):
+        base = np.where(wrong, 255 * np.array(to_rgb(colour)), base)
+    return base.astype(np.uint8), int((truth & ~mask).sum()), int((mask & ~truth).sum())
+
+
+def fit_square(pixels: np.ndarray, side: int = SIDE, *, sharp: bool = False) -> np.ndarray:
+    """(side, side, 3): a picture as large as fits, centred on white; `sharp` keeps the edges of single pixels."""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    way = Image.Resampling.NEAREST if sharp and scale >= 1 else Image.Resampling.BILINEAR
+    resized = np.asarray(Image.fromarray(pixels).resize(size, way))
+    square = np.full((side, side, 3), 255, dtype=np.uint8)
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
+    square[top : top + size[1], left : left + size[0]] = resized
+    return square

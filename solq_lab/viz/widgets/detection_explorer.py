@@ -1,0 +1,173 @@
+"""The detection explorer: what one model finds in a picture, or two with a wipe between them. Paper: figures 3 and 5.
+
+`DetectionExplorer.widget` is for JupyterLab; `figure` is the same view as a plain figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import ipywidgets as widgets
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from solq_lab.data.coco import CocoDataset
+from solq_lab.inference.predictor import Predictor
+from solq_lab.structures import Detections
+from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure
+from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_picture, pick
+
+WIDTH = 460  # of the picture, pixels of the screen
+LEAST_SCORE = 0.05  # below it are hundreds of guesses; the slider starts here
+SEAM = 2  # width of the line of the wipe, pixels
+NAMED = widgets.Layout(width="auto")
+
+
+class DetectionExplorer:
+    """A picture with its detections, a score slider, a switch per object, and with two models a wipe.
+
+    Attributes:
+        picture, score, truth, wipe: the controls; setting the value of one redraws the picture. Left of the wipe, a
+            share of the width, the first model is shown, right of it the second.
+        switches: model -> one switch per object of at least the score, best first; clicking an object turns it off.
+        stage: the picture.
+        widget: all of it, for JupyterLab to show.
+    """
+
+    def __init__(self, predictors: Mapping[str, Predictor], dataset: CocoDataset, *, score: float = 0.3) -> None:
+        """Show the first picture.
+
+        Args:
+            predictors: one model or two, by name.
+            dataset: pictures with true masks (`build_pictures`).
+            score: the slider's first value.
+
+        Raises:
+            ValueError: another number of models, or no pictures.
+        """
+        if len(predictors) not in (1, 2):
+            raise ValueError(f"{len(predictors)} models: allowed are one, or two with a wipe between them")
+        if len(dataset) == 0:
+            raise ValueError("the data set has no pictures to explore")
+        self._predictors, self._dataset = dict(predictors), dataset
+        self._find = lru_cache(64)(self._predict)
+        self._draw = lru_cache(64)(self._draw_objects)
+        self.picture = widgets.BoundedIntText(value=0, min=0, max=len(dataset) - 1, description="picture")
+        self.score = widgets.FloatSlider(
+            value=score, min=LEAST_SCORE, max=0.95, step=0.05, description="score", readout_format=".2f"
+        )
+        self.truth = widgets.Checkbox(value=False, description="ground truth", indent=False, layout=NAMED)
+        wide = widgets.Layout(width=f"{WIDTH}px")
+        self.wipe = widgets.FloatSlider(value=0.5, min=0, max=1, step=0.01, readout=False, layout=wide)
+        self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in predictors}
+        self.stage = Stage(WIDTH, self._turn_off)
+        self._columns = {name: widgets.VBox(layout=widgets.Layout(min_width="170px")) for name in predictors}
+        self.widget = self._lay_out()
+        for control in (self.picture, self.score):
+            control.observe(lambda _: self._choose(), "value")
+        for control in (self.truth, self.wipe):
+            control.observe(lambda _: self.update(), "value")
+        self._choose()
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names, first and second."""
+        return list(self._predictors)
+
+    def shown(self, name: str) -> Detections:
+        """A model's objects in the picture that are switched on."""
+        found = self._found(name)
+        return pick(found, [row for row, switch in enumerate(self.switches[name]) if switch.value])
+
+    def composed(self) -> np.ndarray:
+        """(h, w, 3) uint8: the picture as the stage shows it."""
+        if self.truth.value:
+            return self._draw("", self.picture.value, ())
+        sides = [self._drawn(name) for name in self.names]
+        if len(sides) == 1:
+            return sides[0]
+        pixels, seam = sides[0].copy(), round(self.wipe.value * sides[0].shape[1])
+        pixels[:, seam:] = sides[1][:, seam:]
+        pixels[:, max(seam - SEAM, 0) : seam + SEAM] = 255
+        pixels[:, max(seam - 1, 0) : seam + 1] = 0
+        return pixels
+
+    def update(self) -> None:
+        """Show the picture for the controls' present values."""
+        size = self._dataset[self.picture.value][0].shape[1:]
+        boxes = None if self.truth.value else self.shown(self._clickable())
+        self.stage.show(self.composed(), boxes, size=tuple(size))
+
+    @mpl.rc_context(STYLE)
+    def figure(self) -> Figure:
+        """Ground truth and each model's shown objects, side by side."""
+        panels = {"ground truth": self._draw("", self.picture.value, ())}
+        for name in self.names:
+            panels[f"{name}: {len(self.shown(name).labels)} shown"] = self._drawn(name)
+        height, width = next(iter(panels.values())).shape[:2]
+        title = f"picture {self._dataset.image_ids[self.picture.value]}, scores of at least {self.score.value:.2f}"
+        figure, axes = new_figure(1, len(panels), size=(3.6 * len(panels), 0.7 + 3.6 * height / width), title=title)
+        for place, (heading, pixels) in zip(axes[0], panels.items(), strict=True):
+            place.imshow(pixels, interpolation="antialiased")
+            place.set_title(heading)
+            hide_axes(place)
+        return figure
+
+    def _lay_out(self) -> widgets.Widget:
+        controls = widgets.HBox([self.picture, self.score, self.truth])
+        under = [self.wipe] if len(self._predictors) == 2 else []
+        self.wipe.description = " | ".join(self.names)
+        self.wipe.style.description_width = "initial"
+        picture = widgets.VBox([self.stage.widget, *under])
+        return widgets.VBox([widgets.HTML(STYLE_SHEET), controls, widgets.HBox([picture, *self._columns.values()])])
+
+    def _choose(self) -> None:
+        """Another picture or score: new switches, all on."""
+        for name, column in self._columns.items():
+            found = self._found(name)
+            captions = zip(found.names, found.scores.tolist(), strict=True)
+            self.switches[name] = [self._make_switch(f"{label} {score:.2f}") for label, score in captions]
+            count = f"{len(found.labels)} found" if len(found.labels) else "nothing found"
+            column.children = [widgets.HTML(f"<b>{name}</b>: {count}"), *self.switches[name]]
+        self.update()
+
+    def _make_switch(self, caption: str) -> widgets.ToggleButton:
+        switch = widgets.ToggleButton(value=True, description=caption, layout=widgets.Layout(width="150px"))
+        switch.observe(lambda _: self.update(), "value")
+        return switch
+
+    def _turn_off(self, row: int) -> None:
+        """Switch off the object that was clicked, the row-th of those shown."""
+        on = [switch for switch in self.switches[self._clickable()] if switch.value]
+        on[row].value = False
+
+    def _clickable(self) -> str:
+        """The model whose objects can be clicked: the one with the larger part of the picture."""
+        return self.names[0 if len(self.names) == 1 or self.wipe.value >= 0.5 else 1]
+
+    def _found(self, name: str) -> Detections:
+        return self._find(name, self.picture.value).above(self.score.value)
+
+    def _predict(self, name: str, index: int) -> Detections:
+        return self._predictors[name].predict(self._pixels(index))
+
+    def _drawn(self, name: str) -> np.ndarray:
+        found = self._found(name)
+        on = tuple(row for row, switch in enumerate(self.switches[name]) if switch.value)
+        return self._draw(name, self.picture.value, on if len(found.labels) else ())
+
+    def _draw_objects(self, name: str, index: int, rows: Sequence[int]) -> np.ndarray:
+        """The picture with some of a model's objects, best first; with the true ones where there is no name."""
+        objects = pick(self._find(name, index), rows) if name else self._dataset.objects(index)
+        return draw_picture(self._pixels(index), objects, self._colours(index), width=WIDTH)
+
+    def _colours(self, index: int) -> dict[int, str]:
+        """One colour per class, the same for every model."""
+        found = [self._find(name, index).above(LEAST_SCORE) for name in self.names]
+        everything = [self._dataset.objects(index), *found]
+        return class_colours(label for objects in everything for label in objects.labels.tolist())
+
+    def _pixels(self, index: int) -> np.ndarray:
+        return self._dataset[index][0].permute(1, 2, 0).numpy()

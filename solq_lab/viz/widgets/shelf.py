@@ -1,0 +1,142 @@
+"""The mask codes of one data set, fitted to its masks when they are first asked for, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from solq_lab.codecs.base import FittedCodec, MaskCodec
+from solq_lab.codecs.dct import DCTCodec
+from solq_lab.codecs.flatten import FlattenCodec
+from solq_lab.codecs.pca import PCACodec
+from solq_lab.codecs.sparse import SparseCodingCodec
+from solq_lab.runs import replacing
+from solq_lab.viz.widgets.objects import ObjectFolder
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("dct", "pca", "sparse", "flatten")
+MOST_COMPONENTS = 400  # of one principal component analysis; shorter vectors are its first entries
+MOST_MASKS = 512  # that a code is fitted to: seconds, not minutes
+
+
+class CodecShelf:
+    """Mask codes by method and sizes.
+
+    Args:
+        objects: whose masks the codes are fitted to.
+        folder: where fitted tables are kept.
+        report: is given a sentence before something takes seconds.
+
+    Attributes:
+        rows: the sample, rows of `objects`.
+        places: the place of each row in the sample.
+    """
+
+    def __init__(self, objects: ObjectFolder, folder: Path, report: Callable[[str], None]) -> None:
+        self._objects, self._folder, self._report = objects, folder, report
+        self._codecs: dict[tuple[str, int, int], MaskCodec] = {}
+        self._samples: dict[int, Tensor] = {}
+        self._vectors: dict[tuple[str, int, int], Tensor] = {}
+        self._fingerprint = hashlib.sha256(objects.annotations.read_bytes()).hexdigest()[:12]
+        self.rows = objects.spread(MOST_MASKS)
+        self.places = {row: place for place, row in enumerate(self.rows)}
+
+    def codec(self, method: str, mask_size: int, vector_dim: int) -> MaskCodec:
+        """The code of these sizes.
+
+        Raises:
+            ValueError: there is none, for example with more principal components than masks; the message says why.
+        """
+        key = (method, mask_size, vector_dim)
+        if key not in self._codecs:
+            self._codecs[key] = self._make(*key)
+        return self._codecs[key]
+
+    def has(self, method: str, mask_size: int, vector_dim: int) -> bool:
+        """Whether the code can be had without fitting it."""
+        needed = self._tables_key(method, mask_size, vector_dim)
+        return method in ("dct", "flatten") or needed in self._codecs or self._file(*needed).exists()
+
+    def sample(self, mask_size: int) -> Tensor:
+        """(K, N, N) bool masks of at most `MOST_MASKS` objects, those in `rows`."""
+        if mask_size not in self._samples:
+            self._samples[mask_size] = self._objects.bits(self.rows, mask_size)
+        return self._samples[mask_size]
+
+    @torch.inference_mode()
+    def vectors(self, method: str, mask_size: int, vector_dim: int) -> Tensor:
+        """(K, D) vectors of the sample. Raises as `codec` does."""
+        key = (method, mask_size, vector_dim)
+        if key not in self._vectors:
+            codec, sample = self.codec(*key), self.sample(mask_size)
+            if method == "sparse":
+                self._report(f"Encoding {len(sample)} masks, {method}, N = {mask_size}, n_k = {vector_dim} ...")
+            self._vectors[key] = torch.cat([codec.encode(some) for some in sample.split(64)])
+        return self._vectors[key]
+
+    def _make(self, method: str, mask_size: int, vector_dim: int) -> MaskCodec:
+        match method:
+            case "dct":
+                return DCTCodec(mask_size, vector_dim)
+            case "flatten":
+                return FlattenCodec(mask_size, vector_dim)
+            case "sparse":
+                return self._fitted(SparseCodingCodec(mask_size, vector_dim), "sparse")
+            case "pca":
+                return self._first_components(PCACodec(mask_size, vector_dim))
+        raise ValueError(f"method {method!r}: allowed are {', '.join(METHODS)}")
+
+    def _first_components(self, codec: PCACodec) -> PCACodec:
+        """The first rows of one analysis with as many components as can be had."""
+        most = self._components(codec.mask_size)
+        if codec.vector_dim > most:
+            raise ValueError(
+                f"PCA: n_k = {codec.vector_dim} asks for more components than there are: {len(self.rows)} masks of "
+                f"{codec.mask_size} x {codec.mask_size} cells were looked at, and at most {MOST_COMPONENTS} components "
+                f"are kept. Lower n_k to {most}"
+            )
+        key = ("pca", codec.mask_size, most)
+        if key not in self._codecs:
+            self._codecs[key] = self._fitted(PCACodec(codec.mask_size, most), "pca")
+        tables = dict(self._codecs[key].state_dict())
+        for name in ("components", "scale"):
+            tables[name] = tables[name][: codec.vector_dim]
+        codec.load_state_dict(tables)
+        return codec
+
+    def _fitted(self, codec: FittedCodec, method: str) -> FittedCodec:
+        file = self._file(method, codec.mask_size, codec.vector_dim)
+        if file.exists():
+            try:
+                codec.load_state_dict(load_file(file))
+                return codec.eval()
+            except (SafetensorError, OSError, RuntimeError) as error:
+                logger.warning("%s cannot be read and is made again: %s", file, error)
+        sample = self.sample(codec.mask_size)
+        self._report(
+            f"Fitting {method}, N = {codec.mask_size}, n_k = {codec.vector_dim}, to {len(sample)} masks: some seconds, "
+            "the first time only ..."
+        )
+        codec.fit(sample.split(max(256, codec.vector_dim)))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            save_file(codec.state_dict(), temporary)
+        return codec.eval()
+
+    def _tables_key(self, method: str, mask_size: int, vector_dim: int) -> tuple[str, int, int]:
+        return (method, mask_size, self._components(mask_size) if method == "pca" else vector_dim)
+
+    def _components(self, mask_size: int) -> int:
+        return min(MOST_COMPONENTS, len(self.rows), mask_size**2)
+
+    def _file(self, method: str, mask_size: int, vector_dim: int) -> Path:
+        """Its name tells the masks apart: tables of another data set are other tables."""
+        return self._folder / f"{method}_{mask_size}_{vector_dim}_{self._fingerprint}.safetensors"

@@ -1,0 +1,134 @@
+"""One object's way through a mask code and back, and what is left of it. Paper: section 3.2."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from faster_coco_eval.core import mask as rle_api
+from torch import Tensor
+
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.sparse import SparseCodingCodec
+from solq_lab.masks import paste_to_rle
+from solq_lab.viz.widgets.objects import BoxedObject
+
+Rule = Literal["codec", "middle", "half", "best"]
+RULES: dict[str, Rule] = {
+    "as the code says": "codec",
+    "middle of the range": "middle",
+    "one half": "half",
+    "best for this object": "best",
+}
+
+
+class Trial(NamedTuple):
+    """What became of a mask.
+
+    bits: (N, N) bool, the mask in its box.
+    vector: (D,) its code.
+    received: (D,) the code after noise, zero where terms are left out.
+    decoded: (N, N) float32.
+    cut: cells above it belong to the mask.
+    back: (N, N) bool.
+    rle: `back` pasted into the box, in pixels of the picture.
+    iou, boundary_iou: with the true mask in the picture, 0 where both are empty.
+    """
+
+    bits: Tensor
+    vector: Tensor
+    received: Tensor
+    decoded: Tensor
+    cut: float
+    back: Tensor
+    rle: dict
+    iou: float
+    boundary_iou: float
+
+
+@torch.inference_mode()
+def decode_trial(
+    item: BoxedObject,
+    bits: Tensor,
+    vector: Tensor,
+    codec: MaskCodec,
+    *,
+    terms: int | None = None,
+    rule: Rule = "codec",
+    error: Tensor | None = None,
+    boundary_ratio: float = 0.02,
+) -> Trial:
+    """Decode an object's vector, make it binary and paste it.
+
+    Args:
+        item: the object.
+        bits: (N, N) its mask in the box.
+        vector: (D,) its code.
+        codec: the mask code.
+        terms: how many entries of the vector are kept, the rest is zero: the first ones, or the largest ones of a
+            sparse code, whose atoms have no order. None: all.
+        rule: the threshold.
+        error: (D,) what is added to the vector; None: nothing.
+        boundary_ratio: boundary width over the picture's diagonal.
+    """
+    received = vector if error is None else vector + error
+    if terms is not None and terms < len(vector):
+        received = received.clone()
+        received[term_order(codec, vector)[terms:]] = 0
+    decoded = codec.decode(received[None])
+    cut = thresholds(decoded, bits[None], codec, rule)
+    back = decoded > cut[:, None, None]
+    rle = paste_to_rle(back, item.box[None], item.size)[0]
+    boundaries = [rle_api.rleToBoundary(one, boundary_ratio) for one in (item.rle, rle)]
+    return Trial(
+        bits, vector, received, decoded[0], float(cut), back[0], rle, mask_iou(item.rle, rle), mask_iou(*boundaries)
+    )
+
+
+@torch.inference_mode()
+def decode_ious(item: BoxedObject, bits: Tensor, vectors: Tensor, codec: MaskCodec, rule: Rule) -> list[float]:
+    """IoU of an object, whose mask in its box is `bits` (N, N), with what each of K vectors (K, D) decodes to."""
+    decoded = codec.decode(vectors)
+    back = decoded > thresholds(decoded, bits.expand(decoded.shape), codec, rule)[:, None, None]
+    rles = paste_to_rle(back, item.box.expand(len(vectors), 4), item.size)
+    return [mask_iou(item.rle, rle) for rle in rles]
+
+
+def term_order(codec: MaskCodec, vector: Tensor) -> Tensor:
+    """(D,) int64: the entries of a vector in the order of their importance."""
+    if isinstance(codec, SparseCodingCodec):
+        return vector.abs().argsort(descending=True, stable=True)
+    return torch.arange(len(vector))
+
+
+def thresholds(decoded: Tensor, bits: Tensor, codec: MaskCodec, rule: Rule) -> Tensor:
+    """(K,) values that part reconstructions (K, N, N) into mask and background; bits (K, N, N) are the true masks."""
+    flat = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
+    match codec.threshold if rule == "codec" else rule:
+        case "half":
+            return flat.new_full((len(flat),), 0.5)
+        case "middle":
+            return (flat.amax(dim=1) + flat.amin(dim=1)) / 2
+        case "best":
+            return best_thresholds(flat, bits.flatten(1))
+    raise ValueError(f"threshold rule {rule!r}: allowed are {', '.join(RULES.values())}")
+
+
+def best_thresholds(values: Tensor, bits: Tensor) -> Tensor:
+    """(K,) thresholds of values (K, M) with the highest IoU of {value > threshold} and bits (K, M).
+
+    The cells are taken one by one in falling order of their values; each number of taken cells has an IoU.
+    """
+    ordered, order = values.sort(dim=1, descending=True)
+    hits = bits.gather(1, order).cumsum(dim=1)
+    taken = torch.arange(1, values.shape[1] + 1)
+    iou = hits / (taken + bits.sum(dim=1, keepdim=True) - hits)
+    following = torch.cat([ordered[:, 1:], ordered[:, -1:] - 1], dim=1)
+    iou[following == ordered] = -1  # no threshold parts equal values
+    best = iou.argmax(dim=1, keepdim=True)
+    return ((ordered.gather(1, best) + following.gather(1, best)) / 2).squeeze(1)
+
+
+def mask_iou(one: dict, other: dict) -> float:
+    """IoU of two compressed RLEs, 0 where both are empty."""
+    return float(rle_api.iou([one], [other], [0])[0][0])
