@@ -1,6 +1,6 @@
 """COCO evaluation of boxes, masks and mask boundaries. Paper: section 4.1 and table 4.
 
-The matching and the precision-recall curves are faster-coco-eval's (pycocotools' numbers, in C++). A segmentation
+The matching and the precision-recall curves are faster-coco-eval's (pycocotools' numbers, in C++; `matching`). A segmentation
 result is scored without its box, so that its area, which decides between small, medium and large, is the mask's.
 Boundary AP replaces the IoU of a pair by min(mask IoU, boundary IoU); the boundary of a mask is the mask minus its
 erosion by a 3 x 3 square, repeated round(ratio * diagonal) times but at least once, the outside of the picture counting
@@ -22,6 +22,7 @@ from faster_coco_eval.core import mask as rle_api
 
 from solq_lab.config import EvaluationSection
 from solq_lab.data.annotations import DataError, read_annotations
+from solq_lab.evaluation.matching import Curves, match
 from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
 
 logger = logging.getLogger(__name__)
@@ -75,22 +76,32 @@ def evaluate_results(
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {name: {} for name in truth.class_names}
     for kind in (kind for kind in KINDS if kind in kinds):
-        evaluator = COCOeval_faster(
-            truth.index(),
-            truth.detections(results, masks=kind != "box"),
-            _IOU_TYPE[kind],
-            ranges=ranges,
-            boundary_dilation_ratio=boundary_ratio,
-            print_function=logger.debug,
-        )
-        evaluator.evaluate()
-        evaluator.accumulate()
-        precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
+        precision, recall = _curves(truth, results, kind, ranges, boundary_ratio)
         metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall).items()}
         for channel, name in enumerate(truth.class_names):
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
             per_class[name] |= {f"{kind}.{number}": value for number, value in numbers.items()}
     return Evaluation(metrics, per_class, tuple(area_sides), boundary_ratio, len(truth.images))
+
+
+def _curves(
+    truth: _GroundTruth, results: Sequence[dict], kind: str, ranges: dict[str, list[float]], boundary_ratio: float
+) -> Curves:
+    if kind != "boundary":
+        objects, found = truth.copied_objects(), truth.counted(results, masks=kind == "segm")
+        categories = [category["id"] for category in truth.categories]
+        return match(objects, found, truth.images, categories, kind=kind, area_ranges=ranges)
+    evaluator = COCOeval_faster(
+        truth.index(),
+        truth.detections(results, masks=True),
+        _IOU_TYPE[kind],
+        ranges=ranges,
+        boundary_dilation_ratio=boundary_ratio,
+        print_function=logger.debug,
+    )
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return Curves(evaluator.eval["precision"], evaluator.eval["recall"])
 
 
 class Candidates(NamedTuple):
@@ -195,17 +206,25 @@ class _GroundTruth:
 
     def index(self) -> COCO:
         """The ground truth, indexed; a fresh copy, because an evaluation writes into it."""
-        return self._indexed([dict(entry) for entry in self.objects])
+        return self._indexed(self.copied_objects())
+
+    def copied_objects(self) -> list[dict]:
+        """The objects, each a fresh copy."""
+        return [dict(entry) for entry in self.objects]
 
     def detections(self, results: Sequence[dict], *, masks: bool) -> COCO:
         """The results that count, indexed, without box where `masks` are scored and without mask where they are not."""
-        checked = (self._detection(number, result, masks) for number, result in enumerate(results))
-        counted = [entry for entry in checked if entry["image_id"] in self.images]
+        counted = self.counted(results, masks=masks)
         if masks and counted:
             areas = rle_api.area([entry["segmentation"] for entry in counted])
             for entry, area in zip(counted, areas.tolist(), strict=True):
                 entry["area"] = area
         return self._indexed(counted)
+
+    def counted(self, results: Sequence[dict], *, masks: bool) -> list[dict]:
+        """The results that count, checked; those with masks lack their area."""
+        checked = (self._detection(number, result, masks) for number, result in enumerate(results))
+        return [entry for entry in checked if entry["image_id"] in self.images]
 
     def _indexed(self, entries: list[dict]) -> COCO:
         index = COCO()
