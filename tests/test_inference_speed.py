@@ -56,7 +56,7 @@ def draw_images(height: int = 64, width: int = 96, *, padded: int = 0) -> ImageB
 
 
 def assert_close(found: LayerPrediction, expected: LayerPrediction, tolerance: float) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):  # logits, boxes, vectors
         torch.testing.assert_close(ours.float(), theirs, atol=tolerance * theirs.abs().max().item(), rtol=0)
 
 
@@ -207,7 +207,7 @@ def gpu() -> torch.device:
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_replayed_graph_predicts_what_the_network_does(backbone: str, autocast: bool, gpu: torch.device):
     """Two sizes in turn, with other pixels and padding each time; a third size is beyond the limit."""
-    model = prepare_for_inference(build(backbone)).to(gpu)
+    model = prepare_for_inference(build(backbone).to(gpu))
 
     def forward(images: ImageBatch) -> LayerPrediction:
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):

@@ -1,4 +1,4 @@
-"""A network made ready to predict: its batch norms are folded into the convolutions before them."""
+"""A network made ready to predict: batch norms folded into the convolutions before them, weights packed for the CPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from solq_lab.inference.packing import pack_weights
 from solq_lab.models.backbone import FrozenBatchNorm2d
 from solq_lab.models.solq import SOLQ
 
@@ -25,7 +26,9 @@ def prepare_for_inference(model: SOLQ) -> SOLQ:
     """
     prepared = copy.deepcopy(model).eval().requires_grad_(False)
     _fold_batch_norms(prepared.backbone)
-    return prepared.to(memory_format=torch.channels_last)
+    prepared = prepared.to(memory_format=torch.channels_last)
+    pack_weights(prepared)
+    return prepared
 
 
 def _fold_batch_norms(backbone: nn.Module) -> None:

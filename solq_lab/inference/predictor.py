@@ -78,7 +78,7 @@ class Predictor:
         check_autocast(autocast, self.device)
         model = build_model(self.experiment, len(self.classes))
         load_state(model, weights.state, source=str(path))
-        self.model = prepare_for_inference(model).to(self.device)
+        self.model = prepare_for_inference(model.to(self.device))
         self.codec = build_codec(self.experiment, tables=weights.codec)
         if self.codec is not None:
             self.codec.to(self.device)

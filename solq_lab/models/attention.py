@@ -104,13 +104,18 @@ class MultiScaleDeformableAttention(nn.Module):
             the normalised image), and weights (B, J, M, L, P) that sum to 1 over levels and points.
         """
         shape = (self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(queries).unflatten(-1, (*shape, 2))
-        weights = self.attention_weights(queries).unflatten(-1, (self.heads, -1)).softmax(-1).unflatten(-1, shape[1:])
-        center = reference[:, :, None, :, None, :2]  # (B, J, 1, L, 1, 2)
-        if reference.shape[-1] == 2:
-            return center + offsets / memory.level_sizes[:, None, :], weights  # one offset unit is one cell
-        size = reference[:, :, None, :, None, 2:]
-        return center + offsets * (size * (0.5 / self.points)), weights  # the outermost point starts on the box's edge
+        offsets = self.sampling_offsets(queries).unflatten(-1, (self.heads, -1))  # (B, J, M, L*P*2)
+        weights = self.attention_weights(queries).unflatten(-1, (self.heads, -1)).softmax(-1)  # (B, J, M, L*P)
+        center = self._for_each_point(reference[..., :2])
+        if reference.shape[-1] == 2:  # one offset unit is one cell
+            locations = torch.addcdiv(center, offsets, self._for_each_point(memory.level_sizes))
+        else:  # the outermost point starts on the box's edge
+            locations = torch.addcmul(center, offsets, self._for_each_point(reference[..., 2:] * (0.5 / self.points)))
+        return locations.unflatten(-1, (*shape[1:], 2)), weights.unflatten(-1, shape[1:])
+
+    def _for_each_point(self, levels: Tensor) -> Tensor:
+        """(..., L, 2) -> (..., 1, L*P*2): one row, the form in which sums with all offsets run fast."""
+        return levels.unsqueeze(-2).expand(*levels.shape[:-1], self.points, 2).flatten(-3).unsqueeze(-2)
 
 
 class SelfAttention(nn.Module):
