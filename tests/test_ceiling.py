@@ -223,6 +223,8 @@ def test_the_grid_has_every_combination_once_and_flattens_to_squares():
     assert len(settings) == 2 * 2 * 2 + 2 * 2  # 70 flattens to 64, too
     assert {(s.vector_dim, s.beta, s.pca) for s in settings if s.kind == "flatten"} == {(64, 1.0, "plain")}
     assert settings == list(dict.fromkeys(settings))
+    grid = make_grid(["dct", "pca", "sparse"], [16], [64], beta=0.5, pca="released")
+    assert [setting.method for setting in grid] == ["dct", "pca, released", "sparse, beta 0.5"]
 
 
 @pytest.mark.parametrize(

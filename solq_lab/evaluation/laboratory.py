@@ -60,8 +60,13 @@ class Setting:
 
     @property
     def method(self) -> str:
-        """The code's name for people."""
-        return "pca, released" if self.kind == "pca" and self.pca == "released" else self.kind
+        """The code's name for people, with what its numbers depend on besides the sizes."""
+        match self.kind:
+            case "pca" if self.pca == "released":
+                return "pca, released"
+            case "sparse":
+                return f"sparse, beta {self.beta:g}"
+        return self.kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +354,8 @@ def _existing(path: Path) -> Path:
 
 
 def _file_name(setting: Setting) -> str:
-    return f"{setting.method.replace(', ', '_')}-N{setting.mask_size}-D{setting.vector_dim}"
+    variant = "_released" if setting.pca == "released" else ""
+    return f"{setting.kind}{variant}-N{setting.mask_size}-D{setting.vector_dim}"
 
 
 def _digest(values: dict[str, Any]) -> str:

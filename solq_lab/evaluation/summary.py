@@ -65,7 +65,7 @@ class Evaluation:
     def legend(self) -> str:
         """One line that says what s, m, l and the boundary are."""
         small, medium = self.area_sides
-        sizes = f"s: below {small:g}x{small:g} pixels, m: below {medium:g}x{medium:g}, l: the rest"
+        sizes = f"s: below {small:.4g}x{small:.4g} pixels, m: below {medium:.4g}x{medium:.4g}, l: the rest"
         boundary = f"; boundary: {100 * self.boundary_ratio:g} % of the diagonal" if "boundary" in self.kinds else ""
         return f"{self.images} pictures, percent; {sizes}{boundary}"
 

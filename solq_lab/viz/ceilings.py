@@ -82,8 +82,22 @@ def _draw(axes: Axes, rows: Sequence[Row], number: str, over: str) -> None:
             markersize=4,
             linewidth=1.5,
         )
-    axes.set_xlabel("vector length $n_k$" if over == "vector_dim" else NOISES[over])
     axes.margins(x=0.04)
+    if over == "vector_dim":
+        axes.set_xscale("log", base=2)
+        ticks = _apart(sorted({row[over] for row in rows}))
+        axes.set_xticks(ticks, [str(length) for length in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel("vector length $n_k$" if over == "vector_dim" else NOISES[over])
+
+
+def _apart(lengths: Sequence[int]) -> list[int]:
+    """The rising lengths without those too close to the one before for a label of their own."""
+    kept: list[int] = []
+    for length in lengths:
+        if not kept or length >= 1.25 * kept[-1]:
+            kept.append(length)
+    return kept
 
 
 def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:
