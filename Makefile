@@ -7,7 +7,7 @@ STAMP := .venv/installed
 # The compiled operators look for ninja on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow lab bench lint install clean
+.PHONY: demo test test-slow test-browser lab bench lint install clean
 
 demo: install  ## train and evaluate a small SOLQ on generated shapes, on the CPU
 	$(BIN)/solq-lab run notebooks/train.ipynb experiments/shapes.yaml
@@ -17,6 +17,9 @@ test: install  ## the quick tests
 
 test-slow: install  ## the long ones
 	$(BIN)/pytest tests -m slow
+
+test-browser: install  ## drive the explorers in JupyterLab with Chromium
+	$(BIN)/pytest tests -m browser
 
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
