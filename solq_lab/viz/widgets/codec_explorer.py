@@ -30,6 +30,20 @@ THUMBNAIL = 112  # pixels
 FRAMES = 48  # of the animation, about
 FRAME_MILLISECONDS = 200
 LEAST_SIDES = {"all": 0, "16 pixels and more": 16, "32 pixels and more": 32, "96 pixels and more": 96}
+TOOLTIPS = {
+    "data_set": "whose pictures and objects are shown; PCA and sparse codes are fitted to its masks",
+    "picture": "pictures by rising id, counted from 0",
+    "object": "class and box, pixels",
+    "method": "the mask code: what a vector means",
+    "mask_size": "N: the mask is drawn into N x N cells of its box",
+    "vector_dim": "how many numbers a mask becomes",
+    "rule": "which value parts the mask from the background",
+    "error": "normal noise on the vector, in spreads of each entry over the data set",
+    "terms": "how many of the vector's entries are decoded; press play to add one after the other",
+    "compare": "fit PCA and sparse coding at this N, so that their lines can be drawn",
+    "search": "look through the data set with this code and threshold",
+    "least_side": "only objects whose box is at least as large as this square",
+}
 NUMBER = (
     '<div style="flex:1;padding:4px 12px;border-left:3px solid {colour};min-width:0">'
     '<div style="font-size:11px;line-height:1.3;opacity:.7">{name}</div>'
@@ -236,14 +250,14 @@ class CodecExplorer:
         self.vector_dim = widgets.SelectionSlider(options=dims, value=vector_dim, description="n_k", **look)
         self.rule = widgets.Dropdown(options=list(RULES.items()), description="threshold", **look)
         self.error = widgets.FloatSlider(min=0, max=1, step=0.02, description="noise", **look)
-        self.error.tooltip = "normal noise on the vector, in spreads of each entry over the data set"
         self.terms = widgets.IntSlider(min=1, max=vector_dim, value=vector_dim, description="terms", **look)
         self.play = widgets.Play(min=1, max=vector_dim, value=1, interval=FRAME_MILLISECONDS, show_repeat=False)
         self.play.step = max(1, vector_dim // FRAMES)
         self.compare = widgets.Button(description="fit all methods", icon="line-chart")
-        self.compare.tooltip = "fit PCA and sparse coding at this N, so that their lines can be drawn"
         self.search = widgets.Button(description="find the worst", icon="search")
         self.least_side = widgets.Dropdown(options=LEAST_SIDES, description="box side", style=style)
+        for name, tooltip in TOOLTIPS.items():
+            getattr(self, name).tooltip = tooltip
         self.data_set.observe(lambda _: self._choose_data_set(), "value")
         self.picture.observe(lambda _: self._choose_picture(), "value")
         self.vector_dim.observe(lambda _: self._choose_length(), "value")

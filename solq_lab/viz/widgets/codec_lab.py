@@ -18,6 +18,7 @@ from solq_lab.viz.widgets.shelf import METHODS, MOST_COMPONENTS, CodecShelf
 from solq_lab.viz.widgets.trial import Rule, Trial, decode_ious, decode_trial, term_order
 
 VECTOR_DIMS = (1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 300, 324, 361, 400, 576, 784)
+CURVE_DIMS = (1, 4, 9, 16, 25, 36, 64, 100, 144, 196, 256, 324, 400, 784)
 SPARSE_DIMS = (16, 64, 256)  # of the curve of sparse codes: each is a dictionary of its own, and slow to encode
 NESTED = ("dct", "pca")  # a shorter vector is the beginning of a longer one
 REMEMBERED = 64  # objects
@@ -184,14 +185,14 @@ class CodecLab:
         shelf, cells = self._shelf(setting.data_set), setting.mask_size**2
         match method:
             case "flatten":
-                return [count for count in VECTOR_DIMS if count <= cells and math.isqrt(count) ** 2 == count]
+                return [count for count in CURVE_DIMS if count <= cells and math.isqrt(count) ** 2 == count]
             case "sparse":
                 return [
                     count for count in SPARSE_DIMS if count <= cells and shelf.has(method, setting.mask_size, count)
                 ]
         longest = self._longest(setting._replace(method=method, vector_dim=1))
         known = shelf.has(method, setting.mask_size, longest)
-        return [count for count in VECTOR_DIMS if count <= longest] if known else []
+        return [count for count in CURVE_DIMS if count <= longest] if known else []
 
     def _measure_curve(
         self, data_set: str, row: int, method: str, mask_size: int, rule: Rule, counts: tuple[int, ...]
