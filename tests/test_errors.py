@@ -17,8 +17,8 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.errors import ERRORS, SIAMESE_LEAK, THRESHOLDS, ErrorAnalysis, analyse_errors
-from solq_lab.evaluation.matching import average_precision
 from solq_lab.evaluation.results import read_results
+from solq_lab.evaluation.rules import average_precision
 
 SIDES = (10.0, 20.0)
 CAT, DOG = 1, 2

@@ -18,8 +18,8 @@ import numpy as np
 
 from solq_lab.data.annotations import read_annotations
 from solq_lab.evaluation.coco import DEFAULTS, Candidates, measure_candidates
-from solq_lab.evaluation.matching import NOBODY, match_detections
 from solq_lab.evaluation.results import read_results
+from solq_lab.evaluation.rules import NOBODY, match_detections
 from solq_lab.runs import Run, RunError, read_json
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)

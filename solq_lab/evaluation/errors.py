@@ -40,8 +40,8 @@ import numpy as np
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
-from solq_lab.evaluation.matching import NOBODY, average_precision, match_detections
 from solq_lab.evaluation.overlaps import Overlaps, measure_overlaps
+from solq_lab.evaluation.rules import NOBODY, average_precision, match_detections
 
 ERRORS = ("missed", "background", "class", "duplicate", "box", "siamese", "codec", "vector")  # repaired in this order
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of mask IoU

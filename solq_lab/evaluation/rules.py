@@ -1,0 +1,90 @@
+"""COCO's two rules in the open, for analyses that change what is matched: who matches whom, and the AP of the outcome.
+
+`evaluate_results` gives the numbers to report; these rules give the same ones (a test holds them to it).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NOBODY = -1
+
+_RECALLS = np.linspace(0, 1, 101)  # at which precision is read
+
+
+def match_detections(
+    detections: np.ndarray,
+    objects: np.ndarray,
+    overlap: np.ndarray,
+    *,
+    count: int,
+    crowd: np.ndarray,
+    ignored: np.ndarray,
+    thresholds: np.ndarray,
+) -> np.ndarray:
+    """The object that each detection matches at each threshold: in falling score, the best one that is still free.
+
+    Args:
+        detections: (P,) rows of the detections of pairs that may match, ascending; row 0 has the best score.
+        objects: (P,) rows of their objects.
+        overlap: (P,) IoU of the pairs.
+        count: F, detections in all.
+        crowd: (A,) bool; a crowd region may be matched any number of times.
+        ignored: (A,) bool, crowds included; they are matched only by what matches nothing else.
+        thresholds: (T,) of IoU.
+
+    Returns:
+        (T, F) int64, `NOBODY` where there is none.
+    """
+    matched = np.full((len(thresholds), count), NOBODY)
+    order = np.lexsort((ignored[objects], detections))  # of a detection's partners, ignored ones come last
+    starts = np.searchsorted(detections[order], np.arange(count + 1))
+    partners, overlaps = objects[order].tolist(), overlap[order].tolist()
+    crowd, ignored = crowd.tolist(), ignored.tolist()
+    for row, threshold in enumerate(thresholds.tolist()):
+        taken = [False] * len(crowd)
+        for detection in np.unique(detections).tolist():
+            best, least = NOBODY, threshold
+            for pair in range(starts[detection], starts[detection + 1]):
+                partner = partners[pair]
+                if taken[partner] and not crowd[partner]:
+                    continue
+                if best != NOBODY and ignored[partner] and not ignored[best]:
+                    break
+                if overlaps[pair] >= least:
+                    best, least = partner, overlaps[pair]
+            if best != NOBODY:
+                taken[best] = True
+                matched[row, detection] = best
+    return matched
+
+
+def average_precision(right: np.ndarray, wrong: np.ndarray, classes: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """AP of every class: precision, made non-increasing, averaged over 101 recalls.
+
+    Args:
+        right: (F,) bool by falling score; a detection that is neither right nor wrong does not count.
+        wrong: (F,) bool.
+        classes: (F,) class rows.
+        objects: (S,) objects to find per class.
+
+    Returns:
+        (S,) in 0..1, NaN for a class without objects.
+    """
+    counted = np.flatnonzero(right | wrong)
+    by_class = np.argsort(classes[counted].astype(np.int16), kind="stable")  # 16 bits: numpy then counts, not compares
+    order = counted[by_class]  # class by class, each by falling score
+    row, starts = classes[order], np.searchsorted(classes[order], np.arange(len(objects) + 1))
+    hits = np.concatenate([[0], np.cumsum(right[order])])
+    number = hits[1:] - hits[starts[row]]  # right ones of the class so far
+    precision = number / (np.arange(len(order)) - starts[row] + 1)
+    # One running maximum from the end does all classes: each starts 2 above everything of the class after it.
+    lift = 2.0 * (len(objects) - row)
+    best_after = np.maximum.accumulate((precision + lift)[::-1])[::-1] - lift
+    needed = np.ceil(_RECALLS * objects[:, None] - 1e-9).astype(np.int64)  # (S, 101) right ones for each recall
+    needed += needed / np.maximum(objects, 1)[:, None] < _RECALLS  # as COCO compares: in floats
+    place = np.searchsorted(hits[1:], hits[starts[:-1], None] + needed)
+    place = np.maximum(place, starts[:-1, None])  # recall 0 is reached by the first detection of the class
+    reached = place < starts[1:, None]
+    read = np.where(reached, np.append(best_after, 0.0)[np.where(reached, place, -1)], 0.0)
+    return np.where(objects > 0, read.mean(axis=1), np.nan)
