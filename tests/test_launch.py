@@ -314,6 +314,20 @@ def test_a_notebook_without_the_shared_parameters_is_refused(tmp_path, experimen
         launch.run_notebook(notebook, experiment)
 
 
+def test_a_notebook_about_several_runs_leaves_its_report_beside_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    notebook = write_notebook(
+        tmp_path / "all.ipynb", "print(runs_dir, 'x' * deep)", parameters='runs_dir: str = "runs"\ndeep: int = 1'
+    )
+    executed = launch.run_report(notebook, "mine", parameters={"deep": "3"})
+    assert executed == Path("mine/_reports/all.ipynb")
+    assert f"{tmp_path / 'mine'} xxx" in executed.read_text()
+    assert executed.with_suffix(".html").exists()
+    with pytest.raises(NotebookError, match="unknown parameter deeep; did you mean deep"):
+        launch.run_report(notebook, "mine", parameters={"deeep": "3"})
+
+
 def test_another_experiment_under_the_same_name_is_refused_with_what_differs(tmp_path, experiment):
     notebook = write_notebook(tmp_path / "look.ipynb")
     folder = create_run(load_experiment(experiment), tmp_path / "runs").folder

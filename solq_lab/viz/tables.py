@@ -17,9 +17,7 @@ ROOM = 0.15  # of a panel's range, above and below its points
 
 
 @mpl.rc_context(STYLE)
-def beside_paper(
-    tables: Sequence[ResultTable], metric: str = "segm.AP", *, ours: str = "ours", title: str = ""
-) -> Figure:
+def beside_paper(tables: Sequence[ResultTable], metric: str = "segm.AP", *, title: str = "") -> Figure:
     """One column of panels per table: above the paper's numbers, below ours, row by row of the table.
 
     The scales of the panels differ: what can be compared between other pictures is which row is ahead, and by how much.
@@ -28,11 +26,10 @@ def beside_paper(
     Args:
         tables: results, each with the paper's table.
         metric: which number is shown.
-        ours: what our pictures are, for the label.
         title: what is compared.
     """
     ratios = [max(3, len(table.rows)) for table in tables]
-    size = max(5.0, 1.0 + 0.52 * sum(ratios)), 4.6
+    size = max(5.0, 1.0 + 0.52 * sum(ratios)), 5.0
     figure, axes = new_figure(2, len(tables), size=size, title=title, width_ratios=ratios)
     colour = KIND_COLOURS[metric.partition(".")[0]]
     for (above, below), table in zip(axes.T, tables, strict=True):
@@ -40,14 +37,14 @@ def beside_paper(
         scale = _is_scale(table)
         _points(above, [[] if value is None else [value] for value in printed], BLACK, joined=scale)
         _points(below, [row.values(metric) for row in table.rows], colour, joined=scale)
-        twin = " (shapes)" if table.name.startswith("shapes_") else ""
-        above.set_title(table.name.removeprefix("shapes_").replace("table", "table ") + twin)
+        above.set_title(f"paper: {table.name.removeprefix('shapes_')}")
+        below.set_title(f"ours: {table.name}")
         _name_rows(above, [row.paper_name if scale and row.paper_name else row.name for row in table.rows])
         _name_rows(below, [row.name for row in table.rows])
         if not any(row.runs for row in table.rows):
             _say(below, f"not run yet:\nsolq-lab sweep\n{table.name}")
-    axes[0, 0].set_ylabel(f"paper, {metric}, %")
-    axes[1, 0].set_ylabel(f"{ours}, {metric}, %")
+    for panel in axes[:, 0]:
+        panel.set_ylabel(f"{metric}, percent")
     return figure
 
 
