@@ -227,13 +227,22 @@ class Experiment(Section):
                 "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
             )
         if self.train.freeze_detector and self.model.mask_branch == "none":
-            raise ValueError("train.freeze_detector leaves nothing to train without a branch: set model.mask_branch: sqr")
+            raise ValueError(
+                "train.freeze_detector leaves nothing to train without a branch: set model.mask_branch: sqr"
+            )
         if self.train.freeze_detector and self.model.pretrained in ("imagenet", "none"):
             raise ValueError(
                 f"train.freeze_detector needs a trained detector, and model.pretrained is {self.model.pretrained}; "
                 "name its weights file there"
             )
         return self
+
+    @property
+    def method(self) -> Literal["SOLQ", "SQR", "Deformable DETR"]:
+        """What the paper calls a model of this kind: how its queries say their masks, if at all."""
+        if self.model.mask_branch == "sqr":
+            return "SQR"
+        return "Deformable DETR" if self.codec.kind == "none" else "SOLQ"
 
     def evaluated_on(self, split: Literal["val", "train"]) -> Experiment:
         """The same experiment with the pictures of `split` to validate on: "train" shows what was learnt by heart.

@@ -203,7 +203,9 @@ def test_a_heat_map_sums_to_the_weight_in_the_picture_and_peaks_at_the_point():
     assert heat.sum() == pytest.approx(0.7)
     assert np.unravel_index(heat.argmax(), heat.shape) == (20, 20)
     assert heat_map(looked_at((0.0, 0.0)), (10, 10), spread=2.0).sum() == pytest.approx(1.0)  # mirrored at the edge
-    assert heat_map(looked_at(), (10, 10)).sum() == 0
+    for nothing in (looked_at(), looked_at((2.0, 0.5))):  # the only point lies outside
+        assert (heat_map(nothing, (10, 10)) == np.zeros((10, 10))).all()
+        assert heat_map(nothing, (10, 10)).dtype == np.float64
 
 
 # ---- what attention lies on

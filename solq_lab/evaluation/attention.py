@@ -32,6 +32,8 @@ from solq_lab.inference.attention import (
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle
 
+FULL = 0.65  # share of its box that an object covers at most whose outline is far from its box
+
 
 class Zones(NamedTuple):
     """Where "near" is, for one object: bitmaps (h, w) of a window of the picture.
@@ -142,22 +144,25 @@ def examples_by_size(
 ) -> dict[str, tuple[int, int]]:
     """For each size the object that the models find best: "small" -> (index of its picture, row of its true object).
 
-    Best is the object whose box every model meets closely (largest smallest IoU). A size of which no object is found by
-    all models is left out.
+    Best is the object whose box every model meets closely (largest smallest IoU), among those that leave a good part of
+    their box empty where there are any: only there outline and box are different places. A size of which no object is
+    found by all models is left out.
 
     Args:
         predictors: one model or several, that see the same pictures.
         dataset, area_sides, score, max_images: as for `study_attention`.
     """
-    best: dict[int, tuple[float, int, int]] = {}
+    best: dict[int, tuple[bool, float, int, int]] = {}
     for index in range(len(dataset))[:max_images]:
         truth, picture = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
         paired = [pair_objects(predictor.predict(picture).above(score), truth)[1] for predictor in predictors]
         for row, iou in enumerate(np.min(paired, axis=0).tolist()):
-            size = _size_of(int(coco_rle.area(truth.masks[row])), area_sides)
+            area, (_, _, width, height) = int(coco_rle.area(truth.masks[row])), coco_rle.toBbox(truth.masks[row])
+            candidate = (area < FULL * width * height, iou, index, row)
+            size = _size_of(area, area_sides)
             if iou > 0:
-                best[size] = max(best.get(size, (0.0, 0, 0)), (iou, index, row))
-    return {SIZES[size]: best[size][1:] for size in sorted(best)}
+                best[size] = max(best.get(size, candidate), candidate)
+    return {SIZES[size]: best[size][2:] for size in sorted(best)}
 
 
 def view_of_true_object(

@@ -274,7 +274,7 @@ def heat_map(looked: QueryPoints, size: tuple[int, int], *, spread: float | None
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     pixel = y[inside].astype(int) * width + x[inside].astype(int)
     weights = looked.weights.double().numpy()[inside]
-    heat = np.bincount(pixel, weights=weights, minlength=height * width).reshape(height, width)
+    heat = np.bincount(pixel, weights=weights, minlength=height * width).astype(float).reshape(height, width)
     return gaussian_filter(heat, 0.02 * np.hypot(height, width) if spread is None else spread, mode="reflect")
 
 

@@ -16,9 +16,10 @@ from matplotlib.patheffects import withStroke
 
 from solq_lab.inference.attention import SIZES, AttentionStudy, ObjectView, heat_map
 from solq_lab.viz.pictures import outline_mask
-from solq_lab.viz.style import BLACK, GREY, METHOD_COLOURS, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW, new_figure
+from solq_lab.viz.style import GREY, METHOD_COLOURS, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW, new_figure
 
 LEVEL_COLOURS = (SKY, YELLOW, VERMILION, PURPLE, ORANGE, GREY)
+PANEL = 2.75  # side of a panel, inches
 FADED = 0.45  # of a picture behind points: how much of it is left
 SURROUNDINGS = 2.0  # side of a close-up over the longer side of its box
 LARGEST_POINT = 0.2  # of a panel's side: the diameter of a point that has all the weight
@@ -51,13 +52,16 @@ def attention_of_object(view: ObjectView, *, title: str = "", close_up: bool = F
 
 
 @mpl.rc_context(STYLE)
-def attention_by_size(runs: Mapping[str, Sequence[ObjectView]], columns: Sequence[str], *, title: str = "") -> Figure:
-    """Close-ups of objects side by side, each with its points and its heat map; two rows per run.
+def attention_by_size(
+    runs: Mapping[str, Sequence[ObjectView]], columns: Sequence[str], *, title: str = "", with_heat: bool = True
+) -> Figure:
+    """Close-ups of objects side by side, a row of points and a row of heat maps per run.
 
     Args:
         runs: method -> its views of the objects, the same objects in the same order for each.
         columns: what the objects are, for example their sizes.
         title: what is shown.
+        with_heat: False leaves the heat maps out.
 
     Raises:
         ValueError: a run with another number of objects.
@@ -67,20 +71,20 @@ def attention_by_size(runs: Mapping[str, Sequence[ObjectView]], columns: Sequenc
             raise ValueError(f"{name}: {len(views)} views for {len(columns)} columns")
     if not runs or not columns:
         return _empty(title, "no object was found by every run")
-    side = 2.75
-    figure, axes = new_figure(
-        2 * len(runs), len(columns), size=(0.5 + side * len(columns), 0.95 + 2 * side * len(runs)), title=title
-    )
-    windows = [_union([_close_up(views[column]) for views in runs.values()]) for column in range(len(columns))]
-    for row, (name, views) in enumerate(runs.items()):
-        for column, (view, window) in enumerate(zip(views, windows, strict=True)):
-            _draw_points(axes[2 * row, column], view, window)
-            _draw_heat(axes[2 * row + 1, column], view, window)
-            axes[2 * row, column].set_title(
-                f"{columns[column]}: {view.caption}" if row == 0 else view.caption, color=BLACK
-            )
-        for place, what in zip(axes[2 * row : 2 * row + 2, 0], ("sampling points", "attention, summed"), strict=True):
-            place.set_ylabel(f"{name}\n{what}" if len(runs) > 1 else what, fontsize=10)
+    kinds = (("sampling points", _draw_points), ("attention, summed", _draw_heat))[: 2 if with_heat else 1]
+    rows = len(kinds) * len(runs)
+    size = (0.5 + PANEL * len(columns), 0.95 + PANEL * rows)
+    figure, axes = new_figure(rows, len(columns), size=size, title=title)
+    windows = [_largest([_close_up(views[column]) for views in runs.values()]) for column in range(len(columns))]
+    places = iter(axes)
+    for number, (name, views) in enumerate(runs.items()):
+        for what, draw in kinds:
+            row = next(places)
+            row[0].set_ylabel(f"{name}\n{what}" if len(runs) > 1 else what, fontsize=10)
+            for place, view, window in zip(row, views, windows, strict=True):
+                draw(place, view, window)
+        for place, column, view in zip(axes[number * len(kinds)], columns, views, strict=True):
+            place.set_title(f"{column}: {view.caption}" if number == 0 else view.caption)
     _add_legend(figure, [view for views in runs.values() for view in views])
     return figure
 
@@ -141,7 +145,7 @@ def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
     order = looked.weights.argsort(descending=True)
     places = (looked.points[order] * torch.tensor([width, height]) - 0.5).numpy()
     share = looked.weights[order] / max(float(looked.weights.sum()), 1e-12)
-    diameter = LARGEST_POINT * 72 * 2.75  # points of a panel's side
+    diameter = LARGEST_POINT * 72 * PANEL  # in points, as marker areas are
     axes.scatter(
         *places.T,
         s=6 + (diameter**2 * share).numpy(),
@@ -269,7 +273,7 @@ def _square_inside(center: tuple[float, float], side: float, size: tuple[int, in
     return corner[0], corner[1], corner[0] + side, corner[1] + side
 
 
-def _union(windows: Sequence[Window]) -> Window:
+def _largest(windows: Sequence[Window]) -> Window:
     """The largest of several squares around one object: every run shows the same cut of the picture."""
     return max(windows, key=lambda window: window[2] - window[0])
 

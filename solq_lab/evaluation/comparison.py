@@ -1,0 +1,126 @@
+"""Two models on the same pictures, object by object. Paper: figures 3 and 5, unified against separate queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from solq_lab.data.coco import CocoDataset
+from solq_lab.evaluation.pairing import NOBODY, overlaps, pair_objects
+from solq_lab.inference.predictor import Predictor
+from solq_lab.runs import Run, RunError, hash_file
+from solq_lab.structures import Detections
+
+
+class ComparedPicture(NamedTuple):
+    """One picture, its K true objects, and what one model or several make of them.
+
+    index: of the picture in its data set.
+    pixels: (H, W, 3) uint8.
+    truth: the true objects.
+    found: model -> its detections, best score first.
+    ious: model -> (K,) IoU of each true object with what the model drew for it; 0 where it is not found.
+    """
+
+    index: int
+    pixels: np.ndarray
+    truth: Detections
+    found: dict[str, Detections]
+    ious: dict[str, np.ndarray]
+
+    def mean_iou(self, name: str) -> float:
+        """Of one model, over all true objects; 0 for a picture without any."""
+        return float(self.ious[name].mean()) if len(self.ious[name]) else 0.0
+
+    @property
+    def gain(self) -> float:
+        """Mean IoU of the first model less that of the second; of a single model its mean IoU."""
+        first, *others = (self.mean_iou(name) for name in self.ious)
+        return first - sum(others[:1])
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """What runs are called in a comparison: by their methods, or by their own names where these are the same."""
+    methods = [run.experiment.method for run in runs]
+    return methods if len(set(methods)) == len(methods) else [run.name for run in runs]
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Refuse runs whose validation pictures or classes differ.
+
+    Raises:
+        RunError: they do; the message names both runs, and what differs.
+    """
+    first = runs[0]
+    for other in runs[1:]:
+        here, there = first.experiment.data, other.experiment.data
+        files = [Path(data.root) / data.val_annotations for data in (here, there)]
+        differing = []
+        if files[0] != files[1] and hash_file(files[0]) != hash_file(files[1]):
+            differing.append(f"validation annotations ({files[0]} and {files[1]})")
+        if (here.class_ids, here.num_classes) != (there.class_ids, there.num_classes):
+            differing.append("the numbers of classes (data.class_ids, data.num_classes)")
+        if differing:
+            raise RunError(
+                f"{first.folder} and {other.folder} cannot be compared object by object, they have different "
+                f"{' and '.join(differing)}; name two runs of one data set"
+            )
+
+
+def compare_pictures(
+    predictors: Mapping[str, Predictor], dataset: CocoDataset, *, score: float = 0.3, max_images: int | None = None
+) -> list[ComparedPicture]:
+    """Every picture with its objects and the detections of one model or two; where the first is furthest ahead first.
+
+    A detection is about a true object when it has its class and its box overlaps by half (`pair_objects`); how well it
+    is drawn is then the IoU of the masks. Where a model has no masks, boxes count for all.
+
+    Args:
+        predictors: by name, the first one first.
+        dataset: pictures with true masks (`build_pictures`).
+        score: less certain detections are left out.
+        max_images: only the first so many pictures. None: all.
+    """
+    by = "box" if any(_draws_no_masks(predictor) for predictor in predictors.values()) else "mask"
+    compared = []
+    for index in tqdm(range(len(dataset))[:max_images], desc="comparing", unit="img"):
+        pixels, truth = dataset[index][0].permute(1, 2, 0).numpy(), dataset.objects(index)
+        found = {name: predictor.predict(pixels).above(score) for name, predictor in predictors.items()}
+        ious = {name: _drawn(detections, truth, by=by) for name, detections in found.items()}
+        compared.append(ComparedPicture(index, pixels, truth, found, ious))
+    return sorted(compared, key=lambda picture: -picture.gain)  # stable: equal ones by index
+
+
+def describe_comparison(pictures: Sequence[ComparedPicture]) -> str:
+    """How many objects each model finds, and how closely it draws those that all find."""
+    names = list(pictures[0].ious) if pictures else []
+    ious = np.array([np.concatenate([picture.ious[name] for picture in pictures]) for name in names])  # (models, K)
+    lines = [f"{ious.shape[-1]} objects in {len(pictures)} pictures"]
+    if not names:
+        return lines[0]
+    shared = (ious > 0).all(axis=0)
+    for name, values in zip(names, ious, strict=True):
+        drawn = f"{100 * values[shared].mean():.1f} %" if shared.any() else "-"
+        alone = int(((values > 0) & ((ious > 0).sum(axis=0) == 1)).sum())
+        also = f", {alone} of them alone" if len(names) > 1 else ""
+        found = f"{name:<16} finds {int((values > 0).sum())}{also}"
+        lines.append(f"{found}; mean IoU of the {shared.sum()} that are shared: {drawn}")
+    if len(names) > 1 and shared.any():
+        ahead = 100 * (ious[0, shared] > ious[1, shared]).mean()
+        lines.append(f"{names[0]} is closer than {names[1]} on {ahead:.0f} % of the shared ones")
+    return "\n".join(lines)
+
+
+def _draws_no_masks(predictor: Predictor) -> bool:
+    return predictor.experiment.method == "Deformable DETR"
+
+
+def _drawn(found: Detections, truth: Detections, *, by: Literal["box", "mask"]) -> np.ndarray:
+    """(K,) IoU of each true object with the detection that is about it."""
+    partners, _ = pair_objects(found, truth)
+    overlap = overlaps(found, truth, by=by)
+    return np.array([0.0 if row == NOBODY else overlap[row, column] for column, row in enumerate(partners.tolist())])
