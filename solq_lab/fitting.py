@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SAMPLED_MASKS = 2000  # that the quality is measured on: mean IoU to within some 0.2 percent
 SECONDS_BETWEEN_SAVES = 60.0
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where it goes to a log file and every update is a new line
 
 
 def fit_codec(
@@ -158,7 +160,8 @@ def _learn(
     """Show the fit all masks in `order`; batches lie the same wherever an earlier process stopped."""
     seen = partial.restore(fit)
     saved = time.monotonic()
-    with tqdm(total=len(order), initial=seen, desc="fitting", unit="mask") as progress:
+    interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    with tqdm(total=len(order), initial=seen, desc="fitting", unit="mask", mininterval=interval) as progress:
         for batch in objects.batches(fit.batch_size, order=order[seen:]):
             fit.update(batch)
             seen += len(batch)

@@ -171,6 +171,15 @@ def test_the_gpu_gives_the_numbers_of_the_cpu(kind):
     torch.testing.assert_close(there.decode(vectors.cuda()).cpu(), codec.decode(vectors), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_to_bits_is_decoding_and_cutting_under_both_rules(kind):
+    masks = draw_masks(20, 9)
+    codec = fitted(kind, 9, 16, masks)
+    vectors = codec.encode(masks) + 0.1 * torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    for codec.threshold in ("middle", "half"):
+        assert torch.equal(codec.decode_bits(vectors), codec.binarize(codec.decode(vectors)))
+
+
 # Masks at the edge
 
 

@@ -14,9 +14,11 @@ import torch
 from rectangles import HEIGHT, WIDTH, truth_of
 from safetensors.torch import load_file
 from tiny import tiny_experiment, write_pictures
+from typer.testing import CliRunner
 
 from solq_lab.bench.scenes import blob_masks, coco_document
 from solq_lab.build import build_codec, new_codec
+from solq_lab.cli import app
 from solq_lab.codecs import pca, sparse
 from solq_lab.codecs.artifact import (
     FORMAT,
@@ -32,8 +34,10 @@ from solq_lab.codecs.pca import PCACodec
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.data.objects import ObjectMasks
+from solq_lab.evaluation.evaluator import run_ceiling
 from solq_lab.fitting import check_fitted_data, fit_codec, measure_quality
 from solq_lab.inference.predictor import Predictor
+from solq_lab.launch import Interrupted
 from solq_lab.runs import create_run, hash_file, read_json
 from solq_lab.training.trainer import train_run
 
@@ -191,6 +195,14 @@ def test_a_flat_code_of_no_square_length_is_refused_with_the_experiment(tmp_path
         tiny_experiment(tmp_path, codec={"kind": "flatten", "vector_dim": 20})
 
 
+def test_an_experiment_chooses_the_threshold_and_each_code_has_its_own_otherwise(tmp_path):
+    assert build_codec(tiny_experiment(tmp_path)).threshold == "middle"
+    assert build_codec(tiny_experiment(tmp_path, codec={"threshold": "half"})).threshold == "half"
+    released = {"kind": "pca", "pca": "released", "artifact": "unused.safetensors"}
+    assert new_codec(tiny_experiment(tmp_path, codec=released)).threshold == "half"
+    assert new_codec(tiny_experiment(tmp_path, codec=released | {"threshold": "middle"})).threshold == "middle"
+
+
 # Files that cannot be used
 
 
@@ -325,6 +337,7 @@ def test_every_kind_trains_and_its_model_needs_no_file_but_the_weights(pictures,
             assert torch.equal(dict(predictor.codec.named_buffers())[name], table)
     picture = next((pictures / "val").glob("*.png"))
     assert predictor.predict(picture).masks is not None
+    assert run_ceiling(run).metrics["segm.IoU"] > 0.5
     assert recorded["kind"] == type(trained).__name__
     assert len(recorded["sha256"]) == 64
 
@@ -344,14 +357,20 @@ def test_a_training_with_a_code_of_other_data_is_refused_before_it_begins(pictur
     check_fitted_data(experiment_for(pictures, artifact, {"kind": "dct"}))
 
 
-def test_the_command_fits_and_refuses_in_one_line(annotated, tmp_path):
-    command = [str(Path(sys.executable).with_name("solq-lab")), "fit-codec", str(tmp_path / "tiny.yaml")]
+def test_the_command_fits_says_what_came_out_and_that_it_goes_on_after_ctrl_c(annotated, tmp_path, monkeypatch):
     experiment = experiment_for(annotated, tmp_path / "code.safetensors", {"kind": "pca"})
     (tmp_path / "tiny.yaml").write_text(experiment.to_yaml())
-    done = subprocess.run([*command, "--objects", "40"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["fit-codec", str(tmp_path / "tiny.yaml"), "--objects", "40"]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pca.PCAFit, "update", interrupt)
+        stopped = CliRunner().invoke(app, command)
+    assert isinstance(stopped.exception, Interrupted)
+    assert str(stopped.exception).endswith("code.safetensors: not fitted yet; the same command goes on")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0
     assert "pca, 16 x 16 cells in 20 numbers, fitted to 40 of" in done.stdout
     assert "of the variance, mean IoU 0." in done.stdout
-    refused = subprocess.run([*command, "codec.kind=dct"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert refused.stderr.strip() == "codec.kind=dct: nothing to fit; 'pca' and 'sparse' are fitted"

@@ -40,12 +40,15 @@ def fit_codec(
     """Fit a PCA or sparse code to the training masks and write codec.artifact; goes on after an interruption."""
     from solq_lab.config import load_experiment
     from solq_lab.fitting import fit_codec as fit
-    from solq_lab.launch import prepare_data
+    from solq_lab.launch import Interrupted, prepare_data
 
     resolved = load_experiment(experiment, overrides or [])
     if resolved.data.generate != "none":  # of a given folder only the annotations are needed
         prepare_data(resolved)
-    about = fit(resolved, max_objects=objects)
+    try:
+        about = fit(resolved, max_objects=objects)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{resolved.codec.artifact}: not fitted yet; the same command goes on") from None
     quality, dataset = about.quality, about.dataset
     typer.echo(
         f"{resolved.codec.artifact}: {about.method}, {about.mask_size} x {about.mask_size} cells in {about.vector_dim} "
