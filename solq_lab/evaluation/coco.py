@@ -1,7 +1,8 @@
 """COCO evaluation of boxes, masks and mask boundaries. Paper: section 4.1 and table 4.
 
-The matching and the precision-recall curves are faster-coco-eval's (pycocotools' numbers, in C++; `matching`). A segmentation
-result is scored without its box, so that its area, which decides between small, medium and large, is the mask's.
+The matching and the precision-recall curves are faster-coco-eval's (pycocotools' numbers, in C++); `matching` hands the
+results over. A segmentation result is scored without its box, so that its area, which decides between small, medium and
+large, is the mask's.
 Boundary AP replaces the IoU of a pair by min(mask IoU, boundary IoU); the boundary of a mask is the mask minus its
 erosion by a 3 x 3 square, repeated round(ratio * diagonal) times but at least once, the outside of the picture counting
 as background. Against a crowd region a pair keeps its mask IoU.
