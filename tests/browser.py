@@ -110,7 +110,8 @@ class Notebook:
         return now
 
     def screenshot(self, name: str) -> Path:
-        """Keep a picture of the page among the artifacts."""
+        """Keep a picture of the page among the artifacts, once the kernel has nothing more to do."""
+        self.page.get_by_text("| Idle").wait_for()
         path = artifacts() / f"{name}.png"
         self.page.screenshot(path=path)
         return path

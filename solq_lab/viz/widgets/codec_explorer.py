@@ -101,7 +101,7 @@ class CodecExplorer:
         self._canvases = {panel: Canvas(panel) for panel in TABLE}
         self._numbers, self._status = widgets.HTML(), widgets.HTML()
         self._worst: list[Reconstructed] = []
-        self._thumbnails = [widgets.Image(format="png", width=THUMBNAIL, height=THUMBNAIL) for _ in range(GALLERY)]
+        self._thumbnails = [widgets.Image(format="png", layout={"width": "100%"}) for _ in range(GALLERY)]
         self._captions = [widgets.Label() for _ in range(GALLERY)]
         self._buttons = [self._gallery_button(place) for place in range(GALLERY)]
         self._gallery_note = widgets.HTML()
@@ -132,7 +132,7 @@ class CodecExplorer:
         Raises:
             ValueError: there is nothing to show; the message says why.
         """
-        self.lab.folder(self.data_set.value)
+        self.lab.folder(self.data_set.value)  # it may have been refused
         setting = self.setting
         if setting is None:
             raise ValueError(f"Picture {self.picture.value} has no object; choose another one.")
@@ -296,7 +296,7 @@ class CodecExplorer:
             caption.layout.margin = "-6px auto 0"
             thumbnail.layout.visibility = "hidden"
             tiles.append(widgets.GridBox([thumbnail, caption, button], layout=widgets.Layout(overflow="hidden")))
-        columns = f"repeat(auto-fill, minmax({THUMBNAIL + 8}px, 1fr))"
+        columns = f"repeat({GALLERY}, minmax(0, 1fr))"
         return widgets.GridBox(tiles, layout=widgets.Layout(grid_template_columns=columns, width="100%"))
 
     def _gallery_button(self, place: int) -> widgets.Button:

@@ -182,6 +182,7 @@ class Curves(Panel):
         self._guide = axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
         (self._here,) = axes.plot([], [], marker="o", markersize=9, markeredgecolor="black", linestyle="none")
         self._number = axes.text(1, 1, "", fontsize=10, fontweight="bold", verticalalignment="top")
+        self._number.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0})
         axes.legend(self._lines.values(), self._lines.keys(), loc="lower right", ncols=2)
         self.moving = [self._guide, *self._lines.values(), self._here, self._number]
 
