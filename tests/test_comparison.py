@@ -9,14 +9,24 @@ import pytest
 import torch
 from tiny import SIDE, tiny_experiment, write_pictures
 
-from solq_lab.build import build_pictures
+from solq_lab.build import build_model, build_pictures
 from solq_lab.config import Experiment
-from solq_lab.evaluation.comparison import check_comparable, compare_pictures, describe_comparison, run_names
+from solq_lab.data.classes import ClassMap
+from solq_lab.evaluation.comparison import (
+    check_comparable,
+    compare_pictures,
+    describe_comparison,
+    open_comparison,
+    run_names,
+)
 from solq_lab.evaluation.pairing import NOBODY, pair_objects
 from solq_lab.masks import encode_rle
+from solq_lab.models.weights import save_weights
 from solq_lab.runs import RunError, create_run
 from solq_lab.structures import Detections
 from solq_lab.viz.comparison import comparison_grid
+
+CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 
 
 def objects(*boxes: tuple[int, int, int, int], labels: list[int] | None = None, masks: bool = True) -> Detections:
@@ -114,6 +124,8 @@ def test_runs_are_called_by_their_methods_unless_these_are_the_same(root, tmp_pa
     plain = create_run(tiny_experiment(root, name="c", codec={"kind": "none"}), tmp_path / "runs")
     assert run_names([solq, plain]) == ["SOLQ", "Deformable DETR"]
     assert run_names([solq, again]) == ["a", "b"]
+    elsewhere = create_run(tiny_experiment(root, name="a"), tmp_path / "others")
+    assert run_names([solq, elsewhere]) == [str(solq.folder), str(elsewhere.folder)]
     assert Experiment(name="d", model={"mask_branch": "sqr"}, codec={"kind": "none"}).method == "SQR"
 
 
@@ -126,3 +138,16 @@ def test_runs_of_different_data_are_refused(root, tmp_path):
     other = create_run(tiny_experiment(other_root, name="c", data={"class_ids": "raw"}), tmp_path / "runs")
     with pytest.raises(RunError, match=r"different validation annotations .*json\) and the numbers of classes"):
         check_comparable([first, other])
+
+
+def test_a_second_run_that_is_missing_is_named_and_the_first_one_shown(root, tmp_path):
+    experiment = tiny_experiment(root)
+    run = create_run(experiment, tmp_path / "runs")
+    state = build_model(experiment, len(CLASSES)).state_dict()
+    save_weights(run.weights, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+    comparison = open_comparison(run.folder / "experiment.yaml", tmp_path / "none.yaml", runs_dir=tmp_path / "runs")
+    assert list(comparison.predictors) == ["SOLQ"]
+    assert str(comparison).startswith(f"SOLQ: {run.folder}")
+    assert "none.yaml is missing, so one run is shown" in str(comparison)
+    with pytest.raises(RunError, match=r"a run cannot be compared with itself; name another run's experiment\.yaml"):
+        open_comparison(run.folder / "experiment.yaml", run.folder / "experiment.yaml", runs_dir=tmp_path / "runs")

@@ -9,11 +9,34 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
+from solq_lab.build import build_pictures
 from solq_lab.data.coco import CocoDataset
 from solq_lab.evaluation.pairing import NOBODY, overlaps, pair_objects
 from solq_lab.inference.predictor import Predictor
+from solq_lab.launch import trained_run
 from solq_lab.runs import Run, RunError, hash_file
 from solq_lab.structures import Detections
+
+
+class Comparison(NamedTuple):
+    """One run or two, opened to look into.
+
+    runs: the first one first.
+    predictors: their models by name, in the same order.
+    dataset: the pictures of all, as they lie in their files, with their true masks.
+    missing: the experiment file of the second run where there is none, else empty.
+    """
+
+    runs: list[Run]
+    predictors: dict[str, Predictor]
+    dataset: CocoDataset
+    missing: str
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {run.folder}" for name, run in zip(self.predictors, self.runs, strict=True)]
+        if self.missing:
+            lines.append(f"{self.missing} is missing, so one run is shown; name a second run's experiment.yaml")
+        return "\n".join(lines)
 
 
 class ComparedPicture(NamedTuple):
@@ -43,10 +66,34 @@ class ComparedPicture(NamedTuple):
         return first - sum(others[:1])
 
 
+def open_comparison(
+    experiment: str | Path, other: str | Path, *, overrides: Sequence[str] = (), runs_dir: str | Path = "runs"
+) -> Comparison:
+    """Open the finished run of an experiment, and that of another where its file exists.
+
+    Args:
+        experiment, overrides, runs_dir: as for `trained_run`.
+        other: the second run's experiment file.
+
+    Raises:
+        ConfigError, DataError, RunError: as `trained_run`, and where the two cannot be compared (`check_comparable`).
+    """
+    runs, there = [trained_run(experiment, overrides, runs_dir)], Path(other).is_file()
+    if there:
+        runs.append(trained_run(other, (), runs_dir))
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise RunError(f"{runs[0].folder}: a run cannot be compared with itself; name another run's experiment.yaml")
+    check_comparable(runs)
+    predictors = dict(zip(run_names(runs), map(Predictor, runs), strict=True))
+    dataset = build_pictures(runs[0].experiment, next(iter(predictors.values())).classes)
+    return Comparison(runs, predictors, dataset, "" if there else str(other))
+
+
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """What runs are called in a comparison: by their methods, or by their own names where these are the same."""
-    methods = [run.experiment.method for run in runs]
-    return methods if len(set(methods)) == len(methods) else [run.name for run in runs]
+    """What runs are called in a comparison: by their methods, or where these are the same by name, or by folder."""
+    methods, names = [run.experiment.method for run in runs], [run.name for run in runs]
+    folders = [str(run.folder) for run in runs]
+    return next((called for called in (methods, names) if len(set(called)) == len(runs)), folders)
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
