@@ -1,0 +1,60 @@
+"""The detection and the attention explorer in JupyterLab, driven by Chromium on the shipped weights."""
+
+from __future__ import annotations
+
+import pytest
+from browser import find_chromium, open_notebook
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(find_chromium() is None, reason="no chromium or google-chrome on the PATH"),
+]
+
+
+def test_objects_can_be_clicked_and_their_attention_chosen(tmp_path):
+    with open_notebook("attention_explorer.ipynb", tmp_path) as notebook:
+        notebook.run_all(seconds=180)
+        page = notebook.page
+        objects = page.locator(".solq-stage .solq-object")
+        panels = page.locator("img.widget-image").nth(1)
+        objects.first.wait_for(timeout=20_000)
+        stage, box = page.locator(".solq-stage").bounding_box(), objects.first.bounding_box()
+        assert stage["x"] - 1 <= box["x"] <= box["x"] + box["width"] <= stage["x"] + stage["width"] + 1
+        assert stage["y"] - 1 <= box["y"] <= box["y"] + box["height"] <= stage["y"] + stage["height"] + 1
+        panels.scroll_into_view_if_needed()
+        before = panels.screenshot()
+        notebook.choose("layer", "1")
+        before = notebook.wait_for_change(panels, before)
+        notebook.choose("head", "2")
+        before = notebook.wait_for_change(panels, before)
+        notebook.screenshot("attention_explorer")
+        if objects.count() > 1:  # the last one in the page is the smallest, and lies on top
+            chosen = notebook.control("object").locator("select").input_value()
+            page.locator(".solq-stage .solq-object:not(.solq-chosen)").last.click()
+            notebook.wait_for_change(panels, before)
+            assert notebook.control("object").locator("select").input_value() != chosen
+        assert notebook.errors == []
+
+
+def test_detections_follow_score_switches_and_clicks(tmp_path):
+    with open_notebook("detection_explorer.ipynb", tmp_path) as notebook:
+        notebook.run_all(seconds=180)
+        page = notebook.page
+        picture = page.locator(".solq-stage img")
+        objects, switches = page.locator(".solq-stage .solq-object"), page.locator(".widget-toggle-button")
+        objects.first.wait_for(timeout=20_000)
+        picture.scroll_into_view_if_needed()
+        count, before = objects.count(), picture.screenshot()
+        assert switches.count() >= count > 0
+        switches.first.click()
+        before = notebook.wait_for_change(picture, before)
+        assert objects.count() == count - 1
+        switches.first.click()
+        before = notebook.wait_for_change(picture, before)
+        objects.last.click()
+        before = notebook.wait_for_change(picture, before)
+        assert objects.count() == count - 1
+        notebook.move_slider("score", "ArrowRight", times=12)
+        notebook.wait_for_change(picture, before)
+        notebook.screenshot("detection_explorer")
+        assert notebook.errors == []
