@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 from notebook import SHARED, write_notebook
+from tiny import tiny_experiment, write_pictures
 
 from solq_lab import cli, launch, sweeps
 from solq_lab.config import ConfigError, Experiment, load_experiment, load_sweep
@@ -466,3 +467,25 @@ def test_a_real_notebook_is_run_for_each_row_and_only_the_failed_one_again(works
     status, output = command("sweep", "sweep.yaml")
     assert status == 0, output
     assert sorted(executions()) == ["sweep-one-s5", "sweep-three-s5", "sweep-three-s5"]
+
+
+@pytest.mark.slow
+def test_real_trainings_give_the_same_table_by_submitit_and_a_fitted_code_is_fitted_first(workspace, command):
+    root = write_pictures(workspace / "pictures")
+    (workspace / "base.yaml").write_text(tiny_experiment(root, train={"steps": 4}).to_yaml())
+    pca = "codec.kind=pca, codec.artifact=codes/pca.safetensors"
+    rows = f"rows: [{{name: none, overrides: [codec.kind=none]}}, {{name: pca, overrides: [{pca}]}}]"
+    notebook = REPOSITORY / "notebooks" / "train.ipynb"
+    (workspace / "sweep.yaml").write_text(f"experiment: base.yaml\nnotebook: {notebook}\n{rows}\n")
+    status, output = command("sweep", "sweep.yaml", "--jobs", "2")
+    assert status == 0, output
+    assert Path("codes/pca.safetensors").exists()
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    assert command("sweep", "sweep.yaml")[0] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    status, output = command("sweep", "sweep.yaml", "--cluster", "local", "--jobs", "2", "--runs-dir", "cluster")
+    assert status == 0, output
+    here, there = (read_table("sweep.yaml", runs_dir=folder) for folder in ("runs", "cluster"))
+    assert there.csv() == here.csv()
+    assert not here.missing
+    assert [len(row.values("box.AP")) for row in here.rows] == [1, 1]
