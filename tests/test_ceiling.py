@@ -421,6 +421,7 @@ def test_the_command_refuses_in_one_message(command, annotations, tmp_path):
         ((annotations, "--mask-size", "8", "--vector-dim", "65"), "vector_dim 65 does not fit mask_size 8"),
         ((annotations, "--vector-dim", "a"), "found 'a', allowed are numbers with commas between them"),
         ((annotations, "--codec", "pca"), "codec 'pca' has to be fitted, and no training annotations are named"),
+        ((annotations, "seed=1"), "seed=1: only an experiment file has values to change"),
         ((tmp_path / "nowhere",), "nowhere: no such folder or annotation file"),
     ):
         status, output = command(*arguments)

@@ -62,6 +62,7 @@ def fit_codec(
 
 def codec_ceiling(
     data: Annotated[Path, typer.Argument(help="COCO-format folder, annotation file, or experiment file (.yaml).")],
+    overrides: Overrides = None,
     codec: Annotated[
         str, typer.Option(help="dct, pca, sparse, flatten; several with commas, as in all lists.")
     ] = "dct",
@@ -113,7 +114,7 @@ def codec_ceiling(
         beta=beta,
         seed=seed,
     )
-    scene = _scene(data, split, fit_on)
+    scene = _scene(data, overrides or [], split, fit_on)
     if area_sides:
         scene["area_sides"] = tuple(_numbers("--area-sides", area_sides, float))
     if boundary_ratio is not None:
@@ -144,13 +145,15 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numb
         ) from None
 
 
-def _scene(data: Path, split: Split, fit_on: Path | None) -> dict:
+def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:
     """Which annotations to measure on and to fit to, and how to score, as arguments of `Laboratory`."""
     from solq_lab.data.annotations import DataError
     from solq_lab.data.folders import find_annotations
 
     if data.suffix in (".yaml", ".yml"):
-        return _scene_of_experiment(data, split, fit_on)
+        return _scene_of_experiment(data, overrides, split, fit_on)
+    if overrides:
+        raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
     if fit_on is None and data.is_dir():
         try:
             fit_on = find_annotations(data, "train")
@@ -159,11 +162,11 @@ def _scene(data: Path, split: Split, fit_on: Path | None) -> dict:
     return {"annotations": find_annotations(data, split.value), "fit_annotations": fit_on}
 
 
-def _scene_of_experiment(path: Path, split: Split, fit_on: Path | None) -> dict:
+def _scene_of_experiment(path: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:
     from solq_lab.config import load_experiment
     from solq_lab.launch import prepare_data
 
-    experiment = load_experiment(path)
+    experiment = load_experiment(path, overrides)
     prepare_data(experiment)
     data, evaluation = experiment.data, experiment.evaluation
     root = Path(data.root)
