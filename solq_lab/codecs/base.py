@@ -53,8 +53,8 @@ class MaskCodec(nn.Module, ABC):
         """Masks (K, N, N) bool of reconstructions (K, N, N): cells strictly above the threshold.
 
         The released implementation cuts at the middle of each reconstruction's range, (max + min) / 2, and so makes a
-        constant one empty: also that of a full mask, whose cosine transform keeps a single coefficient. Where objects
-        fill their boxes, "half" is the rule to take.
+        constant one empty. That of a full mask is constant but for rounding in the cosine code, so that the rule finds
+        nothing or noise there. Where objects fill their boxes, "half" is the rule to take: full masks stay full.
 
         Raises:
             ValueError: `threshold` is neither "middle" nor "half".
