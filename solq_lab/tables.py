@@ -21,6 +21,7 @@ from solq_lab.runs import Run, RunError, load_run, read_json
 from solq_lab.sweeps import Job, find_sweep, plan
 
 RESULTS = Path("experiments/results")
+OF_THE_MACHINE = ("data.root", "data.workers", "train.gpus", "train.threads", "train.accumulate")  # not of the result
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def _finished_run(job: Job, notes: list[str]) -> RunNumbers | None:
     if not (job.folder / "results.json").is_file():
         return None
     run = load_run(job.folder)
-    differences = run.differences(job.experiment())
+    found = run.differences(job.experiment())
+    differences = [difference for difference in found if difference.split()[0] not in OF_THE_MACHINE]
     if differences:
         notes.append(f"{run.folder}: differs from the sweep in {'; '.join(differences)}")
     results, environment = read_json(run.results), read_json(run.environment)

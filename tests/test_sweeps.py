@@ -373,8 +373,10 @@ def test_a_carried_table_stands_in_for_runs_that_are_not_here_and_a_run_here_win
 
 def test_a_run_of_other_settings_is_pointed_out(stand_in):
     stand_in()
-    run_sweep(plan(load_sweep("sweep.yaml"), ["train.steps=7"])[:1])
-    assert "sweep-one-s5: differs from the sweep in train.steps (there 7, asked 2)" in read_table("sweep.yaml").text()
+    run_sweep(plan(load_sweep("sweep.yaml"), ["train.steps=7", "train.gpus=2"])[:1])
+    (note,) = read_table("sweep.yaml").notes
+    assert note.endswith("sweep-one-s5: differs from the sweep in train.steps (there 7, asked 2)")
+    assert note in read_table("sweep.yaml").text()
 
 
 def test_a_broken_results_file_is_refused(workspace):
