@@ -79,6 +79,9 @@ def test_every_experiment_on_coco_trains_as_the_paper_says():
     for name in ("solq_r50", "solq_r101", "solq_swinl", "solq_r50_official", "solq_r50_c5", "ddetr_r50"):
         experiment = load_experiment(REPOSITORY / "experiments" / f"{name}.yaml")
         assert (experiment.train.epochs, experiment.train.batch_size, experiment.optim.lr) == (50, 32, 2e-4)
+    for name in ("sqr_r50", "sqr_r101"):
+        experiment = load_experiment(REPOSITORY / "experiments" / f"{name}.yaml")
+        assert (experiment.train.epochs, experiment.train.batch_size, experiment.optim.lr) == (50, 16, 2e-4)
 
 
 def test_the_smoke_run_is_the_demo_but_for_its_length():

@@ -51,7 +51,7 @@ def import_weights(
         Path | None, typer.Option(help="COCO annotations that name the classes; by default COCO's own names.")
     ] = None,
 ) -> None:
-    """Turn released SOLQ or Deformable DETR weights into ours; nothing in the file is executed."""
+    """Turn released SOLQ, SQR or Deformable DETR weights into ours; nothing in the file is executed."""
     from solq_lab.models.weights import WeightMismatch, export_official, import_official
 
     if destination.exists():

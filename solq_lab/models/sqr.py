@@ -49,6 +49,7 @@ class SQRDetector(SOLQ):
         heads = self.decoder[-1].cross_attention.heads
         above = levels > len(backbone.channels)
         self.mask_branch = MaskBranch(width, heads, backbone.channels, stride=2 if above else 1)
+        self.train()  # modules start in training mode, a frozen part should not
 
     def forward(self, images: ImageBatch) -> Predictions:
         """Classes and boxes of all queries after every decoder layer, and the masks of the last.

@@ -262,7 +262,7 @@ def import_official(
     """Turn a released checkpoint into a weights file of ours.
 
     Args:
-        source: the checkpoint; SOLQ or Deformable DETR.
+        source: the checkpoint; SOLQ, Deformable DETR, or the latter with a mask branch (SQR).
         destination: the safetensors file to write.
         describe: from the inferred sections of the experiment (`infer_architecture`) to the texts that go into the
             file: the experiment as YAML and the class map as JSON.

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from solq_lab.viz.style import GREY, KIND_COLOURS, LOSS_COLOURS, METHOD_COLOURS, STYLE, new_figure
 
 LOSS_TITLES = {"class": "class (focal)", "l1": "box L1", "giou": "box GIoU", "vector": "mask vector (L1)"}
+LOSS_TITLES |= {"mask": "mask pixels (focal)", "dice": "mask overlap (dice)"}
 SIZES = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}
 
 
@@ -34,7 +35,8 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], *, title: str = "") ->
     for line in metrics:
         plateaus |= line.get("plateau", {})
     names = [name for name in LOSS_TITLES if any(name in line["losses"] for line in train)]
-    figure, axes = new_figure(2, 3, size=(11.0, 5.6), title=title)
+    columns = max(3, math.ceil((len(names) + 2) / 2))  # beside the losses: learning rate and precision
+    figure, axes = new_figure(2, columns, size=(11.0, 5.6), title=title)
     panels = iter(axes.flat)
     steps = [line["step"] for line in train]
     for name in names:

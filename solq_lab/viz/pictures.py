@@ -17,7 +17,7 @@ from torch import Tensor
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
-from solq_lab.masks import decode_rle, paste_to_rle
+from solq_lab.masks import decode_rle, encode_rle, paste_to_rle
 from solq_lab.structures import Detections, Target
 from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure, text_colour
 
@@ -31,7 +31,9 @@ def ground_truth(target: Target, class_names: Sequence[str]) -> Detections:
     """The objects of a target as detections of score 1, in pixels of the network input."""
     height, width = target.image_size
     boxes = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height, width, height])
-    masks = None if target.masks is None else paste_to_rle(target.masks, boxes, target.image_size)
+    masks = None if target.bitmaps is None else encode_rle(target.bitmaps)
+    if target.masks is not None:
+        masks = paste_to_rle(target.masks, boxes, target.image_size)
     count = len(target.labels)
     names = [class_names[label] for label in target.labels.tolist()]
     return Detections(torch.ones(count), target.labels, boxes, torch.arange(count), masks, names)

@@ -19,7 +19,7 @@ YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8C8C8C"
 
 METHOD_COLOURS = {"SOLQ": BLUE, "SQR": ORANGE, "Deformable DETR": GREEN, "ceiling": GREY}
-LOSS_COLOURS = {"class": VERMILION, "l1": GREEN, "giou": SKY, "vector": PURPLE}
+LOSS_COLOURS = {"class": VERMILION, "l1": GREEN, "giou": SKY, "vector": PURPLE, "mask": BLUE, "dice": ORANGE}
 KIND_COLOURS = {"box": GREEN, "segm": BLUE, "boundary": PURPLE}
 CODEC_COLOURS = {"dct": BLUE, "pca": ORANGE, "sparse": GREEN, "flatten": PURPLE}
 MISSED, ADDED = VERMILION, SKY  # pixels that a reconstruction lacks, and those it has too many
