@@ -22,6 +22,8 @@ def test_objects_can_be_clicked_and_their_attention_chosen(tmp_path):
         assert stage["x"] - 1 <= box["x"] <= box["x"] + box["width"] <= stage["x"] + stage["width"] + 1
         assert stage["y"] - 1 <= box["y"] <= box["y"] + box["height"] <= stage["y"] + stage["height"] + 1
         panels.scroll_into_view_if_needed()
+        shown, ratio = panels.bounding_box(), panels.evaluate("image => image.naturalWidth / image.naturalHeight")
+        assert shown["width"] / shown["height"] == pytest.approx(ratio, rel=0.02)  # not stretched
         before = panels.screenshot()
         notebook.choose("layer", "1")
         before = notebook.wait_for_change(panels, before)

@@ -20,7 +20,7 @@ from solq_lab.viz.style import class_colours
 from solq_lab.viz.widgets.canvas import as_png
 from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_picture, figure_pixels
 
-WIDTH = 340  # of the picture, pixels of the screen
+WIDTH = 320  # of the picture, pixels of the screen
 ALL = -1  # of a list's options: everything summed up
 NOTHING = "Nothing is found in this picture with that score; lower the score or choose another picture."
 
@@ -141,11 +141,11 @@ class AttentionExplorer:
         return widgets.Dropdown(options=options, value=ALL, description=name, layout=layout)
 
     def _lay_out(self) -> widgets.Widget:
-        first = widgets.HBox([self.picture, self.score, self._status])
-        side = widgets.VBox([self.stage.widget, self.object, *self._choices.values(), self.close_up])
-        side.layout.flex = "0 0 auto"
-        panels = widgets.HBox([side, self.panels])
-        return widgets.VBox([widgets.HTML(STYLE_SHEET), first, panels])
+        chosen = [self.picture, self.score, self.object, *self._choices.values(), self.close_up, self._status]
+        controls = widgets.VBox(chosen, layout=widgets.Layout(flex="1 1 auto", min_width="0"))
+        top = widgets.HBox([self.stage.widget, controls])
+        panels = widgets.VBox([self.panels], layout=widgets.Layout(align_items="flex-start"))  # stretched otherwise
+        return widgets.VBox([widgets.HTML(STYLE_SHEET), top, panels])
 
     def _choose_picture(self) -> None:
         """Another picture or score: other objects, the best one chosen."""
