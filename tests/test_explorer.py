@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from rectangles import HEIGHT, WIDTH, rectangle, rle_of, truth_of
 from scipy.fft import dctn, idctn
@@ -21,6 +22,7 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.data.shapes import write_shapes
 from solq_lab.evaluation.ceiling import reconstruct_objects
+from solq_lab.launch import run_notebook
 from solq_lab.masks import decode_rle
 from solq_lab.viz.style import ADDED, MISSED
 from solq_lab.viz.widgets.codec_explorer import CodecExplorer
@@ -28,6 +30,7 @@ from solq_lab.viz.widgets.codec_panels import TABLE, Errors, HeatMap, Picture, T
 from solq_lab.viz.widgets.objects import Split, find_splits
 from solq_lab.viz.widgets.trial import best_thresholds
 
+NOTEBOOK = REPOSITORY / "notebooks" / "codec_explorer.ipynb"
 logger = logging.getLogger(__name__)
 
 OBJECTS = [(1, 1, (8, 6, 30, 20)), (1, 2, (40, 30, 12, 12)), (3, 1, (0, 0, 64, 48)), (3, 2, (5, 5, 1, 1))]
@@ -278,6 +281,17 @@ def test_plain_figures_show_the_same(explorer):
     explorer.find_worst()
     captions = [caption.value for caption in explorer._captions]
     assert [axes.get_title() for axes in gallery.axes] == captions
+
+
+@pytest.mark.slow
+def test_papermill_leaves_every_view_as_a_plain_figure(tmp_path, monkeypatch, shapes):
+    monkeypatch.chdir(tmp_path)
+    parameters = {"folder": str(shapes), "picture": "3", "method": "flatten"}
+    run_notebook(NOTEBOOK, REPOSITORY / "experiments" / "shapes.yaml", parameters=parameters)
+    (figures,) = tmp_path.glob("runs/codec_explorer/figures")
+    shown = {path.name: np.asarray(Image.open(path).convert("L")) for path in figures.iterdir()}
+    assert shown.keys() == {"object.png", "partial_sums.png", "worst.png"}
+    assert all(picture.std() > 10 for picture in shown.values())
 
 
 # ---- what cannot be shown
