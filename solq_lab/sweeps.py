@@ -378,9 +378,10 @@ class _Started:
 
     def describe(self) -> str:
         if self._progress is None:
-            if not (self._folder / "experiment.yaml").is_file():
+            try:
+                self._progress = Progress(load_run(self._folder))
+            except RunError:  # no run folder yet
                 return f"{self._folder.name}: starting"
-            self._progress = Progress(load_run(self._folder))
         return self._progress.read()
 
 

@@ -48,7 +48,8 @@ from pathlib import Path
 signal.signal(signal.SIGINT, lambda *_: (print("saved at step 1", flush=True), sys.exit(130)))
 folder, notebook, experiment, weight, seed = Path(sys.argv[1]), *sys.argv[2:4], *map(float, sys.argv[4:])
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "experiment.yaml").write_text(experiment)
+(folder / "part").write_text(experiment)
+(folder / "part").rename(folder / "experiment.yaml")  # whole or not at all, as a real run
 with open("executions", "a") as file:
     file.write(folder.name + "\\n")
 print("about to work", flush=True)
