@@ -153,6 +153,17 @@ def test_boxes_are_the_layers_own_also_behind_proposals(root: Path, images):
     assert layers[0].reference.shape == (QUERIES, 4)
 
 
+def test_the_baseline_with_a_mask_branch_can_be_listened_to_as_well(root: Path, picture, tmp_path):
+    experiment = tiny_experiment(
+        root, model={"mask_branch": "sqr", "standardise_vectors": False}, codec={"kind": "none"}
+    )
+    predictor = saved(experiment, shaken_model(experiment), tmp_path)
+    detections, layers = predict_with_attention(predictor, picture)
+    assert len(layers) == 2
+    torch.testing.assert_close(cxcywh_to_xyxy(layers[-1].boxes)[detections.queries] * SIDE, detections.boxes)
+    assert object_view(picture, detections, layers, 0).mask.shape == (SIDE, SIDE)
+
+
 def test_a_picture_is_predicted_and_listened_to_at_once(predictor: Predictor, picture: np.ndarray):
     detections, layers = predict_with_attention(predictor, picture)
     assert torch.equal(detections.scores, predictor.predict(picture).scores)
