@@ -19,13 +19,17 @@ def prepare_for_inference(model: SOLQ) -> SOLQ:
 
     In evaluation mode a batch norm multiplies and shifts every channel by constants. The convolution before it can do
     that itself, at no cost. What is left of the backbone runs with channels last, as today's convolutions like it.
-    Swin has no batch norm and gains next to nothing.
+    Swin has no batch norm to fold. On a CPU linear layers keep a second copy of their weights, in the order that its
+    kernels read. Mask vectors come from the last decoder layer alone; the earlier ones only refine boxes.
 
     Args:
-        model: stays as it is; its copy's `state_dict` has other names and values.
+        model: on the device where it will predict; stays as it is. Its copy's `state_dict` has other names and values.
     """
     prepared = copy.deepcopy(model).eval().requires_grad_(False)
     _fold_batch_norms(prepared.backbone)
+    for head in prepared.heads:
+        if head is not prepared.heads[-1]:  # without box refinement all layers share one head
+            head.vector = None
     prepared = prepared.to(memory_format=torch.channels_last)
     pack_weights(prepared)
     return prepared

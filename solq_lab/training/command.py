@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from solq_lab.allocation import keep_freed_memory
 from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
 from solq_lab.models.weights import WeightMismatch
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         log.error("usage: python -m solq_lab.training RUN_FOLDER")
         return REFUSED
+    keep_freed_memory()
     try:
         run = load_run(arguments[0])
         _log_to(run.log_file)
