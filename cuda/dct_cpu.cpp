@@ -23,6 +23,7 @@ using Vector = Lanes<float>;
 constexpr int kRows = 8;               // rows of a product that are summed together, in registers
 constexpr int kPairs = 4;              // of rows of a decoded mask, likewise
 constexpr int64_t kMasksPerTask = 128;  // half a millisecond; for less, waking a thread costs more than it saves
+constexpr float kFlat = 1e-3f;          // codecs/base.py's FLAT: a smaller range is rounding
 
 int64_t whole_vectors(int64_t count) { return (count + Vector::kSize - 1) / Vector::kSize * Vector::kSize; }
 int64_t whole_blocks(int64_t count) { return (count + kRows - 1) / kRows * kRows; }
@@ -243,9 +244,9 @@ void dct_decode_bits(const Cosines& cosines, const float* vectors, int64_t count
     for (int64_t k = begin; k < end; ++k) {
       decoder.decode(vectors + k * cosines.vector_dim, mask.data(), scratch);
       const auto [low, high] = range(mask.data(), cosines.cells());
-      const float middle = (high + low) / 2;
+      const float cut = high - low < kFlat ? 0.5f : (high + low) / 2;
       bool* const to = bits + k * cosines.cells();
-      for (int64_t i = 0; i < cosines.cells(); ++i) to[i] = mask[i] > middle;
+      for (int64_t i = 0; i < cosines.cells(); ++i) to[i] = mask[i] > cut;
     }
   });
 }

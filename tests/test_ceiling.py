@@ -173,9 +173,8 @@ def test_empty_full_and_one_pixel_masks_have_a_defined_result():
     truth = truth_of([(1, 1, (4, 4, 16, 16)), (1, 1, (30, 4, 16, 16)), (1, 1, (8, 30, 1, 1))])
     truth["annotations"][0]["segmentation"] = rle_of(np.zeros((HEIGHT, WIDTH), dtype=bool))
     code = DCTCodec(16, 64)
-    assert reconstruct_objects(truth, code).ious.tolist() == [1.0, 0.0, 1.0]  # a full one is constant, hence empty
-    code.threshold = "half"
-    assert reconstruct_objects(truth, code).ious.tolist() == [1.0, 1.0, 1.0]
+    for code.threshold in ("middle", "half"):
+        assert reconstruct_objects(truth, code).ious.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_box_outside_the_picture_is_left_out_and_named(caplog):

@@ -170,9 +170,10 @@ def test_a_state_dict_holds_no_tables_that_follow_from_the_sizes():
     assert DCTCodec(28, 60).state_dict() == {}
 
 
-def test_binarize_cuts_at_the_middle_of_each_masks_range_and_empties_constant_ones():
-    decoded = torch.tensor([[[0.0, 0.2], [0.3, 0.4]], [[0.7, 0.7], [0.7, 0.7]]])
-    assert DCTCodec(2, 4).binarize(decoded).tolist() == [[[False, False], [True, True]], [[False, False]] * 2]
+def test_binarize_cuts_at_the_middle_of_each_masks_range_and_flat_ones_at_one_half():
+    decoded = torch.tensor([[[0.0, 0.2], [0.3, 0.4]], [[0.7, 0.7], [0.7, 0.7]], [[0.3, 0.3], [0.3, 0.3]]])
+    drawn = [[[False, False], [True, True]], [[True, True]] * 2, [[False, False]] * 2]
+    assert DCTCodec(2, 4).binarize(decoded).tolist() == drawn
 
 
 @pytest.mark.parametrize(("size", "vector_dim"), [(8, 65), (8, 0), (0, 1)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Threshold = Literal["middle", "half"]
+FLAT = 1e-3  # range below which a reconstruction is constant but for rounding, also in half precision
 
 
 class MaskCodec(nn.Module, ABC):
@@ -52,9 +53,8 @@ class MaskCodec(nn.Module, ABC):
     def binarize(self, decoded: Tensor) -> Tensor:
         """Masks (K, N, N) bool of reconstructions (K, N, N): cells strictly above the threshold.
 
-        The released implementation cuts at the middle of each reconstruction's range, (max + min) / 2, and so makes a
-        constant one empty. That of a full mask is constant but for rounding in the cosine code, so that the rule finds
-        nothing or noise there. Where objects fill their boxes, "half" is the rule to take: full masks stay full.
+        The released implementation cuts at the middle of each reconstruction's range, (max + min) / 2. That of a full
+        mask has no range but rounding, in which the rule would find nothing or noise: a flat one is cut at 0.5.
 
         Raises:
             ValueError: `threshold` is neither "middle" nor "half".
@@ -63,7 +63,7 @@ class MaskCodec(nn.Module, ABC):
             case "half":
                 return decoded > 0.5
             case "middle":
-                return decoded > _middle(decoded)
+                return decoded > middle_of_range(decoded)[:, None, None]
         raise ValueError(f"threshold {self.threshold!r}: allowed are 'middle' and 'half'")
 
     def decode_bits(self, vectors: Tensor) -> Tensor:
@@ -181,12 +181,13 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
 
 
-def _middle(decoded: Tensor) -> Tensor:
-    """(K, 1, 1) middle of the range of each reconstruction (K, N, N)."""
+def middle_of_range(decoded: Tensor) -> Tensor:
+    """(K,) middles of the ranges of reconstructions (K, N, N), 0.5 where one is flat."""
     if len(decoded) == 0:
-        return decoded.new_zeros(0, 1, 1)
-    flat = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
-    return ((flat.amax(dim=1) + flat.amin(dim=1)) / 2)[:, None, None]
+        return decoded.new_zeros(0)
+    cells = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
+    low, high = cells.amin(dim=1), cells.amax(dim=1)
+    return torch.where(high - low < FLAT, 0.5, (high + low) / 2)
 
 
 def _note_tables(codec: FittedCodec, _incompatible: object) -> None:

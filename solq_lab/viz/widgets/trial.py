@@ -8,7 +8,7 @@ import torch
 from faster_coco_eval.core import mask as rle_api
 from torch import Tensor
 
-from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.base import MaskCodec, middle_of_range
 from solq_lab.codecs.sparse import SparseCodingCodec
 from solq_lab.masks import paste_to_rle
 from solq_lab.viz.widgets.objects import BoxedObject
@@ -108,7 +108,7 @@ def thresholds(decoded: Tensor, bits: Tensor, codec: MaskCodec, rule: Rule) -> T
         case "half":
             return flat.new_full((len(flat),), 0.5)
         case "middle":
-            return (flat.amax(dim=1) + flat.amin(dim=1)) / 2
+            return middle_of_range(decoded)
         case "best":
             return best_thresholds(flat, bits.flatten(1))
     raise ValueError(f"threshold rule {rule!r}: allowed are {', '.join(RULES.values())}")
