@@ -22,8 +22,8 @@ using Vector = Lanes<float>;
 
 constexpr int kRows = 8;               // rows of a product that are summed together, in registers
 constexpr int kPairs = 4;              // of rows of a decoded mask, likewise
-constexpr int64_t kMasksPerTask = 128;  // half a millisecond; for less, waking a thread costs more than it saves
-constexpr float kFlat = 1e-3f;          // codecs/base.py's FLAT: a smaller range is rounding
+constexpr int64_t kMasksPerTask = 32;  // a fifth of a millisecond; for less, waking a thread costs more than it saves
+constexpr float kFlat = 1e-3f;         // codecs/base.py's FLAT: a smaller range is rounding
 
 int64_t whole_vectors(int64_t count) { return (count + Vector::kSize - 1) / Vector::kSize * Vector::kSize; }
 int64_t whole_blocks(int64_t count) { return (count + kRows - 1) / kRows * kRows; }

@@ -28,9 +28,8 @@ namespace solq {
 namespace {
 
 constexpr int kBlock = 64;  // samples whose footprints are computed together
-// Channels read by one task, about a millisecond: for less, waking a thread costs more than it saves. Where all cores
-// are busy it may come as late as eight.
-constexpr int64_t kTaskWork = int64_t(1) << 23;
+// Channels read by one task, about half a millisecond: for less, waking a thread costs more than it saves.
+constexpr int64_t kTaskWork = int64_t(1) << 22;
 
 // The D channels of one row, in registers. D is a multiple of the vector's size.
 template <typename Real, int kWidth>
