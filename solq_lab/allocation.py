@@ -11,11 +11,11 @@ import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _SETTLED = 32 * 2**20  # bytes; where glibc's own, growing thresholds end, twice that for trimming
-_NEVER = 2**31 - 1
+_NEVER = 2**30  # bytes; a larger block is the system's in any case
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Let this process keep the memory of freed tensors for new ones, up to its own largest need.
+    """Ask the C library to keep the memory of freed tensors for new ones, up to the largest need of this process.
 
     Args:
         keep: False takes large blocks from the system again, as glibc does by itself.
