@@ -53,7 +53,7 @@ def test_detections_follow_score_switches_and_clicks(tmp_path):
         assert objects.count() == count - 1
         switches.first.click()
         before = notebook.wait_for_change(picture, before)
-        objects.first.click()
+        objects.last.click()
         before = notebook.wait_for_change(picture, before)
         assert objects.count() == count - 1
         notebook.move_slider("score", "ArrowRight", times=12)
