@@ -46,14 +46,17 @@ def test_detections_follow_score_switches_and_clicks(tmp_path):
         objects, switches = page.locator(".solq-stage .solq-object"), page.locator(".widget-toggle-button")
         objects.first.wait_for(timeout=20_000)
         picture.scroll_into_view_if_needed()
-        count, before = objects.count(), picture.screenshot()
+        untouched = picture.screenshot()
+        notebook.move_slider("|", "End")  # the wipe: now the first model has the whole picture, and its switches show
+        before = notebook.wait_for_change(picture, untouched)
+        count = objects.count()
         assert switches.count() >= count > 0
         switches.first.click()
         before = notebook.wait_for_change(picture, before)
         assert objects.count() == count - 1
         switches.first.click()
         before = notebook.wait_for_change(picture, before)
-        objects.last.click()
+        objects.first.click()
         before = notebook.wait_for_change(picture, before)
         assert objects.count() == count - 1
         notebook.move_slider("score", "ArrowRight", times=12)
