@@ -21,7 +21,8 @@ from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError, create_run, load_run, read_json
 from solq_lab.training import trainer as module
 from solq_lab.training.checkpoint import list_checkpoints
-from solq_lab.training.trainer import NonFiniteError, Trainer, train_run
+from solq_lab.training.step import NonFiniteError
+from solq_lab.training.trainer import Trainer, train_run
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -16,7 +16,8 @@ from solq_lab.models.weights import WeightMismatch
 from solq_lab.ops.extension import ExtensionBuildError
 from solq_lab.runs import RunError, load_run
 from solq_lab.training.matcher import MatchingError
-from solq_lab.training.trainer import NonFiniteError, train_run
+from solq_lab.training.step import NonFiniteError
+from solq_lab.training.trainer import train_run
 
 log = logging.getLogger("solq_lab.training")
 

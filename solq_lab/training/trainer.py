@@ -1,4 +1,4 @@
-"""The training of one run: the loop, one step of it, and how it goes on after an interruption. Paper: section 4.2."""
+"""The training of one run: the loop, and how it goes on after an interruption. Paper: section 4.2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.precision import check_autocast
 from solq_lab.runs import Run, RunError, State, describe_software, flush_to_disk
-from solq_lab.structures import ImageBatch, Target
 from solq_lab.training.checkpoint import (
     Checkpoint,
     load_newest_checkpoint,
@@ -42,17 +41,12 @@ from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import SetCriterion, vector_plateau
 from solq_lab.training.matcher import HungarianMatcher
-from solq_lab.training.optim import build_optimizer, clip_gradients, learning_rate_factor, set_learning_rate
+from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from solq_lab.training.preparation import describe_dataset, sample_vectors, vector_statistics
 from solq_lab.training.signals import StopRequest
+from solq_lab.training.step import Batch, TrainingStep
 
 log = logging.getLogger(__name__)
-
-Batch = tuple[ImageBatch, list[Target]]
-
-
-class NonFiniteError(RuntimeError):
-    """The gradients are no longer finite; the message names the step and the pictures."""
 
 
 def train_run(run: Run) -> State:
@@ -119,6 +113,16 @@ class Trainer:
         self.criterion.train()  # the code too: the released PCA draws noise in training
         self.optimizer = build_optimizer(self.model, experiment.optim)
         self.average = AveragedWeights(self.model, train.ema) if train.ema else None
+        self.training_step = TrainingStep(
+            self.model,
+            self.parallel,
+            self.criterion,
+            self.optimizer,
+            self.average,
+            autocast=train.autocast,
+            clip_norm=experiment.optim.clip_norm,
+            device=self.device,
+        )
         if checkpoint is None:
             _seed_generators(experiment.seed + distributed.rank())
         else:
@@ -146,51 +150,9 @@ class Trainer:
         return self._finish()
 
     def _take_step(self, batches: list[Batch]) -> None:
-        """One optimiser step on this process's share of a global batch; one backward pass for each of `batches`."""
-        train = self.experiment.train
-        num_boxes = self._boxes_per_process(batches)
-        self.optimizer.zero_grad()
-        for number, (images, targets) in enumerate(batches, start=1):
-            with self._gradients_kept_apart(number < len(batches)):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bf16"):
-                    predictions = self.parallel(images.to(self.device).normalised())
-                targets = [target.to(self.device) for target in targets]
-                losses = self.criterion(predictions, targets, num_boxes=num_boxes)
-                total = self.criterion.total(losses)
-                total.backward()
-            self.journal.add({**losses, "total": total})
-        norm = clip_gradients(self.model, self.experiment.optim.clip_norm)
-        self._check_finite(norm, batches)
-        self.journal.add({"grad_norm": norm})
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.model)
-
-    def _boxes_per_process(self, batches: list[Batch]) -> float:
-        """Objects of the global batch over the number of processes: what the losses of this step are divided by.
-
-        Gradients are then summed over the step's backward passes and averaged over processes, and so are those of the
-        whole batch at once.
-        """
-        objects = sum(len(target.labels) for _, targets in batches for target in targets)
-        total = distributed.sum_over_processes(torch.tensor(float(objects), device=self.device))
-        return total.item() / distributed.world_size()
-
-    def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager:
-        """Within: whether processes wait with averaging their gradients, for a later backward pass of the same step."""
-        if apart and isinstance(self.parallel, DistributedDataParallel):
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
-
-    def _check_finite(self, norm: Tensor, batches: list[Batch]) -> None:
-        if math.isfinite(norm.item()):  # the norm is the same in every process
-            return
-        own = [target.image_id for _, targets in batches for target in targets]
-        image_ids = [image_id for share in distributed.gather_objects(own) for image_id in share]
-        raise NonFiniteError(
-            f"step {self.step + 1}: the gradient norm is {norm.item()}; image ids of this step: {image_ids}. "
-            "The weights were left as they were before it. Lower optim.lr, or set train.autocast=none"
-        )
+        """One optimiser step; its numbers go to the journal."""
+        for numbers in self.training_step.take(batches, number=self.step + 1):
+            self.journal.add(numbers)
 
     def _learning_rate_factor(self) -> float:
         return learning_rate_factor(self.experiment.optim, self.step, self.total_steps)
