@@ -1,88 +1,32 @@
-"""From a model to its numbers: whole data sets, run folders, several processes."""
+"""From a model to its numbers: whole data sets and run folders."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from PIL import Image
-from rectangles import rectangle, rle_of, truth_of
-from torch import nn
+from clairvoyant import MASK_SIZE, PICTURES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
 
 from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
-from solq_lab.data.transforms import TestResize
 from solq_lab.evaluation import evaluator
 from solq_lab.evaluation.ceiling import codec_ceiling
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, predict_dataset, run_ceiling
+from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.results import read_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.models.weights import save_weights
 from solq_lab.runs import Run, RunError, create_run
-from solq_lab.structures import PIXEL_MEAN, PIXEL_STD, ImageBatch, LayerPrediction, Predictions
-
-PICTURES = 5  # the last one without objects
-MASK_SIZE, VECTOR_DIM = 16, 5
-SHADE_STEP = 40
-
-
-class Clairvoyant(nn.Module):
-    """Predicts the ground truth of a picture, which it knows by its shade of grey, with one query per object."""
-
-    QUERIES = 4
-
-    def __init__(self, dataset: CocoDataset, codec: DCTCodec | None) -> None:
-        super().__init__()
-        self.targets = [dataset[index][1] for index in range(len(dataset))]
-        self.channels, self.codec = len(dataset.classes), codec
-        self.modes: list[bool] = []
-
-    def forward(self, images: ImageBatch) -> Predictions:
-        self.modes.append(self.training)
-        red = (images.pixels[:, 0, 0, 0] * PIXEL_STD[0] + PIXEL_MEAN[0]) * 255
-        batch = len(red)
-        logits = torch.full((batch, self.QUERIES, self.channels), -9.0)
-        boxes = torch.full((batch, self.QUERIES, 4), 0.5)
-        vectors = torch.zeros(batch, self.QUERIES, self.codec.vector_dim) if self.codec else None
-        for row, index in enumerate((red / SHADE_STEP).round().int().tolist()):
-            target, count = self.targets[index], len(self.targets[index].labels)
-            logits[row, range(count), target.labels] = 9.0
-            boxes[row, :count] = target.boxes
-            if self.codec:
-                vectors[row, :count] = self.codec.encode(target.masks)
-        return Predictions([LayerPrediction(logits, boxes, vectors)], None)
 
 
 @pytest.fixture(scope="module")
 def coco_folder(tmp_path_factory) -> Path:
-    """Pictures of one shade each, with up to two objects that miss their upper left quarter."""
-    root = tmp_path_factory.mktemp("coco")
-    (root / "images").mkdir()
-    boxes = [(1, 1, (4, 4, 32, 32)), (1, 2, (40, 8, 16, 24)), (2, 1, (8, 8, 24, 16)), (3, 2, (0, 0, 40, 40))]
-    document = truth_of([*boxes, (4, 1, (30, 10, 20, 30))], pictures=PICTURES)
-    for entry in document["annotations"]:
-        x, y, w, h = entry["bbox"]
-        entry["segmentation"] = rle_of(rectangle(x, y, w, h) & ~rectangle(x, y, w // 2, h // 2))
-        entry["bbox"] = [x + 0.13, y + 0.19, w - 0.31, h - 0.37]  # no pixel centre halfway between two mask cells
-    for index, image in enumerate(document["images"]):
-        shade = np.full((image["height"], image["width"], 3), index * SHADE_STEP, dtype=np.uint8)
-        Image.fromarray(shade).save(root / "images" / image["file_name"])
-    (root / "instances.json").write_text(json.dumps(document))
-    return root
-
-
-def open_dataset(root: Path) -> CocoDataset:
-    return CocoDataset(
-        root / "images", root / "instances.json", mask_size=MASK_SIZE, transform=TestResize(32, max_size=60)
-    )
+    return write_coco_folder(tmp_path_factory.mktemp("coco"))
 
 
 @pytest.fixture
@@ -148,30 +92,17 @@ def test_a_model_predicts_in_evaluation_mode_and_keeps_the_mode_it_came_in(datas
     assert model.training
 
 
-def _evaluate_on_one_of_two(rank: int, root: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{root}/meeting",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    dataset, codec = open_dataset(root), DCTCodec(MASK_SIZE, VECTOR_DIM)
-    model = Clairvoyant(dataset, codec)
-    results, evaluation = evaluate_model(model, codec, dataset, batch_size=2)
-    said = {"results": results, "evaluation": evaluation.to_dict(), "batches": len(model.modes)}
-    (root / f"rank{rank}.json").write_text(json.dumps(said))
-    dist.destroy_process_group()
+def test_an_evaluation_stops_between_two_pictures_and_leaves_the_model_as_it_was(dataset, codec):
+    model, asked = Clairvoyant(dataset, codec).train(), []
 
+    def after_two_pictures() -> bool:
+        asked.append(1)
+        return len(asked) > 2
 
-def test_two_processes_share_the_pictures_and_score_like_one(coco_folder, dataset, codec):
-    torch.multiprocessing.spawn(_evaluate_on_one_of_two, args=(coco_folder,), nprocs=2)
-    main, other = (json.loads((coco_folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    results, evaluation = evaluate_model(Clairvoyant(dataset, codec), codec, dataset, batch_size=2)
-    assert main["results"] == results
-    assert other["results"] == []
-    assert main["evaluation"] == other["evaluation"] == evaluation.to_dict()
-    assert (main["batches"], other["batches"]) == (2, 1)
+    with pytest.raises(EvaluationStopped):
+        evaluate_model(model, codec, dataset, should_stop=after_two_pictures)
+    assert model.modes == [False, False]
+    assert model.training
 
 
 # Run folders

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -22,6 +22,7 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.data.loader import make_loader
 from solq_lab.evaluation.ceiling import codec_ceiling
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
+from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import detections_to_results, write_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.inference.postprocess import postprocess
@@ -93,21 +94,27 @@ def evaluate_model(
     device: torch.device | str = "cpu",
     max_images: int | None = None,
     workers: int = 0,
+    should_stop: Callable[[], bool] | None = None,
 ) -> tuple[list[dict], Evaluation]:
     """Predicts a data set and scores it; a plain detector, without mask vectors or mask branch, has box numbers only.
 
-    Every process of a group has to call it: each predicts its share, the main one scores.
+    Every process of a group has to call it: each predicts its share and hands it on while it does, the main one
+    scores. An error in one of them reaches all.
 
     Args:
         model, codec, dataset, batch_size, top_k, device, max_images, workers: as in `predict_dataset`.
         area_sides, boundary_ratio: as in `evaluate_results`.
+        should_stop: asked between pictures; True in any process stops all of them. None: never.
 
     Returns:
         COCO results of all pictures by rising image id (empty on other processes than the main one), and the numbers
         (on every process).
+
+    Raises:
+        EvaluationStopped: a process was asked to stop.
+        ProcessFailed: another process failed.
     """
-    share: list[dict] = []
-    for image_id, detections in predict_dataset(
+    predicted = predict_dataset(
         model,
         codec,
         dataset,
@@ -116,12 +123,14 @@ def evaluate_model(
         device=device,
         max_images=max_images,
         workers=workers,
-    ):
-        share += detections_to_results(detections, image_id, dataset.classes)
-    results = sorted(_gather_on_main(share), key=lambda result: result["image_id"])  # stable: best score stays first
-    evaluation = None
-    if distributed.is_main():
-        evaluation = evaluate_results(
+    )
+    with closing(predicted):
+        share = (detections_to_results(detections, image_id, dataset.classes) for image_id, detections in predicted)
+        results = [result for of_one_picture in stream_to_main(share, should_stop) for result in of_one_picture]
+    results.sort(key=lambda result: result["image_id"])  # stable: best score stays first
+
+    def score() -> Evaluation:
+        return evaluate_results(
             dataset.annotations,
             results,
             kinds=KINDS if codec is not None or isinstance(model, SQRDetector) else ("box",),
@@ -129,11 +138,16 @@ def evaluate_model(
             boundary_ratio=boundary_ratio,
             image_ids=list(dataset.image_ids[:max_images]),
         )
-    return results, distributed.gather_objects(evaluation)[0]
+
+    return results, share_from_main(score)
 
 
 def evaluate_run(
-    run: Run, *, split: Literal["val", "train"] = "val", device: torch.device | str | None = None
+    run: Run,
+    *,
+    split: Literal["val", "train"] = "val",
+    device: torch.device | str | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Evaluates a run's trained weights on its validation split, as its experiment says.
 
@@ -145,10 +159,13 @@ def evaluate_run(
         run: a run whose training is finished.
         split: "train" evaluates on the training pictures instead, into files of their own (`results_train.json`).
         device: where to predict. None: this process's GPU, or the CPU.
+        should_stop: as in `evaluate_model`; a stopped evaluation writes nothing.
 
     Raises:
         RunError: the run has no trained weights.
         DataError: the split cannot be used.
+        EvaluationStopped: a process was asked to stop.
+        ProcessFailed: another process failed.
     """
     if not run.weights.exists():
         raise RunError(f"{run.folder}: no {run.weights.name} yet ({run.status()['state']}); finish the training first")
@@ -174,6 +191,7 @@ def evaluate_run(
         device=device,
         max_images=settings.max_images,
         workers=experiment.data.workers,
+        should_stop=should_stop,
     )
     if distributed.is_main():
         write_results(detections_file, results)
@@ -236,15 +254,6 @@ def _finished_results(results_file: Path, about: dict) -> Evaluation | None:
         return None
     stored = read_json(results_file)
     return Evaluation.from_dict(stored) if all(stored.get(key) == value for key, value in about.items()) else None
-
-
-def _gather_on_main(share: list[dict]) -> list[dict]:
-    """The results of all processes on the main one, nothing on the others."""
-    if distributed.world_size() == 1:
-        return share
-    shares: list[list[dict]] | None = [[]] * distributed.world_size() if distributed.is_main() else None
-    dist.gather_object(share, shares)
-    return [result for results in shares or () for result in results]
 
 
 def _progress(total: int) -> tqdm:
