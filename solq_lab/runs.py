@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experiment
+from solq_lab.files import flush_to_disk as flush_to_disk
+from solq_lab.files import replacing, write_json
 
 log = logging.getLogger(__name__)
 
@@ -294,34 +296,6 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: not readable as JSON: {error}") from None
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file in one piece: a reader, or a machine that lost power, has the old content or the new."""
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; on leaving without an error it takes the place of `path`, on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        flush_to_disk(temporary)
-        temporary.replace(path)
-        flush_to_disk(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_experiment(folder: Path) -> Experiment:

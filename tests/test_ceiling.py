@@ -19,14 +19,14 @@ from pycocotools import mask as coco_rle
 from rectangles import HEIGHT, WIDTH, rle_of, truth_of
 from tiny import write_pictures
 
-from solq_lab import cli, launch, masks
+from solq_lab import cli, launch, masks, workers
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
 from solq_lab.data.folders import find_annotations
-from solq_lab.evaluation import laboratory, workers
+from solq_lab.evaluation import laboratory
 from solq_lab.evaluation.ceiling import Noise, codec_ceiling, of_size, read_ground_truth, reconstruct_objects
 from solq_lab.evaluation.laboratory import (
     NUMBERS,

@@ -23,7 +23,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.annotations import Objects, Pictures, read_annotations, tabulate_objects, tabulate_pictures
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.summary import Evaluation
-from solq_lab.evaluation.workers import in_processes
+from solq_lab.workers import in_processes
 
 _KINDS = ("segm", "boundary")
 _MASKS_AT_ONCE = 64  # a piece of work; at N = 256 its reconstructions are 16 MB
