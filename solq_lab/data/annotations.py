@@ -141,16 +141,7 @@ def tabulate_pictures(document: dict[str, Any], path: Path) -> Pictures:
     """
     entries = document["images"]
     for place, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not _is_picture(entry):
-            raise DataError(
-                f"{path}: images[{place}]: found {_shorten(entry)}; needed are a whole number 'id', a text 'file_name' "
-                "and positive whole numbers 'height' and 'width'"
-            )
-        if os.path.isabs(entry["file_name"]) or os.path.normpath(entry["file_name"]).split(os.sep)[0] == os.pardir:
-            raise DataError(
-                f"{path}: image id {entry['id']}: file_name {entry['file_name']!r} leaves the image folder; "
-                "allowed are names relative to it, without '..'"
-            )
+        check_picture_entry(entry, place, path)
     ids = np.array([entry["id"] for entry in entries], dtype=np.int64)
     order = np.argsort(ids, kind="stable")
     repeated = ids[order][1:][np.diff(ids[order]) == 0]
@@ -159,6 +150,24 @@ def tabulate_pictures(document: dict[str, Any], path: Path) -> Pictures:
     names = [entries[place]["file_name"] for place in order.tolist()]
     sizes = np.array([(entry["height"], entry["width"]) for entry in entries], dtype=np.int64).reshape(-1, 2)
     return Pictures(ids[order], names, sizes[order])
+
+
+def check_picture_entry(entry: Any, place: int, path: Path) -> None:
+    """Refuse an entry of `images`, the one at `place`, that is of no use.
+
+    Raises:
+        DataError: no id, file_name, height or width, or a file name that leaves the image folder.
+    """
+    if not isinstance(entry, dict) or not _is_picture(entry):
+        raise DataError(
+            f"{path}: images[{place}]: found {_shorten(entry)}; needed are a whole number 'id', a text 'file_name' "
+            "and positive whole numbers 'height' and 'width'"
+        )
+    if os.path.isabs(entry["file_name"]) or os.path.normpath(entry["file_name"]).split(os.sep)[0] == os.pardir:
+        raise DataError(
+            f"{path}: image id {entry['id']}: file_name {entry['file_name']!r} leaves the image folder; "
+            "allowed are names relative to it, without '..'"
+        )
 
 
 def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *, with_masks: bool) -> Objects:
@@ -173,15 +182,15 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
     segmentations = PackedSegmentations() if with_masks else None
     ids, owners, categories, boxes, without_area = array("q"), array("q"), array("q"), array("d"), []
     for place, entry in enumerate(document["annotations"]):
-        name = f"{path}: {_name(entry, place)}"
-        owner = _owner(entry, rows, name)
+        name = f"{path}: {name_of(entry, place)}"
+        owner = owner_of(entry, rows, name)
         if entry.get("iscrowd", 0):
             continue
         height, width = sizes[owner]
-        box = _clamped_box(entry.get("bbox"), height, width, name)
+        box = clamped_box(entry.get("bbox"), height, width, name)
         area = box[2] > box[0] and box[3] > box[1]
         if area and segmentations is not None:
-            area = _pack(entry.get("segmentation"), segmentations, (height, width), name)
+            area = pack_segmentation(entry.get("segmentation"), segmentations, (height, width), name)
         if not area:
             without_area.append(entry["id"])
             continue
@@ -218,11 +227,17 @@ def _is_picture(entry: dict[str, Any]) -> bool:
     )
 
 
-def _name(entry: Any, place: int) -> str:
+def name_of(entry: Any, place: int) -> str:
+    """What messages call an entry of `annotations`, the one at `place`."""
     return f"annotation id {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"annotations[{place}]"
 
 
-def _owner(entry: Any, rows: dict[int, int], name: str) -> int:
+def owner_of(entry: Any, rows: dict[int, int], name: str) -> int:
+    """The row of the picture that an entry of `annotations` belongs to.
+
+    Raises:
+        DataError: an id is missing or no whole number, or there is no such picture.
+    """
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("id", "category_id")):
         raise DataError(f"{name}: found {_shorten(entry)}; needed are whole numbers 'id' and 'category_id'")
     image_id = entry.get("image_id")
@@ -232,8 +247,12 @@ def _owner(entry: Any, rows: dict[int, int], name: str) -> int:
     return owner
 
 
-def _clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) inside the picture of a COCO box (x, y, w, h)."""
+def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) inside the picture of a COCO box (x, y, w, h).
+
+    Raises:
+        DataError: not four finite numbers.
+    """
     try:
         x, y, w, h = box
         total = x + y + w + h
@@ -244,8 +263,12 @@ def _clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, f
     return min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)
 
 
-def _pack(segmentation: Any, packed: PackedSegmentations, size: tuple[int, int], name: str) -> bool:
-    """Add a checked segmentation; False where its polygons have fewer than three corners, so that it has no area."""
+def pack_segmentation(segmentation: Any, packed: PackedSegmentations, size: tuple[int, int], name: str) -> bool:
+    """Add a checked segmentation; False where its polygons have fewer than three corners, so that it has no area.
+
+    Raises:
+        DataError: neither polygons nor an RLE of the picture's size.
+    """
     if isinstance(segmentation, dict):
         counts, rle_size = segmentation.get("counts"), segmentation.get("size")
         if not isinstance(counts, str | bytes | list) or not isinstance(rle_size, list) or tuple(rle_size) != size:
