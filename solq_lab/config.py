@@ -180,6 +180,9 @@ class TrainSection(Section):
     autocast: Literal["none", "bf16"] = "none"
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 is off")
     freeze_detector: bool = Field(False, description="train the mask branch alone, on the detector in model.pretrained")
+    rank_timeout: float = Field(
+        180.0, gt=0, description="seconds without a sign of life after which one of several processes counts as lost"
+    )
     threads: int = Field(0, ge=0, description="torch threads per process; 0 leaves the choice to torch")
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; one is also written at each evaluation")
     evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")

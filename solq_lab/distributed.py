@@ -1,4 +1,4 @@
-"""The processes of one training: who am I, how many are we, sum this over all of us.
+"""The processes of one training: who am I, how many are we, sum this over all of us, and who is missing.
 
 `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process and every function is a no-op.
 """
@@ -8,11 +8,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from solq_lab.watch import RankWatch
+
+EXCHANGE_TIMEOUT = datetime.timedelta(hours=2)  # an evaluation on rank 0 may keep the others waiting for long
+
+_watch: RankWatch | None = None  # of this process, as the process group is torch's
 
 
 def rank() -> int:
@@ -38,21 +44,61 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, and leave them in order."""
+def process_group(
+    *, rank_timeout: float = 180.0, last_words: Callable[[str], None] = lambda message: None
+) -> Iterator[None]:
+    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, watch over them, and leave in order.
+
+    Args:
+        rank_timeout: seconds without a sign of life after which a process counts as lost (`solq_lab.watch`).
+        last_words: told the loss, on one process, before that ends although it still waits for another one.
+    """
+    global _watch
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    # An evaluation on rank 0 may keep the others waiting for long; a lost process is torchrun's to notice.
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
-    try:
+    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=EXCHANGE_TIMEOUT)
+    watch = RankWatch(
+        _connect_to_store(rank_timeout),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=rank_timeout,
+        last_words=last_words,
+    )
+    with watch:
+        _watch = watch
         yield
         wait_for_all()  # leaving while another process is still in its last exchange aborts that one
-    finally:
-        dist.destroy_process_group()
+    _watch = None
+    dist.destroy_process_group()  # not after an error: it may wait for a process that is lost
+
+
+def _connect_to_store(timeout: float) -> dist.TCPStore:
+    """A second connection to the store of the process group: on the first one this process may wait for long."""
+    patience = datetime.timedelta(seconds=timeout)
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
+
+
+def report_step(step: int) -> None:
+    """Let the other processes know how many optimiser steps this one has done."""
+    if _watch is not None:
+        _watch.step = step
+
+
+def blame(error: BaseException) -> BaseException:
+    """What an error comes from: a `ProcessLost` where another process died or hangs, else the error itself.
+
+    The other processes hear of an error of this one's own.
+    """
+    return error if _watch is None else _watch.blame(error)
+
+
+def speaks_last() -> bool:
+    """Whether this process writes how a broken-off training ended: the main one, or who found that one lost."""
+    return is_main() if _watch is None else _watch.speaks_last()
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
