@@ -152,6 +152,10 @@ class DataSection(Section):
     mask_route: Literal["window", "bitmap"] = Field("window", description="bitmap: as released, full masks")
     cache: bool = Field(False, description="keep decoded pictures and box-frame masks in memory (small data sets)")
     workers: int = Field(4, ge=0, description="loader processes per training process; 0 loads in the training process")
+    bucket_by_aspect: bool = Field(False, description="training batches of wide or of tall pictures: less padding")
+    unreadable: Literal["stop", "replace"] = Field(
+        "stop", description="a damaged or lost picture in training: stop with its name, or take the next one and log it"
+    )
 
 
 class OptimSection(Section):

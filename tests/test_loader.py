@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from solq_lab.data.coco import DataError
-from solq_lab.data.loader import BatchStream, collate, make_loader
+from solq_lab.data.loader import BatchLoader, collate
+from solq_lab.data.order import BatchStream
 from solq_lab.structures import Target
 
 
@@ -89,8 +90,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_gives_the_streams_batches_in_order(workers):
     stream = BatchStream(9, 2, seed=0, total_steps=6)
-    loader = make_loader(Numbers(), stream, workers)
-    assert len(loader) == 6
+    loader = BatchLoader(Numbers(), stream, workers)
     for keys, (images, targets) in zip(stream, loader, strict=True):
         assert [target.image_id for target in targets] == [index for _, index in keys]
         assert images.pixels.shape[2] == keys[0][0] + 1

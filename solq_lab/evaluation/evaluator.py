@@ -19,7 +19,7 @@ from solq_lab.build import build_codec, build_dataset
 from solq_lab.codecs.base import MaskCodec, describe_codec
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
-from solq_lab.data.loader import make_loader
+from solq_lab.data.loader import BatchLoader
 from solq_lab.evaluation.ceiling import codec_ceiling
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
@@ -70,7 +70,7 @@ def predict_dataset(
     model.eval()
     try:
         with _progress(sum(map(len, share))) as progress:
-            for images, targets in make_loader(dataset, share, workers):
+            for images, targets in BatchLoader(dataset, share, workers):
                 sizes = [target.original_size for target in targets]
                 with torch.inference_mode():  # not around the yield: the caller's code would run in it too
                     prediction = model(images.to(device).normalised()).layers[-1]

@@ -22,7 +22,8 @@ from solq_lab import distributed
 from solq_lab.build import build_codec, build_dataset, build_model
 from solq_lab.codecs.base import describe_codec
 from solq_lab.config import OptimSection, TrainSection
-from solq_lab.data.loader import BatchStream, make_loader
+from solq_lab.data.loader import SUBSTITUTES, BatchLoader
+from solq_lab.data.order import BatchStream
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
 from solq_lab.fitting import check_fitted_data
 from solq_lab.launch import prepare_data
@@ -169,12 +170,18 @@ class Trainer:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             accumulate=train.accumulate,
+            aspects=self.train_set.aspects if self.experiment.data.bucket_by_aspect else None,
         )
 
     def _batches(self) -> Iterator[Batch]:
         """This process's batches, loaded in `stream`'s order."""
         with _random_state_kept(self.device):  # an iterator draws a seed for its workers
-            return iter(make_loader(self.train_set, self.stream, self.experiment.data.workers))
+            return BatchLoader(
+                self.train_set,
+                self.stream,
+                self.experiment.data.workers,
+                substitutes=SUBSTITUTES if self.experiment.data.unreadable == "replace" else 0,
+            )
 
     def _evaluation_is_due(self) -> bool:
         """Between two steps; the evaluation after the last one belongs to `_finish`."""

@@ -1,0 +1,115 @@
+"""The order of pictures over a whole training: the same for any number of processes, and resumable at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from solq_lab.data.annotations import DataError
+
+
+class BatchStream(Sampler[list[tuple[int, int]]]):
+    """The keys (epoch, index) of every batch of a training, one list per backward pass of one process.
+
+    Each epoch is a permutation drawn from (seed, epoch), cut into global batches; an incomplete last one is dropped. A
+    global batch is the same whatever the number of processes: each rank takes a contiguous slice of it, and gradient
+    accumulation cuts that slice on. A stream that starts at a later step goes on exactly where a broken-off one stood.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        total_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        aspects: Callable[[int], np.ndarray] | None = None,
+    ) -> None:
+        """Lay out the stream.
+
+        Args:
+            length: pictures in the data set.
+            batch_size: pictures per optimiser step, over all ranks and accumulated passes.
+            seed: of the permutations.
+            total_steps: optimiser steps of the whole training.
+            start_step: optimiser steps already done.
+            rank, world_size: which of how many processes asks.
+            accumulate: backward passes per optimiser step; each gets its own list of keys.
+            aspects: width over height of all pictures in an epoch, (length,); batches are then made of alike shapes
+                (`batch_by_aspect`), which need less padding. None: shapes come as they fall.
+
+        Raises:
+            DataError: the data set is smaller than one batch.
+            ValueError: the batch does not divide by world_size x accumulate.
+        """
+        if batch_size % (world_size * accumulate):
+            raise ValueError(
+                f"batch_size {batch_size} does not divide by processes x accumulate = {world_size} x {accumulate}"
+            )
+        if length < batch_size:
+            raise DataError(f"the data set has {length} pictures, fewer than train.batch_size {batch_size}; lower it")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.total_steps, self.start_step = total_steps, start_step
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.aspects = aspects
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one epoch."""
+        return self.length // self.batch_size
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.start_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order_of, order = -1, np.empty((0, self.batch_size), dtype=np.int64)
+        passes = self.world_size * self.accumulate
+        for step in range(self.start_step, self.total_steps):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if epoch != order_of:
+                order_of, order = epoch, self._order(epoch)
+            indices = order[batch].reshape(passes, -1)
+            for row in indices[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]:
+                yield [(epoch, index) for index in row.tolist()]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The global batches (steps_per_epoch, batch_size) of an epoch, as indices."""
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(self.length)
+        if self.aspects is not None:
+            return batch_by_aspect(order, self.aspects(epoch), self.batch_size, random)
+        return _cut(order, self.batch_size)[0]
+
+
+def batch_by_aspect(order: np.ndarray, aspects: np.ndarray, batch_size: int, random: np.random.Generator) -> np.ndarray:
+    """Batches of wide pictures and batches of tall ones, shuffled; what is left of both makes one mixed batch.
+
+    There are as many batches as without buckets, and no picture comes twice. Within a batch pictures stand by aspect,
+    so that the slices of its ranks and backward passes, each of which is padded by itself, are of one shape too.
+
+    Args:
+        order: the pictures (I,) in random order.
+        aspects: (I,) width over height of picture i.
+        batch_size: of the global batches.
+        random: shuffles the batches.
+
+    Returns:
+        (I // batch_size, batch_size) indices.
+    """
+    wide = aspects[order] >= 1
+    (wide_batches, wide_rest), (tall_batches, tall_rest) = _cut(order[wide], batch_size), _cut(order[~wide], batch_size)
+    mixed, _ = _cut(random.permutation(np.concatenate([wide_rest, tall_rest])), batch_size)
+    batches = random.permutation(np.concatenate([wide_batches, tall_batches, mixed]))  # shuffles rows
+    return np.take_along_axis(batches, np.argsort(aspects[batches], axis=1, kind="stable"), axis=1)
+
+
+def _cut(order: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole batches (n, batch_size) of a sequence (I,), and the rest (< batch_size,)."""
+    end = len(order) // batch_size * batch_size
+    return order[:end].reshape(-1, batch_size), order[end:]
