@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from solq_lab.models.recomputing import Recomputing
 from solq_lab.models.weights import WeightMismatch, read_backbone_weights
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         return torch.addcmul(shift.view(1, -1, 1, 1), maps, scale.view(1, -1, 1, 1))
 
 
-class ResNetBackbone(nn.Module):
+class ResNetBackbone(Recomputing):
     """ResNet whose batch norms are constants and whose first layers are frozen.
 
     Args:
@@ -73,14 +74,16 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W)."""
-        maps = F.max_pool2d(F.relu(self.bn1(self.conv1(pixels))), kernel_size=3, stride=2, padding=1)
-        c3 = self.layer2(self.layer1(maps))
-        c4 = self.layer3(c3)
-        c5 = self.layer4(c4)
-        return [c5] if self.c5_only else [c3, c4, c5]
+        current = F.max_pool2d(F.relu(self.bn1(self.conv1(pixels))), kernel_size=3, stride=2, padding=1)
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                current = self.through(block, current)
+            maps.append(current)
+        return maps[-1:] if self.c5_only else maps[1:]
 
 
-class SwinBackbone(nn.Module):
+class SwinBackbone(Recomputing):
     """Swin Transformer with windows of 7 cells; each returned map has its own layer norm.
 
     The modules and their ImageNet weights are timm's. The walk through them is ours: the released models pad a map to
@@ -126,11 +129,15 @@ class SwinBackbone(nn.Module):
             tokens = layer.downsample(tokens)
             mask = _shift_mask(tokens.shape[1], tokens.shape[2], self.window, tokens)
             for block in layer.blocks:
-                tokens = tokens + block.drop_path1(self._attend(block, block.norm1(tokens), mask))
-                tokens = tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
+                tokens = self.through(self._transform, block, tokens, mask)
             if str(stage) in self.norms:
                 maps.append(self.norms[str(stage)](tokens).permute(0, 3, 1, 2))
         return maps
+
+    def _transform(self, block: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+        """One transformer block; tokens (B, H, W, C) in and out."""
+        tokens = tokens + block.drop_path1(self._attend(block, block.norm1(tokens), mask))
+        return tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
 
     def _attend(self, block: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
         """Attention within (shifted) windows; tokens (B, H, W, C) in and out."""
@@ -168,7 +175,7 @@ def _shift_mask(height: int, width: int, window: int, like: Tensor) -> Tensor:
     return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
 
 
-class SmallBackbone(nn.Module):
+class SmallBackbone(Recomputing):
     """ResNet of basic blocks, about a million weights, trained from scratch; its batch norms learn.
 
     Args:
@@ -214,7 +221,8 @@ class SmallBackbone(nn.Module):
         current = F.relu(self.stem_norm(self.stem(pixels)), inplace=True)
         maps = []
         for stage in self.stages:
-            current = stage(current)
+            for block in stage:
+                current = self.through(block, current)
             maps.append(current)
         return maps[-1:] if self.c5_only else maps[1:]
 

@@ -16,6 +16,7 @@ from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
 from solq_lab.models.position import cell_centers, sine_encoding, sine_features, valid_sizes
+from solq_lab.models.recomputing import Recomputing
 from solq_lab.structures import ImageBatch, LayerPrediction, Predictions, filled
 
 GROUPS = 32  # of the group norm after each projection
@@ -23,7 +24,7 @@ PROPOSAL_SIDE = 0.05  # of a proposal on the finest level, share of the image; d
 PROPOSAL_MARGIN = 0.01  # proposals whose centre or side is nearer to 0 or 1 are not used
 
 
-class SOLQ(nn.Module):
+class SOLQ(Recomputing):
     """Deformable DETR whose queries also predict the code of their mask.
 
     Args:
@@ -115,7 +116,7 @@ class SOLQ(nn.Module):
         features = self.backbone(images.pixels)  # C3, C4, C5
         memory = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
         for encode in self.encoder:
-            memory = encode(memory)
+            memory = self.through(encode, memory)
         return self.decode(memory)[0]
 
     def decode(self, memory: Memory) -> tuple[Predictions, Tensor]:
@@ -123,7 +124,7 @@ class SOLQ(nn.Module):
         queries, query_pos, reference, proposals = self.initial_queries(memory)
         layers = []
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
-            queries = decode(queries, query_pos, reference, memory)  # (B, J, C)
+            queries = self.through(decode, queries, query_pos, reference, memory)  # (B, J, C)
             prediction = head(queries, reference)  # logits, boxes, mask vectors
             layers.append(prediction)
             if self.refine_boxes:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solq_lab.models.attention import Memory
+from solq_lab.models.recomputing import Recomputing
 from solq_lab.models.solq import SOLQ
 from solq_lab.structures import ImageBatch, ImageMasks, Predictions
 
@@ -61,7 +62,7 @@ class SQRDetector(SOLQ):
         levels = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
         memory = levels
         for encode in self.encoder:
-            memory = encode(memory)
+            memory = self.through(encode, memory)
         predictions, queries = self.decode(memory)
 
         logits = self.mask_branch(queries, levels, memory, features)  # (B, J, H/16, W/16)
@@ -78,7 +79,7 @@ class SQRDetector(SOLQ):
         return self
 
 
-class MaskBranch(nn.Module):
+class MaskBranch(Recomputing):
     """From the queries to mask logits in the image frame; each query's mask is drawn on its own.
 
     Args:
@@ -124,11 +125,15 @@ class MaskBranch(nn.Module):
         drawn = torch.cat([_for_each_query(scene, count), attention.flatten(0, 1)], dim=1)  # (B*J, C+M, h, w)
 
         first, second, *refining = self.blocks
-        drawn = second(first(drawn))
+        drawn = self.through(second, self.through(first, drawn))
         for halve, adapt, refine, finer in zip(self.pyramid, self.adapters, refining, features[::-1], strict=True):
-            finer = _for_each_query(adapt(halve(finer)), count)
-            drawn = refine(finer + F.interpolate(drawn, size=finer.shape[-2:]))  # nearest
+            drawn = self.through(self._sharpen, refine, drawn, adapt(halve(finer)))
         return self.answer(drawn).unflatten(0, (batch, count)).squeeze(2)  # (B*J, 1, h, w) -> (B, J, h, w)
+
+    def _sharpen(self, refine: nn.Module, drawn: Tensor, finer: Tensor) -> Tensor:
+        """The masks (B*J, C', h, w) at the size of a finer map (B, C'', 2h, 2w) of their pictures."""
+        finer = _for_each_query(finer, len(drawn) // len(finer))
+        return refine(finer + F.interpolate(drawn, size=finer.shape[-2:]))  # nearest
 
 
 class AttentionMaps(nn.Module):
