@@ -44,9 +44,7 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(
-    *, rank_timeout: float = 180.0, last_words: Callable[[str], None] = lambda message: None
-) -> Iterator[None]:
+def process_group(*, rank_timeout: float, last_words: Callable[[str], None]) -> Iterator[None]:
     """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, watch over them, and leave in order.
 
     Args:

@@ -18,19 +18,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from solq_lab.cluster import Cluster, Command
 from solq_lab.config import ConfigError, Experiment, Sweep, load_experiment
 from solq_lab.launch import Interrupted, check_data_folder, prepare_data
 from solq_lab.parameters import check_parameters
 from solq_lab.progress import Progress, describe_duration, status_line
-from solq_lab.runs import RunError, load_run, read_json, write_json
+from solq_lab.runs import RunError, load_run, read_json
 
 log = logging.getLogger(__name__)
 
 SWEEPS = Path("experiments/ablations")  # where a sweep is found by its name
 LINES_SHOWN = 8  # of the log of a failed job
 SECONDS_BETWEEN_LOOKS = 0.5
-LOST = 1  # exit status of a job that its cluster lost
-CLUSTER_MINUTES = 3 * 24 * 60  # a job's time limit where none is given; a run that needs more is resumed
 
 
 class Job(NamedTuple):
@@ -216,36 +215,8 @@ def job_command(job: Job) -> list[str]:
     return [sys.executable, "-m", "solq_lab", *job.arguments]
 
 
-class Command:
-    """A job's command line. Called, it runs to its end and passes on a request to stop; clusters pickle and call it."""
-
-    def __init__(self, job: Job) -> None:
-        self._arguments = job_command(job)
-        self._folder = Path.cwd()
-        self._log_file = self._folder / job.log_file
-
-    def start(self) -> subprocess.Popen:
-        """Start the command in the background; its output is added to the job's log."""
-        self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        with self._log_file.open("ab") as output:
-            return subprocess.Popen(
-                self._arguments,
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal reaches it once, by way of `stop`
-            )
-
-    def __call__(self) -> int:
-        """Run the command and return its exit status."""
-        with _stop_signals():
-            child = self.start()
-            while True:
-                try:
-                    return child.wait()
-                except KeyboardInterrupt:
-                    child.send_signal(signal.SIGINT)
+def _command(job: Job) -> Command:
+    return Command(job_command(job), job.log_file)
 
 
 class _Process:
@@ -263,31 +234,11 @@ class _Process:
 
 def start_process(job: Job) -> Running:
     """Start a job in a child process of this one."""
-    return _Process(Command(job).start())
-
-
-class _Submitted:
-    """A job in a cluster's hands."""
-
-    def __init__(self, submitted: Any, job: Job) -> None:
-        self._submitted, self._job = submitted, job
-
-    def status(self) -> int | None:
-        if not self._submitted.done():
-            return None
-        problem = self._submitted.exception()
-        if problem is None:
-            return self._submitted.result()
-        with self._job.log_file.open("a", encoding="utf-8") as file:
-            file.write(f"job {self._submitted.job_id}: {problem}\n")
-        return LOST
-
-    def stop(self) -> None:
-        self._submitted.cancel()
+    return _Process(_command(job).start())
 
 
 class ClusterStarter:
-    """Submits jobs by submitit; with "local" they become processes of this machine, by the same code."""
+    """Submits jobs to a cluster; with "local" they become processes of this machine, by the same code."""
 
     def __init__(
         self, cluster: Literal["local", "slurm"], runs_dir: str | Path, options: Mapping[str, Any] | None = None
@@ -295,43 +246,18 @@ class ClusterStarter:
         """Look whether jobs can be submitted.
 
         Args:
-            cluster: "slurm", or "local".
+            cluster, options: as `solq_lab.cluster.Cluster` takes them.
             runs_dir: folder of run folders; submitit's files go below it. Every machine has to see it.
-            options: what submitit's `update_parameters` takes, for example `slurm_partition` or `timeout_min`.
 
         Raises:
             ConfigError: submitit or SLURM is missing, or there is no such option.
         """
-        try:
-            import submitit
-        except ImportError:
-            raise ConfigError(
-                f"cluster {cluster} needs submitit, which is not installed: pip install 'solq-lab[slurm]'"
-            ) from None
-        self._options = dict(options or {})
-        self._folder = (Path(runs_dir) / "_sweeps" / "submitit").absolute()
-        self._resumable = submitit.SlurmJob if cluster == "slurm" else None
-        try:
-            self._executor = submitit.AutoExecutor(self._folder, cluster=cluster)
-            self._executor.update_parameters(**({"timeout_min": CLUSTER_MINUTES} | self._options))
-        except (RuntimeError, NameError, TypeError, ValueError) as error:
-            raise ConfigError(f"cluster {cluster}: {error}") from None
+        self._cluster = Cluster(cluster, Path(runs_dir) / "_sweeps" / "submitit", options)
 
     def __call__(self, job: Job) -> Running:
         """Submit a job, or find the one that an earlier sweep submitted and that has not ended yet."""
-        job.log_file.parent.mkdir(parents=True, exist_ok=True)
-        record = job.log_file.with_suffix(".job.json")
-        if self._resumable and record.is_file():
-            earlier = self._resumable(self._folder, read_json(record)["job_id"])
-            if not earlier.done(force_check=True):
-                log.info("%s: job %s of an earlier sweep has not ended yet", job.run, earlier.job_id)
-                return _Submitted(earlier, job)
-        self._executor.update_parameters(
-            name=job.run, **({"gpus_per_node": job.experiment().train.gpus} | self._options)
-        )
-        submitted = self._executor.submit(Command(job))
-        write_json(record, {"job_id": submitted.job_id})
-        return _Submitted(submitted, job)
+        gpus = job.experiment().train.gpus
+        return self._cluster.submit(_command(job), job.log_file, name=job.run, gpus_per_node=gpus)
 
 
 # ------------------------------------------------------------------------------------------------------- details

@@ -115,7 +115,8 @@ class RankWatch(threading.Thread):
         self._left.set()
         self.join()
         if not self._alone:
-            self._give_sign(left=True)
+            with contextlib.suppress(RuntimeError):  # the store is gone, and so is everybody who would read this
+                self._give_sign(left=True)
 
     def blame(self, error: BaseException) -> BaseException:
         """What an error of this process comes from: the loss of another one, or itself, which the others then hear of.
@@ -143,15 +144,19 @@ class RankWatch(threading.Thread):
         """Give signs and look around until the process leaves."""
         while not self._left.wait(SECONDS_BETWEEN_SIGNS):
             if not self._alone:
-                try:
-                    self._give_sign()
-                    self._look_around()
-                except RuntimeError as error:  # it waited `timeout` seconds, and does not connect anew
-                    self._stop_politely(f"the launchers' store is gone ({str(error).splitlines()[0]})")
-                if os.getppid() != self._launcher:
-                    self._stop_politely(f"its launcher, process {self._launcher}, is gone")
+                self._watch_once()
             if time.monotonic() > self._deadline:
                 self._end()
+
+    def _watch_once(self) -> None:
+        if os.getppid() != self._launcher:
+            self._stop_politely(f"its launcher, process {self._launcher}, is gone")
+            return
+        try:
+            self._give_sign()
+            self._look_around()
+        except RuntimeError as error:  # it has waited for `timeout` seconds, or the connection is broken for good
+            self._stop_politely(f"the launchers' store is gone ({str(error).splitlines()[0]})")
 
     def _give_sign(self, *, left: bool = False) -> None:
         self._signs_given += 1

@@ -1,0 +1,174 @@
+"""Commands as jobs of a cluster, by submitit: SLURM, or this machine by the same code. Loads without torch.
+
+A job is a command line that writes files and goes on where it stood when it is called again. SLURM tells it before its
+time limit, or before it gives the machines to somebody else; it then saves, stops, and is queued again by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from solq_lab.config import ConfigError
+from solq_lab.files import write_json
+from solq_lab.runs import read_json
+
+log = logging.getLogger(__name__)
+
+LOST = 1  # exit status of a job that its cluster lost
+MINUTES = 3 * 24 * 60  # a job's time limit where none is given; a run that needs more is queued again
+SECONDS_TO_SAVE = 300  # between SLURM's signal and the end of a job, where no option says otherwise
+TURNS = 100  # how often a job that ran into its time limit is queued again
+
+
+class Command:
+    """A command line. Called, it runs to its end and passes on a request to stop; clusters pickle and call it."""
+
+    def __init__(self, arguments: Sequence[str], log_file: str | Path) -> None:
+        """Describe the command.
+
+        Args:
+            arguments: the command line.
+            log_file: its output is added there.
+        """
+        self._arguments, self._folder = list(arguments), Path.cwd()
+        self._log_file = self._folder / log_file
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the command in the background."""
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_file.open("ab") as output:
+            return subprocess.Popen(
+                self._arguments,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal reaches it once, by way of `_stop`
+            )
+
+    def __call__(self) -> int:
+        """Run the command and return its exit status."""
+        # Handlers that raise would break into `checkpoint`, which the cluster's own signal calls.
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._child = self.start()
+            if self._stopping:  # the signal came before there was somebody to pass it on to
+                self._child.send_signal(signal.SIGINT)
+            return self._child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def checkpoint(self) -> Any:
+        """Let the command save and stop, and return what submitit is to queue again: this command."""
+        from submitit.helpers import DelayedSubmission
+
+        self._stop(signal.SIGINT, None)
+        if self._child is not None:
+            with contextlib.suppress(ChildProcessError):  # `__call__`, which this interrupts, has seen its end already
+                os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+        again = Command(self._arguments, self._log_file)
+        again._folder = self._folder
+        return DelayedSubmission(again)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Ask the command, once, to save and to stop."""
+        if not self._stopping and self._child is not None:
+            self._child.send_signal(signal.SIGINT)
+        self._stopping = True
+
+
+class Submitted:
+    """A job in a cluster's hands.
+
+    Attributes:
+        job_id: the cluster's name of it.
+    """
+
+    def __init__(self, job: Any, log_file: Path) -> None:
+        self._job, self._log_file = job, log_file
+        self.job_id: str = job.job_id
+
+    def status(self) -> int | None:
+        """Its exit status; None while it waits or runs. What the cluster says of a lost job goes to the log file."""
+        if not self._job.done():
+            return None
+        problem = self._job.exception()
+        if problem is None:
+            return self._job.result()
+        with self._log_file.open("a", encoding="utf-8") as file:
+            file.write(f"job {self.job_id}: {problem}\n")
+        return LOST
+
+    def stop(self) -> None:
+        """Ask it, once, to save and to stop; it is not queued again."""
+        self._job.cancel()
+
+
+class Cluster:
+    """Submits commands."""
+
+    def __init__(self, kind: Literal["local", "slurm"], folder: Path, options: Mapping[str, Any] | None = None) -> None:
+        """Look whether jobs can be submitted.
+
+        Args:
+            kind: "slurm", or "local": processes of this machine.
+            folder: for submitit's files. Every machine has to see it.
+            options: what submitit's `update_parameters` takes, for example `slurm_partition` or `timeout_min`.
+
+        Raises:
+            ConfigError: submitit or SLURM is missing, or there is no such option.
+        """
+        try:
+            import submitit
+        except ImportError:
+            raise ConfigError(
+                f"cluster {kind} needs submitit, which is not installed: pip install 'solq-lab[slurm]'"
+            ) from None
+        defaults: dict[str, Any] = {"timeout_min": MINUTES}
+        if kind == "slurm":
+            defaults["slurm_signal_delay_s"] = SECONDS_TO_SAVE
+        self.kind, self._options, self._folder = kind, dict(options or {}), folder.absolute()
+        self._resumable = submitit.SlurmJob if kind == "slurm" else None
+        try:
+            self._executor = submitit.AutoExecutor(self._folder, cluster=kind, **{f"{kind}_max_num_timeout": TURNS})
+            self._executor.update_parameters(**(defaults | self._options))
+        except (RuntimeError, NameError, TypeError, ValueError) as error:
+            raise ConfigError(f"cluster {kind}: {error}") from None
+
+    def submit(self, command: Command, log_file: Path, *, name: str, **resources: int) -> Submitted:
+        """Submit a command, or find the job of an earlier call that has not ended yet.
+
+        Args:
+            command: what to run.
+            log_file: of the command; the job's id is kept beside it.
+            name: what the cluster calls the job.
+            resources: submitit's `nodes`, `gpus_per_node` and the like, unless the options say otherwise.
+
+        Raises:
+            ConfigError: the cluster cannot give these resources.
+        """
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        record = log_file.with_suffix(".job.json")
+        if self._resumable and record.is_file():
+            earlier = self._resumable(self._folder, read_json(record)["job_id"])
+            if not earlier.done(force_check=True):
+                log.info("%s: job %s, submitted earlier, has not ended yet", name, earlier.job_id)
+                return Submitted(earlier, log_file)
+        try:
+            self._executor.update_parameters(name=name, **(resources | self._options))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"cluster {self.kind}: {error}") from None
+        job = self._executor.submit(command)
+        write_json(record, {"job_id": job.job_id})
+        return Submitted(job, log_file)

@@ -1,0 +1,91 @@
+"""torchrun for a run: `python -m solq_lab.training.torchrun [OPTIONS OF TORCHRUN] RUN_FOLDER`, once on every machine.
+
+Where the processes meet follows from where it is called: in a SLURM step over several machines (`srun`, one task on
+each) on the first of them, else on this machine, on a port that is free. Options of torchrun's own can say otherwise.
+
+What differs from torchrun itself, under which a training works as well: a stop signal leaves the processes time to save
+(torchrun kills after 30 s), SIGUSR1 is passed on too, and a training that was stopped and has saved ends with status 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from solq_lab.runs import RunError, load_run
+from solq_lab.training.command import FAILED, REFUSED
+from solq_lab.watch import SECONDS_TO_SAVE
+
+log = logging.getLogger("solq_lab.training")
+
+MEETING_OPTIONS = ("--standalone", "--nnodes", "--rdzv", "--master", "--node")
+LOWEST_PORT, PORTS = 20_000, 10_000  # below those that systems give to connections; two jobs rarely get the same
+
+
+def main(arguments: list[str]) -> int:
+    """Start the processes of a training and wait for them.
+
+    Returns:
+        The exit status: 0 finished, or stopped by a signal after saving; 2 there is no such run; 1 anything else.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if not arguments:
+        log.error("usage: python -m solq_lab.training.torchrun [OPTIONS OF TORCHRUN] RUN_FOLDER")
+        return REFUSED
+    *options, folder = arguments
+    try:
+        run = load_run(folder)
+    except RunError as error:
+        log.error("%s", error)
+        return REFUSED
+    # Read by torchrun; a torch that does not know them yet has its own values.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(SECONDS_TO_SAVE)))
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's value too, without its banner
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        torchrun.main([*meeting_options(options, os.environ), *options, "-m", "solq_lab.training", folder])
+    except SignalException as stopped:
+        state = run.status()["state"]
+        log.warning("%s: the processes have ended, the run is %s", stopped, state)
+        return 0 if state in ("preempted", "finished") else FAILED
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        how = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+        log.error("rank %d, process %d, ended first, with %s", rank, failure.pid, how)
+        return REFUSED if failure.exitcode == REFUSED else FAILED
+    return 0
+
+
+def meeting_options(options: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The options that tell torchrun where the processes meet, unless `options` do.
+
+    Args:
+        options: torchrun's, as given.
+        environment: variables of this process; SLURM's say on which machines its step runs.
+    """
+    if any(option.replace("_", "-").startswith(MEETING_OPTIONS) for option in options):
+        return []
+    nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    if nodes == 1:
+        return ["--standalone"]
+    expand = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
+    first, *_ = subprocess.run(expand, capture_output=True, text=True, check=True).stdout.split()
+    job, turn = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
+    port = LOWEST_PORT + int(job) % PORTS
+    return [
+        f"--nnodes={nodes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-id={job}.{turn}",
+        f"--rdzv-endpoint={first}:{port}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
