@@ -188,6 +188,8 @@ class TrainSection(Section):
         180.0, gt=0, description="seconds without a sign of life after which one of several processes counts as lost"
     )
     threads: int = Field(0, ge=0, description="torch threads per process; 0 leaves the choice to torch")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    compile: bool = Field(False, description="torch.compile of the transformer's layers; the first step takes minutes")
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; one is also written at each evaluation")
     evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")

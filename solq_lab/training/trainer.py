@@ -60,16 +60,22 @@ def train_run(run: Run) -> State:
         ConfigError, DataError, RunError, WeightMismatch: the experiment cannot be trained as it stands.
         NonFiniteError, MatchingError: the training diverged.
     """
-    with distributed.process_group(), run.locked() if distributed.is_main() else contextlib.nullcontext():
+
+    def write_failure(message: str) -> None:
+        run.write_status("failed", step=run.status()["step"], message=message)
+
+    group = distributed.process_group(rank_timeout=run.experiment.train.rank_timeout, last_words=write_failure)
+    with group, run.locked() if distributed.is_main() else contextlib.nullcontext():
         if run.status()["state"] == "finished":
             log.info("%s is finished; remove the folder to train it anew", run.folder)
             return "finished"
         try:
             return Trainer(run).train()
         except Exception as error:
-            if distributed.is_main():
-                run.write_status("failed", step=run.status()["step"], message=f"{type(error).__name__}: {error}")
-            raise
+            cause = distributed.blame(error)
+            if distributed.speaks_last():
+                write_failure(f"{type(cause).__name__}: {cause}")
+            raise cause from (None if cause is error else error)
 
 
 class Trainer:
@@ -144,6 +150,7 @@ class Trainer:
                 set_learning_rate(self.optimizer, self._learning_rate_factor())
                 self._take_step([next(batches) for _ in range(accumulate)])
                 self.step += 1
+                distributed.report_step(self.step)
                 self.journal.end_step(self.step, time.perf_counter() - started, self.optimizer.param_groups[0]["lr"])
                 progress.update()
                 if self._checkpoint_is_due():
