@@ -27,6 +27,7 @@ from solq_lab.data.order import BatchStream
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
 from solq_lab.fitting import check_fitted_data
 from solq_lab.launch import prepare_data
+from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.precision import check_autocast
@@ -38,6 +39,7 @@ from solq_lab.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import SetCriterion, vector_plateau
@@ -112,6 +114,10 @@ class Trainer:
         elif distributed.is_main():  # the other processes receive the statistics with the first weights
             self._measure_start(steps_per_epoch)
         self.model.to(self.device)
+        if train.gradient_checkpointing:
+            recompute_activations(self.model)
+        if train.compile:
+            compile_layers(self.model, self.device)
         self.parallel = _share_gradients(self.model, self.device)
 
         costs = experiment.matcher.model_dump()
@@ -208,7 +214,7 @@ class Trainer:
         settings = self.experiment.evaluation
         distributed.copy_from_main(self.model.buffers())  # batch norms saw different pictures in their last step
         averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
-        with averaged, _random_state_kept(self.device):
+        with averaged, as_written(), _random_state_kept(self.device):
             _, evaluation = evaluate_model(
                 self.model,
                 self.criterion.codec,
