@@ -26,10 +26,21 @@ def read_picture(path: Path, image_id: int, size: tuple[int, int]) -> Tensor:
         DataError: the file is missing, truncated, no picture, or of another size.
     """
     name = f"image id {image_id}: {path}"
+    picture = decode_picture(read_file(path, name), name)
+    check_size(picture, size, name)
+    return picture
+
+
+def read_file(path: Path, name: str) -> Tensor:
+    """The bytes of a file (n,) uint8; `name` is what a message calls it. Raises DataError where it cannot be read."""
     try:
-        data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def decode_picture(data: Tensor, name: str) -> Tensor:
+    """The picture (3, H, W) uint8 RGB in the bytes (n,) uint8 of a file. Raises DataError where it is not whole."""
     try:
         picture = decode_image(data, mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
@@ -42,10 +53,14 @@ def read_picture(path: Path, image_id: int, size: tuple[int, int]) -> Tensor:
         picture = picture[0]
     if picture.dtype == torch.uint16:
         picture = (picture.to(torch.int32) >> 8).to(torch.uint8)
+    return picture
+
+
+def check_size(picture: Tensor, size: tuple[int, int], name: str) -> None:
+    """Raise DataError where a picture (3, H, W) is not of the size (height, width) that the annotations give."""
     if tuple(picture.shape[1:]) != size:
         found = f"{picture.shape[1]} x {picture.shape[2]}"
         raise DataError(
             f"{name}: the picture is {found} pixels (height x width), the annotations say {size[0]} x {size[1]}; "
             "correct the annotations or the file"
         )
-    return picture
