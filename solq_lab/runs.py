@@ -6,7 +6,7 @@ runs/<name>/
     status.json          what the training is doing: created, training, preempted, failed, finished
     metrics.jsonl        one JSON object per line: "start", "train" and "evaluation" lines
     train.log            the training's log lines
-    trainer.lock         held by the one training process that may write here
+    trainer.lock         held by the one training process that may write here; names it
     checkpoints/step_XXXXXXX/{weights.safetensors, state.pt}
     weights.safetensors  the trained model
     detections.json.gz, results.json, ceiling.json, figures/, <notebook>.ipynb, <notebook>.html
@@ -16,6 +16,7 @@ runs/<name>/
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -31,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experiment
 from solq_lab.files import flush_to_disk as flush_to_disk
@@ -112,6 +113,10 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def _lock_file(self) -> Path:
+        return self.folder / "trainer.lock"
+
+    @property
     def figures(self) -> Path:
         """Folder of the pictures."""
         return self.folder / "figures"
@@ -130,10 +135,10 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
-        """Forget the lines after `step`, and a torn one: a resumed training writes them again."""
-        lines, torn = _read_lines(self.metrics_file)
+        """Forget the lines after `step`, which a resumed training writes again, and unreadable ones."""
+        lines, unreadable = _read_lines(self.metrics_file)
         kept = [line for line in lines if line.get("step", 0) <= step]
-        if torn or len(kept) < len(lines):
+        if unreadable or len(kept) < len(lines):
             forgotten = len(lines) - len(kept)
             log.info("%s: %d lines after step %d will be written again", self.metrics_file, forgotten, step)
             with replacing(self.metrics_file) as temporary:
@@ -143,7 +148,7 @@ class Run:
         """What the training is doing: "state", "step", "message", "pid", "host", "time" (seconds since 1970).
 
         A state of "training" is the last one written: after a kill -9 it stands although nobody trains.
-        `is_training` asks whether the process lives.
+        `trainer` and `is_training` ask whether the process lives.
         """
         path = self.folder / "status.json"
         return read_json(path) if path.exists() else {"state": "created", "step": 0, "message": ""}
@@ -157,32 +162,44 @@ class Run:
         """Every setting that another experiment changes, with both values; empty when it is the run's own."""
         return _differences(self.experiment.model_dump(mode="json"), experiment.model_dump(mode="json"))
 
-    def is_training(self) -> bool:
-        """Whether a living process holds the folder's lock.
+    def trainer(self) -> dict[str, Any] | None:
+        """The living process that holds the folder's lock ("pid", "host"), or None.
 
         Not for the process that trains: closing the file here would give its own lock away.
+
+        Raises:
+            RunError: the file system has no locks.
         """
         try:
-            with (self.folder / "trainer.lock").open("r+") as file:
-                return not _try_lock(file.fileno())
+            with self._lock_file.open("rb") as file:
+                return None if _try_lock(file, fcntl.LOCK_SH) else _read_owner(file)
         except FileNotFoundError:
-            return False
+            return None
+
+    def is_training(self) -> bool:
+        """Whether a living process holds the folder's lock (`trainer`)."""
+        return self.trainer() is not None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for training. The kernel frees the lock when the process dies, however it dies.
 
+        A lock file that is left over therefore hinders nobody, whoever has got the process id that stands in it.
+
         Raises:
-            RunError: another living process trains here.
+            RunError: another living process trains here, or the file system has no locks.
         """
         # A POSIX record lock: unlike flock, loader processes do not inherit it and so cannot keep it after a kill -9.
-        with (self.folder / "trainer.lock").open("a+") as file:
-            if not _lock_soon(file.fileno()):
-                holder = self.status()
+        with self._lock_file.open("a+b") as file:
+            if not _lock_soon(file):
+                owner = _read_owner(file)
                 raise RunError(
-                    f"{self.folder}: process {holder.get('pid')} on {holder.get('host')} is training here; "
+                    f"{self.folder}: process {owner.get('pid')} on {owner.get('host')} is training here; "
                     "wait for it, stop it, or give the new run another name= "
                 )
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+            file.flush()
             yield
 
     def record_environment(self, facts: dict[str, Any]) -> None:
@@ -310,35 +327,53 @@ def _read_experiment(folder: Path) -> Experiment:
         raise RunError(str(error)) from None
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The whole lines of a JSON-lines file, and whether there is a torn one."""
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The readable lines of a file of JSON objects, and the number of others, each of which a log line names."""
     if not path.exists():
-        return [], False
+        return [], 0
     lines: list[dict[str, Any]] = []
-    torn = False
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    *whole, rest = path.read_bytes().split(b"\n")
+    for number, text in enumerate(whole, start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            torn = True
-            log.info("%s: line %d is incomplete and left out", path, number)
-    return lines, torn
+            line = json.loads(text)
+            if not isinstance(line, dict) or not isinstance(line.get("step", 0), int):
+                raise ValueError("not an object with a whole step")
+            lines.append(line)
+        except ValueError as error:
+            log.warning("%s: line %d is damaged and left out: %s", path, number, error)
+    if rest:  # being written, or torn by a kill
+        log.info("%s: line %d is incomplete and left out", path, len(whole) + 1)
+    return lines, len(whole) - len(lines) + bool(rest)
 
 
-def _lock_soon(descriptor: int) -> bool:
-    """Lock, or give up within a second: whoever asks `is_training` holds the lock for an instant."""
+def _read_owner(file: BinaryIO) -> dict[str, Any]:
+    """Who wrote its name into a lock file; empty in the instant before it has done so."""
+    file.seek(0)
+    try:
+        return json.loads(file.read())
+    except ValueError:
+        return {}
+
+
+def _lock_soon(file: BinaryIO) -> bool:
+    """Lock, or give up within a second: whoever asks for the `trainer` holds the lock for an instant."""
     for _ in range(5):
-        if _try_lock(descriptor):
+        if _try_lock(file, fcntl.LOCK_EX):
             return True
         time.sleep(0.2)
     return False
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(file: BinaryIO, kind: int) -> bool:
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise RunError(
+            f"{file.name}: cannot be locked ({error.strerror}), so that two trainings could write here; put the runs "
+            "on a file system with locks, --runs-dir FOLDER"
+        ) from None
     return True
 
 

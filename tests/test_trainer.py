@@ -149,7 +149,7 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(pictures, tmp_path, 
 def test_an_evaluation_that_was_interrupted_is_done_on_resuming(pictures, tmp_path, monkeypatch):
     run = new_run(pictures, tmp_path, train={"evaluate_every": 1})
 
-    def interrupt(self):
+    def interrupt(self, stop):
         raise OSError("killed while evaluating")
 
     with monkeypatch.context() as patch:

@@ -16,11 +16,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from solq_lab.models.weights import read_weights, save_weights
-from solq_lab.runs import RunError, flush_to_disk
+from solq_lab.runs import RunError, flush_to_disk, hash_file
 
 log = logging.getLogger(__name__)
 
 KEPT = 2  # the newest, and one before it in case the newest is damaged
+MEGABYTE = 2**20
+DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the message names the reason, the room on the disk and what stands."""
 
 
 class Checkpoint(NamedTuple):
@@ -42,33 +48,50 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, cl
     """Write a checkpoint under `folder`, and forget all but the last `KEPT`.
 
     The files are complete and on the disk before their folder gets its name: a kill or a power cut at any moment
-    leaves the older checkpoints and at most a `.part` folder.
+    leaves the older checkpoints and at most a `.part` folder, which the next save removes.
 
     Args:
         folder: the run's folder of checkpoints.
         checkpoint: what to write; its state is read back with `weights_only=True`.
         experiment: YAML of the experiment, kept beside the weights.
         classes: JSON of the class map, likewise.
+
+    Raises:
+        SaveError: the disk is full or fails; the older checkpoints are as they were.
     """
     final = folder / f"step_{checkpoint.step:07d}"
     if not final.exists():
+        for abandoned in folder.glob(".step_*.part"):
+            shutil.rmtree(abandoned)
         partial = folder / f".{final.name}.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_weights(
-            partial / "weights.safetensors",
-            checkpoint.weights,
-            experiment=experiment,
-            classes=classes,
-            codec=checkpoint.codec,
-        )
-        torch.save({"step": checkpoint.step, **checkpoint.state}, partial / "state.pt")
-        for path in (partial / "weights.safetensors", partial / "state.pt", partial):
-            flush_to_disk(path)
-        partial.rename(final)
-        flush_to_disk(folder)
+        weights = partial / "weights.safetensors"
+        try:
+            partial.mkdir(parents=True)
+            save_weights(weights, checkpoint.weights, experiment=experiment, classes=classes, codec=checkpoint.codec)
+            about = {"step": checkpoint.step, "weights_sha256": hash_file(weights)}
+            torch.save({**checkpoint.state, **about}, partial / "state.pt")
+            for path in (weights, partial / "state.pt", partial):
+                flush_to_disk(path)
+            partial.rename(final)
+            flush_to_disk(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)  # before looking how much room there is
+            raise SaveError(_explain_failed_save(final, error)) from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     for old in list_checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
+
+
+def _explain_failed_save(final: Path, error: Exception) -> str:
+    free = shutil.disk_usage(final.parent if final.parent.exists() else final.parent.parent).free / MEGABYTE
+    room = f"{free:.1f} MB are free"
+    for earlier in list_checkpoints(final.parent)[-1:]:
+        size = sum(path.stat().st_size for path in earlier.iterdir()) / MEGABYTE
+        room += f"; {earlier.name} stands, it takes {size:.1f} MB"
+    reason = " ".join(str(error).split())
+    return f"{final} could not be written ({reason}); {room}. Make room, and the same command goes on from what stands"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -77,33 +100,48 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read, or None where there is none; a damaged one is named in a log line.
+    """The newest checkpoint that can be read, or None where there is none.
+
+    Damaged ones that are newer are named in a log line and renamed to `damaged_step_XXXXXXX`, so that they neither
+    count as one of those that are kept nor stand in the way of their step's next checkpoint.
 
     Raises:
-        RunError: there are checkpoints, and all of them are damaged.
+        RunError: there are checkpoints, and all of them are damaged; nothing is renamed.
     """
-    found = list_checkpoints(folder)
+    found, damaged = list_checkpoints(folder), []
     for path in reversed(found):
         try:
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            weights = read_weights(path / "weights.safetensors")
-            return Checkpoint(state.pop("step"), weights.state, state, weights.codec)
-        except (
-            OSError,
-            EOFError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            pickle.UnpicklingError,
-            SafetensorError,
-        ) as error:
+            checkpoint = load_checkpoint(path)
+        except DAMAGE as error:
             log.warning("%s: damaged checkpoint left aside: %s", path, " ".join(str(error).split()))
+            damaged.append(path)
+            continue
+        for broken in damaged:
+            aside = broken.with_name(f"damaged_{broken.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            broken.rename(aside)
+        return checkpoint
     if found:
         names = ", ".join(path.name for path in found)
         raise RunError(
             f"{folder}: no checkpoint can be read (damaged: {names}); remove this folder to start the training anew"
         )
     return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        One of `DAMAGE`: it is not as it was written.
+    """
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    weights = path / "weights.safetensors"
+    expected = state.pop("weights_sha256", None)  # checkpoints of older versions have none
+    if expected not in (None, hash_file(weights)):
+        raise ValueError(f"{weights.name} is not what was written")
+    read = read_weights(weights)
+    return Checkpoint(state.pop("step"), read.state, state, read.codec)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

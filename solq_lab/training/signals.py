@@ -1,15 +1,29 @@
-"""Stopping politely: a signal asks, the training loop answers between two steps."""
+"""Stopping politely: a signal asks, the training answers as soon as it stands well. Loads without torch.
+
+SIGTERM, SIGUSR1 and Ctrl-C let the step under way end; then the training saves and says "preempted". Where there is no
+step to end - in start-up, while waiting for pictures, in an evaluation - it stops at once. A second Ctrl-C, later than
+`FORWARDED_SECONDS` after the first signal, does not wait for the saving: it costs the steps since the last checkpoint.
+"""
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import os
 import signal
+import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
-log = logging.getLogger(__name__)
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; kill and torchrun; SLURM before its time limit
+FORWARDED_SECONDS = 1.0  # within these a second signal is the same one: a terminal sends it, and torchrun once more
+
+
+class Stopped(BaseException):
+    """A stop signal came where there is nothing to wait for; the message is the signal's name.
+
+    Like KeyboardInterrupt it is no `Exception`: what catches errors and carries on must not swallow it.
+    """
 
 
 class StopRequest:
@@ -18,13 +32,16 @@ class StopRequest:
     Loader processes are forked inside the block and so survive a Ctrl-C in the terminal, which reaches them as well.
 
     Attributes:
-        received: name of the signal, or None.
+        received: name of the first signal, or None.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._when = 0.0
+        self._at_once = False
 
     def __enter__(self) -> Self:
+        self._process = os.getpid()
         self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
@@ -32,5 +49,27 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within the block a stop signal does not wait: it raises `Stopped`, once; so does one that came before."""
+        try:
+            self._at_once = True
+            if self.received is not None:
+                self._stop()
+            yield
+        finally:
+            self._at_once = False
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        if os.getpid() != self._process:  # a forked child; its parent ends it
+            return
+        if self.received is None:
+            self.received, self._when = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._when > FORWARDED_SECONDS:
+            raise KeyboardInterrupt
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._at_once:
+            self._at_once = False
+            raise Stopped(self.received)

@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from solq_lab.config import OptimSection, TrainSection
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
 from solq_lab.data.order import BatchStream
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
+from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.fitting import check_fitted_data
 from solq_lab.launch import prepare_data
 from solq_lab.models.recomputing import recompute_activations
@@ -46,14 +48,18 @@ from solq_lab.training.losses import SetCriterion, vector_plateau
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from solq_lab.training.preparation import describe_dataset, sample_vectors, vector_statistics
-from solq_lab.training.signals import StopRequest
+from solq_lab.training.signals import Stopped, StopRequest
 from solq_lab.training.step import Batch, TrainingStep
 
 log = logging.getLogger(__name__)
 
 
-def train_run(run: Run) -> State:
+def train_run(run: Run, stop: StopRequest | None = None) -> State:
     """Train a run to its end, or until a signal stops it; go on where an earlier process stood.
+
+    Args:
+        run: the run.
+        stop: listens for signals already; None: only from here on.
 
     Returns:
         "finished" or "preempted"; the same is written to the run's status.
@@ -61,23 +67,48 @@ def train_run(run: Run) -> State:
     Raises:
         ConfigError, DataError, RunError, WeightMismatch: the experiment cannot be trained as it stands.
         NonFiniteError, MatchingError: the training diverged.
+        SaveError: no checkpoint could be written.
+        KeyboardInterrupt: a second Ctrl-C, before the first one's checkpoint was written.
     """
+    if stop is None:
+        with StopRequest() as stop:
+            return train_run(run, stop)
+    last_words = partial(_write_last_status, run, "failed")
+    group = distributed.process_group(rank_timeout=run.experiment.train.rank_timeout, last_words=last_words)
+    try:
+        with group, run.locked() if distributed.is_main() else contextlib.nullcontext():
+            return _train_locked(run, stop)
+    except Stopped as signal:  # before the first step; other processes are not waited for, they were asked as well
+        log.info("%s: stopped before the first step of this process; the same command goes on", signal)
+        return "preempted"
 
-    def write_failure(message: str) -> None:
-        run.write_status("failed", step=run.status()["step"], message=message)
 
-    group = distributed.process_group(rank_timeout=run.experiment.train.rank_timeout, last_words=write_failure)
-    with group, run.locked() if distributed.is_main() else contextlib.nullcontext():
-        if run.status()["state"] == "finished":
-            log.info("%s is finished; remove the folder to train it anew", run.folder)
-            return "finished"
-        try:
-            return Trainer(run).train()
-        except Exception as error:
-            cause = distributed.blame(error)
-            if distributed.speaks_last():
-                write_failure(f"{type(cause).__name__}: {cause}")
-            raise cause from (None if cause is error else error)
+def _train_locked(run: Run, stop: StopRequest) -> State:
+    """Train; however it ends, say so in the run's status."""
+    if run.status()["state"] == "finished":
+        log.info("%s is finished; remove the folder to train it anew", run.folder)
+        return "finished"
+    try:
+        with stop.at_once():
+            trainer = Trainer(run)
+        return trainer.train(stop)
+    except (Stopped, KeyboardInterrupt) as end:
+        if distributed.is_main():
+            _write_last_status(run, "preempted", str(end) or "a second Ctrl-C, without saving")
+        raise
+    except Exception as error:
+        cause = distributed.blame(error)
+        if distributed.speaks_last():
+            _write_last_status(run, "failed", f"{type(cause).__name__}: {cause}")
+        raise cause from (None if cause is error else error)
+
+
+def _write_last_status(run: Run, state: State, message: str) -> None:
+    """Say how the training ended, if the disk still takes it; the step is that of the last checkpoint."""
+    try:
+        run.write_status(state, step=run.status()["step"], message=message)
+    except OSError as error:
+        log.error("%s: %s could not be written: %s", run.folder, state, error)
 
 
 class Trainer:
@@ -141,27 +172,49 @@ class Trainer:
         else:
             self._restore(checkpoint)
 
-    def train(self) -> State:
-        """The loop: one optimiser step after the other, with metrics, checkpoints and evaluations in between."""
+    def train(self, stop: StopRequest) -> State:
+        """Train to the end and evaluate, or until `stop` has received a signal and the checkpoint is written."""
         self._announce()
-        accumulate = self.experiment.train.accumulate
-        with StopRequest() as stop, self._progress() as progress:
-            batches = self._batches()
+        try:
+            finished = self._take_steps(stop)
+            return self._finish(stop) if finished else self._preempt(stop)
+        except (Stopped, EvaluationStopped):  # what was being evaluated is saved, and will be evaluated anew
+            return self._preempt(stop)
+
+    def _take_steps(self, stop: StopRequest) -> bool:
+        """The loop: one optimiser step after the other, with metrics, checkpoints and evaluations in between.
+
+        Returns:
+            False where a stop signal ended it before the last step.
+        """
+        with self._progress() as progress:
+            loader = self._batches()
             while self.step < self.total_steps:
                 if self._evaluation_is_due():
-                    self._evaluate()
-                if distributed.any_process(stop.received is not None, self.device):
-                    return self._preempt(stop)
+                    self._evaluate(stop)
                 started = time.perf_counter()
+                batches = self._next_batches(loader, stop)
+                if batches is None:
+                    return False
                 set_learning_rate(self.optimizer, self._learning_rate_factor())
-                self._take_step([next(batches) for _ in range(accumulate)])
+                self._take_step(batches)
                 self.step += 1
                 distributed.report_step(self.step)
                 self.journal.end_step(self.step, time.perf_counter() - started, self.optimizer.param_groups[0]["lr"])
                 progress.update()
                 if self._checkpoint_is_due():
                     self._save()
-        return self._finish()
+        return True
+
+    def _next_batches(self, loader: Iterator[Batch], stop: StopRequest) -> list[Batch] | None:
+        """The batches of one step; None where any process was asked to stop, on all processes alike.
+
+        Whoever is asked while it waits for a slow disk waits no longer. The step has not begun, so nothing is lost.
+        """
+        batches = None
+        with contextlib.suppress(Stopped), stop.at_once():
+            batches = [next(loader) for _ in range(self.experiment.train.accumulate)]
+        return None if distributed.any_process(stop.received is not None, self.device) else batches
 
     def _take_step(self, batches: list[Batch]) -> None:
         """One optimiser step; its numbers go to the journal."""
@@ -209,12 +262,16 @@ class Trainer:
             or self._evaluation_is_due()
         )
 
-    def _evaluate(self) -> None:
-        """Validate the model as it stands, with averaged weights where there are some."""
+    def _evaluate(self, stop: StopRequest) -> None:
+        """Validate the model as it stands, with averaged weights where there are some.
+
+        Raises:
+            Stopped, EvaluationStopped: by a signal; model and random generators are as before.
+        """
         settings = self.experiment.evaluation
         distributed.copy_from_main(self.model.buffers())  # batch norms saw different pictures in their last step
         averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
-        with averaged, as_written(), _random_state_kept(self.device):
+        with averaged, as_written(), _random_state_kept(self.device), _interrupted_by(stop):
             _, evaluation = evaluate_model(
                 self.model,
                 self.criterion.codec,
@@ -226,6 +283,7 @@ class Trainer:
                 device=self.device,
                 max_images=settings.max_images,
                 workers=self.experiment.data.workers,
+                should_stop=lambda: stop.received is not None,
             )
         if distributed.is_main():
             self.journal.write_evaluation(self.step, evaluation)
@@ -240,6 +298,8 @@ class Trainer:
             "random": distributed.gather_objects(random_state(self.device)),
         }
         if distributed.is_main():
+            if self.run.metrics_file.exists():  # not to lose lines that a resumed training would not write again
+                flush_to_disk(self.run.metrics_file)
             checkpoint = Checkpoint(self.step, self.model.state_dict(), state, self._codec_tables())
             save_checkpoint(self.run.checkpoints, checkpoint, **self._metadata())
             self.run.write_status("training", step=self.step)
@@ -262,14 +322,15 @@ class Trainer:
             self.run.write_status("preempted", step=self.step, message=reason)
         return "preempted"
 
-    def _finish(self) -> State:
-        """Write the trained model, and evaluate what was written."""
+    def _finish(self, stop: StopRequest) -> State:
+        """Write the trained model, and evaluate what was written; a stop signal ends the evaluation."""
         if distributed.is_main():
             weights = self.model.state_dict() if self.average is None else self.average.state_dict()
             save_weights(self.run.weights, weights, codec=self._codec_tables(), **self._metadata())
             flush_to_disk(self.run.weights)
         distributed.wait_for_all()
-        evaluation = evaluate_run(self.run, device=self.device)
+        with _interrupted_by(stop):
+            evaluation = evaluate_run(self.run, device=self.device, should_stop=lambda: stop.received is not None)
         if distributed.is_main():
             if not self.journal.has_evaluation(self.step):
                 self.journal.write_evaluation(self.step, evaluation)
@@ -334,6 +395,11 @@ class Trainer:
         """A bar on a terminal; elsewhere the log lines speak."""
         hidden = not (distributed.is_main() and sys.stderr.isatty())
         return tqdm(total=self.total_steps, initial=self.step, desc=self.run.name, unit="step", disable=hidden)
+
+
+def _interrupted_by(stop: StopRequest) -> contextlib.AbstractContextManager[None]:
+    """Within: a stop signal ends an evaluation at once where this process is alone; others agree between pictures."""
+    return stop.at_once() if distributed.world_size() == 1 else contextlib.nullcontext()
 
 
 def _share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
