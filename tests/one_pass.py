@@ -1,0 +1,54 @@
+"""One training pass of a small network: its loss, gradients and statistics, for comparisons between ways to train."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from solq_lab.models.backbone import SmallBackbone
+from solq_lab.structures import ImageBatch, Predictions
+
+SIZES = {
+    "width": 32,
+    "heads": 2,
+    "levels": 4,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_points": 4,
+    "decoder_points": 4,
+    "feedforward": 48,
+    "vector_hidden": 24,
+    "queries": 5,
+    "dropout": 0.3,
+    "activation": "relu",
+    "refine_boxes": True,
+}
+SIDE = 96  # of the pictures, pixels
+
+
+def small_backbone() -> SmallBackbone:
+    return SmallBackbone((8, 16, 24, 32), (1, 1, 2, 1))
+
+
+def pictures(dtype: torch.dtype = torch.float64, side: int = SIDE) -> ImageBatch:
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    padding = torch.zeros(2, side, side, dtype=torch.bool)
+    padding[1, :, side // 2 :] = True
+    return ImageBatch(pixels.masked_fill(padding.unsqueeze(1), 0.0), padding)
+
+
+def some_loss(predictions: Predictions) -> Tensor:
+    """A number that every output has a part in."""
+    layers = [*predictions.layers, *([predictions.proposals] if predictions.proposals else [])]
+    parts = [tensor for layer in layers for tensor in layer[:3] if tensor is not None]
+    parts += [layer.masks.logits for layer in layers if layer.masks is not None]
+    return sum((part.double() - 0.3).square().mean() for part in parts)
+
+
+def train_once(model: nn.Module, images: ImageBatch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Loss, gradients and buffers of one pass, always with the same dropout."""
+    torch.manual_seed(7)
+    loss = some_loss(model(images))
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, dict(model.named_buffers())
