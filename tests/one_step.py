@@ -19,7 +19,7 @@ def losses_and_gradients(run_folder: Path) -> dict[str, dict[str, torch.Tensor]]
     trainer.optimizer.step = lambda: None
     batches = trainer._batches()
     for _ in range(2):
-        trainer._take_step([next(batches) for _ in range(trainer.experiment.train.accumulate)])
+        trainer._take_step([next(batches) for _ in range(trainer.passes)])
     sums = trainer.journal.state_dict()["sums"]
     means = distributed.sum_over_processes(torch.stack(list(sums.values()))) / distributed.world_size()
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}

@@ -16,6 +16,7 @@ import torch
 from one_step import losses_and_gradients
 from tiny import tiny_experiment, write_pictures
 
+from solq_lab import distributed
 from solq_lab.data.annotations import DataError
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError, create_run, load_run, read_json
@@ -230,9 +231,10 @@ def test_a_batch_larger_than_the_data_set_is_refused_before_any_work(pictures, t
     assert run.metrics() == []
 
 
-def test_a_wrong_number_of_processes_is_refused_with_the_command(pictures, tmp_path):
+def test_a_wrong_number_of_processes_is_refused_with_the_command(pictures, tmp_path, monkeypatch):
     run = new_run(pictures, tmp_path, train={"gpus": 2})
-    with pytest.raises(RunError, match=r"1 training processes were started, .*train\.gpus=2; .*--nproc-per-node=2"):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    with pytest.raises(RunError, match=r"3 training processes .* 2 x 1 passes .* allowed are 1, 2\. .*-per-node=2"):
         train_run(run)
 
 

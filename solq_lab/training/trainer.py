@@ -118,7 +118,7 @@ class Trainer:
         """Build everything; load the newest checkpoint, or measure the start where there is none."""
         self.run, self.experiment, self.device = run, run.experiment, distributed.device()
         experiment, train, loss = run.experiment, run.experiment.train, run.experiment.loss
-        _check_processes(train)
+        self.passes = _passes_per_process(train)
         check_autocast(train.autocast, self.device, setting="train.autocast")
         torch.set_num_threads(train.threads or torch.get_num_threads())
         _seed_generators(experiment.seed)
@@ -149,7 +149,7 @@ class Trainer:
             recompute_activations(self.model)
         if train.compile:
             compile_layers(self.model, self.device)
-        self.parallel = _share_gradients(self.model, self.device)
+        self.parallel = _share_gradients(self.model, self.device, passes=self.passes)
 
         costs = experiment.matcher.model_dump()
         matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
@@ -213,7 +213,7 @@ class Trainer:
         """
         batches = None
         with contextlib.suppress(Stopped), stop.at_once():
-            batches = [next(loader) for _ in range(self.experiment.train.accumulate)]
+            batches = [next(loader) for _ in range(self.passes)]
         return None if distributed.any_process(stop.received is not None, self.device) else batches
 
     def _take_step(self, batches: list[Batch]) -> None:
@@ -235,7 +235,7 @@ class Trainer:
             start_step=self.step,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            accumulate=train.accumulate,
+            accumulate=self.passes,
             aspects=self.train_set.aspects if self.experiment.data.bucket_by_aspect else None,
         )
 
@@ -310,7 +310,12 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(checkpoint.state["average"])
         self.journal.load_state_dict(checkpoint.state["journal"], self.device)
-        restore_random_state(checkpoint.state["random"][distributed.rank()], self.device)
+        generators, processes = checkpoint.state["random"], distributed.world_size()
+        if len(generators) == processes:
+            restore_random_state(generators[distributed.rank()], self.device)
+        else:  # the pictures and their changes are drawn per picture, and stay what they would have been
+            log.warning("%d processes go on where there were %d: dropout is drawn anew", processes, len(generators))
+            _seed_generators(self.experiment.seed + distributed.rank())
         if distributed.is_main():
             self.run.rewind_metrics(self.step)
 
@@ -378,8 +383,8 @@ class Trainer:
         weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         log.info("%s: %.2f M trained weights, %d pictures", self.run.folder, weights / 1e6, len(self.train_set))
         log.info("on %s, %d threads, deformable attention: %s", facts["device"], torch.get_num_threads(), operator)
-        share = train.batch_size // (processes * train.accumulate)
-        log.info("batch %d = %d processes x %d passes x %d", train.batch_size, processes, train.accumulate, share)
+        share = train.batch_size // (processes * self.passes)
+        log.info("batch %d = %d processes x %d passes x %d", train.batch_size, processes, self.passes, share)
         rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in self.optimizer.param_groups)
         log.info("learning rates: %s; schedule %s over %d steps", rates, optim.schedule, self.total_steps)
         released_lr, released_batch = OptimSection().lr, TrainSection().batch_size
@@ -402,26 +407,37 @@ def _interrupted_by(stop: StopRequest) -> contextlib.AbstractContextManager[None
     return stop.at_once() if distributed.world_size() == 1 else contextlib.nullcontext()
 
 
-def _share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
+def _share_gradients(model: nn.Module, device: torch.device, *, passes: int) -> nn.Module:
     """The model as DDP, which averages gradients over the processes; as it is where there is only one."""
     if distributed.world_size() == 1:
         return model
-    # Every loss reaches its parameters on every rank, so none is unused.
+    # Every loss reaches its parameters on every rank, objects or not: none is unused, and the graph is always the same.
+    # DDP makes use of that from its first pass on, and cannot where that one keeps its gradients to itself.
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, static_graph=passes == 1)
 
 
-def _check_processes(train: TrainSection) -> None:
-    """Refuse a number of processes that is not the experiment's, and more of them than GPUs."""
-    started = distributed.world_size()
-    if started != train.gpus:
+def _passes_per_process(train: TrainSection) -> int:
+    """Backward passes per optimiser step of each process, so that a pass is as large as the experiment has it.
+
+    A run may go on with another number of processes than it began with: its global batches and their sums stay the
+    same, and fewer processes take more passes each.
+
+    Raises:
+        RunError: the passes do not divide by the processes that were started, or there are fewer GPUs than processes.
+    """
+    processes, passes = distributed.world_size(), train.gpus * train.accumulate
+    if passes % processes:
+        allowed = ", ".join(str(number) for number in range(1, passes + 1) if passes % number == 0)
         raise RunError(
-            f"{started} training processes were started, the experiment has train.gpus={train.gpus}; start it with "
-            f"torchrun --standalone --nproc-per-node={train.gpus} -m solq_lab.training RUN_FOLDER"
+            f"{processes} training processes were started, and train.gpus x train.accumulate = {train.gpus} x "
+            f"{train.accumulate} passes per step do not divide by them; allowed are {allowed}. Start it with "
+            f"python -m solq_lab.training.torchrun --nproc-per-node={train.gpus} RUN_FOLDER"
         )
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if torch.cuda.is_available() and here > gpus:
-        raise RunError(f"train.gpus={train.gpus} puts {here} processes on a machine with {gpus} GPUs; lower train.gpus")
+        raise RunError(f"{here} processes were started on a machine with {gpus} GPUs; start at most {gpus} on it")
+    return passes // processes
 
 
 def _seed_generators(seed: int) -> None:
