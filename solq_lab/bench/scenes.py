@@ -27,7 +27,7 @@ def outline(random: np.random.Generator, box: tuple[float, float, float, float])
 
 def random_box(random: np.random.Generator) -> tuple[float, float, float, float]:
     """A box (x, y, w, h) inside the picture, its sides spread evenly over the orders of magnitude from 12 to 380."""
-    w, h = np.exp(random.uniform(np.log(12), np.log(380), size=2))
+    w, h = np.exp(random.uniform(np.log(12), np.log(380), size=2)).tolist()
     return random.uniform(0, WIDTH - w), random.uniform(0, HEIGHT - h), w, h
 
 
