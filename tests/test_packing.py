@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from solq_lab.inference.packing import TOKENS_AT_ONCE, PackedFeedForward, PackedLinear, pack_weights
+from solq_lab.inference.packed_layers import (
+    TOKENS_AT_ONCE,
+    PackedFeedForward,
+    SamplingFirst,
+    pack_weights,
+)
+from solq_lab.inference.packing import PackedLinear
+from solq_lab.models.attention import Memory
+from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import FeedForward
 
 
@@ -64,3 +72,65 @@ def test_what_still_learns_or_is_not_float32_stays_as_it_is():
         before = type(model[0])
         pack_weights(model)
         assert type(model[0]) is before
+
+
+LAYER = {"width": 24, "heads": 3, "levels": 2, "points": 2, "feedforward": 48, "dropout": 0.0}
+
+
+def draw_memory(batch: int, shapes: tuple[tuple[int, int], ...], *, padded: bool) -> Memory:
+    """Random tokens; with padding, the right third of every level of the last picture."""
+    paddings = [torch.zeros(batch, height, width, dtype=torch.bool) for height, width in shapes]
+    for padding in paddings:
+        padding[-1, :, padding.shape[-1] * 2 // 3 :] = padded
+    cells = sum(height * width for height, width in shapes)
+    return Memory(
+        tokens=torch.randn(batch, cells, LAYER["width"]),
+        positions=torch.randn(batch, cells, LAYER["width"]),
+        centers=torch.rand(batch, cells, 2),
+        padding=torch.cat([padding.flatten(1) for padding in paddings], dim=1),
+        spatial_shapes=shapes,
+        level_sizes=torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32),
+        valid_ratios=torch.full((batch, len(shapes), 2), 2 / 3 if padded else 1.0),
+    )
+
+
+def draw_weights(layer: nn.Module) -> nn.Module:
+    """Random numbers in place of zeros, so that samples differ, fall beyond the map, and biases count."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return frozen(layer).eval()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("corners", [2, 4])
+@pytest.mark.parametrize("queries", [5, 0])
+def test_projecting_after_sampling_equals_projecting_before(batch: int, padded: bool, corners: int, queries: int):
+    layer = draw_weights(DecoderLayer(**LAYER, activation="relu"))
+    memory = draw_memory(batch, ((20, 30), (10, 15)), padded=padded)
+    given = (torch.randn(batch, queries, LAYER["width"]), torch.randn(batch, queries, LAYER["width"]))
+    reference = torch.rand(batch, queries, corners)
+    expected = layer(*given, reference, memory)
+    pack_weights(layer)
+    attention = layer.cross_attention
+    assert isinstance(attention, SamplingFirst)
+    assert attention._is_less_work(given[0], memory)
+    torch.testing.assert_close(layer(*given, reference, memory), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_many_queries_on_a_small_map_keep_the_order_of_the_paper(monkeypatch):
+    layer = draw_weights(DecoderLayer(**LAYER, activation="relu"))
+    memory, queries = draw_memory(1, ((4, 4), (2, 2)), padded=False), torch.randn(1, 40, LAYER["width"])
+    pack_weights(layer)
+    monkeypatch.delattr(SamplingFirst, "_sample")
+    assert layer(queries, queries, torch.rand(1, 40, 4), memory).shape == queries.shape
+
+
+def test_a_copy_of_a_packed_attention_answers_for_itself():
+    layer, memory = (
+        draw_weights(DecoderLayer(**LAYER, activation="relu")),
+        draw_memory(1, ((20, 30), (5, 5)), padded=True),
+    )
+    given = (torch.randn(1, 5, LAYER["width"]), torch.randn(1, 5, LAYER["width"]), torch.rand(1, 5, 4), memory)
+    pack_weights(layer)
+    assert torch.equal(copy.deepcopy(layer)(*given), layer(*given))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from solq_lab.inference.packing import pack_weights
+from solq_lab.inference.packed_layers import pack_weights
 from solq_lab.models.backbone import FrozenBatchNorm2d
 from solq_lab.models.solq import SOLQ
 
