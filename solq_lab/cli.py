@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from solq_lab.commands import codecs, data, machine, runs, sweeps, weights
+from solq_lab.commands import codecs, data, flight, machine, runs, sweeps, weights
 from solq_lab.commands.arguments import FAILED, INTERRUPTED, REFUSED
 from solq_lab.launch import REFUSALS, Interrupted, NotebookFailed, TrainingFailed
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command()(runs.run)
 app.command()(runs.train)
 app.command()(runs.evaluate)
+app.command()(flight.replay)
 app.command()(sweeps.sweep)
 app.command()(sweeps.table)
 app.command()(weights.predict)

@@ -181,7 +181,8 @@ class TrainSection(Section):
     batch_size: int = Field(32, gt=0, description="pictures per optimiser step, over all processes and accumulation")
     gpus: int = Field(1, gt=0, description="training processes; without CUDA on the CPU (gloo)")
     accumulate: int = Field(1, gt=0, description="backward passes per optimiser step")
-    autocast: Literal["none", "bf16"] = "none"
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    skip_nonfinite: int = Field(0, ge=0, description="steps in a row that may be left out when not finite; 0: none")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 is off")
     freeze_detector: bool = Field(False, description="train the mask branch alone, on the detector in model.pretrained")
     rank_timeout: float = Field(

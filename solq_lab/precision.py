@@ -1,33 +1,51 @@
-"""Where bfloat16 autocast saves time and where it costs time."""
+"""Networks that multiply in half precision: the types a user may name, and where they cost time."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 log = logging.getLogger(__name__)
 
-AUTOCAST = ("none", "bf16")
+PREDICTING = ("none", "bf16")
+TRAINING = ("none", "bf16", "fp16")  # fp16 has five bits of exponent: its gradients need a scaler
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_INSTRUCTIONS = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16")}
 
 
-def check_autocast(autocast: str, device: torch.device, *, setting: str = "autocast") -> None:
-    """Say so in the log where bf16 makes a network slower.
+def check_autocast(
+    autocast: str, device: torch.device, *, setting: str = "autocast", allowed: Sequence[str] = PREDICTING
+) -> None:
+    """Say so in the log where half precision makes a network slower.
 
     Args:
-        autocast: "none" or "bf16".
+        autocast: one of `allowed`.
         device: where the network runs.
         setting: the name under which the user chose `autocast`.
+        allowed: what may be chosen there.
 
     Raises:
-        ValueError: another value than these two.
+        ValueError: another value than these.
     """
-    if autocast not in AUTOCAST:
-        raise ValueError(f"{setting}={autocast!r} is unknown; allowed are {', '.join(AUTOCAST)}")
-    if autocast == "bf16" and device.type == "cpu" and not _cpu_multiplies_bf16():
-        log.warning("%s=bf16: this CPU has no bf16 instructions, so it will be slower than autocast=none", setting)
+    if autocast not in allowed:
+        raise ValueError(f"{setting}={autocast!r} is unknown; allowed are {', '.join(allowed)}")
+    if autocast != "none" and device.type == "cpu" and not _cpu_multiplies(autocast):
+        log.warning(
+            "%s=%s: this CPU has no %s instructions, so it will be slower than autocast=none",
+            setting,
+            autocast,
+            autocast,
+        )
 
 
-def _cpu_multiplies_bf16() -> bool:
+def autocast_to(autocast: str, device: torch.device) -> torch.autocast:
+    """A block in which a network on `device` multiplies in the type of that name; "none" leaves it in its own."""
+    return torch.autocast(device.type, _TYPES.get(autocast), enabled=autocast != "none")
+
+
+def _cpu_multiplies(autocast: str) -> bool:
     known = getattr(torch.cpu, "get_capabilities", dict)()  # new in some torch later than our oldest
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(known.get(name, False) for name in _INSTRUCTIONS[autocast])

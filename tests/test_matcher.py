@@ -63,7 +63,7 @@ def test_golden_matcher_costs_and_assignments_are_the_released_ones(golden_root)
         ]
         predictions = Predictions([layer], None)
         counts = [len(target.labels) for target in targets]
-        cost = sum(matcher._cost_terms(predictions, targets, counts).values())
+        cost = sum(matcher.costs(predictions, targets).values())
         matching = matcher(predictions, targets).layers
         first = 0
         for image, count in enumerate(counts):

@@ -13,7 +13,13 @@ from torch import nn
 from solq_lab.build import build_model
 from solq_lab.config import OptimSection, validate_experiment
 from solq_lab.models.official import Layout, name_table
-from solq_lab.training.optim import build_optimizer, clip_gradients, learning_rate_factor, set_learning_rate
+from solq_lab.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    learning_rate_factor,
+    set_learning_rate,
+)
 
 
 @pytest.mark.golden
@@ -87,9 +93,29 @@ def test_a_factor_scales_each_group_from_its_own_rate():
     assert rates == pytest.approx({"main": 1e-4, "backbone": 2e-5, "offsets": 5e-5})
 
 
-def test_clipping_returns_the_norm_before_it_and_zero_leaves_gradients_alone():
+def test_clipping_shrinks_to_the_largest_norm_and_zero_leaves_gradients_alone():
     model = nn.Linear(2, 1, bias=False)
     for limit, expected in ((0.5, [0.3, 0.4]), (0.0, [3.0, 4.0]), (10.0, [3.0, 4.0])):
         model.weight.grad = torch.tensor([[3.0, 4.0]])
-        assert clip_gradients(model, limit).item() == pytest.approx(5.0)
+        norm = gradient_norm(model)
+        assert norm.item() == pytest.approx(5.0)
+        clip_gradients(model, limit, norm)
         assert model.weight.grad.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_norm_and_clipping_together_are_torchs_own_bit_for_bit():
+    ours, theirs = nn.Linear(7, 5), nn.Linear(7, 5)
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        mine.grad = torch.randn_like(mine)
+        reference.grad = mine.grad.clone()
+    norm = gradient_norm(ours)
+    clip_gradients(ours, 0.1, norm)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs.parameters(), 0.1))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_one_gradient_that_is_not_finite_shows_in_the_norm():
+    model = nn.Linear(2, 1)
+    for value in (math.nan, math.inf):
+        model.weight.grad, model.bias.grad = torch.ones(1, 2), torch.tensor([value])
+        assert not gradient_norm(model).isfinite()

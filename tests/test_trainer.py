@@ -22,7 +22,8 @@ from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError, create_run, load_run, read_json
 from solq_lab.training import trainer as module
 from solq_lab.training.checkpoint import list_checkpoints
-from solq_lab.training.step import NonFiniteError
+from solq_lab.training.flight import NonFiniteError
+from solq_lab.training.losses import SetCriterion
 from solq_lab.training.trainer import Trainer, train_run
 
 TESTS = Path(__file__).parent
@@ -209,15 +210,15 @@ def test_autocast_trains_close_to_float32(pictures, tmp_path):
 
 def test_a_diverged_training_names_step_and_pictures_and_keeps_its_weights(pictures, tmp_path, monkeypatch):
     run = new_run(pictures, tmp_path)
-    total, seen = module.SetCriterion.total, []
+    total, seen = SetCriterion.total, []
 
     def blow_up(self, losses):
         seen.append(total(self, losses))
         return seen[-1] * (float("nan") if len(seen) == 3 else 1.0)
 
-    monkeypatch.setattr(module.SetCriterion, "total", blow_up)
+    monkeypatch.setattr(SetCriterion, "total", blow_up)
     with pytest.raises(
-        NonFiniteError, match=r"step 3: the gradient norm is nan; image ids of this step: \[\d+, \d+, \d+, \d+\]"
+        NonFiniteError, match=r"step 3: the loss total is nan. Image ids of this step: \[\d+, \d+, \d+, \d+\]"
     ):
         train_run(run)
     assert run.status()["state"] == "failed"

@@ -25,7 +25,7 @@ from solq_lab.ops.ms_deform_attn import use_implementation
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction, Target
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
-from solq_lab.training.optim import build_optimizer, clip_gradients
+from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
 
 NETWORK_SIZE = (512, 852)  # of the network's input: table 5 of the paper
 CLASSES = 91
@@ -85,7 +85,8 @@ def train_rows() -> Iterator[Row]:
             optimizer.zero_grad(set_to_none=True)
             loss = criterion.total(criterion(network(images.normalised()), [target]))
             loss.backward()
-            norm = clip_gradients(network, EXPERIMENT.optim.clip_norm)
+            norm = gradient_norm(network)
+            clip_gradients(network, EXPERIMENT.optim.clip_norm, norm)
             optimizer.step()
             return loss.item(), norm.item()
 

@@ -148,6 +148,10 @@ class CocoDataset(Dataset):
         sizes = [size_after(self._plan(epoch, index), self._size(index)) for index in range(len(self))]
         return np.array([width / height for height, width in sizes])
 
+    def file_name(self, image_id: int) -> str:
+        """The file of a picture, relative to the folder."""
+        return self._pictures.names[self.image_ids.index(image_id)]
+
     def objects(self, index: int) -> Detections:
         """The true objects of a picture as detections of score 1, with boxes and masks in pixels of its file.
 

@@ -15,8 +15,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.models.weights import WeightMismatch
 from solq_lab.ops.extension import ExtensionBuildError
 from solq_lab.runs import RunError, load_run
-from solq_lab.training.matcher import MatchingError
-from solq_lab.training.step import NonFiniteError
+from solq_lab.training.flight import NonFiniteError
 from solq_lab.training.trainer import train_run
 
 log = logging.getLogger("solq_lab.training")
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, RunError, WeightMismatch, ExtensionBuildError) as error:
         log.error("%s", error)
         return REFUSED
-    except (NonFiniteError, MatchingError) as error:
+    except NonFiniteError as error:
         log.error("the training diverged: %s", error)
         return FAILED
     except Exception:

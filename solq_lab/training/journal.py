@@ -34,7 +34,7 @@ class Journal:
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
         self.seconds = 0.0
         self._sums: dict[str, Tensor] = {}  # since the last line
-        self._steps, self._since = 0, 0.0
+        self._steps, self._skipped, self._since = 0, 0, 0.0
         self._steps_here, self._warm = 0, 0.0  # of this process, for the expected duration
         self._told = 0.0
 
@@ -42,6 +42,18 @@ class Journal:
         """Add numbers of a step; those of one name are summed over the step and averaged over steps and processes."""
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach()
+
+    def skip_step(self, step: int, kind: str, facts: dict[str, Any]) -> None:
+        """Write why a step was not taken: it has no numbers to add, and no share in the means.
+
+        Args:
+            step: its number, the first being 1.
+            kind: of the line.
+            facts: plain values.
+        """
+        self._skipped += 1
+        if distributed.is_main():
+            self._run.append_metrics({"kind": kind, "step": step, "epoch": self.epoch(step), **facts})
 
     def end_step(self, step: int, seconds: float, learning_rate: float) -> None:
         """Count a step; write a line where one is due.
@@ -64,7 +76,7 @@ class Journal:
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Write an evaluation's line."""
         metrics = evaluation.to_dict()["metrics"]
-        line = {"kind": "evaluation", "step": step, "epoch": self._epoch(step), "metrics": metrics}
+        line = {"kind": "evaluation", "step": step, "epoch": self.epoch(step), "metrics": metrics}
         self._run.append_metrics(line)
         log.info("step %d of %d, evaluation\n%s", step, self._total_steps, evaluation.table())
 
@@ -74,21 +86,26 @@ class Journal:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs to write the same lines."""
-        return {"seconds": self.seconds, "sums": self._sums, "steps": self._steps, "since": self._since}
+        counts = {"steps": self._steps, "skipped": self._skipped}
+        return {"seconds": self.seconds, "sums": self._sums, "since": self._since, **counts}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from what `state_dict` gave."""
-        self.seconds, self._steps, self._since = state["seconds"], state["steps"], state["since"]
+        self.seconds, self._since = state["seconds"], state["since"]
+        self._steps, self._skipped = state["steps"], state["skipped"]
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
 
     def _write_train_line(self, step: int, learning_rate: float) -> None:
+        taken, speed = self._steps - self._skipped, self._steps * self._train.batch_size / (self.seconds - self._since)
+        if taken == 0:  # nothing to average; every step has a line of its own that says why
+            self._steps, self._skipped, self._since = 0, 0, self.seconds
+            return
         shares = distributed.sum_over_processes(torch.stack(list(self._sums.values())))
-        means = dict(zip(self._sums, (shares / (self._steps * distributed.world_size())).tolist(), strict=True))
-        speed = self._steps * self._train.batch_size / (self.seconds - self._since)
+        means = dict(zip(self._sums, (shares / (taken * distributed.world_size())).tolist(), strict=True))
         line = {
             "kind": "train",
             "step": step,
-            "epoch": self._epoch(step),
+            "epoch": self.epoch(step),
             "total": means.pop("total"),
             "grad_norm": means.pop("grad_norm"),
             "losses": means,
@@ -96,7 +113,8 @@ class Journal:
             "images_per_second": speed,
             "seconds": self.seconds,
         }
-        self._sums, self._steps, self._since = {}, 0, self.seconds
+        self._sums = {}
+        self._steps, self._skipped, self._since = 0, 0, self.seconds
         if not distributed.is_main():
             return
         self._run.append_metrics(line)
@@ -113,5 +131,6 @@ class Journal:
             speed = self._train.batch_size / per_step
             log.info("%.1f pictures/s; the remaining %d steps will take %s", speed, self._total_steps - step, left)
 
-    def _epoch(self, step: int) -> float:
+    def epoch(self, step: int) -> float:
+        """Passes through the training pictures after so many steps."""
         return round(step / self._steps_per_epoch, 4)

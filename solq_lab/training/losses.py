@@ -112,7 +112,8 @@ class SetCriterion(nn.Module):
                 has more objects than queries, because an object without a query has no pair.
 
         Raises:
-            MatchingError: a cost is not finite, or the targets are not one per image.
+            MatchingError: the targets are not one per image.
+            NonFiniteCostError: a cost of the matching is not finite.
             ValueError: targets or predictions do not fit the codec.
         """
         with torch.autocast(predictions.layers[0].logits.device.type, enabled=False):

@@ -6,7 +6,7 @@ Shape letters beside those of `structures`: Z decoder layers, T matched pairs of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,11 @@ LOG_FLOOR = 1e-8  # the released cost adds it inside the logarithm
 
 
 class MatchingError(ValueError):
-    """Predictions or targets that cannot be matched: the message names image, layer and cost term."""
+    """Predictions or targets that cannot be matched."""
+
+
+class NonFiniteCostError(MatchingError):
+    """A cost is not finite; the message names image, layer, query and cost term."""
 
 
 class Matching(NamedTuple):
@@ -78,54 +82,64 @@ class HungarianMatcher:
             targets: B targets on the same device; any of them, or all, may have no objects.
 
         Raises:
-            MatchingError: B differs, or a cost is not finite.
+            MatchingError: B differs.
+            NonFiniteCostError: a cost is not finite.
         """
         images, device = len(predictions.layers[0].logits), predictions.layers[0].logits.device
         if len(targets) != images:
             raise MatchingError(f"{len(targets)} targets for predictions of {images} images")
         counts = [len(target.labels) for target in targets]
-        with torch.autocast(device.type, enabled=False):
-            terms = self._cost_terms(predictions, targets, counts)
-            cost = terms["class"] + terms["l1"] + terms["giou"]  # (K, Z*J)
-        on_host = cost.cpu().numpy()
+        terms = self.costs(predictions, targets)
+        on_host = (terms["class"] + terms["l1"] + terms["giou"]).cpu().numpy()  # (K, Z*J)
         if not np.isfinite(on_host).all():
-            raise MatchingError(_describe_fault(terms, predictions, targets, counts))
+            raise NonFiniteCostError(_describe_fault(terms, predictions, targets, counts))
 
-        widths = [layer.logits.shape[1] for layer in _all_layers(predictions)]
-        borders = pairwise(np.cumsum([0, *widths]))
-        assignments = [_assign(on_host[:, start:stop], counts) for start, stop in borders]
+        columns = columns_by_layer(predictions).values()
+        assignments = [_assign(on_host[:, start:stop], counts) for start, stop in columns]
         depth = len(predictions.layers)
         return Matches(
             layers=_to_matching(assignments[:depth], device),
             proposals=None if predictions.proposals is None else _to_matching(assignments[depth:], device),
         )
 
-    def _cost_terms(self, predictions: Predictions, targets: Sequence[Target], counts: list[int]) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def costs(self, predictions: Predictions, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Weighted costs by name, each (K, Z*J): the objects of the batch by the queries of all layers, side by side.
 
-        A row meets the queries of its own image only: the costs between images are never computed. Proposals come last.
+        A row meets the queries of its own image only: the costs between images are never computed. Proposals come last;
+        `columns_by_layer` says which columns belong to which layer.
         """
-        images = _image_of_object(counts).to(predictions.layers[0].logits.device)
+        device = predictions.layers[0].logits.device
+        images = _image_of_object([len(target.labels) for target in targets]).to(device)
         labels = torch.cat([target.labels for target in targets])
-        by_layer = [layer.logits[images, :, labels] for layer in predictions.layers]  # each (K, J)
-        if predictions.proposals is not None:
-            by_layer.append(predictions.proposals.logits[images, :, 0])
-        logits = torch.cat(by_layer, dim=1)
-        boxes = torch.cat([layer.boxes for layer in _all_layers(predictions)], dim=1)  # (B, Z*J, 4)
-        truth = torch.cat([target.boxes for target in targets])[:, None]  # (K, 4) -> (K, 1, 4)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        boxes, truth = boxes.to(dtype), truth.to(dtype)
-        return {
-            "class": self.class_cost * self._focal_cost(logits.to(dtype)),
-            "l1": self.l1_cost * (_rows(boxes, images) - truth).abs().sum(-1),
-            "giou": -self.giou_cost * generalized_iou(_rows(cxcywh_to_xyxy(boxes), images), cxcywh_to_xyxy(truth)),
-        }
+        with torch.autocast(device.type, enabled=False):
+            by_layer = [layer.logits[images, :, labels] for layer in predictions.layers]  # each (K, J)
+            if predictions.proposals is not None:
+                by_layer.append(predictions.proposals.logits[images, :, 0])
+            logits = torch.cat(by_layer, dim=1)
+            boxes = torch.cat([layer.boxes for layer in _all_layers(predictions)], dim=1)  # (B, Z*J, 4)
+            truth = torch.cat([target.boxes for target in targets])[:, None]  # (K, 4) -> (K, 1, 4)
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            boxes, truth = boxes.to(dtype), truth.to(dtype)
+            corners, true_corners = _rows(cxcywh_to_xyxy(boxes), images), cxcywh_to_xyxy(truth)
+            return {
+                "class": self.class_cost * self._focal_cost(logits.to(dtype)),
+                "l1": self.l1_cost * (_rows(boxes, images) - truth).abs().sum(-1),
+                "giou": -self.giou_cost * generalized_iou(corners, true_corners),
+            }
 
     def _focal_cost(self, logits: Tensor) -> Tensor:
         probability = logits.sigmoid()
         positive = -self.focal_alpha * (1 - probability) ** self.focal_gamma * (probability + LOG_FLOOR).log()
         negative = -(1 - self.focal_alpha) * probability**self.focal_gamma * (1 - probability + LOG_FLOOR).log()
         return positive - negative
+
+
+def columns_by_layer(predictions: Predictions) -> dict[str, tuple[int, int]]:
+    """First and last-plus-one column of each layer in the matcher's costs, by the layer's name."""
+    names = [f"decoder layer {index}" for index in range(len(predictions.layers))] + ["encoder proposals"]
+    widths = [layer.logits.shape[1] for layer in _all_layers(predictions)]
+    return dict(zip(names, pairwise(accumulate(widths, initial=0)), strict=False))  # without proposals, no such name
 
 
 def _rows(boxes: Tensor, images: Tensor) -> Tensor:
@@ -171,18 +185,17 @@ def _describe_fault(
     return (
         f"image {target.image_id}, {place}, query {query}: the {name} cost is not finite; "
         f"predicted box {_rounded(layer.boxes[image, query])}, object {number} has class {int(target.labels[number])} "
-        f"and box {_rounded(target.boxes[number])} (cx, cy, w, h). "
-        "Where the prediction is at fault, lower the learning rate or train without autocast"
+        f"and box {_rounded(target.boxes[number])} (cx, cy, w, h)"
     )
 
 
 def _locate(column: int, predictions: Predictions) -> tuple[LayerPrediction, int, str]:
     """The layer, the query in it, and the layer's name, of a column of the costs."""
-    names = [f"decoder layer {index}" for index in range(len(predictions.layers))] + ["encoder proposals"]
-    for layer, name in zip(_all_layers(predictions), names, strict=False):
-        if column < layer.logits.shape[1]:
-            return layer, column, name
-        column -= layer.logits.shape[1]
+    for layer, (name, (start, stop)) in zip(
+        _all_layers(predictions), columns_by_layer(predictions).items(), strict=True
+    ):
+        if column < stop:
+            return layer, column - start, name
     raise AssertionError("a column belongs to a layer")
 
 

@@ -63,11 +63,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def clip_gradients(model: nn.Module, largest_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their common L2 norm is at most `largest_norm`; 0 leaves them alone.
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """The common L2 norm of all gradients, a scalar tensor on their device; not finite when one of them is not."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
-    Returns:
-        The norm before clipping, a scalar tensor on the gradients' device.
-    """
+
+def clip_gradients(model: nn.Module, largest_norm: float, norm: torch.Tensor) -> None:
+    """Scale all gradients so that their common L2 norm, now `norm`, is at most `largest_norm`; 0 leaves them alone."""
     limit = largest_norm if largest_norm > 0 else math.inf
-    return nn.utils.clip_grad_norm_(model.parameters(), limit)
+    nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)

@@ -32,7 +32,7 @@ from solq_lab.launch import prepare_data
 from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
-from solq_lab.precision import check_autocast
+from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import Run, RunError, State, describe_software, flush_to_disk
 from solq_lab.training.checkpoint import (
     Checkpoint,
@@ -43,13 +43,13 @@ from solq_lab.training.checkpoint import (
 )
 from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
+from solq_lab.training.flight import FlightRecorder
 from solq_lab.training.journal import Journal
-from solq_lab.training.losses import SetCriterion, vector_plateau
-from solq_lab.training.matcher import HungarianMatcher
+from solq_lab.training.losses import vector_plateau
 from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from solq_lab.training.preparation import describe_dataset, sample_vectors, vector_statistics
 from solq_lab.training.signals import Stopped, StopRequest
-from solq_lab.training.step import Batch, TrainingStep
+from solq_lab.training.step import Batch, TrainingStep, build_criterion
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def train_run(run: Run, stop: StopRequest | None = None) -> State:
 
     Raises:
         ConfigError, DataError, RunError, WeightMismatch: the experiment cannot be trained as it stands.
-        NonFiniteError, MatchingError: the training diverged.
+        NonFiniteError: the training diverged.
         SaveError: no checkpoint could be written.
         KeyboardInterrupt: a second Ctrl-C, before the first one's checkpoint was written.
     """
@@ -117,9 +117,9 @@ class Trainer:
     def __init__(self, run: Run) -> None:
         """Build everything; load the newest checkpoint, or measure the start where there is none."""
         self.run, self.experiment, self.device = run, run.experiment, distributed.device()
-        experiment, train, loss = run.experiment, run.experiment.train, run.experiment.loss
+        experiment, train = run.experiment, run.experiment.train
         self.passes = _passes_per_process(train)
-        check_autocast(train.autocast, self.device, setting="train.autocast")
+        check_autocast(train.autocast, self.device, setting="train.autocast", allowed=TRAINING)
         torch.set_num_threads(train.threads or torch.get_num_threads())
         _seed_generators(experiment.seed)
 
@@ -151,10 +151,7 @@ class Trainer:
             compile_layers(self.model, self.device)
         self.parallel = _share_gradients(self.model, self.device, passes=self.passes)
 
-        costs = experiment.matcher.model_dump()
-        matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
-        self.criterion = SetCriterion(self.codec, matcher, **loss.model_dump()).to(self.device)
-        self.criterion.train()  # the code too: the released PCA draws noise in training
+        self.criterion = build_criterion(experiment, self.codec).to(self.device)
         self.optimizer = build_optimizer(self.model, experiment.optim)
         self.average = AveragedWeights(self.model, train.ema) if train.ema else None
         self.training_step = TrainingStep(
@@ -167,6 +164,7 @@ class Trainer:
             clip_norm=experiment.optim.clip_norm,
             device=self.device,
         )
+        self.recorder = FlightRecorder(run, self.journal, self.training_step, self.train_set)
         if checkpoint is None:
             _seed_generators(experiment.seed + distributed.rank())
         else:
@@ -217,9 +215,8 @@ class Trainer:
         return None if distributed.any_process(stop.received is not None, self.device) else batches
 
     def _take_step(self, batches: list[Batch]) -> None:
-        """One optimiser step; its numbers go to the journal."""
-        for numbers in self.training_step.take(batches, number=self.step + 1):
-            self.journal.add(numbers)
+        """One optimiser step; its numbers go to the journal, or a record of what was not finite to the run folder."""
+        self.recorder.follow(self.training_step.take(batches), number=self.step + 1)
 
     def _learning_rate_factor(self) -> float:
         return learning_rate_factor(self.experiment.optim, self.step, self.total_steps)
@@ -294,6 +291,8 @@ class Trainer:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "scaler": self.training_step.state_dict(),
+            "nonfinite_in_a_row": self.recorder.in_a_row,
             "journal": self.journal.state_dict(),
             "random": distributed.gather_objects(random_state(self.device)),
         }
@@ -309,6 +308,8 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint.state["average"])
+        self.training_step.load_state_dict(checkpoint.state["scaler"])
+        self.recorder.in_a_row = checkpoint.state["nonfinite_in_a_row"]
         self.journal.load_state_dict(checkpoint.state["journal"], self.device)
         generators, processes = checkpoint.state["random"], distributed.world_size()
         if len(generators) == processes:
