@@ -336,6 +336,34 @@ def decode_rle(rles: Sequence[dict]) -> Tensor:
     return torch.from_numpy(coco_rle.decode(list(rles))).permute(2, 0, 1).bool()  # (H, W, K) -> (K, H, W)
 
 
+def runs_of_rle(counts: bytes | str) -> np.ndarray:
+    """The lengths (R,) int64 of a compressed RLE's runs, pixels: background, object, background, ... down the columns.
+
+    A run is written in groups of five bits, lowest first, one character each from "0" on; the sixth bit says that more
+    follow, the fifth of the last one is the sign. From the fourth run on it is the difference to the last but one.
+
+    Raises:
+        ValueError: the code is empty, breaks off, or is made of other characters. Lengths may be negative all the same.
+    """
+    code = counts.encode() if isinstance(counts, str) else counts
+    characters = np.frombuffer(code, dtype=np.uint8).astype(np.int64) - ord("0")  # (bytes,)
+    if len(characters) == 0 or characters.min() < 0 or characters.max() > 63:
+        raise ValueError("counts are characters from '0' to 'o', at least one")
+    last = np.flatnonzero((characters & 32) == 0)  # (R,) where runs end
+    if len(last) == 0 or last[-1] != len(characters) - 1:
+        raise ValueError("the counts break off in the middle of a run")
+    first = np.concatenate([[0], last[:-1] + 1])
+    groups = last - first + 1
+    if groups.max() > 7:
+        raise ValueError("a run is longer than 32 bits can tell")
+    place = np.arange(len(characters)) - np.repeat(first, groups)
+    runs = np.add.reduceat((characters & 31) << (5 * place), first)
+    runs -= np.where(characters[last] & 16, 1 << (5 * groups), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
 def segmentation_to_rle(segmentation: Segmentation, picture_size: tuple[int, int]) -> dict:
     """The compressed RLE of one COCO segmentation: polygons (their union), a compressed or an uncompressed RLE.
 

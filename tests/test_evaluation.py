@@ -397,11 +397,11 @@ def test_scoring_masks_of_a_plain_detector_says_to_leave_them_out():
 
 def test_ground_truth_without_masks_or_pictures_is_named():
     truth = truth_of([(1, 1, (4, 4, 20, 20))])
-    with pytest.raises(DataError, match="no 7 in an entry, or no picture of that id"):
+    with pytest.raises(DataError, match="no picture of id 7; image_ids are those of this file"):
         evaluate_results(truth, [], image_ids=[7])
     del truth["annotations"][0]["segmentation"]
     assert evaluate_results(truth, [], kinds=["box"]).metrics["box.AP"] == 0
-    with pytest.raises(DataError, match="annotation 0: no 'segmentation'"):
+    with pytest.raises(DataError, match="annotation id 0: no 'segmentation'"):
         evaluate_results(truth, [])
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import reprlib
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from solq_lab import masks
 logger = logging.getLogger(__name__)
 
 FIRST_FEW = 5  # ids named in a message that concerns many
+LONGEST_SIDE = 2**16 - 1  # pixels: of a JPEG; and RLEs count the pixels of a picture in 32 bits
 
 
 class DataError(ValueError):
@@ -69,11 +72,23 @@ class PackedSegmentations:
         self._polygon_ends = np.frombuffer(self._polygon_ends, dtype=np.int64)
         self._object_ends = np.frombuffer(self._object_ends, dtype=np.int64)
 
-    def objects_with_infinite_coordinates(self) -> list[int]:
-        """Rows of the objects with a coordinate that is infinite or not a number."""
-        places = np.flatnonzero(~np.isfinite(self._coordinates))
-        polygons = np.searchsorted(self._polygon_ends, places, side="right")
-        return np.unique(np.searchsorted(self._object_ends, polygons, side="right")).tolist()
+    def objects_far_outside(self, sides: np.ndarray) -> list[int]:
+        """Rows of the objects with a coordinate that is no number, or farther outside its picture than this is long.
+
+        Rasterising walks along every edge, pixel by pixel: a wild coordinate would take all memory, or for ever.
+
+        Args:
+            sides: (A,) the longer side of each object's picture, pixels.
+        """
+        polygons = np.diff(self._object_ends, prepend=0)
+        rows = np.flatnonzero(polygons)  # the others are RLEs
+        if len(rows) == 0:
+            return []
+        polygon_starts = np.concatenate([[0], self._polygon_ends[:-1]])
+        starts = polygon_starts[self._object_ends[rows] - polygons[rows]]
+        lowest, highest = (extreme.reduceat(self._coordinates, starts) for extreme in (np.minimum, np.maximum))
+        inside = (lowest >= -sides[rows]) & (highest <= 2 * sides[rows])  # false for nan
+        return rows[~inside].tolist()
 
 
 class Pictures(NamedTuple):
@@ -114,15 +129,18 @@ def read_annotations(path: Path) -> dict[str, Any]:
     Raises:
         DataError: no such file, not JSON, or not a mapping with lists of images, annotations and categories.
     """
+    # ValueError: no JSON, no UTF-8, or a number of thousands of digits. RecursionError: thousands of brackets.
     try:
         document = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file; check data.root and the names in the data section") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); an annotation file in COCO format is needed") from None
-    found = ", ".join(map(repr, list(document)[:8])) if isinstance(document, dict) else f"a {type(document).__name__}"
+    found = (
+        ", ".join(map(shorten, list(document)[:8])) if isinstance(document, dict) else f"a {type(document).__name__}"
+    )
     for key in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(key), list):
             raise DataError(
@@ -158,14 +176,14 @@ def check_picture_entry(entry: Any, place: int, path: Path) -> None:
     Raises:
         DataError: no id, file_name, height or width, or a file name that leaves the image folder.
     """
-    if not isinstance(entry, dict) or not _is_picture(entry):
+    if not isinstance(entry, dict) or not is_picture_entry(entry):
         raise DataError(
-            f"{path}: images[{place}]: found {_shorten(entry)}; needed are a whole number 'id', a text 'file_name' "
-            "and positive whole numbers 'height' and 'width'"
+            f"{path}: images[{place}]: found {shorten(entry)}; needed are a whole number 'id', a text 'file_name' "
+            f"and positive whole numbers 'height' and 'width' up to {LONGEST_SIDE}"
         )
     if os.path.isabs(entry["file_name"]) or os.path.normpath(entry["file_name"]).split(os.sep)[0] == os.pardir:
         raise DataError(
-            f"{path}: image id {entry['id']}: file_name {entry['file_name']!r} leaves the image folder; "
+            f"{path}: image id {entry['id']}: file_name {shorten(entry['file_name'])} leaves the image folder; "
             "allowed are names relative to it, without '..'"
         )
 
@@ -174,8 +192,8 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
     """The objects of a document read from `path`, without crowds, and without objects that have no area (one log line).
 
     Raises:
-        DataError: an object of an unknown picture, a box that is not four finite numbers, or, `with_masks`, a
-            segmentation that is neither polygons nor an RLE of the picture's size.
+        DataError: an object of an unknown picture, a box that is not four finite numbers, a crowd mark that is none,
+            or, `with_masks`, a segmentation that is neither polygons nor an RLE of the picture's size.
     """
     rows = {image_id: row for row, image_id in enumerate(pictures.ids.tolist())}
     sizes = pictures.sizes.tolist()
@@ -184,7 +202,7 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
     for place, entry in enumerate(document["annotations"]):
         name = f"{path}: {name_of(entry, place)}"
         owner = owner_of(entry, rows, name)
-        if entry.get("iscrowd", 0):
+        if is_crowd(entry, name):
             continue
         height, width = sizes[owner]
         box = clamped_box(entry.get("bbox"), height, width, name)
@@ -202,11 +220,11 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
         count = f"{len(without_area)} of {len(document['annotations'])}"
         first = ", ".join(map(str, without_area[:FIRST_FEW])) + (", ..." if len(without_area) > FIRST_FEW else "")
         logger.warning("%s: %s objects have no area and are left out: annotation ids %s", path, count, first)
+    owner_rows = np.array(owners, dtype=np.int64)
     if segmentations is not None:
         segmentations.freeze()
-        for row in segmentations.objects_with_infinite_coordinates()[:1]:
-            raise DataError(f"{path}: annotation id {ids[row]}: a polygon has an infinite or missing coordinate")
-    owner_rows = np.array(owners, dtype=np.int64)
+        for row in segmentations.objects_far_outside(pictures.sizes[owner_rows].max(axis=1, initial=0))[:1]:
+            raise DataError(_describe_wild(f"{path}: annotation id {ids[row]}", sizes[owners[row]]))
     order = np.argsort(owner_rows, kind="stable")
     return Objects(
         starts=np.searchsorted(owner_rows[order], np.arange(len(sizes) + 1)),
@@ -218,18 +236,26 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
     )
 
 
-def _is_picture(entry: dict[str, Any]) -> bool:
+def is_picture_entry(entry: dict[str, Any]) -> bool:
+    """Whether an entry of `images` has all that it needs, of the right kind."""
     sides = (entry.get("height"), entry.get("width"))
     return (
-        isinstance(entry.get("id"), int)
+        is_id(entry.get("id"))
         and isinstance(entry.get("file_name"), str)
-        and all(isinstance(side, int) and side > 0 for side in sides)
+        and all(is_id(side) and 0 < side <= LONGEST_SIDE for side in sides)
     )
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value is a whole number of 64 bits; JSON's true and 1.0 are none."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def name_of(entry: Any, place: int) -> str:
     """What messages call an entry of `annotations`, the one at `place`."""
-    return f"annotation id {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"annotations[{place}]"
+    if isinstance(entry, dict) and "id" in entry:
+        return f"annotation id {shorten(entry['id'])}"
+    return f"annotations[{place}]"
 
 
 def owner_of(entry: Any, rows: dict[int, int], name: str) -> int:
@@ -238,13 +264,25 @@ def owner_of(entry: Any, rows: dict[int, int], name: str) -> int:
     Raises:
         DataError: an id is missing or no whole number, or there is no such picture.
     """
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("id", "category_id")):
-        raise DataError(f"{name}: found {_shorten(entry)}; needed are whole numbers 'id' and 'category_id'")
+    if not isinstance(entry, dict) or not all(is_id(entry.get(key)) for key in ("id", "category_id")):
+        raise DataError(f"{name}: found {shorten(entry)}; needed are whole numbers 'id' and 'category_id'")
     image_id = entry.get("image_id")
-    owner = rows.get(image_id) if isinstance(image_id, int) else None
+    owner = rows.get(image_id) if is_id(image_id) else None
     if owner is None:
-        raise DataError(f"{name}: image_id {image_id!r} is not among the {len(rows)} ids in 'images'")
+        raise DataError(f"{name}: image_id {shorten(image_id)} is not among the {len(rows)} ids in 'images'")
     return owner
+
+
+def is_crowd(entry: dict[str, Any], name: str) -> bool:
+    """Whether an entry of `annotations` marks a region of many objects.
+
+    Raises:
+        DataError: `iscrowd` is neither 0 nor 1; the text "0" would count as true.
+    """
+    mark = entry.get("iscrowd", 0)
+    if not isinstance(mark, int) or mark not in (0, 1):
+        raise DataError(f"{name}: iscrowd {shorten(mark)}; allowed are 0 and 1")
+    return bool(mark)
 
 
 def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, float, float, float]:
@@ -253,13 +291,11 @@ def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, fl
     Raises:
         DataError: not four finite numbers.
     """
-    try:
-        x, y, w, h = box
-        total = x + y + w + h
-    except (TypeError, ValueError):
-        raise DataError(f"{name}: bbox {_shorten(box)}; needed are four numbers x, y, width, height") from None
-    if not abs(total) < float("inf"):  # also false for nan
-        raise DataError(f"{name}: bbox {box} has a value that is not finite; correct or remove the object")
+    if not isinstance(box, list) or len(box) != 4 or not all(type(side) in (int, float) for side in box):
+        raise DataError(f"{name}: bbox {shorten(box)}; needed are four numbers x, y, width, height")
+    x, y, w, h = box
+    if not abs(x + y + w + h) < math.inf:  # also false for nan
+        raise DataError(f"{name}: bbox {shorten(box)} has a value that is not finite; correct or remove the object")
     return min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)
 
 
@@ -270,27 +306,11 @@ def pack_segmentation(segmentation: Any, packed: PackedSegmentations, size: tupl
         DataError: neither polygons nor an RLE of the picture's size.
     """
     if isinstance(segmentation, dict):
-        counts, rle_size = segmentation.get("counts"), segmentation.get("size")
-        if not isinstance(counts, str | bytes | list) or not isinstance(rle_size, list) or tuple(rle_size) != size:
-            raise DataError(
-                f"{name}: segmentation {_shorten(segmentation)}; an RLE needs 'counts' and the size [height, width] of "
-                f"its picture, here {list(size)}"
-            )
-        try:
-            rle = masks.segmentation_to_rle(segmentation, size)
-            covered = _pixels_of_rle(rle["counts"])
-        except (ValueError, OverflowError, TypeError, IndexError) as error:
-            raise DataError(f"{name}: segmentation {_shorten(segmentation)}: not an RLE ({error})") from None
-        if covered != size[0] * size[1]:
-            raise DataError(
-                f"{name}: segmentation {_shorten(segmentation)}: the RLE counts {covered} pixels, its picture has "
-                f"{size[0]} x {size[1]} = {size[0] * size[1]}; correct or remove the object"
-            )
-        packed.append_rle(rle)
+        packed.append_rle(checked_rle(segmentation, size, name))
         return True
     if not isinstance(segmentation, list) or not segmentation or not all(isinstance(p, list) for p in segmentation):
         raise DataError(
-            f"{name}: segmentation {_shorten(segmentation)}; needed is a list of polygons [[x0, y0, x1, y1, ...], ...] "
+            f"{name}: segmentation {shorten(segmentation)}; needed is a list of polygons [[x0, y0, x1, y1, ...], ...] "
             "or an RLE; a data set without masks trains a plain detector (codec.kind=none)"
         )
     for polygon in segmentation:
@@ -300,26 +320,68 @@ def pack_segmentation(segmentation: Any, packed: PackedSegmentations, size: tupl
     if polygons:
         try:
             packed.append_polygons(polygons)
-        except TypeError:
-            raise DataError(f"{name}: segmentation {_shorten(segmentation)}; polygons are made of numbers") from None
+        except (TypeError, OverflowError):
+            raise DataError(f"{name}: segmentation {shorten(segmentation)}; polygons are made of numbers") from None
     return bool(polygons)
 
 
-def _pixels_of_rle(counts: bytes) -> int:
-    """How many pixels the runs of a compressed RLE cover: pycocotools would leave the rest of a mask uninitialised.
+def checked_segmentation(segmentation: Any, size: tuple[int, int], name: str) -> masks.Segmentation:
+    """The polygons of three corners and more, possibly none, or the compressed RLE of an object by itself.
 
-    A run is written in groups of five bits, lowest first, one character each from "0" on; the sixth bit says that more
-    follow, the fifth of the last one is the sign. From the fourth run on it is the difference to the last but one.
+    Raises:
+        DataError: neither polygons near a picture of `size` (height, width) nor an RLE of it.
     """
-    characters = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - ord("0")
-    last = np.flatnonzero((characters & 32) == 0)
-    first = np.concatenate([[0], last[:-1] + 1])
-    group = np.arange(len(characters)) - np.repeat(first, last - first + 1)
-    runs = np.add.reduceat((characters & 31) << (5 * group), first)
-    runs -= np.where(characters[last] & 16, 1 << (5 * (group[last] + 1)), 0)
-    return int(runs[0] + np.cumsum(runs[1::2]).sum() + np.cumsum(runs[2::2]).sum())
+    packed = PackedSegmentations()
+    if not pack_segmentation(segmentation, packed, size, name):
+        return []
+    packed.freeze()
+    if packed.objects_far_outside(np.array([max(size)])):
+        raise DataError(_describe_wild(name, list(size)))
+    return packed[0] if isinstance(segmentation, dict) else [polygon for polygon in segmentation if len(polygon) >= 6]
 
 
-def _shorten(value: Any) -> str:
-    text = repr(value)
+def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
+    """The compressed RLE of a compressed or uncompressed one.
+
+    Raises:
+        DataError: not runs that cover a picture of `size` (height, width): the C code behind pycocotools would write
+            beside its memory.
+    """
+    counts, rle_size = segmentation.get("counts"), segmentation.get("size")
+    if not isinstance(counts, str | bytes | list) or not isinstance(rle_size, list) or tuple(rle_size) != size:
+        raise DataError(
+            f"{name}: segmentation {shorten(segmentation)}; an RLE needs 'counts' and the size [height, width] of "
+            f"its picture, here {list(size)}"
+        )
+    try:
+        runs = np.array(counts) if isinstance(counts, list) else masks.runs_of_rle(counts)
+    except ValueError as error:
+        raise DataError(f"{name}: segmentation {shorten(segmentation)}: not an RLE ({error})") from None
+    if runs.dtype.kind != "i" or runs.ndim != 1 or (runs < 0).any():
+        raise DataError(
+            f"{name}: segmentation {shorten(segmentation)}: not an RLE (counts are whole numbers from 0 on)"
+        )
+    covered = sum(runs.tolist())  # of Python, which does not overflow
+    if covered != size[0] * size[1]:
+        raise DataError(
+            f"{name}: segmentation {shorten(segmentation)}: the RLE counts {covered} pixels, its picture has "
+            f"{size[0]} x {size[1]} = {size[0] * size[1]}; correct or remove the object"
+        )
+    return masks.segmentation_to_rle({"size": list(size), "counts": counts}, size)
+
+
+def _describe_wild(name: str, size: list[int]) -> str:
+    return (
+        f"{name}: a polygon has a coordinate that is no finite number, or lies farther outside its picture of {size} "
+        "(height, width) than this is long; correct or remove the object"
+    )
+
+
+_repr = reprlib.Repr()  # of a nest of thousands of brackets too
+_repr.maxlist = _repr.maxdict = _repr.maxstring = _repr.maxother = _repr.maxlong = 80
+
+
+def shorten(value: Any) -> str:
+    """A value from an annotation file, in a few words, on one line."""
+    text = _repr.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

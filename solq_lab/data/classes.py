@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from solq_lab.data.annotations import DataError, read_annotations
+from solq_lab.data.annotations import DataError, is_id, read_annotations, shorten
 
 UNUSED = -1  # category id of a channel that no category uses; its name is empty
+MOST_RAW_CHANNELS = 10_000
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class ClassMap:
         if len(self.names) != len(self.category_ids):
             raise DataError(f"a class map of {len(self.names)} names has {len(self.category_ids)} category ids")
         used = [category_id for category_id in self.category_ids if category_id != UNUSED]
-        for category_id in used:
-            if used.count(category_id) > 1:
+        for category_id, count in Counter(used).items():
+            if count > 1:
                 raise DataError(
                     f"category id {category_id} has more than one class channel; category ids have to be unique"
                 )
@@ -60,13 +62,17 @@ class ClassMap:
         document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
         channels: dict[int, tuple[str, int]] = {}
         for place, category in enumerate(document["categories"]):
-            match category:
-                case {"id": int(category_id)} if category_id >= 0:
-                    channels[category_id] = (str(category.get("name", category_id)), category_id)
-                case _:
-                    raise DataError(f"{source}: categories[{place}]: found {category!r}; needed is an 'id' >= 0")
-        if len(channels) != len(document["categories"]):
-            raise DataError(f"{source}: a category id comes more than once; ids have to be unique")
+            category_id = category.get("id") if isinstance(category, dict) else None
+            if not is_id(category_id) or category_id < 0:
+                raise DataError(f"{source}: categories[{place}]: found {shorten(category)}; needed is an 'id' >= 0")
+            if category_id in channels:
+                raise DataError(f"{source}: category id {category_id} comes more than once; ids have to be unique")
+            channels[category_id] = (name_of_category(category, source), category_id)
+        if class_ids == "raw" and max(channels, default=0) >= MOST_RAW_CHANNELS:
+            raise DataError(
+                f"{source}: category id {max(channels)} as a class channel makes a network of as many; set "
+                f"data.class_ids: contiguous, or give ids below {MOST_RAW_CHANNELS}"
+            )
         rows = sorted(channels.values(), key=lambda row: row[1])
         if class_ids == "raw":
             rows = [channels.get(channel, ("", UNUSED)) for channel in range(max(channels, default=-1) + 1)]
@@ -115,3 +121,20 @@ class ClassMap:
     @cached_property
     def _channels(self) -> dict[int, int]:
         return {category_id: channel for channel, category_id in enumerate(self.category_ids) if category_id != UNUSED}
+
+
+def name_of_category(category: dict[str, Any], source: str) -> str:
+    """The name of an entry of `categories`, by default its id, as text.
+
+    Raises:
+        DataError: half a character, which no file could store; `source` is what the message calls the file.
+    """
+    name = category.get("name", category["id"])
+    name = name if isinstance(name, str) else shorten(name)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{source}: category id {category['id']}: name {shorten(name)} is no Unicode text; correct it"
+        ) from None
+    return name

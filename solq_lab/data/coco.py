@@ -19,6 +19,7 @@ from solq_lab.data.annotations import (
     Objects,
     Pictures,
     read_annotations,
+    shorten,
     tabulate_objects,
     tabulate_pictures,
 )
@@ -243,21 +244,49 @@ class CocoDataset(Dataset):
 
 
 def _check_files(images: Path, pictures: Pictures) -> None:
-    """Raise DataError for pictures that are not in the folder; each folder is listed once, no file is opened."""
-    folders: dict[str, set[str]] = {}
+    """Refuse pictures that are not in the folder, or lead out of it; each folder is listed once, no file is opened."""
+    root = images.resolve()
+    links: dict[str, dict[str, bool]] = {}  # folder -> its files, and whether each is a link
     missing = []
     for row, name in enumerate(pictures.names):
         folder, file = os.path.split(name)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(images / folder)) if (images / folder).is_dir() else set()
-        if file not in folders[folder]:
+        if folder not in links:
+            links[folder] = _list_files(images / folder)
+            _check_inside(images / folder, root, row, pictures)
+        if file not in links[folder]:
             missing.append(row)
+        elif links[folder][file]:
+            _check_inside(images / name, root, row, pictures)
     if missing:
-        first = ", ".join(f"{pictures.names[row]} (image id {pictures.ids[row]})" for row in missing[:FIRST_FEW])
+        first = ", ".join(
+            f"{shorten(pictures.names[row])} (image id {pictures.ids[row]})" for row in missing[:FIRST_FEW]
+        )
         more = ", ..." if len(missing) > FIRST_FEW else ""
         raise DataError(
             f"{images}: {len(missing)} of the {len(pictures.names)} annotated pictures are missing: {first}{more}; "
             "fetch them or remove their entries"
+        )
+
+
+def _list_files(folder: Path) -> dict[str, bool]:
+    """The names in a folder, and whether each is a link; nothing where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_symlink() for entry in entries}
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return {}
+
+
+def _check_inside(path: Path, root: Path, row: int, pictures: Pictures) -> None:
+    """Refuse a path of picture `row` whose links lead out of the image folder `root`."""
+    try:
+        inside = path.resolve().is_relative_to(root)
+    except (OSError, ValueError, RuntimeError):  # no such name, or links in a circle: missing, not elsewhere
+        return
+    if not inside:
+        raise DataError(
+            f"{root}: file_name {shorten(pictures.names[row])} (image id {pictures.ids[row]}) is a link that leaves "
+            "the image folder; put the file itself there, or name the folder where it lies"
         )
 
 

@@ -22,9 +22,22 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_api
 
 from solq_lab.config import EvaluationSection
-from solq_lab.data.annotations import DataError, read_annotations
+from solq_lab.data.annotations import (
+    LONGEST_SIDE,
+    DataError,
+    checked_segmentation,
+    clamped_box,
+    is_crowd,
+    is_id,
+    name_of,
+    owner_of,
+    read_annotations,
+    shorten,
+)
+from solq_lab.data.classes import name_of_category
 from solq_lab.evaluation.matching import Curves, match
 from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
+from solq_lab.masks import segmentation_to_rle
 
 logger = logging.getLogger(__name__)
 
@@ -191,19 +204,22 @@ class _GroundTruth:
     ) -> None:
         self.source = "annotations" if isinstance(annotations, dict) else str(annotations)
         document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
-        try:
-            self.known = {image["id"]: image for image in document["images"]}
-            self.images = {key: self.known[key] for key in (self.known if image_ids is None else image_ids)}
-            self.categories = sorted(document["categories"], key=lambda category: category["id"])
-            self.class_names = _distinct_names(self.categories)
-            counted = [entry for entry in document["annotations"] if entry["image_id"] in self.images]
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.source}: no {error} in an entry, or no picture of that id; needed are pictures and categories "
-                "with 'id', categories with 'name', objects with 'image_id', and image_ids of this file"
-            ) from None
+        self.known = _by_id(document["images"], f"{self.source}: images")
+        self.categories = sorted(
+            _by_id(document["categories"], f"{self.source}: categories").values(), key=lambda category: category["id"]
+        )
         self.category_ids = {category["id"] for category in self.categories}
-        self.objects = [self._object(entry, number, masks_wanted) for number, entry in enumerate(counted, start=1)]
+        self.class_names = _distinct_names(self.categories, self.source)
+        try:
+            self.images = {key: self.known[key] for key in (self.known if image_ids is None else image_ids)}
+        except KeyError as error:
+            raise DataError(f"{self.source}: no picture of id {error}; image_ids are those of this file") from None
+        self.objects: list[dict] = []
+        for place, entry in enumerate(document["annotations"]):
+            name = f"{self.source}: {name_of(entry, place)}"
+            owner_of(entry, self.known, name)
+            if entry["image_id"] in self.images:
+                self.objects.append(self._object(entry, len(self.objects) + 1, name, masks_wanted))
 
     def index(self) -> COCO:
         """The ground truth, indexed; a fresh copy, because an evaluation writes into it."""
@@ -233,25 +249,35 @@ class _GroundTruth:
         index.createIndex()
         return index
 
-    def _object(self, entry: dict, number: int, masks_wanted: bool) -> dict:
+    def _object(self, entry: dict, number: int, name: str, masks_wanted: bool) -> dict:
         """One ground-truth entry, renumbered from 1: faster-coco-eval takes id 0 for "not matched"."""
         try:
-            kept = {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": entry["bbox"]}
-            if masks_wanted:
-                kept["segmentation"] = entry["segmentation"]
-            image = self.images[entry["image_id"]]
-            height, width = image["height"], image["width"]
+            image, category_id, box = self.images[entry["image_id"]], entry["category_id"], entry["bbox"]
+            segmentation = entry["segmentation"] if masks_wanted else None
+            size = image["height"], image["width"]
         except KeyError as error:
             raise DataError(
-                f"{self.source}: annotation {entry.get('id')}: no {error}, in the entry or in its picture; scoring "
-                "boxes needs 'bbox', masks 'segmentation' and the picture's 'height' and 'width'"
+                f"{name}: no {error}, in the entry or in its picture; scoring boxes needs 'bbox', masks 'segmentation' "
+                "and the picture's 'height' and 'width'"
             ) from None
+        if not all(is_id(side) and 0 < side <= LONGEST_SIDE for side in size):
+            raise DataError(
+                f"{name}: its picture has height and width {shorten(size)}; needed are whole numbers from 1"
+            )
+        if category_id not in self.category_ids:
+            raise DataError(f"{name}: category_id {shorten(category_id)} is not in 'categories'; add or correct it")
+        clamped_box(box, *size, name)
+        kept = {"image_id": entry["image_id"], "category_id": category_id, "bbox": box}
+        if masks_wanted:
+            kept["segmentation"] = checked_segmentation(segmentation, size, name)
         area = entry.get("area")
         if area is None and masks_wanted:
-            area = rle_api.area(rle_api.segmToRle(kept["segmentation"], width, height))
+            area = int(rle_api.area(segmentation_to_rle(kept["segmentation"], size)))
         elif area is None:
-            area = entry["bbox"][2] * entry["bbox"][3]
-        return kept | {"id": number, "area": float(area), "iscrowd": int(entry.get("iscrowd", 0))}
+            area = box[2] * box[3]
+        if type(area) not in (int, float) or not abs(area) < math.inf:
+            raise DataError(f"{name}: area {shorten(area)}; needed is a finite number of pixels, or none")
+        return kept | {"id": number, "area": float(area), "iscrowd": int(is_crowd(entry, name))}
 
     def _detection(self, number: int, result: dict, masks: bool) -> dict:
         """One result, checked: result `number` of the list, counted from 0, becomes detection `number` + 1."""
@@ -286,12 +312,25 @@ class _GroundTruth:
         return entry | {"segmentation": shape}
 
 
-def _distinct_names(categories: list[dict]) -> list[str]:
+def _by_id(entries: list, name: str) -> dict[int, dict]:
+    """The entries of a list of the file by their 'id'."""
+    found: dict[int, dict] = {}
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not is_id(entry.get("id")):
+            raise DataError(f"{name}[{place}]: found {shorten(entry)}; needed is a whole number 'id'")
+        if entry["id"] in found:
+            raise DataError(f"{name}[{place}]: id {entry['id']} comes more than once; ids have to be unique")
+        found[entry["id"]] = entry
+    return found
+
+
+def _distinct_names(categories: list[dict], source: str) -> list[str]:
     """Names of the categories; where one comes more than once, its id is added."""
-    counts = Counter(category["name"] for category in categories)
+    names = [name_of_category(category, source) for category in categories]
+    counts = Counter(names)
     return [
-        category["name"] if counts[category["name"]] == 1 else f"{category['name']} ({category['id']})"
-        for category in categories
+        name if counts[name] == 1 else f"{name} ({category['id']})"
+        for name, category in zip(names, categories, strict=True)
     ]
 
 
