@@ -1,12 +1,18 @@
-"""Commands around data sets: make-shapes, download-coco."""
+"""Commands around data sets: make-shapes, download-coco, check-data."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from solq_lab.commands.arguments import FAILED, Overrides
+
+if TYPE_CHECKING:
+    from solq_lab.data.folders import Split
+    from solq_lab.data.report import Options
 
 
 class Level(StrEnum):
@@ -41,10 +47,10 @@ class CocoSplit(StrEnum):
 
 def download_coco(
     folder: Annotated[Path, typer.Argument(help="Data folder to fill.")],
-    split: Annotated[list[CocoSplit], typer.Option(help="Pictures to fetch; several times for several splits.")] = [
-        CocoSplit.train,
-        CocoSplit.val,
-    ],  # noqa: B006  # typer copies it
+    split: Annotated[
+        list[CocoSplit] | None,
+        typer.Option(help="Pictures to fetch, several times for more; by default train and val."),
+    ] = None,
     base_url: Annotated[str | None, typer.Option(help="Another server with COCO's archives, http or https.")] = None,
     sums: Annotated[
         Path | None, typer.Option(help="File of MD5 or SHA-256 sums, for a server with other archives than COCO's.")
@@ -56,7 +62,7 @@ def download_coco(
     from solq_lab.data import download
     from solq_lab.launch import Interrupted
 
-    splits = list(dict.fromkeys(part.value for part in split))
+    splits = list(dict.fromkeys(part.value for part in split or (CocoSplit.train, CocoSplit.val)))
     try:
         download.download_coco(
             folder,
@@ -69,3 +75,106 @@ def download_coco(
     except KeyboardInterrupt:
         raise Interrupted(f"{folder}: stopped; what has arrived is kept, and the same command goes on") from None
     typer.echo(f"{', '.join(splits)} of COCO 2017 in {folder}")
+
+
+class Look(StrEnum):
+    """How closely pictures are looked at."""
+
+    decode = "decode"
+    header = "header"
+    names = "names"
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    refused = "refused"
+    harmful = "harmful"
+    note = "note"
+
+
+def check_data(
+    data: Annotated[Path, typer.Argument(help="COCO-format folder, annotation file, or experiment file (.yaml).")],
+    overrides: Overrides = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, where it is not found.")] = None,
+    look: Annotated[
+        Look, typer.Option(help="Decode every picture, read its header only, or not open it.")
+    ] = Look.decode,
+    queries: Annotated[int | None, typer.Option(min=1, help="J: objects found per picture; by default 300.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the pictures.")] = 2,
+    fail_on: Annotated[
+        Severity, typer.Option(help="Exit with 1 for what stops a training, harms it too, or any note.")
+    ] = Severity.harmful,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A rule that may be broken, so often at most.", metavar="RULE[=COUNT]")
+    ] = None,
+    worst: Annotated[int, typer.Option(min=0, help="Pictures of each rule in the report.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of report.html and report.json; by default runs/data_checks/NAME.")
+    ] = None,
+) -> None:
+    """Look through a data set before training on it: exit status 0 clean, 1 with problems, 2 cannot be read."""
+    from solq_lab.data.check import check_data as check
+    from solq_lab.files import replacing, write_json
+    from solq_lab.viz.data_report import report_page
+
+    allowed = _allowed(allow or [])
+    splits, options, name = _splits_of(data, overrides or [], images)
+    changes = {"look": look.value} | ({"queries": queries} if queries else {})
+    report = check(splits, options._replace(**changes), processes=processes)
+    typer.echo(report.table(str(data)))
+    folder = output or Path("runs/data_checks") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", report.to_dict() | {"allowed": allowed})
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(report_page(report, title=f"Check of {data}", worst=worst), "utf-8", errors="replace")
+    typer.echo(f"\nreport  {folder / 'report.html'}\nnumbers {folder / 'report.json'}")
+    failing = report.findings.failing(fail_on.value, allowed)
+    if failing:
+        typer.echo(f"problems: {', '.join(failing)}")
+        raise typer.Exit(FAILED)
+
+
+def _allowed(texts: list[str]) -> dict[str, int | None]:
+    """How often each rule may be broken; None: without limit."""
+    from solq_lab.data.findings import RULES
+
+    allowed: dict[str, int | None] = {}
+    for text in texts:
+        rule, equals, count = text.partition("=")
+        if rule not in RULES or (equals and not count.isdecimal()):
+            rules = ", ".join(RULES)
+            raise typer.BadParameter(
+                f"found {text!r}, allowed is RULE or RULE=COUNT; rules: {rules}", param_hint="--allow"
+            )
+        allowed[rule] = int(count) if equals else None
+    return allowed
+
+
+def _splits_of(data: Path, overrides: list[str], images: Path | None) -> tuple[tuple[Split, ...], Options, str]:
+    """What to check, what the training will be like, and what to call the report."""
+    from solq_lab.data.folders import Split, find_splits
+    from solq_lab.data.report import Options
+
+    if data.suffix not in (".yaml", ".yml"):
+        if overrides:
+            raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
+        return find_splits(data, images), Options(), data.resolve().stem
+    from solq_lab.config import load_experiment
+    from solq_lab.launch import prepare_data
+
+    experiment = load_experiment(data, overrides)
+    prepare_data(experiment)
+    section, root = experiment.data, Path(experiment.data.root)
+    splits = (
+        Split("train", root / section.train_images, root / section.train_annotations),
+        Split("val", root / section.val_images, root / section.val_annotations),
+    )
+    options = Options(
+        queries=experiment.model.queries,
+        detections=experiment.evaluation.top_k,
+        with_masks=experiment.codec.kind != "none" or experiment.model.mask_branch != "none",
+        class_ids=section.class_ids,
+        num_classes=section.num_classes,
+    )
+    return splits, options, experiment.name

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from solq_lab.data.annotations import DataError
+
+
+class Split(NamedTuple):
+    """A part of a data set: its name, the folder of its pictures, and its annotation file."""
+
+    name: str
+    images: Path
+    annotations: Path
 
 
 def find_annotations(data: str | Path, split: Literal["train", "val"] = "val") -> Path:
@@ -32,3 +40,37 @@ def find_annotations(data: str | Path, split: Literal["train", "val"] = "val") -
     there = ", ".join(str(path.relative_to(data)) for path in names[:8]) or "no .json file"
     wanted = "needed is exactly one" if found else f"no annotations/{pattern}"
     raise DataError(f"{data}: {wanted} for split {split!r}, found {there}; name the annotation file itself")
+
+
+def find_splits(data: Path | str, images: Path | None = None) -> tuple[Split, ...]:
+    """The splits of a COCO-format folder, or the one of an annotation file.
+
+    Pictures of annotations/instances_NAME.json are looked for in NAME/, then in images/NAME/, images/, and beside.
+
+    Args:
+        data: folder with annotations/instances_train*.json, instances_val*.json or both; or an annotation file.
+        images: folder of the pictures; by default as above.
+
+    Raises:
+        DataError: there are no annotations, or no folder of pictures.
+    """
+    data = Path(data)
+    if data.is_file():
+        return (Split(data.stem, images or _picture_folder(data), data),)
+    names = [name for name in ("train", "val") if any(data.glob(f"annotations/instances_{name}*.json"))]
+    splits = []
+    for name in names or ["train"]:
+        annotations = find_annotations(data, name)
+        splits.append(Split(name, images or _picture_folder(annotations), annotations))
+    return tuple(splits)
+
+
+def _picture_folder(annotations: Path) -> Path:
+    name = annotations.stem.removeprefix("instances_")
+    root = annotations.parent.parent if annotations.parent.name == "annotations" else annotations.parent
+    candidates = [root / name, root / "images" / name, root / "images", annotations.parent / name]
+    found = next((folder for folder in candidates if folder.is_dir()), None)
+    if found is None:
+        tried = ", ".join(map(str, candidates))
+        raise DataError(f"{annotations}: no folder of its pictures ({tried}); name it with --images")
+    return found

@@ -1,0 +1,134 @@
+"""What can be wrong with a data set: the rules by name, and what was found, counted and with the worst of each kind."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+Severity = Literal["refused", "harmful", "note"]
+SEVERITIES: tuple[Severity, ...] = ("refused", "harmful", "note")
+HEADINGS = {
+    "refused": "the training would stop",
+    "harmful": "the training would learn or measure something wrong",
+    "note": "to know",
+}
+KEPT = 100  # findings of one rule and split that a report lists; all are counted
+
+
+class Rule(NamedTuple):
+    """A kind of finding: how bad it is, what it is called in tables, and what to do about it."""
+
+    severity: Severity
+    title: str
+    cure: str = ""
+
+
+RULES: dict[str, Rule] = {
+    # the annotation file
+    "categories": Rule("refused", "categories that cannot be used", "give every category its own id, 0 or more"),
+    "picture-entry": Rule("refused", "entries of images that cannot be used", "complete or remove them"),
+    "path-leaves-folder": Rule("refused", "file names that leave the image folder", "use names relative to it"),
+    "duplicate-image-id": Rule("refused", "image ids that come twice", "give every image its own id"),
+    "object-entry": Rule("refused", "entries of annotations that cannot be used", "complete or remove them"),
+    "unknown-image": Rule("refused", "objects of unknown pictures", "add the picture or remove the object"),
+    "unknown-category": Rule("refused", "objects of unknown categories", "add the category or remove the object"),
+    "duplicate-file-name": Rule("harmful", "entries with one file name", "merge the entries"),
+    "duplicate-object-id": Rule("harmful", "annotation ids that come twice", "give every object its own id"),
+    # the picture files
+    "picture-missing": Rule("refused", "missing pictures", "fetch them or remove their entries"),
+    "picture-damaged": Rule("refused", "damaged pictures", "fetch them again or remove their entries"),
+    "picture-size": Rule("refused", "pictures of another size than annotated", "correct the entries or the files"),
+    "picture-twice": Rule("harmful", "pictures with the same bytes as another one", "remove one of the two"),
+    # boxes
+    "box": Rule("refused", "boxes that are not four finite numbers", "correct or remove the object"),
+    "box-without-area": Rule("harmful", "boxes without area, left out", "correct or remove the object"),
+    "box-outside": Rule("harmful", "boxes outside their picture, left out", "correct or remove the object"),
+    "box-beyond-picture": Rule("harmful", "boxes that reach out of their picture, cut off", "correct the box"),
+    # masks
+    "mask": Rule("refused", "masks that cannot be read", "correct or remove the object"),
+    "mask-without-area": Rule("harmful", "polygons of fewer than three points, left out", "draw or remove the object"),
+    "mask-empty": Rule("harmful", "masks without a pixel", "draw or remove the object"),
+    "mask-outside-box": Rule("harmful", "masks that reach out of their box", "correct the box or the mask"),
+    "mask-smaller-than-box": Rule("harmful", "boxes much wider than their mask", "correct the box or the mask"),
+    "area": Rule("harmful", "areas that disagree with the mask", "write the number of the mask's pixels"),
+    "short-polygon": Rule("note", "masks with a polygon of fewer than three points, ignored"),
+    "crowd": Rule("harmful", "crowd regions that cannot be used", "correct or remove the region"),
+    # counts
+    "over-queries": Rule("harmful", "pictures with more objects than queries", "raise model.queries"),
+    "over-detections": Rule("note", "pictures with more objects than detections are scored"),
+    "without-objects": Rule("note", "pictures without objects, kept"),
+    "class-without-objects": Rule("note", "categories without objects"),
+    # train and val together
+    "picture-in-both": Rule("harmful", "pictures that are in both splits", "remove them from one"),
+    "name-in-both": Rule("note", "file names that are in both splits"),
+    "class-not-trained": Rule("harmful", "categories that only val has objects of", "add training objects"),
+    "categories-differ": Rule("harmful", "categories that the splits name differently", "use one list of categories"),
+}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong.
+
+    rule: key of `RULES`.
+    message: what was found, in one line.
+    file_name, image_id, annotation_id: where; None where it is about no single one.
+    weight: how bad it is among its kind; the worst are shown.
+    """
+
+    rule: str
+    message: str
+    file_name: str | None = None
+    image_id: int | None = None
+    annotation_id: int | None = None
+    weight: float = 0.0
+
+
+class Findings:
+    """All findings of a data set: every one counted, the worst of each rule and split kept."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter[str]] = {rule: Counter() for rule in RULES}  # rule -> split -> how many
+        self._kept: dict[tuple[str, str], list[tuple[float, int, Finding]]] = {}
+        self._number = 0
+
+    def add(self, split: str, found: Iterable[Finding]) -> None:
+        """Count findings of a split and keep the worst; of equally bad ones the first."""
+        for finding in found:
+            self._number += 1
+            self.counts[finding.rule][split] += 1
+            heap = self._kept.setdefault((finding.rule, split), [])
+            place = heapq.heappush if len(heap) < KEPT else heapq.heappushpop
+            place(heap, (finding.weight, -self._number, finding))
+
+    def worst(self, rule: str, split: str) -> list[Finding]:
+        """The kept findings of a rule, the worst first."""
+        return [finding for _, _, finding in sorted(self._kept.get((rule, split), []), reverse=True)]
+
+    def found(self, severity: Severity) -> Iterator[str]:
+        """The rules of a severity that something was found of."""
+        return (rule for rule, counts in self.counts.items() if RULES[rule].severity == severity and counts.total())
+
+    def failing(self, fail_on: Severity = "harmful", allowed: Mapping[str, int | None] | None = None) -> list[str]:
+        """The rules at least as bad as `fail_on` that were broken more often than allowed (None: any number)."""
+        bad = SEVERITIES[: SEVERITIES.index(fail_on) + 1]
+        limits = {rule: math.inf if limit is None else limit for rule, limit in (allowed or {}).items()}
+        return [rule for severity in bad for rule in self.found(severity) if self.total(rule) > limits.get(rule, 0)]
+
+    def total(self, rule: str) -> int:
+        """How often a rule was broken, over all splits."""
+        return self.counts[rule].total()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: each broken rule with its counts and its worst findings."""
+        return {
+            rule: RULES[rule]._asdict()
+            | {
+                "counts": dict(self.counts[rule]),
+                "worst": {split: [finding._asdict() for finding in self.worst(rule, split)] for split in counts},
+            }
+            for rule, counts in self.counts.items()
+            if counts.total()
+        }
