@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,15 +25,15 @@ from typing import Any
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.parameters import check_parameters
 from solq_lab.progress import Progress, status_line
-from solq_lab.runs import Run, RunError, create_run, load_run, replacing, working_copy
+from solq_lab.runs import Run, RunError, create_run, load_run, read_json, replacing, working_copy, write_json
 
 log = logging.getLogger(__name__)
 
 WORKSPACE = (
     "SOLQ_LAB_WORKSPACE"  # environment variable: the folder that relative paths of a launched notebook start from
 )
-STARTING_SECONDS = 60  # a fresh training imports torch for so long at most before it takes the run's lock
 LOG_LINES_SHOWN = 15
+NO_ROOM = 2**20  # bytes: with less left, a disk is the likely cause of a training's death
 QUIET_KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it reports unencrypted local sockets, and its own shutdown
 # Mistakes of the user: one clear message and exit status 2, no traceback. By name, because naming them loads no torch.
 REFUSALS = frozenset(
@@ -256,7 +258,7 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
     """Start, or resume, the training of a run in a child process that outlives this one.
 
     Args:
-        run_folder: the run; what the child prints goes to its train.log, its process id to train.pid.
+        run_folder: the run; what the child prints goes to its train.log, who it is to train.pid.
         processes: training processes, by default the experiment's train.gpus; several are started by torchrun.
 
     Returns:
@@ -270,7 +272,7 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
         log.info("%s: finished at step %s, nothing to train", run.folder, run.status()["step"])
         return None
     if _is_alive(run):
-        log.info("%s: process %s is training already", run.folder, _recorded_pid(run))
+        log.info("%s: %s is training already", run.folder, _describe_trainer(run))
         return None
     with run.log_file.open("ab") as output:
         child = subprocess.Popen(
@@ -281,8 +283,7 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
             start_new_session=True,  # neither Ctrl-C in a terminal nor the end of a kernel reaches it
         )
     _children[child.pid] = child
-    with replacing(_pid_file(run)) as temporary:
-        temporary.write_text(f"{child.pid}\n")
+    write_json(_pid_file(run), {"pid": child.pid, "host": socket.gethostname(), "birth": _birth(child.pid)})
     log.info("%s: training in process %d, log in %s", run.folder, child.pid, run.log_file)
     return child.pid
 
@@ -322,7 +323,7 @@ def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
 
 
 def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
-    """Ask a training once to save and to stop, and wait until it has.
+    """Ask a training once to save and to stop, and wait until it has; Ctrl-C ends the waiting, not the saving.
 
     Args:
         run_folder: the run.
@@ -332,16 +333,51 @@ def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
         One sentence about where the run stands.
     """
     run = load_run(run_folder)
-    pid = _recorded_pid(run)
-    if pid is None or not _is_alive(run):
+    if not _is_alive(run):
         return f"{run.folder}: no training was running; the same command goes on from here"
-    os.kill(pid, signal.SIGTERM)
+    target = _trainer(run)
+    if target["host"] != socket.gethostname():
+        return f"{run.folder}: {_describe_trainer(run)} is training; stop it there: kill {target['pid']}"
+    os.kill(target["pid"], signal.SIGTERM)
     deadline = time.monotonic() + patience
-    while _is_alive(run):
-        if time.monotonic() > deadline:
-            return f"{run.folder}: process {pid} is still saving after {patience:.0f} s; it will stop by itself"
-        time.sleep(0.2)
+    try:
+        while _is_alive(run) and time.monotonic() < deadline:
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        log.info("not waiting any longer")
+    if _is_alive(run):
+        return f"{run.folder}: process {target['pid']} is still saving; it will stop by itself"
     return f"{run.folder}: stopped at step {run.status()['step']}; the same command resumes the training there"
+
+
+def describe_trainings(runs: Sequence[Run]) -> str:
+    """One line for each training that lives, whoever started it, and for each that died without saying so."""
+    lines = []
+    for run in runs:
+        if _is_alive(run):
+            pid = _trainer(run).get("pid")
+            lines.append(f"{run.folder}: {_describe_trainer(run)} is training; kill {pid} lets it save and stop")
+        elif run.status()["state"] == "training":
+            step = run.status()["step"]
+            lines.append(f"{run.folder}: died, its last checkpoint is of step {step}; the same command resumes it")
+    return "\n".join(lines)
+
+
+def advise_on_memory(experiment: Experiment) -> str:
+    """What to change when host or GPU have no more memory, by its settings here."""
+    train, data = experiment.train, experiment.data
+    per_process = train.batch_size // train.gpus
+    share = per_process // train.accumulate
+    more = next((parts for parts in range(train.accumulate + 1, per_process + 1) if per_process % parts == 0), None)
+    cures = [] if more is None else [f"train.accumulate={more} (the same batch in smaller passes)"]
+    cures += [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    cures += [f"a smaller data.max_size (now {data.max_size})"]
+    cures += [f"if it is the host's memory, a smaller data.workers (now {data.workers})"] if data.workers else []
+    cures += ["data.cache=false"] if data.cache else []
+    return (
+        f"train.batch_size {train.batch_size} puts {share} pictures into a pass (gpus {train.gpus}, accumulate "
+        f"{train.accumulate}); less memory take: {'; '.join(cures)}. The run goes on from its last checkpoint"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ details
@@ -428,7 +464,7 @@ def _explain_death(run: Run) -> Exception:
     kind, _, message = status["message"].partition(": ")
     if status["state"] == "failed" and kind in REFUSALS:
         return TrainingRefused(message)
-    child = _children.get(_recorded_pid(run) or 0)
+    child = _children.get(_recorded(run).get("pid", 0))
     code = None if child is None else child.poll()
     if status["state"] == "preempted":
         return TrainingFailed(f"{run.folder}: stopped at step {status['step']}; run again to resume it there")
@@ -437,9 +473,14 @@ def _explain_death(run: Run) -> Exception:
     elif code is None:
         how = "a status that only the process that started it knows; a kill from outside leaves no other trace"
     elif code < 0:
-        how = f"signal {signal.Signals(-code).name}" + (" (often: out of memory)" if code == -signal.SIGKILL else "")
+        how = f"signal {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += f" (often: out of memory. {advise_on_memory(run.experiment)})"
     else:
         how = f"exit status {code}"
+    free = shutil.disk_usage(run.folder).free
+    if free < NO_ROOM:
+        how += f"; the disk is full ({free / 2**20:.1f} MB are free)"
     lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if run.log_file.exists() else []
     message = [
         f"{run.folder}: the training ended at step {status['step']} with {how}; run again to resume it",
@@ -450,39 +491,53 @@ def _explain_death(run: Run) -> Exception:
 
 
 def _is_alive(run: Run) -> bool:
-    """Whether somebody trains the run: our child, the holder of its lock, or a process on its way to the lock."""
-    pid = _recorded_pid(run)
-    child = _children.get(pid or 0)
-    if child is not None:
-        return child.poll() is None
-    if run.is_training():
+    """Whether somebody trains the run: our child, whom another one started, or the holder of its lock."""
+    recorded = _recorded(run)
+    child = _children.get(recorded.get("pid", 0))
+    if child is not None and child.poll() is None:
         return True
-    if pid is None:
-        return False
-    started = _pid_file(run).stat().st_mtime
-    on_its_way = time.time() - started < STARTING_SECONDS and run.status().get("time", 0.0) < started
-    return on_its_way and _exists(pid)
+    return _lives(recorded) or run.is_training()
 
 
-def _exists(pid: int) -> bool:
+def _trainer(run: Run) -> dict[str, Any]:
+    """Whom to ask to stop ("pid", "host"): torchrun where it was started from here, else the lock's holder."""
+    recorded = _recorded(run)
+    return recorded if _lives(recorded) else (run.trainer() or recorded)
+
+
+def _describe_trainer(run: Run) -> str:
+    trainer = _trainer(run)
+    return f"process {trainer.get('pid')} on {trainer.get('host')}"
+
+
+def _recorded(run: Run) -> dict[str, Any]:
+    """The process that `start_training` started last ("pid", "host", "birth"); empty where there is none."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return read_json(_pid_file(run))
+    except RunError:
+        return {}
+
+
+def _lives(recorded: Mapping[str, Any]) -> bool:
+    """Whether a recorded process still exists: a later one that has got its id has another birth."""
+    if not recorded or recorded["host"] != socket.gethostname():
         return False
-    except PermissionError:
-        return True
-    return True
+    birth = _birth(recorded["pid"])
+    return birth is not None and birth == recorded["birth"]
+
+
+def _birth(pid: int) -> str | None:
+    """When a process began, by the kernel's count that no clock moves: boot, and ticks since. None: it has ended."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else f"{boot} {fields[18]}"
 
 
 def _pid_file(run: Run) -> Path:
     return run.folder / "train.pid"
-
-
-def _recorded_pid(run: Run) -> int | None:
-    try:
-        return int(_pid_file(run).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _require(key: str, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Run folders: everything one experiment leaves behind, readable while it is still being written. Loads without torch.
 
 runs/<name>/
-    experiment.yaml      the resolved experiment; a run never changes its experiment
+    experiment.yaml      the resolved experiment; a run never changes it, but for what concerns the machine (MAY_CHANGE)
     environment.json     versions, git commit, operator implementation, fingerprints of data set and codec, command
     status.json          what the training is doing: created, training, preempted, failed, finished
     metrics.jsonl        one JSON object per line: "start", "train" and "evaluation" lines
@@ -43,6 +43,17 @@ log = logging.getLogger(__name__)
 State = Literal["created", "training", "preempted", "failed", "finished"]
 
 SHIPPED = "shipped.json"
+MAY_CHANGE = frozenset(  # of a run that is not finished: what a training costs the machine, not what it learns
+    [
+        "data.cache",
+        "data.workers",
+        "train.accumulate",
+        "train.gradient_checkpointing",
+        "train.rank_timeout",
+        "train.save_every",
+        "train.threads",
+    ]
+)
 
 _CORE_PACKAGES = ("solq-lab", "torch", "torchvision", "timm", "numpy", "scipy", "safetensors")
 _COCO_PACKAGES = ("pycocotools", "faster-coco-eval")
@@ -211,6 +222,8 @@ class Run:
 def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
     """The run folder of an experiment, made if it is missing, opened if it holds the very same experiment.
 
+    As long as it is not finished, settings of `MAY_CHANGE` may differ: the next process takes the new ones.
+
     Raises:
         RunError: the folder exists and belongs to a different experiment, or to something else; nothing is written.
     """
@@ -219,17 +232,22 @@ def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
     if path.exists():
         run = Run(folder)
         differences = run.differences(experiment)
-        if differences:
+        finished = run.status()["state"] == "finished"
+        refused = [found for found in differences if finished or found.split()[0] not in MAY_CHANGE]
+        if refused:
             raise RunError(
-                f"{folder}: this run belongs to another experiment; it differs in {'; '.join(differences)}. "
+                f"{folder}: this run belongs to another experiment; it differs in {'; '.join(refused)}. "
                 "Give the new one another name (name=...), or remove the folder"
             )
-        return run
+        if not differences:
+            return run
+        log.info("%s: goes on with other settings: %s", folder, "; ".join(differences))
+        _write_experiment(path, experiment)
+        return Run(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists but is not a run folder (no experiment.yaml); choose another name=...")
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(experiment.to_yaml(), encoding="utf-8")
+    _write_experiment(path, experiment)
     run = Run(folder)
     run.record_environment(describe_software())
     run.write_status("created", step=0)
@@ -313,6 +331,11 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _write_experiment(path: Path, experiment: Experiment) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(experiment.to_yaml(), encoding="utf-8")
 
 
 def _read_experiment(folder: Path) -> Experiment:

@@ -21,7 +21,7 @@ from notebook import SHARED, write_notebook
 from solq_lab import launch
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.parameters import NotebookError
-from solq_lab.runs import RunError, create_run
+from solq_lab.runs import RunError, create_run, read_json
 
 STAND_IN = """
 import signal, sys, time
@@ -78,7 +78,7 @@ def test_a_training_is_followed_to_its_end(run, stand_in, capsys):
     stand_in('run.write_status("finished", step=10)')
     pid = launch.start_training(run.folder)
     assert launch.follow_training(run.folder, interval=0.05).status()["state"] == "finished"
-    assert (run.folder / "train.pid").read_text() == f"{pid}\n"
+    assert read_json(run.folder / "train.pid")["pid"] == pid
     assert "a line of the log" in run.log_file.read_text()
     assert "a: step 1 of 10" in capsys.readouterr().err
 
@@ -369,7 +369,7 @@ def followed(tmp_path, experiment):
         process.kill()
         process.wait()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(int((folder / "train.pid").read_text()), signal.SIGKILL)
+            os.killpg(read_json(folder / "train.pid")["pid"], signal.SIGKILL)
 
 
 def test_ctrl_c_stops_the_training_once_says_how_to_resume_and_ends_with_130(followed):

@@ -1,4 +1,7 @@
-"""The command behind `python -m solq_lab.training RUN_FOLDER`: log lines, and errors as exit statuses."""
+"""The command behind `python -m solq_lab.training RUN_FOLDER`: log lines, and errors as exit statuses.
+
+Loads without torch, so that signals are heard from the start: importing it takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,52 +13,72 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from solq_lab.allocation import keep_freed_memory
-from solq_lab.config import ConfigError
-from solq_lab.data.annotations import DataError
-from solq_lab.models.weights import WeightMismatch
-from solq_lab.ops.extension import ExtensionBuildError
-from solq_lab.runs import RunError, load_run
-from solq_lab.training.flight import NonFiniteError
-from solq_lab.training.trainer import train_run
+from solq_lab.launch import REFUSALS
+from solq_lab.runs import Run, load_run
+from solq_lab.training.signals import Stopped, StopRequest
 
 log = logging.getLogger("solq_lab.training")
 
-FAILED, REFUSED = 1, 2
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+# What went wrong outside of this program, or diverged: the message says it all, no traceback. By name, as REFUSALS.
+EXPLAINED = frozenset(
+    ["DiskFull", "LoaderError", "MatchingError", "NonFiniteError", "OutOfMemory", "ProcessLost", "SaveError"]
+)
 
 
 def main(arguments: list[str]) -> int:
     """Train the run in the folder that `arguments` names.
 
     Returns:
-        The exit status: 0 finished, or stopped by a signal after saving; 2 the run cannot be trained as it stands; 1
-        anything else.
+        The exit status: 0 finished, or stopped by a signal after saving; 2 the run cannot be trained as it stands; 130
+        a second Ctrl-C, which does not wait for the saving; 1 anything else.
     """
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    level = logging.INFO if _is_main() else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if len(arguments) != 1:
         log.error("usage: python -m solq_lab.training RUN_FOLDER")
         return REFUSED
-    keep_freed_memory()
+    with StopRequest() as stop:
+        try:
+            run = load_run(arguments[0])
+            _log_to(run.log_file)
+            return _train(run, stop)
+        except KeyboardInterrupt:
+            log.error("a second Ctrl-C: ended without saving; the same command goes on from the last checkpoint")
+            return INTERRUPTED
+        except Exception as error:
+            kinds = {kind.__name__ for kind in type(error).__mro__}
+            if not kinds & (REFUSALS | EXPLAINED):
+                log.exception("the training failed")
+                return FAILED
+            log.error("%s", error)
+            return REFUSED if kinds & REFUSALS else FAILED
+
+
+def _train(run: Run, stop: StopRequest) -> int:
     try:
-        run = load_run(arguments[0])
-        _log_to(run.log_file)
-        with logging_redirect_tqdm():
-            train_run(run)
-    except (ConfigError, DataError, RunError, WeightMismatch, ExtensionBuildError) as error:
-        log.error("%s", error)
-        return REFUSED
-    except NonFiniteError as error:
-        log.error("the training diverged: %s", error)
-        return FAILED
-    except Exception:
-        log.exception("the training failed")
-        return FAILED
+        with stop.at_once():
+            from solq_lab.training.trainer import train_run
+    except Stopped as signal:
+        if _is_main():
+            with run.locked():
+                run.write_status("preempted", step=run.status()["step"], message=str(signal))
+            log.info("%s: stopped before anything was begun; the same command goes on", signal)
+        return 0
+    keep_freed_memory()
+    with logging_redirect_tqdm():
+        train_run(run, stop)
     return 0
+
+
+def _is_main() -> bool:
+    """Whether this process is the one that writes, as torchrun numbers them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _log_to(path: Path) -> None:
     """Write log lines to the run's log file too, unless standard error goes there already."""
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_main():
         return
     if path.exists() and os.path.samestat(os.fstat(sys.stderr.fileno()), path.stat()):
         return

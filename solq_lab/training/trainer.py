@@ -43,7 +43,11 @@ from solq_lab.training.checkpoint import (
 )
 from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
+<<<<<<< solq_lab/training/trainer.py
+from solq_lab.training.faults import name_fault
+=======
 from solq_lab.training.flight import FlightRecorder
+>>>>>>> /tmp/hq/rec/t
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import vector_plateau
 from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -66,8 +70,13 @@ def train_run(run: Run, stop: StopRequest | None = None) -> State:
 
     Raises:
         ConfigError, DataError, RunError, WeightMismatch: the experiment cannot be trained as it stands.
+<<<<<<< solq_lab/training/trainer.py
+        NonFiniteError, MatchingError: the training diverged.
+        SaveError, DiskFull, OutOfMemory: disk or memory are at their end.
+=======
         NonFiniteError: the training diverged.
         SaveError: no checkpoint could be written.
+>>>>>>> /tmp/hq/rec/t
         KeyboardInterrupt: a second Ctrl-C, before the first one's checkpoint was written.
     """
     if stop is None:
@@ -97,7 +106,7 @@ def _train_locked(run: Run, stop: StopRequest) -> State:
             _write_last_status(run, "preempted", str(end) or "a second Ctrl-C, without saving")
         raise
     except Exception as error:
-        cause = distributed.blame(error)
+        cause = name_fault(distributed.blame(error), run)
         if distributed.speaks_last():
             _write_last_status(run, "failed", f"{type(cause).__name__}: {cause}")
         raise cause from (None if cause is error else error)
