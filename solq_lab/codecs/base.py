@@ -183,7 +183,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def middle_of_range(decoded: Tensor) -> Tensor:
     """(K,) middles of the ranges of reconstructions (K, N, N), 0.5 where one is flat."""
-    if len(decoded) == 0:
+    if decoded.shape[0] == 0:  # not len(), which would pin the number of masks in an exported graph
         return decoded.new_zeros(0)
     cells = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
     low, high = cells.amin(dim=1), cells.amax(dim=1)

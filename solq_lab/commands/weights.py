@@ -1,4 +1,4 @@
-"""Commands around weights: predict with them, import the released ones, make a trained run small enough to ship."""
+"""Commands around weights: predict with them, import the released ones, export and ship trained ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solq_lab.commands.arguments import Overrides, RunFolder
+from solq_lab.commands.arguments import FAILED, Overrides, RunFolder
 
 if TYPE_CHECKING:
     from solq_lab.data.classes import ClassMap
@@ -65,6 +65,39 @@ def import_weights(
     for section, values in report.architecture.items():
         typer.echo(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
     typer.echo(f"{destination}: written; `solq-lab predict {destination} PICTURE` uses it")
+
+
+def export(
+    weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
+    destination: Annotated[Path, typer.Argument(help="File to write: .onnx, or .safetensors to share.")],
+    height: Annotated[int | None, typer.Option(help="ONNX: height of every picture, pixels; without: any.")] = None,
+    width: Annotated[int | None, typer.Option(help="ONNX: width of every picture, pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(help="ONNX: pictures per call; without: any number.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="ONNX: detections per picture; without: the experiment's.")] = None,
+    images: Annotated[list[Path] | None, typer.Option(help="ONNX: pictures to compare with; repeatable.")] = None,
+) -> None:
+    """Write a model as ONNX, compared with the original on pictures, or as one file to share (safetensors)."""
+    from solq_lab.config import ConfigError
+    from solq_lab.inference.export.onnx_file import ExportError, export_onnx
+    from solq_lab.inference.export.sharing import share
+
+    if (height is None) != (width is None):
+        raise ConfigError(f"--height {height} with --width {width}: give both, or neither for pictures of any size")
+    size = None if height is None or width is None else (height, width)
+    match destination.suffix:
+        case ".onnx":
+            try:
+                report = export_onnx(weights, destination, size=size, batch=batch, top_k=top_k, images=images or ())
+            except ExportError as error:
+                typer.echo(str(error), err=True)
+                raise typer.Exit(FAILED) from None
+            typer.echo(str(report))
+        case ".safetensors":
+            classes = [name for name in share(weights, destination).classes.names if name]
+            typer.echo(f"{destination}: {destination.stat().st_size / 1e6:.1f} MB, {len(classes)} classes, ", nl=False)
+            typer.echo(f"code and experiment inside; `solq-lab predict {destination} PICTURE` uses it")
+        case suffix:
+            raise ConfigError(f"{destination}: ending {suffix!r}: allowed are .onnx and .safetensors")
 
 
 def ship(

@@ -17,22 +17,30 @@ from solq_lab.models.solq import SOLQ
 def prepare_for_inference(model: SOLQ) -> SOLQ:
     """A copy of the model that predicts the same, faster, and can no longer be trained.
 
-    In evaluation mode a batch norm multiplies and shifts every channel by constants. The convolution before it can do
-    that itself, at no cost. What is left of the backbone runs with channels last, as today's convolutions like it.
-    Swin has no batch norm to fold. On a CPU linear layers keep a second copy of their weights, in the order that its
-    kernels read. Mask vectors come from the last decoder layer alone; the earlier ones only refine boxes.
+    Beyond `fold`, what is left of the backbone runs with channels last, as today's convolutions like it. On a CPU
+    linear layers keep a second copy of their weights, in the order that its kernels read.
 
     Args:
         model: on the device where it will predict; stays as it is. Its copy's `state_dict` has other names and values.
     """
-    prepared = copy.deepcopy(model).eval().requires_grad_(False)
-    _fold_batch_norms(prepared.backbone)
-    for head in prepared.heads:
-        if head is not prepared.heads[-1]:  # without box refinement all layers share one head
-            head.vector = None
-    prepared = prepared.to(memory_format=torch.channels_last)
+    prepared = fold(model).to(memory_format=torch.channels_last)
     pack_weights(prepared)
     return prepared
+
+
+def fold(model: SOLQ) -> SOLQ:
+    """A copy of the model in evaluation mode without what inference does not need; plain torch, to be traced or packed.
+
+    In evaluation mode a batch norm multiplies and shifts every channel by constants. The convolution before it can do
+    that itself, at no cost. Swin has no batch norm to fold. Mask vectors come from the last decoder layer alone; the
+    earlier ones only refine boxes.
+    """
+    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    _fold_batch_norms(folded.backbone)
+    for head in folded.heads:
+        if head is not folded.heads[-1]:  # without box refinement all layers share one head
+            head.vector = None
+    return folded
 
 
 def _fold_batch_norms(backbone: nn.Module) -> None:

@@ -55,7 +55,7 @@ def postprocess(
             raise ValueError(f"image {image} of the batch: scores or boxes are not finite; the weights have diverged")
         masks = None
         if prediction.masks is not None:
-            masks = _cut_out_masks(prediction.masks, image, queries[image], size)
+            masks = cut_out_masks(prediction.masks, image, queries[image], size)
         elif codec is not None:
             masks = _draw_masks(prediction.vectors[image], queries[image], boxes[image], size, codec)
         names = [class_names[label] for label in labels[image].tolist()]
@@ -91,7 +91,7 @@ def _draw_masks(vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int
     return [dict(rles[row]) for row in place.tolist()]  # copies: a caller may rewrite its RLE's counts
 
 
-def _cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[int, int]) -> list[dict]:
+def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[int, int]) -> list[dict]:
     """The RLEs of one image's detections from masks in the image frame, where queries (k,) are the detections'.
 
     As released: raised to the padded picture, thresholded, cut to the picture, and only then brought to `size`.

@@ -70,8 +70,8 @@ class Predictor:
     ) -> None:
         if bucket is not None and bucket < 1:
             raise ValueError(f"bucket {bucket}: allowed are positive numbers of pixels, and None for no padding")
-        path = _find_weights(weights_or_run)
-        weights, self.experiment, self.classes = _read(path)
+        path = find_weights(weights_or_run)
+        weights, self.experiment, self.classes = read_trained(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.top_k = top_k or self.experiment.evaluation.top_k
         self.bucket, self.autocast = bucket, autocast
@@ -178,8 +178,12 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _find_weights(weights_or_run: str | Path | Run) -> Path:
-    """The weight file that is meant: the path itself, or the finished model of a run."""
+def find_weights(weights_or_run: str | Path | Run) -> Path:
+    """The weight file that is meant: the path itself, or the finished model of a run.
+
+    Raises:
+        RunError: a folder that is no run, or a run without a finished model.
+    """
     if isinstance(weights_or_run, Run):
         run = weights_or_run
     elif Path(weights_or_run).is_dir():
@@ -197,7 +201,13 @@ def _find_weights(weights_or_run: str | Path | Run) -> Path:
     raise RunError(f"{run.folder}: this run has no {run.weights.name} yet; {cure}")
 
 
-def _read(path: Path) -> tuple[WeightFile, Experiment, ClassMap]:
+def read_trained(path: Path) -> tuple[WeightFile, Experiment, ClassMap]:
+    """A weights file with the experiment and the class map that it carries.
+
+    Raises:
+        WeightMismatch: no weights file, or one without experiment or classes.
+        ConfigError, DataError: experiment or classes cannot be read.
+    """
     weights = read_weights(path)
     if weights.experiment is None or weights.classes is None:
         missing = "experiment" if weights.experiment is None else "class map"

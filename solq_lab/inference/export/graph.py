@@ -1,0 +1,81 @@
+"""What an ONNX file computes: from pictures to the best detections, decoding included, in plain torch.
+
+Paper: section 3.2, inference. The mask vectors of the kept detections are decoded by the code's own matrix products
+(for the DCT two thin ones per mask), so that whoever runs the file needs neither the code nor its tables.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from solq_lab.boxes import cxcywh_to_xyxy
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.models.solq import SOLQ
+from solq_lab.structures import ImageBatch, LayerPrediction
+
+INPUTS = ("pixels", "sizes")
+DETECTIONS = ("scores", "labels", "boxes", "queries")  # every model's outputs; those with masks have one more
+
+
+class DetectionGraph(nn.Module):
+    """A network, its mask code and the choice of the best detections as one module of tensors in, tensors out.
+
+    Args:
+        model: the network in evaluation mode; a plain detector, SOLQ or the baseline with a mask branch.
+        codec: its mask code, None for models without mask vectors.
+        top_k: K, detections per picture; fewer where J * S is smaller.
+
+    Attributes:
+        outputs: names of what `forward` returns.
+    """
+
+    def __init__(self, model: SOLQ, codec: MaskCodec | None, top_k: int) -> None:
+        super().__init__()
+        self.model, self.codec, self.top_k = model, codec, top_k
+        masks = ("masks",) if codec is not None else ("mask_logits",) if hasattr(model, "mask_branch") else ()
+        self.outputs = (*DETECTIONS, *masks)
+
+    def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """The best (query, class) pairs of every picture, best score first.
+
+        Args:
+            pixels: (B, 3, H, W) uint8 RGB; smaller pictures are padded at the right and the bottom, with anything.
+            sizes: (B, 2) int64 (height, width) of each picture without its padding, pixels.
+
+        Returns:
+            scores (B, K) float32 in 0..1; labels (B, K) int64 class channels; boxes (B, K, 4) float32
+            (x0, y0, x1, y1) as shares of the picture's width and height, not clipped; queries (B, K) int64; then of a
+            SOLQ masks (B, K, N, N) bool in the box frame, cut as the code's `binarize` does, or of a model with a mask
+            branch mask_logits (B, K, h, w) float32 over the whole padded picture.
+        """
+        last = self.model(ImageBatch(pixels, _padding(pixels, sizes)).normalised()).layers[-1]
+        classes = last.logits.shape[-1]
+        pairs = last.logits.sigmoid().flatten(1)  # (B, J, S) -> (B, J*S)
+        scores, best = pairs.topk(min(self.top_k, pairs.shape[1]), dim=1)
+        queries, labels = best // classes, best % classes
+        boxes = cxcywh_to_xyxy(_rows(last.boxes, queries))
+        return (scores, labels, boxes, queries, *self._masks(last, queries))
+
+    def _masks(self, last: LayerPrediction, queries: Tensor) -> tuple[Tensor, ...]:
+        """The masks of the kept detections, where the model has any."""
+        if last.masks is not None:
+            return (_rows(last.masks.logits.flatten(2), queries).unflatten(2, last.masks.logits.shape[2:]),)
+        if self.codec is None:
+            return ()
+        vectors = _rows(last.vectors, queries)
+        masks = self.codec.decode_bits(vectors.flatten(0, 1))  # (B, K, D) -> (B*K, D) -> (B*K, N, N)
+        return (masks.unflatten(0, vectors.shape[:2]),)
+
+
+def _padding(pixels: Tensor, sizes: Tensor) -> Tensor:
+    """(B, H, W) bool, True beyond each picture."""
+    height, width = pixels.shape[-2:]
+    below = torch.arange(height, device=sizes.device) >= sizes[:, :1]  # (B, H)
+    right = torch.arange(width, device=sizes.device) >= sizes[:, 1:]  # (B, W)
+    return below.unsqueeze(2) | right.unsqueeze(1)
+
+
+def _rows(values: Tensor, queries: Tensor) -> Tensor:
+    """(B, K, F) of values (B, J, F) and queries (B, K)."""
+    return values.gather(1, queries.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -1,0 +1,211 @@
+"""A trained model as an ONNX file that is only kept when onnxruntime finds with it what the model itself finds.
+
+The inputs and outputs are those of `DetectionGraph`; docs/export.md shows the file's use with nothing but onnxruntime.
+Deformable attention becomes ONNX GridSample, in its plain torch form.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solq_lab.build import build_model
+from solq_lab.codecs.base import describe_codec
+from solq_lab.config import ConfigError
+from solq_lab.data.scene import LEVELS, draw_scene
+from solq_lab.files import replacing
+from solq_lab.inference.export.graph import INPUTS, DetectionGraph
+from solq_lab.inference.export.parity import TOLERANCE, Parity, measure_parity
+from solq_lab.inference.export.sharing import without_paths
+from solq_lab.inference.folding import fold
+from solq_lab.inference.predictor import Predictor, find_weights, read_trained, read_upright
+from solq_lab.models.weights import load_state
+from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
+from solq_lab.runs import Run, write_json
+from solq_lab.structures import PIXEL_MEAN, PIXEL_STD
+
+log = logging.getLogger(__name__)
+
+OPSET = 20  # the first with today's GridSample; onnxruntime 1.17 and later know it
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+TRACED = (200, 296)  # of pictures of any size: no side and no number of cells may be 1 on any level, or equal
+DRAWN = 3  # pictures that are drawn to compare with where none are given
+
+
+class ExportError(RuntimeError):
+    """A model that cannot be exported, or whose ONNX file finds something else; the message says what."""
+
+
+class ExportReport(NamedTuple):
+    """An exported file.
+
+    path: the file.
+    parity: how far it is from the model.
+    megabytes: its size.
+    seconds: the export took, comparison included.
+    inputs: shape of each input; names stand for sides that are free.
+    """
+
+    path: Path
+    parity: Parity
+    megabytes: float
+    seconds: float
+    inputs: dict[str, list[int | str]]
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in self.inputs.items())
+        return f"{self.path}: {self.megabytes:.1f} MB in {self.seconds:.0f} s; {shapes}\n{self.parity}"
+
+
+def export_onnx(
+    weights_or_run: str | Path | Run,
+    destination: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    top_k: int | None = None,
+    images: Sequence[Path] = (),
+) -> ExportReport:
+    """Write a model as an ONNX file, and keep it only if it finds the same objects.
+
+    Beside the file `<name>.parity.json` holds the comparison; it is written also where the file is not kept.
+
+    Args:
+        weights_or_run: as for `Predictor`.
+        destination: the file; it must not exist.
+        size: (height, width) of every picture, pixels; None: any.
+        batch: pictures per call; None: any number, but one for a model with a mask branch.
+        top_k: detections per picture; None: as many as the experiment evaluates.
+        images: pictures to compare with; none: a few drawn ones.
+
+    Raises:
+        ConfigError: the destination exists, a size or number is not positive, or a package is missing.
+        RunError, WeightMismatch: as for `Predictor`.
+        DataError: a picture cannot be read.
+        ExportError: the model cannot be exported so, or the file finds something else.
+    """
+    started = time.perf_counter()
+    _check(destination, size, batch)
+    predictor = Predictor(weights_or_run, device="cpu", top_k=top_k)
+    pictures = [np.asarray(read_upright(path)) for path in images] or _drawn_pictures()
+    graph = _plain_graph(weights_or_run, predictor)
+    if "mask_logits" in graph.outputs:
+        batch = batch or 1  # its convolutions see batch x queries as one axis, which the tracer pins
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(destination) as unfinished:
+        inputs = _write(graph, unfinished, size, batch, predictor)
+        megabytes = unfinished.stat().st_size / 1e6
+        parity = measure_parity(predictor, unfinished, pictures)
+        report = ExportReport(destination, parity, megabytes, time.perf_counter() - started, inputs)
+        facts = parity._asdict() | {"agrees": parity.agrees, "tolerance": TOLERANCE, "opset": OPSET, "inputs": inputs}
+        compared = [str(path) for path in images] or f"{DRAWN} drawn pictures"
+        write_json(destination.with_suffix(".parity.json"), facts | {"compared_with": compared})
+        if not parity.agrees:
+            raise ExportError(f"{destination}: not written, the ONNX file finds something else: {parity}")
+    return report
+
+
+def _check(destination: Path, size: tuple[int, int] | None, batch: int | None) -> None:
+    if destination.exists():
+        raise ConfigError(f"{destination}: exists already and is not written over; remove it or name another file")
+    for name, value in (("height", size and size[0]), ("width", size and size[1]), ("batch", batch)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} {value}: allowed are positive numbers")
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"writing ONNX needs {' and '.join(missing)}; install with: pip install 'solq-lab[export]'")
+
+
+def _plain_graph(weights_or_run: str | Path | Run, predictor: Predictor) -> DetectionGraph:
+    """The model in plain torch; the predictor's own has its weights in an order that only torch on a CPU knows."""
+    path = find_weights(weights_or_run)
+    weights, experiment, classes = read_trained(path)
+    model = build_model(experiment, len(classes))
+    load_state(model, weights.state, source=str(path))
+    return DetectionGraph(fold(model), predictor.codec, predictor.top_k).eval()
+
+
+def _write(
+    graph: DetectionGraph, path: Path, size: tuple[int, int] | None, batch: int | None, predictor: Predictor
+) -> dict[str, list[int | str]]:
+    """Trace the graph, write it as ONNX with all that is known of it, and return the shapes of its inputs."""
+    height, width = size or TRACED
+    example = (
+        torch.zeros(batch or 2, 3, height, width, dtype=torch.uint8),
+        torch.tensor([[height, width - 1]] * (batch or 2)),
+    )
+    free = torch.export.Dim.DYNAMIC
+    sides = {0: free} if batch is None else {}
+    shapes = {"pixels": sides | ({2: free, 3: free} if size is None else {}), "sizes": sides}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
+            operator = torch.ops.solq_lab.ms_deform_attn.default
+            program = program.run_decompositions({operator: _sample_plainly})
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=INPUTS,
+                output_names=graph.outputs,
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the tracer and the translator raise dozens of kinds
+        cure = "; try a fixed size (--height, --width) and batch (--batch)" if size is None or batch is None else ""
+        reason = " ".join(str(error).split())[:400]
+        raise ExportError(
+            f"{path.name}: this model cannot be traced{cure}: {type(error).__name__}: {reason}"
+        ) from error
+    _name_sides(written.model)
+    inputs = {
+        value.name: [side if isinstance(side, int) else str(side) for side in value.shape]
+        for value in written.model.graph.inputs
+    }
+    written.model.metadata_props.update(_metadata(predictor, inputs))
+    written.save(path)
+    return inputs
+
+
+def _sample_plainly(value: Tensor, flat_shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """Deformable attention by `grid_sample`, in place of our operator, which ONNX does not know."""
+    shapes = list(zip(flat_shapes[::2], flat_shapes[1::2], strict=True))
+    return ms_deform_attn_reference(value, shapes, locations, weights)
+
+
+def _name_sides(model: Any) -> None:
+    """Call the free sides by their meaning instead of the tracer's s77."""
+    pixels = model.graph.inputs[0].shape
+    names = dict(zip((str(side) for side in pixels), ("batch", "channels", "height", "width"), strict=True))
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        for axis, side in enumerate(value.shape):
+            if not isinstance(side, int) and str(side) in names:
+                value.shape[axis] = names[str(side)]
+
+
+def _metadata(predictor: Predictor, inputs: dict[str, list[int | str]]) -> dict[str, str]:
+    """What a user of the file may want to know, text by name."""
+    facts = {
+        "classes": {"names": predictor.classes.names, "category_ids": predictor.classes.category_ids},
+        "codec": describe_codec(predictor.codec),
+        "inputs": inputs,
+        "normalisation": {"inside the graph": True, "mean": PIXEL_MEAN, "std": PIXEL_STD},
+        "test_size": {"short": predictor.experiment.data.test_scale, "longest": predictor.experiment.data.max_size},
+    }
+    texts = {name: json.dumps(fact, ensure_ascii=False) for name, fact in facts.items()}
+    return texts | {"experiment": without_paths(predictor.experiment).to_yaml(), "producer": "solq_lab"}
+
+
+def _drawn_pictures() -> list[np.ndarray]:
+    """Pictures of shapes, (H, W, 3) uint8; one lies and one stands, so that batches are padded."""
+    scenes = [draw_scene(LEVELS["hard"], np.random.default_rng(seed)).picture for seed in range(DRAWN)]
+    return [scenes[0], scenes[1][: len(scenes[1]) * 3 // 4], scenes[2][:, : len(scenes[2]) * 2 // 3]]
