@@ -1,4 +1,4 @@
-"""Training in less memory: recomputed activations change no loss, gradient or statistic."""
+"""Training and scoring in less memory: what is recomputed, or done in parts, gives the very same numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import torch
 from one_pass import SIZES, pictures, small_backbone, train_once
 from torch import Tensor, nn
 
+from solq_lab.bench.evaluation import draw_results
+from solq_lab.bench.scenes import coco_document
+from solq_lab.evaluation import coco
+from solq_lab.evaluation.coco import evaluate_results
+from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.inference.attention import record_attention
 from solq_lab.models.backbone import ResNetBackbone, SwinBackbone
 from solq_lab.models.encoder import EncoderLayer
@@ -121,3 +126,20 @@ def test_attention_is_heard_as_before():
 def test_names_of_weights_stay():
     plain, recomputing = twins("SQR")
     assert recomputing.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_scoring_a_few_classes_at_a_time_gives_the_same_numbers(monkeypatch):
+    document = coco_document(0, pictures=6)
+    results = draw_results(document)
+    whole = evaluate_results(document, results).to_dict()
+    assert whole["metrics"]["segm.AP"] > 0
+    for at_once in (1, 150):  # one class each; several, and the last share smaller
+        monkeypatch.setattr(coco, "DETECTIONS_AT_ONCE", at_once)
+        assert evaluate_results(document, results).to_dict() == whole
+
+
+def test_scoring_stops_between_two_shares(monkeypatch):
+    monkeypatch.setattr(coco, "DETECTIONS_AT_ONCE", 1)
+    document, asked = coco_document(0, pictures=1), []
+    with pytest.raises(EvaluationStopped):
+        evaluate_results(document, draw_results(document), should_stop=lambda: len(asked) == 2 or asked.append(1))

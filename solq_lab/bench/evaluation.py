@@ -24,7 +24,7 @@ DIGITS = 6  # to which the twelve numbers must agree
 def rows(pictures: int = PICTURES) -> Iterator[Row]:
     """Boxes, then masks, from results in memory to the twelve numbers."""
     document = coco_document(0, pictures=pictures, objects=7)
-    results = _draw_results(document)
+    results = draw_results(document)
     for kind, iou_type in (("box", "bbox"), ("segm", "segm")):
         shape = {"box": "bbox", "segm": "segmentation"}[kind]
         kept = [{key: result[key] for key in ("image_id", "category_id", "score", shape)} for result in results]
@@ -55,7 +55,7 @@ def _same_numbers(expected: np.ndarray, found: dict[str, float], kind: str) -> b
     return bool(np.abs(expected - ours).max() < 10**-DIGITS)
 
 
-def _draw_results(document: dict) -> list[dict]:
+def draw_results(document: dict) -> list[dict]:
     """Detections near the objects of each picture and anywhere else, of the classes that are present."""
     random = np.random.default_rng(1)
     by_picture: dict[int, list[dict]] = {image["id"]: [] for image in document["images"]}

@@ -10,10 +10,11 @@ as background. Against a crowd region a pair keeps its mask IoU.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from solq_lab.data.annotations import (
     shorten,
 )
 from solq_lab.data.classes import name_of_category
+from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.matching import Curves, match
 from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
 from solq_lab.masks import segmentation_to_rle
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("box", "segm", "boundary")
 DEFAULTS = EvaluationSection()
+DETECTIONS_AT_ONCE = 50_000  # matched at once, or one class where it has more: about 100 MB of tables
 
 _IOU_TYPE = {"box": "bbox", "segm": "segm", "boundary": "boundary"}
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # area ranges, in the order of faster-coco-eval's arrays
@@ -58,6 +61,7 @@ def evaluate_results(
     area_sides: tuple[float, float] = DEFAULTS.area_sides,
     boundary_ratio: float = DEFAULTS.boundary_ratio,
     image_ids: Collection[int] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Scores results in COCO's format against ground truth.
 
@@ -70,6 +74,7 @@ def evaluate_results(
         area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
         boundary_ratio: boundary width over the picture's diagonal.
         image_ids: pictures to look at; results elsewhere are left out. None: all pictures of the file.
+        should_stop: asked every few classes. None: never.
 
     Returns:
         The twelve COCO numbers of each kind and the six APs per class. Without results they are 0; where nothing could
@@ -78,6 +83,7 @@ def evaluate_results(
     Raises:
         DataError: the annotations or a result cannot be used; the message names the entry and the cure.
         ValueError: an unknown kind, or sizes that do not ascend.
+        EvaluationStopped: `should_stop` said so.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
@@ -86,11 +92,18 @@ def evaluate_results(
         raise ValueError(f"area_sides {area_sides}: allowed are two ascending positive sides in pixels")
     masks_wanted = any(kind != "box" for kind in kinds)
     truth = _GroundTruth(annotations, image_ids, masks_wanted=masks_wanted)
+    shares = truth.shares(results)
     ranges = _area_ranges(area_sides)
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {name: {} for name in truth.class_names}
     for kind in (kind for kind in KINDS if kind in kinds):
-        precision, recall = _curves(truth, results, kind, ranges, boundary_ratio)
+        curves = []
+        for share in shares:
+            if should_stop is not None and should_stop():
+                raise EvaluationStopped("the scoring was asked to stop")
+            curves.append(_curves(truth, share, kind, ranges, boundary_ratio))
+        precision = np.concatenate([part.precision for part in curves], axis=2)
+        recall = np.concatenate([part.recall for part in curves], axis=1)
         metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall).items()}
         for channel, name in enumerate(truth.class_names):
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
@@ -98,16 +111,27 @@ def evaluate_results(
     return Evaluation(metrics, per_class, tuple(area_sides), boundary_ratio, len(truth.images))
 
 
+class _Share(NamedTuple):
+    """Some of the classes, and what was found of them: classes are scored one by one, so their curves can be joined.
+
+    category_ids: ascending.
+    numbered: results, each with its place in the list.
+    """
+
+    category_ids: list[int]
+    numbered: list[tuple[int, dict]]
+
+
 def _curves(
-    truth: _GroundTruth, results: Sequence[dict], kind: str, ranges: dict[str, list[float]], boundary_ratio: float
+    truth: _GroundTruth, share: _Share, kind: str, ranges: dict[str, list[float]], boundary_ratio: float
 ) -> Curves:
+    truth = truth.of_classes(share.category_ids)
     if kind != "boundary":
-        objects, found = truth.copied_objects(), truth.counted(results, masks=kind == "segm")
-        categories = [category["id"] for category in truth.categories]
-        return match(objects, found, truth.images, categories, kind=kind, area_ranges=ranges)
+        objects, found = truth.copied_objects(), truth.entries(share.numbered, masks=kind == "segm")
+        return match(objects, found, truth.images, share.category_ids, kind=kind, area_ranges=ranges)
     evaluator = COCOeval_faster(
         truth.index(),
-        truth.detections(results, masks=True),
+        truth.detections(share.numbered, masks=True),
         _IOU_TYPE[kind],
         ranges=ranges,
         boundary_dilation_ratio=boundary_ratio,
@@ -161,7 +185,7 @@ def measure_candidates(
         DataError: the annotations or a result cannot be used; the message names the entry and the cure.
     """
     truth = _GroundTruth(annotations, image_ids, masks_wanted=kind != "box")
-    found = truth.detections(results, masks=kind != "box")
+    found = truth.detections(truth.counted(results), masks=kind != "box")
     evaluator = COCOeval_faster(
         truth.index(),
         found,
@@ -229,19 +253,45 @@ class _GroundTruth:
         """The objects, each a fresh copy."""
         return [dict(entry) for entry in self.objects]
 
-    def detections(self, results: Sequence[dict], *, masks: bool) -> COCO:
-        """The results that count, indexed, without box where `masks` are scored and without mask where they are not."""
-        counted = self.counted(results, masks=masks)
-        if masks and counted:
-            areas = rle_api.area([entry["segmentation"] for entry in counted])
-            for entry, area in zip(counted, areas.tolist(), strict=True):
-                entry["area"] = area
-        return self._indexed(counted)
+    def of_classes(self, category_ids: Collection[int]) -> _GroundTruth:
+        """The same pictures with some of the classes."""
+        part = copy.copy(self)
+        part.categories = [category for category in self.categories if category["id"] in category_ids]
+        part.objects = [entry for entry in self.objects if entry["category_id"] in category_ids]
+        return part
 
-    def counted(self, results: Sequence[dict], *, masks: bool) -> list[dict]:
-        """The results that count, checked; those with masks lack their area."""
-        checked = (self._detection(number, result, masks) for number, result in enumerate(results))
-        return [entry for entry in checked if entry["image_id"] in self.images]
+    def counted(self, results: Sequence[dict]) -> Iterator[tuple[int, dict]]:
+        """The results that count, checked but for their shapes, each with its place in the list."""
+        for number, result in enumerate(results):
+            self._check(number, result)
+            if result["image_id"] in self.images:
+                yield number, result
+
+    def shares(self, results: Sequence[dict]) -> list[_Share]:
+        """The results that count by class, in shares of about `DETECTIONS_AT_ONCE`; at least one share."""
+        by_class: dict[int, list[tuple[int, dict]]] = {category["id"]: [] for category in self.categories}
+        for number, result in self.counted(results):
+            by_class[result["category_id"]].append((number, result))
+        shares = [_Share([], [])]
+        for category_id, numbered in by_class.items():
+            if shares[-1].numbered and len(shares[-1].numbered) + len(numbered) > DETECTIONS_AT_ONCE:
+                shares.append(_Share([], []))
+            shares[-1].category_ids.append(category_id)
+            shares[-1].numbered.extend(numbered)
+        return shares
+
+    def detections(self, numbered: Iterable[tuple[int, dict]], *, masks: bool) -> COCO:
+        """Counted results, indexed, without box where `masks` are scored and without mask where they are not."""
+        entries = self.entries(numbered, masks=masks)
+        if masks and entries:
+            areas = rle_api.area([entry["segmentation"] for entry in entries])
+            for entry, area in zip(entries, areas.tolist(), strict=True):
+                entry["area"] = area
+        return self._indexed(entries)
+
+    def entries(self, numbered: Iterable[tuple[int, dict]], *, masks: bool) -> list[dict]:
+        """Counted results as faster-coco-eval reads them; those with masks lack their area."""
+        return [self._detection(number, result, masks) for number, result in numbered]
 
     def _indexed(self, entries: list[dict]) -> COCO:
         index = COCO()
@@ -269,26 +319,22 @@ class _GroundTruth:
         clamped_box(box, *size, name)
         kept = {"image_id": entry["image_id"], "category_id": category_id, "bbox": box}
         if masks_wanted:
-            kept["segmentation"] = checked_segmentation(segmentation, size, name)
+            kept["segmentation"] = segmentation_to_rle(checked_segmentation(segmentation, size, name), size)
         area = entry.get("area")
         if area is None and masks_wanted:
-            area = int(rle_api.area(segmentation_to_rle(kept["segmentation"], size)))
+            area = int(rle_api.area(kept["segmentation"]))
         elif area is None:
             area = box[2] * box[3]
         if type(area) not in (int, float) or not abs(area) < math.inf:
             raise DataError(f"{name}: area {shorten(area)}; needed is a finite number of pixels, or none")
         return kept | {"id": number, "area": float(area), "iscrowd": int(is_crowd(entry, name))}
 
-    def _detection(self, number: int, result: dict, masks: bool) -> dict:
-        """One result, checked: result `number` of the list, counted from 0, becomes detection `number` + 1."""
+    def _check(self, number: int, result: dict) -> None:
+        """Refuse a result whose picture, class or score cannot be used; `number` is its place in the list, from 0."""
         try:
             image_id, category_id, score = result["image_id"], result["category_id"], result["score"]
-            shape = result["segmentation"] if masks else result["bbox"]
         except (KeyError, TypeError) as error:
-            raise DataError(
-                f"result {number}: no {error} ({_shortened(result)}); scoring boxes needs 'bbox', scoring masks "
-                "'segmentation', both 'image_id', 'category_id' and 'score'. Leave out kinds that were not predicted"
-            ) from None
+            raise _incomplete(number, result, error) from None
         if image_id not in self.known:
             raise DataError(f"result {number}: picture {image_id!r} is not in {self.source}; score it with its file")
         if category_id not in self.category_ids:
@@ -298,7 +344,16 @@ class _GroundTruth:
             )
         if not math.isfinite(score):
             raise DataError(f"result {number}: score {score} (picture {image_id}); allowed are finite numbers")
-        entry = {"id": number + 1, "image_id": image_id, "category_id": category_id, "score": score, "iscrowd": 0}
+
+    def _detection(self, number: int, result: dict, masks: bool) -> dict:
+        """One checked result: result `number` of the list becomes detection `number` + 1."""
+        try:
+            shape = result["segmentation"] if masks else result["bbox"]
+        except KeyError as error:
+            raise _incomplete(number, result, error) from None
+        image_id = result["image_id"]
+        entry = {"id": number + 1, "image_id": image_id, "category_id": result["category_id"]}
+        entry |= {"score": result["score"], "iscrowd": 0}
         if not masks:
             return entry | {"bbox": shape, "area": shape[2] * shape[3]}
         if not isinstance(shape, dict) or not isinstance(shape.get("counts"), str | bytes):
@@ -310,6 +365,13 @@ class _GroundTruth:
                 f"{image['height']}, {image['width']}; masks are scored at the original size"
             )
         return entry | {"segmentation": shape}
+
+
+def _incomplete(number: int, result: object, error: Exception) -> DataError:
+    return DataError(
+        f"result {number}: no {error} ({_shortened(result)}); scoring boxes needs 'bbox', scoring masks "
+        "'segmentation', both 'image_id', 'category_id' and 'score'. Leave out kinds that were not predicted"
+    )
 
 
 def _by_id(entries: list, name: str) -> dict[int, dict]:

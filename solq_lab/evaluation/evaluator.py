@@ -137,6 +137,7 @@ def evaluate_model(
             area_sides=area_sides,
             boundary_ratio=boundary_ratio,
             image_ids=list(dataset.image_ids[:max_images]),
+            should_stop=should_stop,
         )
 
     return results, share_from_main(score)
