@@ -21,9 +21,7 @@ log = logging.getLogger("solq_lab.training")
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 # What went wrong outside of this program, or diverged: the message says it all, no traceback. By name, as REFUSALS.
-EXPLAINED = frozenset(
-    ["DiskFull", "LoaderError", "MatchingError", "NonFiniteError", "OutOfMemory", "ProcessLost", "SaveError"]
-)
+EXPLAINED = frozenset(["DiskFull", "LoaderError", "NonFiniteError", "OutOfMemory", "ProcessLost", "SaveError"])
 
 
 def main(arguments: list[str]) -> int:

@@ -43,11 +43,8 @@ from solq_lab.training.checkpoint import (
 )
 from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
-<<<<<<< solq_lab/training/trainer.py
 from solq_lab.training.faults import name_fault
-=======
 from solq_lab.training.flight import FlightRecorder
->>>>>>> /tmp/hq/rec/t
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import vector_plateau
 from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -70,13 +67,8 @@ def train_run(run: Run, stop: StopRequest | None = None) -> State:
 
     Raises:
         ConfigError, DataError, RunError, WeightMismatch: the experiment cannot be trained as it stands.
-<<<<<<< solq_lab/training/trainer.py
-        NonFiniteError, MatchingError: the training diverged.
-        SaveError, DiskFull, OutOfMemory: disk or memory are at their end.
-=======
         NonFiniteError: the training diverged.
-        SaveError: no checkpoint could be written.
->>>>>>> /tmp/hq/rec/t
+        SaveError, DiskFull, OutOfMemory: disk or memory are at their end.
         KeyboardInterrupt: a second Ctrl-C, before the first one's checkpoint was written.
     """
     if stop is None:
