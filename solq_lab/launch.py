@@ -288,10 +288,11 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
     return child.pid
 
 
-def training_command(run: Run, processes: int) -> list[str]:
-    """What trains a run: Python itself for one process, torchrun for several."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(torchrun if processes > 1 else []), "-m", "solq_lab.training", str(run.folder)]
+def training_command(run: Run, processes: int, *, nodes: int = 1) -> list[str]:
+    """What trains a run: Python itself for one process; torchrun for several, called on each of `nodes` machines."""
+    if processes * nodes == 1:
+        return [sys.executable, "-m", "solq_lab.training", str(run.folder)]
+    return [sys.executable, "-m", "solq_lab.training.torchrun", f"--nproc-per-node={processes}", str(run.folder)]
 
 
 def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:

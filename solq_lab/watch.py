@@ -129,7 +129,8 @@ class RankWatch(threading.Thread):
         self._told = True
         if not _is_failed_exchange(error):
             with contextlib.suppress(RuntimeError):  # the store is gone: the others learn it from failed exchanges
-                self._post(self._rank, f"failed: {type(error).__name__}: {error}")
+                ended = "failed" if isinstance(error, Exception) else "was stopped"
+                self._post(self._rank, f"{ended}: {type(error).__name__}: {error}")
             return error
         self._suspicious = True
         self._heard.wait(SECONDS_OF_SUSPICION + 5 * SECONDS_BETWEEN_SIGNS)
