@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -18,13 +19,16 @@ from typing import Any, Literal
 
 from solq_lab.config import ConfigError
 from solq_lab.files import write_json
-from solq_lab.runs import read_json
+from solq_lab.launch import Interrupted, TrainingFailed, training_command
+from solq_lab.progress import Progress, status_line
+from solq_lab.runs import Run, read_json
 
 log = logging.getLogger(__name__)
 
 LOST = 1  # exit status of a job that its cluster lost
 MINUTES = 3 * 24 * 60  # a job's time limit where none is given; a run that needs more is queued again
 SECONDS_TO_SAVE = 300  # between SLURM's signal and the end of a job, where no option says otherwise
+SECONDS_BETWEEN_LOOKS = 0.5
 TURNS = 100  # how often a job that ran into its time limit is queued again
 
 
@@ -172,3 +176,44 @@ class Cluster:
         job = self._executor.submit(command)
         write_json(record, {"job_id": job.job_id})
         return Submitted(job, log_file)
+
+
+def submit_training(cluster: Cluster, run: Run, *, nodes: int, gpus_per_node: int) -> Submitted:
+    """Submit the training of a run, `gpus_per_node` processes on each of `nodes` machines, or find its earlier job.
+
+    Raises:
+        ConfigError: the cluster cannot give these resources.
+    """
+    command = Command(training_command(run, gpus_per_node, nodes=nodes), run.log_file)
+    resources = {"nodes": nodes, "tasks_per_node": 1, "gpus_per_node": gpus_per_node}
+    submitted = cluster.submit(command, run.log_file, name=run.name, **resources)
+    log.info("%s: job %s on %s, log in %s", run.folder, submitted.job_id, cluster.kind, run.log_file)
+    return submitted
+
+
+def follow_job(submitted: Submitted, run: Run) -> None:
+    """Show how a training's job goes until it ends, through all of its turns.
+
+    Raises:
+        TrainingFailed: it ended without a trained model.
+        Interrupted: Ctrl-C; the job has been asked to save and to stop.
+    """
+    progress = Progress(run)
+    try:
+        with status_line() as show:
+            while submitted.status() is None:
+                show(progress.read())
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+    except KeyboardInterrupt:
+        submitted.stop()
+        while submitted.status() is None or run.is_training():
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        message = f"{run.folder}: job {submitted.job_id} stopped at step {run.status()['step']}"
+        raise Interrupted(f"{message}; the same command resumes the training there") from None
+    status = run.status()
+    if status["state"] != "finished":
+        how = f"{status['state']} {status['message']}".strip()
+        raise TrainingFailed(
+            f"{run.folder}: job {submitted.job_id} ended at step {status['step']}, {how}; see {run.log_file}. "
+            "The same command resumes the training"
+        )

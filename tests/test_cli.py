@@ -85,7 +85,7 @@ def train_here(monkeypatch):
     """Let `solq-lab train` run its training in this process, which saves the seconds that importing torch takes."""
     from solq_lab.training import command as training
 
-    monkeypatch.setattr(runs, "start_training", lambda folder: training.main([str(folder)]))
+    monkeypatch.setattr(runs, "start_training", lambda folder, processes: training.main([str(folder)]))
     yield
     for handler in logging.getLogger().handlers[:]:
         if isinstance(handler, logging.FileHandler):

@@ -8,8 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solq_lab.commands.arguments import ExperimentFile, Notebook, Overrides, RunFolder, RunsDir
-from solq_lab.config import load_experiment
+from solq_lab.cluster import Cluster, follow_job, submit_training
+from solq_lab.commands.arguments import (
+    ClusterOptions,
+    ExperimentFile,
+    Notebook,
+    Overrides,
+    RunFolder,
+    RunsDir,
+    Where,
+    cluster_options,
+)
+from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
 from solq_lab.launch import (
     Interrupted,
     check_data_folder,
@@ -58,19 +68,57 @@ def run(
     typer.echo(f"\nnotebook  {executed}\nHTML      {executed.with_suffix('.html')}")
 
 
-def train(experiment: ExperimentFile, overrides: Overrides = None, runs_dir: RunsDir = Path("runs")) -> None:
+def train(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    cluster: Annotated[Where, typer.Option(help="Submit it by submitit; local tries that here.")] = Where.none,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, on SLURM.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Training processes per machine; by default, train.gpus in all.")
+    ] = None,
+    cluster_option: ClusterOptions = None,
+) -> None:
     """Train an experiment without a notebook, or resume it; Ctrl-C saves and stops."""
+    options = cluster_options(cluster_option, cluster)
+    if nodes > 1 and cluster is not Where.slurm:
+        raise ConfigError(f"--nodes {nodes}: needs --cluster slurm; without SLURM, start torchrun on every machine")
     resolved = load_experiment(experiment, overrides or [])
+    if gpus_per_node is not None:
+        resolved = _with_processes(resolved, nodes * gpus_per_node, runs_dir)
+    elif resolved.train.gpus % nodes:
+        raise ConfigError(
+            f"--nodes {nodes}: train.gpus={resolved.train.gpus} does not divide by it; add --gpus-per-node"
+        )
+    per_node = gpus_per_node or resolved.train.gpus // nodes
     check_data_folder(resolved)
     trained = create_run(resolved, runs_dir)
     prepare_data(resolved)
-    start_training(trained.folder)
-    try:
-        follow_training(trained.folder)
-    except KeyboardInterrupt:
-        raise Interrupted(stop_training(trained.folder)) from None
+    if cluster is Where.none:
+        _train_here(trained, per_node)
+    elif trained.status()["state"] != "finished":
+        submitter = Cluster(cluster.value, trained.folder / "submitit", options)
+        follow_job(submit_training(submitter, trained, nodes=nodes, gpus_per_node=per_node), trained)
     _print_results(trained)
     typer.echo(f"\nweights   {trained.weights}")
+
+
+def _train_here(run: Run, processes: int) -> None:
+    start_training(run.folder, processes)
+    try:
+        follow_training(run.folder)
+    except KeyboardInterrupt:
+        raise Interrupted(stop_training(run.folder)) from None
+
+
+def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> Experiment:
+    """The experiment for so many processes; a run that has begun stays what it is, and shares its passes out anew."""
+    folder = runs_dir / experiment.name
+    begun = (folder / "experiment.yaml").is_file()
+    gpus = load_run(folder).experiment.train.gpus if begun else processes
+    values = experiment.model_dump(mode="json")
+    values["train"]["gpus"] = gpus
+    return validate_experiment(values, source=f"--gpus-per-node ({processes} processes)")
 
 
 def evaluate(

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
-from solq_lab.commands.arguments import FAILED, Overrides, RunsDir
-from solq_lab.config import ConfigError, load_sweep
+from solq_lab.commands.arguments import FAILED, ClusterOptions, Overrides, RunsDir, Where, cluster_options
+from solq_lab.config import load_sweep
 from solq_lab.runs import load_run, replacing, write_json
 from solq_lab.sweeps import SWEEPS, ClusterStarter, Job, check, find_sweep, plan, run_sweep
 from solq_lab.tables import RESULTS, read_table
 
 SweepFile = Annotated[Path, typer.Argument(help=f"Sweep: a YAML file, or the name of one in {SWEEPS}.")]
-
-
-class Where(StrEnum):
-    """What runs the jobs of a sweep."""
-
-    none = "none"
-    local = "local"
-    slurm = "slurm"
 
 
 def sweep(
@@ -33,9 +23,7 @@ def sweep(
     runs_dir: RunsDir = Path("runs"),
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at the same time; by default 1, on SLURM all.")] = None,
     cluster: Annotated[Where, typer.Option(help="Submit the runs by submitit; local tries that here.")] = Where.none,
-    cluster_option: Annotated[
-        list[str] | None, typer.Option(help="For submitit, name=value, for example slurm_partition=gpu.")
-    ] = None,
+    cluster_option: ClusterOptions = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and where each stands.")] = False,
 ) -> None:
     """Run every row and seed of a sweep that is not finished; the same command resumes it."""
@@ -45,9 +33,7 @@ def sweep(
         for job in planned:
             typer.echo(f"{_standing(job):<20} solq-lab {shlex.join(job.arguments)}")
         return
-    options = dict(map(_split_option, cluster_option or []))
-    if options and cluster is Where.none:
-        raise ConfigError("--cluster-option: needs --cluster slurm or --cluster local")
+    options = cluster_options(cluster_option, cluster)
     start = None if cluster is Where.none else ClusterStarter(cluster.value, runs_dir, options)
     outcomes = run_sweep(planned, start=start, at_once=jobs or (len(planned) if cluster is Where.slurm else 1))
     typer.echo(read_table(sweep_file, runs_dir=runs_dir).text())
@@ -83,10 +69,3 @@ def _standing(job: Job) -> str:
         return "new"
     status = load_run(job.folder).status()
     return f"at step {status['step']}" if status["step"] else "started"
-
-
-def _split_option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"--cluster-option {text!r}: allowed is name=value, for example slurm_partition=gpu")
-    return name, yaml.safe_load(value)

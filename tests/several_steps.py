@@ -1,0 +1,45 @@
+"""A few steps of a run as they are taken in training: `python several_steps.py RUN_FOLDER OUTPUT`, also under torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from solq_lab import distributed
+from solq_lab.runs import load_run
+from solq_lab.structures import ImageBatch
+from solq_lab.training.trainer import Trainer
+
+STEPS = 4
+
+
+def losses_and_weights(run_folder: Path) -> dict[str, list | dict[str, torch.Tensor]]:
+    """The losses of each step, averaged over processes, the weights after the last one, and objects by step and process."""
+    torch.set_default_dtype(torch.float64)  # rounding is not to hide behind a tolerance, and AdamW enlarges it
+    trainer = Trainer(load_run(run_folder))
+    trainer.model.register_forward_pre_hook(_in_double_precision)
+    trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the pictures
+    losses, objects = [], []
+    loader = trainer._batches()
+    for _ in range(STEPS):
+        batches = [next(loader) for _ in range(trainer.passes)]
+        trainer._take_step(batches)
+        trainer.step += 1
+        sums = trainer.journal.state_dict()["sums"]
+        means = distributed.sum_over_processes(torch.stack([value.double() for value in sums.values()]))
+        losses.append(dict(zip(sums, (means / distributed.world_size()).tolist(), strict=True)))
+        objects.append(distributed.gather_objects([sum(len(t.labels) for t in targets) for _, targets in batches]))
+    return {"losses": losses, "objects": objects, "weights": trainer.model.state_dict()}
+
+
+def _in_double_precision(model: torch.nn.Module, inputs: tuple[ImageBatch]) -> tuple[ImageBatch]:
+    return (inputs[0]._replace(pixels=inputs[0].pixels.double()),)
+
+
+if __name__ == "__main__":
+    with distributed.process_group(rank_timeout=60.0, last_words=print):
+        found = losses_and_weights(Path(sys.argv[1]))
+        if distributed.is_main():
+            torch.save(found, sys.argv[2])
