@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import reprlib
 from array import array
@@ -251,6 +250,11 @@ def is_id(value: Any) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
+def is_measure(value: Any) -> bool:
+    """Whether a value is a finite number that can be a length or an area, in pixels; true and "1" are none."""
+    return type(value) in (int, float) and abs(value) <= LONGEST_SIDE**3  # false for nan
+
+
 def name_of(entry: Any, place: int) -> str:
     """What messages call an entry of `annotations`, the one at `place`."""
     if isinstance(entry, dict) and "id" in entry:
@@ -294,8 +298,11 @@ def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, fl
     if not isinstance(box, list) or len(box) != 4 or not all(type(side) in (int, float) for side in box):
         raise DataError(f"{name}: bbox {shorten(box)}; needed are four numbers x, y, width, height")
     x, y, w, h = box
-    if not abs(x + y + w + h) < math.inf:  # also false for nan
-        raise DataError(f"{name}: bbox {shorten(box)} has a value that is not finite; correct or remove the object")
+    if not all(map(is_measure, box)):
+        raise DataError(
+            f"{name}: bbox {shorten(box)} has a value that is not finite, or larger than any picture; correct or "
+            "remove the object"
+        )
     return min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)
 
 

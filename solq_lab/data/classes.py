@@ -46,6 +46,8 @@ class ClassMap:
         annotations: Path | str | dict[str, Any],
         class_ids: Literal["contiguous", "raw"] = "contiguous",
         num_classes: int | None = None,
+        *,
+        source: str = "annotations",
     ) -> ClassMap:
         """The map of an annotation file, or of its document.
 
@@ -54,11 +56,12 @@ class ClassMap:
             class_ids: "contiguous": channels 0, 1, ... by rising category id; "raw": the category id is the channel, as
                 in the released models (91 channels for COCO, eleven of them unused).
             num_classes: number of channels, the rest unused; None: as many as needed.
+            source: what messages call the document; a path speaks for itself.
 
         Raises:
             DataError: unusable categories, or more of them than `num_classes`.
         """
-        source = "annotations" if isinstance(annotations, dict) else str(annotations)
+        source = source if isinstance(annotations, dict) else str(annotations)
         document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
         channels: dict[int, tuple[str, int]] = {}
         for place, category in enumerate(document["categories"]):

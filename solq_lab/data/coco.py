@@ -105,7 +105,9 @@ class CocoDataset(Dataset):
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such image folder; check data.root and the names in the data section")
         document = read_annotations(self.annotations)
-        self.classes = classes or ClassMap.from_annotations(document, class_ids, num_classes)
+        self.classes = classes or ClassMap.from_annotations(
+            document, class_ids, num_classes, source=str(self.annotations)
+        )
         self._pictures = tabulate_pictures(document, self.annotations)
         _check_files(self.images, self._pictures)
         with_masks = mask_size is not None or with_bitmaps

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Self
 
@@ -95,7 +96,8 @@ class BatchLoader:
         others = multiprocessing.active_children()
         with _children_hear_no_stop(), _child_handler_kept():
             self._readings = iter(loader)
-        self._workers = [process for process in multiprocessing.active_children() if process not in others]
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        self._workers = sorted(workers, key=lambda process: process.pid)
         # At the end of the program Python waits for its children, however long; workers ignore its polite request.
         self._end = partial(_kill, self._workers)
         atexit.register(self._end)
@@ -130,9 +132,10 @@ class BatchLoader:
         for _ in range(math.ceil(self._patience / self._poll)):  # counted: a suspended program's clock runs on
             try:
                 return next(self._readings)
-            except RuntimeError as error:
-                self._check_workers()
-                if not str(error).startswith("DataLoader timed out"):
+            except (RuntimeError, OSError, EOFError) as error:  # also a batch whose worker died before it was fetched
+                timed_out = str(error).startswith("DataLoader timed out")
+                self._check_workers(dying=0.0 if timed_out else 1.0)
+                if not timed_out:
                     raise
         pids = ", ".join(str(process.pid) for process in self._workers)
         raise LoaderError(
@@ -140,9 +143,12 @@ class BatchLoader:
             "by a signal, or the disk does not answer; look at the image folder, then start the same command again"
         )
 
-    def _check_workers(self) -> None:
+    def _check_workers(self, dying: float) -> None:
+        """Name the worker that is dead, or will be within `dying` seconds."""
+        ended = wait([process.sentinel for process in self._workers], timeout=dying)
         for number, process in enumerate(self._workers, start=1):
-            if not process.is_alive():
+            if process.sentinel in ended:
+                process.join(timeout=1.0)
                 cause = _describe_exit(process.exitcode or 0)
                 raise LoaderError(
                     f"loader process {number} of {len(self._workers)} (pid {process.pid}) {cause}; a training goes on "
@@ -211,6 +217,8 @@ def _child_handler_kept() -> Iterator[None]:
 def _kill(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.kill()
+    for process in processes:
+        process.join(timeout=1.0)  # one that waits for a lost disk hears nothing, for now
 
 
 def _describe_exit(code: int) -> str:

@@ -30,6 +30,7 @@ from solq_lab.data.annotations import (
     clamped_box,
     is_crowd,
     is_id,
+    is_measure,
     name_of,
     owner_of,
     read_annotations,
@@ -325,7 +326,7 @@ class _GroundTruth:
             area = int(rle_api.area(kept["segmentation"]))
         elif area is None:
             area = box[2] * box[3]
-        if type(area) not in (int, float) or not abs(area) < math.inf:
+        if not is_measure(area):
             raise DataError(f"{name}: area {shorten(area)}; needed is a finite number of pixels, or none")
         return kept | {"id": number, "area": float(area), "iscrowd": int(is_crowd(entry, name))}
 
