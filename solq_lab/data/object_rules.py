@@ -89,7 +89,7 @@ def _box_faults(raw: list[float], box: tuple[float, float, float, float], size: 
     x, y, w, h = raw
     height, width = size
     shown = f"bbox {raw} in a picture of {width} x {height} pixels (width x height)"
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+    if w > 0 and h > 0 and (x >= width or y >= height or x + w <= 0 or y + h <= 0):
         yield "box-outside", f"{shown} lies outside", max(x - width, y - height, -x - w, -y - h)
     elif not (box[2] > box[0] and box[3] > box[1]):
         yield "box-without-area", f"{shown} has no area", 0.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from solq_lab.data.findings import HEADINGS, RULES, SEVERITIES, Findings
 from solq_lab.data.folders import Split
+
+LONGEST_MESSAGE = 200  # characters, in the table
 
 Look = Literal["decode", "header", "names"]
 
@@ -81,7 +84,7 @@ class Report(NamedTuple):
                 lines.append(_line(RULES[rule].title, counts, f"  {rule}"))
                 if severity != "note":
                     worst = (finding for split in self.summaries for finding in self.findings.worst(rule, split))
-                    lines.append(f"    {next(worst).message}")
+                    lines.append(f"    {textwrap.shorten(next(worst).message, LONGEST_MESSAGE, placeholder=' ...')}")
         if self.is_clean:
             lines.append("\nnothing that would stop or harm a training")
         return "\n".join(lines)
