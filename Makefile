@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "solq_lab needs Python 3.11 or newer; none was found. Install one, or name it: make PYTHON=/path/to/python3"; exit 1; fi
 	@if ! command -v $${CXX:-c++} >/dev/null 2>&1; then echo "No C++ compiler found ($${CXX:-c++}): everything works, but deformable attention runs in pure torch, several times slower. Install g++ to change that."; fi
 	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[swin,sparse,slurm,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[swin,sparse,slurm,export,tracking,dev]'
 	@touch $(STAMP)
 
 clean:  ## remove the environment; runs/ and data/ stay

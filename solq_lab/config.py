@@ -194,6 +194,7 @@ class TrainSection(Section):
     save_every: int = Field(1000, gt=0, description="steps between checkpoints; one is also written at each evaluation")
     evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
+    tensorboard: bool = Field(False, description="the numbers of metrics.jsonl as TensorBoard files too")
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainSection:

@@ -98,7 +98,7 @@ def _machine() -> list[tuple[str, str]]:
     kept = len(list(folder.glob("*.so")))
     return [
         ("torch", f"{torch.__version__}, {built_for}, Python {platform.python_version()}"),
-        ("processor", f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("processor", f"{processor_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("GPU", "; ".join(map(_gpu, range(torch.cuda.device_count()))) or "none"),
         ("C++ compiler", f"{compiler}, {_first_line(compiler)}" if compiler else "none"),
         ("ninja", find_ninja() or "none"),
@@ -177,7 +177,8 @@ def _gpu(index: int) -> str:
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor's name; on Linux as /proc/cpuinfo has it, which `platform` does not read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -13,6 +13,7 @@ from solq_lab import distributed
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.progress import describe_duration
 from solq_lab.runs import Run
+from solq_lab.training.tracking import TensorBoard
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,10 @@ class Journal:
         seconds: spent on optimiser steps since the training's first start, data loading included.
     """
 
-    def __init__(self, run: Run, *, total_steps: int, steps_per_epoch: int) -> None:
-        self._run, self._train = run, run.experiment.train
+    def __init__(
+        self, run: Run, *, total_steps: int, steps_per_epoch: int, tensorboard: TensorBoard | None = None
+    ) -> None:
+        self._run, self._train, self._tensorboard = run, run.experiment.train, tensorboard
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
         self.seconds = 0.0
         self._sums: dict[str, Tensor] = {}  # since the last line
@@ -53,15 +56,21 @@ class Journal:
         """
         self._skipped += 1
         if distributed.is_main():
-            self._run.append_metrics({"kind": kind, "step": step, "epoch": self.epoch(step), **facts})
+            self.write_line({"kind": kind, "step": step, "epoch": self.epoch(step), **facts})
 
-    def end_step(self, step: int, seconds: float, learning_rate: float) -> None:
+    def write_line(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl, and its numbers to TensorBoard where that is asked for; main process only."""
+        self._run.append_metrics(line)
+        if self._tensorboard is not None:
+            self._tensorboard.write(line)
+
+    def end_step(self, step: int, seconds: float, learning_rates: dict[str, float]) -> None:
         """Count a step; write a line where one is due.
 
         Args:
             step: optimiser steps done, this one included.
             seconds: it took.
-            learning_rate: of the main group of parameters.
+            learning_rates: of every group of parameters, the main one first.
         """
         self.seconds += seconds
         self._steps += 1
@@ -71,13 +80,13 @@ class Journal:
         if self._steps_here == TIMED_STEPS:
             self._tell_duration(step)
         if step % self._train.log_every == 0 or step == self._total_steps:
-            self._write_train_line(step, learning_rate)
+            self._write_train_line(step, learning_rates)
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Write an evaluation's line."""
         metrics = evaluation.to_dict()["metrics"]
         line = {"kind": "evaluation", "step": step, "epoch": self.epoch(step), "metrics": metrics}
-        self._run.append_metrics(line)
+        self.write_line(line)
         log.info("step %d of %d, evaluation\n%s", step, self._total_steps, evaluation.table())
 
     def has_evaluation(self, step: int) -> bool:
@@ -95,7 +104,7 @@ class Journal:
         self._steps, self._skipped = state["steps"], state["skipped"]
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
 
-    def _write_train_line(self, step: int, learning_rate: float) -> None:
+    def _write_train_line(self, step: int, learning_rates: dict[str, float]) -> None:
         taken, speed = self._steps - self._skipped, self._steps * self._train.batch_size / (self.seconds - self._since)
         if taken == 0:  # nothing to average; every step has a line of its own that says why
             self._steps, self._skipped, self._since = 0, 0, self.seconds
@@ -109,7 +118,8 @@ class Journal:
             "total": means.pop("total"),
             "grad_norm": means.pop("grad_norm"),
             "losses": means,
-            "lr": learning_rate,
+            "lr": next(iter(learning_rates.values())),
+            "learning_rates": learning_rates,
             "images_per_second": speed,
             "seconds": self.seconds,
         }
@@ -117,7 +127,7 @@ class Journal:
         self._steps, self._skipped, self._since = 0, 0, self.seconds
         if not distributed.is_main():
             return
-        self._run.append_metrics(line)
+        self.write_line(line)
         if time.monotonic() - self._told > SECONDS_BETWEEN_LINES or step == self._total_steps:
             self._told = time.monotonic()
             last_layer = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items() if "/" not in name)

@@ -45,12 +45,14 @@ from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.faults import name_fault
 from solq_lab.training.flight import FlightRecorder
+from solq_lab.training.hardware import describe_hardware
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import vector_plateau
 from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from solq_lab.training.preparation import describe_dataset, sample_vectors, vector_statistics
 from solq_lab.training.signals import Stopped, StopRequest
 from solq_lab.training.step import Batch, TrainingStep, build_criterion
+from solq_lab.training.tracking import check_tracking, open_tensorboard
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +123,7 @@ class Trainer:
         experiment, train = run.experiment, run.experiment.train
         self.passes = _passes_per_process(train)
         check_autocast(train.autocast, self.device, setting="train.autocast", allowed=TRAINING)
+        check_tracking(train)
         torch.set_num_threads(train.threads or torch.get_num_threads())
         _seed_generators(experiment.seed)
 
@@ -138,7 +141,10 @@ class Trainer:
         self.total_steps = train.steps or train.epochs * steps_per_epoch
         self.evaluate_every = train.evaluate_every * steps_per_epoch
         self.stream = self._order_pictures()
-        self.journal = Journal(run, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch)
+        tensorboard = open_tensorboard(run, step=self.step) if distributed.is_main() else None
+        self.journal = Journal(
+            run, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch, tensorboard=tensorboard
+        )
 
         self.model = build_model(experiment, len(self.train_set.classes), pretrained=checkpoint is None)
         if checkpoint is not None:
@@ -199,7 +205,8 @@ class Trainer:
                 self._take_step(batches)
                 self.step += 1
                 distributed.report_step(self.step)
-                self.journal.end_step(self.step, time.perf_counter() - started, self.optimizer.param_groups[0]["lr"])
+                rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+                self.journal.end_step(self.step, time.perf_counter() - started, rates)
                 progress.update()
                 if self._checkpoint_is_due():
                     self._save()
@@ -365,7 +372,7 @@ class Trainer:
             log.info("the mask code alone allows, on the validation split:\n%s", ceiling.table())
             log.info("predicting the median vector gives a vector loss of %.3f", line["plateau"]["vector"])
         self.run.metrics_file.unlink(missing_ok=True)
-        self.run.append_metrics(line)
+        self.journal.write_line(line)
 
     def _announce(self) -> None:
         """Say what is trained, with what, and where it starts."""
@@ -376,6 +383,7 @@ class Trainer:
         facts = {
             "operator": operator,
             "device": _describe_device(self.device),
+            "hardware": describe_hardware(),
             "processes": processes,
             "dataset": describe_dataset(self.train_set),
             "codec": describe_codec(self.codec),
