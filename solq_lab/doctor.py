@@ -96,9 +96,10 @@ def _machine() -> list[tuple[str, str]]:
     compiler = find_compiler()
     folder = cache_folder()
     kept = len(list(folder.glob("*.so")))
+    capability = torch.backends.cpu.get_cpu_capability()
     return [
         ("torch", f"{torch.__version__}, {built_for}, Python {platform.python_version()}"),
-        ("processor", f"{processor_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("processor", f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"),
         ("GPU", "; ".join(map(_gpu, range(torch.cuda.device_count()))) or "none"),
         ("C++ compiler", f"{compiler}, {_first_line(compiler)}" if compiler else "none"),
         ("ninja", find_ninja() or "none"),
