@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from solq_lab.plain_yaml import load_yaml
+
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, sweeps and their rows: folders and files are called so
 BackboneName = Literal["resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "small"]
 
@@ -344,6 +346,15 @@ def _beside(path: Path, relative: str) -> str:
     return os.path.normpath(path.parent / relative)
 
 
+def parse_experiment(text: str, *, source: str) -> Experiment:
+    """The experiment in a YAML text, as `to_yaml` writes it; `source` is what an error message calls it.
+
+    Raises:
+        ConfigError: not plain YAML, an unknown key or a value that does not fit.
+    """
+    return validate_experiment(_parse_mapping(text, source=source), source=source)
+
+
 def validate_experiment(values: dict[str, Any], *, source: str) -> Experiment:
     """The experiment of a plain dictionary; `source` is what an error message calls it.
 
@@ -380,7 +391,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, not YAML (object tags included), or not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         neighbours = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(path.name, neighbours, n=1)
@@ -389,12 +400,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such experiment file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+    return _parse_mapping(text, source=str(path))
+
+
+def _parse_mapping(text: str, *, source: str) -> dict[str, Any]:
+    try:
+        values = load_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source}: not plain YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: found a {type(values).__name__}, allowed is a mapping of sections")
+        raise ConfigError(f"{source}: found a {type(values).__name__}, allowed is a mapping of sections")
     return values
 
 
@@ -411,7 +428,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"override {override!r}: allowed is section.key=value, for example train.batch_size=16")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
     *sections, key = dotted.split(".")

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from solq_lab.plain_yaml import load_yaml
+
 TAG = "parameters"
 
 _TYPES: dict[str, Any] = {
@@ -130,7 +132,7 @@ def _read_parameter(statement: ast.stmt, notebook: Path) -> tuple[str, Parameter
 def _convert(value: Any, annotation: str, place: str) -> Any:
     if isinstance(value, str) and not annotation.startswith("str"):
         try:
-            value = yaml.safe_load(value)
+            value = load_yaml(value)
         except yaml.YAMLError:
             raise NotebookError(f"{place}: found {value!r}, allowed is {annotation}") from None
     try:

@@ -129,7 +129,6 @@ def outcome(folder: Path, content: bytes) -> str:
     """What becomes of an annotation file: "refused", or "trained" and as a rule evaluated; anything else raises."""
     file = folder / "instances.json"
     file.write_bytes(content)
-    event("json" if content[:1] == b"{" else "other text")
     try:
         dataset = read(folder, "window")
         read(folder, "bitmap")

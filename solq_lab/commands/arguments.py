@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from solq_lab.config import ConfigError
+from solq_lab.plain_yaml import load_yaml
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130  # exit statuses
 
@@ -44,4 +45,7 @@ def cluster_options(given: list[str] | None, cluster: Where) -> dict[str, Any]:
     for name, equals, value in pairs:
         if not equals or not name:
             raise ConfigError(f"--cluster-option {name + value!r}: allowed is name=value, as in slurm_partition=gpu")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+    try:
+        return {name: load_yaml(value) for name, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--cluster-option: not plain YAML: {' '.join(str(error).split())}") from None

@@ -10,12 +10,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from solq_lab.build import build_codec, build_model
-from solq_lab.config import Experiment, validate_experiment
+from solq_lab.config import Experiment, parse_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.transforms import TestResize, apply_to_picture
@@ -215,5 +214,5 @@ def read_trained(path: Path) -> tuple[WeightFile, Experiment, ClassMap]:
             f"{path}: the file holds weights but no {missing}, so the network cannot be rebuilt; "
             "turn it into one that does with `solq-lab import-weights`"
         )
-    experiment = validate_experiment(yaml.safe_load(weights.experiment), source=f"{path} (stored experiment)")
+    experiment = parse_experiment(weights.experiment, source=f"{path} (stored experiment)")
     return weights, experiment, ClassMap.from_json(weights.classes)

@@ -152,8 +152,13 @@ def read_weights(path: Path) -> WeightFile:
             f"{path}: not a safetensors file ({error}); released .pth files have to be imported first: "
             "solq-lab import-weights"
         ) from None
-    for name, first in json.loads(metadata.get("shared", "{}")).items():
-        state[name] = state[first]
+    try:
+        state |= {name: state[first] for name, first in json.loads(metadata.get("shared", "{}")).items()}
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        raise WeightMismatch(
+            f"{path}: its header names shared tensors that are not there ({metadata['shared'][:80]!r}); the file is "
+            "damaged or not of this program; copy or export it again"
+        ) from None
     codec = {name.removeprefix(CODEC): state.pop(name) for name in list(state) if name.startswith(CODEC)}
     return WeightFile(state, metadata.get("experiment"), metadata.get("classes"), codec)
 

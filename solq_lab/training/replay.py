@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_model
-from solq_lab.config import Experiment, validate_experiment
+from solq_lab.config import Experiment, parse_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.models.weights import load_state
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import RunError
+from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.findings import SHOWN_GRADIENTS, count_nonfinite, describe_gradients, describe_pass
 from solq_lab.training.optim import build_optimizer, gradient_norm
 from solq_lab.training.record import Record, load_record
@@ -138,6 +138,8 @@ def _rebuild(record: Record, source: str, autocast: str, device: torch.device) -
     model = build_model(experiment, len(classes))
     load_state(model, record.weights.state, source=f"{source}/weights.safetensors")
     model.to(device)
+    if not experiment.train.compile:
+        arrange_for_cpu(model)
     criterion = build_criterion(experiment, build_codec(experiment, tables=record.weights.codec)).to(device)
     optimizer = build_optimizer(model, experiment.optim)
     return TrainingStep(model, model, criterion, optimizer, None, autocast=autocast, clip_norm=0.0, device=device)
@@ -146,7 +148,7 @@ def _rebuild(record: Record, source: str, autocast: str, device: torch.device) -
 def _read_experiment(record: Record, source: str) -> tuple[Experiment, ClassMap]:
     if record.weights.experiment is None or record.weights.classes is None:
         raise RunError(f"{source}/weights.safetensors: carries no experiment or no classes; is it the record's own?")
-    experiment = validate_experiment(yaml.safe_load(record.weights.experiment), source=source)
+    experiment = parse_experiment(record.weights.experiment, source=source)
     return experiment, ClassMap.from_json(record.weights.classes)
 
 
