@@ -83,5 +83,5 @@ def tiny_experiment(root: Path, **sections: dict[str, Any]) -> Experiment:
         "evaluation": {"batch_size": 2, "area_sides": [16, 32]},
     }
     for section, changes in sections.items():
-        values[section] = values[section] | changes if isinstance(changes, dict) else changes
+        values[section] = values.get(section, {}) | changes if isinstance(changes, dict) else changes
     return validate_experiment(values, source="tests/tiny.py")

@@ -61,9 +61,10 @@ def describe_gradients(model: nn.Module, norm: Tensor) -> dict[str, Any]:
     }
 
 
-def nonfinite_tensors(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with a number that is not finite."""
-    return [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+def nonfinite_tensors(model: nn.Module) -> list[str]:
+    """Names of the parameters and buffers with a number that is not finite."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]  # those with several names have the first one here
+    return [name for name, tensor in tensors if not tensor.isfinite().all()]
 
 
 def explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], weights: Sequence[str]) -> str:

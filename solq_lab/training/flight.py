@@ -89,8 +89,7 @@ class FlightRecorder:
         name_of = self._dataset.file_name
         passes = [describe_pass(done, terms, name_of) for done, terms in zip(outcome.passes, costs, strict=True)]
         shares = distributed.gather_objects({"rank": distributed.rank(), "passes": passes})
-        weights = step.model.state_dict()
-        gradients, poisoned = describe_gradients(step.model, outcome.norm), nonfinite_tensors(weights)
+        gradients, poisoned = describe_gradients(step.model, outcome.norm), nonfinite_tensors(step.model)
         facts = {
             "step": number,
             "epoch": self._journal.epoch(number),
@@ -109,7 +108,7 @@ class FlightRecorder:
             self._run.folder / "flight" / f"step_{number:07d}",
             facts,
             share_of(outcome.passes, costs, outcome.generators),
-            weights,
+            step.model.state_dict(),
             experiment=experiment.to_yaml(),
             classes=self._dataset.classes.to_json(),
             codec={} if codec is None else codec.state_dict(),

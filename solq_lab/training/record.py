@@ -9,6 +9,7 @@ RUN/flight/step_XXXXXXX/
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -130,7 +131,9 @@ def load_record(folder: Path) -> Record:
         raise RunError(f"{folder / 'record.json'}: not the JSON of a flight record (no hashes of its files)")
     for name, expected in files.items():
         path = folder / name
-        if path.parent != folder or not path.is_file():
+        if Path(name).name != name:
+            raise RunError(f"{path}: not a file of a flight record; record.json has been changed")
+        if not path.is_file():
             raise RunError(f"{path}: missing; the record cannot be replayed without it")
         if hash_file(path) != expected:
             raise RunError(f"{path}: damaged, it is not what was written; copy the record anew from where it was made")
@@ -139,7 +142,7 @@ def load_record(folder: Path) -> Record:
         ranks = range(sum(name.startswith("rank_") for name in files))
         plain = [torch.load(folder / f"rank_{rank}.pt", map_location="cpu", weights_only=True) for rank in ranks]
         return Record(facts, weights, [_from_plain(share) for share in plain])
-    except (WeightMismatch, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (WeightMismatch, pickle.UnpicklingError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{folder}: not a record that can be replayed: {' '.join(str(error).split())}") from None
 
 
