@@ -186,6 +186,7 @@ class TrainSection(Section):
     autocast: Literal["none", "bf16", "fp16"] = "none"
     skip_nonfinite: int = Field(0, ge=0, description="steps in a row that may be left out when not finite; 0: none")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 is off")
+    finetune_from: str = Field("", description="start from this weights file or run; heads and queries are adapted")
     freeze_detector: bool = Field(False, description="train the mask branch alone, on the detector in model.pretrained")
     rank_timeout: float = Field(
         180.0, gt=0, description="seconds without a sign of life after which one of several processes counts as lost"
@@ -238,6 +239,11 @@ class Experiment(Section):
             raise ValueError(
                 f"model.mask_branch {self.model.mask_branch} and codec.kind {self.codec.kind} would both make masks; "
                 "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
+            )
+        if self.train.finetune_from and self.model.pretrained not in ("imagenet", "none"):
+            raise ValueError(
+                f"train.finetune_from {self.train.finetune_from} and model.pretrained {self.model.pretrained} both name "
+                "weights to start from; leave one out"
             )
         if self.train.freeze_detector and self.model.mask_branch == "none":
             raise ValueError(

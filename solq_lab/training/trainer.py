@@ -44,6 +44,7 @@ from solq_lab.training.checkpoint import (
 from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.faults import name_fault
+from solq_lab.training.finetuning import start_from_trained
 from solq_lab.training.flight import FlightRecorder
 from solq_lab.training.hardware import describe_hardware
 from solq_lab.training.journal import Journal
@@ -146,7 +147,8 @@ class Trainer:
             run, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch, tensorboard=tensorboard
         )
 
-        self.model = build_model(experiment, len(self.train_set.classes), pretrained=checkpoint is None)
+        pretrained = checkpoint is None and not train.finetune_from
+        self.model = build_model(experiment, len(self.train_set.classes), pretrained=pretrained)
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint.weights)
         elif distributed.is_main():  # the other processes receive the statistics with the first weights
@@ -366,6 +368,10 @@ class Trainer:
             vectors = sample_vectors(self.train_set, self.codec, seed=self.experiment.seed)
             if self.experiment.model.standardise_vectors:
                 self.model.set_vector_statistics(*vector_statistics(vectors))
+        if self.experiment.train.finetune_from:
+            lines = start_from_trained(self.model, self.codec, self.train_set.classes.names, self.experiment)
+            self.run.record_environment({"finetuned": {"from": self.experiment.train.finetune_from, "lines": lines}})
+        if self.codec is not None:
             ceiling = run_ceiling(self.run)
             line["plateau"] = {"vector": vector_plateau(vectors)}
             line["ceiling"] = ceiling.to_dict()["metrics"]

@@ -48,4 +48,5 @@ def without_paths(experiment: Experiment) -> Experiment:
     data = experiment.data.model_copy(update={"root": ""})
     model = experiment.model.model_copy(update={"pretrained": Path(experiment.model.pretrained).name})
     codec = experiment.codec.model_copy(update={"artifact": Path(experiment.codec.artifact).name})
-    return experiment.model_copy(update={"data": data, "model": model, "codec": codec})
+    train = experiment.train.model_copy(update={"finetune_from": Path(experiment.train.finetune_from).name})
+    return experiment.model_copy(update={"data": data, "model": model, "codec": codec, "train": train})
