@@ -152,7 +152,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, header  # noqa: SIM118 - no dictionary
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such codec file; `solq-lab fit-codec EXPERIMENT` writes it") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path}: not a codec file, or cut short ({error}); remove it and fit the code anew with "
             "`solq-lab fit-codec`"

@@ -97,7 +97,7 @@ class ClassMap:
         try:
             value = json.loads(text)
             return cls(tuple(map(str, value["names"])), tuple(map(int, value["category_ids"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(f"not a class map: {error!r}; needed are the lists 'names' and 'category_ids'") from None
 
     def to_json(self) -> str:
