@@ -1,4 +1,4 @@
-"""Commands around data sets: make-shapes, download-coco, check-data."""
+"""Commands around data sets: make-shapes, download-coco, check-data, convert-data."""
 
 from __future__ import annotations
 
@@ -75,6 +75,31 @@ def download_coco(
     except KeyboardInterrupt:
         raise Interrupted(f"{folder}: stopped; what has arrived is kept, and the same command goes on") from None
     typer.echo(f"{', '.join(splits)} of COCO 2017 in {folder}")
+
+
+class Part(StrEnum):
+    """Parts of a data set."""
+
+    train = "train"
+    val = "val"
+
+
+def convert_data(
+    source: Annotated[Path, typer.Argument(help="LVIS file (.json), or YOLO segmentation folder with a data.yaml.")],
+    target: Annotated[Path, typer.Argument(help="COCO-format folder to write; it may hold the other split.")],
+    images: Annotated[Path | None, typer.Option(help="LVIS: folder of COCO's train2017 and val2017.")] = None,
+    split: Annotated[Part | None, typer.Option(help="LVIS: by default as the file's name says.")] = None,
+    link: Annotated[bool, typer.Option("--link/--no-link", help="Link the pictures into the folder.")] = True,
+) -> None:
+    """Make a COCO-format folder of an LVIS file or a YOLO segmentation folder; pictures stay where they are."""
+    from solq_lab.data.convert import convert_data as convert
+
+    splits = convert(source, target, images=images, split=None if split is None else split.value, link=link)
+    settings = [f"data.root={target}"]
+    for part in splits:
+        settings.append(f"data.{part.name}_images={part.name if link else part.images}")
+        settings.append(f"data.{part.name}_annotations={part.annotations.relative_to(target)}")
+    typer.echo(f"check it:  solq-lab check-data {target}\nuse it:    {' '.join(settings)}")
 
 
 class Look(StrEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def decode_picture(data: Tensor, name: str) -> Tensor:
     try:
         picture = decode_image(data, mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "empty"
+        reason = re.sub(r"^\S+, \S+\.cpp:\d+, ", "", str(error).splitlines()[0]) if str(error) else "empty"
         raise DataError(
             f"{name}: not a whole picture ({len(data)} bytes; {reason}); JPEG, PNG, GIF and WebP are read; "
             "fetch the file again or remove the image from the annotations"

@@ -23,7 +23,7 @@ from solq_lab.data.object_rules import read_mask
 from solq_lab.data.report import Report
 from solq_lab.masks import decode_rle
 from solq_lab.viz.pictures import MASK_OPACITY, outline_mask
-from solq_lab.viz.style import BLUE, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
+from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
 
 ACROSS = 4  # pictures beside each other
 SIDE = 2.6  # inches of a picture
@@ -72,10 +72,10 @@ def class_histogram(report: Report) -> Figure:
     """Objects per class and split, the class that the first split has most objects of on top."""
     summaries = report.summaries
     first = next(iter(summaries.values())).per_class
-    names = sorted(
-        {name for summary in summaries.values() for name in summary.per_class}, key=lambda n: -first.get(n, 0)
-    )
-    figure, axes = new_figure(1, 1, size=(9.0, 0.9 + 0.16 * len(names)), title="objects per class")
+    every = dict.fromkeys(name for summary in summaries.values() for name in summary.per_class)
+    names = sorted(every, key=lambda name: first.get(name, 0), reverse=True)[:MOST_CLASSES]
+    title = "objects per class" + (f", {len(names)} of {len(every)} classes" if len(names) < len(every) else "")
+    figure, axes = new_figure(1, 1, size=(9.0, 0.9 + 0.16 * len(names)), title=title)
     place, height = axes[0, 0], 0.8 / len(summaries)
     for row, (split, summary) in enumerate(summaries.items()):
         counts = [summary.per_class.get(name, 0) for name in names]
@@ -117,9 +117,9 @@ def _draw_picture(axes: Axes, path: Path) -> tuple[int, int]:
             small = opened.convert("RGB")
             small.thumbnail((LARGEST, LARGEST))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        axes.set_axis_on()
-        axes.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0), aspect="equal")
-        axes.text(0.5, 0.5, "no picture", horizontalalignment="center", color="#8C8C8C")
+        axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
+        axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor=GREY))
+        axes.text(0.5, 0.5, "no picture", horizontalalignment="center", color=GREY)
         return 1, 1
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
