@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from solq_lab.allocation import keep_freed_memory
 from solq_lab.launch import REFUSALS
 from solq_lab.runs import Run, load_run
-from solq_lab.training.signals import Stopped, StopRequest
+from solq_lab.training.signals import Stopped, StopRequest, adopt_orphans, end_children
 
 log = logging.getLogger("solq_lab.training")
 
@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         log.error("usage: python -m solq_lab.training RUN_FOLDER")
         return REFUSED
+    adopt_orphans()
     with StopRequest() as stop:
         try:
             run = load_run(arguments[0])
@@ -51,6 +52,8 @@ def main(arguments: list[str]) -> int:
                 return FAILED
             log.error("%s", error)
             return REFUSED if kinds & REFUSALS else FAILED
+        finally:
+            end_children()
 
 
 def _train(run: Run, stop: StopRequest) -> int:

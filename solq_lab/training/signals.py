@@ -8,15 +8,19 @@ step to end - in start-up, while waiting for pictures, in an evaluation - it sto
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; kill and torchrun; SLURM before its time limit
 FORWARDED_SECONDS = 1.0  # within these a second signal is the same one: a terminal sends it, and torchrun once more
+SECONDS_TO_DIE = 5.0  # for killed children; one that waits for a dead disk takes longer, and is not waited for
+_PR_SET_CHILD_SUBREAPER = 36  # prctl.h
 
 
 class Stopped(BaseException):
@@ -73,3 +77,26 @@ class StopRequest:
         if self._at_once:
             self._at_once = False
             raise Stopped(self.received)
+
+
+def adopt_orphans() -> None:
+    """Let processes whose parent dies become children of this one, their ancestor: `end_children` finds them then.
+
+    A build that is stopped kills ninja, for example, and ninja's compilers would go on.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_children() -> None:
+    """Kill every process that this one has started or adopted, because it ends itself."""
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while (children := _children()) and time.monotonic() < deadline:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, os.WNOHANG)
+        time.sleep(0.01)
+
+
+def _children() -> list[int]:
+    return [int(child) for file in Path("/proc/self/task").glob("*/children") for child in file.read_text().split()]
