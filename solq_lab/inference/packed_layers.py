@@ -60,8 +60,6 @@ class SamplingFirst(MultiScaleDeformableAttention):
         self.heads, self.levels, self.points = plain.heads, plain.levels, plain.points
         for name, layer in plain.named_children():
             setattr(self, name, layer)
-        self._matrix = plain.value_proj.weight.unflatten(0, (plain.heads, -1))  # (M, C/M, C)
-        self._bias = plain.value_proj.bias.unflatten(0, (plain.heads, -1))  # (M, C/M)
 
     def forward(self, queries: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """As `MultiScaleDeformableAttention.forward`."""
@@ -75,7 +73,9 @@ class SamplingFirst(MultiScaleDeformableAttention):
         present = present.unsqueeze(2).expand(-1, -1, self.heads, -1)  # (B, T, M, 1)
         share = ms_deform_attn(present, memory.spatial_shapes, locations, weights)  # (B, J, M)
         found = self._sample(tokens, locations, weights, memory)  # (B, J, M, C)
-        values = torch.einsum("bjmc,mdc->bjmd", found, self._matrix) + share.unsqueeze(-1) * self._bias
+        project = self.value_proj.plain if isinstance(self.value_proj, PackedLinear) else self.value_proj
+        matrix, bias = project.weight.unflatten(0, (self.heads, -1)), project.bias.unflatten(0, (self.heads, -1))
+        values = torch.einsum("bjmc,mdc->bjmd", found, matrix) + share.unsqueeze(-1) * bias
         return self.output_proj(values.flatten(2))
 
     def _sample(self, tokens: Tensor, locations: Tensor, weights: Tensor, memory: Memory) -> Tensor:

@@ -91,7 +91,9 @@ class MultiScaleDeformableAttention(nn.Module):
             (B, J, C).
         """
         locations, weights = self.sampling(queries, reference, memory)
-        values = self.value_proj(memory.tokens).masked_fill_(memory.padding.unsqueeze(-1), 0.0)
+        values = self.value_proj(memory.tokens)
+        hide = values.masked_fill if values.requires_grad else values.masked_fill_  # in place, gradients are costly
+        values = hide(memory.padding.unsqueeze(-1), 0.0)
         values = values.unflatten(-1, (self.heads, -1))  # (B, T, C) -> (B, T, M, C/M)
         found = ms_deform_attn(values, memory.spatial_shapes, locations, weights)
         return self.output_proj(found)

@@ -42,6 +42,7 @@ from solq_lab.training.checkpoint import (
     save_checkpoint,
 )
 from solq_lab.training.compilation import as_written, compile_layers
+from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.faults import name_fault
 from solq_lab.training.finetuning import start_from_trained
@@ -154,6 +155,8 @@ class Trainer:
         elif distributed.is_main():  # the other processes receive the statistics with the first weights
             self._measure_start(steps_per_epoch)
         self.model.to(self.device)
+        if not train.compile:
+            arrange_for_cpu(self.model)
         if train.gradient_checkpointing:
             recompute_activations(self.model)
         if train.compile:
