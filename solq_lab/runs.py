@@ -8,6 +8,7 @@ runs/<name>/
     train.log            the training's log lines
     trainer.lock         held by the one training process that may write here; names it
     checkpoints/step_XXXXXXX/{weights.safetensors, state.pt}
+    flight/step_XXXXXXX/ a training step that was not finite, for `solq-lab replay`
     weights.safetensors  the trained model
     detections.json.gz, results.json, ceiling.json, figures/, <notebook>.ipynb, <notebook>.html
     shipped.json         only in a run that comes with the project: fingerprint of its weights, see `working_copy`

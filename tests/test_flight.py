@@ -18,6 +18,7 @@ from solq_lab import cli, precision
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError
 from solq_lab.training import record as record_module
+from solq_lab.training.checkpoint import list_checkpoints
 from solq_lab.training.flight import NonFiniteError
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import SetCriterion
@@ -254,6 +255,23 @@ def test_the_count_of_steps_in_a_row_survives_an_interruption(pictures, tmp_path
         train_run(run)
 
 
+def test_weights_that_are_not_finite_are_never_saved(pictures, tmp_path, monkeypatch):
+    poison_weight(monkeypatch, 5)
+    run = new_run(pictures, tmp_path, train={"skip_nonfinite": 5})
+    with pytest.raises(NonFiniteError, match=rf"{POISONED} is not finite after step 6: no checkpoint is written"):
+        train_run(run)
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_0000003"]
+
+
+def test_what_is_trained_is_announced_with_the_square_root_rule(pictures, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        train_run(new_run(pictures, tmp_path, train={"steps": 1, "accumulate": 2}))
+    assert "batch 4 = 1 processes x 2 passes x 2" in caplog.messages
+    assert "learning rates: main 0.001, backbone 0.001, offsets 0.0001; schedule cosine over 1 steps" in caplog.messages
+    (rule,) = [message for message in caplog.messages if "square-root" in message]
+    assert rule.endswith("by square-root scaling: optim.lr=7.1e-05 optim.backbone_lr=7.1e-06")
+
+
 def test_where_the_disk_refuses_a_record_the_message_still_names_the_pictures(pictures, tmp_path, monkeypatch, caplog):
     run = new_run(pictures, tmp_path, train={"skip_nonfinite": 1})
     spoil_total(monkeypatch, {2, 3}, to_nan)
@@ -399,16 +417,16 @@ def test_fp16_trains_close_to_float32(pictures, tmp_path, monkeypatch):
 
 
 def test_an_overflow_halves_the_scale_without_a_record_and_is_resumed_bit_for_bit(pictures, tmp_path, monkeypatch):
-    scaled(monkeypatch, 2.0**20)
-    train = {"autocast": "fp16", "ema": 0.9, "save_every": 100, "steps": 10}
+    scaled(monkeypatch, 2.0**18)
+    train = {"autocast": "fp16", "ema": 0.9, "save_every": 100, "steps": 6}
     whole = new_run(pictures, tmp_path / "whole", train=train)
     assert train_run(whole) == "finished"
     overflows = whole.metrics("overflow")
     count = len(overflows)
-    assert 4 < count < 10
-    assert [line["scale"] for line in overflows] == [2.0 ** (20 - n) for n in range(count)]
+    assert 2 < count < 6
+    assert [line["scale"] for line in overflows] == [2.0 ** (18 - n) for n in range(count)]
     steps = [line["step"] for kind in ("overflow", "train") for line in whole.metrics(kind)]
-    assert sorted(steps) == list(range(1, 11))
+    assert sorted(steps) == list(range(1, 7))
     assert not (whole.folder / "flight").exists()
     parts = new_run(pictures, tmp_path / "parts", train=train)
     with monkeypatch.context() as patch:

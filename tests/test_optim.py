@@ -19,6 +19,7 @@ from solq_lab.training.optim import (
     gradient_norm,
     learning_rate_factor,
     set_learning_rate,
+    square_root_rule,
 )
 
 
@@ -91,6 +92,11 @@ def test_a_factor_scales_each_group_from_its_own_rate():
         set_learning_rate(optimizer, 0.1)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"main": 1e-4, "backbone": 2e-5, "offsets": 5e-5})
+
+
+def test_a_quarter_of_the_papers_batch_halves_its_learning_rates():
+    assert square_root_rule(32) == {"optim.lr": 2e-4, "optim.backbone_lr": 2e-5}
+    assert square_root_rule(8) == pytest.approx({"optim.lr": 1e-4, "optim.backbone_lr": 1e-5})
 
 
 def test_clipping_shrinks_to_the_largest_norm_and_zero_leaves_gradients_alone():

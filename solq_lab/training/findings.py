@@ -6,7 +6,7 @@ Numbers that are not finite are the texts "nan", "inf" and "-inf": JSON has no o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,9 @@ def describe_gradients(model: nn.Module, norm: Tensor) -> dict[str, Any]:
     }
 
 
-def nonfinite_tensors(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers with a number that is not finite."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]  # those with several names have the first one here
-    return [name for name, tensor in tensors if not tensor.isfinite().all()]
+def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors with a number that is not finite."""
+    return [name for name, tensor in named if not tensor.isfinite().all()]
 
 
 def explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], weights: Sequence[str]) -> str:
@@ -75,7 +74,7 @@ def explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], w
         gradients: as `describe_gradients` gives them.
         weights: names of the weights that were not finite before the step.
     """
-    before = f"{_first(weights)} was not finite before the step already; " if weights else ""
+    before = f"{name_first(weights)} was not finite before the step already; " if weights else ""
     for share in shares:
         where = f"in process {share['rank']}, " if len(shares) > 1 else ""
         for done in share["passes"]:
@@ -83,9 +82,9 @@ def explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], w
                 return f"{before}{where}{done['fault']}"
             bad = [f"{name} is {value}" for name, value in done["losses"].items() if isinstance(value, str)]
             if bad:
-                return f"{before}{where}the loss {_first(bad)}"
+                return f"{before}{where}the loss {name_first(bad)}"
     if gradients["nonfinite"]:
-        return f"{before}all losses are finite, the gradient of {_first(list(gradients['nonfinite']))} is not"
+        return f"{before}all losses are finite, the gradient of {name_first(list(gradients['nonfinite']))} is not"
     return f"{before}every gradient is finite, and their norm is {gradients['norm']}"
 
 
@@ -114,5 +113,6 @@ def _combine(norms: Mapping[str, float], kind: Callable[[str], str]) -> dict[str
     return {name: number(math.sqrt(math.fsum(norm * norm for norm in some))) for name, some in members.items()}
 
 
-def _first(names: Sequence[str]) -> str:
+def name_first(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
     return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

@@ -14,7 +14,7 @@ from solq_lab import distributed
 from solq_lab.data.coco import CocoDataset
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.runs import Run, describe_software
-from solq_lab.training.findings import describe_gradients, describe_pass, explain, nonfinite_tensors
+from solq_lab.training.findings import describe_gradients, describe_pass, explain, name_first, nonfinite_tensors
 from solq_lab.training.journal import Journal
 from solq_lab.training.record import save_record, share_of
 from solq_lab.training.step import Outcome, TrainingStep
@@ -60,6 +60,19 @@ class FlightRecorder:
         else:
             self._skip_or_stop(outcome, number)
 
+    def check_weights(self, number: int) -> None:
+        """Keep weights that are not finite out of the checkpoints: the one before is worth more.
+
+        Raises:
+            NonFiniteError: the network's parameters are not finite after step `number`.
+        """
+        poisoned = nonfinite_tensors(self._step.model.named_parameters())  # the same in every process
+        if poisoned:
+            raise NonFiniteError(
+                f"{name_first(poisoned)} is not finite after step {number}: no checkpoint is written, the one before "
+                "stands. Lower optim.lr, or set train.autocast=none"
+            )
+
     def _skip_or_stop(self, outcome: Outcome, number: int) -> None:
         self.in_a_row += 1
         allowed = self._run.experiment.train.skip_nonfinite
@@ -89,7 +102,8 @@ class FlightRecorder:
         name_of = self._dataset.file_name
         passes = [describe_pass(done, terms, name_of) for done, terms in zip(outcome.passes, costs, strict=True)]
         shares = distributed.gather_objects({"rank": distributed.rank(), "passes": passes})
-        gradients, poisoned = describe_gradients(step.model, outcome.norm), nonfinite_tensors(step.model)
+        gradients = describe_gradients(step.model, outcome.norm)
+        poisoned = nonfinite_tensors([*step.model.named_parameters(), *step.model.named_buffers()])
         facts = {
             "step": number,
             "epoch": self._journal.epoch(number),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from solq_lab.config import OptimSection
+from solq_lab.config import OptimSection, TrainSection
 
 
 def parameter_group(name: str) -> str:
@@ -61,6 +61,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give every group `factor` times its own base learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def square_root_rule(batch_size: int) -> dict[str, float]:
+    """The paper's learning rates, scaled from its batch to another by the square root, by the settings' names."""
+    factor, paper = math.sqrt(batch_size / TrainSection().batch_size), OptimSection()
+    return {"optim.lr": paper.lr * factor, "optim.backbone_lr": paper.backbone_lr * factor}
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:

@@ -15,6 +15,7 @@ from solq_lab import distributed
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment, parse_experiment
 from solq_lab.data.classes import ClassMap
+from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import load_state
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import RunError
@@ -105,7 +106,7 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
     """Repeat a recorded step: its weights, pictures, random numbers and scale, in one process.
 
     The shares of several processes are repeated one after the other. On the processor that recorded them the numbers
-    are the same bit for bit; gradients of more than two processes may be rounded differently.
+    are the same bit for bit; gradients of more than two processes, and compiled layers, may be rounded differently.
 
     Args:
         folder: the record, RUN/flight/step_XXXXXXX.
@@ -140,6 +141,8 @@ def _rebuild(record: Record, source: str, autocast: str, device: torch.device) -
     model.to(device)
     if not experiment.train.compile:
         arrange_for_cpu(model)
+    if experiment.train.gradient_checkpointing:
+        recompute_activations(model)
     criterion = build_criterion(experiment, build_codec(experiment, tables=record.weights.codec)).to(device)
     optimizer = build_optimizer(model, experiment.optim)
     return TrainingStep(model, model, criterion, optimizer, None, autocast=autocast, clip_norm=0.0, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import random
 import sys
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_dataset, build_model
 from solq_lab.codecs.base import describe_codec
-from solq_lab.config import OptimSection, TrainSection
+from solq_lab.config import TrainSection
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
 from solq_lab.data.order import BatchStream
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
@@ -50,7 +49,7 @@ from solq_lab.training.flight import FlightRecorder
 from solq_lab.training.hardware import describe_hardware
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import vector_plateau
-from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, square_root_rule
 from solq_lab.training.preparation import describe_dataset, sample_vectors, vector_statistics
 from solq_lab.training.signals import Stopped, StopRequest
 from solq_lab.training.step import Batch, TrainingStep, build_criterion
@@ -301,6 +300,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint, from which `_restore` makes a trainer that goes on in the very same way."""
+        self.recorder.check_weights(self.step)
         state = {
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -406,12 +406,9 @@ class Trainer:
         log.info("batch %d = %d processes x %d passes x %d", train.batch_size, processes, self.passes, share)
         rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in self.optimizer.param_groups)
         log.info("learning rates: %s; schedule %s over %d steps", rates, optim.schedule, self.total_steps)
-        released_lr, released_batch = OptimSection().lr, TrainSection().batch_size
-        if train.batch_size != released_batch:
-            scaled = released_lr * math.sqrt(train.batch_size / released_batch)
-            log.info(
-                "the paper's %.2g at batch %d would be %.2g by square-root scaling", released_lr, released_batch, scaled
-            )
+        if train.batch_size != TrainSection().batch_size:
+            scaled = " ".join(f"{name}={rate:.2g}" for name, rate in square_root_rule(train.batch_size).items())
+            log.info("the paper's learning rates at this batch, by square-root scaling: %s", scaled)
         if self.step:
             log.info("going on from the checkpoint of step %d", self.step)
 
