@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import datetime
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from one_pass import SIZES, pictures, small_backbone, train_once
+from tiny import tiny_experiment, write_pictures
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from solq_lab.bench import memory
 from solq_lab.bench.evaluation import draw_results
 from solq_lab.bench.scenes import coco_document
 from solq_lab.evaluation import coco
@@ -21,7 +27,10 @@ from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.sqr import SQRDetector
+from solq_lab.models.weights import read_weights
+from solq_lab.runs import create_run
 from solq_lab.structures import ImageBatch
+from solq_lab.training.trainer import train_run
 
 
 def solq(backbone: nn.Module | None = None, **changes) -> SOLQ:
@@ -71,6 +80,45 @@ def test_autocast_is_the_same_the_second_time():
     assert again == loss
     for parameter, gradient in gradients.items():
         assert torch.equal(gradients_again[parameter], gradient), parameter
+
+
+def share_gradients(rank: int, root: Path) -> None:
+    """One of two processes: the averaged gradients of both twins go into a file."""
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2, timeout=patience)
+    found = []
+    for model in twins("small"):
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        with parallel.no_sync():  # accumulated, as a training with several passes per step does
+            train_once(parallel, pictures(side=64 + 32 * rank))
+        train_once(parallel, pictures(side=96 - 32 * rank))
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.save(found, root / f"process{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_same_gradients(tmp_path):
+    torch.multiprocessing.spawn(share_gradients, args=(tmp_path,), nprocs=2)
+    plain, recomputed = torch.load(tmp_path / "process0.pt", weights_only=True)
+    others = torch.load(tmp_path / "process1.pt", weights_only=True)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-12, atol=1e-15, msg=name)
+        assert torch.equal(others[0][name], gradient)
+        assert torch.equal(others[1][name], recomputed[name])
+
+
+def test_a_training_that_recomputes_ends_with_the_same_weights(tmp_path):
+    data, learned = write_pictures(tmp_path / "pictures"), []
+    for recompute in (False, True):
+        train = {"steps": 3, "gradient_checkpointing": recompute, "ema": 0.9, "accumulate": 2}
+        run = create_run(tiny_experiment(data, train=train), tmp_path / str(recompute))
+        assert train_run(run) == "finished"
+        learned.append(([line["total"] for line in run.metrics("train")], read_weights(run.weights).state))
+    (losses, weights), (losses_again, weights_again) = learned
+    assert losses_again == losses
+    assert weights_again.keys() == weights.keys()
+    assert all(torch.equal(weights_again[name], weight) for name, weight in weights.items())
 
 
 def count_calls(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
@@ -143,3 +191,19 @@ def test_scoring_stops_between_two_shares(monkeypatch):
     document, asked = coco_document(0, pictures=1), []
     with pytest.raises(EvaluationStopped):
         evaluate_results(document, draw_results(document), should_stop=lambda: len(asked) == 2 or asked.append(1))
+
+
+def test_the_peak_counts_memory_that_was_given_back():
+    before = memory.peak_memory()
+    held = torch.ones(int(before * 2**30), dtype=torch.uint8)  # as much as ever before, on top of what is held now
+    del held
+    assert memory.peak_memory() > before + 0.5
+
+
+@pytest.mark.slow
+def test_both_ways_of_the_memory_benchmark_give_the_same_numbers():
+    scored, trained = memory.rows(pictures=4, size=(64, 96))
+    assert scored.equal
+    assert trained.equal
+    assert scored.to_dict()["ratio"] == scored.baseline_gib / scored.ours_gib
+    assert trained.cells() == (f"{trained.baseline_gib:.2f} GiB", f"{trained.ours_gib:.2f} GiB")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from pycocotools import mask as coco_rle
@@ -26,14 +27,13 @@ def rows(pictures: int = PICTURES) -> Iterator[Row]:
     document = coco_document(0, pictures=pictures, objects=7)
     results = draw_results(document)
     for kind, iou_type in (("box", "bbox"), ("segm", "segm")):
-        shape = {"box": "bbox", "segm": "segmentation"}[kind]
-        kept = [{key: result[key] for key in ("image_id", "category_id", "score", shape)} for result in results]
+        kept = keep_shape(results, kind)
         yield compare(
             "eval",
             f"{iou_type}, {pictures} pictures x {DETECTIONS} detections",
             lambda kept=kept, iou_type=iou_type: evaluate_plainly(document, kept, iou_type),
             lambda kept=kept, kind=kind: evaluate_results(document, kept, kinds=[kind]).metrics,
-            lambda expected, found, kind=kind: _same_numbers(expected, found, kind),
+            lambda expected, found, kind=kind: same_numbers(expected, found, kind),
         )
 
 
@@ -50,34 +50,46 @@ def evaluate_plainly(document: dict, results: list[dict], iou_type: str) -> np.n
     return evaluator.stats
 
 
-def _same_numbers(expected: np.ndarray, found: dict[str, float], kind: str) -> bool:
+def keep_shape(results: list[dict], kind: str) -> list[dict]:
+    """The results with their box or their mask alone."""
+    shape = {"box": "bbox", "segm": "segmentation"}[kind]
+    return [{key: result[key] for key in ("image_id", "category_id", "score", shape)} for result in results]
+
+
+def same_numbers(expected: np.ndarray, found: dict[str, float], kind: str) -> bool:
+    """Whether pycocotools' twelve numbers and ours are the same."""
     ours = np.nan_to_num([found[f"{kind}.{number}"] for number in AP_COLUMNS + AR_COLUMNS], nan=-1)
     return bool(np.abs(expected - ours).max() < 10**-DIGITS)
 
 
 def draw_results(document: dict) -> list[dict]:
-    """Detections near the objects of each picture and anywhere else, of the classes that are present."""
-    random = np.random.default_rng(1)
-    by_picture: dict[int, list[dict]] = {image["id"]: [] for image in document["images"]}
+    """Detections of all pictures."""
+    image_ids = [image["id"] for image in document["images"]]
+    return [result for of_one_picture in draw_pictures(document, image_ids) for result in of_one_picture]
+
+
+def draw_pictures(document: dict, image_ids: Sequence[int]) -> Iterator[list[dict]]:
+    """Detections of each picture, near its objects and anywhere else, of the classes that are present."""
+    by_picture = defaultdict(list)
     for entry in document["annotations"]:
         by_picture[entry["image_id"]].append(entry)
-    results = []
-    for image_id, objects in by_picture.items():
-        for number in range(DETECTIONS):
-            entry = objects[number % len(objects)]
-            box = random_box(random)
-            if number < 3 * len(objects):
-                x, y, w, h = entry["bbox"]
-                shift, stretch = random.normal(0, 0.05, 2), random.normal(1, 0.08, 2)
-                box = (x + w * shift[0], y + h * shift[1], w * stretch[0], h * stretch[1])
-            rle = coco_rle.merge(coco_rle.frPyObjects([outline(random, box)], HEIGHT, WIDTH))
-            results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": entry["category_id"],
-                    "bbox": list(map(float, box)),
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                    "score": float(random.random()),
-                }
-            )
-    return results
+    for image_id in image_ids:
+        random = np.random.default_rng((1, image_id))
+        yield [_draw_result(random, by_picture[image_id], number) for number in range(DETECTIONS)]
+
+
+def _draw_result(random: np.random.Generator, objects: list[dict], number: int) -> dict:
+    entry = objects[number % len(objects)]
+    box = random_box(random)
+    if number < 3 * len(objects):
+        x, y, w, h = entry["bbox"]
+        shift, stretch = random.normal(0, 0.05, 2), random.normal(1, 0.08, 2)
+        box = (x + w * shift[0], y + h * shift[1], w * stretch[0], h * stretch[1])
+    rle = coco_rle.merge(coco_rle.frPyObjects([outline(random, box)], HEIGHT, WIDTH))
+    return {
+        "image_id": entry["image_id"],
+        "category_id": entry["category_id"],
+        "bbox": list(map(float, box)),
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+        "score": float(random.random()),
+    }

@@ -11,13 +11,15 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from solq_lab.bench import codecs, evaluation, loader, matcher, network, op, postprocess, targets
+from solq_lab.bench import codecs, evaluation, loader, matcher, memory, network, op, postprocess, targets
+from solq_lab.bench.memory import MemoryRow
 from solq_lab.bench.timing import Row
 from solq_lab.config import DataSection
 from solq_lab.data.annotations import DataError
 from solq_lab.runs import describe_software, write_json
 
 PARTS = ("op", "codec", "targets", "postprocess", "matcher", "loader", "eval", "infer", "train")
+BY_NAME = ("memory",)  # runs only where it is named: it takes many minutes and gigabytes
 
 
 class Report(NamedTuple):
@@ -32,16 +34,16 @@ class Report(NamedTuple):
     machine: dict[str, str | int]
     threads: int
     versions: dict[str, str]
-    rows: list[Row]
+    rows: list[Row | MemoryRow]
 
     def table(self) -> str:
         """The rows as aligned text."""
-        lines = [f"{'part':<12}{'baseline ms':>12}{'ours ms':>10}{'ratio':>8}  equal  what"]
+        lines = [f"{'part':<12}{'baseline':>12}{'ours':>12}{'ratio':>8}  equal  what"]
         for row in self.rows:
             equal = "yes" if row.equal else "NO"
-            times = f"{row.baseline_ms:>12.1f}{row.ours_ms:>10.2f}{row.ratio:>7.1f}x"
-            lines.append(f"{row.part:<12}{times}  {equal:<5}  {row.what}")
-        return "\n".join([*lines, f"{self.machine['processor']}, {self.threads} threads; medians"])
+            baseline, ours = row.cells()
+            lines.append(f"{row.part:<12}{baseline:>12}{ours:>12}{row.ratio:>7.1f}x  {equal:<5}  {row.what}")
+        return "\n".join([*lines, f"{self.machine['processor']}, {self.threads} threads; median times, peak memory"])
 
     def to_dict(self) -> dict:
         """The report as JSON types."""
@@ -52,7 +54,7 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
     """Measures parts of the pipeline against the plain way of doing the same.
 
     Args:
-        parts: names from `PARTS`, run in that order; none: all of them.
+        parts: names from `PARTS` and `BY_NAME`, run in that order; none: all of `PARTS`.
         json_path: file to write the report to.
         data: folder of a COCO data set; "targets" and "loader" then use its validation split. None: generated pictures.
 
@@ -60,12 +62,12 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
         ValueError: an unknown part.
         DataError: `data` holds no COCO validation split.
     """
-    unknown = [part for part in parts if part not in PARTS]
+    unknown = [part for part in parts if part not in PARTS + BY_NAME]
     if unknown:
-        raise ValueError(f"bench part {unknown[0]!r}: allowed are {', '.join(PARTS)}")
+        raise ValueError(f"bench part {unknown[0]!r}: allowed are {', '.join(PARTS + BY_NAME)}")
     images, annotations = (None, None) if data is None else _validation_split(Path(data))
-    chosen = [part for part in PARTS if part in parts or not parts]
-    rows: list[Row] = []
+    chosen = [part for part in PARTS + BY_NAME if part in parts] or list(PARTS)
+    rows: list[Row | MemoryRow] = []
     with tqdm(chosen, desc="bench", unit="part") as progress:
         for part in progress:
             progress.set_postfix_str(part)
@@ -77,7 +79,7 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
     return report
 
 
-def _rows(part: str, images: Path | None, annotations: Path | None) -> Iterator[Row]:
+def _rows(part: str, images: Path | None, annotations: Path | None) -> Iterator[Row] | Iterator[MemoryRow]:
     match part:
         case "op":
             return op.rows()
@@ -97,6 +99,8 @@ def _rows(part: str, images: Path | None, annotations: Path | None) -> Iterator[
             return network.infer_rows()
         case "train":
             return network.train_rows()
+        case "memory":
+            return memory.rows()
 
 
 def _validation_split(root: Path) -> tuple[Path, Path]:

@@ -33,6 +33,10 @@ class Row(NamedTuple):
         """How many times faster ours is."""
         return self.baseline_ms / self.ours_ms
 
+    def cells(self) -> tuple[str, str]:
+        """Both times as text."""
+        return f"{self.baseline_ms:.1f} ms", f"{self.ours_ms:.2f} ms"
+
     def to_dict(self) -> dict:
         """The row as JSON types, its ratio included."""
         return self._asdict() | {"ratio": self.ratio}
@@ -47,6 +51,7 @@ def compare(
     *,
     repeats: int = REPEATS,
     seconds: float = SECONDS,
+    settle: bool = False,
 ) -> Row:
     """Times both ways in turn, so that a busy moment of the machine hits both, and compares their first results.
 
@@ -60,6 +65,8 @@ def compare(
         equal: whether the two results are the same.
         repeats: timed runs of each way, at most.
         seconds: after which no further pair of runs is started.
+        settle: whether each timed run follows an untimed one of the same way, because each leaves the process in
+            a state that slows the other down.
     """
     baseline_ms, expected = _timed(baseline)
     ours_ms, found = _timed(ours)
@@ -69,6 +76,8 @@ def compare(
     started = time.perf_counter()
     while not times[0] or (len(times[0]) < repeats and time.perf_counter() - started < seconds):
         for measured, way in zip(times, (baseline, ours), strict=True):
+            if settle:
+                way()
             measured.append(_timed(way)[0])
     return Row(part, what, statistics.median(times[0]), statistics.median(times[1]), bool(same))
 

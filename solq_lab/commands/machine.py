@@ -23,15 +23,18 @@ def doctor() -> None:
 def bench(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="op, codec, targets, postprocess, matcher, loader, eval, infer, train; by default all."),
+        typer.Argument(
+            help="op, codec, targets, postprocess, matcher, loader, eval, infer, train; by default all. And memory."
+        ),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
     data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read pictures.")] = None,
 ) -> None:
-    """Time each part against the plain way of doing the same, side by side, and check that both agree."""
+    """Measure each part against the plain way of doing the same, side by side, and check that both agree."""
     from solq_lab.bench import runner
 
-    unknown = set(parts or []) - set(runner.PARTS)
+    allowed = runner.PARTS + runner.BY_NAME
+    unknown = set(parts or []) - set(allowed)
     if unknown:
-        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; allowed are {', '.join(runner.PARTS)}")
+        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; allowed are {', '.join(allowed)}")
     typer.echo(runner.run(parts or [], json_path, data=data).table())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import UNUSED, ClassMap
@@ -15,6 +16,7 @@ from solq_lab.structures import Detections
 
 _NEEDED = ("image_id", "category_id", "score")
 _SHAPES = {"box": "bbox", "segm": "segmentation"}
+_WRITTEN_AT_ONCE = 10_000
 
 
 def detections_to_results(detections: Detections, image_id: int, classes: ClassMap) -> list[dict]:
@@ -66,14 +68,29 @@ def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["a
             raise ValueError(
                 f"{path}: a {kind} result file needs {wanted!r} in every result; these come from a plain detector"
             )
-        others = set(_SHAPES.values()) - {wanted}
-        results = [{key: value for key, value in result.items() if key not in others} for result in results]
-    content = json.dumps(list(results), separators=(",", ":"), allow_nan=False).encode()
-    if path.suffix == ".gz":
-        content = gzip.compress(content, compresslevel=6, mtime=0)  # no time stamp: equal results give equal files
+    left_out = set() if kind == "all" else set(_SHAPES.values()) - {_SHAPES[kind]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    with replacing(path) as temporary, _opened(temporary, compressed=path.suffix == ".gz") as file:
+        file.write(b"[")
+        for start in range(0, len(results), _WRITTEN_AT_ONCE):  # the whole text at once could be half a gigabyte
+            kept = [
+                {key: value for key, value in result.items() if key not in left_out}
+                for result in results[start : start + _WRITTEN_AT_ONCE]
+            ]
+            text = json.dumps(kept, separators=(",", ":"), allow_nan=False)
+            file.write((("," if start else "") + text[1:-1]).encode())
+        file.write(b"]")
+
+
+@contextlib.contextmanager
+def _opened(path: Path, *, compressed: bool) -> Iterator[BinaryIO]:
+    """The file, open for writing; without a time stamp inside, so that equal results give equal files."""
+    with path.open("wb") as file:
+        if not compressed:
+            yield file
+            return
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+            yield packed
 
 
 def read_results(path: str | Path) -> list[dict]:
