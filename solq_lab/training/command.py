@@ -66,7 +66,7 @@ def _train(run: Run, stop: StopRequest) -> int:
                 run.write_status("preempted", step=run.status()["step"], message=str(signal))
             log.info("%s: stopped before anything was begun; the same command goes on", signal)
         return 0
-    keep_freed_memory()
+    keep_freed_memory(keep=not run.experiment.train.gradient_checkpointing)  # it doubles a peak that is to be small
     with logging_redirect_tqdm():
         train_run(run, stop)
     return 0
