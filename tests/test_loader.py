@@ -16,13 +16,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import write_pictures
+from PIL import Image
+from tiny import SIDE, tiny_experiment, write_pictures
 
 from solq_lab.data.coco import CocoDataset, DataError
 from solq_lab.data.loader import BatchLoader, LoaderError, collate
 from solq_lab.data.order import BatchStream, batch_by_aspect
 from solq_lab.data.transforms import ReleasedAugmentation, size_after
+from solq_lab.runs import create_run
 from solq_lab.structures import Target
+from solq_lab.training.trainer import Trainer
 
 AUGMENTATION = ReleasedAugmentation(train_scales=[40, 48], max_size=64, crop_scales=[44], crop_size=(24, 40))
 
@@ -346,3 +349,21 @@ def test_a_loader_that_is_left_leaves_no_process():
     for process in workers:
         process.join(timeout=10)
         assert not process.is_alive()
+
+
+def test_an_experiment_asks_for_buckets_and_replacements(tmp_path):
+    root = write_pictures(tmp_path / "data", train=8)
+    asked = {"bucket_by_aspect": True, "unreadable": "replace"}
+    for name, options in (("plain", {}), ("asked", asked)):
+        run = create_run(tiny_experiment(root, name=name, data=options, train={"steps": 2}), tmp_path / "runs")
+        trainer = Trainer(run)
+        assert (trainer.stream.aspects is not None) == bool(options)
+        (root / "train" / "3.png").unlink(missing_ok=True)
+        loader = trainer._batches()
+        if options:
+            assert sum(len(targets) for _, targets in loader) == 8
+            assert loader.replaced == 1
+        else:
+            with pytest.raises(DataError, match=r"image id 3: .*cannot be read: No such file"):
+                list(loader)
+            Image.new("RGB", (SIDE, SIDE)).save(root / "train" / "3.png")
