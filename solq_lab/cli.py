@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command()(runs.run)
 app.command()(runs.train)
 app.command()(runs.evaluate)
+app.command()(runs.status)
 app.command()(flight.replay)
 app.command()(sweeps.sweep)
 app.command()(sweeps.table)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import random
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,12 +83,80 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_is_used(tmp_path, capl
     assert "step_0000010: damaged checkpoint left aside" in caplog.text
 
 
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.pt"])
+def test_one_changed_bit_is_damage(tmp_path, file):
+    save(tmp_path, 5)
+    save(tmp_path, 10, moments=torch.full((99,), 10.0))
+    path = tmp_path / "step_0000010" / file
+    content = bytearray(path.read_bytes())
+    content[content.rindex(np.float32(10).tobytes())] ^= 1
+    path.write_bytes(content)
+    assert load_newest_checkpoint(tmp_path).step == 5
+
+
+def test_a_damaged_one_makes_way_for_the_next_of_its_step_and_does_not_count_as_kept(tmp_path):
+    for step in (5, 10):
+        save(tmp_path, step)
+    (tmp_path / "step_0000010" / "state.pt").write_bytes(b"")
+    load_newest_checkpoint(tmp_path)
+    save(tmp_path, 7)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000005", "step_0000007"]
+    save(tmp_path, 10)
+    assert load_newest_checkpoint(tmp_path).step == 10
+    assert (tmp_path / "damaged_step_0000010").is_dir()  # for whoever wants to look at it
+
+
+def test_a_checkpoint_without_a_fingerprint_is_read_as_older_versions_were(tmp_path):
+    save(tmp_path, 5)
+    path = tmp_path / "step_0000005" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["weights_sha256"]
+    torch.save(state, path)
+    assert load_newest_checkpoint(tmp_path).step == 5
+
+
+def test_kills_at_any_moment_of_saving_leave_a_whole_checkpoint(tmp_path):
+    delays = np.random.default_rng(7).uniform(0.0, 0.03, 12)
+    save(tmp_path, 1)
+    for delay in delays:
+        newest = load_newest_checkpoint(tmp_path)
+        child = os.fork()
+        if child == 0:
+            for step in range(newest.step + 1, newest.step + 1000):
+                save(tmp_path, step)
+            os._exit(0)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        loaded = load_newest_checkpoint(tmp_path)
+        assert loaded.step >= newest.step
+        assert torch.equal(loaded.weights["a.weight"], torch.full((2, 3), float(loaded.step)))
+    save(tmp_path, 10**6)
+    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("damaged_*"))
+
+
+def test_files_and_folders_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    flushed, rename = [], Path.rename
+
+    def note_and_rename(path, target):
+        flushed.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(module, "flush_to_disk", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(Path, "rename", note_and_rename)
+    save(tmp_path / "checkpoints", 5)
+    partial = ".step_0000005.part"
+    assert flushed == ["weights.safetensors", "state.pt", partial, "renamed", "checkpoints"]
+
+
 def test_when_all_are_damaged_nobody_starts_anew_unasked(tmp_path):
     for step in (5, 10):
         save(tmp_path, step)
         (tmp_path / f"step_{step:07d}" / "state.pt").write_bytes(b"")
     with pytest.raises(RunError, match=r"no checkpoint can be read .*step_0000005, step_0000010.* remove this folder"):
         load_newest_checkpoint(tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000005", "step_0000010"]
 
 
 def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(tmp_path, monkeypatch):

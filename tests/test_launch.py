@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from notebook import SHARED, write_notebook
 from solq_lab import launch
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.parameters import NotebookError
-from solq_lab.runs import RunError, create_run, read_json
+from solq_lab.runs import RunError, create_run, read_json, write_json
 
 STAND_IN = """
 import signal, sys, time
@@ -102,6 +104,73 @@ def test_a_training_lives_in_a_session_of_its_own_and_is_started_once(run, stand
     os.waitpid(pid, 0)
 
 
+def test_a_process_that_has_got_the_id_of_a_dead_training_is_not_taken_for_it(run, stand_in):
+    stand_in('run.write_status("finished", step=10)')
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "birth": launch._birth(os.getpid())}
+    write_json(run.folder / "train.pid", mine)
+    assert launch.start_training(run.folder) is None  # as long as it is the same process
+    write_json(run.folder / "train.pid", mine | {"birth": "another boot 4711"})
+    assert launch.start_training(run.folder) is not None
+    launch.follow_training(run.folder, interval=0.05)
+
+
+@pytest.mark.parametrize("jump", [-86400.0, 86400.0])
+def test_a_clock_that_jumps_starts_nothing_twice_and_takes_nobody_for_dead(run, stand_in, monkeypatch, jump):
+    stand_in("time.sleep(60)")
+    launch.start_training(run.folder)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + jump)
+    launch._children.clear()  # as a new launcher sees it
+    assert launch.start_training(run.folder) is None  # perhaps before it holds its lock
+    wait_for(run.is_training)
+    assert launch.start_training(run.folder) is None
+    os.kill(launch._trainer(run)["pid"], signal.SIGKILL)
+    wait_for(lambda: not launch._is_alive(run))
+    assert launch.start_training(run.folder) is not None
+
+
+def test_a_training_whose_launcher_was_killed_goes_on_and_is_known_to_the_next_one(run, stand_in):
+    body = 'open(run.folder / "alive", "w").close(); time.sleep(60)'
+    launcher = (
+        "import os, signal, sys; from solq_lab import launch\n"
+        f"launch.training_command = lambda run, processes: {[sys.executable, '-c', STAND_IN.format(body=body)]!r} "
+        "+ [str(run.folder)]\n"
+        "launch.start_training(sys.argv[1]); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    died = subprocess.run([sys.executable, "-c", launcher, run.folder])
+    assert died.returncode == -signal.SIGKILL
+    wait_for((run.folder / "alive").exists)
+    trainer = run.trainer()
+    said = f"{run.folder}: process {trainer['pid']} on {socket.gethostname()} is training; kill {trainer['pid']} lets"
+    assert said in launch.describe_trainings([run])
+    assert launch.start_training(run.folder) is None
+    assert "stopped at step 7" in launch.stop_training(run.folder)
+    assert launch.describe_trainings([run]) == ""
+
+
+def test_a_training_that_was_killed_is_listed_with_the_cure(run):
+    run.write_status("training", step=5)
+    assert launch.describe_trainings([run]).endswith("its last checkpoint is of step 5; the same command resumes it")
+
+
+def test_a_training_of_another_machine_is_stopped_there(run, monkeypatch):
+    monkeypatch.setattr(type(run), "trainer", lambda self: {"pid": 4711, "host": "node7"})
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("that process is not ours"))
+    assert "process 4711 on node7 is training; stop it there: kill 4711" in launch.stop_training(run.folder)
+
+
+def test_ctrl_c_while_it_saves_ends_the_waiting_and_not_the_saving(run, stand_in, monkeypatch):
+    stand_in("time.sleep(60)")
+    child = launch._children[launch.start_training(run.folder)]
+    wait_for(lambda: run.status()["state"] == "training")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+        message = launch.stop_training(run.folder)
+    assert f"process {child.pid} is still saving; it will stop by itself" in message
+    assert child.wait(30) == 0
+    assert run.status()["state"] == "preempted"
+
+
 def test_another_process_follows_a_training_that_it_did_not_start(run, stand_in):
     stand_in('time.sleep(1); run.write_status("finished", step=10)')
     child = launch._children[launch.start_training(run.folder)]
@@ -132,8 +201,17 @@ def test_a_killed_training_is_reported_with_its_signal_and_its_last_words(run, s
         launch.follow_training(run.folder, interval=0.05)
     message = str(caught.value)
     assert "SIGKILL" in message
-    assert "out of memory" in message
+    assert "often: out of memory. train.batch_size 32 puts 32 pictures into a pass" in message
+    assert "train.accumulate=2 (the same batch in smaller passes)" in message
     assert "a line of the log" in message
+
+
+def test_a_death_on_a_full_disk_names_the_disk(run, stand_in, monkeypatch):
+    stand_in("raise SystemExit(1)")
+    launch.start_training(run.folder)
+    monkeypatch.setattr(launch.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    with pytest.raises(launch.TrainingFailed, match=r"exit status 1; the disk is full \(0\.0 MB are free\)"):
+        launch.follow_training(run.folder, interval=0.05)
 
 
 def test_a_crashed_training_is_reported_with_its_exit_status(run, stand_in):
@@ -344,6 +422,20 @@ run = runs.create_run(launch.load_experiment(experiment, overrides), runs_dir)
 launch.start_training(run.folder)
 launch.follow_training(run.folder, interval=0.1)
 """
+
+
+def test_nothing_of_a_trainings_log_goes_through_the_kernel_and_a_finished_one_is_not_repeated(tmp_path, experiment):
+    body = 'print("once more", "log line\\n" * 9999, flush=True); run.write_status("finished", step=10)'
+    cell = FOLLOWING.format(python=sys.executable, script=STAND_IN.format(body=body))
+    notebook = write_notebook(tmp_path / "look.ipynb", cell)
+    for _ in range(2):
+        executed = launch.run_notebook(notebook, experiment)
+        outputs = json.loads(executed.read_text())["cells"][-1]["outputs"]
+        assert "log line" not in json.dumps(outputs)
+        assert len(json.dumps(outputs)) < 1000
+        log = executed.with_name("train.log").read_text()
+        assert log.count("log line") == 9999
+        assert log.count("once more") == 1
 
 
 @pytest.fixture

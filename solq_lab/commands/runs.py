@@ -1,4 +1,4 @@
-"""Commands that make or read run folders: run, train, evaluate."""
+"""Commands that make or read run folders: run, train, evaluate, status."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from solq_lab.config import ConfigError, Experiment, load_experiment, validate_e
 from solq_lab.launch import (
     Interrupted,
     check_data_folder,
+    describe_trainings,
     follow_training,
     open_run,
     prepare_data,
@@ -32,7 +33,7 @@ from solq_lab.launch import (
     stop_training,
 )
 from solq_lab.parameters import NotebookError, read_parameters
-from solq_lab.runs import Run, create_run, load_run, read_json
+from solq_lab.runs import Run, create_run, list_runs, load_run, read_json
 
 if TYPE_CHECKING:
     from solq_lab.evaluation.summary import Evaluation
@@ -135,6 +136,16 @@ def evaluate(
     typer.echo(f"\n{evaluated.name}, {split.value} pictures\n{evaluation.table(ceiling=ceiling)}")
     if classes:
         typer.echo("\n" + evaluation.class_table("segm" if "segm" in evaluation.kinds else "box"))
+
+
+def status(runs_dir: RunsDir = Path("runs")) -> None:
+    """List the runs: state, step, AP, and which processes train them."""
+    from solq_lab.tables import summarise_runs
+
+    runs = list_runs(runs_dir)
+    typer.echo(summarise_runs(runs))
+    if trainings := describe_trainings(runs):
+        typer.echo(f"\n{trainings}")
 
 
 def _split_parameter(text: str) -> tuple[str, str]:
