@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -21,6 +22,11 @@ from tiny import tiny_experiment
 from solq_lab import cli
 from solq_lab.build import build_model, new_codec
 from solq_lab.codecs.artifact import save_codec
+from solq_lab.codecs.base import FittedCodec
+from solq_lab.codecs.dct import DCTCodec
+from solq_lab.codecs.flatten import FlattenCodec
+from solq_lab.codecs.pca import PCACodec
+from solq_lab.codecs.sparse import SparseCodingCodec
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.inference.export import onnx_file, parity
@@ -30,7 +36,7 @@ from solq_lab.inference.export.parity import compare_detections
 from solq_lab.inference.export.sharing import share
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import read_weights, save_weights
-from solq_lab.structures import Detections
+from solq_lab.structures import Detections, ImageBatch
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 PLAIN = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False}}
@@ -141,6 +147,7 @@ def test_the_documented_example_runs_with_onnxruntime_alone(exported, tmp_path: 
     assert re.search(r"(triangle|diamond) 0\.\d\d .* \(\d+, \d+\)", done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sections", "output"), [(PLAIN, None), (SQR, "mask_logits")], ids=["detector", "sqr"])
 def test_a_detector_and_the_baseline_export_at_a_fixed_size(sections: dict, output: str | None, tmp_path: Path):
     weights, _ = write_model(tmp_path, **sections)
@@ -152,41 +159,74 @@ def test_a_detector_and_the_baseline_export_at_a_fixed_size(sections: dict, outp
     assert names[4:] == ([] if output is None else [output])
 
 
-@pytest.mark.parametrize("kind", ["dct", "pca", "flatten"])
-def test_the_graph_decodes_and_cuts_masks_as_the_code_does(kind: str, tmp_path: Path):
-    sizes = {"kind": kind, "vector_dim": 16, "artifact": "unread" if kind == "pca" else ""}
-    weights, experiment = write_model(tmp_path, codec=sizes)
-    codec = new_codec(experiment)
-    if kind == "pca":
-        codec.fit([torch.rand(64, 16, 16) > 0.5])
-    model = build_model(experiment, len(CLASSES)).eval()
+def test_the_graphs_masks_are_the_codes_own_and_what_lies_beyond_a_picture_counts_for_nothing(tmp_path: Path):
+    weights, experiment = write_model(tmp_path)
+    codec, model = new_codec(experiment).eval(), build_model(experiment, len(CLASSES)).eval()
     model.load_state_dict(read_weights(weights).state)
-    graph = DetectionGraph(model, codec.eval(), top_k=5).eval()
+    graph = DetectionGraph(model, codec, top_k=5).eval()
     pixels, sizes = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8), torch.tensor([[48, 64], [40, 50]])
+    padding = torch.zeros(2, 48, 64, dtype=torch.bool)
+    padding[1, 40:], padding[1, :, 50:] = True, True
     with torch.no_grad():
         scores, labels, boxes, queries, masks = graph(pixels, sizes)
-        pixels[1, :, 40:], pixels[1, :, :, 50:] = 255, 0  # what lies beyond a picture counts for nothing
+        vectors = model(ImageBatch(pixels, padding).normalised()).layers[-1].vectors
+        pixels[padding.unsqueeze(1).expand_as(pixels)] = 255
         again = graph(pixels, sizes)
     assert masks.shape == (2, 5, 16, 16)
-    assert masks.dtype == torch.bool
     assert boxes.shape == (2, 5, 4)
-    assert labels.shape == queries.shape == scores.shape == (2, 5)
-    assert all(
-        torch.equal(before, after) for before, after in zip((scores, labels, boxes, queries, masks), again, strict=True)
-    )
+    for image in range(2):
+        assert torch.equal(masks[image], codec.binarize(codec.decode(vectors[image, queries[image]])))
+    assert all(map(torch.equal, (scores, labels, boxes, queries, masks), again))
 
 
-def test_a_file_that_finds_something_else_is_not_kept_and_the_command_fails(solq: Path, tmp_path, monkeypatch, capsys):
-    """A graph whose boxes lie a hundredth of the picture beside the model's."""
-    honest = DetectionGraph.forward
+@pytest.mark.parametrize("kind", ["dct", "pca", "released pca", "sparse", "flatten"])
+def test_every_codes_decoding_gives_the_same_bits_in_onnxruntime(kind: str, tmp_path: Path):
+    masks = torch.rand(64, 16, 16) > 0.5
+    codec = {
+        "dct": lambda: DCTCodec(16, 20),
+        "pca": lambda: PCACodec(16, 20),
+        "released pca": lambda: PCACodec.released(16, 20),
+        "sparse": lambda: SparseCodingCodec(16, 20),
+        "flatten": lambda: FlattenCodec(16, 16),
+    }[kind]()
+    if isinstance(codec, FittedCodec):
+        codec.fit([masks])
 
-    def shifted(self, pixels, sizes):
-        scores, labels, boxes, *rest = honest(self, pixels, sizes)
-        return (scores, labels, boxes + 0.01, *rest)
+    class Decode(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codec = codec.eval()
 
-    monkeypatch.setattr(DetectionGraph, "forward", shifted)
-    target = tmp_path / "out.onnx"
-    assert run_command(monkeypatch, str(solq), str(target), "--height", "48", "--width", "64", "--batch", "1") == 1
+        def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+            return self.codec.decode_bits(vectors)
+
+    vectors = torch.cat([codec.eval().encode(masks[:7]), torch.zeros(1, codec.vector_dim)])  # the last one is flat
+    program = torch.onnx.export(Decode().eval(), (vectors,), dynamo=True, opset_version=onnx_file.OPSET, verbose=False)
+    program.save(tmp_path / "code.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "code.onnx")
+    [found] = session.run(None, {session.get_inputs()[0].name: vectors.numpy()})
+    expected = codec.decode_bits(vectors)
+    assert int(expected.sum()) > 0
+    assert torch.equal(torch.from_numpy(found), expected)
+
+
+def test_a_file_that_finds_something_else_is_not_kept_and_the_command_fails(
+    solq: Path, exported, tmp_path: Path, monkeypatch, capsys
+):
+    """As if the tracer had written a graph whose boxes lie a hundredth of the picture beside the model's."""
+
+    def write(graph, path: Path, *_) -> dict:
+        model = onnx.load(exported.path)
+        boxes = next(value for value in model.graph.output if value.name == "boxes")
+        producer = next(node for node in model.graph.node if "boxes" in node.output)
+        producer.output[list(producer.output).index("boxes")] = "true_boxes"
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.01), "shift"))
+        model.graph.node.append(onnx.helper.make_node("Add", ["true_boxes", "shift"], [boxes.name]))
+        onnx.save(model, path)
+        return exported.inputs
+
+    monkeypatch.setattr(onnx_file, "_write", write)
+    assert run_command(monkeypatch, str(solq), str(tmp_path / "out.onnx")) == 1
     assert "out.onnx: not written, the ONNX file finds something else: 0 of 48 detections" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.parity.json"]
     assert not json.loads((tmp_path / "out.parity.json").read_text())["agrees"]
@@ -237,36 +277,41 @@ def test_a_model_that_cannot_be_traced_is_refused_with_the_cure(solq: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["dct", "pca", "sqr"])
-def test_a_shared_file_needs_nothing_else(kind: str, tmp_path: Path, monkeypatch, capsys):
-    """Written with the tables' file in reach; read by a fresh process in a folder that holds the file alone."""
-    sections = {"dct": {}, "sqr": SQR, "pca": {"codec": {"kind": "pca", "artifact": "pca.safetensors"}}}[kind]
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    weights, experiment = write_model(work, **sections)
-    if kind == "pca":
-        write_pca(work, experiment)
+def test_a_shared_file_needs_nothing_else(tmp_path: Path, monkeypatch, capsys):
+    """Written with the tables' file in reach; read by a fresh process in folders that hold one file each."""
+    kinds = {"dct": {}, "sqr": SQR, "pca": {"codec": {"kind": "pca", "artifact": "pca.safetensors"}}}
     picture = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
-    expected = Predictor(weights, device="cpu").predict(picture)
-    away = tmp_path / "away"
-    assert run_command(monkeypatch, str(weights), str(away / "model.safetensors")) == 0
-    assert "2 classes, code and experiment inside" in capsys.readouterr().out
     np.save(tmp_path / "picture.npy", picture)
-    shutil.rmtree(work)
+    expected = {}
+    for kind, sections in kinds.items():
+        work = tmp_path / "work" / kind
+        work.mkdir(parents=True)
+        monkeypatch.chdir(work)
+        weights, experiment = write_model(work, **sections)
+        if kind == "pca":
+            write_pca(work, experiment)
+        expected[kind] = Predictor(weights, device="cpu").predict(picture)
+        assert run_command(monkeypatch, str(weights), str(tmp_path / "away" / kind / "model.safetensors")) == 0
+        assert "2 classes, code and experiment inside" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(tmp_path / "work")
     script = (
-        "import numpy, json; from solq_lab import Predictor\n"
-        "found = Predictor('model.safetensors', device='cpu').predict(numpy.load('../picture.npy'))\n"
-        "print(json.dumps([found.names, found.scores.tolist(), [m['counts'].decode() for m in found.masks]]))"
+        "import json, os, numpy; from solq_lab import Predictor\n"
+        "for kind in sorted(os.listdir()):\n"
+        "    os.chdir(kind); assert os.listdir() == ['model.safetensors']\n"
+        "    found = Predictor('model.safetensors', device='cpu').predict(numpy.load('../../picture.npy'))\n"
+        "    os.chdir('..')\n"
+        "    print(json.dumps([kind, found.names, found.scores.tolist(), [m['counts'].decode() for m in found.masks]]))"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     run = [sys.executable, "-c", script]
-    done = subprocess.run(run, cwd=away, env=environment, capture_output=True, text=True, check=True)
-    names, scores, masks = json.loads(done.stdout)
-    assert [path.name for path in away.iterdir()] == ["model.safetensors"]
-    assert names == expected.names
-    assert scores == pytest.approx(expected.scores.tolist(), abs=1e-6)
-    assert masks == [rle["counts"].decode() for rle in expected.masks]
+    done = subprocess.run(run, cwd=tmp_path / "away", env=environment, capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [kind for kind, *_ in answers] == sorted(kinds)
+    for kind, names, scores, masks in answers:
+        assert names == expected[kind].names
+        assert scores == pytest.approx(expected[kind].scores.tolist(), abs=1e-6)
+        assert masks == [rle["counts"].decode() for rle in expected[kind].masks]
 
 
 def test_a_shared_file_tells_no_path_of_the_machine_and_anyone_may_read_it(solq: Path, tmp_path: Path):
