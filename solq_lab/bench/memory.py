@@ -32,6 +32,7 @@ from solq_lab.evaluation.coco import KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import write_results
 from solq_lab.models.recomputing import recompute_activations
+from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
 
 PICTURES = 5000  # of COCO's validation split
@@ -131,8 +132,9 @@ def score(pictures: int, rank: int, folder: Path) -> dict:
 
 def train(activations: str, height: int, width: int) -> dict:
     """One optimiser step that keeps its activations or recomputes them: loss and gradient norm."""
-    keep_freed_memory(keep=activations == "keep")  # as the training process does
+    keep_freed_memory(keep=activations == "keep")  # as the training process does, and the layers below
     model = network.build_network(EXPERIMENT).train()
+    arrange_for_cpu(model)
     if activations == "recompute":
         recompute_activations(model)
     criterion = network.build_criterion(EXPERIMENT)

@@ -154,12 +154,10 @@ class Trainer:
         elif distributed.is_main():  # the other processes receive the statistics with the first weights
             self._measure_start(steps_per_epoch)
         self.model.to(self.device)
-        if not train.compile:
-            arrange_for_cpu(self.model)
         if train.gradient_checkpointing:
             recompute_activations(self.model)
-        if train.compile:
-            compile_layers(self.model, self.device)
+        if not (train.compile and compile_layers(self.model, self.device)):
+            arrange_for_cpu(self.model)
         self.parallel = _share_gradients(self.model, self.device, passes=self.passes)
 
         self.criterion = build_criterion(experiment, self.codec).to(self.device)
