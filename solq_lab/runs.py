@@ -7,7 +7,7 @@ runs/<name>/
     metrics.jsonl        one JSON object per line: "start", "train" and "evaluation" lines
     train.log            the training's log lines
     trainer.lock         held by the one training process that may write here; names it
-    checkpoints/step_XXXXXXX/{weights.safetensors, state.pt}
+    checkpoints/step_XXXXXXX/{weights.safetensors, state.pt, sha256.json}
     flight/step_XXXXXXX/ a training step that was not finite, for `solq-lab replay`
     weights.safetensors  the trained model
     detections.json.gz, results.json, ceiling.json, figures/, <notebook>.ipynb, <notebook>.html

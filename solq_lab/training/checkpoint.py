@@ -15,11 +15,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from solq_lab.files import flush_to_disk, write_json
 from solq_lab.models.weights import read_weights, save_weights
-from solq_lab.runs import RunError, flush_to_disk, hash_file
+from solq_lab.runs import RunError, hash_file, read_json
 
 log = logging.getLogger(__name__)
 
+FILES = ("weights.safetensors", "state.pt")
+FINGERPRINTS = "sha256.json"  # of both files: neither format notices a changed bit
 KEPT = 2  # the newest, and one before it in case the newest is damaged
 MEGABYTE = 2**20
 DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
@@ -64,13 +67,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, cl
         for abandoned in folder.glob(".step_*.part"):
             shutil.rmtree(abandoned)
         partial = folder / f".{final.name}.part"
-        weights = partial / "weights.safetensors"
+        weights, state = (partial / name for name in FILES)
         try:
             partial.mkdir(parents=True)
             save_weights(weights, checkpoint.weights, experiment=experiment, classes=classes, codec=checkpoint.codec)
-            about = {"step": checkpoint.step, "weights_sha256": hash_file(weights)}
-            torch.save({**checkpoint.state, **about}, partial / "state.pt")
-            for path in (weights, partial / "state.pt", partial):
+            torch.save({"step": checkpoint.step, **checkpoint.state}, state)
+            write_json(partial / FINGERPRINTS, {name: hash_file(partial / name) for name in FILES})
+            for path in (weights, state, partial):
                 flush_to_disk(path)
             partial.rename(final)
             flush_to_disk(folder)
@@ -135,13 +138,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         One of `DAMAGE`: it is not as it was written.
     """
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    weights = path / "weights.safetensors"
-    expected = state.pop("weights_sha256", None)  # checkpoints of older versions have none
-    if expected not in (None, hash_file(weights)):
-        raise ValueError(f"{weights.name} is not what was written")
+    fingerprints = path / FINGERPRINTS  # checkpoints of older versions have none
+    for name, written in (read_json(fingerprints) if fingerprints.exists() else {}).items():
+        if hash_file(path / name) != written:
+            raise ValueError(f"{name} is not what was written")
+    weights, state = (path / name for name in FILES)
     read = read_weights(weights)
-    return Checkpoint(state.pop("step"), read.state, state, read.codec)
+    values = torch.load(state, map_location="cpu", weights_only=True)
+    return Checkpoint(values.pop("step"), read.state, values, read.codec)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
