@@ -173,7 +173,11 @@ def evaluate_run(
     experiment = run.experiment.evaluated_on(split)
     results_file, detections_file = _for_split(run.results, split), _for_split(run.detections, split)
     about = _what_is_evaluated(experiment, run.weights)
-    finished = _finished_results(results_file, about) if detections_file.exists() else None
+
+    def look_up() -> Evaluation | None:  # by one process: a shared disk may show another one something else
+        return _finished_results(results_file, about) if detections_file.exists() else None
+
+    finished = share_from_main(look_up)
     if finished is not None:
         logger.info("%s: results of these weights are there already", results_file)
         return finished
@@ -194,9 +198,12 @@ def evaluate_run(
         workers=experiment.data.workers,
         should_stop=should_stop,
     )
-    if distributed.is_main():
+
+    def write() -> None:
         write_results(detections_file, results)
         write_json(results_file, evaluation.to_dict() | about | {"seconds": time.perf_counter() - started})
+
+    share_from_main(write)
     return evaluation
 
 
