@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("box", "segm", "boundary")
 DEFAULTS = EvaluationSection()
-DETECTIONS_AT_ONCE = 50_000  # matched at once, or one class where it has more: about 100 MB of tables
+DETECTIONS_AT_ONCE = 50_000  # matched at once, or one class where it has more: about 150 MB of tables
 
 _IOU_TYPE = {"box": "bbox", "segm": "segm", "boundary": "boundary"}
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # area ranges, in the order of faster-coco-eval's arrays
