@@ -114,7 +114,8 @@ def changes(draw: st.DrawFn) -> Change:
     section = draw(st.sampled_from(["images", "annotations", "annotations", "annotations", "categories"]))
     place = draw(st.integers(0, 2))
     field = draw(st.sampled_from(sorted(FIELDS[section])))
-    value = draw({"field": FIELDS[section][field], "entry": _anything, "list": _anything}.get(kind, st.none()))
+    values = {"field": FIELDS[section][field], "entry": _anything, "list": _anything}.get(kind, st.none())
+    value = copy.deepcopy(draw(values))  # a later change may reach into it
 
     def spoil(document: dict[str, Any]) -> None:
         entries = document.get(section)
