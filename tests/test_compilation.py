@@ -100,7 +100,7 @@ def test_a_compiled_training_stops_in_its_first_compilation_and_ends_like_a_plai
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 0
+    assert process.wait(600) == 0
     assert run.status()["state"] == "preempted"
     assert run.status()["step"] <= 1
     assert train_run(run) == "finished"
