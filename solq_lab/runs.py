@@ -52,6 +52,7 @@ MAY_CHANGE = frozenset(  # of a run that is not finished: what a training costs 
         "train.gradient_checkpointing",
         "train.rank_timeout",
         "train.save_every",
+        "train.skip_nonfinite",  # or a run could never pass over one bad step
         "train.threads",
     ]
 )

@@ -217,6 +217,15 @@ def test_only_steps_in_a_row_count(pictures, tmp_path, monkeypatch):
     assert [line["step"] for line in run.metrics("nonfinite")] == [2, 4, 6]
 
 
+def test_a_run_that_stopped_goes_on_where_more_steps_may_be_skipped(pictures, tmp_path, monkeypatch):
+    spoil_total(monkeypatch, {4}, to_nan)
+    with pytest.raises(NonFiniteError, match=r"Raise train\.skip_nonfinite"):
+        train_run(new_run(pictures, tmp_path))
+    run = new_run(pictures, tmp_path, train={"skip_nonfinite": 1})
+    assert train_run(run) == "finished"
+    assert [line["step"] for line in run.metrics("train")] == [1, 2, 3, 5, 6, 7, 8]
+
+
 def test_a_mean_over_several_steps_leaves_the_skipped_ones_out(pictures, tmp_path):
     run = new_run(pictures, tmp_path, train={"log_every": 3})
     journal = Journal(run, total_steps=9, steps_per_epoch=3)
@@ -332,6 +341,25 @@ def test_a_replay_repeats_every_number_bit_for_bit_and_finds_the_place(stopped, 
     shown = capsys.readouterr().out
     assert f"not finite before the step: {POISONED}" in shown
     assert "reproduced, bit for bit" in shown
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"gradient_checkpointing": True, "accumulate": 2}},
+        {"train": {"autocast": "bf16"}},
+        {"model": {"two_stage": True, "queries": 6}},
+        {"model": {"standardise_vectors": False, "mask_branch": "sqr"}, "codec": {"kind": "none"}},
+    ],
+    ids=["recomputed passes", "bf16", "two stages", "mask branch"],
+)
+def test_every_kind_of_training_is_replayed_bit_for_bit(pictures, tmp_path, sections):
+    run = new_run(pictures, tmp_path, optim={"lr": 1e30, "backbone_lr": 1e30}, **sections)
+    with pytest.raises(NonFiniteError, match="step 2: "):
+        train_run(run)
+    replay = replay_record(run.folder / "flight" / "step_0000002")
+    assert replay.exact
+    assert replay.firsts.keys() == {"forward", "backward", "parameter"}
 
 
 def test_a_replay_in_another_precision_says_what_differs(stopped):

@@ -95,7 +95,7 @@ def number(value: float) -> float | str:
 
 def count_nonfinite(values: Tensor) -> str:
     """How many numbers of a tensor are not finite, in words."""
-    return f"{int((~values.isfinite()).sum())} of {values.numel()}"
+    return f"{int((~values.detach().isfinite()).sum())} of {values.numel()}"
 
 
 def _summarise(values: Tensor) -> dict[str, Any]:

@@ -88,10 +88,11 @@ class FlightRecorder:
             if distributed.is_main():
                 log.warning("%s; skipped, %d of at most %d in a row", message, self.in_a_row, allowed)
             return
-        cure = "" if problem else f"Repeat it with `solq-lab replay {place}`; "
+        cure = "" if problem else f"Repeat it with `solq-lab replay {place}`. "
         raise NonFiniteError(
             f"{message}. The weights were left as they were before it; steps in a row that were not finite: "
-            f"{self.in_a_row}, train.skip_nonfinite={allowed}. {cure}lower optim.lr, or set train.autocast=none"
+            f"{self.in_a_row}, train.skip_nonfinite={allowed}. {cure}Raise train.skip_nonfinite to pass over it and go "
+            "on from the last checkpoint, or train anew with a lower optim.lr or train.autocast=none"
         )
 
     def _record(self, outcome: Outcome, number: int) -> tuple[dict[str, Any], str | None]:

@@ -188,20 +188,20 @@ def _watched(model: nn.Module, firsts: dict[str, str]) -> Iterator[None]:
     """
 
     def look_back(place: str, gradient: Tensor) -> None:
-        if "backward" not in firsts and not gradient.isfinite().all():
+        if "backward" not in firsts and not _is_finite(gradient):
             firsts["backward"] = f"gradient of the output of {place}, {count_nonfinite(gradient)} values"
 
     def look(place: str, module: nn.Module, inputs: tuple, outputs: Any) -> None:
         for output in _tensors(outputs):
-            if "forward" not in firsts and not output.isfinite().all():
-                born = all(value.isfinite().all() for value in _tensors(inputs))
+            if "forward" not in firsts and not _is_finite(output):
+                born = all(_is_finite(value) for value in _tensors(inputs))
                 source = "from finite inputs" if born else "its inputs are not finite either"
                 firsts["forward"] = f"output of {place}, {count_nonfinite(output)} values, {source}"
             if output.requires_grad:
                 output.register_hook(partial(look_back, place))
 
     def look_at_parameter(name: str, parameter: Tensor) -> None:
-        if "parameter" not in firsts and not parameter.grad.isfinite().all():
+        if "parameter" not in firsts and not _is_finite(parameter.grad):
             firsts["parameter"] = f"{name}, {count_nonfinite(parameter.grad)} values"
 
     handles = [
@@ -229,6 +229,11 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all numbers are finite; asked outside autograd, which recomputed layers want to find as it was."""
+    return bool(values.detach().isfinite().all())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
