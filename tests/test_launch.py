@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import pytest
 from notebook import SHARED, write_notebook
+from typer.testing import CliRunner
 
 from solq_lab import launch
+from solq_lab.cli import app
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.parameters import NotebookError
 from solq_lab.runs import RunError, create_run, read_json, write_json
@@ -143,6 +146,9 @@ def test_a_training_whose_launcher_was_killed_goes_on_and_is_known_to_the_next_o
     trainer = run.trainer()
     said = f"{run.folder}: process {trainer['pid']} on {socket.gethostname()} is training; kill {trainer['pid']} lets"
     assert said in launch.describe_trainings([run])
+    listed = CliRunner().invoke(app, ["status", "--runs-dir", str(run.folder.parent)]).output
+    assert re.search(r"^a +training +1 ", listed, re.MULTILINE)
+    assert said in listed
     assert launch.start_training(run.folder) is None
     assert "stopped at step 7" in launch.stop_training(run.folder)
     assert launch.describe_trainings([run]) == ""

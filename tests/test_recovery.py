@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ import pytest
 import torch
 from tiny import tiny_experiment, write_pictures
 
+from solq_lab import launch
 from solq_lab.config import load_experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.models.weights import read_weights
@@ -350,6 +354,21 @@ def test_a_clock_that_jumps_changes_nothing(run, whole, monkeypatch):
     assert all(line["images_per_second"] > 0 for line in run.metrics("train"))
 
 
+# ------------------------------------------------------------------------------------------------ the table of faults
+
+
+def test_every_test_in_the_table_of_faults_exists_and_every_fault_has_one():
+    table = (REPOSITORY / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = [line for line in table.splitlines() if line.startswith("|") and not line.startswith(("| fault", "|---"))]
+    assert len(rows) >= 40
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row)
+        assert named, row
+        for file, name in named:
+            parsed = ast.parse((REPOSITORY / "tests" / file).read_text(encoding="utf-8"))
+            assert name in {node.name for node in parsed.body if isinstance(node, ast.FunctionDef)}, row
+
+
 # -------------------------------------------------------------------------------------------- processes of their own
 
 
@@ -481,6 +500,19 @@ def test_a_stop_while_the_operators_are_compiled_leaves_no_half_library_and_no_c
     while any(map(live, compiling)):
         assert time.monotonic() < deadline, "a compiler outlives its trainer"
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_not_used(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = create_run(tiny_experiment(pictures, train={"steps": 2, "gpus": 2}), tmp_path)
+    with socket.socket() as usual:
+        usual.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # somebody else has it, which is as good
+            usual.bind(("", 29500))
+            usual.listen()
+        launch.start_training(run.folder)
+        assert launch.follow_training(run.folder, interval=0.2).status()["state"] == "finished"
 
 
 def interrupted_at(run, steps, numbers):
