@@ -436,6 +436,17 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path, text, message):
         ({"segmentation": {"size": [30, 40], "counts": [-5, 1205]}}, r"annotation id 7: .*not an RLE"),
         ({"segmentation": {"size": [30, 40], "counts": ["a"]}}, r"annotation id 7: .*not an RLE"),
         ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"annotation id 7: .*size .* here \[30, 40\]"),
+        (
+            {"segmentation": [[0, 0, 1e8, 5, 3, 1e8]]},
+            r"annotation id 7: a polygon .* farther outside its picture of \[30, 40\] .* than this is long",
+        ),
+        ({"segmentation": [[0, 0, 10**400, 5, 3, 1]]}, r"annotation id 7: .*polygons are made of numbers"),
+        ({"segmentation": {"size": [30, 40], "counts": "hRll0dZO"}}, r"annotation id 7: .*not an RLE"),
+        ({"segmentation": {"size": [30, 40], "counts": "0o"}}, r"annotation id 7: .*break off in the middle of a run"),
+        ({"bbox": "abcd"}, r"annotation id 7: bbox 'abcd'; needed are four numbers"),
+        ({"bbox": [10**400, 1, 1, 1]}, r"annotation id 7: bbox .* not finite, or larger than any picture"),
+        ({"iscrowd": "0"}, r"annotation id 7: iscrowd '0'; allowed are 0 and 1"),
+        ({"id": 2**63}, r"annotation id 9223372036854775808: found .* needed are whole numbers"),
     ],
 )
 def test_a_bad_annotation_is_named_with_what_is_wrong(tmp_path, changes, message):

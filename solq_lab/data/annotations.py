@@ -351,8 +351,7 @@ def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
     """The compressed RLE of a compressed or uncompressed one.
 
     Raises:
-        DataError: not runs that cover a picture of `size` (height, width): the C code behind pycocotools would write
-            beside its memory.
+        DataError: not runs that cover a picture of `size` (height, width); C code reads them, and takes them as given.
     """
     counts, rle_size = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(counts, str | bytes | list) or not isinstance(rle_size, list) or tuple(rle_size) != size:

@@ -126,6 +126,7 @@ class CocoDataset(Dataset):
         original_size = self._size(index)
         steps = self._plan(epoch, index)
         height, width = size_after(steps, original_size)
+        picture = self._picture(index)  # first: masks of a size that the file does not have could take all memory
 
         rows = slice(*self._objects.starts[index : index + 2])
         boxes = apply_to_boxes(steps, self._objects.boxes[rows])
@@ -141,7 +142,7 @@ class CocoDataset(Dataset):
             original_size=original_size,
             bitmaps=self._bitmaps(index, kept, steps) if self.with_bitmaps else None,
         )
-        return apply_to_picture(steps, self._picture(index)), target
+        return apply_to_picture(steps, picture), target
 
     def aspects(self, epoch: int) -> np.ndarray:
         """Width over height of every picture after its transform in this epoch, (I,); no picture is opened.
