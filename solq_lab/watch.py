@@ -100,7 +100,8 @@ class RankWatch(threading.Thread):
         self._looked = time.monotonic()
         self._verdict: Verdict | None = None
         self._heard, self._left = threading.Event(), threading.Event()
-        self._suspicious = self._told = self._alone = False
+        self._suspicious = self._told = False
+        self._alone = ""  # why nobody can be watched any more
         self._deadline = math.inf  # when to end at the latest, once something is lost
 
     def __enter__(self) -> Self:
@@ -134,10 +135,16 @@ class RankWatch(threading.Thread):
             return error
         self._suspicious = True
         self._heard.wait(SECONDS_OF_SUSPICION + 5 * SECONDS_BETWEEN_SIGNS)
-        return error if self._verdict is None else ProcessLost(self._verdict.text)
+        lost = self._alone if self._verdict is None else self._verdict.text
+        return ProcessLost(lost) if lost else error
 
     def speaks_last(self) -> bool:
-        """Whether this process writes how the training ended: the main one, or who found that one lost."""
+        """Whether this process writes how the training ended: the main one, or who found that one lost.
+
+        Where the store is gone too, nobody knows who is left, and all say the same.
+        """
+        if self._alone:
+            return True
         speaker = 0 if self._verdict is None or self._verdict.rank != 0 else self._verdict.teller
         return self._rank == speaker
 
@@ -151,13 +158,13 @@ class RankWatch(threading.Thread):
 
     def _watch_once(self) -> None:
         if os.getppid() != self._launcher:
-            self._stop_politely(f"its launcher, process {self._launcher}, is gone")
+            self._stop_politely(f"the launcher, process {self._launcher} on {self._host}, is gone")
             return
         try:
             self._give_sign()
             self._look_around()
         except RuntimeError as error:  # it has waited for `timeout` seconds, or the connection is broken for good
-            self._stop_politely(f"the launchers' store is gone ({str(error).splitlines()[0]})")
+            self._stop_politely(f"the first launcher cannot be reached, {str(error).splitlines()[0]}")
 
     def _give_sign(self, *, left: bool = False) -> None:
         self._signs_given += 1
@@ -224,13 +231,13 @@ class RankWatch(threading.Thread):
     def _stop_politely(self, why: str) -> None:
         """Let this process ask for a stop, as if somebody had sent the signal: all agree, save and end."""
         log.error("rank %d: %s; saving and stopping", self._rank, why)
-        self._alone = True
+        self._alone = why
         self._deadline = time.monotonic() + SECONDS_TO_SAVE
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _end(self) -> None:
         """End this process while its main thread waits for something that will not come."""
-        text = "the launcher was lost, and saving took too long" if self._verdict is None else self._verdict.text
+        text = self._alone if self._verdict is None else self._verdict.text
         if self.speaks_last() and not self._told:
             self._last_words(f"{ProcessLost.__name__}: {text}")
         log.error("rank %d: ends without waiting any longer: %s", self._rank, text)

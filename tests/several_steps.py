@@ -1,4 +1,4 @@
-"""A few steps of a run as they are taken in training: `python several_steps.py RUN_FOLDER OUTPUT`, also under torchrun."""
+"""Steps of a run as training takes them, in float64: `python several_steps.py RUN_FOLDER OUTPUT`, also under torchrun."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 4
 
 
 def losses_and_weights(run_folder: Path) -> dict[str, list | dict[str, torch.Tensor]]:
-    """The losses of each step, averaged over processes, the weights after the last one, and objects by step and process."""
+    """The sums of the losses after each step, the weights after the last, and objects by step, process and pass."""
     torch.set_default_dtype(torch.float64)  # rounding is not to hide behind a tolerance, and AdamW enlarges it
     trainer = Trainer(load_run(run_folder))
     trainer.model.register_forward_pre_hook(_in_double_precision)
@@ -27,9 +27,8 @@ def losses_and_weights(run_folder: Path) -> dict[str, list | dict[str, torch.Ten
         batches = [next(loader) for _ in range(trainer.passes)]
         trainer._take_step(batches)
         trainer.step += 1
-        sums = trainer.journal.state_dict()["sums"]
-        means = distributed.sum_over_processes(torch.stack([value.double() for value in sums.values()]))
-        losses.append(dict(zip(sums, (means / distributed.world_size()).tolist(), strict=True)))
+        sums = trainer.journal.state_dict()["sums"]  # the mean over processes
+        losses.append({name: value.item() for name, value in sums.items()})
         objects.append(distributed.gather_objects([sum(len(t.labels) for t in targets) for _, targets in batches]))
     return {"losses": losses, "objects": objects, "weights": trainer.model.state_dict()}
 

@@ -290,7 +290,8 @@ def test_without_their_launcher_the_processes_save_and_stop(start):
     status = training.run.status()
     assert status["state"] == "preempted"
     assert newest_checkpoint(training.run) == status["step"]
-    assert f"its launcher, process {training.launcher.pid}, is gone" in training.run.log_file.read_text()
+    said = f"the launcher, process {training.launcher.pid} on {socket.gethostname()}, is gone"
+    assert said in training.run.log_file.read_text()
 
 
 @pytest.mark.slow

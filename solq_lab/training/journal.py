@@ -94,9 +94,12 @@ class Journal:
         return any(line["step"] == step for line in self._run.metrics("evaluation"))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to write the same lines."""
-        counts = {"steps": self._steps, "skipped": self._skipped}
-        return {"seconds": self.seconds, "sums": self._sums, "since": self._since, **counts}
+        """What a resumed training needs to write the same lines; every process has to ask for it."""
+        counts, sums = {"steps": self._steps, "skipped": self._skipped}, self._sums
+        if sums and distributed.world_size() > 1:  # one journal is kept, and all go on from it: from their mean
+            means = distributed.sum_over_processes(torch.stack(list(sums.values()))) / distributed.world_size()
+            sums = dict(zip(sums, means, strict=True))
+        return {"seconds": self.seconds, "sums": sums, "since": self._since, **counts}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from what `state_dict` gave."""
