@@ -148,8 +148,12 @@ def test_the_documented_example_runs_with_onnxruntime_alone(exported, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sections", "output"), [(PLAIN, None), (SQR, "mask_logits")], ids=["detector", "sqr"])
-def test_a_detector_and_the_baseline_export_at_a_fixed_size(sections: dict, output: str | None, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("sections", "output"),
+    [(PLAIN, None), (SQR, "mask_logits"), ({"model": {"backbone": "swin_t"}}, "masks")],
+    ids=["detector", "sqr", "swin"],
+)
+def test_a_detector_the_baseline_and_swin_export_at_a_fixed_size(sections: dict, output: str | None, tmp_path: Path):
     weights, _ = write_model(tmp_path, **sections)
     report = export_onnx(weights, tmp_path / "model.onnx", size=(64, 96), batch=1)
     assert report.inputs == {"pixels": [1, 3, 64, 96], "sizes": [1, 2]}
@@ -265,6 +269,12 @@ def test_what_cannot_be_exported_is_refused_before_any_work(solq: Path, tmp_path
     with pytest.raises(ConfigError, match=r"writing ONNX needs no_such_package; .*pip install 'solq-lab\[export\]'"):
         export_onnx(solq, tmp_path / "out.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
+
+
+def test_swin_is_refused_without_a_size(tmp_path: Path):
+    weights, _ = write_model(tmp_path, model={"backbone": "swin_t"})
+    with pytest.raises(ConfigError, match=r"Swin's windows cannot be traced for free sizes; give --height and --width"):
+        export_onnx(weights, tmp_path / "out.onnx")
 
 
 def test_a_model_that_cannot_be_traced_is_refused_with_the_cure(solq: Path, tmp_path: Path, monkeypatch):

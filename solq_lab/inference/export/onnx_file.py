@@ -33,8 +33,6 @@ from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
 from solq_lab.runs import Run, write_json
 from solq_lab.structures import PIXEL_MEAN, PIXEL_STD
 
-log = logging.getLogger(__name__)
-
 OPSET = 20  # the first with today's GridSample; onnxruntime 1.17 and later know it
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TRACED = (200, 296)  # of pictures of any size: no side and no number of cells may be 1 on any level, or equal
@@ -83,12 +81,13 @@ def export_onnx(
         weights_or_run: as for `Predictor`.
         destination: the file; it must not exist.
         size: (height, width) of every picture, pixels; None: any.
-        batch: pictures per call; None: any number, but one for a model with a mask branch.
+        batch: pictures per call; None: any number, but one for Swin and for a model with a mask branch.
         top_k: detections per picture; None: as many as the experiment evaluates.
         images: pictures to compare with; none: a few drawn ones.
 
     Raises:
-        ConfigError: the destination exists, a size or number is not positive, or a package is missing.
+        ConfigError: the destination exists, a size or number is not positive, a package is missing, or Swin is to have
+            free sizes.
         RunError, WeightMismatch: as for `Predictor`.
         DataError: a picture cannot be read.
         ExportError: the model cannot be exported so, or the file finds something else.
@@ -97,9 +96,12 @@ def export_onnx(
     _check(destination, size, batch)
     predictor = Predictor(weights_or_run, device="cpu", top_k=top_k)
     pictures = [np.asarray(read_upright(path)) for path in images] or _drawn_pictures()
+    swin = predictor.experiment.model.backbone.startswith("swin")
+    if swin and size is None:
+        raise ConfigError("Swin's windows cannot be traced for free sizes; give --height and --width")
     graph = _plain_graph(weights_or_run, predictor)
-    if "mask_logits" in graph.outputs:
-        batch = batch or 1  # its convolutions see batch x queries as one axis, which the tracer pins
+    if swin or "mask_logits" in graph.outputs:
+        batch = batch or 1  # windows, or queries, share an axis with the pictures, whose number the tracer then pins
     destination.parent.mkdir(parents=True, exist_ok=True)
     with replacing(destination) as unfinished:
         inputs = _write(graph, unfinished, size, batch, predictor)
@@ -147,25 +149,11 @@ def _write(
     sides = {0: free} if batch is None else {}
     shapes = {"pixels": sides | ({2: free, 3: free} if size is None else {}), "sizes": sides}
     try:
-        with torch.no_grad():
-            program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
-            operator = torch.ops.solq_lab.ms_deform_attn.default
-            program = program.run_decompositions({operator: _sample_plainly})
-            written = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=INPUTS,
-                output_names=graph.outputs,
-                opset_version=OPSET,
-                external_data=False,
-                verbose=False,
-            )
+        written = _translate(graph, example, shapes)
     except Exception as error:  # the tracer and the translator raise dozens of kinds
         cure = "; try a fixed size (--height, --width) and batch (--batch)" if size is None or batch is None else ""
         reason = " ".join(str(error).split())[:400]
-        raise ExportError(
-            f"{path.name}: this model cannot be traced{cure}: {type(error).__name__}: {reason}"
-        ) from error
+        raise ExportError(f"this model cannot be traced{cure}: {type(error).__name__}: {reason}") from error
     _name_sides(written.model)
     inputs = {
         value.name: [side if isinstance(side, int) else str(side) for side in value.shape]
@@ -174,6 +162,24 @@ def _write(
     written.model.metadata_props.update(_metadata(predictor, inputs))
     written.save(path)
     return inputs
+
+
+@torch.no_grad()
+def _translate(graph: DetectionGraph, example: tuple[Tensor, ...], shapes: dict[str, dict]) -> torch.onnx.ONNXProgram:
+    """The graph as ONNX, traced with an example of its inputs and told which of their sides are free."""
+    for chatty in ("onnxscript", "onnx_ir"):  # a line for every node that they simplify
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
+    program = program.run_decompositions({torch.ops.solq_lab.ms_deform_attn.default: _sample_plainly})
+    return torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=INPUTS,
+        output_names=graph.outputs,
+        opset_version=OPSET,
+        external_data=False,
+        verbose=False,
+    )
 
 
 def _sample_plainly(value: Tensor, flat_shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
