@@ -112,7 +112,7 @@ def losses_of_one_step(folder: Path) -> dict[str, float]:
     criterion = SetCriterion(codec, matcher, **loss.model_dump())
     losses = criterion(model(images.normalised()), targets, num_boxes=sum(len(target.labels) for target in targets))
     criterion.total(losses).backward()
-    return {name: float(value) for name, value in losses.items()}
+    return {name: value.item() for name, value in losses.items()}
 
 
 # ---- the way there and back

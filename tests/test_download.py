@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from solq_lab import cli
 from solq_lab.data import download, transfer
 from solq_lab.data.annotations import DataError
 from solq_lab.data.download import WORKSHOP, download_coco, read_sums
@@ -274,6 +275,15 @@ def test_a_full_disk_keeps_what_has_arrived_and_says_so(server, target, monkeypa
     assert PartFile(target).size == 100_000
 
 
+def test_a_disk_that_fills_up_while_writing_is_told_from_a_broken_connection(server, target):
+    PartFile(target).path.symlink_to("/dev/full")
+    with pytest.raises(
+        DataError, match=r"a\.part: cannot be written: No space left on device; what has arrived is kept"
+    ):
+        fetch(f"{server.url}/a", target, retries=100, backoff=100.0)
+    assert len(server.asked) == 1
+
+
 # ---- zip files
 
 
@@ -504,7 +514,8 @@ def test_two_at_once_are_refused_with_the_name_of_the_first(coco):
     download_coco(**coco)  # a kill frees the lock
 
 
-def test_a_kill_in_the_middle_of_the_download_loses_nothing(coco, server, tmp_path):
+@pytest.mark.parametrize(("ending", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_kill_or_ctrl_c_in_the_middle_of_the_download_loses_nothing(coco, server, tmp_path, ending, status):
     server.pause = 0.05
     (tmp_path / "sums").write_text("".join(f"{digest}  {name}\n" for name, digest in coco["sums"].items()))
     program = "import sys; from solq_lab.cli import main; main()"
@@ -515,7 +526,8 @@ def test_a_kill_in_the_middle_of_the_download_loses_nothing(coco, server, tmp_pa
         deadline = time.monotonic() + 60
         while part.size < 20_000 and time.monotonic() < deadline:
             time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
+        child.send_signal(ending)
+    assert child.returncode == status
     arrived = part.size
     assert arrived >= 20_000
     server.pause = 0.0
@@ -571,3 +583,32 @@ def test_the_stamp_survives_nonsense(coco):
     stamp.write_text("[")
     download_coco(**coco)
     assert json.loads(stamp.read_text())["members"] == {"val2017/9.jpg": 10_000}
+
+
+def test_real_pictures_go_from_the_server_through_the_check(server, tmp_path, coco_tiny, monkeypatch, capsys):
+    """The README's way, on a small part of COCO: download-coco, then check-data."""
+    parts = {
+        "annotations/annotations_trainval2017.zip": coco_tiny / "annotations",
+        "zips/train2017.zip": coco_tiny / "train2017",
+        "zips/val2017.zip": coco_tiny / "val2017",
+    }
+    lines = []
+    for path, folder in parts.items():
+        body = archive_of({f"{folder.name}/{file.name}": file.read_bytes() for file in folder.iterdir()})
+        server.files[f"/{path}"] = body
+        lines.append(f"{hashlib.sha256(body).hexdigest()}  {path}\n")
+    (tmp_path / "sums").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    server.breaks = [1_000_000, 2_000_000]
+
+    def command(*arguments: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["solq-lab", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code
+
+    assert not command("download-coco", "coco", "--base-url", server.url, "--sums", "sums")
+    assert command("check-data", "coco", "--worst", "0") == 1  # 50 pictures do not have every class
+    assert "problems: class-not-trained\n" in capsys.readouterr().out
+    assert not command("check-data", "coco", "--worst", "0", "--allow", "class-not-trained")

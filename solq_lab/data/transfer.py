@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from solq_lab.data.annotations import DataError
 from solq_lab.files import flush_to_disk, write_json
@@ -79,11 +80,16 @@ class PartFile:
             self.path.write_bytes(b"")
             write_json(self._note, origin._asdict())
 
-    def append(self, file: BinaryIO, chunk: bytes) -> None:
-        """Write to the opened part file, past all buffers of this process. Raises DataError where the disk is full."""
+    def append(self, file: io.RawIOBase, chunk: bytes) -> None:
+        """Write to the part file, opened without a buffer: closing it must not fail again on what did not fit.
+
+        Raises:
+            DataError: the disk is full.
+        """
+        rest = memoryview(chunk)
         with _writing(self.path):
-            file.write(chunk)
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
 
     def finish(self) -> None:
         """Give the file its name, with all its bytes on the disk. Raises DataError where that fails."""
@@ -230,7 +236,7 @@ def _align(part: PartFile, now: Origin, start: int) -> int:
 def _receive(response: http.client.HTTPResponse, part: PartFile, skip: int, total: int | None, show: Show) -> None:
     """Append the body without its first `skip` bytes. Raises Broken where it ends before `total`."""
     done = part.size
-    with part.path.open("ab") as file:
+    with part.path.open("ab", buffering=0) as file:
         while total is None or done < total:
             chunk = response.read1(CHUNK if total is None else min(CHUNK, total - done + skip))
             if not chunk:
