@@ -62,6 +62,10 @@ class BatchLoader:
 
     Attributes:
         replaced: unreadable pictures that others stand in for, so far.
+
+    Raises, while iterating:
+        DataError: a picture cannot be read; the message names file, image id and annotation file.
+        LoaderError: a worker died, or none answered in time.
     """
 
     def __init__(
@@ -96,8 +100,8 @@ class BatchLoader:
         others = multiprocessing.active_children()
         with _children_hear_no_stop(), _child_handler_kept():
             self._readings = iter(loader)
-        workers = [process for process in multiprocessing.active_children() if process not in others]
-        self._workers = sorted(workers, key=lambda process: process.pid)
+        born = [process for process in multiprocessing.active_children() if process not in others]
+        self._workers = sorted(born, key=lambda process: process.pid)
         # At the end of the program Python waits for its children, however long; workers ignore its polite request.
         self._end = partial(_kill, self._workers)
         atexit.register(self._end)
