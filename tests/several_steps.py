@@ -1,4 +1,4 @@
-"""Steps of a run as training takes them, in float64: `python several_steps.py RUN_FOLDER OUTPUT`, also under torchrun."""
+"""Steps as training takes them, in float64: `python several_steps.py RUN_FOLDER OUTPUT`, also under torchrun."""
 
 from __future__ import annotations
 

@@ -204,6 +204,20 @@ def test_processes_of_a_slurm_step_meet_on_its_first_machine(tmp_path, monkeypat
 # ------------------------------------------------------------------------------------------------------------- faults
 
 
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_open(port):
+    with socket.socket() as visitor:
+        return visitor.connect_ex(("localhost", port)) == 0
+
+
+def rank_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
+
+
 class Started:
     """A training of several processes that has done some steps."""
 
@@ -215,13 +229,8 @@ class Started:
             )
         wait_for(lambda: self.launcher.poll() is not None or until(run))
         assert self.launcher.poll() is None, run.log_file.read_text()
-        children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children").read_text().split()
-        self.ranks = sorted(map(int, children), key=self._rank)
+        self.ranks = sorted(children_of(self.launcher.pid), key=rank_of)
         assert len(self.ranks) == processes
-
-    def _rank(self, pid):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
 
     def wait(self, seconds=60.0):
         """The launcher's exit status, once it and all processes are gone; within a minute."""
@@ -292,6 +301,33 @@ def test_without_their_launcher_the_processes_save_and_stop(start):
     assert newest_checkpoint(training.run) == status["step"]
     said = f"the launcher, process {training.launcher.pid} on {socket.gethostname()}, is gone"
     assert said in training.run.log_file.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["the first machine", "the second machine"])
+def test_a_lost_machine_ends_the_training_on_the_other_with_a_message(pictures, tmp_path, lost):
+    run = new_run(pictures, tmp_path, train={"gpus": 2, "steps": 5000, "save_every": 5, "rank_timeout": 8.0})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = f"--rdzv-endpoint=localhost:{port}"
+    command = [*training_command(run, 1, nodes=2)[:-1], "--nnodes=2", "--rdzv-backend=c10d", meeting, str(run.folder)]
+    with run.log_file.open("ab") as output:
+        launchers = [subprocess.Popen(command, env=ENVIRONMENT, stderr=output)]
+        wait_for(lambda: is_open(port))  # the first machine is where they meet
+        launchers.append(subprocess.Popen(command, env=ENVIRONMENT, stderr=output))
+    try:
+        wait_for(lambda: newest_checkpoint(run) >= 5)
+        gone, left = launchers if lost == "the first machine" else reversed(launchers)
+        for pid in (gone.pid, *children_of(gone.pid)):
+            os.kill(pid, signal.SIGKILL)
+        assert left.wait(60) == 1
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+            launcher.wait()
+    assert run.status()["state"] == "failed"
+    assert run.status()["message"].startswith("ProcessLost: ")
 
 
 @pytest.mark.slow
