@@ -148,7 +148,11 @@ FAULTS = {
     "unknown-category": [put("annotations", 0, category_id=99)],
     "duplicate-file-name": [add("images", 1, id=9), add("images", 1, id=9, file_name="./b.png")],
     "duplicate-object-id": [put("annotations", 1, id=1)],
-    "picture-missing": [put("images", 1, file_name="c.png"), put("images", 1, file_name="no\x00ne/c.png")],
+    "picture-missing": [
+        put("images", 1, file_name="c.png"),
+        put("images", 1, file_name="no\x00ne/c.png"),
+        put("images", 1, file_name="a" * 5000 + "/c.png"),
+    ],
     "picture-size": [put("images", 1, height=WIDTH, width=HEIGHT)],
     "box": [
         put("annotations", 0, bbox=[1, 2, 3]),

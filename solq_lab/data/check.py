@@ -206,7 +206,7 @@ def _look_at_file(content: _Content, picture: _Picture) -> tuple[bytes, list[Fin
     """A digest of a picture file's bytes, empty where it was not read whole, and what is wrong with the file."""
     path = content.split.images / picture.file_name
     name = f"image id {picture.image_id}: {shorten(picture.file_name)}"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it knows no name too long to ask for
         return b"", [Finding("picture-missing", name)]
     if content.options.look == "names":
         return b"", []
