@@ -6,6 +6,7 @@ losing the kernel or the terminal loses nothing, and any notebook or terminal ca
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
@@ -334,12 +335,13 @@ def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
         One sentence about where the run stands.
     """
     run = load_run(run_folder)
-    if not _is_alive(run):
+    target = _trainer(run) if _is_alive(run) else {}
+    if not target:
         return f"{run.folder}: no training was running; the same command goes on from here"
-    target = _trainer(run)
     if target["host"] != socket.gethostname():
         return f"{run.folder}: {_describe_trainer(run)} is training; stop it there: kill {target['pid']}"
-    os.kill(target["pid"], signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(target["pid"], signal.SIGTERM)
     deadline = time.monotonic() + patience
     try:
         while _is_alive(run) and time.monotonic() < deadline:
@@ -514,9 +516,10 @@ def _describe_trainer(run: Run) -> str:
 def _recorded(run: Run) -> dict[str, Any]:
     """The process that `start_training` started last ("pid", "host", "birth"); empty where there is none."""
     try:
-        return read_json(_pid_file(run))
+        recorded = read_json(_pid_file(run))
     except RunError:
         return {}
+    return recorded if isinstance(recorded, dict) else {}  # older versions wrote the process id alone
 
 
 def _lives(recorded: Mapping[str, Any]) -> bool:

@@ -112,6 +112,8 @@ def test_a_process_that_has_got_the_id_of_a_dead_training_is_not_taken_for_it(ru
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "birth": launch._birth(os.getpid())}
     write_json(run.folder / "train.pid", mine)
     assert launch.start_training(run.folder) is None  # as long as it is the same process
+    (run.folder / "train.pid").write_text(f"{os.getpid()}\n")  # as older versions wrote it
+    assert not launch._is_alive(run)
     write_json(run.folder / "train.pid", mine | {"birth": "another boot 4711"})
     assert launch.start_training(run.folder) is not None
     launch.follow_training(run.folder, interval=0.05)
