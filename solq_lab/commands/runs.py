@@ -83,7 +83,7 @@ def train(
     """Train an experiment without a notebook, or resume it; Ctrl-C saves and stops."""
     options = cluster_options(cluster_option, cluster)
     if nodes > 1 and cluster is not Where.slurm:
-        raise ConfigError(f"--nodes {nodes}: needs --cluster slurm; without SLURM, start torchrun on every machine")
+        raise ConfigError(f"--nodes {nodes}: needs --cluster slurm, or solq_lab.training.torchrun on each of them")
     resolved = load_experiment(experiment, overrides or [])
     if gpus_per_node is not None:
         resolved = _with_processes(resolved, nodes * gpus_per_node, runs_dir)
