@@ -12,7 +12,7 @@ import typer
 
 from solq_lab.commands import codecs, data, flight, machine, runs, sweeps, weights
 from solq_lab.commands.arguments import FAILED, INTERRUPTED, REFUSED
-from solq_lab.launch import REFUSALS, Interrupted, NotebookFailed, TrainingFailed
+from solq_lab.launch import EXPLAINED, REFUSALS, Interrupted, NotebookFailed, TrainingFailed
 
 app = typer.Typer(
     help="Segment objects by learning queries: train, evaluate and look into SOLQ.",
@@ -55,9 +55,10 @@ def main() -> None:
     except TrainingFailed as failure:
         _exit(str(failure), FAILED)
     except Exception as error:
-        if not REFUSALS & {base.__name__ for base in type(error).__mro__}:
+        kinds = {base.__name__ for base in type(error).__mro__}
+        if not kinds & (REFUSALS | EXPLAINED):
             raise
-        _exit(str(error), REFUSED)
+        _exit(str(error), REFUSED if kinds & REFUSALS else FAILED)
 
 
 def _exit(message: str, status: int) -> None:

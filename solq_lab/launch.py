@@ -48,6 +48,8 @@ REFUSALS = frozenset(
         "WeightMismatch",
     ]
 )
+# What went wrong outside of this program, or diverged: the message says it all, no traceback. By name too.
+EXPLAINED = frozenset(["DiskFull", "LoaderError", "NonFiniteError", "OutOfMemory", "ProcessLost", "SaveError"])
 
 _children: dict[int, subprocess.Popen[bytes]] = {}  # trainings that this process started: their exit status is ours
 

@@ -21,6 +21,7 @@ from solq_lab.build import build_model
 from solq_lab.commands import runs
 from solq_lab.config import Experiment, load_experiment
 from solq_lab.data.classes import ClassMap
+from solq_lab.data.loader import LoaderError
 from solq_lab.models.weights import read_weights, save_weights, to_official_state
 from solq_lab.runs import load_run
 
@@ -268,6 +269,16 @@ def test_evaluating_an_untrained_run_is_refused(refused, experiment):
 
 def test_evaluating_what_is_no_run_is_refused(refused):
     assert "not a run folder" in refused("evaluate", "runs/none")
+
+
+def test_what_goes_wrong_outside_ends_in_status_1_and_its_message(command, monkeypatch):
+    def lose_a_worker(*_, **__):
+        raise LoaderError("a loader process was killed")
+
+    monkeypatch.setattr(runs, "open_run", lose_a_worker)
+    status, output = command("evaluate", "runs/tiny")
+    assert status == 1
+    assert output.strip() == "a loader process was killed"
 
 
 # ---- prediction

@@ -13,15 +13,13 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from solq_lab.allocation import keep_freed_memory
-from solq_lab.launch import REFUSALS
+from solq_lab.launch import EXPLAINED, REFUSALS
 from solq_lab.runs import Run, load_run
 from solq_lab.training.signals import Stopped, StopRequest, adopt_orphans, end_children
 
 log = logging.getLogger("solq_lab.training")
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
-# What went wrong outside of this program, or diverged: the message says it all, no traceback. By name, as REFUSALS.
-EXPLAINED = frozenset(["DiskFull", "LoaderError", "NonFiniteError", "OutOfMemory", "ProcessLost", "SaveError"])
 
 
 def main(arguments: list[str]) -> int:
