@@ -520,6 +520,7 @@ def interrupted_at(run, steps, numbers):
     ends = []
     for step, number in zip(steps, numbers, strict=True):
         with training(run) as process:
+            wait_for(lambda process=process: run.status()["pid"] == process.pid, process)  # it has begun its steps
             wait_for(lambda step=step: any(line["step"] >= step for line in run.metrics("train")), process)
             process.send_signal(number)
             ends.append(process.wait(60))
