@@ -242,8 +242,8 @@ class Experiment(Section):
             )
         if self.train.finetune_from and self.model.pretrained not in ("imagenet", "none"):
             raise ValueError(
-                f"train.finetune_from {self.train.finetune_from} and model.pretrained {self.model.pretrained} both name "
-                "weights to start from; leave one out"
+                f"train.finetune_from {self.train.finetune_from} and model.pretrained {self.model.pretrained} both "
+                "name weights to start from; leave one out"
             )
         if self.train.freeze_detector and self.model.mask_branch == "none":
             raise ValueError(
