@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import shutil
@@ -12,16 +10,15 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from server import PIECE, Server, archive_of, offer_coco, serve
 
 from solq_lab import cli
 from solq_lab.data import download, transfer
@@ -31,79 +28,13 @@ from solq_lab.data.transfer import PartFile, fetch
 from solq_lab.data.unpacking import lacking, unpack
 
 BODY = np.random.default_rng(0).bytes(300_000)
-PIECE = 4096  # bytes that the server sends at once
 QUICK = {"backoff": 0.0, "timeout": 2.0}
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `files` by path, and misbehaves as told.
-
-    breaks: for each coming request, after how many bytes of the body the connection is cut; None lets it through.
-    answers: for each coming request a (status, headers) to answer instead.
-    asked: the Range header of every request, None where there was none.
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.breaks: list[int | None] = []
-        self.answers: list[tuple[int, dict[str, str]]] = []
-        self.asked: list[str | None] = []
-        self.knows_ranges, self.versions, self.claims, self.pause = True, True, 0, 0.0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_: object) -> None:
-        """Tests are quiet."""
-
-    def do_GET(self) -> None:
-        server, asked = self.server, self.headers.get("Range")
-        server.asked.append(asked)
-        if server.answers:
-            status, headers = server.answers.pop(0)
-            return self._answer(status, headers, b"not now")
-        body = server.files.get(self.path)
-        if body is None:
-            return self._answer(404, {}, b"no such file")
-        tag = f'"{hashlib.md5(body).hexdigest()}"'
-        headers = {"ETag": tag} if server.versions else {}
-        start = 0
-        if server.knows_ranges and asked and self.headers.get("If-Range", tag) == tag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                return self._answer(416, {"Content-Range": f"bytes */{len(body)}"}, b"")
-            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        return self._answer(206 if start else 200, headers, body[start:])
-
-    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) + self.server.claims))
-        self.end_headers()
-        limit = self.server.breaks.pop(0) if self.server.breaks and status < 400 else None
-        with contextlib.suppress(ConnectionError):
-            for first in range(0, len(body[:limit]), PIECE):
-                self.wfile.write(body[:limit][first : first + PIECE])
-                time.sleep(self.server.pause)
-        self.close_connection = True
 
 
 @pytest.fixture
 def server():
-    serving = Server()
-    threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
-    yield serving
-    serving.shutdown()
-    serving.server_close()
+    with serve() as serving:
+        yield serving
 
 
 @pytest.fixture
@@ -118,14 +49,6 @@ def start_of(target: Path, server: Server, count: int) -> None:
     with pytest.raises(DataError, match="given up"):
         fetch(f"{server.url}/a", target, retries=0, **QUICK)
     server.asked.clear()
-
-
-def archive_of(members: dict[str, bytes | str]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in members.items():
-            file.writestr(name, content)
-    return buffer.getvalue()
 
 
 # ---- one file over HTTP
@@ -371,9 +294,8 @@ def test_an_interrupted_unpacking_goes_on_and_mends_what_is_wrong(tmp_path):
     names = [f"{number}.jpg" for number in range(6)]
     (tmp_path / "a.zip").write_bytes(archive_of({name: name * 50 for name in names}))
 
-    def stop_at_the_third(_: int, count: list[int] = []) -> None:  # noqa: B006
-        count.append(1)
-        if len(count) == 3:
+    def stop_at_the_third(done: int, total: int) -> None:
+        if done == total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -587,17 +509,7 @@ def test_the_stamp_survives_nonsense(coco):
 
 def test_real_pictures_go_from_the_server_through_the_check(server, tmp_path, coco_tiny, monkeypatch, capsys):
     """The README's way, on a small part of COCO: download-coco, then check-data."""
-    parts = {
-        "annotations/annotations_trainval2017.zip": coco_tiny / "annotations",
-        "zips/train2017.zip": coco_tiny / "train2017",
-        "zips/val2017.zip": coco_tiny / "val2017",
-    }
-    lines = []
-    for path, folder in parts.items():
-        body = archive_of({f"{folder.name}/{file.name}": file.read_bytes() for file in folder.iterdir()})
-        server.files[f"/{path}"] = body
-        lines.append(f"{hashlib.sha256(body).hexdigest()}  {path}\n")
-    (tmp_path / "sums").write_text("".join(lines))
+    offer_coco(server, coco_tiny, tmp_path / "sums")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     server.breaks = [1_000_000, 2_000_000]

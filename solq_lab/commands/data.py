@@ -59,22 +59,25 @@ def download_coco(
     retries: Annotated[int, typer.Option(min=0, help="Attempts in a row that may bring nothing new.")] = 8,
 ) -> None:
     """Fetch COCO 2017, verify and unpack it; goes on after any interruption, and skips what is complete."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from solq_lab.data import download
     from solq_lab.launch import Interrupted
 
     splits = list(dict.fromkeys(part.value for part in split or (CocoSplit.train, CocoSplit.val)))
     try:
-        download.download_coco(
-            folder,
-            splits,
-            base_url=base_url or download.BASE_URL,
-            sums=None if sums is None else download.read_sums(sums),
-            keep_archives=keep_archives,
-            retries=retries,
-        )
+        with logging_redirect_tqdm():  # a broken connection is told above its bar, not in the middle of it
+            download.download_coco(
+                folder,
+                splits,
+                base_url=base_url or download.BASE_URL,
+                sums=None if sums is None else download.read_sums(sums),
+                keep_archives=keep_archives,
+                retries=retries,
+            )
     except KeyboardInterrupt:
         raise Interrupted(f"{folder}: stopped; what has arrived is kept, and the same command goes on") from None
-    typer.echo(f"{', '.join(splits)} of COCO 2017 in {folder}")
+    typer.echo(f"{' and '.join(splits)} of COCO 2017 in {folder}\ncheck it:  solq-lab check-data {folder}")
 
 
 class Part(StrEnum):
@@ -156,7 +159,8 @@ def check_data(
     typer.echo(f"\nreport  {folder / 'report.html'}\nnumbers {folder / 'report.json'}")
     failing = report.findings.failing(fail_on.value, allowed)
     if failing:
-        typer.echo(f"problems: {', '.join(failing)}")
+        allowing = " ".join(f"--allow {rule}" for rule in failing)
+        typer.echo(f"problems: {', '.join(failing)}\nmend them, or let them pass with {allowing}")
         raise typer.Exit(FAILED)
 
 

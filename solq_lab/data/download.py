@@ -224,7 +224,7 @@ def _fetch_verified(archive: Archive, target: Path, base_url: str, **patience: A
 
 
 def _move(bar: tqdm, done: int, total: int | None) -> None:
-    """Show on a bar that `done` bytes of `total` have arrived."""
+    """Show on a bar that `done` bytes of `total` are done with."""
     bar.total = total
     bar.update(done - bar.n)
 
@@ -244,6 +244,6 @@ def _digest(path: Path, algorithm: str) -> str:
 def _unpack(archive: Archive, path: Path) -> None:
     folder = path.parent.parent
     with tqdm(desc=f"unpacking {archive.name}", unit="B", unit_scale=True) as bar:
-        members = unpack(path, folder, show=bar.update)
+        members = unpack(path, folder, show=partial(_move, bar))
     write_json(_stamp(archive, path.parent), {"digest": archive.digest, "members": members})
     logger.info("%s: %d files, %s, in %s", archive.name, len(members), describe_size(sum(members.values())), folder)

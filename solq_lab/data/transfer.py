@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 CHUNK = 1 << 18  # bytes between two looks at the progress
 LONGEST_WAIT = 60.0  # seconds between two attempts, and at most what a server's Retry-After can ask for
 TRY_LATER = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}  # and 5xx
-Show = Callable[[int, int | None], None]  # bytes that have arrived, and of how many (None: the server does not say)
+Show = Callable[[int, int | None], None]  # bytes done with, and of how many (None: the server does not say)
 
 
 class Broken(Exception):

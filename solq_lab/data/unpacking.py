@@ -8,11 +8,11 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from solq_lab.data.annotations import DataError
-from solq_lab.data.transfer import require_space
+from solq_lab.data.transfer import Show, require_space
 
 CHUNK = 1 << 20
 FORBIDDEN = re.compile(
@@ -21,7 +21,7 @@ FORBIDDEN = re.compile(
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
-def unpack(archive: Path, folder: Path, *, show: Callable[[int], None] = lambda count: None) -> dict[str, int]:
+def unpack(archive: Path, folder: Path, *, show: Show = lambda done, total: None) -> dict[str, int]:
     """Unpack every file of an archive into a folder; files that are there and right stay as they are.
 
     A file appears whole or not at all. Its bytes are compared with the archive's CRC-32. Links that lie in the folder
@@ -30,7 +30,7 @@ def unpack(archive: Path, folder: Path, *, show: Callable[[int], None] = lambda 
     Args:
         archive: zip file.
         folder: where to; made if it is missing.
-        show: is told the size of each finished file, bytes.
+        show: is told after every file how many bytes are unpacked, and of how many.
 
     Returns:
         Size in bytes of each file, by its name in the archive.
@@ -44,10 +44,12 @@ def unpack(archive: Path, folder: Path, *, show: Callable[[int], None] = lambda 
             folder.mkdir(parents=True, exist_ok=True)
             needed = sum(member.file_size for member in members if _size(folder / member.filename) != member.file_size)
             require_space(folder, needed, f"unpacking {archive.name}")
+            done, total = 0, sum(member.file_size for member in members)
             for member in members:
                 if not _is_there(folder / member.filename, member):
                     _unpack_one(file, member, folder / member.filename)
-                show(member.file_size)
+                done += member.file_size
+                show(done, total)
     except DataError:
         raise
     except OSError as error:
