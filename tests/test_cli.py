@@ -183,7 +183,7 @@ def test_a_box_without_area_is_named(command, experiment, pictures, train_here, 
 def test_a_missing_picture_is_refused_by_name_and_id(refused, experiment, pictures, train_here):
     (pictures / "train" / "2.png").unlink()
     message = refused("train", experiment)
-    assert "2.png (image id 2)" in message
+    assert "'2.png' (image id 2)" in message
 
 
 def test_a_truncated_picture_is_refused_by_name(refused, experiment, pictures, train_here):
@@ -196,7 +196,7 @@ def test_a_truncated_picture_is_refused_by_name(refused, experiment, pictures, t
 def test_a_refusal_in_the_training_process_reaches_the_terminal(refused, experiment, pictures):
     (pictures / "train" / "2.png").unlink()
     message = refused("train", experiment)
-    assert "2.png (image id 2)" in message
+    assert "'2.png' (image id 2)" in message
 
 
 def test_another_experiment_of_the_same_name_is_refused_and_the_run_left_alone(
@@ -290,6 +290,13 @@ def test_predict_lists_and_draws_the_objects(command, weights, pictures, tmp_pat
     assert "16 objects, drawn in drawn/1.png" in output  # 8 queries x 2 classes
     assert ("triangle" in output) or ("diamond" in output)
     assert Image.open(tmp_path / "drawn" / "1.png").size[0] > 100
+
+
+def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights, pictures):
+    status, output = command("predict", weights, pictures / "val" / "1.png", "--score", 1)
+    assert status == 0
+    assert "1.png: 0 objects, drawn in predictions/1.png" in output
+    assert "none with a score of at least 1; the best has 0.0" in output  # of an untrained model
 
 
 def test_a_picture_that_does_not_exist_is_refused(refused, weights):

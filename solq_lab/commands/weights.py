@@ -32,11 +32,16 @@ def predict(
     predictor = Predictor(weights)
     for path in images:
         picture = read_upright(path)
-        found = predictor.predict(picture).above(score)
+        everything = predictor.predict(picture)
+        found = everything.above(score)
         out.mkdir(parents=True, exist_ok=True)
         drawn = out / f"{path.stem}.png"
         draw_detections(np.asarray(picture), found, title=path.name).savefig(drawn)
-        typer.echo(f"{path}: {len(found.names)} objects, drawn in {drawn}")
+        count = len(found.names)
+        typer.echo(f"{path}: {count} {'object' if count == 1 else 'objects'}, drawn in {drawn}")
+        if count == 0:
+            best = everything.scores.max().item()
+            typer.echo(f"  none with a score of at least {score:g}; the best has {best:.2f}, a lower --score shows it")
         for name, value, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True):
             typer.echo(f"  {value:.2f}  {name:<20} " + " ".join(f"{edge:7.1f}" for edge in box))
 
@@ -91,7 +96,7 @@ def export(
             except ExportError as error:
                 typer.echo(str(error), err=True)
                 raise typer.Exit(FAILED) from None
-            typer.echo(str(report))
+            typer.echo(f"{report}\nthe whole comparison is in {destination.with_suffix('.parity.json')}")
         case ".safetensors":
             classes = [name for name in share(weights, destination).classes.names if name]
             typer.echo(f"{destination}: {destination.stat().st_size / 1e6:.1f} MB, {len(classes)} classes, ", nl=False)

@@ -167,8 +167,8 @@ def _write(
 @torch.no_grad()
 def _translate(graph: DetectionGraph, example: tuple[Tensor, ...], shapes: dict[str, dict]) -> torch.onnx.ONNXProgram:
     """The graph as ONNX, traced with an example of its inputs and told which of their sides are free."""
-    for chatty in ("onnxscript", "onnx_ir"):  # a line for every node that they simplify
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for chatty in ("onnxscript", "onnx_ir"):  # a line for every node that they simplify, a warning for others
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
     program = program.run_decompositions({torch.ops.solq_lab.ms_deform_attn.default: _sample_plainly})
     return torch.onnx.export(
