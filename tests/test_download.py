@@ -181,7 +181,7 @@ def test_a_server_that_falls_silent_is_asked_for_the_rest(server, target):
 
 
 def test_a_server_that_is_not_there_is_named(target):
-    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:1/a: given up .*refused"):
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:1/a: given up .*refused.*nothing has arrived: check"):
         fetch("http://127.0.0.1:1/a", target, retries=0, **QUICK)
 
 

@@ -135,10 +135,9 @@ def fetch(
             farthest = max(farthest, part.size)
             if in_vain > retries or _is_final(error):
                 attempts = f"after {in_vain} attempts that brought nothing new " if in_vain > 1 else ""
-                raise DataError(
-                    f"{url}: given up {attempts}({reason}); {describe_size(part.size)} are kept, and the same command "
-                    "goes on from there"
-                ) from None
+                kept = f"{describe_size(part.size)} are kept, and the same command goes on from there"
+                nothing = "nothing has arrived: check the address (--base-url) and the network"
+                raise DataError(f"{url}: given up {attempts}({reason}); {kept if part.size else nothing}") from None
             wait = max(min(backoff * 2**in_vain, LONGEST_WAIT), getattr(error, "wait", 0.0))
             logger.info("%s: %s; next attempt in %.1f s", target.name, reason, wait)
             time.sleep(wait)

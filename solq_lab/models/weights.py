@@ -146,7 +146,7 @@ def read_weights(path: Path) -> WeightFile:
             metadata = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dictionary
     except FileNotFoundError:
-        raise WeightMismatch(f"{path}: no such weights file") from None
+        raise WeightMismatch(f"{path}: no such weights file or run folder") from None
     except (SafetensorError, OSError) as error:
         raise WeightMismatch(
             f"{path}: not a safetensors file ({error}); released .pth files have to be imported first: "
