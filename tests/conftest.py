@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +21,11 @@ _golden_files_read: set[Path] = set()
 
 
 def pytest_configure() -> None:
-    """Note which golden folders the tests really open, so that none can drop out of the comparison unseen."""
+    """Hear Ctrl-C, and note which golden folders the tests really open, so that none can drop out unseen.
+
+    A shell starts background jobs deaf to Ctrl-C, and their children inherit that: tests that send it would fail there.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def note(event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], str) and arguments[0].endswith(("fixture.json", "fixture.npz")):
