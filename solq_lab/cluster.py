@@ -30,6 +30,7 @@ MINUTES = 3 * 24 * 60  # a job's time limit where none is given; a run that need
 SECONDS_TO_SAVE = 300  # between SLURM's signal and the end of a job, where no option says otherwise
 SECONDS_BETWEEN_LOOKS = 0.5
 TURNS = 100  # how often a job that ran into its time limit is queued again
+HEARD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}  # what clusters ask a job to stop with
 
 
 class Command:
@@ -58,6 +59,7 @@ class Command:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C in the terminal reaches it once, by way of `_stop`
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD),  # or it would be deaf to them
             )
 
     def __call__(self) -> int:
@@ -65,7 +67,12 @@ class Command:
         # Handlers that raise would break into `checkpoint`, which the cluster's own signal calls.
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._child = self.start()
+            # A signal between the child's start and the next line would find nobody, and queue the job a second time.
+            signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+            try:
+                self._child = self.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
             if self._stopping:  # the signal came before there was somebody to pass it on to
                 self._child.send_signal(signal.SIGINT)
             return self._child.wait()
