@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from solq_lab import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -43,6 +46,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for title, folders in (("compared", read), ("not compared", {path.parent for path in root.glob("*/*")} - read)):
         names = ", ".join(sorted(folder.name for folder in folders))
         terminalreporter.write_line(f"golden folders {title}: {names or 'none'}")
+
+
+@pytest.fixture
+def command_line(capsys, monkeypatch, tmp_path) -> Callable[..., tuple[int, str]]:
+    """Run `solq-lab ARGUMENTS` in this process, in a fresh folder: exit status and all it wrote, never a traceback."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["solq-lab", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        captured = capsys.readouterr()
+        output = captured.out + captured.err
+        assert "Traceback" not in output
+        return status, output
+
+    return run
 
 
 @pytest.fixture(scope="session")

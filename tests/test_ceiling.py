@@ -7,7 +7,7 @@ import json
 import math
 import os
 import signal
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from pycocotools import mask as coco_rle
 from rectangles import HEIGHT, WIDTH, rle_of, truth_of
 from tiny import write_pictures
 
-from solq_lab import cli, launch, masks, workers
+from solq_lab import launch, masks, workers
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
@@ -382,21 +382,9 @@ def test_each_code_has_a_line_of_its_colour():
 
 
 @pytest.fixture
-def command(capsys, monkeypatch, tmp_path):
+def command(command_line):
     """Run `solq-lab codec-ceiling ARGUMENTS` in a fresh folder: exit status and output."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["solq-lab", "codec-ceiling", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
-
-    return run
+    return partial(command_line, "codec-ceiling")
 
 
 def test_the_command_prints_a_table_and_writes_csv_json_and_figure(command, annotations, tmp_path):

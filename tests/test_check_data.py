@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from PIL import Image
 from pycocotools import mask as coco_rle
 from tiny import tiny_experiment, write_pictures
 
-from solq_lab import cli
 from solq_lab.data.annotations import DataError
 from solq_lab.data.check import check_data
 from solq_lab.data.coco import CocoDataset
@@ -364,22 +362,9 @@ def test_processes_make_no_difference(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(command_line):
     """Run `solq-lab check-data ARGUMENTS` in a fresh folder: exit status and all it wrote."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["solq-lab", "check-data", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return status, captured.out + captured.err
-
-    return run
+    return partial(command_line, "check-data")
 
 
 def test_a_clean_folder_ends_with_0_and_writes_its_report(command, tmp_path):

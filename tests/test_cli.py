@@ -16,7 +16,7 @@ from notebook import write_notebook
 from PIL import Image
 from tiny import tiny_experiment, write_pictures
 
-from solq_lab import cli, launch
+from solq_lab import launch
 from solq_lab.build import build_model
 from solq_lab.commands import runs
 from solq_lab.config import Experiment, load_experiment
@@ -29,23 +29,10 @@ CLASSES = ClassMap(("triangle", "diamond"), (1, 2)).to_json()
 
 
 @pytest.fixture
-def command(capsys, monkeypatch, tmp_path):
-    """Run `solq-lab ARGUMENTS` in this process, in a fresh folder: exit status and all it wrote."""
-    monkeypatch.chdir(tmp_path)
+def command(command_line, monkeypatch, tmp_path):
+    """Run `solq-lab ARGUMENTS` in this process, in a fresh folder, its workspace: exit status and all it wrote."""
     monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["solq-lab", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capsys.readouterr()
-        output = captured.out + captured.err
-        assert "Traceback" not in output
-        return status, output
-
-    return run
+    return command_line
 
 
 @pytest.fixture
