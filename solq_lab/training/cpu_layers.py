@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from solq_lab.inference.packed_layers import SamplingFirst
+from solq_lab.inference.packed_layers import TOKENS_AT_ONCE, SamplingFirst
 from solq_lab.inference.packing import runs_packed
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import FeedForward
-
-TOKENS_AT_ONCE = 1024  # of a feed-forward block's backward pass: their hidden gradients stay in the cache
 
 
 class TrainedLinear(nn.Linear):
