@@ -12,7 +12,7 @@ import typer
 
 from solq_lab.commands import codecs, data, flight, machine, runs, sweeps, weights
 from solq_lab.commands.arguments import FAILED, INTERRUPTED, REFUSED
-from solq_lab.launch import EXPLAINED, REFUSALS, Interrupted, NotebookFailed, TrainingFailed
+from solq_lab.launch.errors import EXPLAINED, REFUSALS, Interrupted, NotebookFailed, TrainingFailed
 
 app = typer.Typer(
     help="Segment objects by learning queries: train, evaluate and look into SOLQ.",

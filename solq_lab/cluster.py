@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from solq_lab.config import ConfigError
 from solq_lab.files import write_json
-from solq_lab.launch import Interrupted, TrainingFailed, training_command
+from solq_lab.launch.errors import Interrupted, TrainingFailed
+from solq_lab.launch.trainings import training_command
 from solq_lab.progress import Progress, status_line
 from solq_lab.runs import Run, read_json
 

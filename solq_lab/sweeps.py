@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from solq_lab.cluster import Cluster, Command
 from solq_lab.config import ConfigError, Experiment, Sweep, load_experiment
-from solq_lab.launch import Interrupted, check_data_folder, prepare_data
+from solq_lab.launch.data_folder import check_data_folder, prepare_data
+from solq_lab.launch.errors import Interrupted
 from solq_lab.parameters import check_parameters
 from solq_lab.progress import Progress, describe_duration, status_line
 from solq_lab.runs import RunError, load_run, read_json

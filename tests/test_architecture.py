@@ -26,7 +26,7 @@ def test_a_package_starts_with_a_docstring_and_nothing_else(path):
     assert ast.get_docstring(ast.Module(body, [])) is not None
 
 
-@pytest.mark.parametrize("module", ["solq_lab", "solq_lab.cli", "solq_lab.launch", "solq_lab.config"])
+@pytest.mark.parametrize("module", ["solq_lab", "solq_lab.cli", "solq_lab.launch.notebooks", "solq_lab.config"])
 def test_the_command_line_loads_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_rle
 from rectangles import HEIGHT, WIDTH, rle_of, truth_of
 from tiny import write_pictures
 
-from solq_lab import launch, masks, workers
+from solq_lab import masks, workers
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
@@ -40,6 +40,8 @@ from solq_lab.evaluation.laboratory import (
     write_csv,
 )
 from solq_lab.evaluation.summary import Evaluation
+from solq_lab.launch.notebooks import run_notebook
+from solq_lab.launch.workspace import WORKSPACE
 from solq_lab.viz.ceilings import ceiling_curves, ceilings_by_size
 from solq_lab.viz.style import CODEC_COLOURS
 
@@ -433,9 +435,9 @@ def test_the_annotations_of_a_folder_are_found_by_their_split(tmp_path):
 @pytest.mark.slow
 def test_the_study_reads_its_numbers_from_drawn_shapes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))
     small = {"codecs": ["dct", "pca"], "mask_sizes": [16], "vector_dims": [9, 36], "max_images": 20, "fit_objects": 50}
-    executed = launch.run_notebook(
+    executed = run_notebook(
         REPOSITORY / "notebooks" / "codec_study.ipynb",
         REPOSITORY / "experiments" / "shapes.yaml",
         parameters=small | {"box_errors": [0.0, 0.1], "vector_errors": [0.2]},

@@ -16,12 +16,12 @@ from notebook import write_notebook
 from PIL import Image
 from tiny import tiny_experiment, write_pictures
 
-from solq_lab import launch
 from solq_lab.build import build_model
 from solq_lab.commands import runs
 from solq_lab.config import Experiment, load_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.loader import LoaderError
+from solq_lab.launch.workspace import WORKSPACE
 from solq_lab.models.weights import read_weights, save_weights, to_official_state
 from solq_lab.runs import load_run
 
@@ -31,7 +31,7 @@ CLASSES = ClassMap(("triangle", "diamond"), (1, 2)).to_json()
 @pytest.fixture
 def command(command_line, monkeypatch, tmp_path):
     """Run `solq-lab ARGUMENTS` in this process, in a fresh folder, its workspace: exit status and all it wrote."""
-    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))
     return command_line
 
 

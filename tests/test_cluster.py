@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from solq_lab import cli
 from solq_lab.cluster import Cluster, Command
-from solq_lab.launch import training_command
+from solq_lab.launch.trainings import training_command
 from solq_lab.runs import create_run, load_run, read_json
 
 # Counts its turns; works until Ctrl-C in the first one, and then says that it has saved.

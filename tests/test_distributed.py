@@ -19,7 +19,7 @@ import torch.distributed as dist
 from test_trainer import ENVIRONMENT, TESTS, new_run
 from tiny import write_pictures
 
-from solq_lab.launch import training_command
+from solq_lab.launch.trainings import training_command
 from solq_lab.training import torchrun
 from solq_lab.training.checkpoint import list_checkpoints
 from solq_lab.training.trainer import train_run

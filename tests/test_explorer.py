@@ -22,7 +22,7 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.data.shapes import write_shapes
 from solq_lab.evaluation.ceiling import reconstruct_objects
-from solq_lab.launch import run_notebook
+from solq_lab.launch.notebooks import run_notebook
 from solq_lab.masks import decode_rle
 from solq_lab.viz.style import ADDED, MISSED
 from solq_lab.viz.widgets.codec_explorer import CodecExplorer

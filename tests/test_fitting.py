@@ -37,7 +37,7 @@ from solq_lab.data.objects import ObjectMasks
 from solq_lab.evaluation.evaluator import run_ceiling
 from solq_lab.fitting import check_fitted_data, fit_codec, measure_quality
 from solq_lab.inference.predictor import Predictor
-from solq_lab.launch import Interrupted
+from solq_lab.launch.errors import Interrupted
 from solq_lab.runs import create_run, hash_file, read_json
 from solq_lab.training.trainer import train_run
 

@@ -22,11 +22,17 @@ import pytest
 from notebook import SHARED, write_notebook
 from typer.testing import CliRunner
 
-from solq_lab import launch
 from solq_lab.cli import app
 from solq_lab.config import ConfigError, Experiment, load_experiment
+from solq_lab.launch import processes, trainings
+from solq_lab.launch.data_folder import check_data_folder
+from solq_lab.launch.errors import NotebookFailed, TrainingFailed, TrainingRefused
+from solq_lab.launch.notebooks import run_notebook, run_report
+from solq_lab.launch.processes import find_trainer, is_alive
+from solq_lab.launch.trainings import describe_trainings, follow_training, start_training, stop_training
+from solq_lab.launch.workspace import WORKSPACE, enter_workspace
 from solq_lab.parameters import NotebookError
-from solq_lab.runs import RunError, create_run, read_json, write_json
+from solq_lab.runs import RunError, create_run, load_run, read_json, write_json
 
 STAND_IN = """
 import signal, sys, time
@@ -60,13 +66,13 @@ def stand_in(monkeypatch):
             started.append(run)
             return [sys.executable, "-c", STAND_IN.format(body=body), str(run.folder)]
 
-        monkeypatch.setattr(launch, "training_command", command)
+        monkeypatch.setattr(trainings, "training_command", command)
 
     yield use
-    for child in launch._children.values():
+    for child in processes._children.values():
         child.kill()
         child.wait()
-    launch._children.clear()
+    processes._children.clear()
 
 
 def wait_for(condition, seconds: float = 30.0) -> None:
@@ -81,8 +87,8 @@ def wait_for(condition, seconds: float = 30.0) -> None:
 
 def test_a_training_is_followed_to_its_end(run, stand_in, capsys):
     stand_in('run.write_status("finished", step=10)')
-    pid = launch.start_training(run.folder)
-    assert launch.follow_training(run.folder, interval=0.05).status()["state"] == "finished"
+    pid = start_training(run.folder)
+    assert follow_training(run.folder, interval=0.05).status()["state"] == "finished"
     assert read_json(run.folder / "train.pid")["pid"] == pid
     assert "a line of the log" in run.log_file.read_text()
     assert "a: step 1 of 10" in capsys.readouterr().err
@@ -91,89 +97,89 @@ def test_a_training_is_followed_to_its_end(run, stand_in, capsys):
 def test_a_finished_run_is_not_trained_again(run, stand_in):
     stand_in("1 / 0")
     run.write_status("finished", step=10)
-    assert launch.start_training(run.folder) is None
-    assert launch.follow_training(run.folder).name == "a"
+    assert start_training(run.folder) is None
+    assert follow_training(run.folder).name == "a"
 
 
 def test_a_training_lives_in_a_session_of_its_own_and_is_started_once(run, stand_in):
     stand_in("time.sleep(60)")
-    pid = launch.start_training(run.folder)
+    pid = start_training(run.folder)
     assert os.getsid(pid) == pid != os.getsid(0)
-    assert launch.start_training(run.folder) is None
+    assert start_training(run.folder) is None
     wait_for(run.is_training)
-    launch._children.clear()  # as another process, or a new kernel, sees it
-    assert launch.start_training(run.folder) is None
+    processes._children.clear()  # as another process, or a new kernel, sees it
+    assert start_training(run.folder) is None
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
 def test_a_process_that_has_got_the_id_of_a_dead_training_is_not_taken_for_it(run, stand_in):
     stand_in('run.write_status("finished", step=10)')
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "birth": launch._birth(os.getpid())}
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "birth": processes._birth(os.getpid())}
     write_json(run.folder / "train.pid", mine)
-    assert launch.start_training(run.folder) is None  # as long as it is the same process
+    assert start_training(run.folder) is None  # as long as it is the same process
     (run.folder / "train.pid").write_text(f"{os.getpid()}\n")  # as older versions wrote it
-    assert not launch._is_alive(run)
+    assert not is_alive(run)
     write_json(run.folder / "train.pid", mine | {"birth": "another boot 4711"})
-    assert launch.start_training(run.folder) is not None
-    launch.follow_training(run.folder, interval=0.05)
+    assert start_training(run.folder) is not None
+    follow_training(run.folder, interval=0.05)
 
 
 @pytest.mark.parametrize("jump", [-86400.0, 86400.0])
 def test_a_clock_that_jumps_starts_nothing_twice_and_takes_nobody_for_dead(run, stand_in, monkeypatch, jump):
     stand_in("time.sleep(60)")
-    launch.start_training(run.folder)
+    start_training(run.folder)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + jump)
-    launch._children.clear()  # as a new launcher sees it
-    assert launch.start_training(run.folder) is None  # perhaps before it holds its lock
+    processes._children.clear()  # as a new launcher sees it
+    assert start_training(run.folder) is None  # perhaps before it holds its lock
     wait_for(run.is_training)
-    assert launch.start_training(run.folder) is None
-    os.kill(launch._trainer(run)["pid"], signal.SIGKILL)
-    wait_for(lambda: not launch._is_alive(run))
-    assert launch.start_training(run.folder) is not None
+    assert start_training(run.folder) is None
+    os.kill(find_trainer(run)["pid"], signal.SIGKILL)
+    wait_for(lambda: not is_alive(run))
+    assert start_training(run.folder) is not None
 
 
 def test_a_training_whose_launcher_was_killed_goes_on_and_is_known_to_the_next_one(run, stand_in):
     body = 'open(run.folder / "alive", "w").close(); time.sleep(60)'
     launcher = (
-        "import os, signal, sys; from solq_lab import launch\n"
-        f"launch.training_command = lambda run, processes: {[sys.executable, '-c', STAND_IN.format(body=body)]!r} "
+        "import os, signal, sys; from solq_lab.launch import trainings\n"
+        f"trainings.training_command = lambda run, processes: {[sys.executable, '-c', STAND_IN.format(body=body)]!r} "
         "+ [str(run.folder)]\n"
-        "launch.start_training(sys.argv[1]); os.kill(os.getpid(), signal.SIGKILL)"
+        "trainings.start_training(sys.argv[1]); os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", launcher, run.folder])
     assert died.returncode == -signal.SIGKILL
     wait_for((run.folder / "alive").exists)
     trainer = run.trainer()
     said = f"{run.folder}: process {trainer['pid']} on {socket.gethostname()} is training; kill {trainer['pid']} lets"
-    assert said in launch.describe_trainings([run])
+    assert said in describe_trainings([run])
     listed = CliRunner().invoke(app, ["status", "--runs-dir", str(run.folder.parent)]).output
     assert re.search(r"^a +training +1 ", listed, re.MULTILINE)
     assert said in listed
-    assert launch.start_training(run.folder) is None
-    assert "stopped at step 7" in launch.stop_training(run.folder)
-    assert launch.describe_trainings([run]) == ""
+    assert start_training(run.folder) is None
+    assert "stopped at step 7" in stop_training(run.folder)
+    assert describe_trainings([run]) == ""
 
 
 def test_a_training_that_was_killed_is_listed_with_the_cure(run):
     run.write_status("training", step=5)
-    assert launch.describe_trainings([run]).endswith("its last checkpoint is of step 5; the same command resumes it")
+    assert describe_trainings([run]).endswith("its last checkpoint is of step 5; the same command resumes it")
 
 
 def test_a_training_of_another_machine_is_stopped_there(run, monkeypatch):
     monkeypatch.setattr(type(run), "trainer", lambda self: {"pid": 4711, "host": "node7"})
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("that process is not ours"))
-    assert "process 4711 on node7 is training; stop it there: kill 4711" in launch.stop_training(run.folder)
+    assert "process 4711 on node7 is training; stop it there: kill 4711" in stop_training(run.folder)
 
 
 def test_ctrl_c_while_it_saves_ends_the_waiting_and_not_the_saving(run, stand_in, monkeypatch):
     stand_in("time.sleep(60)")
-    child = launch._children[launch.start_training(run.folder)]
+    child = processes._children[start_training(run.folder)]
     wait_for(lambda: run.status()["state"] == "training")
     with monkeypatch.context() as patch:
-        patch.setattr(launch.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
-        message = launch.stop_training(run.folder)
+        patch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+        message = stop_training(run.folder)
     assert f"process {child.pid} is still saving; it will stop by itself" in message
     assert child.wait(30) == 0
     assert run.status()["state"] == "preempted"
@@ -181,32 +187,32 @@ def test_ctrl_c_while_it_saves_ends_the_waiting_and_not_the_saving(run, stand_in
 
 def test_another_process_follows_a_training_that_it_did_not_start(run, stand_in):
     stand_in('time.sleep(1); run.write_status("finished", step=10)')
-    child = launch._children[launch.start_training(run.folder)]
-    launch._children.clear()
+    child = processes._children[start_training(run.folder)]
+    processes._children.clear()
     threading.Thread(target=child.wait).start()  # the parent that reaps it, be it init
-    assert launch.follow_training(run.folder, interval=0.05).status()["state"] == "finished"
+    assert follow_training(run.folder, interval=0.05).status()["state"] == "finished"
 
 
 def test_stopping_sends_one_signal_and_waits_for_the_checkpoint(run, stand_in):
     stand_in("time.sleep(60)")
-    launch.start_training(run.folder)
+    start_training(run.folder)
     wait_for(run.is_training)
     wait_for(lambda: run.status()["state"] == "training")
-    message = launch.stop_training(run.folder)
+    message = stop_training(run.folder)
     assert "stopped at step 7; the same command resumes the training there" in message
-    with pytest.raises(launch.TrainingFailed, match="stopped at step 7; run again to resume"):
-        launch.follow_training(run.folder)
+    with pytest.raises(TrainingFailed, match="stopped at step 7; run again to resume"):
+        follow_training(run.folder)
 
 
 def test_stopping_what_does_not_run_says_so(run):
-    assert "no training was running" in launch.stop_training(run.folder)
+    assert "no training was running" in stop_training(run.folder)
 
 
 def test_a_killed_training_is_reported_with_its_signal_and_its_last_words(run, stand_in):
     stand_in("import os; os.kill(os.getpid(), signal.SIGKILL)")
-    launch.start_training(run.folder)
-    with pytest.raises(launch.TrainingFailed) as caught:
-        launch.follow_training(run.folder, interval=0.05)
+    start_training(run.folder)
+    with pytest.raises(TrainingFailed) as caught:
+        follow_training(run.folder, interval=0.05)
     message = str(caught.value)
     assert "SIGKILL" in message
     assert "often: out of memory. train.batch_size 32 puts 32 pictures into a pass" in message
@@ -216,49 +222,49 @@ def test_a_killed_training_is_reported_with_its_signal_and_its_last_words(run, s
 
 def test_a_death_on_a_full_disk_names_the_disk(run, stand_in, monkeypatch):
     stand_in("raise SystemExit(1)")
-    launch.start_training(run.folder)
-    monkeypatch.setattr(launch.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    with pytest.raises(launch.TrainingFailed, match=r"exit status 1; the disk is full \(0\.0 MB are free\)"):
-        launch.follow_training(run.folder, interval=0.05)
+    start_training(run.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    with pytest.raises(TrainingFailed, match=r"exit status 1; the disk is full \(0\.0 MB are free\)"):
+        follow_training(run.folder, interval=0.05)
 
 
 def test_a_crashed_training_is_reported_with_its_exit_status(run, stand_in):
     stand_in("raise SystemExit(3)")
-    launch.start_training(run.folder)
-    with pytest.raises(launch.TrainingFailed, match="exit status 3"):
-        launch.follow_training(run.folder, interval=0.05)
+    start_training(run.folder)
+    with pytest.raises(TrainingFailed, match="exit status 3"):
+        follow_training(run.folder, interval=0.05)
 
 
 def test_a_failed_training_is_reported_with_its_error(run):
     run.write_status("failed", step=4, message="OSError: no space left")
-    with pytest.raises(launch.TrainingFailed, match="ended at step 4 with OSError: no space left"):
-        launch.follow_training(run.folder)
+    with pytest.raises(TrainingFailed, match="ended at step 4 with OSError: no space left"):
+        follow_training(run.folder)
 
 
 def test_a_training_that_somebody_else_started_and_that_died_is_reported_too(run):
     run.write_status("training", step=5)
-    with pytest.raises(launch.TrainingFailed, match="ended at step 5 with a status that only the process"):
-        launch.follow_training(run.folder)
+    with pytest.raises(TrainingFailed, match="ended at step 5 with a status that only the process"):
+        follow_training(run.folder)
 
 
 def test_a_refused_training_is_the_users_mistake_and_nothing_else(run, stand_in):
     stand_in('run.write_status("failed", step=0, message="DataError: train.json: not COCO"); sys.exit(2)')
-    launch.start_training(run.folder)
-    with pytest.raises(launch.TrainingRefused) as caught:
-        launch.follow_training(run.folder, interval=0.05)
+    start_training(run.folder)
+    with pytest.raises(TrainingRefused) as caught:
+        follow_training(run.folder, interval=0.05)
     assert str(caught.value) == "train.json: not COCO"
 
 
 def test_several_processes_are_started_by_torchrun(run):
-    assert launch.training_command(run, 1)[1:] == ["-m", "solq_lab.training", str(run.folder)]
-    several = launch.training_command(run, 3)
+    assert trainings.training_command(run, 1)[1:] == ["-m", "solq_lab.training", str(run.folder)]
+    several = trainings.training_command(run, 3)
     assert several[1:] == ["-m", "solq_lab.training.torchrun", "--nproc-per-node=3", str(run.folder)]
-    assert launch.training_command(run, 1, nodes=2)[2:4] == ["solq_lab.training.torchrun", "--nproc-per-node=1"]
+    assert trainings.training_command(run, 1, nodes=2)[2:4] == ["solq_lab.training.torchrun", "--nproc-per-node=1"]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="not a run folder"):
-        launch.start_training(tmp_path)
+        start_training(tmp_path)
 
 
 # ---- data
@@ -276,12 +282,12 @@ def coco_folder(tmp_path):
 
 def data_refusal(**data) -> str:
     with pytest.raises(ConfigError) as caught:
-        launch.check_data_folder(Experiment(name="a", data=data))
+        check_data_folder(Experiment(name="a", data=data))
     return str(caught.value)
 
 
 def test_a_whole_data_folder_is_accepted(coco_folder):
-    launch.check_data_folder(Experiment(name="a", data={"root": str(coco_folder)}))
+    check_data_folder(Experiment(name="a", data={"root": str(coco_folder)}))
 
 
 def test_a_data_folder_that_was_not_given_is_asked_for():
@@ -307,7 +313,7 @@ def test_a_missing_annotation_file_is_refused_by_its_key(coco_folder):
 
 
 def test_shapes_need_no_folder_yet(tmp_path):
-    launch.check_data_folder(Experiment(name="a", data={"root": str(tmp_path / "none"), "generate": "easy"}))
+    check_data_folder(Experiment(name="a", data={"root": str(tmp_path / "none"), "generate": "easy"}))
 
 
 # ---- workspace
@@ -316,16 +322,24 @@ def test_shapes_need_no_folder_yet(tmp_path):
 def test_a_notebook_in_jupyterlab_works_from_the_checkout(tmp_path, monkeypatch):
     for name in ("experiments", "notebooks"):
         (tmp_path / name).mkdir()
-    monkeypatch.delenv(launch.WORKSPACE, raising=False)
+    monkeypatch.delenv(WORKSPACE, raising=False)
     monkeypatch.chdir(tmp_path / "notebooks")
-    assert launch.enter_workspace() == tmp_path
+    assert enter_workspace() == tmp_path
     assert os.getcwd() == str(tmp_path)
 
 
+def test_folders_above_that_may_be_entered_but_not_listed_do_not_matter(tmp_path, monkeypatch):
+    """As /home on many shared machines."""
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    monkeypatch.setattr(os, "listdir", lambda path: pytest.fail(f"{path} may not be listed"))
+    monkeypatch.chdir(tmp_path)
+    assert enter_workspace() == tmp_path
+
+
 def test_a_launched_notebook_works_from_where_the_command_was_given(tmp_path, monkeypatch):
-    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))
     monkeypatch.chdir("/")
-    assert launch.enter_workspace() == tmp_path
+    assert enter_workspace() == tmp_path
 
 
 # ---- notebooks
@@ -334,7 +348,7 @@ def test_a_launched_notebook_works_from_where_the_command_was_given(tmp_path, mo
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))  # run_notebook sets it; afterwards it is as before
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))  # run_notebook sets it; afterwards it is as before
     path = tmp_path / "mine.yaml"
     path.write_text("data: {generate: easy, root: none}")
     return path
@@ -344,7 +358,7 @@ def test_a_notebook_runs_in_the_run_folder_and_becomes_html(tmp_path, experiment
     notebook = write_notebook(
         tmp_path / "look.ipynb", "print(overrides, deep, runs_dir)", parameters=f"{SHARED}\ndeep: int = 1"
     )
-    executed = launch.run_notebook(notebook, experiment, ["seed=3"], parameters={"deep": "5"})
+    executed = run_notebook(notebook, experiment, ["seed=3"], parameters={"deep": "5"})
     assert executed.resolve() == tmp_path / "runs" / "mine" / "look.ipynb"
     assert f"['seed=3'] 5 {tmp_path / 'runs'}" in executed.read_text()
     assert "['seed=3'] 5" in executed.with_suffix(".html").read_text().replace("&#39;", "'")
@@ -353,8 +367,8 @@ def test_a_notebook_runs_in_the_run_folder_and_becomes_html(tmp_path, experiment
 
 def test_a_failing_cell_is_told_in_a_few_lines_and_its_traceback_kept_in_the_notebook(tmp_path, experiment):
     notebook = write_notebook(tmp_path / "look.ipynb", "before = 1", "seen = before\nseen / 0", "after = 2")
-    with pytest.raises(launch.NotebookFailed) as caught:
-        launch.run_notebook(notebook, experiment)
+    with pytest.raises(NotebookFailed) as caught:
+        run_notebook(notebook, experiment)
     message = str(caught.value)
     assert "failed at: seen / 0" in message
     assert "ZeroDivisionError: division by zero" in message
@@ -367,15 +381,15 @@ def test_a_failing_cell_is_told_in_a_few_lines_and_its_traceback_kept_in_the_not
 
 def test_a_users_mistake_found_in_a_cell_counts_as_one(tmp_path, experiment):
     cell = "from solq_lab.runs import load_run\nload_run('nowhere')"
-    with pytest.raises(launch.NotebookFailed, match="RunError: nowhere: not a run folder") as caught:
-        launch.run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
+    with pytest.raises(NotebookFailed, match="RunError: nowhere: not a run folder") as caught:
+        run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
     assert caught.value.refused
 
 
 def test_a_killed_kernel_is_named_and_does_not_look_like_a_crash_of_ours(tmp_path, experiment):
     cell = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
-    with pytest.raises(launch.NotebookFailed, match=r"its kernel was killed .*takes it up again"):
-        launch.run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
+    with pytest.raises(NotebookFailed, match=r"its kernel was killed .*takes it up again"):
+        run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
 
 
 @pytest.mark.parametrize(
@@ -390,28 +404,28 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path, experiment, c
     notebook = write_notebook(tmp_path / "look.ipynb", "1 / 0")
     arguments = {"overrides": [], "parameters": {}} | change
     with pytest.raises(error, match=said):
-        launch.run_notebook(notebook, experiment, arguments["overrides"], parameters=arguments["parameters"])
+        run_notebook(notebook, experiment, arguments["overrides"], parameters=arguments["parameters"])
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_notebook_without_the_shared_parameters_is_refused(tmp_path, experiment):
     notebook = write_notebook(tmp_path / "look.ipynb", parameters="x: int = 1")
     with pytest.raises(NotebookError, match="unknown parameter experiment; allowed are x"):
-        launch.run_notebook(notebook, experiment)
+        run_notebook(notebook, experiment)
 
 
 def test_a_notebook_about_several_runs_leaves_its_report_beside_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))
     notebook = write_notebook(
         tmp_path / "all.ipynb", "print(runs_dir, 'x' * deep)", parameters='runs_dir: str = "runs"\ndeep: int = 1'
     )
-    executed = launch.run_report(notebook, "mine", parameters={"deep": "3"})
+    executed = run_report(notebook, "mine", parameters={"deep": "3"})
     assert executed == Path("mine/_reports/all.ipynb")
     assert f"{tmp_path / 'mine'} xxx" in executed.read_text()
     assert executed.with_suffix(".html").exists()
     with pytest.raises(NotebookError, match="unknown parameter deeep; did you mean deep"):
-        launch.run_report(notebook, "mine", parameters={"deeep": "3"})
+        run_report(notebook, "mine", parameters={"deeep": "3"})
 
 
 def test_another_experiment_under_the_same_name_is_refused_with_what_differs(tmp_path, experiment):
@@ -419,16 +433,17 @@ def test_another_experiment_under_the_same_name_is_refused_with_what_differs(tmp
     folder = create_run(load_experiment(experiment), tmp_path / "runs").folder
     before = (folder / "experiment.yaml").read_bytes()
     with pytest.raises(RunError, match=r"differs in seed \(there 42, asked 3\)"):
-        launch.run_notebook(notebook, experiment, ["seed=3"])
+        run_notebook(notebook, experiment, ["seed=3"])
     assert (folder / "experiment.yaml").read_bytes() == before
 
 
 FOLLOWING = """
-from solq_lab import launch, runs
-launch.training_command = lambda run, processes: [{python!r}, "-c", {script!r}, str(run.folder)]
-run = runs.create_run(launch.load_experiment(experiment, overrides), runs_dir)
-launch.start_training(run.folder)
-launch.follow_training(run.folder, interval=0.1)
+from solq_lab import config, runs
+from solq_lab.launch import trainings
+trainings.training_command = lambda run, processes: [{python!r}, "-c", {script!r}, str(run.folder)]
+run = runs.create_run(config.load_experiment(experiment, overrides), runs_dir)
+trainings.start_training(run.folder)
+trainings.follow_training(run.folder, interval=0.1)
 """
 
 
@@ -437,7 +452,7 @@ def test_nothing_of_a_trainings_log_goes_through_the_kernel_and_a_finished_one_i
     cell = FOLLOWING.format(python=sys.executable, script=STAND_IN.format(body=body))
     notebook = write_notebook(tmp_path / "look.ipynb", cell)
     for _ in range(2):
-        executed = launch.run_notebook(notebook, experiment)
+        executed = run_notebook(notebook, experiment)
         outputs = json.loads(executed.read_text())["cells"][-1]["outputs"]
         assert "log line" not in json.dumps(outputs)
         assert len(json.dumps(outputs)) < 1000
@@ -487,4 +502,4 @@ def test_a_lost_terminal_leaves_the_training_running(followed):
     process.kill()
     process.wait()
     time.sleep(1.5)  # long enough for the kernel to notice
-    assert launch.load_run(folder).is_training()
+    assert load_run(folder).is_training()

@@ -16,7 +16,8 @@ from conftest import REPOSITORY
 from PIL import Image
 from tiny import tiny_experiment, write_pictures
 
-from solq_lab import launch
+from solq_lab.launch.notebooks import run_notebook, run_report
+from solq_lab.launch.workspace import WORKSPACE
 from solq_lab.parameters import read_parameters
 from solq_lab.runs import load_run
 
@@ -88,13 +89,13 @@ def printed(executed: Path) -> str:
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
 
 def test_the_tour_needs_no_weights_and_nothing_but_itself(workspace):
-    executed = launch.run_notebook(REPOSITORY / "notebooks" / "tour.ipynb", REPOSITORY / "experiments" / "shapes.yaml")
+    executed = run_notebook(REPOSITORY / "notebooks" / "tour.ipynb", REPOSITORY / "experiments" / "shapes.yaml")
     text = printed(executed)
     assert "weights: none yet" in text
     assert "decoder layer 3: logits (1, 40, 8), boxes (1, 40, 4), vectors (1, 40, 100)" in text
@@ -116,8 +117,8 @@ REPORTS = {
 @pytest.mark.parametrize("name", REPORTS)
 def test_a_notebook_about_several_runs_works_before_any_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setenv(launch.WORKSPACE, str(REPOSITORY))
-    executed = launch.run_report(REPOSITORY / "notebooks" / f"{name}.ipynb", tmp_path)
+    monkeypatch.setenv(WORKSPACE, str(REPOSITORY))
+    executed = run_report(REPOSITORY / "notebooks" / f"{name}.ipynb", tmp_path)
     assert executed.parent == tmp_path / "_reports"
     printed(executed)
     shown = figures(executed)
@@ -132,7 +133,7 @@ def test_train_and_evaluate_leave_a_whole_report_in_the_run_folder(workspace):
     root = write_pictures(workspace / "pictures")
     experiment = workspace / "tiny.yaml"
     experiment.write_text(tiny_experiment(root).to_yaml())
-    executed = launch.run_notebook(
+    executed = run_notebook(
         REPOSITORY / "notebooks" / "train.ipynb", experiment, parameters={"pictures": "2", "score": "0.9"}
     )
     run = load_run(executed.parent)
@@ -140,7 +141,7 @@ def test_train_and_evaluate_leave_a_whole_report_in_the_run_folder(workspace):
     assert "ceiling" in printed(executed)
     assert len(figures(executed)) == 3
     assert {path.name for path in run.figures.iterdir()} == {"training.png", "ap.png", "predictions.png"}
-    executed = launch.run_notebook(
+    executed = run_notebook(
         REPOSITORY / "notebooks" / "evaluate.ipynb", experiment, parameters={"pictures": "2", "score": "0.9"}
     )
     assert "segm, class" in printed(executed)

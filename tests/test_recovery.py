@@ -20,9 +20,9 @@ import pytest
 import torch
 from tiny import tiny_experiment, write_pictures
 
-from solq_lab import launch
 from solq_lab.config import load_experiment
 from solq_lab.data.coco import CocoDataset
+from solq_lab.launch.trainings import follow_training, start_training
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError, create_run
 from solq_lab.training import signals
@@ -511,8 +511,8 @@ def test_a_port_in_use_is_not_used(pictures, tmp_path, monkeypatch):
         with contextlib.suppress(OSError):  # somebody else has it, which is as good
             usual.bind(("", 29500))
             usual.listen()
-        launch.start_training(run.folder)
-        assert launch.follow_training(run.folder, interval=0.2).status()["state"] == "finished"
+        start_training(run.folder)
+        assert follow_training(run.folder, interval=0.2).status()["state"] == "finished"
 
 
 def interrupted_at(run, steps, numbers):

@@ -9,13 +9,14 @@ import pytest
 import torch
 from tiny import tiny_experiment, write_pictures
 
-from solq_lab import cli, launch
+from solq_lab import cli
 from solq_lab.build import build_model
 from solq_lab.data.classes import ClassMap
 from solq_lab.evaluation.evaluator import evaluate_run
 from solq_lab.inference import shipping
 from solq_lab.inference.predictor import Predictor
 from solq_lab.inference.shipping import halved, ship_run
+from solq_lab.launch.workspace import open_run, trained_run
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.runs import Run, RunError, create_run, load_run, working_copy
 
@@ -121,13 +122,13 @@ def test_what_cannot_be_shipped_is_refused_by_name(run: Run, root: Path, tmp_pat
 
 def test_looking_into_a_shipped_run_never_writes_into_it(shipped: Path, tmp_path: Path):
     before = contents(shipped)
-    run = launch.open_run(shipped, tmp_path / "runs")
+    run = open_run(shipped, tmp_path / "runs")
     assert run.folder == tmp_path / "runs" / "shipped" / "tiny"
     evaluate_run(run)
     run.figures.mkdir()
     assert run.results.exists()
     assert contents(shipped) == before
-    assert launch.open_run(shipped, tmp_path / "runs").results.exists()  # the copy is kept
+    assert open_run(shipped, tmp_path / "runs").results.exists()  # the copy is kept
 
 
 def test_other_shipped_weights_make_another_copy(run: Run, shipped: Path, tmp_path: Path):
@@ -153,7 +154,7 @@ def test_a_run_without_weights_is_refused_before_its_pictures_are_drawn(tmp_path
     drawn = tiny_experiment(tmp_path / "drawn", data={"generate": "easy"})
     run = create_run(drawn, tmp_path / "runs")
     with pytest.raises(RunError, match=r"no weights\.safetensors \(created\); finish the training first"):
-        launch.open_run(run.folder)
+        open_run(run.folder)
     assert not (tmp_path / "drawn").exists()
 
 
@@ -170,10 +171,10 @@ def test_the_command_gives_the_shipped_run_its_folders_name(run: Run, tmp_path: 
 def test_a_notebooks_experiment_names_its_run_beside_the_file_or_in_the_runs_folder(
     run: Run, shipped: Path, tmp_path: Path
 ):
-    opened = launch.trained_run(shipped / "experiment.yaml", [], tmp_path / "runs")
+    opened = trained_run(shipped / "experiment.yaml", [], tmp_path / "runs")
     assert opened.folder == tmp_path / "runs" / "shipped" / "tiny"
     experiment = tmp_path / "mine.yaml"
     experiment.write_text(run.experiment.to_yaml())
-    assert launch.trained_run(experiment, [], tmp_path / "trained").folder == run.folder
+    assert trained_run(experiment, [], tmp_path / "trained").folder == run.folder
     with pytest.raises(RunError, match=r"other: not a run folder .*runs there: tiny"):
-        launch.trained_run(experiment, ["name=other"], tmp_path / "trained")
+        trained_run(experiment, ["name=other"], tmp_path / "trained")

@@ -19,8 +19,10 @@ from conftest import REPOSITORY
 from notebook import SHARED, write_notebook
 from tiny import tiny_experiment, write_pictures
 
-from solq_lab import cli, launch, sweeps
+from solq_lab import cli, sweeps
 from solq_lab.config import ConfigError, Experiment, load_experiment, load_sweep
+from solq_lab.launch.errors import Interrupted
+from solq_lab.launch.workspace import WORKSPACE
 from solq_lab.paper import paper_table
 from solq_lab.runs import RunError, create_run, read_json, write_json
 from solq_lab.sweeps import ClusterStarter, check, find_sweep, plan, run_sweep
@@ -66,7 +68,7 @@ metrics = {{"segm.AP": 0.2 + weight / 100 + seed / 1000, "box.AP": 0.4}}
 def workspace(tmp_path, monkeypatch):
     """A folder with a sweep of two rows and two seeds, its experiment, notebook, and the paper's numbers."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(launch.WORKSPACE, str(tmp_path))
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "paper_results.yaml").write_text(PAPER)
     (tmp_path / "base.yaml").write_text("data: {root: drawn, generate: easy}")
@@ -287,7 +289,7 @@ def test_a_stop_lets_every_job_save_and_the_same_sweep_goes_on(stand_in, number)
         os.kill(os.getpid(), number)
 
     threading.Thread(target=stop_when_both_work).start()
-    with pytest.raises(launch.Interrupted) as caught:
+    with pytest.raises(Interrupted) as caught:
         run_sweep(jobs_of(), at_once=2)
     assert str(caught.value).splitlines() == ["saved at step 1"] * 2 + ["The same sweep goes on from here"]
     assert len(executions()) == 2

@@ -40,7 +40,8 @@ def fit_codec(
     """Fit a PCA or sparse code to the training masks and write codec.artifact; goes on after an interruption."""
     from solq_lab.config import load_experiment
     from solq_lab.fitting import fit_codec as fit
-    from solq_lab.launch import Interrupted, prepare_data
+    from solq_lab.launch.data_folder import prepare_data
+    from solq_lab.launch.errors import Interrupted
 
     resolved = load_experiment(experiment, overrides or [])
     if resolved.data.generate != "none":  # of a given folder only the annotations are needed
@@ -98,7 +99,7 @@ def codec_ceiling(
 ) -> None:
     """Send ground truth through mask codes and score it: the AP of a network that makes no mistake, or small ones."""
     from solq_lab.evaluation.laboratory import Laboratory, ceiling_table, make_grid, write_csv
-    from solq_lab.launch import Interrupted
+    from solq_lab.launch.errors import Interrupted
     from solq_lab.runs import write_json
     from solq_lab.viz.ceilings import ceiling_curves
     from solq_lab.viz.style import save
@@ -164,7 +165,7 @@ def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) 
 
 def _scene_of_experiment(path: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:
     from solq_lab.config import load_experiment
-    from solq_lab.launch import prepare_data
+    from solq_lab.launch.data_folder import prepare_data
 
     experiment = load_experiment(path, overrides)
     prepare_data(experiment)

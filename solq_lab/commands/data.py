@@ -62,7 +62,7 @@ def download_coco(
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from solq_lab.data import download
-    from solq_lab.launch import Interrupted
+    from solq_lab.launch.errors import Interrupted
 
     splits = list(dict.fromkeys(part.value for part in split or (CocoSplit.train, CocoSplit.val)))
     try:
@@ -190,7 +190,7 @@ def _splits_of(data: Path, overrides: list[str], images: Path | None) -> tuple[t
             raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
         return find_splits(data, images), Options(), data.resolve().stem
     from solq_lab.config import load_experiment
-    from solq_lab.launch import prepare_data
+    from solq_lab.launch.data_folder import prepare_data
 
     experiment = load_experiment(data, overrides)
     prepare_data(experiment)

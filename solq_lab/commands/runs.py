@@ -20,18 +20,11 @@ from solq_lab.commands.arguments import (
     cluster_options,
 )
 from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
-from solq_lab.launch import (
-    Interrupted,
-    check_data_folder,
-    describe_trainings,
-    follow_training,
-    open_run,
-    prepare_data,
-    run_notebook,
-    run_report,
-    start_training,
-    stop_training,
-)
+from solq_lab.launch.data_folder import check_data_folder, prepare_data
+from solq_lab.launch.errors import Interrupted
+from solq_lab.launch.notebooks import run_notebook, run_report
+from solq_lab.launch.trainings import describe_trainings, follow_training, start_training, stop_training
+from solq_lab.launch.workspace import open_run
 from solq_lab.parameters import NotebookError, read_parameters
 from solq_lab.runs import Run, create_run, list_runs, load_run, read_json
 

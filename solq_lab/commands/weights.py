@@ -113,7 +113,7 @@ def ship(
     """Make a finished run small: half-precision weights and its record; the detections are compared."""
     from solq_lab.config import load_experiment
     from solq_lab.inference.shipping import ship_run
-    from solq_lab.launch import prepare_data
+    from solq_lab.launch.data_folder import prepare_data
     from solq_lab.runs import load_run
 
     run = load_run(run_folder)

@@ -13,7 +13,7 @@ from solq_lab.build import build_pictures
 from solq_lab.data.coco import CocoDataset
 from solq_lab.evaluation.pairing import NOBODY, overlaps, pair_objects
 from solq_lab.inference.predictor import Predictor
-from solq_lab.launch import trained_run
+from solq_lab.launch.workspace import trained_run
 from solq_lab.runs import Run, RunError, hash_file
 from solq_lab.structures import Detections
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from solq_lab.allocation import keep_freed_memory
-from solq_lab.launch import EXPLAINED, REFUSALS
+from solq_lab.launch.errors import EXPLAINED, REFUSALS
 from solq_lab.runs import Run, load_run
 from solq_lab.training.signals import Stopped, StopRequest, adopt_orphans, end_children
 

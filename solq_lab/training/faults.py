@@ -7,7 +7,7 @@ import shutil
 
 import torch
 
-from solq_lab.launch import advise_on_memory
+from solq_lab.launch.deaths import advise_on_memory
 from solq_lab.runs import Run
 
 MEGABYTE = 2**20

@@ -1,0 +1,55 @@
+"""An experiment's data folder: refused where it is not there, drawn where it is to hold shapes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from solq_lab.config import ConfigError, Experiment
+
+
+def check_data_folder(experiment: Experiment) -> None:
+    """Refuse an experiment whose data folder is not there, unless it is one that is drawn on demand.
+
+    Raises:
+        ConfigError: data.root is empty or missing, or lacks a file or folder that the experiment names.
+    """
+    data = experiment.data
+    if data.generate != "none":
+        return
+    if not data.root:
+        raise ConfigError("data.root: found '', allowed is a folder with images and annotations; add data.root=FOLDER")
+    _require("data.root", Path(data.root))
+    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
+        _require(f"data.{key}", Path(data.root) / getattr(data, key))
+
+
+def prepare_data(experiment: Experiment) -> None:
+    """Draw the experiment's shapes where they are missing; any other data folder only has to be there.
+
+    Raises:
+        ConfigError: the data folder is missing, or lacks a file or folder that the experiment names.
+        DataError: the folder holds shapes of other settings.
+    """
+    check_data_folder(experiment)
+    data = experiment.data
+    if data.generate == "none":
+        return
+    from solq_lab.data.shapes import write_shapes
+
+    write_shapes(Path(data.root), level=data.generate, train=data.generate_train, val=data.generate_val)
+
+
+def _require(key: str, path: Path) -> None:
+    """Refuse a path that is not there, naming the nearest that is."""
+    if path.exists():
+        return
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    names = sorted(os.listdir(folder))
+    missing = path.relative_to(folder).parts[0]
+    nearest = difflib.get_close_matches(missing, names, n=1)
+    hint = f"did you mean {folder / nearest[0]}?" if nearest else f"{folder} holds {', '.join(names[:8]) or 'nothing'}"
+    raise ConfigError(f"{key}: found {path}, which does not exist; {hint}; set {key}=...")
