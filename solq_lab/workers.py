@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -46,9 +45,8 @@ def in_processes(
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_become_worker, initargs=(shared,))
     try:
-        futures = deque(pool.submit(_work_here, work, piece) for piece in pieces)
-        while futures:  # each result is let go before the next one is fetched
-            yield futures.popleft().result()
+        for future in [pool.submit(_work_here, work, piece) for piece in pieces]:
+            yield future.result()
     except BrokenProcessPool:
         raise RuntimeError(
             f"one of {processes} worker processes was killed, probably for lack of memory; try fewer processes"

@@ -54,7 +54,7 @@ class _Content(NamedTuple):
     split: Split
     options: Options
     pictures: list[_Picture]
-    entries: Sequence[Any]
+    entries: list[Any]
     classes: ClassMap | None
 
 

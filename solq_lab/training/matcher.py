@@ -110,8 +110,7 @@ class HungarianMatcher:
         `columns_by_layer` says which columns belong to which layer.
         """
         device = predictions.layers[0].logits.device
-        images = _image_of_object([len(target.labels) for target in targets])
-        images = images.to(device, non_blocking=True)  # the host does not wait for the forward pass yet
+        images = _image_of_object([len(target.labels) for target in targets]).to(device)
         labels = torch.cat([target.labels for target in targets])
         with torch.autocast(device.type, enabled=False):
             by_layer = [layer.logits[images, :, labels] for layer in predictions.layers]  # each (K, J)
@@ -155,7 +154,7 @@ def _all_layers(predictions: Predictions) -> list[LayerPrediction]:
 
 def _image_of_object(counts: list[int]) -> Tensor:
     """(K,) int64: the image each object of the batch belongs to."""
-    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
 
 
 def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
@@ -169,8 +168,7 @@ def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
 
 
 def _to_matching(assignments: list[np.ndarray], device: torch.device) -> Matching:
-    pairs = torch.from_numpy(np.stack(assignments, axis=1)).to(device, non_blocking=True)  # (3, Z, T)
-    images, queries, objects = pairs
+    images, queries, objects = torch.from_numpy(np.stack(assignments, axis=1)).to(device)  # (3, Z, T)
     return Matching(images[0], queries, objects)
 
 
