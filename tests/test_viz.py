@@ -90,6 +90,27 @@ def test_labels_give_class_and_score_and_titles_are_shown():
     assert figure.axes[0].get_title() == "two things"
 
 
+@pytest.mark.parametrize("width", [SIDE, 4 * SIDE])
+def test_labels_stay_inside_their_picture(width):
+    corners = detections((0, 0, 3, 3), (SIDE - 3, 0, SIDE, 3), (0, SIDE - 3, 3, SIDE), (SIDE - 3, 9, SIDE, SIDE))
+    figure = prediction_grid([(picture(), detections(), corners)] * (width // SIDE))
+    figure.draw_without_rendering()
+    place = figure.axes[2]
+    for label in place.texts:
+        extent = label.get_window_extent()
+        assert (extent.min >= place.bbox.min).all(), label.get_text()
+        assert (extent.max <= place.bbox.max).all(), label.get_text()
+
+
+def test_a_label_too_long_for_its_picture_begins_inside():
+    long = detections((20, 20, 30, 30))._replace(names=["a class with a name that no picture of this size can hold"])
+    figure = prediction_grid([(picture(), detections(), long)] * 2)
+    figure.draw_without_rendering()
+    place = figure.axes[2]
+    (label,) = place.texts
+    assert place.bbox.xmin <= label.get_window_extent().xmin < place.bbox.xmin + 3
+
+
 def test_the_best_score_lies_on_top():
     figure = draw_detections(picture(), detections((5, 5, 25, 25), (5, 5, 25, 25)))
     shown = figure.axes[0].images[0].get_array()[15, 15]

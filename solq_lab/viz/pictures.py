@@ -9,9 +9,11 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from torch import Tensor
 
 from solq_lab.boxes import cxcywh_to_xyxy
@@ -22,7 +24,7 @@ from solq_lab.structures import Detections, Target
 from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure, text_colour
 
 MASK_OPACITY = 0.45
-EDGE = 0.1  # labels closer than this share of a side to the edge are moved inwards
+LABEL_PAD = 0.6  # around a label's text, points
 FIGURE_WIDTH = 11.0  # inches
 MOST_OBJECTS = 40  # drawn in one picture, the best ones; more would hide it
 
@@ -131,7 +133,7 @@ def draw_objects(
             axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
         score = float(detections.scores[row])
         text = detections.names[row] + ("" if score == 1 else f" {score:.2f}")
-        _label(axes, text, anchor, pixels.shape[:2], colours[label], font_size)
+        axes.add_artist(_Label(text, anchor, colours[label], font_size))
 
 
 def outline_mask(axes: Axes, mask: np.ndarray, colour: str, *, edge: str = "white") -> None:
@@ -142,23 +144,34 @@ def outline_mask(axes: Axes, mask: np.ndarray, colour: str, *, edge: str = "whit
         axes.contour(across, down, padded, levels=[0.5], colors=[line], linewidths=width)
 
 
-def _label(
-    axes: Axes, text: str, anchor: tuple[float, float], size: tuple[int, int], colour: str, font_size: float
-) -> None:
-    """A text above a point (x, y) in pixels, moved inwards at the edges of a picture of `size` (height, width)."""
-    x, y = (min(max(place, 0.0), length) for place, length in zip(anchor, size[::-1], strict=True))
-    side = "left" if x < EDGE * size[1] else "right" if x > (1 - EDGE) * size[1] else "center"
-    axes.text(
-        x,
-        y,
-        text,
-        fontsize=font_size,
-        color=text_colour(colour),
-        horizontalalignment=side,
-        verticalalignment="top" if y < EDGE * size[0] else "bottom",
-        bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
-        clip_on=True,
-    )
+class _Label(Text):
+    """A text above a point (x, y) in pixels that moves into its axes where it would reach out of them.
+
+    How large a text is, and how large its axes are, is known only when it is drawn.
+    """
+
+    def __init__(self, text: str, anchor: tuple[float, float], colour: str, font_size: float) -> None:
+        super().__init__(
+            *anchor,
+            text,
+            fontsize=font_size,
+            color=text_colour(colour),
+            horizontalalignment="center",
+            verticalalignment="bottom",
+            bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.8, "pad": LABEL_PAD},
+            clip_on=True,
+        )
+
+    def draw(self, renderer: RendererBase) -> None:
+        inside, extent = self.axes.bbox, self.get_window_extent(renderer)
+        pad = renderer.points_to_pixels(LABEL_PAD)
+        over = np.minimum(inside.max - extent.max - pad, 0)  # to the right and to the top
+        over += np.maximum(inside.min - extent.min - over + pad, 0)  # what is too long begins inside
+        if over.any():
+            to_display = self.get_transform()
+            place = to_display.inverted().transform(to_display.transform(self.get_position()) + over)
+            self.set_position(tuple(place))
+        super().draw(renderer)
 
 
 def _blend(pixels: np.ndarray, masks: np.ndarray | None, objects: Sequence[tuple[int, str]]) -> np.ndarray:
