@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import ipywidgets as widgets
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -129,7 +130,8 @@ def table_figure(table: Mapping[type[Panel], Cell], view: Any, title: str) -> Fi
     """All panels of a view in one plain figure, placed as the explorer places them."""
     rows = 1 + max(cell.row for cell in table.values())
     columns = max(cell.column + panel.columns for panel, cell in table.items())
-    figure = Figure(figsize=(CELL[0] * columns, CELL[1] * rows + HEADING), dpi=DPI)
+    figure = plt.figure(figsize=(CELL[0] * columns, CELL[1] * rows + HEADING), dpi=DPI)
+    plt.close(figure)  # made by pyplot, so that a notebook knows how to show it; kept by it no longer
     with mpl.rc_context(STYLE):
         grid = GridSpec(rows + 1, columns, figure=figure, height_ratios=[HEADING] + [CELL[1]] * rows)
         figure.text(0.5, 1 - 0.5 * HEADING / figure.get_figheight(), title, ha="center", va="center", fontsize=11)
