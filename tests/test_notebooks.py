@@ -6,6 +6,7 @@ import ast
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,10 +95,17 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_tour_needs_no_weights_and_nothing_but_itself(workspace):
-    executed = run_notebook(REPOSITORY / "notebooks" / "tour.ipynb", REPOSITORY / "experiments" / "shapes.yaml")
+@pytest.mark.parametrize(
+    ("experiment", "weights"),
+    [
+        ("shipped/uqr/experiment.yaml", "experiments/shipped/uqr"),
+        pytest.param("shapes.yaml", "none yet", marks=pytest.mark.slow),
+    ],
+)
+def test_the_tour_needs_nothing_but_itself_and_a_trained_model_only_to_be_right(workspace, experiment, weights):
+    executed = run_notebook(REPOSITORY / "notebooks" / "tour.ipynb", REPOSITORY / "experiments" / experiment)
     text = printed(executed)
-    assert "weights: none yet" in text
+    assert re.search(f"weights: .*{weights}", text)
     assert "decoder layer 3: logits (1, 40, 8), boxes (1, 40, 4), vectors (1, 40, 100)" in text
     shown = figures(executed)
     assert len(shown) == 4

@@ -16,7 +16,7 @@ from solq_lab.evaluation.evaluator import evaluate_run
 from solq_lab.inference import shipping
 from solq_lab.inference.predictor import Predictor
 from solq_lab.inference.shipping import halved, ship_run
-from solq_lab.launch.workspace import open_run, trained_run
+from solq_lab.launch.workspace import open_run, run_folder, trained_run
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.runs import Run, RunError, create_run, load_run, working_copy
 
@@ -176,5 +176,6 @@ def test_a_notebooks_experiment_names_its_run_beside_the_file_or_in_the_runs_fol
     experiment = tmp_path / "mine.yaml"
     experiment.write_text(run.experiment.to_yaml())
     assert trained_run(experiment, [], tmp_path / "trained").folder == run.folder
+    assert run_folder(experiment, ["name=other"], tmp_path / "trained") == tmp_path / "trained" / "other"
     with pytest.raises(RunError, match=r"other: not a run folder .*runs there: tiny"):
         trained_run(experiment, ["name=other"], tmp_path / "trained")

@@ -47,16 +47,25 @@ def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
     return working_copy(run, runs_dir)
 
 
-def trained_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:
-    """The finished run of an experiment, opened to look into (`open_run`).
+def run_folder(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Path:
+    """The folder of an experiment's run, whether it is there yet or not.
 
     It is the folder that the experiment file lies in where that holds trained weights, as one that comes with the
     project does; otherwise the experiment's folder in `runs_dir`.
 
     Raises:
-        ConfigError: the experiment cannot be used, or its data folder is missing.
-        RunError: no such run, or one without trained weights.
+        ConfigError: the experiment cannot be used.
     """
     experiment, beside = load_experiment(experiment_path, list(overrides)), Path(experiment_path).parent
     shipped = (beside / "weights.safetensors").is_file()
-    return open_run(beside if shipped else Path(runs_dir) / experiment.name, runs_dir)
+    return beside if shipped else Path(runs_dir) / experiment.name
+
+
+def trained_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:
+    """The finished run of an experiment (`run_folder`), opened to look into (`open_run`).
+
+    Raises:
+        ConfigError: the experiment cannot be used, or its data folder is missing.
+        RunError: no such run, or one without trained weights.
+    """
+    return open_run(run_folder(experiment_path, overrides, runs_dir), runs_dir)
