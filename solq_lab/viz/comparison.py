@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from solq_lab.structures import Detections
-from solq_lab.viz.pictures import FIGURE_WIDTH, draw_objects
-from solq_lab.viz.style import STYLE, class_colours, new_figure
+from solq_lab.viz.pictures import draw_objects
+from solq_lab.viz.style import FIGURE_WIDTH, STYLE, class_colours, new_figure
 
 
 class Compared(Protocol):

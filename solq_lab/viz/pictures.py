@@ -21,11 +21,10 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle, encode_rle, paste_to_rle
 from solq_lab.structures import Detections, Target
-from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure, text_colour
+from solq_lab.viz.style import FIGURE_WIDTH, STYLE, class_colours, hide_axes, new_figure, text_colour
 
 MASK_OPACITY = 0.45
 LABEL_PAD = 0.6  # around a label's text, points
-FIGURE_WIDTH = 11.0  # inches
 MOST_OBJECTS = 40  # drawn in one picture, the best ones; more would hide it
 
 

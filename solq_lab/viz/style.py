@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8C8C8C"
+FIGURE_WIDTH = 11.0  # inches; a notebook shrinks what is wider, texts and all
 
 METHOD_COLOURS = {"SOLQ": BLUE, "SQR": ORANGE, "Deformable DETR": GREEN, "ceiling": GREY}
 LOSS_COLOURS = {"class": VERMILION, "l1": GREEN, "giou": SKY, "vector": PURPLE, "mask": BLUE, "dice": ORANGE}

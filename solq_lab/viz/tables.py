@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from solq_lab.paper import PaperTable
 from solq_lab.tables import ResultTable, TableRow
-from solq_lab.viz.style import BLACK, BLUE, GREY, KIND_COLOURS, STYLE, VERMILION, new_figure
+from solq_lab.viz.style import BLACK, BLUE, FIGURE_WIDTH, GREY, KIND_COLOURS, STYLE, VERMILION, new_figure
 
 ROOM = 0.15  # of a panel's range, above and below its points
 
@@ -62,8 +62,8 @@ def among_methods(
     """
     extra = [row for row in table.rows if row.paper_name not in paper.rows]
     names = [*paper.rows, *(row.name for row in extra)]
-    height = 1.3 + 0.24 * len(names)
-    figure, axes = new_figure(1, len(metrics), size=(3.2 + 2.6 * len(metrics), height), title=title)
+    size = min(3.2 + 2.6 * len(metrics), FIGURE_WIDTH), 1.3 + 0.24 * len(names)
+    figure, axes = new_figure(1, len(metrics), size=size, title=title)
     for place, (panel, metric) in enumerate(zip(axes.flat, metrics, strict=True)):
         for line, name in enumerate(names):
             printed = paper.row(name).get(metric) if name in paper.rows else None
