@@ -74,7 +74,8 @@ class ResNetBackbone(Recomputing):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W)."""
-        current = F.max_pool2d(F.relu(self.bn1(self.conv1(pixels))), kernel_size=3, stride=2, padding=1)
+        current = F.max_pool2d(self.bn1(self.conv1(pixels)), kernel_size=3, stride=2, padding=1)
+        current = F.relu(current, inplace=True)  # the same after the pooling, on a quarter of the cells
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
