@@ -491,6 +491,14 @@ def test_an_image_id_that_comes_twice_is_refused(tmp_path):
         CocoDataset(**write_folder(tmp_path, images=[image, image]))
 
 
+@pytest.mark.parametrize("second", [{"bbox": [1, 1, 5, 5]}, {"iscrowd": 1}, {"bbox": [1, 1, 0, 5]}])
+def test_an_annotation_id_that_comes_twice_is_refused_whatever_becomes_of_its_objects(tmp_path, second):
+    files = write_folder(tmp_path, annotation(id=6), annotation(id=7), annotation(id=6, **second))
+    message = r"instances\.json: annotation id 6 comes more than once; .* give every entry its own"
+    with pytest.raises(DataError, match=message):
+        CocoDataset(**files, mask_size=8)
+
+
 def test_a_truncated_picture_is_named_with_its_id(tmp_path):
     files = write_folder(tmp_path)
     path = files["images"] / "a.png"

@@ -160,10 +160,8 @@ def tabulate_pictures(document: dict[str, Any], path: Path) -> Pictures:
     for place, entry in enumerate(entries):
         check_picture_entry(entry, place, path)
     ids = np.array([entry["id"] for entry in entries], dtype=np.int64)
+    _refuse_repeated(ids, f"{path}: image id")
     order = np.argsort(ids, kind="stable")
-    repeated = ids[order][1:][np.diff(ids[order]) == 0]
-    if len(repeated):
-        raise DataError(f"{path}: image id {repeated[0]} comes more than once; ids have to be unique")
     names = [entries[place]["file_name"] for place in order.tolist()]
     sizes = np.array([(entry["height"], entry["width"]) for entry in entries], dtype=np.int64).reshape(-1, 2)
     return Pictures(ids[order], names, sizes[order])
@@ -191,16 +189,19 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
     """The objects of a document read from `path`, without crowds, and without objects that have no area (one log line).
 
     Raises:
-        DataError: an object of an unknown picture, a box that is not four finite numbers, a crowd mark that is none,
-            or, `with_masks`, a segmentation that is neither polygons nor an RLE of the picture's size.
+        DataError: an object of an unknown picture, an id that comes twice, a box that is not four finite numbers, a
+            crowd mark that is none, or, `with_masks`, a segmentation that is neither polygons nor an RLE of the
+            picture's size.
     """
     rows = {image_id: row for row, image_id in enumerate(pictures.ids.tolist())}
     sizes = pictures.sizes.tolist()
     segmentations = PackedSegmentations() if with_masks else None
     ids, owners, categories, boxes, without_area = array("q"), array("q"), array("q"), array("d"), []
+    all_ids = array("q")  # of crowds, and of what is left out, too
     for place, entry in enumerate(document["annotations"]):
         name = f"{path}: {name_of(entry, place)}"
         owner = owner_of(entry, rows, name)
+        all_ids.append(entry["id"])
         if is_crowd(entry, name):
             continue
         height, width = sizes[owner]
@@ -215,6 +216,7 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
         owners.append(owner)
         categories.append(entry["category_id"])
         boxes.extend(box)
+    _refuse_repeated(np.array(all_ids, dtype=np.int64), f"{path}: annotation id")
     if without_area:
         count = f"{len(without_area)} of {len(document['annotations'])}"
         first = ", ".join(map(str, without_area[:FIRST_FEW])) + (", ..." if len(without_area) > FIRST_FEW else "")
@@ -233,6 +235,14 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
         segmentations=segmentations,
         order=order,
     )
+
+
+def _refuse_repeated(ids: np.ndarray, name: str) -> None:
+    """Refuse ids, int64, of which one comes twice; `name` is what the message calls them."""
+    ordered = np.sort(ids)
+    repeated = ordered[1:][np.diff(ordered) == 0]
+    if len(repeated):
+        raise DataError(f"{name} {repeated[0]} comes more than once; ids have to be unique: give every entry its own")
 
 
 def is_picture_entry(entry: dict[str, Any]) -> bool:

@@ -36,7 +36,7 @@ RULES: dict[str, Rule] = {
     "unknown-image": Rule("refused", "objects of unknown pictures", "add the picture or remove the object"),
     "unknown-category": Rule("refused", "objects of unknown categories", "add the category or remove the object"),
     "duplicate-file-name": Rule("harmful", "entries with one file name", "merge the entries"),
-    "duplicate-object-id": Rule("harmful", "annotation ids that come twice", "give every object its own id"),
+    "duplicate-object-id": Rule("refused", "annotation ids that come twice", "give every object its own id"),
     # the picture files
     "picture-missing": Rule("refused", "missing pictures", "fetch them or remove their entries"),
     "picture-damaged": Rule("refused", "damaged pictures", "fetch them again or remove their entries"),
