@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -45,8 +46,9 @@ def in_processes(
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_become_worker, initargs=(shared,))
     try:
-        for future in [pool.submit(_work_here, work, piece) for piece in pieces]:
-            yield future.result()
+        futures = deque(pool.submit(_work_here, work, piece) for piece in pieces)
+        while futures:  # each result is let go before the next one is fetched
+            yield futures.popleft().result()
     except BrokenProcessPool:
         raise RuntimeError(
             f"one of {processes} worker processes was killed, probably for lack of memory; try fewer processes"

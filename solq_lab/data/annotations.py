@@ -12,12 +12,14 @@ import os
 import reprlib
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from solq_lab import masks
+from solq_lab.data.entries import Entries, parse_document
 
 logger = logging.getLogger(__name__)
 
@@ -123,30 +125,38 @@ class Objects(NamedTuple):
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """The document in a COCO annotation file.
+    """The document in a COCO annotation file; its images and annotations are `Entries`, lists that stay text.
 
     Raises:
         DataError: no such file, not JSON, or not a mapping with lists of images, annotations and categories.
     """
-    # ValueError: no JSON, no UTF-8, or a number of thousands of digits. RecursionError: thousands of brackets.
     try:
-        document = json.loads(Path(path).read_bytes())
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file; check data.root and the names in the data section") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error}); an annotation file in COCO format is needed") from None
+    try:
+        text = content.decode(json.detect_encoding(content), "surrogatepass")  # as `json.loads` does
+    except ValueError as error:
+        raise _no_json(path, error) from None
+    del content
+    document = parse_document(text, ("images", "annotations"), refuse=partial(_no_json, path))
     found = (
         ", ".join(map(shorten, list(document)[:8])) if isinstance(document, dict) else f"a {type(document).__name__}"
     )
     for key in ("images", "annotations", "categories"):
-        if not isinstance(document, dict) or not isinstance(document.get(key), list):
+        if not isinstance(document, dict) or not isinstance(document.get(key), list | Entries):
             raise DataError(
                 f"{path}: not a COCO annotation file: no list {key!r} (found {found or 'nothing'}); "
                 "needed are the lists 'images', 'annotations' and 'categories'"
             )
     return document
+
+
+def _no_json(path: Path, error: Exception) -> DataError:
+    """The refusal of a file that json cannot read: no JSON, no UTF-8, thousands of digits, or thousands of brackets."""
+    return DataError(f"{path}: not JSON ({error}); an annotation file in COCO format is needed")
 
 
 def tabulate_pictures(document: dict[str, Any], path: Path) -> Pictures:

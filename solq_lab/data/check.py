@@ -54,7 +54,7 @@ class _Content(NamedTuple):
     split: Split
     options: Options
     pictures: list[_Picture]
-    entries: list[Any]
+    entries: Sequence[Any]
     classes: ClassMap | None
 
 

@@ -1,0 +1,114 @@
+"""JSON documents whose long lists stay text: an entry is decoded when it is asked for.
+
+COCO's 470 MB of text are five gigabytes of Python's lists and numbers, and processes that were forked would copy them
+by merely counting references. The text itself is shared, and one entry at a time is a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Entries(Sequence[Any]):
+    """A list of a JSON document. Each look at an entry decodes it anew: changes to it are not kept."""
+
+    def __init__(self, text: str, starts: array, refuse: Callable[[Exception], Exception]) -> None:
+        """Keep the text.
+
+        Args:
+            text: the whole document.
+            starts: for each entry, where in the text it begins; 64-bit integers.
+            refuse: makes the error for an entry that is nested too deep for where it is asked for.
+        """
+        self._text, self._starts, self._refuse = text, starts, refuse
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, place: int) -> Any:
+        return self._decode(self._starts[place])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._decode, self._starts)
+
+    def _decode(self, start: int) -> Any:
+        try:
+            return _DECODER.raw_decode(self._text, start)[0]
+        except RecursionError as error:
+            raise self._refuse(error) from None
+
+
+def parse_document(text: str, long: Collection[str], refuse: Callable[[Exception], Exception]) -> Any:
+    """What `json.loads` makes of a text, but for some lists of the outermost mapping.
+
+    All of the text is read, entry by entry, so that no later look at it meets anything but JSON.
+
+    Args:
+        text: the document.
+        long: keys of the outermost mapping whose lists become `Entries`.
+        refuse: makes the error to raise of json's own, where the text is no JSON or cannot be decoded.
+    """
+    try:
+        start = _skip_space(text, 0)
+        return _parse_mapping(text, start, long, refuse) if text.startswith("{", start) else json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise refuse(error) from None
+
+
+def _parse_mapping(
+    text: str, start: int, long: Collection[str], refuse: Callable[[Exception], Exception]
+) -> dict[str, Any]:
+    document = {}
+    place = _skip_space(text, start + 1)
+    while text[place : place + 1] != "}" or document:  # after a comma there has to be another key
+        if text[place : place + 1] != '"':
+            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, place)
+        key, place = _DECODER.raw_decode(text, place)
+        place = _skip_space(text, place)
+        if text[place : place + 1] != ":":
+            raise json.JSONDecodeError("Expecting ':' delimiter", text, place)
+        place = _skip_space(text, place + 1)
+        if key in long and text.startswith("[", place):
+            starts, place = _find_entries(text, place)
+            document[key] = Entries(text, starts, refuse)
+        else:
+            document[key], place = _DECODER.raw_decode(text, place)
+        place = _skip_space(text, place)
+        if text[place : place + 1] != ",":
+            break
+        place = _skip_space(text, place + 1)
+    if text[place : place + 1] != "}":
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+    end = _skip_space(text, place + 1)
+    if end != len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+    return document
+
+
+def _find_entries(text: str, start: int) -> tuple[array, int]:
+    """Where the entries of the list that opens at `start` begin, and the place behind its end."""
+    starts = array("q")
+    place = _skip_space(text, start + 1)
+    if text[place : place + 1] == "]":
+        return starts, place + 1
+    while True:
+        starts.append(place)
+        _, place = _DECODER.raw_decode(text, place)
+        place = _skip_space(text, place)
+        if text[place : place + 1] != ",":
+            break
+        place = _skip_space(text, place + 1)
+    if text[place : place + 1] != "]":
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+    return starts, place + 1
+
+
+def _skip_space(text: str, place: int) -> int:
+    return _SPACE.match(text, place).end()
