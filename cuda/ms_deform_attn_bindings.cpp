@@ -37,9 +37,18 @@ at::Tensor prepared(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
 }
 
-// The tensors must outlive the launch.
-Problem problem_of(const Sizes& sizes, const at::Tensor& value, const at::Tensor& locations,
-                   const at::Tensor& weights) {
+// A kernel that follows an address of another device ends every later call on its own.
+void check_device(const char* name, const at::Tensor& tensor, const at::Tensor& value) {
+  TORCH_CHECK_VALUE(tensor.device() == value.device(), name, " must be on ", value.device(), " like the value, got ",
+                    tensor.device());
+}
+
+// All that the kernels cannot do is refused here, before anything is allocated.
+Sizes read_cuda_sizes(const at::Tensor& value, at::IntArrayRef flat_shapes, const at::Tensor& locations,
+                      const at::Tensor& weights) {
+  check_device("sampling_locations", locations, value);
+  check_device("attention_weights", weights, value);
+  const Sizes sizes = read_sizes(value, flat_shapes, locations, weights);
   TORCH_CHECK_VALUE(sizes.levels.size() <= kMaxLevels, "at most ", kMaxLevels, " levels, got ", sizes.levels.size());
   TORCH_CHECK_VALUE(sizes.batch * sizes.heads <= 65535, "at most 65535 images times heads, got ", sizes.batch, " x ",
                     sizes.heads);
@@ -47,6 +56,17 @@ Problem problem_of(const Sizes& sizes, const at::Tensor& value, const at::Tensor
                     " has 2^29 numbers per image or more; the kernels count their bytes in 32 bits");
   TORCH_CHECK_VALUE(sizes.queries * std::max<int64_t>(sizes.width, 32) < (int64_t(1) << 31), "too many queries: ",
                     sizes.queries, " of ", sizes.width, " channels");
+  return sizes;
+}
+
+// No cells, no channels or no samples: no GPU takes a grid without blocks.
+bool nothing_to_do(const at::Tensor& value, const at::Tensor& locations) {
+  return value.numel() == 0 || locations.numel() == 0;
+}
+
+// The tensors must outlive the launch.
+Problem problem_of(const Sizes& sizes, const at::Tensor& value, const at::Tensor& locations,
+                   const at::Tensor& weights) {
   Problem problem{type_of(value), int(sizes.batch), int(sizes.cells), int(sizes.heads), int(sizes.width),
                   int(sizes.queries), int(sizes.points), int(sizes.levels.size()), {},
                   value.const_data_ptr(), locations.const_data_ptr(), weights.const_data_ptr()};
@@ -54,16 +74,12 @@ Problem problem_of(const Sizes& sizes, const at::Tensor& value, const at::Tensor
   return problem;
 }
 
-bool nothing_to_do(const Sizes& sizes) {
-  return sizes.batch * sizes.heads * sizes.queries * sizes.width * sizes.points == 0;
-}
-
 at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef flat_shapes, const at::Tensor& locations,
                                const at::Tensor& weights) {
-  const Sizes sizes = read_sizes(value, flat_shapes, locations, weights);
+  const Sizes sizes = read_cuda_sizes(value, flat_shapes, locations, weights);
   const c10::cuda::CUDAGuard guard(value.device());
   const std::vector<int64_t> shape{sizes.batch, sizes.queries, sizes.heads * sizes.width};
-  if (nothing_to_do(sizes)) return at::zeros(shape, value.options());
+  if (nothing_to_do(value, locations)) return at::zeros(shape, value.options());
   const at::Tensor values = prepared(value), places = prepared(locations), attention = prepared(weights);
   at::Tensor output = at::empty(shape, value.options());
   launch_forward(problem_of(sizes, values, places, attention), output.mutable_data_ptr(),
@@ -75,12 +91,13 @@ at::Tensor ms_deform_attn_cuda(const at::Tensor& value, at::IntArrayRef flat_sha
 std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward_cuda(
     const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef flat_shapes, const at::Tensor& locations,
     const at::Tensor& weights) {
-  const Sizes sizes = read_sizes(value, flat_shapes, locations, weights);
+  const Sizes sizes = read_cuda_sizes(value, flat_shapes, locations, weights);
   const c10::cuda::CUDAGuard guard(value.device());
   const std::vector<int64_t> shape{sizes.batch, sizes.queries, sizes.heads * sizes.width};
   TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(shape), "grad_output must be ", at::IntArrayRef(shape),
                     ", got ", grad_output.sizes());
-  if (nothing_to_do(sizes)) {
+  check_device("grad_output", grad_output, value);
+  if (nothing_to_do(value, locations)) {
     return {at::zeros(value.sizes(), value.options()), at::zeros(locations.sizes(), locations.options()),
             at::zeros(weights.sizes(), weights.options())};
   }

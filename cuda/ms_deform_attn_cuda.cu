@@ -190,18 +190,21 @@ struct OrderlessSums {
   int headroom;         // bits for the carries of all addends that one cell may get
   double scale;
 
-  // One unit is 1 / scale, a power of two; the largest scale for which no sum can overflow 63 bits.
+  // One unit is 1 / scale, a power of two; the largest scale for which no sum can overflow 63 bits. It and its inverse
+  // stay numbers for the tiniest bound.
   __device__ __forceinline__ void prepare() {
     const double bound = double(largest[0]) * double(largest[1]);
-    scale = bound > 0 && isfinite(bound) ? ldexp(1.0, 61 - headroom - ilogb(bound)) : 1.0;
+    const int exponent = bound > 0 && isfinite(bound) ? 61 - headroom - ilogb(bound) : 0;
+    scale = ldexp(1.0, exponent < 1023 ? exponent : 1023);
   }
 
   template <int kVector>
   __device__ __forceinline__ void add(Number* row, Real share, const Real (&gradient)[kVector]) const {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      // Negative numbers wrap around and come out right: integers of two's complement.
-      atomicAdd(row + i, static_cast<Number>(__double2ll_rn(double(share * gradient[i]) * scale)));
+      // A product of two floats may be beyond them, not beyond double. Negative numbers wrap around and come out right:
+      // integers of two's complement.
+      atomicAdd(row + i, static_cast<Number>(__double2ll_rn(double(share) * double(gradient[i]) * scale)));
     }
   }
 };

@@ -118,7 +118,8 @@ def gradients_hold(*, device="cpu", width=3):
         shapes=((4, 5), (2, 3)), batch=1, heads=2, width=width, queries=3, points=2, dtype=torch.float64, device=device
     )
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    return torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, shapes, x, w), leaves)
+    reorder = 0.0 if device == "cpu" else 1e-12  # a GPU adds what falls into one cell in any order
+    return torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, shapes, x, w), leaves, nondet_tol=reorder)
 
 
 def test_reference_gradients_equal_numerical_ones():
@@ -163,6 +164,12 @@ def test_cpu_equals_the_reference_in_every_type(dtype, tolerance, width):
     arguments = example(width=width, queries=40, dtype=dtype)
     assert ms_deform_attn(*arguments).dtype == dtype
     assert_like_the_reference(arguments, atol=tolerance * 10, rtol=tolerance)
+
+
+@pytest.mark.parametrize("empty", ["batch", "queries", "points", "width", "heads"])
+def test_reference_takes_empty_sizes(empty):
+    with use_implementation("reference"):
+        assert_like_the_reference(example(**{"width": 16, empty: 0}))
 
 
 @pytest.mark.usefixtures("cpu_kernel")
@@ -372,6 +379,15 @@ def test_cuda_takes_empty_sizes(empty):
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_kernel")
+def test_cuda_refuses_tensors_of_another_device():
+    value, shapes, locations, weights = example(device="cuda")
+    flat = [side for shape in shapes for side in shape]
+    with pytest.raises(ValueError, match=r"sampling_locations must be on cuda:0 like the value, got cpu"):
+        torch.ops.solq_lab.ms_deform_attn_cuda(value, flat, locations.cpu(), weights)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 6])
 @pytest.mark.usefixtures("cuda_kernel")
 def test_cuda_takes_one_to_six_levels(levels):
@@ -422,6 +438,7 @@ def test_cuda_forward_and_backward_replay_from_a_graph():
         return output, torch.autograd.grad(output.square().sum(), leaves)
 
     side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         step()
     torch.cuda.current_stream().wait_stream(side_stream)
@@ -435,3 +452,41 @@ def test_cuda_forward_and_backward_replay_from_a_graph():
     torch.testing.assert_close(output, expected)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_kernel")
+def test_cuda_never_waits_for_the_gpu_nor_reads_from_it():
+    value, shapes, locations, weights = example(width=48, queries=64, device="cuda")
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    for mode in ("default", "error"):  # the first round loads what is loaded lazily
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            output = ms_deform_attn(leaves[0], shapes, leaves[1], leaves[2])
+            torch.autograd.grad(output.square().sum(), leaves)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_kernel")
+def test_cuda_runs_on_the_current_stream():
+    value, shapes, locations, weights = example(width=48, queries=3000, device="cuda")
+    expected = ms_deform_attn(value, shapes, locations, weights)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(value)
+        torch.cuda._sleep(100_000_000)  # cycles; on any other stream the kernel would read zeros
+        late.copy_(value)
+        output = ms_deform_attn(late, shapes, locations, weights)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_kernel")
+def test_cuda_refuses_tensors_of_the_host():
+    value, shapes, locations, weights = example(device="cuda")
+    with pytest.raises(ValueError, match="value is on cuda:0, sampling_locations on cpu, attention_weights on cuda:0"):
+        ms_deform_attn(value, shapes, locations.cpu(), weights)

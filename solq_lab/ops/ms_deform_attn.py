@@ -119,7 +119,7 @@ def _reference_backward(
         grad_maps.append(grad_map.flatten(2))  # (B*M, D, H*W)
         grad_weights.append(grad_weight.view(batch, heads, queries, points))
         grad_locations.append(2 * grad_grid.view(batch, heads, queries, points, 2))
-    grad_value = torch.cat(grad_maps, dim=2).view(batch, heads, width, -1).permute(0, 3, 1, 2)
+    grad_value = torch.cat(grad_maps, dim=2).view(batch, heads, width, value.shape[1]).permute(0, 3, 1, 2)
     return (
         grad_value.to(value.dtype).contiguous(),
         torch.stack(grad_locations, dim=3).transpose(1, 2).contiguous(),
