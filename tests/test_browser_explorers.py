@@ -47,7 +47,9 @@ def test_detections_follow_score_switches_and_clicks(tmp_path):
         objects.first.wait_for(timeout=20_000)
         picture.scroll_into_view_if_needed()
         untouched = picture.screenshot()
-        notebook.move_slider("|", "End")  # the wipe: now the first model has the whole picture, and its switches show
+        handle = page.locator(".solq-stage + .widget-hslider .noUi-handle")
+        handle.focus()
+        handle.press("End")  # the wipe: now the first model has the whole picture, and its switches show
         before = notebook.wait_for_change(picture, untouched)
         count = objects.count()
         assert switches.count() >= count > 0

@@ -16,13 +16,15 @@ from matplotlib.figure import Figure
 from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
-from solq_lab.viz.style import STYLE, class_colours, hide_axes, new_figure
+from solq_lab.viz.pictures import draw_objects
+from solq_lab.viz.style import STYLE, class_colours, new_figure
 from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_picture, pick
 
 WIDTH = 460  # of the picture, pixels of the screen
 LEAST_SCORE = 0.05  # below it are hundreds of guesses; the slider starts here
 SEAM = 2  # width of the line of the wipe, pixels
 NAMED = widgets.Layout(width="auto")
+WIPE_NAMES = '<div style="display:flex;justify-content:space-between;line-height:1.2"><b>{}</b><b>{}</b></div>'
 
 
 class DetectionExplorer:
@@ -59,8 +61,9 @@ class DetectionExplorer:
             value=score, min=LEAST_SCORE, max=0.95, step=0.05, description="score", readout_format=".2f"
         )
         self.truth = widgets.Checkbox(value=False, description="ground truth", indent=False, layout=NAMED)
-        wide = widgets.Layout(width=f"{WIDTH}px")
+        wide = widgets.Layout(width=f"{WIDTH}px", margin="0")
         self.wipe = widgets.FloatSlider(value=0.5, min=0, max=1, step=0.01, readout=False, layout=wide)
+        self.wipe.tooltip = "the line between the two models"
         self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in predictors}
         self.stage = Stage(WIDTH, self._turn_off)
         self._columns = {name: widgets.VBox(layout=widgets.Layout(min_width="170px")) for name in predictors}
@@ -103,23 +106,21 @@ class DetectionExplorer:
     @mpl.rc_context(STYLE)
     def figure(self) -> Figure:
         """Ground truth and each model's shown objects, side by side."""
-        panels = {"ground truth": self._draw("", self.picture.value, ())}
-        for name in self.names:
-            panels[f"{name}: {len(self.shown(name).labels)} shown"] = self._drawn(name)
-        height, width = next(iter(panels.values())).shape[:2]
-        title = f"picture {self._dataset.image_ids[self.picture.value]}, scores of at least {self.score.value:.2f}"
-        figure, axes = new_figure(1, len(panels), size=(3.6 * len(panels), 0.7 + 3.6 * height / width), title=title)
-        for place, (heading, pixels) in zip(axes[0], panels.items(), strict=True):
-            place.imshow(pixels, interpolation="antialiased")
+        index, pixels = self.picture.value, self._pixels(self.picture.value)
+        panels = {"ground truth": self._dataset.objects(index)}
+        panels |= {f"{name}: {len(self.shown(name).labels)} shown": self.shown(name) for name in self.names}
+        title = f"picture {index} (id {self._dataset.image_ids[index]}), scores of at least {self.score.value:.2f}"
+        size = 3.6 * len(panels), 0.7 + 3.6 * pixels.shape[0] / pixels.shape[1]
+        figure, axes = new_figure(1, len(panels), size=size, title=title)
+        for place, (heading, objects) in zip(axes[0], panels.items(), strict=True):
+            draw_objects(place, pixels, objects, self._colours(index), font_size=8)
             place.set_title(heading)
-            hide_axes(place)
         return figure
 
     def _lay_out(self) -> widgets.Widget:
         controls = widgets.HBox([self.picture, self.score, self.truth])
-        under = [self.wipe] if len(self._predictors) == 2 else []
-        self.wipe.description = " | ".join(self.names)
-        self.wipe.style.description_width = "initial"
+        # No description: the slider is as wide as the picture, so that its handle stays under the line.
+        under = [self.wipe, widgets.HTML(WIPE_NAMES.format(*self.names))] if len(self._predictors) == 2 else []
         picture = widgets.VBox([self.stage.widget, *under])
         return widgets.VBox([widgets.HTML(STYLE_SHEET), controls, widgets.HBox([picture, *self._columns.values()])])
 
