@@ -26,6 +26,7 @@ from solq_lab.launch.notebooks import run_notebook
 from solq_lab.masks import decode_rle
 from solq_lab.viz.style import ADDED, MISSED
 from solq_lab.viz.widgets.codec_explorer import CodecExplorer
+from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS
 from solq_lab.viz.widgets.codec_panels import TABLE, Errors, HeatMap, Picture, Target, Vector
 from solq_lab.viz.widgets.objects import Split, find_splits
 from solq_lab.viz.widgets.trial import best_thresholds
@@ -195,6 +196,28 @@ def test_one_change_is_one_drawing(explorer):
     explorer.vector_dim.value = 16
     extra = {panel: canvas.drawn - drawn[panel] for panel, canvas in explorer._canvases.items()}
     assert extra == {panel: 1 if panel in (Picture, Target) else 2 for panel in TABLE}
+
+
+def test_the_animation_ends_with_the_whole_vector_whatever_its_length(explorer):
+    for length in (784, 4, 1, *VECTOR_DIMS):
+        explorer.vector_dim.value = length
+        frames = range(explorer.play.min, explorer.play.max + 1, explorer.play.step)
+        assert frames[-1] == explorer.terms.value == length
+        assert 1 <= frames[0] <= explorer.play.step
+
+
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_no_text_of_the_live_panels_is_cut_off(explorer, error):
+    explorer.mask_size.value, explorer.vector_dim.value, explorer.error.value = 64, 784, error
+    explorer.terms.value = 783
+    for canvas in explorer._canvases.values():
+        axes, renderer = canvas.panel.axes, canvas._agg.get_renderer()
+        left, right = axes.get_xlim()
+        ticks = [label for label in axes.get_xticklabels() if axes.axison and left <= label.get_position()[0] <= right]
+        for text in (axes.title, *ticks):
+            extent = text.get_window_extent(renderer)
+            assert extent.xmin >= 0, text.get_text()
+            assert extent.xmax <= axes.figure.bbox.xmax, text.get_text()
 
 
 def test_a_second_look_computes_nothing_anew(explorer, monkeypatch):

@@ -251,8 +251,8 @@ class CodecExplorer:
         self.rule = widgets.Dropdown(options=list(RULES.items()), description="threshold", **look)
         self.error = widgets.FloatSlider(min=0, max=1, step=0.02, description="noise", **look)
         self.terms = widgets.IntSlider(min=1, max=vector_dim, value=vector_dim, description="terms", **look)
-        self.play = widgets.Play(min=1, max=vector_dim, value=1, interval=FRAME_MILLISECONDS, show_repeat=False)
-        self.play.step = max(1, vector_dim // FRAMES)
+        self.play = widgets.Play(interval=FRAME_MILLISECONDS, show_repeat=False)
+        self._set_frames(vector_dim)
         self.compare = widgets.Button(description="fit all methods", icon="line-chart")
         self.search = widgets.Button(description="find the worst", icon="search")
         self.least_side = widgets.Dropdown(options=LEAST_SIDES, description="box side", style=style)
@@ -337,9 +337,15 @@ class CodecExplorer:
     def _choose_length(self) -> None:
         with self._together():
             length = self.vector_dim.value
-            self.terms.max = self.play.max = length
-            self.play.step = max(1, length // FRAMES)
+            self.terms.max = length
+            self._set_frames(length)
             self.terms.value = length
+
+    def _set_frames(self, length: int) -> None:
+        """The animation's steps; the last one is the whole vector, and play begins anew only from there."""
+        step = max(1, length // FRAMES)
+        self.play.min = 1  # below any maximum
+        self.play.max, self.play.step, self.play.min = length, step, (length - 1) % step + 1
 
     def _list_objects(self) -> None:
         folder = self._folder()
@@ -385,7 +391,7 @@ def numbers(view: View) -> list[tuple[str, str, str, str]]:
     return [
         ("IoU", f"{trial.iou:.3f}", "with the true mask", KIND_COLOURS["segm"]),
         ("boundary IoU", f"{trial.boundary_iou:.3f}", "of a band along the outline", KIND_COLOURS["boundary"]),
-        ("vector", f"{length:,} bytes", f"{setting.vector_dim} numbers, float32", CODEC_COLOURS[setting.method]),
+        ("vector", f"{length:,} bytes", f"n_k = {setting.vector_dim}, float32", CODEC_COLOURS[setting.method]),
         ("bitmap", f"{bitmap:,} bytes", f"{setting.mask_size} x {setting.mask_size} bits", GREY),
         ("run lengths", f"{rle:,} bytes", "the mask in COCO's own code", GREY),
     ]

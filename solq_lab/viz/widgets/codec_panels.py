@@ -25,6 +25,7 @@ MARGIN = 0.12  # around an object, as a share of its larger side
 MOST_BARS = (400, 800)  # ends of the axis of coefficients
 VALUES = SymLogNorm(linthresh=1.0, vmin=-128, vmax=128)  # a full mask's first cosine coefficient is N
 PALE = "#D9D9D9"
+ABOVE_LEGEND = 0.5  # an IoU below it has its number above its point, or it would cover the legend
 
 
 class Setting(NamedTuple):
@@ -90,7 +91,7 @@ class Decoded(PicturePanel):
 
     def show(self, view: View) -> None:
         terms, count = view.setting.terms, view.setting.vector_dim
-        kept = f"{count} numbers" if terms >= count else f"{terms} of {count} numbers"
+        kept = f"{terms} of {count}" if terms < count else f"{count} number{'s' if count > 1 else ''}"
         self.set(grey(view.trial.decoded.numpy()), f"decoded from {kept}")
 
 
@@ -113,7 +114,7 @@ class Vector(Panel):
     """The coefficients in their order: kept, left out of the sum, and cut off by the code's length."""
 
     columns = 2
-    place = (0.085, 0.16, 0.9, 0.73)
+    place = (0.085, 0.16, 0.885, 0.73)
 
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
@@ -143,7 +144,8 @@ class Vector(Panel):
         self._bars.set_segments([((place, 0), (place, height)) for place, height in zip(places, heights, strict=True)])
         self._bars.set_color(kept.tolist())
         order = {"dct": ", in zig-zag order", "pca": ", by component", "sparse": ", by atom", "flatten": ", by cell"}
-        self.axes.title.set_text(f"{setting.vector_dim} coefficients{order[setting.method]}")
+        kind = "coefficients" if setting.vector_dim > 1 else "coefficient"
+        self.axes.title.set_text(f"{setting.vector_dim} {kind}{order[setting.method]}")
 
 
 class HeatMap(PicturePanel):
@@ -168,12 +170,12 @@ class Curves(Panel):
     """IoU of this object by vector length, one line per method, and where the setting stands."""
 
     columns = 2
-    place = (0.085, 0.16, 0.9, 0.73)
+    place = (0.085, 0.16, 0.885, 0.73)
 
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
         axes.set_xscale("log")
-        axes.set(xlim=(0.9, 900), ylim=(0, 1.02), xlabel="$n_k$, numbers per mask", title="IoU of this object")
+        axes.set(xlim=(0.9, 900), ylim=(0, 1.05), xlabel="$n_k$, numbers per mask", title="IoU of this object")
         axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 784]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -181,7 +183,8 @@ class Curves(Panel):
         self._lines = {name: axes.plot([], [], color=CODEC_COLOURS[name], **look)[0] for name in CODEC_COLOURS}
         self._guide = axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
         (self._here,) = axes.plot([], [], marker="o", markersize=9, markeredgecolor="black", linestyle="none")
-        self._number = axes.text(1, 1, "", fontsize=10, fontweight="bold", verticalalignment="top")
+        self._here.set_clip_on(False)
+        self._number = axes.text(1, 1, "", fontsize=10, fontweight="bold")
         self._number.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0})
         axes.legend(self._lines.values(), self._lines.keys(), loc="lower right", ncols=2)
         self.moving = [self._guide, *self._lines.values(), self._here, self._number]
@@ -196,10 +199,11 @@ class Curves(Panel):
         self._guide.set_xdata([count, count])
         self._here.set_data([count], [iou])
         self._here.set_markerfacecolor(CODEC_COLOURS[view.setting.method])
-        left = count > 100
+        left, above = count > 100, iou < ABOVE_LEGEND
         self._number.set_text(f"{iou:.3f}")
-        self._number.set_position((count * (0.85 if left else 1.18), max(iou - 0.06, 0.12)))
+        self._number.set_position((count * (0.85 if left else 1.18), iou + (0.06 if above else -0.06)))
         self._number.set_horizontalalignment("right" if left else "left")
+        self._number.set_verticalalignment("bottom" if above else "top")
 
 
 TABLE: dict[type[Panel], Cell] = {
