@@ -108,9 +108,23 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def sum_of_numbers(number: float, here: torch.device) -> float:
+    """The sum of a number of the host over all processes, on every one of them.
+
+    A process that is alone knows it already: a round trip to a GPU would wait for all that the GPU has yet to do.
+
+    Args:
+        number: of this process.
+        here: this process's device.
+    """
+    if world_size() == 1:
+        return float(number)
+    return sum_over_processes(torch.tensor(float(number), device=here)).item()
+
+
 def any_process(flag: bool, here: torch.device) -> bool:
     """Whether `flag` is true in any process; the same answer in all of them. `here` is this process's device."""
-    return bool(sum_over_processes(torch.tensor(float(flag), device=here)))
+    return bool(sum_of_numbers(flag, here))
 
 
 def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
@@ -132,4 +146,5 @@ def gather_objects(value: Any) -> list[Any]:
 def wait_for_all() -> None:
     """Return when every process is here."""
     if world_size() > 1:
-        dist.barrier()
+        # NCCL waits on a GPU, and would have to guess which one is this process's.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

@@ -266,7 +266,7 @@ def _paste_window(box: Tensor, picture_size: tuple[int, int]) -> tuple[int, int,
 def _paste_inside(mask: Tensor, box: Tensor, window: tuple[int, int, int, int]) -> Tensor:
     """(h, w) bool: `mask` (N, N) in `box`, sampled at the pixel centres of a window (top, left, bottom, right)."""
     top, left, bottom, right = window
-    x0, y0, x1, y1 = box.to(mask.device)
+    x0, y0, x1, y1 = box.to(mask.device, non_blocking=True)
     row, north, south = _bilinear_cells(y0, y1, mask.shape[0], top, bottom)
     column, west, east = _bilinear_cells(x0, x1, mask.shape[1], left, right)
     row, north, south = row.unsqueeze(1), north.unsqueeze(1), south.unsqueeze(1)

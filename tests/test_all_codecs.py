@@ -168,7 +168,8 @@ def test_the_gpu_gives_the_numbers_of_the_cpu(kind):
     codec = fitted(kind, 15, 36, masks)
     there = copy.deepcopy(codec).to("cuda")
     vectors = codec.encode(masks)
-    torch.testing.assert_close(there.encode(masks.cuda()).cpu(), vectors, rtol=0, atol=FLOAT32_ROUNDING)
+    rounding = 1e-3 if kind == "sparse" else FLOAT32_ROUNDING  # steps end within a tolerance, rounding says where
+    torch.testing.assert_close(there.encode(masks.cuda()).cpu(), vectors, rtol=0, atol=rounding)
     torch.testing.assert_close(there.decode(vectors.cuda()).cpu(), codec.decode(vectors), rtol=0, atol=1e-5)
 
 

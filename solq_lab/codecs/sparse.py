@@ -184,8 +184,9 @@ def lasso_codes(correlation: Tensor, gram: Tensor, energy: Tensor, *, beta: floa
             codes[open_rows] = code
             if not going_on.any():
                 break
-            open_rows, correlation, energy = open_rows[going_on], correlation[going_on], energy[going_on]
-            code, ahead, pace = code[going_on], ahead[going_on], pace[going_on]
+            rows = going_on.nonzero().squeeze(1)  # once: on a GPU each look at bits makes the host wait
+            open_rows, correlation, energy = open_rows[rows], correlation[rows], energy[rows]
+            code, ahead, pace = code[rows], ahead[rows], pace[rows]
         moved = ahead + step * (correlation - ahead @ gram)
         following = moved.sign() * (moved.abs() - step * beta).clamp(min=0)
         uphill = ((ahead - following) * (following - code)).sum(dim=1, keepdim=True) > 0

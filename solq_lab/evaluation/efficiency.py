@@ -209,7 +209,7 @@ def _predictor(
         for parameter in model.parameters():  # zero matrices would give all queries one score and one mask
             if parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
-    model, codec = prepare_for_inference(model).to(device), build_codec(experiment)
+    model, codec = prepare_for_inference(model.to(device)), build_codec(experiment)
     if codec is not None:
         codec.to(device)
     images, names = _blank(picture_size).to(device), [str(channel) for channel in range(num_classes)]

@@ -74,7 +74,7 @@ def _select_best(
     queries, labels = best // classes, best % classes
     boxes = prediction.boxes.to(dtype).gather(1, queries[..., None].expand(-1, -1, 4))
     scale = torch.tensor([(width, height) * 2 for height, width in original_sizes], dtype=dtype)
-    boxes = cxcywh_to_xyxy(boxes) * scale.view(-1, 1, 4).to(boxes.device)
+    boxes = cxcywh_to_xyxy(boxes) * scale.view(-1, 1, 4).to(boxes.device, non_blocking=True)
     return scores.float(), labels, queries, boxes.float()
 
 
@@ -82,7 +82,8 @@ def _draw_masks(vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int
     """The RLEs of one image's detections: vectors (J, D) of all queries, queries (k,), boxes (k, 4) in pixels."""
     distinct, place = queries.unique(return_inverse=True)
     box_of = boxes.new_empty(len(distinct), 4).index_copy_(0, place, boxes)  # same query, same box: any may win
-    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))[distinct.to(vectors.device)]
+    vectors = vectors[distinct.to(vectors.device, non_blocking=True)]
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     at_once = max(1, CELLS_PER_CHUNK // codec.mask_size**2)
     rles = []
     for some_vectors, some_boxes in zip(vectors.split(at_once), box_of.split(at_once), strict=True):
@@ -98,8 +99,8 @@ def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[in
     """
     distinct, place = queries.unique(return_inverse=True)
     real = ~masks.padding[image]
-    height, width = int(real[:, 0].sum()), int(real[0].sum())
-    logits = masks.logits[image, distinct.to(masks.logits.device)].unsqueeze(1)  # (k, 1, h, w)
+    height, width = torch.stack([real[:, 0].sum(), real[0].sum()]).tolist()
+    logits = masks.logits[image, distinct.to(masks.logits.device, non_blocking=True)].unsqueeze(1)  # (k, 1, h, w)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rles = []
     for some in logits.split(max(1, CELLS_PER_CHUNK // real.numel())):

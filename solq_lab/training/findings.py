@@ -62,8 +62,12 @@ def describe_gradients(model: nn.Module, norm: Tensor) -> dict[str, Any]:
 
 
 def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors with a number that is not finite."""
-    return [name for name, tensor in named if not tensor.isfinite().all()]
+    """Names of the tensors, all on one device, with a number that is not finite."""
+    named = list(named)
+    if not named:
+        return []
+    finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()  # one wait for a GPU
+    return [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
 
 
 def explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], weights: Sequence[str]) -> str:

@@ -170,7 +170,8 @@ class SetCriterion(nn.Module):
         logits = _at_least_float32(logits)
         truth = torch.zeros_like(logits)
         layers = torch.arange(len(logits), device=logits.device)[:, None]
-        truth[layers, matching.images, matching.queries, objects.labels[matching.objects]] = 1.0
+        present = (layers, matching.images, matching.queries, objects.labels[matching.objects])
+        truth.index_put_(present, truth.new_ones(()))  # `= 1.0` would be a copy from the host, which waits
         focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
         boxes = _at_least_float32(_matched(boxes, matching))  # (Z, T, 4)
         true_boxes = objects.boxes[matching.objects].to(boxes.dtype)

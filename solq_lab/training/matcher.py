@@ -110,7 +110,8 @@ class HungarianMatcher:
         `columns_by_layer` says which columns belong to which layer.
         """
         device = predictions.layers[0].logits.device
-        images = _image_of_object([len(target.labels) for target in targets]).to(device)
+        images = _image_of_object([len(target.labels) for target in targets])
+        images = images.to(device, non_blocking=True)  # the host does not wait for the forward pass yet
         labels = torch.cat([target.labels for target in targets])
         with torch.autocast(device.type, enabled=False):
             by_layer = [layer.logits[images, :, labels] for layer in predictions.layers]  # each (K, J)
@@ -154,7 +155,7 @@ def _all_layers(predictions: Predictions) -> list[LayerPrediction]:
 
 def _image_of_object(counts: list[int]) -> Tensor:
     """(K,) int64: the image each object of the batch belongs to."""
-    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+    return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
 
 
 def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
@@ -168,7 +169,8 @@ def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
 
 
 def _to_matching(assignments: list[np.ndarray], device: torch.device) -> Matching:
-    images, queries, objects = torch.from_numpy(np.stack(assignments, axis=1)).to(device)  # (3, Z, T)
+    pairs = torch.from_numpy(np.stack(assignments, axis=1)).to(device, non_blocking=True)  # (3, Z, T)
+    images, queries, objects = pairs
     return Matching(images[0], queries, objects)
 
 

@@ -180,8 +180,7 @@ class TrainingStep:
         whole batch at once.
         """
         objects = sum(len(target.labels) for _, targets in batches for target in targets)
-        total = distributed.sum_over_processes(torch.tensor(float(objects), device=self.device))
-        return total.item() / distributed.world_size()
+        return distributed.sum_of_numbers(objects, self.device) / distributed.world_size()
 
     def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager:
         """Within: whether processes wait with averaging their gradients, for a later backward pass of the same step."""
