@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_experiment
 
-from solq_lab.bench import evaluation, loader, op, targets
+from solq_lab.bench import evaluation, gpu, loader, op, targets
 from solq_lab.bench.runner import PARTS, run
 from solq_lab.bench.timing import compare
 from solq_lab.data.annotations import DataError
@@ -47,10 +48,32 @@ def test_a_report_names_machine_versions_and_rows(tmp_path):
 
 
 def test_an_unknown_part_and_an_empty_data_folder_are_named(tmp_path):
-    with pytest.raises(ValueError, match=f"bench part 'ops': allowed are {', '.join(PARTS)}"):
+    with pytest.raises(ValueError, match=f"no part ops; allowed are {', '.join(PARTS)}"):
         run(["ops"])
     with pytest.raises(DataError, match="val2017: not there"):
         run(["targets"], data=tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_part_for_gpus_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="part gpu needs an NVIDIA GPU that torch can use; `solq-lab doctor` says"):
+        run(["gpu"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_what_is_measured_on_a_gpu_gives_the_same_results_on_a_small_scale(device):
+    """With a small network; the CPU runs everything but CUDA's own clock and graphs."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    codec = {"mask_size": 128, "vector_dim": 256}
+    work = gpu.Workload(tiny_experiment(Path(), codec=codec), picture=(64, 96), shown=(64, 96), batch=2, repeats=1)
+    rows = list(gpu.rows(device, work))
+    assert [row.what.split(", ")[0] for row in rows] == ["encoder layer"] * 6 + ["inference"] * 2 + ["training step"]
+    assert [row.what for row in rows if not row.equal] == []
+    ways = [row.what.rpartition(", ")[2] for row in rows[:3]]
+    assert ways == ["forward", "backward", "deterministic backward"]
+    assert f"{2000 / rows[-1].ours_ms:.1f} images/s" in rows[-1].what
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_plain_sampling_is_the_reference():

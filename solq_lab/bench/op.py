@@ -22,7 +22,7 @@ def rows() -> Iterator[Row]:
     """Forward and backward, at the size of an encoder layer and of a decoder layer."""
     tokens = sum(height * width for height, width in SHAPES)
     for layer, queries in (("encoder", tokens), ("decoder", 300)):
-        inputs, gradient = _draw_inputs(queries)
+        inputs, gradient = draw_inputs(queries)
         what = f"{layer}, {queries} queries, 512x852, head width {HEAD_WIDTH}, {implementation_for('cpu')}"
         with torch.no_grad():
             yield compare(
@@ -58,23 +58,38 @@ def sample_by_grid(value: Tensor, shapes: Sequence[tuple[int, int]], locations: 
     return (stacked * share).sum(-1).view(batch, heads * width, queries).transpose(1, 2)
 
 
-def _draw_inputs(queries: int) -> tuple[Inputs, Tensor]:
+def draw_inputs(
+    queries: int,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    *,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Inputs, Tensor]:
     """Inputs of one layer and the gradient of its output.
 
     Samples keep off the pixel centres: the gradient with respect to a location jumps there, and rounding would decide
     on which side each way stands.
+
+    Args:
+        queries: Q.
+        shapes: (H, W) of each level, cells.
+        batch: B.
+        device: where they are.
+        dtype: of the values and of the gradient; locations and weights are float32.
     """
     generator = torch.Generator().manual_seed(0)
-    tokens = sum(height * width for height, width in SHAPES)
-    value = torch.randn(1, tokens, HEADS, HEAD_WIDTH, generator=generator)
-    sizes = torch.tensor([(width, height) for height, width in SHAPES], dtype=torch.float32).view(1, 1, 1, -1, 1, 2)
-    shape = (1, queries, HEADS, len(SHAPES), POINTS)
+    tokens = sum(height * width for height, width in shapes)
+    value = torch.randn(batch, tokens, HEADS, HEAD_WIDTH, generator=generator)
+    sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32).view(1, 1, 1, -1, 1, 2)
+    shape = (batch, queries, HEADS, len(shapes), POINTS)
     cell = (torch.rand(*shape, 2, generator=generator) * sizes).floor()
     inside_cell = 0.05 + 0.9 * torch.rand(*shape, 2, generator=generator)
     locations = (cell + 0.5 + inside_cell) / sizes
     weights = torch.rand(shape, generator=generator).flatten(-2).softmax(-1).view(shape)
-    inputs = tuple(tensor.requires_grad_() for tensor in (value, locations, weights))
-    return inputs, torch.randn(1, queries, HEADS * HEAD_WIDTH, generator=generator)
+    gradient = torch.randn(batch, queries, HEADS * HEAD_WIDTH, generator=generator)
+    inputs = (value.to(device, dtype), locations.to(device), weights.to(device))
+    return tuple(tensor.requires_grad_() for tensor in inputs), gradient.to(device, dtype)
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:

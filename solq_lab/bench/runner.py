@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from solq_lab.bench import codecs, evaluation, loader, matcher, memory, network, op, postprocess, targets
+from solq_lab.bench import codecs, evaluation, gpu, loader, matcher, memory, network, op, postprocess, targets
 from solq_lab.bench.memory import MemoryRow
 from solq_lab.bench.timing import Row
 from solq_lab.config import DataSection
@@ -19,6 +19,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.runs import describe_software, write_json
 
 PARTS = ("op", "codec", "targets", "postprocess", "matcher", "loader", "eval", "infer", "train")
+ON_GPU = ("gpu",)  # runs where there is one
 BY_NAME = ("memory",)  # runs only where it is named: it takes many minutes and gigabytes
 
 
@@ -54,19 +55,19 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
     """Measures parts of the pipeline against the plain way of doing the same.
 
     Args:
-        parts: names from `PARTS` and `BY_NAME`, run in that order; none: all of `PARTS`.
+        parts: names from `PARTS`, `ON_GPU` and `BY_NAME`, run in that order; none: all of `PARTS`, and where there is
+            a GPU those of `ON_GPU`.
         json_path: file to write the report to.
         data: folder of a COCO data set; "targets" and "loader" then use its validation split. None: generated pictures.
 
     Raises:
-        ValueError: an unknown part.
+        ValueError: an unknown part, or one that needs a GPU where there is none.
         DataError: `data` holds no COCO validation split.
     """
-    unknown = [part for part in parts if part not in PARTS + BY_NAME]
-    if unknown:
-        raise ValueError(f"bench part {unknown[0]!r}: allowed are {', '.join(PARTS + BY_NAME)}")
+    check_parts(parts)
     images, annotations = (None, None) if data is None else _validation_split(Path(data))
-    chosen = [part for part in PARTS + BY_NAME if part in parts] or list(PARTS)
+    usual = PARTS + (ON_GPU if torch.cuda.is_available() else ())
+    chosen = [part for part in PARTS + ON_GPU + BY_NAME if part in parts] or list(usual)
     rows: list[Row | MemoryRow] = []
     with tqdm(chosen, desc="bench", unit="part") as progress:
         for part in progress:
@@ -77,6 +78,16 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
         Path(json_path).parent.mkdir(parents=True, exist_ok=True)
         write_json(json_path, report.to_dict())
     return report
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Raises ValueError where a part is unknown, or needs a GPU and there is none."""
+    allowed = PARTS + ON_GPU + BY_NAME
+    unknown = sorted(set(parts) - set(allowed))
+    if unknown:
+        raise ValueError(f"no part {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+    if not torch.cuda.is_available() and set(parts) & set(ON_GPU):
+        raise ValueError("part gpu needs an NVIDIA GPU that torch can use; `solq-lab doctor` says what there is")
 
 
 def _rows(part: str, images: Path | None, annotations: Path | None) -> Iterator[Row] | Iterator[MemoryRow]:
@@ -99,6 +110,8 @@ def _rows(part: str, images: Path | None, annotations: Path | None) -> Iterator[
             return network.infer_rows()
         case "train":
             return network.train_rows()
+        case "gpu":
+            return gpu.rows()
         case "memory":
             return memory.rows()
 

@@ -24,7 +24,8 @@ def bench(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="op, codec, targets, postprocess, matcher, loader, eval, infer, train; by default all. And memory."
+            help="op, codec, targets, postprocess, matcher, loader, eval, infer, train; by default all, and gpu where "
+            "there is one. And memory."
         ),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
@@ -33,8 +34,8 @@ def bench(
     """Measure each part against the plain way of doing the same, side by side, and check that both agree."""
     from solq_lab.bench import runner
 
-    allowed = runner.PARTS + runner.BY_NAME
-    unknown = set(parts or []) - set(allowed)
-    if unknown:
-        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; allowed are {', '.join(allowed)}")
+    try:
+        runner.check_parts(parts or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     typer.echo(runner.run(parts or [], json_path, data=data).table())

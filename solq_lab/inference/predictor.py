@@ -83,7 +83,7 @@ class Predictor:
             self.codec.to(self.device)
         self._graphed = None
         if bucket is not None and self.device.type == "cuda":
-            self._graphed = GraphedForward(partial(_predict_last_layer, self.model, autocast=autocast), self.device)
+            self._graphed = GraphedForward(partial(predict_last_layer, self.model, autocast=autocast), self.device)
 
     @torch.inference_mode()
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> Detections:
@@ -106,7 +106,7 @@ class Predictor:
         if self._graphed is not None:
             last = self._graphed(batch)
         else:
-            last = _predict_last_layer(self.model, batch, autocast=self.autocast)
+            last = predict_last_layer(self.model, batch, autocast=self.autocast)
         return postprocess(last, [(height, width)], self.codec, top_k=self.top_k, class_names=self.classes.names)[0]
 
 
@@ -134,8 +134,14 @@ def _pad_to_multiple(picture: Tensor, multiple: int) -> ImageBatch:
     return ImageBatch(F.pad(picture.unsqueeze(0), missing), padding)
 
 
-def _predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:
-    """What the last decoder layer says about uint8 pictures."""
+def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:
+    """What the last decoder layer says about uint8 pictures.
+
+    Args:
+        model: on the device of the pictures.
+        images: as a loader gives them.
+        autocast: "none" or "bf16".
+    """
     # No cache of cast weights: within a CUDA graph it would hand out memory that the graph uses again.
     with torch.autocast(images.pixels.device.type, torch.bfloat16, enabled=autocast == "bf16", cache_enabled=False):
         return model(images.normalised()).layers[-1]
