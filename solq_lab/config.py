@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from solq_lab.plain_yaml import load_yaml
 
@@ -146,9 +146,13 @@ class DataSection(Section):
     augment: Literal["released", "flip", "none"] = Field(
         "released", description="released: two resizes, flip, random crop"
     )
-    train_scales: list[int] = Field([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], min_length=1)
-    crop_scales: list[int] = Field([400, 500, 600], min_length=1, description="short sides before the random crop")
-    crop_size: tuple[int, int] = Field((384, 600), description="smallest and largest side of the random crop, pixels")
+    train_scales: list[PositiveInt] = Field([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], min_length=1)
+    crop_scales: list[PositiveInt] = Field(
+        [400, 500, 600], min_length=1, description="short sides before the random crop"
+    )
+    crop_size: tuple[PositiveInt, PositiveInt] = Field(
+        (384, 600), description="smallest and largest side of the random crop, pixels"
+    )
     test_scale: int = Field(800, gt=0)
     max_size: int = Field(1333, gt=0, description="longest side, training and test")
     mask_route: Literal["window", "bitmap"] = Field("window", description="bitmap: as released, full masks")
@@ -158,6 +162,12 @@ class DataSection(Section):
     unreadable: Literal["stop", "replace"] = Field(
         "stop", description="a damaged or lost picture in training: stop with its name, or take the next one and log it"
     )
+
+    @model_validator(mode="after")
+    def _sizes_ascend(self) -> DataSection:
+        if self.crop_size[0] > self.crop_size[1]:
+            raise ValueError(f"crop_size {list(self.crop_size)}: allowed are a smallest and a largest side, ascending")
+        return self
 
 
 class OptimSection(Section):
@@ -215,8 +225,16 @@ class EvaluationSection(Section):
     top_k: int = Field(100, gt=0, description="detections kept per picture")
     batch_size: int = Field(1, gt=0, description="pictures per forward pass and process")
     max_images: int | None = Field(None, gt=0, description="evaluate the first so many pictures only")
-    area_sides: tuple[float, float] = Field((32.0, 96.0), description="small below, medium below; pixels")
+    area_sides: tuple[PositiveFloat, PositiveFloat] = Field(
+        (32.0, 96.0), description="small below, medium below; pixels"
+    )
     boundary_ratio: float = Field(0.02, gt=0, lt=1, description="boundary width over the picture's diagonal")
+
+    @model_validator(mode="after")
+    def _sizes_ascend(self) -> EvaluationSection:
+        if self.area_sides[0] >= self.area_sides[1]:
+            raise ValueError(f"area_sides {list(self.area_sides)}: allowed are two sides in pixels, ascending")
+        return self
 
 
 class Experiment(Section):

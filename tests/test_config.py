@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
@@ -47,6 +47,7 @@ def test_a_file_overrides_its_parent_key_by_key_and_the_command_line_overrides_b
     assert (experiment.codec.vector_dim, experiment.name) == (100, "other")
 
 
+@settings(deadline=None)  # a machine may be busy
 @given(seed=st.integers(0, 2**31), rate=st.floats(1e-8, 1.0), scales=st.lists(st.integers(1, 2000), min_size=1))
 def test_writing_and_reading_gives_the_same_experiment(seed, rate, scales):
     experiment = Experiment(name="a", seed=seed, optim={"lr": rate}, data={"train_scales": scales})
@@ -78,6 +79,10 @@ def test_a_misspelt_override_is_refused_like_a_misspelt_key(write):
         ("optim: {lr: -1}", ("optim.lr", "greater than 0", "-1")),
         ("model: {backbone: resnet49}", ("model.backbone", "'resnet50'", "'resnet49'")),
         ("data: {crop_size: [384, big]}", ("data.crop_size.1", "integer", "'big'")),
+        ("data: {crop_size: [0, 600]}", ("data.crop_size.0", "greater than 0", "0")),
+        ("data: {train_scales: [480, -1]}", ("data.train_scales.1", "greater than 0", "-1")),
+        ("data: {crop_scales: []}", ("data.crop_scales", "at least 1")),
+        ("evaluation: {area_sides: [0, 96]}", ("evaluation.area_sides.0", "greater than 0", "0")),
         ("evaluation: 7", ("evaluation", "7")),
     ],
 )
@@ -102,6 +107,8 @@ def test_all_faults_of_a_file_are_named_at_once(write):
         ("model: {two_stage: true, refine_boxes: false}", ("two_stage", "refine_boxes")),
         ("model: {backbone: swin_t, dilation: true}", ("dilation", "swin_t")),
         ("train: {batch_size: 10, gpus: 4}", ("batch_size 10", "4 x 1")),
+        ("data: {crop_size: [600, 384]}", ("data: crop_size [600, 384]", "ascending")),
+        ("evaluation: {area_sides: [96, 32]}", ("evaluation: area_sides [96.0, 32.0]", "ascending")),
     ],
 )
 def test_numbers_that_do_not_fit_together_are_refused_with_their_values(write, text, said):
