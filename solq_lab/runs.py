@@ -208,7 +208,7 @@ class Run:
                 owner = _read_owner(file)
                 raise RunError(
                     f"{self.folder}: process {owner.get('pid')} on {owner.get('host')} is training here; "
-                    "wait for it, stop it, or give the new run another name= "
+                    "wait for it, stop it, or give the new run another name=..."
                 )
             file.truncate(0)
             file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())

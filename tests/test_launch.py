@@ -295,6 +295,10 @@ def test_a_data_folder_that_was_not_given_is_asked_for():
     assert "data.root=FOLDER" in message
 
 
+def test_shapes_are_not_drawn_into_whatever_folder_this_is():
+    assert "data.root: found '', allowed is a folder to draw the shapes into" in data_refusal(generate="easy")
+
+
 def test_a_missing_data_folder_is_refused_with_the_nearest_name(coco_folder):
     message = data_refusal(root=str(coco_folder.with_name("cocoo")))
     assert f"did you mean {coco_folder}?" in message

@@ -121,7 +121,7 @@ def test_a_second_trainer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     try:
         assert holder.stdout.readline() == "held\n"
         assert run.is_training()
-        refusal = rf"process {holder.pid} on .* is training here; .*another name="
+        refusal = rf"process {holder.pid} on .* is training here; .*another name=\.\.\."
         with pytest.raises(RunError, match=refusal), run.locked():
             pass
     finally:

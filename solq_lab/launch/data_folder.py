@@ -16,10 +16,11 @@ def check_data_folder(experiment: Experiment) -> None:
         ConfigError: data.root is empty or missing, or lacks a file or folder that the experiment names.
     """
     data = experiment.data
+    if not data.root:
+        wanted = "with images and annotations" if data.generate == "none" else "to draw the shapes into"
+        raise ConfigError(f"data.root: found '', allowed is a folder {wanted}; add data.root=FOLDER")
     if data.generate != "none":
         return
-    if not data.root:
-        raise ConfigError("data.root: found '', allowed is a folder with images and annotations; add data.root=FOLDER")
     _require("data.root", Path(data.root))
     for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
         _require(f"data.{key}", Path(data.root) / getattr(data, key))
