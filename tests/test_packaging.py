@@ -1,10 +1,15 @@
-"""pyproject.toml, constraints.txt and environment.yml tell one story."""
+"""pyproject.toml, constraints.txt and environment.yml tell one story, and what is installed is whole."""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
+import pytest
 import yaml
 from conftest import REPOSITORY
 from packaging.requirements import Requirement
@@ -62,3 +67,26 @@ def test_the_makefile_installs_the_tested_extras_under_the_constraints():
     text = (REPOSITORY / "Makefile").read_text()
     assert f"'.[{','.join(INSTALLED_EXTRAS)}]'" in text
     assert "--constraint constraints.txt" in text
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The package as an installer would lay it down, out of the checkout's reach."""
+    folder = tmp_path_factory.mktemp("installed")
+    build = ["egg_info", "--egg-base", str(folder), "build_py", "--build-lib", str(folder / "lib")]
+    subprocess.run([sys.executable, "setup.py", "-q", *build], cwd=REPOSITORY, check=True, capture_output=True)
+    return folder / "lib"
+
+
+def test_an_installed_package_holds_every_module_of_the_checkout(installed):
+    modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "solq_lab").rglob("*.py")}
+    assert {str(path.relative_to(installed)) for path in installed.rglob("*.py")} == modules
+
+
+def test_an_installed_package_carries_the_operators_sources_and_finds_them(installed):
+    code = "from solq_lab.ops import extension; print(extension.SOURCES)"
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    found = subprocess.run([sys.executable, "-c", code], cwd=installed, env=environment, capture_output=True, text=True)
+    sources = Path(found.stdout.strip())
+    assert sources == installed / "solq_lab" / "cuda", found.stderr
+    assert {path.name for path in sources.iterdir()} == {path.name for path in (REPOSITORY / "cuda").iterdir()}

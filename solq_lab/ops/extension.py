@@ -32,7 +32,9 @@ Kind = Literal["cpu", "cuda"]
 
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).resolve().parents[2] / "cuda"
+PACKAGE = Path(__file__).resolve().parents[1]
+# An installed package has them inside, a checkout beside it. Beside an installed one lies NVIDIA's `cuda`, if any.
+SOURCES = PACKAGE / "cuda" if (PACKAGE / "cuda").is_dir() else PACKAGE.parent / "cuda"
 SOURCE_PATTERNS = {"cpu": ("*_cpu.cpp",), "cuda": ("*_cuda.cu", "*_bindings.cpp")}
 # Without -fopenmp torch's parallel loops are serial, silently. The last two let loops with comparisons vectorise.
 CPU_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
