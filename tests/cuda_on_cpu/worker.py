@@ -1,0 +1,34 @@
+"""Calls the operators of one library as its standard input asks, until that ends: see played_gpu.py.
+
+A fault in a kernel ends the process, with the report of what found the fault on its standard error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pickle
+import sys
+
+import torch
+
+
+def serve(library: str) -> None:
+    torch.ops.load_library(library)
+    shuffle_threads = ctypes.CDLL(library).shuffle_threads
+    while True:
+        try:
+            name, arguments, order, deterministic = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        shuffle_threads(order)
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            answer = getattr(torch.ops.solq_lab, name)(*arguments)
+        except (ValueError, RuntimeError) as error:
+            answer = error
+        pickle.dump(answer, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
