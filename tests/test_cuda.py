@@ -33,6 +33,7 @@ from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import ms_deform_attn
 from solq_lab.structures import ImageBatch, Target
 from solq_lab.training.ema import AveragedWeights
+from solq_lab.training.findings import nonfinite_tensors
 from solq_lab.training.optim import build_optimizer
 from solq_lab.training.step import Batch, TrainingStep, build_criterion
 
@@ -200,6 +201,15 @@ def test_a_code_stays_on_the_gpu(codec: MaskCodec, count: int):
     assert set(traffic.waits) == ({"lasso_codes"} if is_solved_in_steps else set())
 
 
+def test_weights_are_looked_over_in_one_wait():
+    with fake_gpu() as traffic:
+        model = build_model(tiny_experiment(Path()), len(CLASSES)).to("cuda")
+        poisoned = nonfinite_tensors([*model.named_parameters(), *model.named_buffers()])
+    assert len(poisoned) > 50, "what a fake GPU holds counts as not finite"
+    assert traffic.waits == ["nonfinite_tensors"]
+    assert nonfinite_tensors([]) == []
+
+
 def test_masks_of_the_gpu_are_pasted_and_cropped_there():
     boxes = torch.tensor([[1.0, 2.0, 9.0, 8.0], [0.0, 0.0, 3.0, 3.0]])
     with fake_gpu() as traffic:
@@ -257,8 +267,8 @@ def test_a_training_step_waits_twice_for_the_gpu(gpu):
             step.take([batch])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)]
-    assert len(waits) == 2, waits
+    waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
+    assert len(waits) == 2, [f"{wait.filename}:{wait.lineno}" for wait in waits]
 
 
 @pytest.mark.cuda

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from test_trainer import ENVIRONMENT, TESTS, new_run
 from tiny import write_pictures
 
+from solq_lab import distributed
 from solq_lab.launch.trainings import training_command
 from solq_lab.training import torchrun
 from solq_lab.training.checkpoint import list_checkpoints
@@ -181,6 +182,17 @@ def test_a_watch_that_was_itself_stopped_accuses_nobody(store):
 
 
 # -------------------------------------------------------------------------------------------------- where they meet
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("nccl", [1]), ("gloo", None)])
+def test_processes_wait_for_each_other_on_the_gpu_that_is_their_own(backend, devices, monkeypatch):
+    waited = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids: waited.append(device_ids))
+    distributed.wait_for_all()
+    assert waited == [devices]
 
 
 def test_processes_meet_on_a_free_port_here_unless_told_otherwise():

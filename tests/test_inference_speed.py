@@ -193,7 +193,7 @@ class NoStream:
 
 
 @contextmanager
-def capturing(graph: RecordedGraph, pool: object, stream: NoStream) -> Iterator[None]:
+def capturing(graph: RecordedGraph, pool: object, stream: NoStream, capture_error_mode: str) -> Iterator[None]:
     with graph:
         yield
 

@@ -239,6 +239,15 @@ def test_a_wrong_number_of_processes_is_refused_with_the_command(pictures, tmp_p
         train_run(run)
 
 
+def test_more_processes_than_gpus_are_refused_before_they_take_one(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed, "process_group", None)
+    with pytest.raises(RunError, match="3 processes were started on a machine with 2 GPUs; start at most 2 on it"):
+        train_run(new_run(pictures, tmp_path))
+
+
 # -------------------------------------------------------------------------------------------- processes of their own
 
 

@@ -70,6 +70,7 @@ class GraphedForward:
                 self._forward(held)
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+        # Other threads, such as a loader's that pins memory, may go on with what a capture must not do.
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
             prediction = self._forward(held)
         return _Captured(graph, held, prediction)

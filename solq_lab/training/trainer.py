@@ -77,6 +77,7 @@ def train_run(run: Run, stop: StopRequest | None = None) -> State:
     if stop is None:
         with StopRequest() as stop:
             return train_run(run, stop)
+    _check_gpus()
     last_words = partial(_write_last_status, run, "failed")
     group = distributed.process_group(rank_timeout=run.experiment.train.rank_timeout, last_words=last_words)
     try:
@@ -438,7 +439,7 @@ def _passes_per_process(train: TrainSection) -> int:
     same, and fewer processes take more passes each.
 
     Raises:
-        RunError: the passes do not divide by the processes that were started, or there are fewer GPUs than processes.
+        RunError: the passes do not divide by the processes that were started.
     """
     processes, passes = distributed.world_size(), train.gpus * train.accumulate
     if passes % processes:
@@ -448,10 +449,14 @@ def _passes_per_process(train: TrainSection) -> int:
             f"{train.accumulate} passes per step do not divide by them; allowed are {allowed}. Start it with "
             f"python -m solq_lab.training.torchrun --nproc-per-node={train.gpus} RUN_FOLDER"
         )
+    return passes // processes
+
+
+def _check_gpus() -> None:
+    """Before a process takes its GPU: raises RunError where this machine has fewer of them than processes."""
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if torch.cuda.is_available() and here > gpus:
         raise RunError(f"{here} processes were started on a machine with {gpus} GPUs; start at most {gpus} on it")
-    return passes // processes
 
 
 def _seed_generators(seed: int) -> None:
