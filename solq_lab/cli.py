@@ -56,9 +56,11 @@ def main() -> None:
         _exit(str(failure), FAILED)
     except Exception as error:
         kinds = {base.__name__ for base in type(error).__mro__}
-        if not kinds & (REFUSALS | EXPLAINED):
+        if kinds & (REFUSALS | EXPLAINED):
+            _exit(str(error), REFUSED if kinds & REFUSALS else FAILED)
+        if not isinstance(error, OSError) or error.filename is None:
             raise
-        _exit(str(error), REFUSED if kinds & REFUSALS else FAILED)
+        _exit(f"{error.filename2 or error.filename}: {error.strerror}", REFUSED)  # a place that the user named
 
 
 def _exit(message: str, status: int) -> None:

@@ -405,6 +405,10 @@ def _read_with_parents(path: Path, seen: list[Path]) -> dict[str, Any]:
         return values
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: found {parent!r}, allowed is the path of one YAML file")
+    if not (path.parent / parent).is_file():
+        raise ConfigError(
+            f"{path}: extends: found {parent}, allowed is the path of a YAML file as seen from {path.parent}"
+        )
     return _merge(_read_with_parents(path.parent / parent, [*seen, path.resolve()]), values)
 
 
@@ -468,13 +472,28 @@ def _describe_fault(fault: dict[str, Any], schema: type[Section]) -> str:
     location = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         allowed = _allowed_keys(schema, fault["loc"][:-1])
-        nearest = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(allowed)}"
+        nearest = _sections_with(fault["loc"][-1], schema) or difflib.get_close_matches(
+            str(fault["loc"][-1]), allowed, n=1, cutoff=0.5
+        )
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"allowed are {', '.join(allowed)}"
         return f"unknown key {location}; {hint}"
+    if fault["type"] == "model_type":
+        keys = ", ".join(_allowed_keys(schema, fault["loc"]))
+        return f"{location}: found {fault['input']!r}, allowed is a section with some of the keys {keys}"
     message = fault["msg"].removeprefix("Value error, ")
     shown = fault["type"] != "missing" and not isinstance(fault["input"], dict | BaseModel)
     found = f" (found {fault['input']!r})" if shown else ""
     return f"{location or schema.__name__.lower()}: {message}{found}"
+
+
+def _sections_with(key: object, schema: type[Section]) -> list[str]:
+    """Where a key belongs that was written elsewhere: `train.steps` for `steps`."""
+    sections = {name: field.annotation for name, field in schema.model_fields.items()}
+    return [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, Section) and key in section.model_fields
+    ]
 
 
 def _allowed_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -228,6 +228,7 @@ def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
 
     Raises:
         RunError: the folder exists and belongs to a different experiment, or to something else; nothing is written.
+        ConfigError: a new run would start from a file that is not there.
     """
     folder = Path(runs_dir) / experiment.name
     path = folder / "experiment.yaml"
@@ -248,12 +249,27 @@ def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
         return Run(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists but is not a run folder (no experiment.yaml); choose another name=...")
+    _require_starting_files(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     _write_experiment(path, experiment)
     run = Run(folder)
     run.record_environment(describe_software())
     run.write_status("created", step=0)
     return run
+
+
+def _require_starting_files(experiment: Experiment) -> None:
+    """Refuse what the training would refuse a minute later: weights or tables to start from that are not there."""
+    model, codec, train = experiment.model, experiment.codec, experiment.train
+    named = {
+        "train.finetune_from": train.finetune_from,
+        "model.pretrained": "" if model.pretrained in ("imagenet", "none") else model.pretrained,
+        "codec.artifact": codec.artifact if codec.kind in ("pca", "sparse") else "",
+    }
+    for key, file in named.items():
+        if file and not Path(file).exists():  # a run's folder serves too
+            cure = "; `solq-lab fit-codec EXPERIMENT` writes it" if key == "codec.artifact" else ""
+            raise ConfigError(f"{key}: found {file}, which does not exist{cure}")
 
 
 def load_run(folder: str | Path) -> Run:

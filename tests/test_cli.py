@@ -91,6 +91,12 @@ def test_help_lists_every_command(command):
         assert f"  {name} " in output
 
 
+def test_help_says_what_each_command_does_in_a_whole_sentence(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, output = command("--help")
+    assert "..." not in output.partition("Commands:")[2]
+
+
 def test_an_unknown_command_is_refused(refused):
     assert "No such command 'trian'" in refused("trian")
 
@@ -129,9 +135,34 @@ def test_an_experiment_that_wants_its_folder_given_says_so(refused):
     assert "data.root=FOLDER" in message
 
 
-def test_refused_experiments_leave_no_run_behind(refused, experiment, tmp_path):
-    refused("train", experiment, "data.root=nowhere")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.root=nowhere", "data.root: found nowhere, which does not exist"),
+        ("model.pretrained=nowhere.pth", "model.pretrained: found nowhere.pth, which does not exist"),
+        (
+            "train.finetune_from=nowhere.safetensors",
+            "train.finetune_from: found nowhere.safetensors, which does not exist",
+        ),
+    ],
+)
+def test_refused_experiments_leave_no_run_behind(refused, experiment, tmp_path, change, said):
+    assert said in refused("train", experiment, change)
     assert not (tmp_path / "runs").exists()
+
+
+def test_tables_that_nobody_has_fitted_are_refused_with_the_command_that_fits_them(refused, experiment, tmp_path):
+    message = refused("train", experiment, "codec.kind=pca", "codec.artifact=nowhere.safetensors")
+    assert (
+        "codec.artifact: found nowhere.safetensors, which does not exist; `solq-lab fit-codec EXPERIMENT` writes it"
+        in message
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_change_in_the_experiments_place_is_named(refused):
+    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", "train.steps=3")
+    assert "train.steps=3: is a change to an experiment; name the experiment's file before it" in message
 
 
 def change_annotations(pictures: Path, change) -> None:
@@ -286,8 +317,14 @@ def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights
     assert "none with a score of at least 1; the best has 0.0" in output  # of an untrained model
 
 
-def test_a_picture_that_does_not_exist_is_refused(refused, weights):
-    assert "nowhere.jpg: no such file" in refused("predict", weights, "nowhere.jpg")
+def test_a_picture_that_does_not_exist_is_refused_before_another_is_looked_at(refused, weights, pictures, tmp_path):
+    message = refused("predict", weights, pictures / "val" / "1.png", "nowhere.jpg")
+    assert "nowhere.jpg: no such file" in message
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_a_folder_in_the_place_of_a_picture_is_refused_with_the_way_to_name_its_files(refused, weights, pictures):
+    assert f"{pictures}: is a folder; name the files in it" in refused("predict", weights, pictures)
 
 
 def test_a_truncated_picture_is_refused_in_prediction_too(refused, weights, pictures):
@@ -308,10 +345,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(refused, tmp_path, pict
     save_weights(path, build_model(wider, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
     message = refused("predict", path, pictures / "val" / "1.png")
     assert "other.safetensors" in message
-
-
-def test_a_start_from_weights_that_do_not_exist_is_refused(refused, experiment, train_here):
-    assert "nowhere.pth" in refused("train", experiment, "model.pretrained=nowhere.pth")
 
 
 # ---- weights
@@ -390,7 +423,72 @@ def test_a_text_file_is_no_checkpoint(refused, tmp_path):
     assert "notes.pth" in refused("import-weights", "notes.pth", "out.safetensors")
 
 
+# ---- places to write to
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("make-shapes", "notes.txt/shapes"),
+        ("download-coco", "notes.txt"),
+        ("convert-data", "yolo", "notes.txt"),
+        ("check-data", "pictures", "--output", "notes.txt"),
+        ("codec-ceiling", "pictures", "--output", "notes.txt/ceilings"),
+        ("predict", "weights.safetensors", "notes.txt", "--out", "notes.txt"),
+        ("train", "tiny.yaml", "--runs-dir", "notes.txt"),
+        ("status", "--runs-dir", "notes.txt"),
+        ("ship", "runs/tiny", "notes.txt"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(refused, tmp_path, arguments):
+    (tmp_path / "notes.txt").write_text("precious")
+    assert "name a folder" in refused(*arguments)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("table", "shapes_table2", "--json"),
+        ("table", "shapes_table2", "--csv"),
+        ("codec-ceiling", "pictures", "--json"),
+        ("bench", "matcher", "--json"),
+        ("export", "weights.safetensors"),
+        ("import-weights", "official.pth"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_and_a_missing_folder_are_refused_before_any_work(refused, tmp_path, arguments):
+    (tmp_path / "folder").mkdir()
+    assert "folder: is a folder; name a file in it" in refused(*arguments, "folder")
+    assert "nowhere/x.onnx: there is no folder nowhere" in refused(*arguments, "nowhere/x.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_place_that_may_not_be_written_to_is_refused_before_any_work(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be written to; name another place" in refused("make-shapes", "shapes")
+    assert "cannot be written to; name another place" in refused("bench", "matcher", "--json", "bench.json")
+
+
+def test_what_the_operating_system_refuses_is_told_with_the_place_and_without_a_traceback(refused, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "runs/tiny")
+
+    monkeypatch.setattr(runs, "open_run", refuse)
+    assert refused("evaluate", "runs/tiny").strip() == "runs/tiny: Permission denied"
+
+
 # ---- the rest
+
+
+def test_an_export_of_no_detections_is_refused(refused):
+    assert "Invalid value for '--top-k'" in refused("export", "weights.safetensors", "a.onnx", "--top-k", 0)
+
+
+@pytest.mark.parametrize("sides", ["5", "96,32", "0,32", "1,2,3", "big"])
+def test_sizes_that_do_not_rise_are_refused(refused, sides):
+    assert "Invalid value for --area-sides: found" in refused("codec-ceiling", "pictures", "--area-sides", sides)
 
 
 def test_make_shapes_writes_a_folder_and_refuses_to_change_one(command, refused, tmp_path):

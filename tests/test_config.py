@@ -64,6 +64,24 @@ def test_a_misspelt_section_is_refused_with_the_nearest_one(write):
     assert "unknown key modle; did you mean model?" in refusal(write("modle: {width: 256}"))
 
 
+def test_a_key_in_the_wrong_place_is_refused_with_the_right_one(write):
+    assert "unknown key steps; did you mean train.steps?" in refusal(write(""), ["steps=3"])
+    assert "unknown key train.lr; did you mean optim.lr?" in refusal(write("train: {lr: 0.1}"))
+    message = refusal(write("batch_size: 4"))
+    assert "did you mean train.batch_size or evaluation.batch_size?" in message
+
+
+def test_a_value_in_the_place_of_a_section_is_refused_with_the_sections_keys(write):
+    assert "matcher: found 3, allowed is a section with some of the keys class_cost" in refusal(
+        write(""), ["matcher=3"]
+    )
+
+
+def test_a_parent_that_is_not_there_is_refused_with_the_file_that_names_it(write):
+    message = refusal(write("extends: nowhere.yaml"))
+    assert "mine.yaml: extends: found nowhere.yaml, allowed is the path of a YAML file as seen from" in message
+
+
 def test_a_key_like_no_other_is_refused_with_all_that_are_allowed(write):
     assert "allowed are kind, mask_size, vector_dim" in refusal(write("codec: {zzz: 1}"))
 

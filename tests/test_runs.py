@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +44,14 @@ def test_another_experiment_in_the_same_folder_is_refused_by_its_differing_keys(
     assert "seed (there 42, asked 7)" in message
     assert "another name (name=...), or remove the folder" in message
     assert load_run(tmp_path / "tiny").experiment == experiment()
+
+
+def test_a_run_may_start_from_another_runs_folder_and_goes_on_when_that_is_gone(tmp_path):
+    first = create_run(Experiment(name="first"), tmp_path)
+    experiment = Experiment(name="second", train={"finetune_from": str(first.folder)})
+    create_run(experiment, tmp_path)
+    shutil.rmtree(first.folder)
+    assert create_run(experiment, tmp_path).experiment == experiment
 
 
 def test_a_folder_of_something_else_is_not_written_into(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,61 @@ from solq_lab.plain_yaml import load_yaml
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130  # exit statuses
 
+
+def existing_files(paths: list[Path]) -> list[Path]:
+    """Refuse files that are not there, all of them before any work."""
+    for path in paths:
+        if path.is_dir():
+            raise typer.BadParameter(f"{path}: is a folder; name the files in it, as in {path / '*.jpg'}")
+        if not path.exists():
+            raise typer.BadParameter(f"{path}: no such file")
+    return paths
+
+
+def file_to_write(path: Path | None) -> Path | None:
+    """Refuse a file that could not be written after all the work."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise typer.BadParameter(f"{path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"{path}: there is no folder {path.parent}; make it, or name another")
+    _require_writable(path.parent, asked=path)
+    return path
+
+
+def folder_to_write(path: Path | None) -> Path | None:
+    """Refuse a folder that could not be made or filled after all the work."""
+    if path is not None:
+        _require_writable(_nearest_folder(path), asked=path)
+    return path
+
+
+def folder_to_read(path: Path) -> Path:
+    """Refuse a file where a folder is wanted; one that is not there yet is empty."""
+    _nearest_folder(path)
+    return path
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise typer.BadParameter(f"{path}: {'is a file' if nearest == path else f'{nearest} is a file'}; name a folder")
+    return nearest
+
+
+def _require_writable(folder: Path, *, asked: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"{asked}: {folder} cannot be written to; name another place")
+
+
 Notebook = Annotated[Path, typer.Argument(help="Notebook with one cell tagged `parameters`.")]
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment, a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the experiment.", metavar="SECTION.KEY=VALUE")]
-RunsDir = Annotated[Path, typer.Option(help="Folder of run folders.")]
+RunsDir = Annotated[Path, typer.Option(help="Folder of run folders.", callback=folder_to_read)]
 RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
 ClusterOptions = Annotated[
     list[str] | None,

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from solq_lab.commands.arguments import ExperimentFile, Overrides
+from solq_lab.commands.arguments import ExperimentFile, Overrides, file_to_write, folder_to_write
 from solq_lab.commands.runs import Split
 
 Number = TypeVar("Number", int, float)
@@ -37,7 +37,7 @@ def fit_codec(
         int | None, typer.Option(min=1, help="Fit to so many objects, drawn at random; by default all.")
     ] = None,
 ) -> None:
-    """Fit a PCA or sparse code to the training masks and write codec.artifact; goes on after an interruption."""
+    """Fit a PCA or sparse code to the training masks. Writes codec.artifact; goes on after an interruption."""
     from solq_lab.config import load_experiment
     from solq_lab.fitting import fit_codec as fit
     from solq_lab.launch.data_folder import prepare_data
@@ -88,16 +88,19 @@ def codec_ceiling(
         str, typer.Option(help="Small below, medium below, pixels; by default as the data says, or 32,96.")
     ] = "",
     boundary_ratio: Annotated[
-        float | None, typer.Option(help="Boundary width over the diagonal; by default 0.02.")
+        float | None, typer.Option(min=1e-4, max=1.0, help="Boundary width over the diagonal; by default 0.02.")
     ] = None,
     max_images: Annotated[int | None, typer.Option(min=1, help="Only the first so many pictures.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the pictures.")] = 2,
     output: Annotated[
-        Path, typer.Option(help="Folder of results; what it holds already is not measured again.")
+        Path,
+        typer.Option(help="Folder of results; what it holds already is not measured again.", callback=folder_to_write),
     ] = Path("runs/ceilings"),
-    json_path: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
+    ] = None,
 ) -> None:
-    """Send ground truth through mask codes and score it: the AP of a network that makes no mistake, or small ones."""
+    """Send ground truth through mask codes and score it. This is what a network without mistakes would reach."""
     from solq_lab.evaluation.laboratory import Laboratory, ceiling_table, make_grid, write_csv
     from solq_lab.launch.errors import Interrupted
     from solq_lab.runs import write_json
@@ -115,9 +118,10 @@ def codec_ceiling(
         beta=beta,
         seed=seed,
     )
+    sides = _area_sides(area_sides) if area_sides else None
     scene = _scene(data, overrides or [], split, fit_on)
-    if area_sides:
-        scene["area_sides"] = tuple(_numbers("--area-sides", area_sides, float))
+    if sides is not None:
+        scene["area_sides"] = sides
     if boundary_ratio is not None:
         scene["boundary_ratio"] = boundary_ratio
     laboratory = Laboratory(**scene, folder=output, fit_objects=fit_objects, max_images=max_images, processes=processes)
@@ -144,6 +148,15 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numb
         raise typer.BadParameter(
             f"found {text!r}, allowed are numbers with commas between them", param_hint=option
         ) from None
+
+
+def _area_sides(text: str) -> tuple[float, ...]:
+    sides = tuple(_numbers("--area-sides", text, float))
+    if len(sides) != 2 or not 0 < sides[0] < sides[1]:
+        raise typer.BadParameter(
+            f"found {text!r}, allowed are two rising sides in pixels, as in 32,96", param_hint="--area-sides"
+        )
+    return sides
 
 
 def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solq_lab.commands.arguments import FAILED, Overrides
+from solq_lab.commands.arguments import FAILED, Overrides, folder_to_write
 
 if TYPE_CHECKING:
     from solq_lab.data.folders import Split
@@ -23,14 +23,16 @@ class Level(StrEnum):
 
 
 def make_shapes(
-    root: Annotated[Path, typer.Argument(help="Folder to write: pictures and COCO annotations.")],
+    root: Annotated[
+        Path, typer.Argument(help="Folder to write: pictures and COCO annotations.", callback=folder_to_write)
+    ],
     level: Annotated[Level, typer.Option(help="Small upright shapes, or any size and rotation.")] = Level.easy,
     train_pictures: Annotated[int, typer.Option("--train", min=1, help="Training pictures.")] = 6000,
     val_pictures: Annotated[int, typer.Option("--val", min=1, help="Validation pictures.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Drawing processes.")] = 2,
 ) -> None:
-    """Draw a data set of overlapping, textured shapes in COCO format."""
+    """Draw overlapping, textured shapes as a COCO-format folder."""
     from solq_lab.data.shapes import write_shapes
 
     write_shapes(root, level=level.value, train=train_pictures, val=val_pictures, seed=seed, processes=processes)
@@ -46,7 +48,7 @@ class CocoSplit(StrEnum):
 
 
 def download_coco(
-    folder: Annotated[Path, typer.Argument(help="Data folder to fill.")],
+    folder: Annotated[Path, typer.Argument(help="Data folder to fill.", callback=folder_to_write)],
     split: Annotated[
         list[CocoSplit] | None,
         typer.Option(help="Pictures to fetch, several times for more; by default train and val."),
@@ -58,7 +60,7 @@ def download_coco(
     keep_archives: Annotated[bool, typer.Option("--keep-archives", help="Leave the zip files in .download.")] = False,
     retries: Annotated[int, typer.Option(min=0, help="Attempts in a row that may bring nothing new.")] = 8,
 ) -> None:
-    """Fetch COCO 2017, verify and unpack it; goes on after any interruption, and skips what is complete."""
+    """Fetch COCO 2017, verify and unpack it. Goes on after any interruption, and skips what is complete."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from solq_lab.data import download
@@ -89,12 +91,14 @@ class Part(StrEnum):
 
 def convert_data(
     source: Annotated[Path, typer.Argument(help="LVIS file (.json), or YOLO segmentation folder with a data.yaml.")],
-    target: Annotated[Path, typer.Argument(help="COCO-format folder to write; it may hold the other split.")],
+    target: Annotated[
+        Path, typer.Argument(help="COCO-format folder to write; it may hold the other split.", callback=folder_to_write)
+    ],
     images: Annotated[Path | None, typer.Option(help="LVIS: folder of COCO's train2017 and val2017.")] = None,
     split: Annotated[Part | None, typer.Option(help="LVIS: by default as the file's name says.")] = None,
     link: Annotated[bool, typer.Option("--link/--no-link", help="Link the pictures into the folder.")] = True,
 ) -> None:
-    """Make a COCO-format folder of an LVIS file or a YOLO segmentation folder; pictures stay where they are."""
+    """Make a COCO-format folder of LVIS or YOLO segmentation. Pictures stay where they are."""
     from solq_lab.data.convert import convert_data as convert
 
     splits = convert(source, target, images=images, split=None if split is None else split.value, link=link)
@@ -138,10 +142,13 @@ def check_data(
     ] = None,
     worst: Annotated[int, typer.Option(min=0, help="Pictures of each rule in the report.")] = 8,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of report.html and report.json; by default runs/data_checks/NAME.")
+        Path | None,
+        typer.Option(
+            help="Folder of report.html and report.json; by default runs/data_checks/NAME.", callback=folder_to_write
+        ),
     ] = None,
 ) -> None:
-    """Look through a data set before training on it: exit status 0 clean, 1 with problems, 2 cannot be read."""
+    """Look through a data set before training on it. Exit status: 0 clean, 1 with problems, 2 cannot be read."""
     from solq_lab.data.check import check_data as check
     from solq_lab.files import replacing, write_json
     from solq_lab.viz.data_report import report_page

@@ -23,7 +23,7 @@ def replay(
     record: Annotated[Path, typer.Argument(help="Flight record, RUN/flight/step_XXXXXXX.")],
     autocast: Annotated[Autocast | None, typer.Option(help="Multiply in this instead of what was recorded.")] = None,
 ) -> None:
-    """Repeat a training step that was not finite, from its record alone; status 1 when it does not happen again."""
+    """Repeat a training step that was not finite. Needs its record alone; status 1 when it does not happen again."""
     from solq_lab.training.replay import replay_record
 
     repeated = replay_record(record, autocast=None if autocast is None else autocast.value)

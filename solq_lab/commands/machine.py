@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from solq_lab.commands.arguments import FAILED
+from solq_lab.commands.arguments import FAILED, file_to_write
 
 
 def doctor() -> None:
-    """Show what this machine offers, and check that every implementation of the operators gives the same numbers."""
+    """Show what this machine offers, and check the operators. All implementations have to give the same numbers."""
     from solq_lab.doctor import examine
 
     report = examine()
@@ -28,10 +28,12 @@ def bench(
             "there is one. And memory."
         ),
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read pictures.")] = None,
 ) -> None:
-    """Measure each part against the plain way of doing the same, side by side, and check that both agree."""
+    """Measure each part against the plain way of doing it. Both are run side by side, and have to agree."""
     from solq_lab.bench import runner
 
     try:

@@ -50,8 +50,10 @@ def run(
         list[str] | None, typer.Option("--parameter", "-p", help="A further parameter of the notebook, name=value.")
     ] = None,
 ) -> None:
-    """Execute a notebook for an experiment; the report appears in the run folder."""
+    """Execute a notebook for an experiment. The report appears in the run folder."""
     given = dict(_split_parameter(text) for text in parameter or [])
+    if experiment is not None and "=" in experiment.name and not experiment.exists():
+        raise ConfigError(f"{experiment}: is a change to an experiment; name the experiment's file before it")
     declared = read_parameters(notebook).get("experiment")
     if experiment is None and declared is None:
         executed = run_report(notebook, runs_dir, parameters=given)
@@ -73,7 +75,7 @@ def train(
     ] = None,
     cluster_option: ClusterOptions = None,
 ) -> None:
-    """Train an experiment without a notebook, or resume it; Ctrl-C saves and stops."""
+    """Train an experiment without a notebook, or resume it. Ctrl-C saves and stops."""
     options = cluster_options(cluster_option, cluster)
     if nodes > 1 and cluster is not Where.slurm:
         raise ConfigError(f"--nodes {nodes}: needs --cluster slurm, or solq_lab.training.torchrun on each of them")
@@ -120,10 +122,10 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="Pictures: validation, or those it was trained on.")] = Split.val,
     classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
 ) -> None:
-    """Evaluate a finished run; numbers that are there already are only printed."""
+    """Evaluate a finished run. Numbers that are there already are only printed."""
+    evaluated = open_run(run_folder)  # before torch is loaded: a mistake is told at once
     from solq_lab.evaluation.evaluator import evaluate_run, run_ceiling
 
-    evaluated = open_run(run_folder)
     evaluation = evaluate_run(evaluated, split=split.value)
     ceiling = run_ceiling(evaluated, split=split.value)
     typer.echo(f"\n{evaluated.name}, {split.value} pictures\n{evaluation.table(ceiling=ceiling)}")
@@ -132,7 +134,7 @@ def evaluate(
 
 
 def status(runs_dir: RunsDir = Path("runs")) -> None:
-    """List the runs: state, step, AP, and which processes train them."""
+    """List the runs: state, step, AP and training processes."""
     from solq_lab.tables import summarise_runs
 
     runs = list_runs(runs_dir)

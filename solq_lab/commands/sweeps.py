@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from solq_lab.commands.arguments import FAILED, ClusterOptions, Overrides, RunsDir, Where, cluster_options
+from solq_lab.commands.arguments import (
+    FAILED,
+    ClusterOptions,
+    Overrides,
+    RunsDir,
+    Where,
+    cluster_options,
+    file_to_write,
+)
 from solq_lab.config import load_sweep
 from solq_lab.runs import load_run, replacing, write_json
 from solq_lab.sweeps import SWEEPS, ClusterStarter, Job, check, find_sweep, plan, run_sweep
@@ -26,7 +34,7 @@ def sweep(
     cluster_option: ClusterOptions = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and where each stands.")] = False,
 ) -> None:
-    """Run every row and seed of a sweep that is not finished; the same command resumes it."""
+    """Run the rows and seeds of a sweep that are not finished. The same command resumes it."""
     planned = plan(load_sweep(find_sweep(sweep_file)), overrides or [], runs_dir)
     check(planned)
     if dry_run:
@@ -47,11 +55,15 @@ def table(
     sweep_file: SweepFile,
     runs_dir: RunsDir = Path("runs"),
     results_dir: Annotated[Path, typer.Option(help="Folder of the results that the project carries.")] = RESULTS,
-    json_path: Annotated[Path | None, typer.Option("--json", help="File for the runs' numbers.")] = None,
-    csv_path: Annotated[Path | None, typer.Option("--csv", help="File for means and spreads.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="File for the runs' numbers.", callback=file_to_write)
+    ] = None,
+    csv_path: Annotated[
+        Path | None, typer.Option("--csv", help="File for means and spreads.", callback=file_to_write)
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print as Markdown.")] = False,
 ) -> None:
-    """Print a sweep's mean and spread over its seeds beside the paper's numbers."""
+    """Print a sweep's results beside the paper's numbers. They are means and spreads over its seeds."""
     results = read_table(sweep_file, runs_dir=runs_dir, results_dir=results_dir)
     typer.echo(results.markdown() if markdown else results.text())
     if json_path is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solq_lab.commands.arguments import FAILED, Overrides, RunFolder
+from solq_lab.commands.arguments import FAILED, Overrides, RunFolder, existing_files, file_to_write, folder_to_write
 
 if TYPE_CHECKING:
     from solq_lab.data.classes import ClassMap
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def predict(
     weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures with their objects drawn in.")] = Path(
-        "predictions"
-    ),
+    images: Annotated[list[Path], typer.Argument(help="Pictures.", callback=existing_files)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures with their objects drawn in.", callback=folder_to_write)
+    ] = Path("predictions"),
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Objects below this score are left out.")] = 0.3,
 ) -> None:
-    """Find the objects in pictures; draw them, and list class, score and box (x0 y0 x1 y1, pixels)."""
+    """Find the objects in pictures, draw and list them. A line has class, score and box (x0 y0 x1 y1, pixels)."""
     import numpy as np
 
     from solq_lab.inference.predictor import Predictor, read_upright
@@ -48,7 +48,7 @@ def predict(
 
 def import_weights(
     source: Annotated[Path, typer.Argument(help="Released checkpoint (.pth); with --to-official, weights of ours.")],
-    destination: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
+    destination: Annotated[Path, typer.Argument(help="File to write; it must not exist.", callback=file_to_write)],
     to_official: Annotated[
         bool, typer.Option("--to-official", help="The way back: from ours to the released names.")
     ] = False,
@@ -56,7 +56,7 @@ def import_weights(
         Path | None, typer.Option(help="COCO annotations that name the classes; by default COCO's own names.")
     ] = None,
 ) -> None:
-    """Turn released SOLQ, SQR or Deformable DETR weights into ours; nothing in the file is executed."""
+    """Turn released weights into ours. SOLQ's, SQR's or Deformable DETR's; nothing in the file is executed."""
     from solq_lab.models.weights import WeightMismatch, export_official, import_official
 
     if destination.exists():
@@ -74,14 +74,20 @@ def import_weights(
 
 def export(
     weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
-    destination: Annotated[Path, typer.Argument(help="File to write: .onnx, or .safetensors to share.")],
-    height: Annotated[int | None, typer.Option(help="ONNX: height of every picture, pixels; without: any.")] = None,
-    width: Annotated[int | None, typer.Option(help="ONNX: width of every picture, pixels.")] = None,
-    batch: Annotated[int | None, typer.Option(help="ONNX: pictures per call; without: any number.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="ONNX: detections per picture; without: the experiment's.")] = None,
+    destination: Annotated[
+        Path, typer.Argument(help="File to write: .onnx, or .safetensors to share.", callback=file_to_write)
+    ],
+    height: Annotated[
+        int | None, typer.Option(min=1, help="ONNX: height of every picture, pixels; without: any.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="ONNX: width of every picture, pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="ONNX: pictures per call; without: any number.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="ONNX: detections per picture; without: the experiment's.")
+    ] = None,
     images: Annotated[list[Path] | None, typer.Option(help="ONNX: pictures to compare with; repeatable.")] = None,
 ) -> None:
-    """Write a model as ONNX, compared with the original on pictures, or as one file to share (safetensors)."""
+    """Write a model as ONNX, or as one file to share. ONNX is compared with the original on pictures."""
     from solq_lab.config import ConfigError
     from solq_lab.inference.export.onnx_file import ExportError, export_onnx
     from solq_lab.inference.export.sharing import share
@@ -107,10 +113,12 @@ def export(
 
 def ship(
     run_folder: RunFolder,
-    destination: Annotated[Path, typer.Argument(help="Folder to write; an earlier shipped run is replaced.")],
+    destination: Annotated[
+        Path, typer.Argument(help="Folder to write; an earlier shipped run is replaced.", callback=folder_to_write)
+    ],
     overrides: Overrides = None,
 ) -> None:
-    """Make a finished run small: half-precision weights and its record; the detections are compared."""
+    """Make a finished run small. It keeps half-precision weights and its record; the detections are compared."""
     from solq_lab.config import load_experiment
     from solq_lab.inference.shipping import ship_run
     from solq_lab.launch.data_folder import prepare_data
