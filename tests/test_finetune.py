@@ -17,9 +17,10 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.models.adapt import SharedCoefficients, adapt_weights
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
-from solq_lab.runs import create_run, read_json
+from solq_lab.runs import RunError, create_run, read_json
 from solq_lab.structures import ImageBatch, LayerPrediction
-from solq_lab.training.finetuning import shared_coefficients, start_from_trained
+from solq_lab.training import trainer
+from solq_lab.training.finetuning import open_trained, shared_coefficients, start_from_trained
 from solq_lab.training.optim import build_optimizer
 from solq_lab.training.trainer import train_run
 
@@ -55,7 +56,7 @@ def start(path: Path, names: tuple[str, ...] = ANIMALS, **sections) -> tuple[SOL
     if experiment.model.standardise_vectors and experiment.codec.kind != "none":
         length = experiment.codec.vector_dim
         model.set_vector_statistics(torch.linspace(-1, 1, length), torch.linspace(1, 2, length))
-    return model, start_from_trained(model, new_codec(experiment), names, experiment)
+    return model, start_from_trained(model, new_codec(experiment), names, open_trained(experiment))
 
 
 def answer(model: SOLQ) -> LayerPrediction:
@@ -214,6 +215,24 @@ def test_a_training_starts_from_it_learns_and_resumes_without_looking_at_it_agai
     path.unlink()
     run.write_status("training", step=2)
     assert train_run(run) == "finished"
+
+
+@pytest.mark.parametrize(
+    ("sections", "file", "error", "said"),
+    [
+        ({}, "other.safetensors", WeightMismatch, "no such weights file or run folder"),
+        ({}, "train.json", WeightMismatch, "not a safetensors file"),
+        ({}, ".", RunError, "not a run folder"),
+        ({"width": 64}, "trained.safetensors", WeightMismatch, r"another network: model\.width=32 there, 64 here"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_any_work(tmp_path, monkeypatch, sections, file, error, said):
+    write_trained(tmp_path)
+    (tmp_path / "train.json").write_text("{}")
+    monkeypatch.setattr(trainer, "prepare_data", lambda _: pytest.fail("the data are looked at first"))
+    settings = {"model": sections, "train": {"finetune_from": str(tmp_path / file)}}
+    with pytest.raises(error, match=said):
+        train_run(create_run(tiny_experiment(tmp_path, **settings), tmp_path / "runs"))
 
 
 def test_every_parameter_gets_a_gradient_afterwards(tmp_path):

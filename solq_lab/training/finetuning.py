@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec, zigzag
 from solq_lab.config import Experiment
+from solq_lab.data.classes import ClassMap
 from solq_lab.inference.predictor import find_weights, read_trained
 from solq_lab.models.adapt import SharedCoefficients, adapt_weights
 from solq_lab.models.solq import SOLQ
-from solq_lab.models.weights import WeightMismatch
+from solq_lab.models.weights import WeightFile, WeightMismatch
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +40,26 @@ FIXED = (
 )
 
 
-def start_from_trained(model: SOLQ, codec: MaskCodec | None, names: Sequence[str], experiment: Experiment) -> list[str]:
-    """Give a fresh model what fits of the model in `train.finetune_from`, and log line by line what that is.
+class TrainedModel(NamedTuple):
+    """A model to start from.
 
-    Nothing of that training's optimiser, schedule or averages is taken over.
+    path: its file.
+    weights: what the file holds.
+    classes: of its class channels.
+    codec: its mask code, None without mask vectors.
+    """
+
+    path: Path
+    weights: WeightFile
+    classes: ClassMap
+    codec: MaskCodec | None
+
+
+def open_trained(experiment: Experiment) -> TrainedModel:
+    """The model in `train.finetune_from`, whose settings are those of the experiment's model as far as they have to be.
 
     Args:
-        model: changed in place; with its vector statistics where it standardises.
-        codec: its mask code, None without mask vectors.
-        names: of its class channels.
-        experiment: sections `model` and `train` are read.
-
-    Returns:
-        The lines.
+        experiment: sections `model`, `codec` and `train` are read.
 
     Raises:
         RunError, WeightMismatch: no such file or run, or a model that differs in more than classes, queries and code.
@@ -59,15 +68,35 @@ def start_from_trained(model: SOLQ, codec: MaskCodec | None, names: Sequence[str
     path = find_weights(experiment.train.finetune_from)
     weights, trained, classes = read_trained(path)
     _check_settings(experiment, trained, path)
+    return TrainedModel(path, weights, classes, build_codec(trained, tables=weights.codec))
+
+
+def start_from_trained(model: SOLQ, codec: MaskCodec | None, names: Sequence[str], trained: TrainedModel) -> list[str]:
+    """Give a fresh model what fits of a trained one, and log line by line what that is.
+
+    Nothing of that training's optimiser, schedule or averages is taken over.
+
+    Args:
+        model: changed in place; with its vector statistics where it standardises.
+        codec: its mask code, None without mask vectors.
+        names: of its class channels.
+        trained: the model to start from.
+
+    Returns:
+        The lines.
+
+    Raises:
+        WeightMismatch: the tensors are not those that the file's settings promise.
+    """
     lines = adapt_weights(
         model,
-        weights.state,
-        classes=classes.names,
+        trained.weights.state,
+        classes=trained.classes.names,
         own_classes=names,
-        shared=shared_coefficients(build_codec(trained, tables=weights.codec), codec),
-        source=str(path),
+        shared=shared_coefficients(trained.codec, codec),
+        source=str(trained.path),
     )
-    log.info("%s: starting from its weights", path)
+    log.info("%s: starting from its weights", trained.path)
     for line in lines:
         log.info("  %s", line)
     log.info("  left out the state of its optimiser, schedule and averages")

@@ -44,7 +44,7 @@ from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.faults import name_fault
-from solq_lab.training.finetuning import start_from_trained
+from solq_lab.training.finetuning import TrainedModel, open_trained, start_from_trained
 from solq_lab.training.flight import FlightRecorder
 from solq_lab.training.hardware import describe_hardware
 from solq_lab.training.journal import Journal
@@ -130,7 +130,10 @@ class Trainer:
         _seed_generators(experiment.seed)
 
         checkpoint = load_newest_checkpoint(run.checkpoints)
+        trained = None  # the model to start from
         if distributed.is_main():
+            if checkpoint is None and train.finetune_from:  # a wrong file is refused before any work
+                trained = open_trained(experiment)
             prepare_data(experiment)
             if checkpoint is None:  # a resumed training keeps the tables that it began with
                 check_fitted_data(experiment)
@@ -153,7 +156,7 @@ class Trainer:
         if checkpoint is not None:
             self.model.load_state_dict(checkpoint.weights)
         elif distributed.is_main():  # the other processes receive the statistics with the first weights
-            self._measure_start(steps_per_epoch)
+            self._measure_start(steps_per_epoch, trained)
         self.model.to(self.device)
         if train.gradient_checkpointing:
             recompute_activations(self.model)
@@ -362,16 +365,19 @@ class Trainer:
     def _metadata(self) -> dict[str, str]:
         return {"experiment": self.experiment.to_yaml(), "classes": self.train_set.classes.to_json()}
 
-    def _measure_start(self, steps_per_epoch: int) -> None:
-        """What the training can be compared with: the vector loss of a constant answer, and the code's ceiling."""
+    def _measure_start(self, steps_per_epoch: int, trained: TrainedModel | None) -> None:
+        """What the training can be compared with: the vector loss of a constant answer, and the code's ceiling.
+
+        The weights of `trained` are taken over in between: they need the vectors' units.
+        """
         line: dict[str, Any] = {"kind": "start", "step": 0, "plateau": {}, "ceiling": {}}
         line |= {"total_steps": self.total_steps, "steps_per_epoch": steps_per_epoch}
         if self.codec is not None:
             vectors = sample_vectors(self.train_set, self.codec, seed=self.experiment.seed)
             if self.experiment.model.standardise_vectors:
                 self.model.set_vector_statistics(*vector_statistics(vectors))
-        if self.experiment.train.finetune_from:
-            lines = start_from_trained(self.model, self.codec, self.train_set.classes.names, self.experiment)
+        if trained is not None:
+            lines = start_from_trained(self.model, self.codec, self.train_set.classes.names, trained)
             self.run.record_environment({"finetuned": {"from": self.experiment.train.finetune_from, "lines": lines}})
         if self.codec is not None:
             ceiling = run_ceiling(self.run)
