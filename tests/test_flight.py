@@ -275,8 +275,8 @@ def test_weights_that_are_not_finite_are_never_saved(pictures, tmp_path, monkeyp
 def test_what_is_trained_is_announced_with_the_square_root_rule(pictures, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         train_run(new_run(pictures, tmp_path, train={"steps": 1, "accumulate": 2}))
-    assert "batch 4 = 1 processes x 2 passes x 2" in caplog.messages
-    assert "learning rates: main 0.001, backbone 0.001, offsets 0.0001; schedule cosine over 1 steps" in caplog.messages
+    assert "batch 4 = 1 x 2 x 2 (processes x passes x pictures)" in caplog.messages
+    assert "learning rates: main 0.001, backbone 0.001, offsets 0.0001; schedule cosine until step 1" in caplog.messages
     (rule,) = [message for message in caplog.messages if "square-root" in message]
     assert rule.endswith("by square-root scaling: optim.lr=7.1e-05 optim.backbone_lr=7.1e-06")
 

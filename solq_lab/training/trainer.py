@@ -405,12 +405,12 @@ class Trainer:
         self.run.record_environment(describe_software() | facts)
         self.run.write_status("training", step=self.step)
         weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        log.info("%s: %.2f M trained weights, %d pictures", self.run.folder, weights / 1e6, len(self.train_set))
-        log.info("on %s, %d threads, deformable attention: %s", facts["device"], torch.get_num_threads(), operator)
-        share = train.batch_size // (processes * self.passes)
-        log.info("batch %d = %d processes x %d passes x %d", train.batch_size, processes, self.passes, share)
+        log.info("%s: %.2f M trained weights, pictures: %d", self.run.folder, weights / 1e6, len(self.train_set))
+        log.info("on %s, threads: %d, deformable attention: %s", facts["device"], torch.get_num_threads(), operator)
+        factors = f"{processes} x {self.passes} x {train.batch_size // (processes * self.passes)}"
+        log.info("batch %d = %s (processes x passes x pictures)", train.batch_size, factors)
         rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in self.optimizer.param_groups)
-        log.info("learning rates: %s; schedule %s over %d steps", rates, optim.schedule, self.total_steps)
+        log.info("learning rates: %s; schedule %s until step %d", rates, optim.schedule, self.total_steps)
         if train.batch_size != TrainSection().batch_size:
             scaled = " ".join(f"{name}={rate:.2g}" for name, rate in square_root_rule(train.batch_size).items())
             log.info("the paper's learning rates at this batch, by square-root scaling: %s", scaled)
