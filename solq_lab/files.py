@@ -21,7 +21,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; on leaving without an error it takes the place of `path`, on disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        usual_mode = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
+        temporary.chmod(usual_mode)  # safetensors makes files that nobody but their owner may read
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)

@@ -264,7 +264,7 @@ def test_writing_is_all_or_nothing(artifact, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("solq_lab.codecs.artifact.os.fsync", fail)
+    monkeypatch.setattr("solq_lab.files.os.fsync", fail)
     with pytest.raises(OSError, match="no space left"):
         write_tensors(artifact, {"a": torch.ones(3)}, {})
     assert artifact.read_bytes() == before

@@ -370,6 +370,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
     assert read_weights(path).experiment == "old"
 
 
+def test_written_weights_may_be_read_by_whoever_may_read_other_files(tmp_path: Path):
+    (tmp_path / "other.txt").write_text("")
+    save_weights(tmp_path / "w.safetensors", {"a": torch.ones(2)}, experiment="", classes="[]")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_weights_of_another_architecture_are_refused_with_both_shapes():
     model, state = small_model(), small_model().state_dict()
     with pytest.raises(

@@ -7,7 +7,6 @@ beside it as JSON for people, and is never read. Nothing in a file is ever execu
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor
 from solq_lab.codecs.base import FittedCodec
 from solq_lab.codecs.pca import PCACodec
 from solq_lab.codecs.sparse import SparseCodingCodec
+from solq_lab.files import replacing, write_json
 
 FORMAT = 1  # rises when older readers could misread a file
 _HEADER = "description"  # the header's key
@@ -72,9 +72,7 @@ def save_codec(path: Path, codec: FittedCodec, *, dataset: Mapping[str, Any], qu
     )._asdict()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, codec.state_dict(), {_HEADER: description})
-    copy = _unfinished(path.with_suffix(".json"))
-    copy.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    copy.replace(path.with_suffix(".json"))
+    write_json(path.with_suffix(".json"), description)
 
 
 def load_codec(path: str | Path) -> FittedCodec:
@@ -129,15 +127,9 @@ def read_description(path: str | Path) -> Description:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a safetensors file with a header of JSON values; a reader, whenever it looks, finds the old or the new."""
-    unfinished = _unfinished(path)
-    try:
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as unfinished:
         save_file(stored, unfinished, {key: json.dumps(value) for key, value in header.items()})
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -183,7 +175,3 @@ def _fill(codec: FittedCodec, tensors: dict[str, Tensor], path: Path) -> None:
     if found != expected:
         raise ArtifactError(f"{path}: holds tables {found}, its description promises {expected}; fit the code anew")
     codec.load_state_dict(tensors)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")

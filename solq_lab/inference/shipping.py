@@ -91,7 +91,6 @@ def ship_run(run: Run, destination: Path, experiment: Experiment, *, pictures: i
         origin = {"weights": hash_file(weights), "trained": hash_file(run.weights)}
         write_json(unfinished / SHIPPED, origin | {"half_precision": rounding._asdict(), "tolerance": TOLERANCE})
         unfinished.chmod(0o755)  # temporary folders are private
-        weights.chmod(0o644)
         shutil.rmtree(destination, ignore_errors=True)
         os.replace(unfinished, destination)
     finally:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from solq_lab.files import replacing
 from solq_lab.models.official import (
     BODY,
     WeightMismatch,
@@ -112,7 +111,7 @@ def save_weights(
     classes: str,
     codec: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights to a safetensors file, all or nothing.
+    """Write weights to a safetensors file, all or nothing, and on the disk at the end.
 
     Args:
         path: the file; its folder exists.
@@ -132,7 +131,8 @@ def save_weights(
         else:
             stored[name] = tensor.detach().cpu().contiguous()
     metadata = {"experiment": experiment, "classes": classes, "shared": json.dumps(shared)}
-    _replace_atomically(path, lambda temporary: save_file(stored, temporary, metadata))
+    with replacing(Path(path)) as temporary:
+        save_file(stored, temporary, metadata)
 
 
 def read_weights(path: Path) -> WeightFile:
@@ -290,7 +290,8 @@ def export_official(source: Path, destination: Path) -> None:
         WeightMismatch: the file cannot be used, or its model has no released counterpart.
     """
     state = to_official_state(read_weights(source).state, source=str(source))
-    _replace_atomically(destination, lambda temporary: torch.save({"model": state}, temporary))
+    with replacing(Path(destination)) as temporary:
+        torch.save({"model": state}, temporary)
 
 
 def initialise(model: nn.Module, path: Path) -> ImportReport:
@@ -403,18 +404,6 @@ def _without_standardising(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: folded[name.rpartition(".")[2]] if ".vector.layers.2." in name else tensor
         for name, tensor in plain.items()
     }
-
-
-def _replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _shape(tensor: Tensor) -> str:

@@ -348,7 +348,6 @@ class Trainer:
         if distributed.is_main():
             weights = self.model.state_dict() if self.average is None else self.average.state_dict()
             save_weights(self.run.weights, weights, codec=self._codec_tables(), **self._metadata())
-            flush_to_disk(self.run.weights)
         distributed.wait_for_all()
         with _interrupted_by(stop):
             evaluation = evaluate_run(self.run, device=self.device, should_stop=lambda: stop.received is not None)
