@@ -454,7 +454,6 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(refused, tmp
         ("table", "shapes_table2", "--csv"),
         ("codec-ceiling", "pictures", "--json"),
         ("bench", "matcher", "--json"),
-        ("export", "weights.safetensors"),
         ("import-weights", "official.pth"),
     ],
 )
@@ -463,6 +462,12 @@ def test_a_folder_in_the_place_of_a_file_and_a_missing_folder_are_refused_before
     assert "folder: is a folder; name a file in it" in refused(*arguments, "folder")
     assert "nowhere/x.onnx: there is no folder nowhere" in refused(*arguments, "nowhere/x.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_export_makes_its_folder_and_is_refused_one_that_cannot_be_made(command, refused, weights, tmp_path):
+    assert command("export", weights, "exports/mine.safetensors")[0] == 0
+    assert "is a folder; name a file in it" in refused("export", weights, "exports")
+    assert "weights.safetensors: is a file; name a folder" in refused("export", weights, f"{weights}/mine.safetensors")
 
 
 def test_a_place_that_may_not_be_written_to_is_refused_before_any_work(refused, tmp_path, monkeypatch):

@@ -28,13 +28,17 @@ def existing_files(paths: list[Path]) -> list[Path]:
 
 def file_to_write(path: Path | None) -> Path | None:
     """Refuse a file that could not be written after all the work."""
-    if path is None:
-        return None
-    if path.is_dir():
-        raise typer.BadParameter(f"{path}: is a folder; name a file in it")
-    if not path.parent.is_dir():
+    if path is not None and not path.parent.exists():
         raise typer.BadParameter(f"{path}: there is no folder {path.parent}; make it, or name another")
-    _require_writable(path.parent, asked=path)
+    return file_with_its_folder(path)
+
+
+def file_with_its_folder(path: Path | None) -> Path | None:
+    """The same for a command that makes the file's folder too."""
+    if path is not None:
+        if path.is_dir():
+            raise typer.BadParameter(f"{path}: is a folder; name a file in it")
+        _require_writable(_nearest_folder(path.parent), asked=path)
     return path
 
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solq_lab.commands.arguments import FAILED, Overrides, RunFolder, existing_files, file_to_write, folder_to_write
+from solq_lab.commands.arguments import (
+    FAILED,
+    Overrides,
+    RunFolder,
+    existing_files,
+    file_to_write,
+    file_with_its_folder,
+    folder_to_write,
+)
 
 if TYPE_CHECKING:
     from solq_lab.data.classes import ClassMap
@@ -75,7 +83,7 @@ def import_weights(
 def export(
     weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
     destination: Annotated[
-        Path, typer.Argument(help="File to write: .onnx, or .safetensors to share.", callback=file_to_write)
+        Path, typer.Argument(help="File to write: .onnx, or .safetensors to share.", callback=file_with_its_folder)
     ],
     height: Annotated[
         int | None, typer.Option(min=1, help="ONNX: height of every picture, pixels; without: any.")
