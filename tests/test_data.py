@@ -476,7 +476,7 @@ def test_file_names_cannot_leave_the_image_folder(tmp_path, name):
         ({"id": 3, "file_name": "a.png", "height": 0, "width": 40}, r"images\[0\]: found .*positive whole numbers"),
         (
             {"id": 3, "file_name": "b.png", "height": 30, "width": 40},
-            r"1 of the 1 annotated pictures are missing: 'b\.png' \(image id 3\)",
+            r"1 of the 1 annotated pictures are missing: 'b\.png' \(image id 3\); do folder and annotations belong",
         ),
     ],
 )

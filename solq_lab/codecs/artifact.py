@@ -146,8 +146,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ArtifactError(f"{path}: no such codec file; `solq-lab fit-codec EXPERIMENT` writes it") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
-            f"{path}: not a codec file, or cut short ({error}); remove it and fit the code anew with "
-            "`solq-lab fit-codec`"
+            f"{path}: not a codec file, or cut short ({error}); name another file, and where there is "
+            "none yet fit the code anew with `solq-lab fit-codec`"
         ) from None
 
 

@@ -264,10 +264,11 @@ def _check_files(images: Path, pictures: Pictures) -> None:
         first = ", ".join(
             f"{shorten(pictures.names[row])} (image id {pictures.ids[row]})" for row in missing[:FIRST_FEW]
         )
-        more = ", ..." if len(missing) > FIRST_FEW else ""
+        first += ", ..." if len(missing) > FIRST_FEW else ""
+        none_there = len(missing) == len(pictures.names)
+        cure = "do folder and annotations belong together?" if none_there else "fetch them or remove their entries"
         raise DataError(
-            f"{images}: {len(missing)} of the {len(pictures.names)} annotated pictures are missing: {first}{more}; "
-            "fetch them or remove their entries"
+            f"{images}: {len(missing)} of the {len(pictures.names)} annotated pictures are missing: {first}; {cure}"
         )
 
 
