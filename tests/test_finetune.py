@@ -220,7 +220,6 @@ def test_a_training_starts_from_it_learns_and_resumes_without_looking_at_it_agai
 @pytest.mark.parametrize(
     ("sections", "file", "error", "said"),
     [
-        ({}, "other.safetensors", WeightMismatch, "no such weights file or run folder"),
         ({}, "train.json", WeightMismatch, "not a safetensors file"),
         ({}, ".", RunError, "not a run folder"),
         ({"width": 64}, "trained.safetensors", WeightMismatch, r"another network: model\.width=32 there, 64 here"),
