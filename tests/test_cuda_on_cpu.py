@@ -72,9 +72,9 @@ def assert_like_the_reference(gpu, arguments, **options):
         )
 
 
-def assert_both_ways_like_the_reference(gpu, arguments, *, order=0):
-    assert_like_the_reference(gpu, arguments, order=order)
-    assert_like_the_reference(gpu, arguments, order=order, deterministic=True)
+def assert_both_ways_like_the_reference(gpu, arguments):
+    assert_like_the_reference(gpu, arguments)
+    assert_like_the_reference(gpu, arguments, deterministic=True)
 
 
 def assert_bit_equal(first, second):
@@ -250,7 +250,9 @@ def test_every_size_and_type_equals_the_reference(folder, guard, architecture):
             levels = 1 + seed % 6
             shapes = [(9 - level, 11 - level) for level in range(levels)]
             arguments = example(shapes=shapes, width=width, points=points, dtype=dtype, seed=seed, **sizes)
-            assert_both_ways_like_the_reference(gpu, arguments, order=seed)
+            assert_like_the_reference(gpu, arguments, order=seed)
+            if points in (4, 5):  # one with kernels of its own, one without
+                assert_like_the_reference(gpu, arguments, order=seed, deterministic=True)
         shapes = ((20, 30), (10, 15), (5, 8), (3, 4))
         assert_like_the_reference(gpu, example(shapes=shapes, width=48, queries=300, heads=2), order=1)
 
