@@ -83,7 +83,11 @@ class Job(NamedTuple):
         except RunError:  # not there, or torn by a kill
             return False
         papermill = executed["metadata"].get("papermill", {})
-        return bool(papermill.get("end_time")) and not papermill.get("exception")
+        # Where a kernel was killed, papermill notes an end all the same, but of a cell that was not executed it knows
+        # neither that there was an exception nor that there was none.
+        notes = [cell["metadata"].get("papermill", {}) for cell in executed.get("cells", [])]
+        known = all(note.get("exception") is not None for note in notes)
+        return bool(papermill.get("end_time")) and not papermill.get("exception") and known
 
 
 class Outcome(NamedTuple):

@@ -14,8 +14,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import papermill
 import pytest
 from conftest import REPOSITORY
+from nbclient.exceptions import DeadKernelError
 from notebook import SHARED, write_notebook
 from tiny import tiny_experiment, write_pictures
 
@@ -262,6 +264,20 @@ def test_what_is_finished_is_not_executed_again(stand_in):
     assert len(executions()) == 4
     assert run_sweep(jobs_of()) == []
     assert len(executions()) == 4
+
+
+def test_a_notebook_whose_kernel_was_killed_is_not_finished(workspace):
+    """Papermill notes an end of such a notebook, and no exception."""
+    write_notebook(workspace / "look.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "after = 2")
+    job, survivor, *_ = jobs_of()
+    for folder in (job.folder, survivor.folder):
+        folder.mkdir(parents=True)
+    with pytest.raises(DeadKernelError):
+        papermill.execute_notebook(job.notebook, job.folder / job.notebook.name, progress_bar=False)
+    write_notebook(workspace / "look.ipynb", "after = 2")
+    papermill.execute_notebook(survivor.notebook, survivor.folder / survivor.notebook.name, progress_bar=False)
+    assert not job.is_finished()
+    assert survivor.is_finished()
 
 
 def test_a_failing_row_is_reported_and_stops_nobody(stand_in, caplog):
