@@ -178,7 +178,7 @@ FAULTS = {
     ],
     "mask-outside-box": [put("annotations", 0, bbox=[15, 5, 8, 10])],
     "mask-smaller-than-box": [put("annotations", 0, bbox=[10, 5, 30, 10])],
-    "area": [put("annotations", 0, area=400), put("annotations", 0, area=float("nan")), put("annotations", 0, area=-9)],
+    "area": [put("annotations", 0, area=area) for area in (400, -9, float("nan"), 10**400)],
     "crowd": [
         put("annotations", 2, bbox=None),
         put("annotations", 2, category_id=99),

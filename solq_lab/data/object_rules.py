@@ -18,8 +18,10 @@ from solq_lab.data.annotations import (
     PackedSegmentations,
     clamped_box,
     is_crowd,
+    is_measure,
     name_of,
     pack_segmentation,
+    shorten,
 )
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.findings import Finding
@@ -165,7 +167,7 @@ def _area_faults(area: Any, pixels: int) -> Iterator[Fault]:
     """Whether the given area, by which evaluation tells small from large, is that of the mask; none is allowed."""
     if area is None:
         return
-    if type(area) not in (int, float) or not math.isfinite(area):
-        yield "area", f"area {area!r} is no finite number", math.inf
+    if not is_measure(area):  # a whole number of JSON's may even be too large for a float
+        yield "area", f"area {shorten(area)} is no finite number of pixels", math.inf
     elif abs(area - pixels) > AREA[0] and not pixels / AREA[1] <= area <= pixels * AREA[1]:
         yield "area", f"area {area} of a mask of {pixels} pixels", abs(area - pixels)
