@@ -66,13 +66,13 @@ def _parse_mapping(
     text: str, start: int, long: Collection[str], refuse: Callable[[Exception], Exception]
 ) -> dict[str, Any]:
     document = {}
-    place = _skip_space(text, start + 1)
-    while text[place : place + 1] != "}" or document:  # after a comma there has to be another key
-        if text[place : place + 1] != '"':
+    more, place = _open(text, start, "}")
+    while more:
+        if not text.startswith('"', place):
             raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, place)
         key, place = _DECODER.raw_decode(text, place)
         place = _skip_space(text, place)
-        if text[place : place + 1] != ":":
+        if not text.startswith(":", place):
             raise json.JSONDecodeError("Expecting ':' delimiter", text, place)
         place = _skip_space(text, place + 1)
         if key in long and text.startswith("[", place):
@@ -80,13 +80,8 @@ def _parse_mapping(
             document[key] = Entries(text, starts, refuse)
         else:
             document[key], place = _DECODER.raw_decode(text, place)
-        place = _skip_space(text, place)
-        if text[place : place + 1] != ",":
-            break
-        place = _skip_space(text, place + 1)
-    if text[place : place + 1] != "}":
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
-    end = _skip_space(text, place + 1)
+        more, place = _go_on(text, place, "}")
+    end = _skip_space(text, place)
     if end != len(text):
         raise json.JSONDecodeError("Extra data", text, end)
     return document
@@ -95,19 +90,28 @@ def _parse_mapping(
 def _find_entries(text: str, start: int) -> tuple[array, int]:
     """Where the entries of the list that opens at `start` begin, and the place behind its end."""
     starts = array("q")
-    place = _skip_space(text, start + 1)
-    if text[place : place + 1] == "]":
-        return starts, place + 1
-    while True:
+    more, place = _open(text, start, "]")
+    while more:
         starts.append(place)
         _, place = _DECODER.raw_decode(text, place)
-        place = _skip_space(text, place)
-        if text[place : place + 1] != ",":
-            break
-        place = _skip_space(text, place + 1)
-    if text[place : place + 1] != "]":
+        more, place = _go_on(text, place, "]")
+    return starts, place
+
+
+def _open(text: str, start: int, end: str) -> tuple[bool, int]:
+    """Whether what opens at `start` has an item, and the place of the first; else the place behind its `end`."""
+    place = _skip_space(text, start + 1)
+    return (False, place + 1) if text.startswith(end, place) else (True, place)
+
+
+def _go_on(text: str, place: int, end: str) -> tuple[bool, int]:
+    """Whether another item follows the one that ends at `place`, and where it is; else the place behind the `end`."""
+    place = _skip_space(text, place)
+    if text.startswith(",", place):
+        return True, _skip_space(text, place + 1)
+    if not text.startswith(end, place):
         raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
-    return starts, place + 1
+    return False, place + 1
 
 
 def _skip_space(text: str, place: int) -> int:
