@@ -6,8 +6,7 @@ Sizes are COCO's: an encoder layer and a training step at 800 x 1333, inference 
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -16,11 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from solq_lab.bench.codec import zigzag_places
-from solq_lab.bench.network import CLASSES, NETWORK_SIZE, build_criterion, build_network, draw_images, draw_target
+from solq_lab.bench.network import (
+    CLASSES,
+    NETWORK_SIZE,
+    build_criterion,
+    build_network,
+    describe_size,
+    draw_images,
+    draw_target,
+)
 from solq_lab.bench.op import draw_inputs, sample_by_grid
 from solq_lab.bench.postprocess import TOP_K, postprocess_one_by_one
 from solq_lab.bench.scenes import HEIGHT, WIDTH
-from solq_lab.bench.timing import Row, compare
+from solq_lab.bench.timing import Row, are_near, compare, timed_by_wall
 from solq_lab.build import build_codec
 from solq_lab.config import Experiment
 from solq_lab.inference.folding import prepare_for_inference
@@ -90,9 +97,9 @@ def op_rows(device: torch.device, work: Workload, dtype: torch.dtype) -> Iterato
     inputs, gradient = draw_inputs(tokens, shapes, batch=work.batch, device=device, dtype=dtype)
     exact = (inputs[0].detach().float().requires_grad_(), *inputs[1:])
     served = f"{_name(dtype)}, {implementation_for(device.type)}"
-    name = f"encoder layer, {_size(work.picture)}, batch {work.batch}, {served}"
+    name = f"encoder layer, {describe_size(work.picture)}, batch {work.batch}, {served}"
     measure = partial(compare, "gpu", repeats=work.repeats, timed=timer(device, CALLS))
-    same = partial(_same, tolerance=TOLERANCES[dtype])
+    same = partial(are_near, tolerance=TOLERANCES[dtype])
 
     def plainly() -> Tensor:
         return sample_by_grid(exact[0], shapes, *exact[1:])
@@ -129,6 +136,7 @@ def infer_row(device: torch.device, work: Workload, autocast: str) -> Row:
     names, kept = [str(channel) for channel in range(CLASSES)], zigzag_places(codec.mask_size)[: codec.vector_dim]
 
     predict = partial(predict_last_layer, prepared, autocast=autocast)
+    near = partial(are_near, tolerance=OUTPUT_TOLERANCES[autocast])
     last_layer = GraphedForward(predict, device) if device.type == "cuda" else predict
 
     def plainly() -> tuple[LayerPrediction, Detections]:
@@ -143,10 +151,10 @@ def infer_row(device: torch.device, work: Workload, autocast: str) -> Row:
 
     row = compare(
         "gpu",
-        f"inference, {_model(work)}, {_size(work.shown)}, batch 1, with masks, {_type(autocast)}",
+        f"inference, {_model(work)}, {describe_size(work.shown)}, batch 1, with masks, {_type(autocast)}",
         plainly,
         ours,
-        lambda expected, found: _same(expected[0][:3], _on_host(found[0])[:3], tolerance=OUTPUT_TOLERANCES[autocast]),
+        lambda expected, found: near(expected[0][:3], _on_host(found[0])[:3]),
         repeats=work.repeats,
         timed=timer(device),
     )
@@ -174,7 +182,7 @@ def train_row(device: torch.device, work: Workload) -> Row:
 
     row = compare(
         "gpu",
-        f"training step, {_model(work)}, {_size(work.picture)}, batch {work.batch}, bfloat16",
+        f"training step, {_model(work)}, {describe_size(work.picture)}, batch {work.batch}, bfloat16",
         plainly,
         step,
         lambda expected, found: bool(np.isclose(expected, found, rtol=LOSS_TOLERANCE, atol=0)),
@@ -211,18 +219,10 @@ def timer(device: torch.device, calls: int = 1) -> Timer:
         return start.elapsed_time(end) / calls, result
 
     def by_wall(way: Callable[[], Result]) -> tuple[float, Result]:
-        started = time.perf_counter()
-        for _ in range(calls):
-            result = way()
-        return 1000 * (time.perf_counter() - started) / calls, result
+        milliseconds, results = timed_by_wall(lambda: [way() for _ in range(calls)])
+        return milliseconds / calls, results[-1]
 
     return by_events if device.type == "cuda" else by_wall
-
-
-def _same(expected: Sequence[Tensor], found: Sequence[Tensor], *, tolerance: float) -> bool:
-    """Whether all numbers are near each other, for the largest of each tensor."""
-    pairs = [(theirs.float(), ours.float()) for theirs, ours in zip(expected, found, strict=True)]
-    return all(bool((theirs - ours).abs().max() <= tolerance * theirs.abs().max()) for theirs, ours in pairs)
 
 
 def _on_host(prediction: LayerPrediction) -> LayerPrediction:
@@ -235,10 +235,6 @@ def _with_speed(row: Row, *, pictures: int) -> Row:
 
 def _model(work: Workload) -> str:
     return f"{work.experiment.model.backbone}, width {work.experiment.model.width}"
-
-
-def _size(picture: tuple[int, int]) -> str:
-    return "x".join(map(str, picture))
 
 
 def _type(autocast: str) -> str:

@@ -9,13 +9,13 @@ import copy
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from solq_lab.allocation import keep_freed_memory
 from solq_lab.bench.codec import zigzag_places
 from solq_lab.bench.postprocess import TOP_K, postprocess_one_by_one
 from solq_lab.bench.scenes import HEIGHT, WIDTH, blob_masks, boxes_xyxy
-from solq_lab.bench.timing import Row, compare
+from solq_lab.bench.timing import Row, are_near, compare
 from solq_lab.boxes import xyxy_to_cxcywh
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment
@@ -56,10 +56,10 @@ def infer_rows() -> Iterator[Row]:
 
     yield compare(
         "infer",
-        f"ResNet-50, width {EXPERIMENT.model.width}, {_size()}, batch 1, with masks",
+        f"ResNet-50, width {EXPERIMENT.model.width}, {describe_size()}, batch 1, with masks",
         plainly,
         ours,
-        lambda expected, found: all(map(_close, expected[0][:3], found[0][:3])),
+        lambda expected, found: are_near(expected[0][:3], found[0][:3], tolerance=OUTPUT_TOLERANCE),
         repeats=5,
     )
 
@@ -100,7 +100,7 @@ def train_rows() -> Iterator[Row]:
 
     yield compare(
         "train",
-        f"one step, ResNet-50, width {EXPERIMENT.model.width}, {_size()}, batch 1, {OBJECTS} objects",
+        f"one step, ResNet-50, width {EXPERIMENT.model.width}, {describe_size()}, batch 1, {OBJECTS} objects",
         plainly,
         ours,
         _same_step,
@@ -141,12 +141,9 @@ def draw_target(mask_size: int, size: tuple[int, int] = NETWORK_SIZE) -> Target:
     return Target(0, torch.arange(OBJECTS), boxes, masks, size, (HEIGHT, WIDTH))
 
 
-def _size() -> str:
-    return "x".join(map(str, NETWORK_SIZE))
-
-
-def _close(expected: Tensor, found: Tensor) -> bool:
-    return bool((expected - found).abs().max() <= OUTPUT_TOLERANCE * expected.abs().max())
+def describe_size(size: tuple[int, int] = NETWORK_SIZE) -> str:
+    """(height, width) as it stands in a row."""
+    return "x".join(map(str, size))
 
 
 def _same_step(expected: tuple[float, float], found: tuple[float, float]) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from solq_lab.bench.timing import Row, compare
+from solq_lab.bench.timing import Row, are_near, compare
 from solq_lab.ops.ms_deform_attn import implementation_for, ms_deform_attn
 
 SHAPES = ((64, 107), (32, 54), (16, 27), (8, 14))  # C3, C4, C5 and the stride-64 level of a 512 x 852 picture
@@ -30,7 +31,7 @@ def rows() -> Iterator[Row]:
                 f"{what}, forward",
                 lambda inputs=inputs: sample_by_grid(*inputs[:1], SHAPES, *inputs[1:]),
                 lambda inputs=inputs: ms_deform_attn(inputs[0], SHAPES, *inputs[1:]),
-                _close,
+                lambda expected, found: are_near([expected], [found], tolerance=TOLERANCE),
             )
         plain = sample_by_grid(inputs[0], SHAPES, *inputs[1:])
         ours = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
@@ -39,7 +40,7 @@ def rows() -> Iterator[Row]:
             f"{what}, backward",
             lambda output=plain, of=inputs, by=gradient: torch.autograd.grad(output, of, by, retain_graph=True),
             lambda output=ours, of=inputs, by=gradient: torch.autograd.grad(output, of, by, retain_graph=True),
-            lambda expected, found: all(map(_close, expected, found)),
+            partial(are_near, tolerance=TOLERANCE),
         )
 
 
@@ -90,7 +91,3 @@ def draw_inputs(
     gradient = torch.randn(batch, queries, HEADS * HEAD_WIDTH, generator=generator)
     inputs = (value.to(device, dtype), locations.to(device), weights.to(device))
     return tuple(tensor.requires_grad_() for tensor in inputs), gradient.to(device, dtype)
-
-
-def _close(expected: Tensor, found: Tensor) -> bool:
-    return bool((expected - found).abs().max() <= TOLERANCE * expected.abs().max())

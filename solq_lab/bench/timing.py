@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
+
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -83,6 +85,12 @@ def compare(
                 way()
             measured.append(timed(way)[0])
     return Row(part, what, statistics.median(times[0]), statistics.median(times[1]), bool(same))
+
+
+def are_near(expected: Iterable[Tensor], found: Iterable[Tensor], *, tolerance: float) -> bool:
+    """Whether each pair of tensors differs by at most `tolerance` of the expected one's largest number, in float32."""
+    pairs = [(theirs.float(), ours.float()) for theirs, ours in zip(expected, found, strict=True)]
+    return all(bool((theirs - ours).abs().max() <= tolerance * theirs.abs().max()) for theirs, ours in pairs)
 
 
 def timed_by_wall(way: Callable[[], Result]) -> tuple[float, Result]:
