@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experiment
-from solq_lab.files import flush_to_disk as flush_to_disk
 from solq_lab.files import replacing, write_json
 
 log = logging.getLogger(__name__)
