@@ -67,7 +67,7 @@ class Cropper {
         profile_(stride_),
         sums_(stride_ * stride_) {}
 
-  // The code of `rows` rows whose first pixel is at `corner` of the picture.
+  // The code of `rows` rows whose first pixel is at `corner` of the image.
   void crop(const char* code, const char* code_end, int64_t rows, const int64_t* corner, const float* box,
             int64_t height, int64_t width, bool* mask) {
     const bool meets = across_.place(box[0], box[2], cells_, stride_, width, across_weights_) &&

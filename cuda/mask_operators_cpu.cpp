@@ -85,7 +85,7 @@ std::vector<std::string> paste(const at::Tensor& masks, const at::Tensor& boxes,
                     masks.sizes());
   TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4, "boxes must be (",
                     masks.size(0), ", 4), got ", boxes.sizes());
-  TORCH_CHECK_VALUE(height > 0 && width > 0, "a picture cannot be ", height, " x ", width, " pixels");
+  TORCH_CHECK_VALUE(height > 0 && width > 0, "an image cannot be ", height, " x ", width, " pixels");
   const at::Tensor dense_masks = masks.contiguous(), dense_boxes = boxes.contiguous();
   return paste_to_counts(dense_masks.const_data_ptr<bool>(), masks.size(1), dense_boxes.const_data_ptr<float>(),
                          masks.size(0), height, width);
@@ -135,7 +135,7 @@ at::Tensor crop(const at::Tensor& texts, const at::Tensor& ends, const at::Tenso
                         boxes.numel() == 4 * codes.count,
                     codes.count, " codes need heights (K,), corners (K, 2) and boxes (K, 4), got ", heights.sizes(),
                     ", ", corners.sizes(), " and ", boxes.sizes());
-  TORCH_CHECK_VALUE(height > 0 && width > 0 && mask_size > 0, "a picture cannot be ", height, " x ", width,
+  TORCH_CHECK_VALUE(height > 0 && width > 0 && mask_size > 0, "an image cannot be ", height, " x ", width,
                     " pixels, nor a mask ", mask_size, " cells wide");
   at::Tensor masks = at::zeros({codes.count, mask_size, mask_size}, boxes.options().dtype(at::kBool));
   crop_codes(codes, heights.const_data_ptr<int64_t>(), corners.const_data_ptr<int64_t>(),

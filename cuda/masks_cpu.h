@@ -23,7 +23,7 @@ void dct_decode(const Cosines& cosines, const float* vectors, int64_t count, flo
 // The cells of the decoded masks that lie above the middle of their mask's range.
 void dct_decode_bits(const Cosines& cosines, const float* vectors, int64_t count, bool* bits);
 
-// Compressed run-length codes of box-frame masks (count, N, N) in pictures of height x width pixels.
+// Compressed run-length codes of box-frame masks (count, N, N) in images of height x width pixels.
 // boxes: (count, 4) x0 y0 x1 y1, pixels.
 std::vector<std::string> paste_to_counts(const bool* masks, int64_t mask_size, const float* boxes, int64_t count,
                                          int64_t height, int64_t width);
@@ -40,8 +40,8 @@ struct Codes {
 void rle_ious(const Codes& codes, const int64_t* first, const int64_t* second, const bool* crowd, int64_t pairs,
               int64_t* areas, double* ious);
 
-// Objects as box-frame masks. The code of object k is of a picture part of heights[k] rows whose first pixel is at
-// corners[2 * k] (x), corners[2 * k + 1] (y) of the picture. masks: (codes.count, N, N).
+// Objects as box-frame masks. The code of object k is of an image part of heights[k] rows whose first pixel is at
+// corners[2 * k] (x), corners[2 * k + 1] (y) of the image. masks: (codes.count, N, N).
 void crop_codes(const Codes& codes, const int64_t* heights, const int64_t* corners, const float* boxes, int64_t height,
                 int64_t width, int64_t mask_size, bool* masks);
 

@@ -1,5 +1,5 @@
-// Box-frame masks straight to compressed COCO run-length codes: each mask is sampled inside its box only, one picture
-// column after another, and what comes out is the list of places where 0 and 1 change. No picture is ever made.
+// Box-frame masks straight to compressed COCO run-length codes: each mask is sampled inside its box only, one image
+// column after another, and what comes out is the list of places where 0 and 1 change. No image is ever made.
 //
 // A pixel lies between four cells, two neighbours of each of two neighbouring columns of the mask. Columns are kept as
 // bits, so that a few logical operations tell where all four agree; only pixels between the others are computed.

@@ -9,7 +9,7 @@
 
 namespace solq {
 
-// The places where a picture changes between 0 and 1; it starts with 0.
+// The places where an image changes between 0 and 1; it starts with 0.
 class Changes {
  public:
   void clear() {

@@ -168,13 +168,13 @@ def build_dataset(
     *,
     with_masks: bool = False,
 ) -> CocoDataset:
-    """Pictures and targets of one split; training targets carry the masks that the model learns from.
+    """Images and targets of one split; training targets carry the masks that the model learns from.
 
     Args:
         experiment: sections `data` and `codec`, `model.mask_branch` and the seed are read.
         split: "train" augments, "val" only resizes.
         classes: the class map of the training, or of a trained model; None: as this split's annotations say.
-        with_masks: validation targets carry masks too; evaluation needs none, pictures of the ground truth do.
+        with_masks: validation targets carry masks too; evaluation needs none, images of the ground truth do.
 
     Raises:
         ConfigError: `data.root` is empty.
@@ -199,8 +199,8 @@ def build_dataset(
     )
 
 
-def build_pictures(experiment: Experiment, classes: ClassMap | None = None) -> CocoDataset:
-    """The validation pictures as they lie in their files, with their true masks; for looking, whatever the model.
+def build_images(experiment: Experiment, classes: ClassMap | None = None) -> CocoDataset:
+    """The validation images as they lie in their files, with their true masks; for looking, whatever the model.
 
     Raises:
         ConfigError, DataError: as in `build_dataset`.
@@ -225,7 +225,7 @@ def _data_root(experiment: Experiment) -> Path:
 
 
 def build_augmentation(data: DataSection) -> ReleasedAugmentation | FlipOnly | TestResize:
-    """What happens to a training picture on its way in."""
+    """What happens to a training image on its way in."""
     match data.augment:
         case "released":
             return ReleasedAugmentation(data.train_scales, data.max_size, data.crop_scales, data.crop_size)

@@ -131,7 +131,7 @@ class LossSection(Section):
 
 
 class DataSection(Section):
-    """A COCO-format folder and what happens to its pictures on the way in."""
+    """A COCO-format folder and what happens to its images on the way in."""
 
     root: str = Field("", description="folder of images and annotations; empty: has to be given")
     train_images: str = "train2017"
@@ -156,11 +156,11 @@ class DataSection(Section):
     test_scale: int = Field(800, gt=0)
     max_size: int = Field(1333, gt=0, description="longest side, training and test")
     mask_route: Literal["window", "bitmap"] = Field("window", description="bitmap: as released, full masks")
-    cache: bool = Field(False, description="keep decoded pictures and box-frame masks in memory (small data sets)")
+    cache: bool = Field(False, description="keep decoded images and box-frame masks in memory (small data sets)")
     workers: int = Field(4, ge=0, description="loader processes per training process; 0 loads in the training process")
-    bucket_by_aspect: bool = Field(False, description="training batches of wide or of tall pictures: less padding")
+    bucket_by_aspect: bool = Field(False, description="training batches of wide or of tall images: less padding")
     unreadable: Literal["stop", "replace"] = Field(
-        "stop", description="a damaged or lost picture in training: stop with its name, or take the next one and log it"
+        "stop", description="a damaged or lost image in training: stop with its name, or take the next one and log it"
     )
 
     @model_validator(mode="after")
@@ -190,7 +190,7 @@ class TrainSection(Section):
 
     epochs: int = Field(50, gt=0)
     steps: int | None = Field(None, gt=0, description="optimiser steps; overrides epochs where given")
-    batch_size: int = Field(32, gt=0, description="pictures per optimiser step, over all processes and accumulation")
+    batch_size: int = Field(32, gt=0, description="images per optimiser step, over all processes and accumulation")
     gpus: int = Field(1, gt=0, description="training processes; without CUDA on the CPU (gloo)")
     accumulate: int = Field(1, gt=0, description="backward passes per optimiser step")
     autocast: Literal["none", "bf16", "fp16"] = "none"
@@ -222,13 +222,13 @@ class TrainSection(Section):
 class EvaluationSection(Section):
     """What is reported (paper, section 4.1)."""
 
-    top_k: int = Field(100, gt=0, description="detections kept per picture")
-    batch_size: int = Field(1, gt=0, description="pictures per forward pass and process")
-    max_images: int | None = Field(None, gt=0, description="evaluate the first so many pictures only")
+    top_k: int = Field(100, gt=0, description="detections kept per image")
+    batch_size: int = Field(1, gt=0, description="images per forward pass and process")
+    max_images: int | None = Field(None, gt=0, description="evaluate the first so many images only")
     area_sides: tuple[PositiveFloat, PositiveFloat] = Field(
         (32.0, 96.0), description="small below, medium below; pixels"
     )
-    boundary_ratio: float = Field(0.02, gt=0, lt=1, description="boundary width over the picture's diagonal")
+    boundary_ratio: float = Field(0.02, gt=0, lt=1, description="boundary width over the image's diagonal")
 
     @model_validator(mode="after")
     def _sizes_ascend(self) -> EvaluationSection:
@@ -282,7 +282,7 @@ class Experiment(Section):
         return "Deformable DETR" if self.codec.kind == "none" else "SOLQ"
 
     def evaluated_on(self, split: Literal["val", "train"]) -> Experiment:
-        """The same experiment with the pictures of `split` to validate on: "train" shows what was learnt by heart.
+        """The same experiment with the images of `split` to validate on: "train" shows what was learnt by heart.
 
         Raises:
             ConfigError: another split.

@@ -43,7 +43,7 @@ def fit_codec(
     learnt so far; the same call after an interruption goes on from there and ends with the same tables, bit by bit.
 
     Args:
-        experiment: sections `codec` and `data` and the seed are read; pictures are not needed.
+        experiment: sections `codec` and `data` and the seed are read; images are not needed.
         max_objects: fit to so many objects only, drawn at random. None: all.
         seconds_between_saves: after which the `.partial` file is written again.
 

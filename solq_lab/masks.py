@@ -20,45 +20,45 @@ from torchvision.ops import roi_align
 from solq_lab.ops.extension import cpu_operator
 
 Segmentation = list[list[float]] | dict  # COCO's two spellings: polygons in image pixels, or an RLE
-ROI_ALIGN_CHUNK = 16  # full-size float bitmaps at once; bounds the memory on pictures with hundreds of objects
+ROI_ALIGN_CHUNK = 16  # full-size float bitmaps at once; bounds the memory on images with hundreds of objects
 
 
 # Image frame -> box frame
 
 
 def rasterize_in_box(
-    segmentations: Sequence[Segmentation], boxes: Tensor, picture_size: tuple[int, int], mask_size: int
+    segmentations: Sequence[Segmentation], boxes: Tensor, image_size: tuple[int, int], mask_size: int
 ) -> Tensor:
-    """Box-frame masks of COCO objects, drawn inside their boxes only: no polygon becomes a bitmap of the whole picture.
+    """Box-frame masks of COCO objects, drawn inside their boxes only: no polygon becomes a bitmap of the whole image.
 
     Equals ROI-align of the full bitmap at a threshold of one half (`crop_and_resize`) but for the rounding of exact
     ties: polygons fill the pixels that COCO's rasteriser fills, and ROI-align, being separable, is two matrix products.
 
     Args:
         segmentations: K objects, each a list of polygons [x, y, x, y, ...] or an RLE.
-        boxes: (K, 4) xyxy, image pixels of the original picture; a window smaller than the object crops it.
-        picture_size: (H, W) of the original picture, pixels.
+        boxes: (K, 4) xyxy, image pixels of the original image; a window smaller than the object crops it.
+        image_size: (H, W) of the original image, pixels.
         mask_size: N.
 
     Returns:
-        (K, N, N) bool. A box without area, or outside the picture, gives an empty mask.
+        (K, N, N) bool. A box without area, or outside the image, gives an empty mask.
 
     Raises:
-        ValueError: counts differ, a polygon has an odd number of coordinates, or an RLE is of another picture size.
+        ValueError: counts differ, a polygon has an odd number of coordinates, or an RLE is of another image size.
     """
     if boxes.shape != (len(segmentations), 4):
         raise ValueError(f"{len(segmentations)} segmentations cannot have boxes {tuple(boxes.shape)}, expected (K, 4)")
     boxes = boxes.float().cpu()
     compiled = cpu_operator("crop_codes")
     if compiled is not None:
-        return _crop_compiled(compiled, segmentations, boxes, picture_size, mask_size)
+        return _crop_compiled(compiled, segmentations, boxes, image_size, mask_size)
     masks = torch.zeros(len(segmentations), mask_size, mask_size, dtype=torch.bool)
-    height, width = picture_size
+    height, width = image_size
     for mask, segmentation, (x0, y0, x1, y1) in zip(masks, segmentations, boxes.numpy(), strict=True):
         down, across = _sample_axis(y0, y1, mask_size, height), _sample_axis(x0, x1, mask_size, width)
         if down is None or across is None:
             continue
-        bitmap = _window_bitmap(segmentation, (down.start, across.start, down.stop, across.stop), picture_size)
+        bitmap = _window_bitmap(segmentation, (down.start, across.start, down.stop, across.stop), image_size)
         sums = down.weights @ bitmap.float() @ across.weights.T  # (N, h) @ (h, w) @ (w, N)
         torch.ge(sums, down.samples * across.samples / 2, out=mask)  # half of the cell's samples
     return masks
@@ -130,26 +130,26 @@ def _sample_axis(low: np.float32, high: np.float32, cells: int, length: int) -> 
 
 
 def _window_bitmap(
-    segmentation: Segmentation, window: tuple[int, int, int, int], picture_size: tuple[int, int]
+    segmentation: Segmentation, window: tuple[int, int, int, int], image_size: tuple[int, int]
 ) -> Tensor:
-    """(h, w) uint8 pixels of an object inside a window (top, left, bottom, right) of its picture."""
+    """(h, w) uint8 pixels of an object inside a window (top, left, bottom, right) of its image."""
     top, left, bottom, right = window
-    rle, x_shift, y_shift = _window_rle(segmentation, window, picture_size)
+    rle, x_shift, y_shift = _window_rle(segmentation, window, image_size)
     return torch.from_numpy(coco_rle.decode(rle)[top - y_shift : bottom - y_shift, left - x_shift : right - x_shift])
 
 
 def _window_rle(
-    segmentation: Segmentation, window: tuple[int, int, int, int], picture_size: tuple[int, int]
+    segmentation: Segmentation, window: tuple[int, int, int, int], image_size: tuple[int, int]
 ) -> tuple[dict, int, int]:
     """An RLE that holds an object's pixels inside a window (top, left, bottom, right), and its first pixel's (x, y)."""
     top, left, bottom, right = window
     if isinstance(segmentation, dict):
-        return segmentation_to_rle(segmentation, picture_size), 0, 0
+        return segmentation_to_rle(segmentation, image_size), 0, 0
     polygons = _checked_polygons(segmentation)
     if not polygons:
-        return segmentation_to_rle([], picture_size), 0, 0
+        return segmentation_to_rle([], image_size), 0, 0
     # COCO's rasteriser first rounds vertices to fifths of a pixel; coordinates of one decimal are ties. Rounded here,
-    # in the picture, they survive a shift by whole pixels, whose own rounding would break the ties otherwise.
+    # in the image, they survive a shift by whole pixels, whose own rounding would break the ties otherwise.
     fifths = [np.trunc(5 * polygon + 0.5) for polygon in polygons]
     low = np.min([polygon.min(axis=0) for polygon in fifths], axis=0) // 5
     x_shift, y_shift = shift = np.maximum(np.minimum(low, (left, top)), 0).astype(int)
@@ -163,18 +163,18 @@ def _crop_compiled(
     crop_codes: Callable[..., Tensor],
     segmentations: Sequence[Segmentation],
     boxes: Tensor,
-    picture_size: tuple[int, int],
+    image_size: tuple[int, int],
     mask_size: int,
 ) -> Tensor:
     """`rasterize_in_box` by the C++ operator."""
-    height, width = picture_size
+    height, width = image_size
     # The last pixel of a window only has to lie behind all samples; polygons are drawn no further than that.
     corners = boxes.nan_to_num(0, 0, 0).double().numpy()
     first = np.clip(np.floor(corners[:, :2]) - 1, 0, (width, height)).astype(int)
     last = np.clip(np.ceil(corners[:, 2:]) + 2, first + 1, (width, height)).astype(int)
     codes, heights, shifts = [], [], []
     for segmentation, (left, top), (right, bottom) in zip(segmentations, first.tolist(), last.tolist(), strict=True):
-        rle, *shift = _window_rle(segmentation, (top, left, bottom, right), picture_size)
+        rle, *shift = _window_rle(segmentation, (top, left, bottom, right), image_size)
         codes.append(rle["counts"])
         heights.append(rle["size"][0])
         shifts.append(shift)
@@ -195,16 +195,16 @@ def _checked_polygons(polygons: Sequence[Sequence[float]]) -> list[np.ndarray]:
 # Box frame -> image frame
 
 
-def paste_masks(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) -> Tensor:
-    """Full-picture masks of box-frame masks: each pixel centre is mapped into the box and the mask sampled there.
+def paste_masks(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Full-image masks of box-frame masks: each pixel centre is mapped into the box and the mask sampled there.
 
     Bilinear between cell centres, zero outside the mask, kept at >= 0.5: what the released implementation does, in the
     arithmetic of `grid_sample` on a CPU, spelled out so that every device and `paste_to_rle` agree on exact ties.
 
     Args:
         masks: (K, N, N) bool, or float reconstructions.
-        boxes: (K, 4) xyxy, image pixels; any part may lie outside the picture.
-        picture_size: (H, W), pixels.
+        boxes: (K, 4) xyxy, image pixels; any part may lie outside the image.
+        image_size: (H, W), pixels.
 
     Returns:
         (K, H, W) bool; empty for boxes without area.
@@ -213,20 +213,20 @@ def paste_masks(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) -> 
         ValueError: masks and boxes differ in number.
     """
     _check_pairs(masks, boxes)
-    pictures = masks.new_zeros((len(masks), *picture_size), dtype=torch.bool)
-    for picture, mask, box in zip(pictures, masks, boxes.float().cpu(), strict=True):
-        top, left, bottom, right = window = _paste_window(box, picture_size)
-        picture[top:bottom, left:right] = _paste_inside(mask, box, window)
-    return pictures
+    images = masks.new_zeros((len(masks), *image_size), dtype=torch.bool)
+    for image, mask, box in zip(images, masks, boxes.float().cpu(), strict=True):
+        top, left, bottom, right = window = _paste_window(box, image_size)
+        image[top:bottom, left:right] = _paste_inside(mask, box, window)
+    return images
 
 
-def paste_to_rle(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) -> list[dict]:
+def paste_to_rle(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> list[dict]:
     """Compressed COCO RLEs of pasted masks, byte for byte `encode_rle(paste_masks(...))`, drawn inside the boxes only.
 
     Args:
         masks: (K, N, N) bool.
-        boxes: (K, 4) xyxy, image pixels; any part may lie outside the picture.
-        picture_size: (H, W), pixels.
+        boxes: (K, 4) xyxy, image pixels; any part may lie outside the image.
+        image_size: (H, W), pixels.
 
     Returns:
         K dicts {"size": [H, W], "counts": bytes}; an empty mask for boxes without area.
@@ -240,21 +240,21 @@ def paste_to_rle(masks: Tensor, boxes: Tensor, picture_size: tuple[int, int]) ->
     masks, boxes = masks.cpu(), boxes.float().cpu()
     compiled = cpu_operator("paste_to_rle")
     if compiled is not None:
-        height, width = picture_size
+        height, width = image_size
         codes = compiled(masks, boxes, height, width)
         return [{"size": [height, width], "counts": counts.encode()} for counts in codes]
-    return [_paste_one_to_rle(mask, box, picture_size) for mask, box in zip(masks, boxes, strict=True)]
+    return [_paste_one_to_rle(mask, box, image_size) for mask, box in zip(masks, boxes, strict=True)]
 
 
-def _paste_one_to_rle(mask: Tensor, box: Tensor, picture_size: tuple[int, int]) -> dict:
+def _paste_one_to_rle(mask: Tensor, box: Tensor, image_size: tuple[int, int]) -> dict:
     """The same in plain torch, for one mask (N, N) and its box (4,)."""
-    window = _paste_window(box, picture_size)
-    return _rle_of_window(_paste_inside(mask, box, window).numpy(), window[:2], picture_size)
+    window = _paste_window(box, image_size)
+    return _rle_of_window(_paste_inside(mask, box, window).numpy(), window[:2], image_size)
 
 
-def _paste_window(box: Tensor, picture_size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _paste_window(box: Tensor, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) of the pixels that a box can touch, one more on each side; all zero where none."""
-    height, width = picture_size
+    height, width = image_size
     x0, y0, x1, y1 = box.tolist()
     if not (x0 < x1 and y0 < y1 and all(map(math.isfinite, (x0, y0, x1, y1)))):
         return 0, 0, 0, 0
@@ -293,9 +293,9 @@ def _bilinear_cells(low: Tensor, high: Tensor, cells: int, start: int, stop: int
     return first.clamp(-2, cells).long() + 2, 1 - upper, upper
 
 
-def _rle_of_window(inside: np.ndarray, corner: tuple[int, int], picture_size: tuple[int, int]) -> dict:
-    """The RLE of a picture that is empty but for the pixels `inside` (h, w) bool, whose corner is at (top, left)."""
-    (top, left), (height, width) = corner, picture_size
+def _rle_of_window(inside: np.ndarray, corner: tuple[int, int], image_size: tuple[int, int]) -> dict:
+    """The RLE of an image that is empty but for the pixels `inside` (h, w) bool, whose corner is at (top, left)."""
+    (top, left), (height, width) = corner, image_size
     columns = np.pad(inside.T, ((0, 0), (1, 1))).astype(np.int8)  # (w, h + 2): RLEs run down the columns
     change = np.diff(columns, axis=1)  # (w, h + 1)
     column, row = np.nonzero(change)
@@ -323,7 +323,7 @@ def encode_rle(masks: Tensor) -> list[dict]:
 
 
 def decode_rle(rles: Sequence[dict]) -> Tensor:
-    """Masks (K, H, W) bool of compressed COCO RLEs of one picture; (0, 0, 0) for none.
+    """Masks (K, H, W) bool of compressed COCO RLEs of one image; (0, 0, 0) for none.
 
     Raises:
         ValueError: the RLEs differ in size.
@@ -332,7 +332,7 @@ def decode_rle(rles: Sequence[dict]) -> Tensor:
         return torch.zeros(0, 0, 0, dtype=torch.bool)
     sizes = sorted({tuple(rle["size"]) for rle in rles})
     if len(sizes) > 1:
-        raise ValueError(f"RLEs of one picture must share one size, found {sizes}")
+        raise ValueError(f"RLEs of one image must share one size, found {sizes}")
     return torch.from_numpy(coco_rle.decode(list(rles))).permute(2, 0, 1).bool()  # (H, W, K) -> (K, H, W)
 
 
@@ -364,21 +364,21 @@ def runs_of_rle(counts: bytes | str) -> np.ndarray:
     return runs
 
 
-def segmentation_to_rle(segmentation: Segmentation, picture_size: tuple[int, int]) -> dict:
+def segmentation_to_rle(segmentation: Segmentation, image_size: tuple[int, int]) -> dict:
     """The compressed RLE of one COCO segmentation: polygons (their union), a compressed or an uncompressed RLE.
 
     Args:
         segmentation: list of polygons [x, y, x, y, ...], image pixels, or {"size": [H, W], "counts": ...}.
-        picture_size: (H, W) of the picture, pixels.
+        image_size: (H, W) of the image, pixels.
 
     Raises:
-        ValueError: the RLE is of another picture size, or a polygon has an odd number of coordinates.
+        ValueError: the RLE is of another image size, or a polygon has an odd number of coordinates.
     """
-    height, width = picture_size
+    height, width = image_size
     if isinstance(segmentation, dict):
         size = list(segmentation["size"])
         if size != [height, width]:
-            raise ValueError(f"an RLE of size {size} does not fit its picture of {[height, width]} (height, width)")
+            raise ValueError(f"an RLE of size {size} does not fit its image of {[height, width]} (height, width)")
         if isinstance(segmentation["counts"], list):
             return coco_rle.frPyObjects(segmentation, height, width)
         counts = segmentation["counts"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-MOST_VALUES = 100_000  # of a file with all its aliases written out; the paper's tables have a few hundred
+MAX_VALUES = 100_000  # of a file with all its aliases written out; the paper's tables have a few hundred
 
 
 class PlainYamlError(yaml.YAMLError):
@@ -18,15 +18,15 @@ def load_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: not YAML, an object tag, or a value that cannot be; aliases that contain themselves, or
-            unfold into more than `MOST_VALUES` values.
+            unfold into more than `MAX_VALUES` values.
     """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _count(node, {}) > MOST_VALUES:
-            raise PlainYamlError(f"its aliases unfold into more than {MOST_VALUES} values; write it without them")
+        if _count(node, {}) > MAX_VALUES:
+            raise PlainYamlError(f"its aliases unfold into more than {MAX_VALUES} values; write it without them")
         return loader.construct_document(node)
     except RecursionError:
         raise PlainYamlError("nested too deeply, or in itself") from None

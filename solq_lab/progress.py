@@ -33,10 +33,10 @@ class Progress:
             return f"{self._run.name}: starting"
         total = self._latest.get("start", {}).get("total_steps") or self._run.experiment.train.steps
         parts = [f"step {train['step']}" + (f" of {total} ({100 * train['step'] // total} %)" if total else "")]
-        parts += [f"loss {train['total']:.2f}", f"{train['images_per_second']:.1f} pictures/s"]
+        parts += [f"loss {train['total']:.2f}", f"{train['images_per_second']:.1f} images/s"]
         if total and train["step"] >= STEPS_BEFORE_ESTIMATE and train["images_per_second"] > 0:
-            pictures = (total - train["step"]) * self._run.experiment.train.batch_size
-            parts.append(f"{describe_duration(pictures / train['images_per_second'])} left")
+            images = (total - train["step"]) * self._run.experiment.train.batch_size
+            parts.append(f"{describe_duration(images / train['images_per_second'])} left")
         if evaluation is not None:
             aps = {kind: evaluation["metrics"].get(f"{kind}.AP") for kind in ("box", "segm")}
             parts += [f"{kind} AP {100 * ap:.1f}" for kind, ap in aps.items() if ap is not None]

@@ -130,7 +130,7 @@ class Run:
 
     @property
     def figures(self) -> Path:
-        """Folder of the pictures."""
+        """Folder of the images."""
         return self.folder / "figures"
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:

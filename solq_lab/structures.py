@@ -1,7 +1,7 @@
 """The values that flow through the house, as typed tuples: images and targets in, predictions and detections out.
 
 Shape letters, here and everywhere: B batch, J queries, K objects, S classes, C channels, H W image, N mask side,
-D vector_dim, L levels, P points, M heads. Frames: *image pixels*, *normalised image* (0..1 over the unpadded picture),
+D vector_dim, L levels, P points, M heads. Frames: *image pixels*, *normalised image* (0..1 over the unpadded image),
 *box frame* (N x N cells over an object's box).
 """
 
@@ -18,7 +18,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class ImageBatch(NamedTuple):
-    """Pictures of one batch, padded bottom and right to a common size.
+    """Images of one batch, padded bottom and right to a common size.
 
     pixels: (B, 3, H, W) RGB; uint8 as the loader gives them, or float once `normalised`.
     padding: (B, H, W) bool, True on padded cells.
@@ -51,7 +51,7 @@ class Target(NamedTuple):
     boxes: (K, 4) float32 (cx, cy, w, h), normalised image.
     masks: (K, N, N) bool in the box frame, or None where no masks are wanted.
     image_size: (height, width) of the network input before padding, pixels.
-    original_size: (height, width) of the picture in the file, pixels.
+    original_size: (height, width) of the image in the file, pixels.
     bitmaps: (K, height, width) bool, the masks in the image frame at `image_size`, or None where none are wanted.
     """
 
@@ -74,8 +74,8 @@ class Target(NamedTuple):
 class ImageMasks(NamedTuple):
     """Masks of all queries in the image frame, coarse: what the mask branch of the SQR baseline draws.
 
-    logits: (B, J, h, w) over the whole padded pictures, one sigmoid each.
-    padding: (B, H, W) bool of those pictures, True on padded cells.
+    logits: (B, J, h, w) over the whole padded images, one sigmoid each.
+    padding: (B, H, W) bool of those images, True on padded cells.
     """
 
     logits: Tensor
@@ -108,11 +108,11 @@ class Predictions(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """The objects found in one picture, best score first.
+    """The objects found in one image, best score first.
 
     scores: (K,) float32 in 0..1.
     labels: (K,) int64 class channels.
-    boxes: (K, 4) float32 (x0, y0, x1, y1), pixels of the original picture, not clipped.
+    boxes: (K, 4) float32 (x0, y0, x1, y1), pixels of the original image, not clipped.
     queries: (K,) int64, the query each object came from; one query may speak for several classes.
     masks: K compressed COCO RLEs ({"size": [H, W], "counts": bytes}) at original size, or None for a plain detector.
     names: K class names, parallel to labels.

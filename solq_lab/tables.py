@@ -31,7 +31,7 @@ class RunNumbers:
     name: of the run.
     seed: its seed.
     metrics: "<kind>.<number>" -> share in 0..1, as in results.json; NaN where there is no ground truth.
-    images: pictures it was scored on.
+    images: images it was scored on.
     commit: git commit it was made with, as far as known.
     """
 

@@ -97,7 +97,7 @@ class Notebook:
         """The screenshot of an element, once it differs from `before`."""
         deadline = time.monotonic() + seconds
         while (now := element.screenshot()) == before:
-            assert time.monotonic() < deadline, f"the picture is the same after {seconds} s"
+            assert time.monotonic() < deadline, f"the image is the same after {seconds} s"
             self.page.wait_for_timeout(100)
         return now
 
@@ -110,7 +110,7 @@ class Notebook:
         return now
 
     def screenshot(self, name: str) -> Path:
-        """Keep a picture of the page among the artifacts, once the kernel has nothing more to do."""
+        """Keep an image of the page among the artifacts, once the kernel has nothing more to do."""
         self.page.get_by_text("| Idle").wait_for()
         path = artifacts() / f"{name}.png"
         self.page.screenshot(path=path)

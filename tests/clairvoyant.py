@@ -1,4 +1,4 @@
-"""A few pictures and a model that knows what is in them, for tests of evaluations."""
+"""A few images and a model that knows what is in them, for tests of evaluations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import TestResize
 from solq_lab.structures import PIXEL_MEAN, PIXEL_STD, ImageBatch, LayerPrediction, Predictions
 
-PICTURES = 5  # the last one without objects
+NUM_IMAGES = 5  # the last one without objects
 MASK_SIZE, VECTOR_DIM = 16, 5
 SHADE_STEP = 40
 
 
 class Clairvoyant(nn.Module):
-    """Predicts the ground truth of a picture, which it knows by its shade of grey, with one query per object."""
+    """Predicts the ground truth of an image, which it knows by its shade of grey, with one query per object."""
 
     QUERIES = 4
 
@@ -49,10 +49,10 @@ class Clairvoyant(nn.Module):
 
 
 def write_coco_folder(root: Path) -> Path:
-    """Pictures of one shade each, with up to two objects that miss their upper left quarter."""
+    """Images of one shade each, with up to two objects that miss their upper left quarter."""
     (root / "images").mkdir()
     boxes = [(1, 1, (4, 4, 32, 32)), (1, 2, (40, 8, 16, 24)), (2, 1, (8, 8, 24, 16)), (3, 2, (0, 0, 40, 40))]
-    document = truth_of([*boxes, (4, 1, (30, 10, 20, 30))], pictures=PICTURES)
+    document = truth_of([*boxes, (4, 1, (30, 10, 20, 30))], images=NUM_IMAGES)
     for entry in document["annotations"]:
         x, y, w, h = entry["bbox"]
         entry["segmentation"] = rle_of(rectangle(x, y, w, h) & ~rectangle(x, y, w // 2, h // 2))
@@ -65,6 +65,6 @@ def write_coco_folder(root: Path) -> Path:
 
 
 def open_dataset(root: Path) -> CocoDataset:
-    """The pictures of `write_coco_folder`, ready to be predicted."""
+    """The images of `write_coco_folder`, ready to be predicted."""
     transform = TestResize(32, max_size=60)
     return CocoDataset(root / "images", root / "instances.json", mask_size=MASK_SIZE, transform=transform)

@@ -6,6 +6,7 @@ Tensors on "cuda" are torch's fake ones; operators among tensors of the host run
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import solq_lab
+
 aten = torch.ops.aten
+LIBRARY = os.path.join(os.path.dirname(os.path.abspath(solq_lab.__file__)), "")  # ends with a separator
 SIZED_BY_NUMBERS = (aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive)
 WHOLE_IN_INFERENCE = (aten.to, aten.item, aten.is_nonzero)  # elsewhere torch takes them apart itself
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
@@ -123,7 +127,7 @@ def _number_of(dtype: torch.dtype) -> bool | int:
 def _caller() -> str:
     """The function of this library that asked for the operator; "" where none did."""
     frame = sys._getframe()
-    while frame is not None and "/solq_lab/" not in frame.f_code.co_filename:
+    while frame is not None and not frame.f_code.co_filename.startswith(LIBRARY):
         frame = frame.f_back
     return "" if frame is None else frame.f_code.co_qualname
 

@@ -1,4 +1,4 @@
-"""Rebuilds what a golden model folder describes: weights from their rule, pictures, targets, our model for its `args`.
+"""Rebuilds what a golden model folder describes: weights from their rule, images, targets, our model for its `args`.
 
 The folder's own README states the rules (weights are not stored but drawn from a seed per tensor name). Shared by the
 tests of the model, of the losses and of the post-processing.
@@ -59,22 +59,22 @@ class Fixture:
         return state
 
     @cached_property
-    def pictures(self) -> list[np.ndarray]:
-        """Normalised pictures (3, H, W) float32, one per input, before batch padding."""
-        return [self._picture(number, described) for number, described in enumerate(self.record["inputs"])]
+    def inputs(self) -> list[np.ndarray]:
+        """Normalised images (3, H, W) float32, one per input, before batch padding."""
+        return [self._image(number, described) for number, described in enumerate(self.record["inputs"])]
 
-    def _picture(self, number: int, described: dict[str, Any]) -> np.ndarray:
+    def _image(self, number: int, described: dict[str, Any]) -> np.ndarray:
         if described["kind"] == "tiny_coco":
             unit = self.arrays[f"image{number}_uint8"].astype(np.float32) / np.float32(255)
-            picture = (unit - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
-            return np.ascontiguousarray(picture.transpose(2, 0, 1))
+            image = (unit - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+            return np.ascontiguousarray(image.transpose(2, 0, 1))
         height, width = described["height"], described["width"]
         random = np.random.RandomState(zlib.crc32(f"image:{described['tag']}".encode()) & 0x7FFFFFFF)
         low = random.standard_normal((3, -(-height // 16), -(-width // 16))).astype(np.float32)
         noise = random.standard_normal((3, height, width)).astype(np.float32)
-        picture = low.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width] + np.float32(0.5) * noise
-        np.testing.assert_allclose(picture.ravel()[:8], described["image_first8"], rtol=1e-6)
-        return picture
+        image = low.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width] + np.float32(0.5) * noise
+        np.testing.assert_allclose(image.ravel()[:8], described["image_first8"], rtol=1e-6)
+        return image
 
     @property
     def noise(self) -> dict[str, Any]:
@@ -90,40 +90,40 @@ class Fixture:
 
     def images(self, dtype: torch.dtype = torch.float32) -> ImageBatch:
         """The normalised batch, padded bottom and right with zeros to the largest height and width."""
-        height = max(picture.shape[1] for picture in self.pictures)
-        width = max(picture.shape[2] for picture in self.pictures)
-        pixels = torch.zeros(len(self.pictures), 3, height, width, dtype=dtype)
-        padding = torch.ones(len(self.pictures), height, width, dtype=torch.bool)
-        for row, picture in enumerate(self.pictures):
-            pixels[row, :, : picture.shape[1], : picture.shape[2]] = torch.from_numpy(picture)
-            padding[row, : picture.shape[1], : picture.shape[2]] = False
+        height = max(image.shape[1] for image in self.inputs)
+        width = max(image.shape[2] for image in self.inputs)
+        pixels = torch.zeros(len(self.inputs), 3, height, width, dtype=dtype)
+        padding = torch.ones(len(self.inputs), height, width, dtype=torch.bool)
+        for row, image in enumerate(self.inputs):
+            pixels[row, :, : image.shape[1], : image.shape[2]] = torch.from_numpy(image)
+            padding[row, : image.shape[1], : image.shape[2]] = False
         return ImageBatch(pixels, padding)
 
     @property
     def targets(self) -> list[Target]:
-        """Ground truth per picture, without masks (`bitmaps` has them)."""
+        """Ground truth per image, without masks (`bitmaps` has them)."""
         return [
             Target(
                 image_id=number,
                 labels=torch.tensor(described["targets"]["labels"], dtype=torch.int64),
                 boxes=torch.tensor(described["targets"]["boxes_cxcywh"], dtype=torch.float32).reshape(-1, 4),
                 masks=None,
-                image_size=self.pictures[number].shape[1:],
+                image_size=self.inputs[number].shape[1:],
                 original_size=tuple(described["orig_size"]),
             )
             for number, described in enumerate(self.record["inputs"])
         ]
 
     def bitmaps(self, number: int) -> Tensor:
-        """Masks (K, H, W) uint8 of picture `number` at network-input size."""
+        """Masks (K, H, W) uint8 of image `number` at network-input size."""
         codes = self.record["inputs"][number]["targets"]["masks"]
-        height, width = self.pictures[number].shape[1:]
+        height, width = self.inputs[number].shape[1:]
         if not codes:
             return torch.zeros(0, height, width, dtype=torch.uint8)
         return torch.from_numpy(np.ascontiguousarray(coco_mask.decode(codes).transpose(2, 0, 1)))
 
     def boxes_xyxy(self, number: int) -> Tensor:
-        """Boxes (K, 4) float32 (x0, y0, x1, y1) of picture `number`, pixels of the network input."""
+        """Boxes (K, 4) float32 (x0, y0, x1, y1) of image `number`, pixels of the network input."""
         return torch.tensor(self.record["inputs"][number]["targets"]["boxes_xyxy"], dtype=torch.float32).reshape(-1, 4)
 
     @property

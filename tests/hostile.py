@@ -1,4 +1,4 @@
-"""Annotation files nobody vetted: a valid COCO document of two small pictures, spoilt in one or several places."""
+"""Annotation files nobody vetted: a valid COCO document of two small images, spoilt in one or several places."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 HEIGHT, WIDTH = 30, 40
-PICTURES = ("a.png", "b.png")
+NUM_IMAGES = ("a.png", "b.png")
 SQUARE = [10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]
 RLE = {"size": [HEIGHT, WIDTH], "counts": "d:k05O1O1O10001N1O1O1O1Nm[7"}
 RUNS = {"size": [HEIGHT, WIDTH], "counts": [300, 10, 20, 10, 860]}
@@ -66,7 +66,7 @@ _names = st.one_of(
     st.sampled_from(
         ["../a.png", "/etc/hostname", "x/../../a.png", "a.png\x00", "", ".", "./a.png", "sub/a.png", "a" * 5000 + "/b"]
     ),
-    st.sampled_from(PICTURES),
+    st.sampled_from(NUM_IMAGES),
     _texts,
 )
 _sides = st.one_of(st.integers(-2, 70), st.just(10**6), _scalars)
@@ -88,12 +88,12 @@ FIELDS: dict[str, dict[str, st.SearchStrategy]] = {
 
 
 def valid_document() -> dict[str, Any]:
-    """Two pictures, two classes; polygons, both spellings of an RLE, and a crowd."""
+    """Two images, two classes; polygons, both spellings of an RLE, and a crowd."""
     common = {"bbox": [10, 5, 10, 10], "area": 100.0, "iscrowd": 0}
     return {
         "images": [
             {"id": number, "file_name": name, "height": HEIGHT, "width": WIDTH}
-            for number, name in enumerate(PICTURES, start=1)
+            for number, name in enumerate(NUM_IMAGES, start=1)
         ],
         "annotations": [
             common | {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [SQUARE]},

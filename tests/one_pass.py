@@ -23,14 +23,14 @@ SIZES = {
     "activation": "relu",
     "refine_boxes": True,
 }
-SIDE = 96  # of the pictures, pixels
+SIDE = 96  # of the images, pixels
 
 
 def small_backbone() -> SmallBackbone:
     return SmallBackbone((8, 16, 24, 32), (1, 1, 2, 1))
 
 
-def pictures(dtype: torch.dtype = torch.float64, side: int = SIDE) -> ImageBatch:
+def random_batch(dtype: torch.dtype = torch.float64, side: int = SIDE) -> ImageBatch:
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
     padding = torch.zeros(2, side, side, dtype=torch.bool)
     padding[1, :, side // 2 :] = True

@@ -15,7 +15,7 @@ from solq_lab.training.trainer import Trainer
 def losses_and_gradients(run_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Losses of two steps, averaged over the processes, and the gradients of the second one."""
     trainer = Trainer(load_run(run_folder))
-    trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the pictures
+    trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the images
     trainer.optimizer.step = lambda: None
     batches = trainer._batches()
     for _ in range(2):

@@ -19,12 +19,10 @@ def rectangle(x: int, y: int, w: int, h: int) -> np.ndarray:
     return bitmap
 
 
-def truth_of(objects: list[tuple[int, int, tuple[int, int, int, int]]], pictures: int = 2) -> dict:
-    """Ground truth of rectangles (image_id, category_id, (x, y, w, h)), in pictures 1, 2, ... and classes 1 and 2."""
+def truth_of(objects: list[tuple[int, int, tuple[int, int, int, int]]], images: int = 2) -> dict:
+    """Ground truth of rectangles (image_id, category_id, (x, y, w, h)), in images 1, 2, ... and classes 1 and 2."""
     return {
-        "images": [
-            {"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in range(1, pictures + 1)
-        ],
+        "images": [{"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)],
         "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
         "annotations": [
             {

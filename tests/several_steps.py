@@ -20,7 +20,7 @@ def losses_and_weights(run_folder: Path) -> dict[str, list | dict[str, torch.Ten
     torch.set_default_dtype(torch.float64)  # rounding is not to hide behind a tolerance, and AdamW enlarges it
     trainer = Trainer(load_run(run_folder))
     trainer.model.register_forward_pre_hook(_in_double_precision)
-    trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the pictures
+    trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the images
     losses, objects = [], []
     loader = trainer._batches()
     for _ in range(STEPS):

@@ -17,7 +17,7 @@ from solq_lab.bench.scenes import blob_masks
 from solq_lab.codecs.base import FittedCodec, MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
-from solq_lab.codecs.pca import LEAST_DOUBT, MOST_DOUBT, PCACodec, doubt_moments
+from solq_lab.codecs.pca import MAX_LABEL_NOISE, MIN_LABEL_NOISE, PCACodec, doubt_moments
 from solq_lab.codecs.sparse import SparseCodingCodec, duality_gap
 
 KINDS = ["dct", "pca", "centered", "released", "sparse", "flatten"]
@@ -300,7 +300,7 @@ def test_the_released_tables_are_those_of_logits_with_drawn_doubt():
     masks = blob_masks(4, count=4000, size=6)
     codec = fitted("released", 6, 5, masks)
     random = np.random.default_rng(0)
-    doubt = np.maximum(LEAST_DOUBT, MOST_DOUBT * random.random((4000, 36)))
+    doubt = np.maximum(MIN_LABEL_NOISE, MAX_LABEL_NOISE * random.random((4000, 36)))
     logits = np.where(masks.flatten(1).numpy(), np.log((1 - doubt) / doubt), np.log(doubt / (1 - doubt)))
     oracle = PCA(5, svd_solver="full").fit(logits)
     np.testing.assert_allclose(codec.scale.numpy(), np.sqrt(oracle.explained_variance_), rtol=0.01)
@@ -310,7 +310,7 @@ def test_the_released_tables_are_those_of_logits_with_drawn_doubt():
 
 
 def test_the_moments_of_the_doubt_are_those_of_many_draws():
-    doubt = np.maximum(LEAST_DOUBT, MOST_DOUBT * np.random.default_rng(0).random(1_000_000))
+    doubt = np.maximum(MIN_LABEL_NOISE, MAX_LABEL_NOISE * np.random.default_rng(0).random(1_000_000))
     logits = np.log((1 - doubt) / doubt)
     assert doubt_moments() == pytest.approx((logits.mean(), logits.std()), abs=3e-3)
 

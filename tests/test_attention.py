@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import SIDE, tiny_experiment, write_pictures
+from tiny import SIDE, tiny_experiment, write_tiny_dataset
 
 from solq_lab.boxes import cxcywh_to_xyxy
-from solq_lab.build import build_model, build_pictures
+from solq_lab.build import build_images, build_model
 from solq_lab.data.classes import ClassMap
 from solq_lab.evaluation import attention as study
 from solq_lab.evaluation.attention import examples_by_size, near_zones, study_attention, view_of_true_object
@@ -43,11 +43,11 @@ def nothing_stays_open():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "images")
 
 
 def shaken_model(experiment) -> torch.nn.Module:
-    """A model whose offsets, weights and boxes depend on the query and the picture, as those of a trained one do."""
+    """A model whose offsets, weights and boxes depend on the query and the image, as those of a trained one do."""
     torch.manual_seed(0)
     model = build_model(experiment, len(CLASSES)).eval()
     for layer in model.decoder:
@@ -76,7 +76,7 @@ def saved(experiment, model, folder: Path, **arguments) -> Predictor:
 
 @pytest.fixture
 def images() -> ImageBatch:
-    """A picture of 64 x 48 pixels, padded on the right."""
+    """An image of 64 x 48 pixels, padded on the right."""
     padding = torch.zeros(1, 64, 64, dtype=torch.bool)
     padding[:, :, 48:] = True
     pixels = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -84,7 +84,7 @@ def images() -> ImageBatch:
 
 
 @pytest.fixture
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
@@ -153,27 +153,27 @@ def test_boxes_are_the_layers_own_also_behind_proposals(root: Path, images):
     assert layers[0].reference.shape == (QUERIES, 4)
 
 
-def test_the_baseline_with_a_mask_branch_can_be_listened_to_as_well(root: Path, picture, tmp_path):
+def test_the_baseline_with_a_mask_branch_can_be_listened_to_as_well(root: Path, image, tmp_path):
     experiment = tiny_experiment(
         root, model={"mask_branch": "sqr", "standardise_vectors": False}, codec={"kind": "none"}
     )
     predictor = saved(experiment, shaken_model(experiment), tmp_path)
-    detections, layers = predict_with_attention(predictor, picture)
+    detections, layers = predict_with_attention(predictor, image)
     assert len(layers) == 2
     torch.testing.assert_close(cxcywh_to_xyxy(layers[-1].boxes)[detections.queries] * SIDE, detections.boxes)
-    assert object_view(picture, detections, layers, 0).mask.shape == (SIDE, SIDE)
+    assert object_view(image, detections, layers, 0).mask.shape == (SIDE, SIDE)
 
 
-def test_a_picture_is_predicted_and_listened_to_at_once(predictor: Predictor, picture: np.ndarray):
-    detections, layers = predict_with_attention(predictor, picture)
-    assert torch.equal(detections.scores, predictor.predict(picture).scores)
+def test_an_image_is_predicted_and_listened_to_at_once(predictor: Predictor, image: np.ndarray):
+    detections, layers = predict_with_attention(predictor, image)
+    assert torch.equal(detections.scores, predictor.predict(image).scores)
     torch.testing.assert_close(cxcywh_to_xyxy(layers[-1].boxes)[detections.queries] * SIDE, detections.boxes)
 
 
-def test_a_predictor_that_replays_graphs_cannot_be_listened_to(predictor: Predictor, picture, tmp_path, root, model):
+def test_a_predictor_that_replays_graphs_cannot_be_listened_to(predictor: Predictor, image, tmp_path, root, model):
     bucketed = saved(tiny_experiment(root), model, tmp_path, bucket=32)
     with pytest.raises(ValueError, match="bucket=32 cannot be listened to; build it with bucket=None"):
-        predict_with_attention(bucketed, picture)
+        predict_with_attention(bucketed, image)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_what_does_not_exist_is_refused_with_what_does(model, images, which, mes
         query_points(layers, **which)
 
 
-def test_an_object_of_a_picture_without_detections_is_refused(predictor: Predictor, picture: np.ndarray):
-    detections, layers = predict_with_attention(predictor, picture)
+def test_an_object_of_an_image_without_detections_is_refused(predictor: Predictor, image: np.ndarray):
+    detections, layers = predict_with_attention(predictor, image)
     with pytest.raises(ValueError, match="object 0 does not exist: there is none"):
-        object_view(picture, detections.above(2.0), layers, 0)
+        object_view(image, detections.above(2.0), layers, 0)
 
 
 # ---- heat maps
@@ -208,7 +208,7 @@ def looked_at(*points: tuple[float, float], weights: list[float] | None = None) 
     return QueryPoints(torch.tensor(points).reshape(-1, 2), weight, torch.zeros(count, dtype=torch.long))
 
 
-def test_a_heat_map_sums_to_the_weight_in_the_picture_and_peaks_at_the_point():
+def test_a_heat_map_sums_to_the_weight_in_the_image_and_peaks_at_the_point():
     looked = looked_at((0.25, 0.5), (1.2, 0.5), weights=[0.7, 0.3])
     heat = heat_map(looked, (40, 80), spread=3.0)
     assert heat.sum() == pytest.approx(0.7)
@@ -254,10 +254,10 @@ def test_extremities_are_where_an_object_touches_its_box():
     )
 
 
-def test_an_object_cut_by_the_edge_of_the_picture_has_its_outline_there():
+def test_an_object_cut_by_the_edge_of_the_image_has_its_outline_there():
     mask = np.ones((10, 10), dtype=bool)
     zones = near_zones(mask, 1.0)
-    inner = zones.outline[2:-2, 2:-2]  # the picture within the window
+    inner = zones.outline[2:-2, 2:-2]  # the image within the window
     assert inner[0].all()
     assert not inner[2:-2, 2:-2].any()
 
@@ -271,8 +271,8 @@ def looking_at(points: np.ndarray, box: tuple[float, float, float, float], layer
 
 @pytest.fixture
 def one_square(monkeypatch, predictor, root):
-    """Every picture holds one square of 20 pixels that is found; the queries look where a test says."""
-    dataset = build_pictures(tiny_experiment(root))
+    """Every image holds one square of 20 pixels that is found; the queries look where a test says."""
+    dataset = build_images(tiny_experiment(root))
     mask = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
     mask[:, 10:30, 10:30] = True
     square = Detections(
@@ -315,7 +315,7 @@ def test_every_edge_of_a_square_is_an_extremity(one_square):
 
 
 def test_a_model_that_finds_nothing_has_an_empty_study(predictor: Predictor, root: Path):
-    dataset = build_pictures(tiny_experiment(root))
+    dataset = build_images(tiny_experiment(root))
     found = study_attention(predictor, dataset, band=2.0, area_sides=(16, 32), score=1.0)
     assert found.outline.shape == (0, 2)
     assert np.isnan(found.mean("outline", 0)).all()
@@ -328,24 +328,24 @@ def test_a_model_that_finds_nothing_has_an_empty_study(predictor: Predictor, roo
 
 def test_a_band_has_a_width(predictor: Predictor, root: Path):
     with pytest.raises(ValueError, match="band 0: allowed are positive numbers of pixels"):
-        study_attention(predictor, build_pictures(tiny_experiment(root)), band=0, area_sides=(16, 32))
+        study_attention(predictor, build_images(tiny_experiment(root)), band=0, area_sides=(16, 32))
 
 
 def test_an_object_that_is_not_found_cannot_be_looked_at(predictor: Predictor, root: Path, monkeypatch):
-    dataset = build_pictures(tiny_experiment(root))
+    dataset = build_images(tiny_experiment(root))
     truth = dataset.objects(0)
     far = truth._replace(boxes=truth.boxes + 1000)
     monkeypatch.setattr(dataset, "objects", lambda index: far)
-    with pytest.raises(ValueError, match="object 0 of picture 1 is not found; choose another object"):
+    with pytest.raises(ValueError, match="object 0 of image 1 is not found; choose another object"):
         view_of_true_object(predictor, dataset, (0, 0))
 
 
 # ---- figures
 
 
-def test_every_point_is_drawn_in_pixels_with_its_weight_and_the_largest_at_the_bottom(predictor, picture):
-    detections, layers = predict_with_attention(predictor, picture)
-    view = object_view(picture, detections, layers, 0)
+def test_every_point_is_drawn_in_pixels_with_its_weight_and_the_largest_at_the_bottom(predictor, image):
+    detections, layers = predict_with_attention(predictor, image)
+    view = object_view(image, detections, layers, 0)
     figure = attention_of_object(view, title="one query")
     (cloud,) = figure.axes[1].collections[-1:]
     order = view.looked.weights.argsort(descending=True)
@@ -356,18 +356,18 @@ def test_every_point_is_drawn_in_pixels_with_its_weight_and_the_largest_at_the_b
     assert figure.axes[0].get_title() == view.caption
 
 
-def test_a_view_without_a_mask_shows_its_box(predictor, picture):
-    detections, layers = predict_with_attention(predictor, picture)
-    view = object_view(picture, detections._replace(masks=None), layers, 0, layer=0)
+def test_a_view_without_a_mask_shows_its_box(predictor, image):
+    detections, layers = predict_with_attention(predictor, image)
+    view = object_view(image, detections._replace(masks=None), layers, 0, layer=0)
     assert view.mask is None
     assert len(view.reference) == 2
     figure = attention_of_object(view, close_up=True)
     assert len(figure.axes[0].patches) == 2
 
 
-def test_figure_four_has_a_column_per_object_and_two_rows_per_run(predictor, picture):
-    detections, layers = predict_with_attention(predictor, picture)
-    views = [object_view(picture, detections, layers, row) for row in range(3)]
+def test_figure_four_has_a_column_per_object_and_two_rows_per_run(predictor, image):
+    detections, layers = predict_with_attention(predictor, image)
+    views = [object_view(image, detections, layers, row) for row in range(3)]
     figure = attention_by_size({"SOLQ": views, "SQR": views}, ["small", "medium", "large"], title="figure 4")
     assert len(figure.axes) == 12
     assert figure.axes[0].get_title().startswith("small: ")

@@ -66,7 +66,7 @@ def test_what_is_measured_on_a_gpu_gives_the_same_results_on_a_small_scale(devic
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     codec = {"mask_size": 128, "vector_dim": 256}
-    work = gpu.Workload(tiny_experiment(Path(), codec=codec), picture=(64, 96), shown=(64, 96), batch=2, repeats=1)
+    work = gpu.Workload(tiny_experiment(Path(), codec=codec), image=(64, 96), shown=(64, 96), batch=2, repeats=1)
     rows = list(gpu.rows(device, work))
     assert [row.what.split(", ")[0] for row in rows] == ["encoder layer"] * 6 + ["inference"] * 2 + ["training step"]
     assert [row.what for row in rows if not row.equal] == []
@@ -87,11 +87,11 @@ def test_plain_sampling_is_the_reference():
 
 
 def test_both_evaluations_agree_to_six_digits_on_generated_results():
-    rows = list(evaluation.rows(pictures=4))
+    rows = list(evaluation.rows(num_images=4))
     assert [row.equal for row in rows] == [True, True]
 
 
-def test_targets_and_samples_agree_on_real_pictures(coco_tiny: Path):
+def test_targets_and_samples_agree_on_real_images(coco_tiny: Path):
     images, annotations = coco_tiny / "val2017", coco_tiny / "annotations" / "instances_val2017.json"
-    rows = [*targets.rows(annotations), *loader.rows(images, annotations, pictures=2)]
+    rows = [*targets.rows(annotations), *loader.rows(images, annotations, num_images=2)]
     assert [row.part for row in rows if row.equal] == ["targets", "loader"]

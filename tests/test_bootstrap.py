@@ -1,4 +1,4 @@
-"""The paired bootstrap: its AP is COCO's, on all pictures and on any draw, and its interval says what it should."""
+"""The paired bootstrap: its AP is COCO's, on all images and on any draw, and its interval says what it should."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_rle
 from rectangles import HEIGHT, WIDTH, result_of, truth_of
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.evaluation.bootstrap import compare_results, compare_runs, match_results, precision_on_draws
 from solq_lab.evaluation.coco import evaluate_results, measure_candidates
 from solq_lab.evaluation.results import write_results
 from solq_lab.runs import RunError, create_run, hash_file, write_json
 
-PICTURES = 12
+NUM_IMAGES = 12
 
 
-def scene(seed: int, *, noise: float, pictures: int = PICTURES) -> tuple[dict, list[dict]]:
+def scene(seed: int, *, noise: float, num_images: int = NUM_IMAGES) -> tuple[dict, list[dict]]:
     """Ground truth of random rectangles with a few crowds, and results that miss, shift, repeat and confuse them."""
     truth_random, random = np.random.default_rng(0), np.random.default_rng(seed)
     objects, results = [], []
-    for picture in range(1, pictures + 1):
+    for image in range(1, num_images + 1):
         for _ in range(truth_random.integers(0, 5)):
             w, h = truth_random.integers(6, 20, 2).tolist()
             x, y = int(truth_random.integers(0, WIDTH - w)), int(truth_random.integers(0, HEIGHT - h))
             category = int(truth_random.integers(1, 3))
-            objects.append((picture, category, (x, y, w, h)))
+            objects.append((image, category, (x, y, w, h)))
             for _ in range(int(random.integers(0, 3))):
                 dx, dy = np.rint(random.normal(0, noise, 2)).astype(int).tolist()
                 box = (min(max(x + dx, 0), WIDTH - w), min(max(y + dy, 0), HEIGHT - h), w, h)
                 said = category if random.random() < 0.8 else 3 - category
-                results.append(result_of(picture, said, box, random.random()))
-    truth = truth_of(objects, pictures)
+                results.append(result_of(image, said, box, random.random()))
+    truth = truth_of(objects, num_images)
     for entry in truth["annotations"][::7]:
         entry["iscrowd"] = 1
     return truth, results
 
 
 def repeated(truth: dict, results: list[dict], counts: list[int]) -> tuple[dict, list[dict]]:
-    """The data set in which every picture is there as often as a draw counts it, under ids of its own."""
+    """The data set in which every image is there as often as a draw counts it, under ids of its own."""
     images, annotations, found = [], [], []
     for image, count in zip(truth["images"], counts, strict=True):
         for _ in range(count):
@@ -53,26 +53,26 @@ def repeated(truth: dict, results: list[dict], counts: list[int]) -> tuple[dict,
 
 
 @pytest.mark.parametrize("kind", ["box", "segm", "boundary"])
-def test_on_all_pictures_the_ap_is_that_of_the_evaluation(kind):
+def test_on_all_images_the_ap_is_that_of_the_evaluation(kind):
     truth, results = scene(1, noise=1.5)
     expected = evaluate_results(truth, results, kinds=[kind]).metrics
     assert 0.05 < expected[f"{kind}.AP"] < 0.95
-    drawn = precision_on_draws(match_results(truth, results, kind=kind), np.ones((1, PICTURES)))[0]
+    drawn = precision_on_draws(match_results(truth, results, kind=kind), np.ones((1, NUM_IMAGES)))[0]
     assert drawn.mean() == pytest.approx(expected[f"{kind}.AP"], abs=1e-12)
     assert drawn[0] == pytest.approx(expected[f"{kind}.AP50"], abs=1e-12)
     assert drawn[5] == pytest.approx(expected[f"{kind}.AP75"], abs=1e-12)
 
 
-def test_on_a_draw_the_ap_is_that_of_a_data_set_with_the_drawn_pictures():
+def test_on_a_draw_the_ap_is_that_of_a_data_set_with_the_drawn_images():
     truth, results = scene(2, noise=1.5)
-    counts = np.random.default_rng(3).multinomial(PICTURES, np.full(PICTURES, 1 / PICTURES), size=5)
+    counts = np.random.default_rng(3).multinomial(NUM_IMAGES, np.full(NUM_IMAGES, 1 / NUM_IMAGES), size=5)
     drawn = precision_on_draws(match_results(truth, results, kind="segm"), counts)
     for row, count in zip(drawn, counts.tolist(), strict=True):
         expected = evaluate_results(*repeated(truth, results, count), kinds=["segm"]).metrics
         assert row.mean() == pytest.approx(expected["segm.AP"], abs=1e-12)
 
 
-def test_more_than_a_hundred_detections_of_a_picture_count_as_coco_counts_them():
+def test_more_than_a_hundred_detections_of_an_image_count_as_coco_counts_them():
     truth = truth_of([(1, 1, (0, 0, 20, 20))], 1)
     results = [result_of(1, 1, (30, 20, 10, 10), 0.9 - i / 1000) for i in range(100)]
     results.append(result_of(1, 1, (0, 0, 20, 20), 0.1))
@@ -88,7 +88,7 @@ def test_equal_runs_differ_by_nothing_at_all():
 
 
 def test_a_clearly_better_run_has_its_interval_above_zero_and_the_worse_one_below():
-    truth, worse = scene(5, noise=4.0, pictures=40)
+    truth, worse = scene(5, noise=4.0, images=40)
     better = [result_of(o["image_id"], o["category_id"], tuple(o["bbox"])) for o in truth["annotations"]]
     for row in compare_results(truth, worse, better, draws=200).differences:
         assert 0 < row.low <= row.change <= row.high
@@ -105,11 +105,11 @@ def test_two_runs_of_the_same_quality_are_called_chance():
     comparison = compare_results(truth, first, second, names=("one", "two"), draws=300)
     assert all(row.low < 0 < row.high for row in comparison.differences if row.metric.endswith(".AP"))
     assert "may be chance" in comparison.table()
-    assert "300 draws of 12 pictures, the same for both" in comparison.table()
+    assert "300 draws of 12 images, the same for both" in comparison.table()
 
 
 def test_pairing_makes_the_interval_narrower_than_drawing_for_each_run():
-    truth, first = scene(8, noise=1.5, pictures=30)
+    truth, first = scene(8, noise=1.5, images=30)
     second = [result | {"score": result["score"] * 0.99} for result in first[:-3]]  # nearly the same run
     matches = [match_results(truth, results, kind="segm") for results in (first, second)]
     random = np.random.default_rng(0)
@@ -169,8 +169,8 @@ def square(x: int) -> dict:
     return {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [x, x, 20, 20], "segmentation": mask}
 
 
-def test_two_runs_on_the_same_pictures_are_compared(tmp_path, evaluated):
-    root = write_pictures(tmp_path / "pictures")
+def test_two_runs_on_the_same_images_are_compared(tmp_path, evaluated):
+    root = write_tiny_dataset(tmp_path / "images")
     first, second = evaluated("a", root, [square(2)]), evaluated("b", root, [square(10)])
     comparison = compare_runs(first, second, draws=20)
     assert comparison.names == ("a", "b")
@@ -180,15 +180,15 @@ def test_two_runs_on_the_same_pictures_are_compared(tmp_path, evaluated):
     ]
 
 
-def test_two_runs_on_different_pictures_are_refused_with_the_reason(tmp_path, evaluated):
-    one = evaluated("a", write_pictures(tmp_path / "one"), [square(2)])
-    other = evaluated("b", write_pictures(tmp_path / "other", val=5), [square(2)])
+def test_two_runs_on_different_images_are_refused_with_the_reason(tmp_path, evaluated):
+    one = evaluated("a", write_tiny_dataset(tmp_path / "one"), [square(2)])
+    other = evaluated("b", write_tiny_dataset(tmp_path / "other", val=5), [square(2)])
     with pytest.raises(RunError, match=r"a and .*b were scored on different annotations .*only runs on the same"):
         compare_runs(one, other)
 
 
 def test_a_run_without_results_is_refused_with_the_command_that_makes_them(tmp_path, evaluated):
-    root = write_pictures(tmp_path / "pictures")
+    root = write_tiny_dataset(tmp_path / "images")
     fresh = create_run(tiny_experiment(root, name="fresh"), tmp_path / "runs")
     with pytest.raises(RunError, match=r"fresh: no results yet; `solq-lab evaluate .*fresh` makes them"):
         compare_runs(evaluated("a", root, [square(2)]), fresh)

@@ -45,26 +45,26 @@ def test_detections_follow_score_switches_and_clicks(tmp_path):
     with open_notebook("detection_explorer.ipynb", tmp_path) as notebook:
         notebook.run_all(seconds=180)
         page = notebook.page
-        picture = page.locator(".solq-stage img")
+        image = page.locator(".solq-stage img")
         objects, switches = page.locator(".solq-stage .solq-object"), page.locator(".widget-toggle-button")
         objects.first.wait_for(timeout=20_000)
-        picture.scroll_into_view_if_needed()
-        untouched = picture.screenshot()
+        image.scroll_into_view_if_needed()
+        untouched = image.screenshot()
         handle = page.locator(".solq-stage + .widget-hslider .noUi-handle")
         handle.focus()
-        handle.press("End")  # the wipe: now the first model has the whole picture, and its switches show
-        before = notebook.wait_for_change(picture, untouched)
+        handle.press("End")  # the wipe: now the first model has the whole image, and its switches show
+        before = notebook.wait_for_change(image, untouched)
         count = objects.count()
         assert switches.count() >= count > 0
         switches.first.click()
         expect(objects).to_have_count(count - 1, timeout=ANSWERED)
-        before = notebook.wait_for_change(picture, before)
+        before = notebook.wait_for_change(image, before)
         switches.first.click()
-        before = notebook.wait_for_change(picture, before)
+        before = notebook.wait_for_change(image, before)
         objects.first.click()
-        expect(objects).to_have_count(count - 1, timeout=ANSWERED)  # the frame under the mouse changes the picture too
-        before = picture.screenshot()
+        expect(objects).to_have_count(count - 1, timeout=ANSWERED)  # the frame under the mouse changes the image too
+        before = image.screenshot()
         notebook.move_slider("score", "ArrowRight", times=12)
-        notebook.wait_for_change(picture, before)
+        notebook.wait_for_change(image, before)
         notebook.screenshot("detection_explorer")
         assert notebook.errors == []

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from matplotlib.colors import to_hex
 from pycocotools import mask as coco_rle
 from rectangles import HEIGHT, WIDTH, rle_of, truth_of
-from tiny import write_pictures
+from tiny import write_tiny_dataset
 
 from solq_lab import masks, workers
 from solq_lab.codecs.base import MaskCodec
@@ -50,7 +50,7 @@ CODE = DCTCodec(16, 30)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "tiny", train=16, val=80)
+    return write_tiny_dataset(tmp_path_factory.mktemp("images") / "tiny", train=16, val=80)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_empty_full_and_one_pixel_masks_have_a_defined_result():
         assert reconstruct_objects(truth, code).ious.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_a_box_outside_the_picture_is_left_out_and_named(caplog):
+def test_a_box_outside_the_image_is_left_out_and_named(caplog):
     truth = truth_of([(1, 1, (4, 4, 16, 16)), (1, 1, (4, 4, 16, 16))])
     truth["annotations"][1]["bbox"] = [WIDTH + 5, 4, 16, 16]
     assert reconstruct_objects(truth, CODE).ids.tolist() == [0]
@@ -314,7 +314,7 @@ def test_a_code_without_masks_to_fit_it_to_is_refused_before_any_work(annotation
 def test_a_data_set_without_objects_is_refused(tmp_path, document):
     path = tmp_path / "empty.json"
     path.write_text(json.dumps(document | {"annotations": []}))
-    with pytest.raises(DataError, match=r"empty.json: no object in the 80 pictures looked at \(crowds"):
+    with pytest.raises(DataError, match=r"empty.json: no object in the 80 images looked at \(crowds"):
         Laboratory(path, tmp_path)
     assert math.isnan(codec_ceiling(path, CODE, processes=2, noise=Noise(vector=0.1)).metrics["segm.IoU"])
 
@@ -325,7 +325,7 @@ def test_the_size_of_objects_is_read_as_the_data_says(annotations, document, tmp
     path.write_text(json.dumps(document | {"info": {"area_sides": [13, 16]}}))
     asked = Laboratory(path, tmp_path)
     assert asked.area_sides == (13.0, 16.0)
-    assert str(asked).startswith(f"{path}: 80 pictures, {len(document['annotations'])} objects, ")
+    assert str(asked).startswith(f"{path}: 80 images, {len(document['annotations'])} objects, ")
 
 
 # What is shown and written
@@ -362,7 +362,7 @@ def test_table_and_csv_hold_the_numbers(annotations, tmp_path):
     share = ceilings[1].evaluation.metrics["segm.IoU"]
     assert lines[1].split()[:5] == ["dct", "16", "30", "0.1", f"{100 * share:.1f}"]
     assert len({len(line) for line in (header, *lines)}) == 1
-    assert legend.startswith("80 pictures, percent; s: below 32x32 pixels")
+    assert legend.startswith("80 images, percent; s: below 32x32 pixels")
     write_csv(tmp_path / "table.csv", ceilings)
     rows = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert [row["box_noise"] for row in rows] == ["0.0", "0.1"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import HEIGHT, PICTURES, RUNS, SQUARE, WIDTH, annotation_files, valid_document
+from hostile import HEIGHT, NUM_IMAGES, RUNS, SQUARE, WIDTH, annotation_files, valid_document
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from pycocotools import mask as coco_rle
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.data.annotations import DataError
 from solq_lab.data.check import check_data
@@ -29,7 +29,7 @@ from solq_lab.viz.data_report import report_page
 Change = Callable[[dict[str, Any]], None]
 PIXELS = {
     name: np.random.default_rng(len(name) + ord(name[0])).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    for name in PICTURES
+    for name in NUM_IMAGES
 }
 
 
@@ -47,7 +47,7 @@ def clean_document() -> dict[str, Any]:
 
 
 def write_split(root: Path, change: Change | None = None, name: str = "train") -> Split:
-    """Two pictures and their annotations, spoilt by `change`."""
+    """Two images and their annotations, spoilt by `change`."""
     document = clean_document()
     if change is not None:
         change(document)
@@ -91,14 +91,14 @@ def test_a_clean_data_set_has_no_finding_but_notes(tmp_path):
     report = check(write_split(tmp_path))
     assert broken(report) == {}
     assert report.is_clean
-    assert report.findings.total("without-objects") == 1  # the second picture has only a crowd
+    assert report.findings.total("without-objects") == 1  # the second image has only a crowd
     summary = report.summaries["train"]
     assert summary[:-1] == (2, 1, 2, 1, 1.0, 2)
     assert summary.per_class == {"cat": 1, "dog": 1}
     assert "nothing that would stop or harm a training" in report.table("here")
 
 
-def test_a_data_set_without_pictures_is_clean_too(tmp_path):
+def test_a_data_set_without_images_is_clean_too(tmp_path):
     split = write_split(tmp_path, lambda document: document.update(images=[], annotations=[]))
     assert broken(check(split)) == {}
     assert broken(check(split, processes=2)) == {}
@@ -106,14 +106,14 @@ def test_a_data_set_without_pictures_is_clean_too(tmp_path):
 
 
 def test_the_drawn_shapes_are_clean(tmp_path):
-    write_pictures(tmp_path)
+    write_tiny_dataset(tmp_path)
     splits = [Split(name, tmp_path / name, tmp_path / f"{name}.json") for name in ("train", "val")]
     report = check(*splits)
     assert broken(report) == {}
-    assert report.findings.total("name-in-both") == 4  # 1.png is another picture in each split
+    assert report.findings.total("name-in-both") == 4  # 1.png is another image in each split
 
 
-def test_cocos_own_annotations_have_only_classes_that_50_pictures_cannot_cover(coco_tiny):
+def test_cocos_own_annotations_have_only_classes_that_50_images_cannot_cover(coco_tiny):
     report = check(*find_splits(coco_tiny), processes=2)
     assert broken(report) == {"class-not-trained": 10}
     assert report.summaries["train"][:4] == (50, 1, 465, 5)
@@ -127,7 +127,7 @@ FAULTS = {
         put("categories", 1, id=1),
         put("categories", 0, id="1"),
     ],
-    "picture-entry": [
+    "image-entry": [
         add("images", 1, id=9, height=0),
         lambda document: document["images"].append("a.png"),
     ],
@@ -146,12 +146,12 @@ FAULTS = {
     "unknown-category": [put("annotations", 0, category_id=99)],
     "duplicate-file-name": [add("images", 1, id=9), add("images", 1, id=9, file_name="./b.png")],
     "duplicate-object-id": [put("annotations", 1, id=1)],
-    "picture-missing": [
+    "image-missing": [
         put("images", 1, file_name="c.png"),
         put("images", 1, file_name="no\x00ne/c.png"),
         put("images", 1, file_name="a" * 5000 + "/c.png"),
     ],
-    "picture-size": [put("images", 1, height=WIDTH, width=HEIGHT)],
+    "image-size": [put("images", 1, height=WIDTH, width=HEIGHT)],
     "box": [
         put("annotations", 0, bbox=[1, 2, 3]),
         put("annotations", 0, bbox=[1, 2, 3, float("nan")]),
@@ -159,7 +159,7 @@ FAULTS = {
     ],
     "box-without-area": [put("annotations", 0, bbox=[10, 5, 0, 10]), put("annotations", 0, bbox=[10, 5, 4, -10])],
     "box-outside": [put("annotations", 0, bbox=[100, 5, 10, 10]), put("annotations", 0, bbox=[-30, 5, 10, 10])],
-    "box-beyond-picture": [
+    "box-beyond-image": [
         put("annotations", 0, bbox=[10, 5, 10, 40], segmentation=[[10, 5, 20, 5, 20, 30, 10, 30]], area=250)
     ],
     "mask": [
@@ -193,19 +193,19 @@ FAULTS = {
 )
 def test_a_fault_is_found_once_and_under_its_name(tmp_path, rule, change):
     report = check(write_split(tmp_path, change))
-    others = {"categories": {"unknown-category"}, "picture-size": {"crowd"}}.get(rule, set())
+    others = {"categories": {"unknown-category"}, "image-size": {"crowd"}}.get(rule, set())
     assert {name: count for name, count in broken(report).items() if name not in others} == {rule: 1}
     (finding,) = report.findings.worst(rule, "train")
     assert finding.message.isprintable()
     assert RULES[rule].title in report.table("here")
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF8", b"not a picture"])
-def test_a_damaged_picture_is_found_by_opening_it(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"GIF8", b"not an image"])
+def test_a_damaged_image_is_found_by_opening_it(tmp_path, content):
     split = write_split(tmp_path)
     (split.images / "b.png").write_bytes(content)
-    assert broken(check(split)) == {"picture-damaged": 1}
-    assert broken(check(split, look="header")) == {"picture-damaged": 1}
+    assert broken(check(split)) == {"image-damaged": 1}
+    assert broken(check(split, look="header")) == {"image-damaged": 1}
     assert broken(check(split, look="names")) == {}
 
 
@@ -215,8 +215,8 @@ def test_a_truncated_jpeg_is_found_by_decoding_it_and_not_by_its_header(tmp_path
     path = next(split.images.iterdir())
     path.write_bytes(path.read_bytes()[:-2000])
     report = check(split, processes=2)
-    assert broken(report) == {"picture-damaged": 1}
-    assert path.name in report.findings.worst("picture-damaged", "train")[0].message
+    assert broken(report) == {"image-damaged": 1}
+    assert path.name in report.findings.worst("image-damaged", "train")[0].message
     assert broken(check(split, look="header")) == {}
 
 
@@ -233,7 +233,7 @@ def test_more_objects_than_queries_or_detections_are_found(tmp_path):
     assert "image id 1: 'a.png': 2 objects, 1 queries" in report.table("here")
 
 
-# ---- between pictures and splits
+# ---- between images and splits
 
 
 def test_equal_files_are_found_within_a_split_and_between_two(tmp_path):
@@ -242,7 +242,7 @@ def test_equal_files_are_found_within_a_split_and_between_two(tmp_path):
     shutil.copy(train.images / "a.png", train.images / "b.png")
     shutil.copy(train.images / "a.png", val.images / "b.png")
     report = check(train, val)
-    assert broken(report) == {"picture-twice": 1, "picture-in-both": 1}
+    assert broken(report) == {"image-twice": 1, "image-in-both": 1}
     assert report.findings.total("name-in-both") == 1
     assert broken(check(train, val, look="header")) == {}
     assert check(train, val, look="header").findings.total("name-in-both") == 2
@@ -268,14 +268,14 @@ def test_a_category_that_only_val_knows_is_refused_as_in_training(tmp_path):
 
 
 @cache
-def _folder_of_pictures(root: Path) -> Path:
+def _folder_of_images(root: Path) -> Path:
     return write_split(root, name="train").images
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=annotation_files())
 def test_what_is_called_refused_is_what_the_loader_refuses(tmp_path_factory, content):
-    images = _folder_of_pictures(tmp_path_factory.getbasetemp() / "agreement")
+    images = _folder_of_images(tmp_path_factory.getbasetemp() / "agreement")
     path = images.parent / "any.json"
     path.write_bytes(content)
     assert _is_refused_by_the_check(images, path) == _is_refused_by_the_loader(images, path)
@@ -391,8 +391,8 @@ def test_problems_end_with_1_unless_they_are_allowed(command, tmp_path):
 
 
 def test_an_experiment_is_checked_with_its_own_queries_and_folders(command, tmp_path):
-    write_pictures(tmp_path / "pictures")
-    (tmp_path / "tiny.yaml").write_text(tiny_experiment(tmp_path / "pictures").to_yaml())
+    write_tiny_dataset(tmp_path / "images")
+    (tmp_path / "tiny.yaml").write_text(tiny_experiment(tmp_path / "images").to_yaml())
     assert command("tiny.yaml")[0] == 0
     status, output = command("tiny.yaml", "model.queries=1")
     assert status == 1
@@ -403,18 +403,18 @@ def test_an_experiment_is_checked_with_its_own_queries_and_folders(command, tmp_
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such folder or annotation file"),
-        (["mine", "--allow", "boxes"], "allowed is RULE or RULE=COUNT; rules: categories, picture-entry"),
+        (["mine", "--allow", "boxes"], "allowed is RULE or RULE=COUNT; rules: categories, image-entry"),
         (["mine", "--allow", "box=many"], "found 'box=many'"),
         (["mine", "data.root=x"], "only an experiment file has values to change"),
         (["mine", "--images", "nowhere"], "nowhere: no such image folder"),
         (["broken"], "instances_train.json: not JSON"),
-        (["no_pictures"], "no folder of its pictures"),
+        (["no_images"], "no folder of its images"),
     ],
 )
 def test_what_cannot_be_read_ends_with_2(command, tmp_path, arguments, message):
     write_split(tmp_path / "mine")
     write_split(tmp_path / "broken").annotations.write_text("{")
-    shutil.rmtree(write_split(tmp_path / "no_pictures").images)
+    shutil.rmtree(write_split(tmp_path / "no_images").images)
     status, output = command(*arguments)
     assert status == 2
     assert message in output.replace("\n", " ").replace("│ ", "")
@@ -436,6 +436,6 @@ def test_the_page_shows_every_rule_and_escapes_what_it_shows(tmp_path):
     assert "<script>" not in page
     assert "<b>" not in page.replace("<b>Nothing", "")
     assert "&lt;mine&gt;" in page
-    for rule in ("box-outside", "mask-outside-box", "mask-empty", "area", "picture-damaged"):
+    for rule in ("box-outside", "mask-outside-box", "mask-empty", "area", "image-damaged"):
         assert f"<code>{rule}</code>" in page
-    assert page.count("<img") == 1 + 6  # the classes, and a row of pictures for each rule
+    assert page.count("<img") == 1 + 6  # the classes, and a row of images for each rule

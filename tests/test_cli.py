@@ -14,7 +14,7 @@ import torch
 from conftest import REPOSITORY
 from notebook import write_notebook
 from PIL import Image
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.build import build_model
 from solq_lab.commands import runs
@@ -48,21 +48,21 @@ def refused(command):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures")
+def data_root(tmp_path):
+    return write_tiny_dataset(tmp_path / "images")
 
 
 @pytest.fixture
-def experiment(tmp_path, pictures):
+def experiment(tmp_path, data_root):
     path = tmp_path / "tiny.yaml"
-    path.write_text(tiny_experiment(pictures).to_yaml())
+    path.write_text(tiny_experiment(data_root).to_yaml())
     return path
 
 
 @pytest.fixture
-def weights(tmp_path, pictures):
+def weights(tmp_path, data_root):
     """An untrained model in a weights file."""
-    settings = tiny_experiment(pictures)
+    settings = tiny_experiment(data_root)
     path = tmp_path / "weights.safetensors"
     save_weights(path, build_model(settings, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
     return path
@@ -125,9 +125,9 @@ def test_sizes_that_do_not_fit_are_refused(refused, experiment):
     assert "vector_dim 20 exceeds mask_size squared (16)" in message
 
 
-def test_a_missing_data_folder_is_refused(refused, experiment, pictures):
-    message = refused("train", experiment, f"data.root={pictures}s")
-    assert f"data.root: found {pictures}s, which does not exist; did you mean {pictures}?" in message
+def test_a_missing_data_folder_is_refused(refused, experiment, data_root):
+    message = refused("train", experiment, f"data.root={data_root}s")
+    assert f"data.root: found {data_root}s, which does not exist; did you mean {data_root}?" in message
 
 
 def test_an_experiment_that_wants_its_folder_given_says_so(refused):
@@ -165,54 +165,54 @@ def test_a_change_in_the_experiments_place_is_named(refused):
     assert "train.steps=3: is a change to an experiment; name the experiment's file before it" in message
 
 
-def change_annotations(pictures: Path, change) -> None:
-    path = pictures / "train.json"
+def change_annotations(data_root: Path, change) -> None:
+    path = data_root / "train.json"
     document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
 
 
-def test_an_annotation_file_that_is_not_coco_is_refused(refused, experiment, pictures, train_here):
-    (pictures / "train.json").write_text('{"pictures": []}')
+def test_an_annotation_file_that_is_not_coco_is_refused(refused, experiment, data_root, train_here):
+    (data_root / "train.json").write_text('{"images": []}')
     message = refused("train", experiment)
     assert "train.json" in message
     assert "images" in message
 
 
-def test_an_annotation_file_that_is_not_json_is_refused(refused, experiment, pictures, train_here):
-    (pictures / "train.json").write_text("<xml/>")
+def test_an_annotation_file_that_is_not_json_is_refused(refused, experiment, data_root, train_here):
+    (data_root / "train.json").write_text("<xml/>")
     assert "train.json" in refused("train", experiment)
 
 
-def test_a_category_outside_the_map_is_refused_by_its_ids(refused, experiment, pictures, train_here):
-    change_annotations(pictures, lambda document: document["annotations"][0].update(category_id=77))
+def test_a_category_outside_the_map_is_refused_by_its_ids(refused, experiment, data_root, train_here):
+    change_annotations(data_root, lambda document: document["annotations"][0].update(category_id=77))
     message = refused("train", experiment)
     assert "category id 77" in message
     assert "annotation id 1" in message
 
 
-def test_a_box_without_area_is_named(command, experiment, pictures, train_here, caplog):
-    change_annotations(pictures, lambda document: document["annotations"][0].update(bbox=[5, 5, 0, 3]))
+def test_a_box_without_area_is_named(command, experiment, data_root, train_here, caplog):
+    change_annotations(data_root, lambda document: document["annotations"][0].update(bbox=[5, 5, 0, 3]))
     with caplog.at_level(logging.INFO):
         _, output = command("train", experiment, "train.steps=1")
     assert "1" in (said := next(line for line in (caplog.text + output).splitlines() if "area" in line)), said
 
 
-def test_a_missing_picture_is_refused_by_name_and_id(refused, experiment, pictures, train_here):
-    (pictures / "train" / "2.png").unlink()
+def test_a_missing_image_is_refused_by_name_and_id(refused, experiment, data_root, train_here):
+    (data_root / "train" / "2.png").unlink()
     message = refused("train", experiment)
     assert "'2.png' (image id 2)" in message
 
 
-def test_a_truncated_picture_is_refused_by_name(refused, experiment, pictures, train_here):
-    picture = pictures / "train" / "2.png"
-    picture.write_bytes(picture.read_bytes()[:60])
+def test_a_truncated_image_is_refused_by_name(refused, experiment, data_root, train_here):
+    image = data_root / "train" / "2.png"
+    image.write_bytes(image.read_bytes()[:60])
     message = refused("train", experiment)
     assert "2.png" in message
 
 
-def test_a_refusal_in_the_training_process_reaches_the_terminal(refused, experiment, pictures):
-    (pictures / "train" / "2.png").unlink()
+def test_a_refusal_in_the_training_process_reaches_the_terminal(refused, experiment, data_root):
+    (data_root / "train" / "2.png").unlink()
     message = refused("train", experiment)
     assert "'2.png' (image id 2)" in message
 
@@ -231,12 +231,12 @@ def test_another_experiment_of_the_same_name_is_refused_and_the_run_left_alone(
 
 
 def test_an_unknown_notebook_parameter_is_refused(refused, experiment):
-    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "picture=3")
-    assert "unknown parameter picture; did you mean pictures?" in message
+    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "image=3")
+    assert "unknown parameter image; did you mean images?" in message
 
 
 def test_a_parameter_without_a_value_is_refused(refused, experiment):
-    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "pictures")
+    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "images")
     assert "allowed is name=value" in message
 
 
@@ -302,48 +302,48 @@ def test_what_goes_wrong_outside_ends_in_status_1_and_its_message(command, monke
 # ---- prediction
 
 
-def test_predict_lists_and_draws_the_objects(command, weights, pictures, tmp_path):
-    status, output = command("predict", weights, pictures / "val" / "1.png", "--score", 0.0, "--out", "drawn")
+def test_predict_lists_and_draws_the_objects(command, weights, data_root, tmp_path):
+    status, output = command("predict", weights, data_root / "val" / "1.png", "--score", 0.0, "--out", "drawn")
     assert status == 0
     assert "16 objects, drawn in drawn/1.png" in output  # 8 queries x 2 classes
     assert ("triangle" in output) or ("diamond" in output)
     assert Image.open(tmp_path / "drawn" / "1.png").size[0] > 100
 
 
-def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights, pictures):
-    status, output = command("predict", weights, pictures / "val" / "1.png", "--score", 1)
+def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights, data_root):
+    status, output = command("predict", weights, data_root / "val" / "1.png", "--score", 1)
     assert status == 0
     assert "1.png: 0 objects, drawn in predictions/1.png" in output
     assert "none with a score of at least 1; the best has 0.0" in output  # of an untrained model
 
 
-def test_a_picture_that_does_not_exist_is_refused_before_another_is_looked_at(refused, weights, pictures, tmp_path):
-    message = refused("predict", weights, pictures / "val" / "1.png", "nowhere.jpg")
+def test_an_image_that_does_not_exist_is_refused_before_another_is_looked_at(refused, weights, data_root, tmp_path):
+    message = refused("predict", weights, data_root / "val" / "1.png", "nowhere.jpg")
     assert "nowhere.jpg: no such file" in message
     assert not (tmp_path / "predictions").exists()
 
 
-def test_a_folder_in_the_place_of_a_picture_is_refused_with_the_way_to_name_its_files(refused, weights, pictures):
-    assert f"{pictures}: is a folder; name the files in it" in refused("predict", weights, pictures)
+def test_a_folder_in_the_place_of_an_image_is_refused_with_the_way_to_name_its_files(refused, weights, data_root):
+    assert f"{data_root}: is a folder; name the files in it" in refused("predict", weights, data_root)
 
 
-def test_a_truncated_picture_is_refused_in_prediction_too(refused, weights, pictures):
-    picture = pictures / "val" / "1.png"
-    picture.write_bytes(picture.read_bytes()[:60])
-    assert "1.png: not a picture that can be read" in refused("predict", weights, picture)
+def test_a_truncated_image_is_refused_in_prediction_too(refused, weights, data_root):
+    image = data_root / "val" / "1.png"
+    image.write_bytes(image.read_bytes()[:60])
+    assert "1.png: not an image that can be read" in refused("predict", weights, image)
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(refused, pictures):
-    message = refused("predict", pictures / "train.json", pictures / "val" / "1.png")
+def test_a_file_that_is_no_checkpoint_is_refused(refused, data_root):
+    message = refused("predict", data_root / "train.json", data_root / "val" / "1.png")
     assert "train.json: not a safetensors file" in message
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(refused, tmp_path, pictures):
-    settings = tiny_experiment(pictures)
-    wider = tiny_experiment(pictures, model={"width": 64})
+def test_a_checkpoint_of_another_architecture_is_refused(refused, tmp_path, data_root):
+    settings = tiny_experiment(data_root)
+    wider = tiny_experiment(data_root, model={"width": 64})
     path = tmp_path / "other.safetensors"
     save_weights(path, build_model(wider, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
-    message = refused("predict", path, pictures / "val" / "1.png")
+    message = refused("predict", path, data_root / "val" / "1.png")
     assert "other.safetensors" in message
 
 
@@ -385,15 +385,15 @@ def test_import_reports_infers_and_names_cocos_classes_and_the_way_back_is_exact
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_imported_weights_predict(command, official, pictures):
+def test_imported_weights_predict(command, official, data_root):
     command("import-weights", official, "ours.safetensors")
-    status, output = command("predict", "ours.safetensors", pictures / "val" / "1.png")
+    status, output = command("predict", "ours.safetensors", data_root / "val" / "1.png")
     assert status == 0
     assert "1.png: " in output
 
 
-def test_annotations_name_the_classes_of_imported_weights(command, official, pictures):
-    assert command("import-weights", official, "ours.safetensors", "--annotations", pictures / "val.json")[0] == 0
+def test_annotations_name_the_classes_of_imported_weights(command, official, data_root):
+    assert command("import-weights", official, "ours.safetensors", "--annotations", data_root / "val.json")[0] == 0
     assert ClassMap.from_json(read_weights(Path("ours.safetensors")).classes).names[:3] == ("", "triangle", "diamond")
 
 
@@ -432,8 +432,8 @@ def test_a_text_file_is_no_checkpoint(refused, tmp_path):
         ("make-shapes", "notes.txt/shapes"),
         ("download-coco", "notes.txt"),
         ("convert-data", "yolo", "notes.txt"),
-        ("check-data", "pictures", "--output", "notes.txt"),
-        ("codec-ceiling", "pictures", "--output", "notes.txt/ceilings"),
+        ("check-data", "images", "--output", "notes.txt"),
+        ("codec-ceiling", "images", "--output", "notes.txt/ceilings"),
         ("predict", "weights.safetensors", "notes.txt", "--out", "notes.txt"),
         ("train", "tiny.yaml", "--runs-dir", "notes.txt"),
         ("status", "--runs-dir", "notes.txt"),
@@ -452,7 +452,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(refused, tmp
     [
         ("table", "shapes_table2", "--json"),
         ("table", "shapes_table2", "--csv"),
-        ("codec-ceiling", "pictures", "--json"),
+        ("codec-ceiling", "images", "--json"),
         ("bench", "matcher", "--json"),
         ("import-weights", "official.pth"),
     ],
@@ -493,7 +493,7 @@ def test_an_export_of_no_detections_is_refused(refused):
 
 @pytest.mark.parametrize("sides", ["5", "96,32", "0,32", "1,2,3", "big"])
 def test_sizes_that_do_not_rise_are_refused(refused, sides):
-    assert "Invalid value for --area-sides: found" in refused("codec-ceiling", "pictures", "--area-sides", sides)
+    assert "Invalid value for --area-sides: found" in refused("codec-ceiling", "images", "--area-sides", sides)
 
 
 def test_make_shapes_writes_a_folder_and_refuses_to_change_one(command, refused, tmp_path):

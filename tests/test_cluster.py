@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from test_trainer import ENVIRONMENT, what_was_learned
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 from typer.testing import CliRunner
 
 from solq_lab import cli
@@ -102,7 +102,7 @@ def test_a_job_that_its_cluster_lost_has_failed_and_the_log_says_so(submitted):
 )
 def test_a_training_that_cannot_be_submitted_is_refused_before_any_work(tmp_path, arguments, said):
     experiment = tmp_path / "tiny.yaml"
-    experiment.write_text(tiny_experiment(write_pictures(tmp_path / "pictures")).to_yaml())
+    experiment.write_text(tiny_experiment(write_tiny_dataset(tmp_path / "images")).to_yaml())
     runner = CliRunner().invoke(cli.app, ["train", str(experiment), "--runs-dir", str(tmp_path / "runs"), *arguments])
     assert said in str(runner.exception)
     assert not list(tmp_path.glob("runs/*/metrics.jsonl"))
@@ -110,8 +110,8 @@ def test_a_training_that_cannot_be_submitted_is_refused_before_any_work(tmp_path
 
 @pytest.mark.slow
 def test_a_preempted_training_of_two_processes_comes_to_the_same_end(tmp_path):
-    pictures = write_pictures(tmp_path / "pictures")
-    settings = tiny_experiment(pictures, train={"gpus": 2, "steps": 24, "save_every": 10})
+    images = write_tiny_dataset(tmp_path / "images")
+    settings = tiny_experiment(images, train={"gpus": 2, "steps": 24, "save_every": 10})
     whole = create_run(settings, tmp_path / "whole")
     subprocess.run(training_command(whole, 2), env=ENVIRONMENT, check=True, capture_output=True)
 

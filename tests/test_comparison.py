@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import SIDE, tiny_experiment, write_pictures
+from tiny import SIDE, tiny_experiment, write_tiny_dataset
 
-from solq_lab.build import build_model, build_pictures
+from solq_lab.build import build_images, build_model
 from solq_lab.config import Experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.evaluation.comparison import (
     check_comparable,
-    compare_pictures,
+    compare_images,
     describe_comparison,
     open_comparison,
     run_names,
 )
-from solq_lab.evaluation.pairing import NOBODY, pair_objects
+from solq_lab.evaluation.pairing import UNMATCHED, pair_objects
 from solq_lab.masks import encode_rle
 from solq_lab.models.weights import save_weights
 from solq_lab.runs import RunError, create_run
@@ -53,47 +53,47 @@ def test_pairs_are_one_to_one_of_one_class_and_overlap_most_in_all(by):
 
 def test_what_overlaps_too_little_is_nobodys():
     partners, ious = pair_objects(objects((0, 0, 10, 10)), objects((5, 0, 10, 10)))
-    assert partners.tolist() == [NOBODY]
+    assert partners.tolist() == [UNMATCHED]
     assert ious.tolist() == [0.0]
 
 
-def test_pictures_without_detections_or_objects_have_no_pairs():
-    assert pair_objects(objects(), objects((0, 0, 5, 5)))[0].tolist() == [NOBODY]
+def test_images_without_detections_or_objects_have_no_pairs():
+    assert pair_objects(objects(), objects((0, 0, 5, 5)))[0].tolist() == [UNMATCHED]
     assert pair_objects(objects((0, 0, 5, 5)), objects())[0].shape == (0,)
-    assert pair_objects(objects((0, 0, 5, 5), masks=False), objects((0, 0, 5, 5)), by="mask")[0].tolist() == [NOBODY]
+    assert pair_objects(objects((0, 0, 5, 5), masks=False), objects((0, 0, 5, 5)), by="mask")[0].tolist() == [UNMATCHED]
 
 
 class Answers:
-    """A predictor that says what it is told, picture after picture."""
+    """A predictor that says what it is told, image after image."""
 
     def __init__(self, root: Path, *answers: Detections, **sections) -> None:
         self.experiment, self._answers = tiny_experiment(root, **sections), iter(answers)
 
-    def predict(self, picture: np.ndarray) -> Detections:
+    def predict(self, image: np.ndarray) -> Detections:
         return next(self._answers)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "pictures")
+    return write_tiny_dataset(tmp_path / "images")
 
 
 @pytest.fixture
 def dataset(root: Path, monkeypatch):
-    pictures = build_pictures(tiny_experiment(root))
+    images = build_images(tiny_experiment(root))
     truths = [objects((0, 0, 10, 10)), objects((0, 0, 10, 10), (20, 20, 10, 10)), objects()]
-    monkeypatch.setattr(pictures, "objects", lambda index: truths[index])
-    return pictures
+    monkeypatch.setattr(images, "objects", lambda index: truths[index])
+    return images
 
 
-def test_pictures_are_ranked_by_the_difference_of_the_mean_iou(root, dataset):
+def test_images_are_ranked_by_the_difference_of_the_mean_iou(root, dataset):
     close, loose, none = objects((0, 0, 10, 10)), objects((0, 0, 10, 8)), objects()
     predictors = {"SOLQ": Answers(root, loose, close, none), "SQR": Answers(root, close, none, none)}
-    compared = compare_pictures(predictors, dataset, max_images=3)
-    assert [picture.index for picture in compared] == [1, 2, 0]
-    assert [picture.gain for picture in compared] == pytest.approx([0.5, 0.0, -0.2])
+    compared = compare_images(predictors, dataset, max_images=3)
+    assert [image.index for image in compared] == [1, 2, 0]
+    assert [image.gain for image in compared] == pytest.approx([0.5, 0.0, -0.2])
     text = describe_comparison(compared)
-    assert "3 objects in 3 pictures" in text
+    assert "3 objects in 3 images" in text
     assert "SOLQ             finds 2, 1 of them alone; mean IoU of the 1 that are shared: 80.0 %" in text
     assert "SOLQ is closer than SQR on 0 % of the shared ones" in text
     titles = [axes.get_title() for axes in comparison_grid(compared, title="a").axes]
@@ -102,19 +102,19 @@ def test_pictures_are_ranked_by_the_difference_of_the_mean_iou(root, dataset):
 
 def test_one_run_alone_is_ranked_by_its_own_iou(root, dataset):
     answers = Answers(root, objects((0, 0, 10, 8)), objects(), objects())
-    compared = compare_pictures({"SOLQ": answers}, dataset, max_images=3)
-    assert [picture.gain for picture in compared] == pytest.approx([0.8, 0.0, 0.0])
+    compared = compare_images({"SOLQ": answers}, dataset, max_images=3)
+    assert [image.gain for image in compared] == pytest.approx([0.8, 0.0, 0.0])
     assert "alone" not in describe_comparison(compared)
 
 
 def test_a_model_without_masks_is_compared_by_boxes(root, dataset):
     plain = Answers(root, *[objects((0, 0, 10, 8), masks=False)] * 3, codec={"kind": "none"})
-    compared = compare_pictures({"Deformable DETR": plain}, dataset, max_images=1)
+    compared = compare_images({"Deformable DETR": plain}, dataset, max_images=1)
     assert compared[0].mean_iou("Deformable DETR") == pytest.approx(0.8)
 
 
 def test_nothing_to_compare_is_an_empty_figure():
-    assert describe_comparison([]) == "0 objects in 0 pictures"
+    assert describe_comparison([]) == "0 objects in 0 images"
     assert comparison_grid([], title="none").axes
 
 
@@ -134,7 +134,7 @@ def test_runs_of_different_data_are_refused(root, tmp_path):
     same = create_run(tiny_experiment(root, name="b"), tmp_path / "runs")
     check_comparable([first, same])
     check_comparable([first])
-    other_root = write_pictures(tmp_path / "others", val=2)
+    other_root = write_tiny_dataset(tmp_path / "others", val=2)
     other = create_run(tiny_experiment(other_root, name="c", data={"class_ids": "raw"}), tmp_path / "runs")
     with pytest.raises(RunError, match=r"different validation annotations .*json\) and the numbers of classes"):
         check_comparable([first, other])

@@ -12,8 +12,8 @@ import time
 
 import pytest
 import torch
-from one_pass import SIZES, pictures, small_backbone, train_once
-from tiny import tiny_experiment, write_pictures
+from one_pass import SIZES, images, small_backbone, train_once
+from tiny import tiny_experiment, write_tiny_dataset
 from torch._dynamo.utils import counters
 
 from solq_lab.models.recomputing import recompute_activations
@@ -50,10 +50,10 @@ def graphs() -> int:
 def test_compiled_layers_give_the_same_losses_gradients_and_names(model):
     plain, recomputing = copy.deepcopy(model), copy.deepcopy(model)
     recompute_activations(recomputing)
-    loss, gradients, _ = train_once(plain, pictures())
+    loss, gradients, _ = train_once(plain, images())
     for compiled in (model, recomputing):
         assert compile_layers(compiled, CPU)
-        again, gradients_again, _ = train_once(compiled, pictures())
+        again, gradients_again, _ = train_once(compiled, images())
         assert again.item() == pytest.approx(loss.item(), rel=1e-12)
         for name, gradient in gradients.items():  # float64 sums in another order
             torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-8, atol=1e-12, msg=name)
@@ -63,13 +63,13 @@ def test_compiled_layers_give_the_same_losses_gradients_and_names(model):
 @pytest.mark.usefixtures("no_code_generation")
 def test_a_layer_is_compiled_once_for_all_depths_and_sizes_and_not_for_evaluations(model):
     compile_layers(model, CPU)
-    train_once(model, pictures())
+    train_once(model, images())
     compiled = graphs()
     assert compiled > 0
     for side in (64, 128):
-        train_once(model, pictures(side=side))
+        train_once(model, images(side=side))
     with as_written(), torch.inference_mode():
-        model.eval()(pictures())
+        model.eval()(images())
     assert graphs() == compiled
 
 
@@ -78,17 +78,17 @@ def test_without_a_working_compiler_a_training_goes_on_as_written(model, monkeyp
         raise RuntimeError("no C++ compiler found")
 
     monkeypatch.setattr(compilation, "BACKEND", broken)
-    expected = train_once(copy.deepcopy(model), pictures())[0]
+    expected = train_once(copy.deepcopy(model), images())[0]
     with caplog.at_level(logging.WARNING):
         assert not compile_layers(model, CPU)
     assert "the compiler does not work here, training goes on without it" in caplog.text
     assert "no C++ compiler found" in caplog.text
-    assert train_once(model, pictures())[0] == expected
+    assert train_once(model, images())[0] == expected
 
 
 @pytest.mark.slow
 def test_a_compiled_training_stops_in_its_first_compilation_and_ends_like_a_plain_one(tmp_path):
-    data = write_pictures(tmp_path / "pictures")
+    data = write_tiny_dataset(tmp_path / "images")
     sections = {"model": {"dropout": 0.0, "decoder_layers": 1}}
     plain = create_run(tiny_experiment(data, train={"steps": 3, "ema": 0.9}, **sections), tmp_path / "plain")
     train_run(plain)

@@ -168,7 +168,7 @@ def test_the_schema_loads_without_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_an_experiment_can_be_validated_on_its_training_pictures():
+def test_an_experiment_can_be_validated_on_its_training_images():
     experiment = Experiment(name="x", data={"train_images": "seen", "train_annotations": "seen.json"})
     assert experiment.evaluated_on("val") == experiment
     data = experiment.evaluated_on("train").data

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from tiny import SIDE, tiny_experiment, write_pictures
+from tiny import SIDE, tiny_experiment, write_tiny_dataset
 
 from solq_lab import cli
 from solq_lab.build import build_codec, build_dataset, build_model
@@ -37,7 +37,7 @@ def quiet(monkeypatch):
 @pytest.fixture
 def coco(tmp_path):
     """The tiny data set, as COCO: what the converted ones have to equal."""
-    return write_pictures(tmp_path / "coco")
+    return write_tiny_dataset(tmp_path / "coco")
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def yolo(coco, tmp_path):
                 if entry["image_id"] == image["id"]:
                     shares = " ".join(repr(number / SIDE) for number in entry["segmentation"][0])
                     lines.append(f"{entry['category_id'] - 1} {shares}")
-            if lines:  # pictures without objects have no label file
+            if lines:  # images without objects have no label file
                 (root / "labels" / split / f"{image['id']}.txt").write_text("\n".join(lines) + "\n")
     (root / "data.yaml").write_text(SETTINGS)
     return root
@@ -64,12 +64,12 @@ def yolo(coco, tmp_path):
 @pytest.fixture
 def lvis(coco, tmp_path):
     """The tiny data set as two LVIS files over COCO's folders; arguments of `convert_data` by split."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     found = {}
     for split in ("train", "val"):
         document = json.loads((coco / f"{split}.json").read_text())
-        (coco / split).rename(pictures / f"{split}2017")
+        (coco / split).rename(images / f"{split}2017")
         for image in document["images"]:
             image["coco_url"] = f"http://images.cocodataset.org/{split}2017/{image.pop('file_name')}"
             image |= {"neg_category_ids": [2], "not_exhaustive_category_ids": [1] if image["id"] == 1 else []}
@@ -79,7 +79,7 @@ def lvis(coco, tmp_path):
             category |= {"frequency": "r", "synset": f"{category['name']}.n.01"}
         path = tmp_path / f"lvis_v1_{split}.json"
         path.write_text(json.dumps(document))
-        found[split] = {"source": path, "images": pictures}
+        found[split] = {"source": path, "images": images}
     return found
 
 
@@ -89,7 +89,7 @@ def experiment_of(folder: Path) -> Any:
 
 
 def objects_of(document: dict[str, Any]) -> list[tuple]:
-    """Everything about the objects of a document but the class ids, by picture."""
+    """Everything about the objects of a document but the class ids, by image."""
     names = {image["id"]: Path(image["file_name"]).name for image in document["images"]}
     classes = {category["id"]: category["name"] for category in document["categories"]}
     return sorted(
@@ -139,7 +139,7 @@ def test_lvis_files_become_the_coco_folder_they_were_made_of(lvis, coco, tmp_pat
         assert after["images"][0]["file_name"] == f"{split}2017/1.png"
         assert after["images"][0]["neg_category_ids"] == [2]
         assert all(entry["iscrowd"] == 0 for entry in after["annotations"])
-    assert "1 pictures have classes that are not labelled everywhere" in caplog.text
+    assert "1 images have classes that are not labelled everywhere" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["yolo", "lvis"])
@@ -157,14 +157,14 @@ def test_a_converted_folder_is_clean_and_gives_the_same_samples_and_losses(reque
     dataset = build_dataset(experiment_of(tmp_path / "out"), "train")
     after = [dataset[index] for index in range(len(dataset))]
     pairs = zip(sorted(samples, key=_pixels), sorted(after, key=_pixels), strict=True)
-    for (picture, target), (again, after_target) in pairs:
-        assert torch.equal(picture, again)
+    for (image, target), (again, after_target) in pairs:
+        assert torch.equal(image, again)
         assert target.labels.tolist() == after_target.labels.tolist()
         torch.testing.assert_close(target.boxes, after_target.boxes, rtol=0, atol=0.005 / SIDE)
         assert (target.masks != after_target.masks).sum() <= 0.02 * target.masks.numel()
     found = losses_of_one_step(tmp_path / "out")
     assert np.isfinite(list(found.values())).all()
-    if kind == "lvis":  # the very same order of pictures and numbers
+    if kind == "lvis":  # the very same order of images and numbers
         assert found == losses
 
 
@@ -177,7 +177,7 @@ def _pixels(sample: tuple) -> bytes:
 
 @pytest.mark.parametrize("orientation", sorted(TURNS))
 def test_an_outline_is_turned_back_to_the_pixels_as_stored(tmp_path, orientation):
-    """The label was drawn on the picture as it is shown; the mask has to cover the same pixels of the stored one."""
+    """The label was drawn on the image as it is shown; the mask has to cover the same pixels of the stored one."""
     stored = Image.new("RGB", (60, 40))
     ImageDraw.Draw(stored).polygon([(8, 6), (40, 9), (25, 30)], fill="white")
     exif = Image.Exif()
@@ -210,7 +210,7 @@ def test_an_outline_is_turned_back_to_the_pixels_as_stored(tmp_path, orientation
     assert np.array_equal(mask, expected)
 
 
-def test_several_folders_and_lists_of_pictures_are_read(yolo, tmp_path):
+def test_several_folders_and_lists_of_images_are_read(yolo, tmp_path):
     (yolo / "val.txt").write_text("./images/val/1.png\nimages/val/2.png\n\n")
     settings = SETTINGS.replace("train: images/train", "train: [images/train, images/val]")
     (yolo / "data.yaml").write_text(settings.replace("val: images/val", "val: val.txt"))
@@ -221,7 +221,7 @@ def test_several_folders_and_lists_of_pictures_are_read(yolo, tmp_path):
     document = json.loads((tmp_path / "out" / "annotations" / "instances_val.json").read_text())
     assert [image["file_name"] for image in document["images"]] == ["images/val/1.png", "images/val/2.png"]
     assert document["annotations"]
-    assert check_data(find_splits(tmp_path / "out"), processes=1).findings.total("picture-missing") == 0
+    assert check_data(find_splits(tmp_path / "out"), processes=1).findings.total("image-missing") == 0
 
 
 def test_a_folder_inside_which_every_split_has_images_and_labels_is_read(yolo, tmp_path):
@@ -236,14 +236,14 @@ def test_a_folder_inside_which_every_split_has_images_and_labels_is_read(yolo, t
     assert json.loads(splits[0].annotations.read_text())["annotations"]
 
 
-def test_labels_without_a_picture_are_named(yolo, tmp_path, caplog):
+def test_labels_without_an_image_are_named(yolo, tmp_path, caplog):
     (yolo / "labels" / "train" / "misspelt.txt").write_text("0 0 0 1 0 1 1\n")
     convert_data(yolo, tmp_path / "out")
-    assert "1 label files belong to no picture and are left out" in caplog.text
+    assert "1 label files belong to no image and are left out" in caplog.text
     assert "misspelt.txt" in caplog.text
 
 
-def test_without_links_the_pictures_stay_and_nothing_leads_to_them(yolo, tmp_path):
+def test_without_links_the_images_stay_and_nothing_leads_to_them(yolo, tmp_path):
     splits = convert_data(yolo, tmp_path / "out", link=False)
     assert [split.images for split in splits] == [yolo / "images" / "train", yolo / "images" / "val"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["annotations"]
@@ -262,7 +262,7 @@ def test_without_links_the_pictures_stay_and_nothing_leads_to_them(yolo, tmp_pat
         ("0", "0 numbers after the class; needed are x and y of at least 3 points"),
         ("0 0 0 1 0 1", "5 numbers after the class; needed are"),
         ("0 0 0 1 0 1 1 0", "7 numbers after the class; needed are"),
-        ("0 0 0 1 0 1 nan", "coordinate 'nan'; allowed are shares of the picture's sides, 0 to 1"),
+        ("0 0 0 1 0 1 nan", "coordinate 'nan'; allowed are shares of the image's sides, 0 to 1"),
         ("0 0 0 1 0 1 inf", "coordinate 'inf'; allowed"),
         ("0 0 0 1 0 1 x", "coordinate 'x'; allowed"),
         ("0 12 7 30 7 30 20", "coordinate '12'; allowed"),
@@ -290,7 +290,7 @@ def test_an_outline_just_outside_is_cut_off(yolo, tmp_path):
         ("names: [a]\ntrain: /etc\n", "found '/etc'; needed is a path inside"),
         ("names: [a]\ntrain: ../../../etc\n", "needed is a path inside"),
         ("names: [a]\ntrain: images/none\n", "'images/none': no such file or folder"),
-        ("names: [a]\ntrain: labels\n", "'labels' holds no pictures"),
+        ("names: [a]\ntrain: labels\n", "'labels' holds no images"),
         ("names: [a]\ntrain: 7\n", "found 7; needed is a path inside"),
         ("names: [a]\n", "neither 'train' nor 'val'"),
         ("train: images/train\n", "names: found None; needed is a list, or a mapping"),
@@ -310,16 +310,16 @@ def test_a_bad_data_yaml_is_refused_and_nothing_in_it_is_executed(yolo, tmp_path
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_listed_picture_outside_the_folder_is_refused_with_its_line(yolo, tmp_path):
+def test_a_listed_image_outside_the_folder_is_refused_with_its_line(yolo, tmp_path):
     (yolo / "train.txt").write_text("images/train/1.png\n/etc/hostname\n")
     (yolo / "data.yaml").write_text("names: [a, b]\ntrain: train.txt\n")
     with pytest.raises(DataError, match=r"train\.txt: line 2: found '/etc/hostname'; needed is a path inside"):
         convert_data(yolo, tmp_path / "out")
 
 
-def test_a_picture_that_cannot_be_read_is_named(yolo, tmp_path):
+def test_an_image_that_cannot_be_read_is_named(yolo, tmp_path):
     (yolo / "images" / "train" / "1.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"train/1\.png: not a picture that can be read"):
+    with pytest.raises(DataError, match=r"train/1\.png: not an image that can be read"):
         convert_data(yolo, tmp_path / "out")
 
 
@@ -337,7 +337,7 @@ def test_a_folder_without_settings_says_what_it_found(tmp_path):
         ({"file_name": "../../x.jpg"}, "leaves the image folder"),
     ],
 )
-def test_an_lvis_picture_without_a_usable_name_is_refused(lvis, tmp_path, change, message):
+def test_an_lvis_image_without_a_usable_name_is_refused(lvis, tmp_path, change, message):
     path = lvis["train"]["source"]
     document = json.loads(path.read_text())
     document["images"][0] |= change
@@ -358,7 +358,7 @@ def test_an_lvis_object_that_the_loader_would_refuse_is_named_before_anything_is
     assert not (tmp_path / "out").exists()
 
 
-def test_lvis_needs_its_pictures_and_a_split(lvis, tmp_path):
+def test_lvis_needs_its_images_and_a_split(lvis, tmp_path):
     path = lvis["val"]["source"]
     with pytest.raises(DataError, match="--images needs the folder"):
         convert_data(path, tmp_path / "out")

@@ -48,7 +48,7 @@ VARIANTS = {
 
 
 def draw_batch(experiment: Experiment) -> Batch:
-    """Two padded pictures, as a loader gives them; the second has no object."""
+    """Two padded images, as a loader gives them; the second has no object."""
     generator = torch.Generator().manual_seed(0)
     size, side = (64, 90), experiment.codec.mask_size
     padding = torch.zeros(2, 64, 96, dtype=torch.bool)
@@ -213,9 +213,9 @@ def test_weights_are_looked_over_in_one_wait():
 def test_masks_of_the_gpu_are_pasted_and_cropped_there():
     boxes = torch.tensor([[1.0, 2.0, 9.0, 8.0], [0.0, 0.0, 3.0, 3.0]])
     with fake_gpu() as traffic:
-        pictures = paste_masks(torch.zeros(2, 5, 5, dtype=torch.bool, device="cuda"), boxes, (12, 14))
-        cells = crop_and_resize(pictures, boxes.to("cuda", non_blocking=True), 5)
-    assert pictures.device.type == cells.device.type == "cuda"
+        images = paste_masks(torch.zeros(2, 5, 5, dtype=torch.bool, device="cuda"), boxes, (12, 14))
+        cells = crop_and_resize(images, boxes.to("cuda", non_blocking=True), 5)
+    assert images.device.type == cells.device.type == "cuda"
     assert cells.shape == (2, 5, 5)
     assert traffic.waits == []
 

@@ -67,7 +67,7 @@ def annotation(**changes: Any) -> dict[str, Any]:
 
 
 def write_folder(root: Path, *annotations: dict[str, Any], **changes: Any) -> dict[str, Path]:
-    """A data set of two pictures of 30 x 40 pixels, the second one without objects; arguments of `CocoDataset`."""
+    """A data set of two images of 30 x 40 pixels, the second one without objects; arguments of `CocoDataset`."""
     (root / "images").mkdir()
     document = {
         "images": [
@@ -99,10 +99,10 @@ def iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.golden
 def test_targets_are_those_of_the_released_implementation(golden_root, coco_tiny):
-    """Picture, labels, boxes and bitmaps of the real image in the fixture of the paper's model."""
+    """Image, labels, boxes and bitmaps of the real image in the fixture of the paper's model."""
     record = json.loads((golden_root / "r50_paper" / "fixture.json").read_text())
     with np.load(golden_root / "r50_paper" / "fixture.npz") as arrays:
-        pictures = {name: arrays[name] for name in arrays.files if name.endswith("_uint8")}
+        images = {name: arrays[name] for name in arrays.files if name.endswith("_uint8")}
     compared = 0
     for number, image in enumerate(record["inputs"]):
         transform = TestResize(image["short_side"], image["max_size"])
@@ -110,8 +110,8 @@ def test_targets_are_those_of_the_released_implementation(golden_root, coco_tiny
             coco_tiny, image["split"], class_ids="raw", mask_size=128, transform=transform, mask_route="bitmap"
         )
         index = dataset.image_ids.index(image["image_id"])
-        picture, target = dataset[index]
-        difference = picture.permute(1, 2, 0).numpy().astype(int) - pictures[f"image{number}_uint8"]
+        pixels, target = dataset[index]
+        difference = pixels.permute(1, 2, 0).numpy().astype(int) - images[f"image{number}_uint8"]
         assert np.abs(difference).max() <= 2  # Pillow's fixed-point bilinear weights differ in the last bit
         assert np.abs(difference).mean() < 0.1
         expected = image["targets"]
@@ -187,7 +187,7 @@ def test_a_resize_does_nothing_to_a_mask_and_a_mirror_mirrors_it(tmp_path):
 
 
 def test_a_crop_shrinks_the_window_and_keeps_an_object_whose_mask_is_gone(tmp_path):
-    """The box reaches to the picture's right edge, its mask lies in the left half only."""
+    """The box reaches to the image's right edge, its mask lies in the left half only."""
     files = write_folder(tmp_path, annotation(bbox=[10, 5, 30, 10]))
     whole, left, right, outside = (
         CocoDataset(**files, mask_size=8, transform=Planned(*steps))[0][1]
@@ -210,8 +210,8 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(coco_tiny):
     first, second = (tiny(coco_tiny, "train", mask_size=32, transform=RELEASED, seed=3) for _ in range(2))
     for key in ((1, 2), (0, 4), (0, 0)):
         second[key]  # another history
-    (picture, target), (again, target_again) = first[1, 2], second[1, 2]
-    assert torch.equal(picture, again)
+    (image, target), (again, target_again) = first[1, 2], second[1, 2]
+    assert torch.equal(image, again)
     assert torch.equal(target.boxes, target_again.boxes)
     assert torch.equal(target.masks, target_again.masks)
     sizes = {first[epoch, 2][1].image_size for epoch in range(4)}
@@ -223,19 +223,19 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(coco_tiny):
 def test_a_cached_data_set_gives_the_same_samples(coco_tiny, transform):
     plain, cached = (tiny(coco_tiny, "val", mask_size=33, transform=transform, cache=cache) for cache in (False, True))
     for key in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0)):
-        (picture, target), (cached_picture, cached_target) = plain[key], cached[key]
-        assert torch.equal(picture, cached_picture)
+        (image, target), (cached_image, cached_target) = plain[key], cached[key]
+        assert torch.equal(image, cached_image)
         assert torch.equal(target.boxes, cached_target.boxes)
         assert torch.equal(target.masks, cached_target.masks)
 
 
 def test_a_sample_cannot_spoil_the_cache(tmp_path):
     dataset = CocoDataset(**write_folder(tmp_path, annotation()), mask_size=8, cache=True)
-    picture, target = dataset[0]
-    before = picture.clone(), target.masks.clone()
-    picture.zero_(), target.masks.zero_(), target.boxes.zero_()
-    picture, target = dataset[0]
-    assert torch.equal(picture, before[0])
+    image, target = dataset[0]
+    before = image.clone(), target.masks.clone()
+    image.zero_(), target.masks.zero_(), target.boxes.zero_()
+    image, target = dataset[0]
+    assert torch.equal(image, before[0])
     assert torch.equal(target.masks, before[1])
     assert target.boxes.any()
 
@@ -249,7 +249,7 @@ def test_the_data_set_travels_to_worker_processes(tmp_path):
 # What COCO files hold
 
 
-def test_pictures_come_by_rising_id_and_without_objects_too(tmp_path):
+def test_images_come_by_rising_id_and_without_objects_too(tmp_path):
     dataset = CocoDataset(**write_folder(tmp_path, annotation()), mask_size=8)
     assert len(dataset) == 2
     assert dataset.image_ids == [1, 5]
@@ -258,7 +258,7 @@ def test_pictures_come_by_rising_id_and_without_objects_too(tmp_path):
     assert target.labels.shape == (0,)
     assert target.boxes.shape == (0, 4)
     assert target.masks.shape == (0, 8, 8)
-    with pytest.raises(IndexError, match="index 2 of a data set of 2 pictures"):
+    with pytest.raises(IndexError, match="index 2 of a data set of 2 images"):
         dataset[2]
 
 
@@ -304,14 +304,14 @@ def test_objects_of_coco_are_those_of_pycocotools(coco_tiny, capsys):
     assert dataset.image_ids == sorted(coco.imgs)
     for index, image_id in enumerate(dataset.image_ids):
         entries = [entry for entry in coco.loadAnns(coco.getAnnIds(image_id)) if not entry["iscrowd"]]
-        picture, target = dataset[index]
+        image, target = dataset[index]
         height, width = target.original_size
-        assert picture.shape == (3, height, width)
+        assert image.shape == (3, height, width)
         assert target.labels.tolist() == [entry["category_id"] for entry in entries]
         boxes = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height, width, height])
         expected = torch.tensor([entry["bbox"] for entry in entries]).reshape(-1, 4)
         expected[:, 2:] += expected[:, :2]
-        torch.testing.assert_close(boxes, expected, rtol=0, atol=2e-2)  # some boxes leave the picture by a hair
+        torch.testing.assert_close(boxes, expected, rtol=0, atol=2e-2)  # some boxes leave the image by a hair
 
 
 def test_true_objects_are_the_annotations_own_at_the_size_of_the_file(tmp_path):
@@ -356,12 +356,12 @@ def test_without_mask_size_segmentations_may_be_absent(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("LA", "png"), ("I;16", "png")]
 )
-def test_pictures_of_every_kind_become_rgb(tmp_path, mode, suffix):
+def test_images_of_every_kind_become_rgb(tmp_path, mode, suffix):
     files = write_folder(tmp_path)
     grey = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
-    picture = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
     data = io.BytesIO()
-    picture.save(data, "JPEG" if suffix == "jpg" else "PNG")
+    image.save(data, "JPEG" if suffix == "jpg" else "PNG")
     (files["images"] / "a.png").write_bytes(data.getvalue())
     pixels, _ = CocoDataset(**files)[0]
     assert pixels.shape == (3, 30, 40)
@@ -429,7 +429,7 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path, text, message):
         ({"segmentation": {"size": [30, 40]}}, r"annotation id 7: segmentation .* an RLE needs 'counts' and the size"),
         (
             {"segmentation": {"size": [30, 40], "counts": [600, 500]}},
-            r"annotation id 7: .*counts 1100 pixels, its picture has 30 x 40 = 1200",
+            r"annotation id 7: .*counts 1100 pixels, its image has 30 x 40 = 1200",
         ),
         ({"segmentation": {"size": [30, 40], "counts": "123"}}, r"annotation id 7: .*the RLE counts 6 pixels"),
         ({"segmentation": {"size": [30, 40], "counts": ""}}, r"annotation id 7: .*not an RLE"),
@@ -438,13 +438,13 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path, text, message):
         ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r"annotation id 7: .*size .* here \[30, 40\]"),
         (
             {"segmentation": [[0, 0, 1e8, 5, 3, 1e8]]},
-            r"annotation id 7: a polygon .* farther outside its picture of \[30, 40\] .* than this is long",
+            r"annotation id 7: a polygon .* farther outside its image of \[30, 40\] .* than this is long",
         ),
         ({"segmentation": [[0, 0, 10**400, 5, 3, 1]]}, r"annotation id 7: .*polygons are made of numbers"),
         ({"segmentation": {"size": [30, 40], "counts": "hRll0dZO"}}, r"annotation id 7: .*not an RLE"),
         ({"segmentation": {"size": [30, 40], "counts": "0o"}}, r"annotation id 7: .*break off in the middle of a run"),
         ({"bbox": "abcd"}, r"annotation id 7: bbox 'abcd'; needed are four numbers"),
-        ({"bbox": [10**400, 1, 1, 1]}, r"annotation id 7: bbox .* not finite, or larger than any picture"),
+        ({"bbox": [10**400, 1, 1, 1]}, r"annotation id 7: bbox .* not finite, or larger than any image"),
         ({"iscrowd": "0"}, r"annotation id 7: iscrowd '0'; allowed are 0 and 1"),
         ({"id": 2**63}, r"annotation id 9223372036854775808: found .* needed are whole numbers"),
     ],
@@ -476,7 +476,7 @@ def test_file_names_cannot_leave_the_image_folder(tmp_path, name):
         ({"id": 3, "file_name": "a.png", "height": 0, "width": 40}, r"images\[0\]: found .*positive whole numbers"),
         (
             {"id": 3, "file_name": "b.png", "height": 30, "width": 40},
-            r"1 of the 1 annotated pictures are missing: 'b\.png' \(image id 3\); do folder and annotations belong",
+            r"1 of the 1 annotated images are missing: 'b\.png' \(image id 3\); do folder and annotations belong",
         ),
     ],
 )
@@ -499,21 +499,19 @@ def test_an_annotation_id_that_comes_twice_is_refused_whatever_becomes_of_its_ob
         CocoDataset(**files, mask_size=8)
 
 
-def test_a_truncated_picture_is_named_with_its_id(tmp_path):
+def test_a_truncated_image_is_named_with_its_id(tmp_path):
     files = write_folder(tmp_path)
     path = files["images"] / "a.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(
-        DataError, match=r"image id 1: .*a\.png: not a whole picture \(200 bytes; .*fetch the file again"
-    ):
+    with pytest.raises(DataError, match=r"image id 1: .*a\.png: not a whole image \(200 bytes; .*fetch the file again"):
         CocoDataset(**files)[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello"])
-def test_a_file_that_is_no_picture_is_named(tmp_path, content):
+def test_a_file_that_is_no_image_is_named(tmp_path, content):
     files = write_folder(tmp_path)
     (files["images"] / "a.png").write_bytes(content)
-    with pytest.raises(DataError, match=rf"image id 1: .*a\.png: not a whole picture \({len(content)} bytes"):
+    with pytest.raises(DataError, match=rf"image id 1: .*a\.png: not a whole image \({len(content)} bytes"):
         CocoDataset(**files)[0]
 
 
@@ -521,18 +519,18 @@ def test_a_truncated_jpeg_of_coco_is_refused(tmp_path, coco_tiny):
     files = write_folder(tmp_path)
     whole = min((coco_tiny / "val2017").glob("*.jpg"), key=lambda path: path.stat().st_size).read_bytes()
     (files["images"] / "a.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="not a whole picture"):
+    with pytest.raises(DataError, match="not a whole image"):
         CocoDataset(**files)[0]
 
 
-def test_a_picture_that_vanished_after_the_start_is_named(tmp_path):
+def test_an_image_that_vanished_after_the_start_is_named(tmp_path):
     dataset = CocoDataset(**write_folder(tmp_path))
     (tmp_path / "images" / "a.png").unlink()
     with pytest.raises(DataError, match=r"image id 1: .*a\.png: cannot be read: No such file"):
         dataset[0]
 
 
-def test_a_picture_of_another_size_is_refused(tmp_path):
+def test_an_image_of_another_size_is_refused(tmp_path):
     files = write_folder(tmp_path)
     Image.new("RGB", (30, 40)).save(files["images"] / "a.png")
     with pytest.raises(

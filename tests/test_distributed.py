@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_trainer import ENVIRONMENT, TESTS, new_run
-from tiny import write_pictures
+from tiny import write_tiny_dataset
 
 from solq_lab import distributed
 from solq_lab.launch.trainings import training_command
@@ -28,8 +28,8 @@ from solq_lab.watch import ProcessLost, RankWatch, Sign
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def data_root(tmp_path_factory):
+    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 def wait_for(condition, seconds=120.0):
@@ -53,10 +53,10 @@ def several_steps(run, *, processes=1):
 
 
 @pytest.fixture(scope="module")
-def trained_alone(pictures, tmp_path_factory):
+def trained_alone(data_root, tmp_path_factory):
     """Losses and weights of one process that takes each batch whole."""
     folder = tmp_path_factory.mktemp("alone")
-    return several_steps(new_run(pictures, folder, model={"dropout": 0.0}, train={"batch_size": 8}))
+    return several_steps(new_run(data_root, folder, model={"dropout": 0.0}, train={"batch_size": 8}))
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def trained_alone(pictures, tmp_path_factory):
     [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow)],
 )
 def test_several_processes_train_as_one_even_where_a_batch_has_no_object(
-    pictures, tmp_path, trained_alone, processes, passes
+    data_root, tmp_path, trained_alone, processes, passes
 ):
     train = {"gpus": processes, "accumulate": passes, "batch_size": 8}
-    found = several_steps(new_run(pictures, tmp_path, model={"dropout": 0.0}, train=train), processes=processes)
+    found = several_steps(new_run(data_root, tmp_path, model={"dropout": 0.0}, train=train), processes=processes)
     if processes * passes == 4:
         assert any(0 in share for step in found["objects"] for share in step)
     for step, alone in zip(found["losses"], trained_alone["losses"], strict=True):
@@ -153,11 +153,11 @@ def test_a_silent_process_is_named_and_killed_where_it_is_on_this_node(store, no
 
 def test_an_error_of_its_own_stays_an_error_and_the_others_hear_of_it(store):
     with watching(store, 0) as first, watching(store, 1) as second:
-        error = ValueError("a picture is missing")
+        error = ValueError("an image is missing")
         assert second.blame(error) is error
         verdict = verdict_of(first)
         assert verdict.rank == 1
-        assert "failed: ValueError: a picture is missing" in verdict.text
+        assert "failed: ValueError: an image is missing" in verdict.text
         assert first.speaks_last()
         assert not second.speaks_last()
         assert str(first.blame(dist.DistBackendError("connection closed"))) == verdict.text
@@ -259,12 +259,12 @@ def newest_checkpoint(run):
 
 
 @pytest.fixture
-def start(pictures, tmp_path):
+def start(data_root, tmp_path):
     started = []
 
-    def start_training(processes, *, until=lambda run: newest_checkpoint(run) >= 5, pictures=pictures, **train):
+    def start_training(processes, *, until=lambda run: newest_checkpoint(run) >= 5, data_root=data_root, **train):
         settings = {"gpus": processes, "steps": 5000, "save_every": 5, "rank_timeout": 8.0} | train
-        run = new_run(pictures, tmp_path / "parts", model={"dropout": 0.0}, train=settings)
+        run = new_run(data_root, tmp_path / "parts", model={"dropout": 0.0}, train=settings)
         started.append(Started(run, processes, until=until))
         return started[-1]
 
@@ -317,8 +317,8 @@ def test_without_their_launcher_the_processes_save_and_stop(start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["the first machine", "the second machine"])
-def test_a_lost_machine_ends_the_training_on_the_other_with_a_message(pictures, tmp_path, lost):
-    run = new_run(pictures, tmp_path, train={"gpus": 2, "steps": 5000, "save_every": 5, "rank_timeout": 8.0})
+def test_a_lost_machine_ends_the_training_on_the_other_with_a_message(data_root, tmp_path, lost):
+    run = new_run(data_root, tmp_path, train={"gpus": 2, "steps": 5000, "save_every": 5, "rank_timeout": 8.0})
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -356,7 +356,7 @@ def test_a_signal_to_the_launcher_lets_all_save_and_end_well(start, number):
 
 
 @pytest.mark.slow
-def test_a_stop_of_one_process_stops_all_and_fewer_go_on_to_the_same_end(start, pictures, tmp_path):
+def test_a_stop_of_one_process_stops_all_and_fewer_go_on_to_the_same_end(start, data_root, tmp_path):
     training = start(2, steps=40)
     os.kill(training.ranks[1], signal.SIGTERM)
     assert training.wait() == 0
@@ -364,7 +364,7 @@ def test_a_stop_of_one_process_stops_all_and_fewer_go_on_to_the_same_end(start, 
     assert (run.status()["state"], run.status()["message"]) == ("preempted", "another process was stopped")
     assert run.status()["step"] < 40
     assert train_run(run) == "finished"  # one process, two passes per step
-    whole = new_run(pictures, tmp_path / "whole", model={"dropout": 0.0}, train={"gpus": 2, "steps": 40})
+    whole = new_run(data_root, tmp_path / "whole", model={"dropout": 0.0}, train={"gpus": 2, "steps": 40})
     train_run(whole)
     for line, expected in zip(run.metrics("train"), whole.metrics("train"), strict=True):
         assert line["total"] == pytest.approx(expected["total"], rel=0.02)  # float32, and AdamW enlarges rounding
@@ -372,8 +372,8 @@ def test_a_stop_of_one_process_stops_all_and_fewer_go_on_to_the_same_end(start, 
 
 @pytest.mark.slow
 def test_a_stop_during_an_evaluation_of_two_processes_ends_it_and_saves(start, tmp_path):
-    many = write_pictures(tmp_path / "many", val=600)
-    training = start(2, until=lambda run: newest_checkpoint(run) == 3, pictures=many, evaluate_every=1)
+    many = write_tiny_dataset(tmp_path / "many", val=600)
+    training = start(2, until=lambda run: newest_checkpoint(run) == 3, data_root=many, evaluate_every=1)
     os.kill(training.launcher.pid, signal.SIGTERM)
     assert training.wait() == 0
     status = training.run.status()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from clairvoyant import MASK_SIZE, PICTURES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
+from clairvoyant import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
 
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.evaluation import gathering
@@ -18,7 +18,7 @@ from solq_lab.evaluation.evaluator import evaluate_model
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import read_results, write_results
 
-BATCH_SIZES = (1, 2, PICTURES)  # the last one leaves all but one process without a picture
+BATCH_SIZES = (1, 2, NUM_IMAGES)  # the last one leaves all but one process without an image
 
 
 def evaluate(root: Path, **settings) -> dict:
@@ -83,14 +83,16 @@ def test_several_processes_find_and_score_what_one_does(said, place, tmp_path):
     write_results(tmp_path / "alone.json.gz", alone["results"])
     write_results(tmp_path / "together.json.gz", main["results"])
     assert (tmp_path / "together.json.gz").read_bytes() == (tmp_path / "alone.json.gz").read_bytes()
-    assert {result["image_id"] for result in read_results(tmp_path / "together.json.gz")} == set(range(1, PICTURES + 1))
+    assert {result["image_id"] for result in read_results(tmp_path / "together.json.gz")} == set(
+        range(1, NUM_IMAGES + 1)
+    )
     assert main["evaluation"] == alone["evaluation"]
     assert all(other["evaluation"] == alone["evaluation"] and other["results"] == [] for other in others)
 
 
-def test_the_pictures_are_shared_out(said):
+def test_the_images_are_shared_out(said):
     of_each = [process["evaluations"][0]["batches"] for process in said]
-    assert sum(of_each) == PICTURES
+    assert sum(of_each) == NUM_IMAGES
     assert max(of_each) - min(of_each) <= 1
 
 

@@ -385,7 +385,7 @@ def test_a_wrong_sum_is_fetched_once_more_and_then_refused(coco, server):
     coco["sums"]["val2017.zip"] = "0" * 32
     with pytest.raises(DataError, match=r"val2017\.zip: the sum is [0-9a-f]{32}, 0{32} is expected"):
         download_coco(splits=["val"], **coco)
-    assert len(server.asked) == 3  # annotations, and the pictures twice
+    assert len(server.asked) == 3  # annotations, and the images twice
     assert not (coco["folder"] / "val2017").exists()
     assert not (coco["folder"] / WORKSHOP / "val2017.zip").exists()
 
@@ -508,7 +508,7 @@ def test_the_stamp_survives_nonsense(coco):
     assert json.loads(stamp.read_text())["members"] == {"val2017/9.jpg": 10_000}
 
 
-def test_real_pictures_go_from_the_server_through_the_check(server, tmp_path, coco_tiny, monkeypatch, capsys):
+def test_real_images_go_from_the_server_through_the_check(server, tmp_path, coco_tiny, monkeypatch, capsys):
     """The README's way, on a small part of COCO: download-coco, then check-data."""
     offer_coco(server, coco_tiny, tmp_path / "sums")
     monkeypatch.chdir(tmp_path)
@@ -522,6 +522,6 @@ def test_real_pictures_go_from_the_server_through_the_check(server, tmp_path, co
         return end.value.code
 
     assert not command("download-coco", "coco", "--base-url", server.url, "--sums", "sums")
-    assert command("check-data", "coco", "--worst", "0") == 1  # 50 pictures do not have every class
+    assert command("check-data", "coco", "--worst", "0") == 1  # 50 images do not have every class
     assert "problems: class-not-trained\n" in capsys.readouterr().out
     assert not command("check-data", "coco", "--worst", "0", "--allow", "class-not-trained")

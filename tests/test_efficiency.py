@@ -53,7 +53,7 @@ def test_decoding_is_a_thousandth_of_the_mask_branch(costs):
 
 def test_a_vector_costs_what_its_three_layers_cost():
     width, hidden, dim, queries = 32, 64, 20, 8
-    found = count_costs(Experiment.model_validate(TINY), num_classes=3, picture_size=(64, 96))["UQR"]
+    found = count_costs(Experiment.model_validate(TINY), num_classes=3, image_size=(64, 96))["UQR"]
     weights = width * hidden + hidden * hidden + hidden * dim
     assert found.mask_multiply_adds == queries * weights
     assert found.mask_parameters == weights + hidden + hidden + dim
@@ -61,8 +61,8 @@ def test_a_vector_costs_what_its_three_layers_cost():
 
 def test_speed_is_measured_for_both_and_changes_no_count():
     experiment = Experiment.model_validate(TINY)
-    counted = count_costs(experiment, num_classes=3, picture_size=(64, 96))
-    measured = measure_costs(experiment, num_classes=3, picture_size=(64, 96), device="cpu", repeats=1)
+    counted = count_costs(experiment, num_classes=3, image_size=(64, 96))
+    measured = measure_costs(experiment, num_classes=3, image_size=(64, 96), device="cpu", repeats=1)
     assert {name: cost._replace(images_per_second=None) for name, cost in measured.items()} == counted
     assert all(0 < cost.images_per_second < 1e5 for cost in measured.values())
 
@@ -72,8 +72,8 @@ def test_the_table_shows_ours_beside_the_papers(costs):
     rows = {line[:36].strip(): line[36:].split() for line in efficiency_table(costs, paper).splitlines()}
     assert rows["mask branch, M parameters"] == ["26.11", "26.11", "1.58", "1.58"]
     assert rows["decoding one mask, G multiply-adds"] == ["-", "-", "0.0004", "0.0005"]
-    assert rows["pictures per second"] == ["-", "19.30", "-", "24.10"]
-    assert rows["pictures per second, UQR over SQR"] == ["-", "-", "-", "1.25"]
+    assert rows["images per second"] == ["-", "19.30", "-", "24.10"]
+    assert rows["images per second, UQR over SQR"] == ["-", "-", "-", "1.25"]
     twice = {"SQR": costs["SQR"]._replace(images_per_second=2.0), "UQR": costs["UQR"]._replace(images_per_second=5.0)}
     assert efficiency_table(twice, {}).splitlines()[-1].split()[-4:] == ["-", "-", "2.50", "-"]
 

@@ -224,8 +224,8 @@ def test_the_empty_cases_add_up(objects, results):
     assert len(analysis.table().splitlines()) == 9
 
 
-def test_a_file_without_pictures_has_nothing_to_lose():
-    assert_adds_up(analyse(truth_of([], pictures=0), []))
+def test_a_file_without_images_has_nothing_to_lose():
+    assert_adds_up(analyse(truth_of([], images=0), []))
 
 
 boxes = st.tuples(st.integers(0, WIDTH - 14), st.integers(0, HEIGHT - 14), st.integers(3, 24), st.integers(3, 24))
@@ -271,7 +271,7 @@ def test_a_class_without_objects_has_no_ap():
 
 
 def test_the_worst_are_those_wrong_at_the_lowest_threshold_and_then_the_surest():
-    truth = truth_of([(picture, CAT, LEFT) for picture in (1, 2, 3)], pictures=3)
+    truth = truth_of([(image, CAT, LEFT) for image in (1, 2, 3)], images=3)
     shifts = {1: (10, 0.6), 2: (10, 0.7), 3: (5, 0.99)}  # pixels, score
     analysis = analyse(truth, [result_of(i, CAT, (4 + by, 8, 20, 24), score) for i, (by, score) in shifts.items()])
     assert [case.image_id for case in analysis.worst("box", 5)] == [2, 1, 3]

@@ -169,7 +169,7 @@ def test_the_mean_over_classes_is_the_overall_number(tiny_annotations, golden_de
             assert evaluation.metrics[name] == pytest.approx(mean, abs=1e-12)
 
 
-def test_only_the_asked_pictures_count(tiny_document, golden_detections):
+def test_only_the_asked_images_count(tiny_document, golden_detections):
     chosen = sorted(image["id"] for image in tiny_document["images"])[:10]
     smaller = {
         key: [entry for entry in tiny_document[key] if entry.get("image_id", entry["id"]) in chosen]
@@ -236,7 +236,7 @@ def test_without_objects_nothing_is_defined_and_the_table_shows_dashes(results):
     assert evaluation.class_table("segm").splitlines()[1:] == []
 
 
-def test_a_false_alarm_in_a_picture_without_objects_costs():
+def test_a_false_alarm_in_an_image_without_objects_costs():
     truth = truth_of([(1, 1, (4, 4, 20, 20))])
     alarm = result_of(2, 1, (4, 4, 20, 20), score=0.99)
     assert evaluate_results(truth, [*perfect_results(truth), alarm]).metrics["box.AP"] == 1.0  # score 1.0 comes first
@@ -244,7 +244,7 @@ def test_a_false_alarm_in_a_picture_without_objects_costs():
     assert evaluate_results(truth, [*late, alarm]).metrics["box.AP"] == pytest.approx(0.5)
 
 
-def test_no_pictures_asked_gives_no_numbers():
+def test_no_images_asked_gives_no_numbers():
     evaluation = evaluate_results(truth_of([(1, 1, (4, 4, 20, 20))]), [], image_ids=[])
     assert evaluation.images == 0
     assert math.isnan(evaluation.metrics["box.AP"])
@@ -262,7 +262,7 @@ def test_the_table_is_aligned_percent_and_says_what_small_is():
     assert len({len(line) for line in (header, box, segm, boundary)}) == 1
     assert (
         legend
-        == "2 pictures, percent; s: below 16x16 pixels, m: below 32x32, l: the rest; boundary: 2.5 % of the diagonal"
+        == "2 images, percent; s: below 16x16 pixels, m: below 32x32, l: the rest; boundary: 2.5 % of the diagonal"
     )
 
 
@@ -357,7 +357,7 @@ def test_a_code_that_keeps_everything_returns_masks_unchanged():
     assert evaluation.kinds == ("segm", "boundary")
 
 
-def test_the_ceiling_ignores_crowds_and_looks_only_at_the_asked_pictures():
+def test_the_ceiling_ignores_crowds_and_looks_only_at_the_asked_images():
     truth = truth_of([(1, 1, (4, 4, 16, 16)), (2, 1, (8, 8, 16, 16))])
     truth["annotations"][1]["iscrowd"] = 1
     codec = DCTCodec(16, 256)
@@ -374,11 +374,11 @@ def test_the_ceiling_ignores_crowds_and_looks_only_at_the_asked_pictures():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 99}, "result 0: picture 99 is not in annotations"),
+        ({"image_id": 99}, "result 0: image 99 is not in annotations"),
         ({"category_id": 0}, r"category_id 0 is not in annotations; allowed are \[1, 2\]. Were class channels written"),
-        ({"score": math.nan}, r"result 0: score nan \(picture 1\); allowed are finite numbers"),
+        ({"score": math.nan}, r"result 0: score nan \(image 1\); allowed are finite numbers"),
         ({"segmentation": [[0, 0, 4, 0, 4, 4]]}, "allowed is a compressed RLE"),
-        ({"segmentation": {"size": [64, 48], "counts": "0"}}, r"mask of size \[64, 48\], but picture 1 has height and"),
+        ({"segmentation": {"size": [64, 48], "counts": "0"}}, r"mask of size \[64, 48\], but image 1 has height and"),
     ],
 )
 def test_an_unusable_result_is_named(change, message):
@@ -395,9 +395,9 @@ def test_scoring_masks_of_a_plain_detector_says_to_leave_them_out():
         evaluate_results(truth, [result])
 
 
-def test_ground_truth_without_masks_or_pictures_is_named():
+def test_ground_truth_without_masks_or_images_is_named():
     truth = truth_of([(1, 1, (4, 4, 20, 20))])
-    with pytest.raises(DataError, match="no picture of id 7; image_ids are those of this file"):
+    with pytest.raises(DataError, match="no image of id 7; image_ids are those of this file"):
         evaluate_results(truth, [], image_ids=[7])
     del truth["annotations"][0]["segmentation"]
     assert evaluate_results(truth, [], kinds=["box"]).metrics["box.AP"] == 0

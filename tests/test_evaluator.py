@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clairvoyant import MASK_SIZE, PICTURES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
+from clairvoyant import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
 
 from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
@@ -48,7 +48,7 @@ def test_a_model_that_predicts_the_truth_scores_the_ceiling_of_its_code(dataset,
         assert evaluation.metrics[f"{kind}.AP"] == pytest.approx(ceiling.metrics[f"{kind}.AP"], abs=1e-12)
 
 
-def test_every_picture_is_predicted_also_one_without_objects(dataset, codec):
+def test_every_image_is_predicted_also_one_without_objects(dataset, codec):
     predicted = list(predict_dataset(Clairvoyant(dataset, codec), codec, dataset, batch_size=2))
     assert [image_id for image_id, _ in predicted] == dataset.image_ids
     assert [(detections.scores > 0.5).sum().item() for _, detections in predicted] == [2, 1, 1, 1, 0]
@@ -56,21 +56,21 @@ def test_every_picture_is_predicted_also_one_without_objects(dataset, codec):
 
 def test_results_do_not_depend_on_the_batch_size(dataset, codec):
     results = [
-        evaluate_model(Clairvoyant(dataset, codec), codec, dataset, batch_size=size)[0] for size in (1, 3, PICTURES)
+        evaluate_model(Clairvoyant(dataset, codec), codec, dataset, batch_size=size)[0] for size in (1, 3, NUM_IMAGES)
     ]
     assert results[0] == results[1] == results[2]
 
 
-def test_only_the_first_pictures_are_predicted_and_scored_where_that_is_asked(dataset, codec):
+def test_only_the_first_images_are_predicted_and_scored_where_that_is_asked(dataset, codec):
     results, evaluation = evaluate_model(Clairvoyant(dataset, codec), codec, dataset, max_images=2)
     assert {result["image_id"] for result in results} == {1, 2}
     assert evaluation.images == 2
     assert evaluation.metrics["box.AP"] == 1.0
 
 
-def test_top_k_bounds_the_results_of_a_picture(dataset, codec):
+def test_top_k_bounds_the_results_of_an_image(dataset, codec):
     results, _ = evaluate_model(Clairvoyant(dataset, codec), codec, dataset, top_k=3)
-    assert len(results) == 3 * PICTURES
+    assert len(results) == 3 * NUM_IMAGES
 
 
 def test_a_plain_detector_has_box_numbers_only(dataset):
@@ -87,20 +87,20 @@ def test_a_model_predicts_in_evaluation_mode_and_keeps_the_mode_it_came_in(datas
     assert model.training
     half_way = predict_dataset(model, codec, dataset)
     next(half_way)
-    assert not torch.is_inference_mode_enabled()  # between two pictures the caller's own code runs
+    assert not torch.is_inference_mode_enabled()  # between two images the caller's own code runs
     half_way.close()
     assert model.training
 
 
-def test_an_evaluation_stops_between_two_pictures_and_leaves_the_model_as_it_was(dataset, codec):
+def test_an_evaluation_stops_between_two_images_and_leaves_the_model_as_it_was(dataset, codec):
     model, asked = Clairvoyant(dataset, codec).train(), []
 
-    def after_two_pictures() -> bool:
+    def after_two_images() -> bool:
         asked.append(1)
         return len(asked) > 2
 
     with pytest.raises(EvaluationStopped):
-        evaluate_model(model, codec, dataset, should_stop=after_two_pictures)
+        evaluate_model(model, codec, dataset, should_stop=after_two_images)
     assert model.modes == [False, False]
     assert model.training
 
@@ -153,7 +153,7 @@ def test_evaluating_a_run_leaves_detections_and_numbers_in_its_folder(run, datas
     write_weights(run, dataset, seed=0)
     evaluation = evaluate_run(run)
     stored = json.loads(run.results.read_text())
-    assert len(read_results(run.detections)) == 5 * PICTURES
+    assert len(read_results(run.detections)) == 5 * NUM_IMAGES
     assert Evaluation.from_dict(stored).to_dict() == evaluation.to_dict()
     assert evaluation.area_sides == (16.0, 32.0)
     assert stored["settings"]["boundary_ratio"] == evaluation.boundary_ratio == 0.05
@@ -176,13 +176,13 @@ def test_a_run_is_evaluated_again_only_when_its_weights_change(run, dataset, mon
     assert used == [1, 1]
 
 
-def test_the_training_pictures_are_evaluated_into_files_of_their_own(run, dataset):
+def test_the_training_images_are_evaluated_into_files_of_their_own(run, dataset):
     write_weights(run, dataset, seed=0)
     evaluation = evaluate_run(run, split="train")
     assert not run.results.exists()
-    assert json.loads((run.folder / "results_train.json").read_text())["images"] == evaluation.images == PICTURES
-    assert len(read_results(run.folder / "detections_train.json.gz")) == 5 * PICTURES
-    assert run_ceiling(run, split="train").metrics == run_ceiling(run).metrics  # here both splits are the same pictures
+    assert json.loads((run.folder / "results_train.json").read_text())["images"] == evaluation.images == NUM_IMAGES
+    assert len(read_results(run.folder / "detections_train.json.gz")) == 5 * NUM_IMAGES
+    assert run_ceiling(run, split="train").metrics == run_ceiling(run).metrics  # here both splits are the same images
 
 
 def test_a_run_without_weights_says_so(run):
@@ -190,7 +190,7 @@ def test_a_run_without_weights_says_so(run):
         evaluate_run(run)
 
 
-def test_the_ceiling_of_a_run_is_that_of_its_code_on_its_validation_pictures(run, dataset, codec):
+def test_the_ceiling_of_a_run_is_that_of_its_code_on_its_validation_images(run, dataset, codec):
     ceiling = run_ceiling(run)
     assert ceiling.metrics["segm.IoU"] == codec_ceiling(dataset.annotations, codec).metrics["segm.IoU"]
     assert math.isclose(ceiling.boundary_ratio, 0.05)

@@ -27,7 +27,7 @@ from solq_lab.masks import decode_rle
 from solq_lab.viz.style import ADDED, MISSED
 from solq_lab.viz.widgets.codec_explorer import CodecExplorer
 from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS
-from solq_lab.viz.widgets.codec_panels import TABLE, Errors, HeatMap, Picture, Target, Vector
+from solq_lab.viz.widgets.codec_panels import TABLE, Errors, HeatMap, Original, Target, Vector
 from solq_lab.viz.widgets.objects import Split, find_splits
 from solq_lab.viz.widgets.trial import best_thresholds
 
@@ -45,7 +45,7 @@ def shapes(tmp_path_factory) -> Path:
 
 
 def write_rectangles(root: Path, document: dict) -> dict[str, Split]:
-    """A COCO folder of grey pictures."""
+    """A COCO folder of grey images."""
     (root / "annotations").mkdir(parents=True)
     (root / "boxes").mkdir()
     (root / "annotations" / "instances_boxes.json").write_text(json.dumps(document))
@@ -56,8 +56,8 @@ def write_rectangles(root: Path, document: dict) -> dict[str, Split]:
 
 @pytest.fixture
 def rectangles(tmp_path) -> dict[str, Split]:
-    """Two objects in picture 0, none in picture 1; in picture 2 one that fills it, and one of a single pixel."""
-    return write_rectangles(tmp_path / "rectangles", truth_of(OBJECTS, pictures=3))
+    """Two objects in image 0, none in image 1; in image 2 one that fills it, and one of a single pixel."""
+    return write_rectangles(tmp_path / "rectangles", truth_of(OBJECTS, images=3))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def explorer(shapes, tmp_path) -> CodecExplorer:
 
 
 def shown(explorer: CodecExplorer, panel: type) -> bytes:
-    return explorer._canvases[panel].picture.value
+    return explorer._canvases[panel].image.value
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -93,7 +93,7 @@ def test_the_decoded_mask_is_a_truncated_cosine_transform(explorer):
     np.testing.assert_allclose(view.trial.vector, [spectrum[place] for place in places], atol=1e-4)
 
 
-def test_the_ious_are_those_of_the_masks_in_the_picture(explorer):
+def test_the_ious_are_those_of_the_masks_in_the_image(explorer):
     view = explorer.view()
     truth, found = decode_rle([view.item.rle, view.trial.rle]).numpy()
     assert view.trial.iou == pytest.approx((truth & found).sum() / (truth | found).sum())
@@ -168,34 +168,34 @@ def test_noise_grows_in_proportion_and_costs_overlap(explorer):
 @pytest.mark.parametrize(
     ("control", "value"), [("vector_dim", 16), ("terms", 9), ("method", "flatten"), ("rule", "best"), ("error", 0.4)]
 )
-def test_a_control_redraws_the_reconstruction_and_leaves_the_picture_alone(explorer, control, value):
+def test_a_control_redraws_the_reconstruction_and_leaves_the_image_alone(explorer, control, value):
     before = {panel: shown(explorer, panel) for panel in TABLE}
     getattr(explorer, control).value = value
     after = {panel: shown(explorer, panel) for panel in TABLE}
-    assert all(after[panel] is before[panel] for panel in (Picture, Target))
+    assert all(after[panel] is before[panel] for panel in (Original, Target))
     moved = {panel for panel in TABLE if after[panel] != before[panel]}
     assert Errors in moved
     assert control == "rule" or {Vector, HeatMap} <= moved
 
 
 def test_another_object_and_another_size_redraw_what_depends_on_them(explorer):
-    explorer.picture.value = next(p for p in range(12) if len(explorer.lab.folder("shapes").rows_of(p)) > 1)
+    explorer.image.value = next(p for p in range(12) if len(explorer.lab.folder("shapes").rows_of(p)) > 1)
     before, numbers = {panel: shown(explorer, panel) for panel in TABLE}, said(explorer)
     explorer.object.index = 1
     assert all(shown(explorer, panel) != before[panel] for panel in TABLE)
     assert said(explorer)["IoU"] != numbers["IoU"]
-    picture, target = shown(explorer, Picture), shown(explorer, Target)
+    image, target = shown(explorer, Original), shown(explorer, Target)
     explorer.mask_size.value = 64
-    assert shown(explorer, Picture) is picture
+    assert shown(explorer, Original) is image
     assert shown(explorer, Target) != target
 
 
 def test_one_change_is_one_drawing(explorer):
     drawn = {panel: canvas.drawn for panel, canvas in explorer._canvases.items()}
-    explorer.picture.value = 3
+    explorer.image.value = 3
     explorer.vector_dim.value = 16
     extra = {panel: canvas.drawn - drawn[panel] for panel, canvas in explorer._canvases.items()}
-    assert extra == {panel: 1 if panel in (Picture, Target) else 2 for panel in TABLE}
+    assert extra == {panel: 1 if panel in (Original, Target) else 2 for panel in TABLE}
 
 
 def test_the_animation_ends_with_the_whole_vector_whatever_its_length(explorer):
@@ -222,11 +222,11 @@ def test_no_text_of_the_live_panels_is_cut_off(explorer, error):
 
 def test_a_second_look_computes_nothing_anew(explorer, monkeypatch):
     seen = [(3, 64), (4, 25), (3, 25)]
-    for picture, count in seen:
-        explorer.picture.value, explorer.vector_dim.value = picture, count
+    for image, count in seen:
+        explorer.image.value, explorer.vector_dim.value = image, count
     monkeypatch.setattr(DCTCodec, "encode", None)  # whoever encodes now fails
-    for picture, count in seen:
-        explorer.picture.value, explorer.vector_dim.value = picture, count
+    for image, count in seen:
+        explorer.image.value, explorer.vector_dim.value = image, count
         assert explorer.message == ""
 
 
@@ -234,7 +234,7 @@ def test_changes_of_every_kind_are_timed(explorer, record_property):
     """Timings decide nothing: they are logged (pytest --log-cli-level=INFO); the work behind them is checked above."""
     explorer.compare_methods()
     seconds = {}
-    changes = {"vector_dim": [49, 36, 25, 16], "terms": [12, 9, 6, 3], "picture": [4, 5, 6, 7], "error": [0.1, 0.2]}
+    changes = {"vector_dim": [49, 36, 25, 16], "terms": [12, 9, 6, 3], "image": [4, 5, 6, 7], "error": [0.1, 0.2]}
     for control, values in (changes | {"method": ["pca", "flatten", "dct"], "rule": ["best", "half"]}).items():
         taken = []
         for value in values:
@@ -261,13 +261,13 @@ def test_the_colours_of_the_errors_are_those_of_the_legend(explorer):
 def test_a_click_in_the_gallery_goes_to_that_object(explorer):
     explorer.find_worst()
     assert "worst of shapes after dct, N = 28, n_k = 64" in explorer._gallery_note.value
-    drawn = explorer._canvases[Picture].drawn
+    drawn = explorer._canvases[Original].drawn
     explorer._buttons[2].click()
     one = explorer._worst[2]
     assert explorer.setting.row == one.row
     assert said(explorer)["IoU"] == f"{one.iou:.3f}"
     assert explorer._captions[2].value.endswith(f"{one.iou:.2f}")
-    assert explorer._canvases[Picture].drawn <= drawn + 1
+    assert explorer._canvases[Original].drawn <= drawn + 1
 
 
 def test_fitted_tables_are_kept_for_the_next_time(explorer, tmp_path, shapes, monkeypatch):
@@ -294,7 +294,7 @@ def test_a_truncated_table_is_fitted_again(explorer, tmp_path, shapes, caplog):
 
 
 def test_plain_figures_show_the_same(explorer):
-    explorer.picture.value = 2
+    explorer.image.value = 2
     figure = explorer.figure()
     assert f"IoU {said(explorer)['IoU']}" in figure.texts[0].get_text()
     assert sum(len(part.axes) for part in figure.subfigs) == len(TABLE)
@@ -309,41 +309,41 @@ def test_plain_figures_show_the_same(explorer):
 @pytest.mark.slow
 def test_papermill_leaves_every_view_as_a_plain_figure(tmp_path, monkeypatch, shapes):
     monkeypatch.chdir(tmp_path)
-    parameters = {"folder": str(shapes), "picture": "3", "method": "flatten"}
+    parameters = {"folder": str(shapes), "image": "3", "method": "flatten"}
     executed = run_notebook(NOTEBOOK, REPOSITORY / "experiments" / "shapes.yaml", parameters=parameters)
     outputs = [output for cell in json.loads(executed.read_text())["cells"] for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3  # none is just named
     (figures,) = tmp_path.glob("runs/codec_explorer/figures")
     shown = {path.name: np.asarray(Image.open(path).convert("L")) for path in figures.iterdir()}
     assert shown.keys() == {"object.png", "partial_sums.png", "worst.png"}
-    assert all(picture.std() > 10 for picture in shown.values())
+    assert all(image.std() > 10 for image in shown.values())
 
 
 # ---- what cannot be shown
 
 
-def test_a_picture_without_objects_says_so_and_the_next_one_is_shown(rectangles, tmp_path):
+def test_an_image_without_objects_says_so_and_the_next_one_is_shown(rectangles, tmp_path):
     explorer = CodecExplorer(rectangles, tmp_path, mask_size=28, vector_dim=64)
-    explorer.picture.value = 1
-    assert explorer.message == "Picture 1 has no object; choose another one."
+    explorer.image.value = 1
+    assert explorer.message == "Image 1 has no object; choose another one."
     assert explorer.setting is None
-    assert all(canvas.picture.layout.visibility == "hidden" for canvas in explorer._canvases.values())
+    assert all(canvas.image.layout.visibility == "hidden" for canvas in explorer._canvases.values())
     explorer.find_worst()
     assert "has no object" in explorer._gallery_note.value
-    explorer.picture.value = 2
+    explorer.image.value = 2
     assert explorer.message == ""
-    assert explorer._canvases[Picture].picture.layout.visibility == "visible"
+    assert explorer._canvases[Original].image.layout.visibility == "visible"
 
 
 @pytest.mark.parametrize("rule", ["middle", "half"])
 def test_an_object_that_fills_its_box_is_kept_by_both_rules(rule, rectangles, tmp_path):
     explorer = CodecExplorer(rectangles, tmp_path, mask_size=28, vector_dim=64)
-    explorer.picture.value, explorer.rule.value = 2, rule
+    explorer.image.value, explorer.rule.value = 2, rule
     assert said(explorer)["IoU"] == "1.000"
 
 
 def test_an_object_with_an_empty_mask_is_shown_and_named(tmp_path):
-    document = truth_of([(1, 1, (8, 6, 30, 20)), (1, 1, (2, 2, 5, 5))], pictures=1)
+    document = truth_of([(1, 1, (8, 6, 30, 20)), (1, 1, (2, 2, 5, 5))], images=1)
     document["annotations"][1]["segmentation"] = rle_of(rectangle(40, 30, 8, 8))  # outside its box
     explorer = CodecExplorer(write_rectangles(tmp_path / "a", document), tmp_path, mask_size=28, vector_dim=16)
     explorer.object.index = 1
@@ -356,17 +356,17 @@ def test_an_object_with_an_empty_mask_is_shown_and_named(tmp_path):
 
 
 def test_a_data_set_without_objects_is_refused(tmp_path):
-    splits = write_rectangles(tmp_path / "none", truth_of([], pictures=2))
-    with pytest.raises(DataError, match="none of the 2 pictures has an object"):
+    splits = write_rectangles(tmp_path / "none", truth_of([], images=2))
+    with pytest.raises(DataError, match="none of the 2 images has an object"):
         CodecExplorer(splits, tmp_path)
 
 
 def test_a_data_set_without_objects_among_others_is_named_when_it_is_chosen(explorer, tmp_path):
-    splits = write_rectangles(tmp_path / "none", truth_of([], pictures=2))
+    splits = write_rectangles(tmp_path / "none", truth_of([], images=2))
     explorer.lab._splits["none"] = splits["boxes"]
     explorer.data_set.options = ("shapes", "none")
     explorer.data_set.value = "none"
-    assert "none of the 2 pictures has an object" in explorer.message
+    assert "none of the 2 images has an object" in explorer.message
     explorer.data_set.value = "shapes"
     assert explorer.message == ""
 
@@ -411,8 +411,8 @@ def test_no_data_set_at_all_is_refused(tmp_path):
         CodecExplorer({}, tmp_path)
 
 
-def test_a_missing_picture_is_named(rectangles, tmp_path):
+def test_a_missing_image_is_named(rectangles, tmp_path):
     explorer = CodecExplorer(rectangles, tmp_path, mask_size=28, vector_dim=16)
-    (rectangles["boxes"].pictures / "3.png").unlink()
-    explorer.picture.value = 2
+    (rectangles["boxes"].images / "3.png").unlink()
+    explorer.image.value = 2
     assert "3.png" in explorer.message

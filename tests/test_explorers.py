@@ -1,4 +1,4 @@
-"""Both explorers show what their controls say, remember nothing wrong, and bear pictures without objects."""
+"""Both explorers show what their controls say, remember nothing wrong, and bear images without objects."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
-from solq_lab.build import build_model, build_pictures
+from solq_lab.build import build_images, build_model
 from solq_lab.data.classes import ClassMap
 from solq_lab.inference.attention import predict_with_attention
 from solq_lab.inference.predictor import Predictor
@@ -32,12 +32,12 @@ def nothing_stays_open():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")
 def dataset(root: Path):
-    return build_pictures(tiny_experiment(root))
+    return build_images(tiny_experiment(root))
 
 
 def make_predictor(root: Path, folder: Path, *, seed: int) -> Predictor:
@@ -79,9 +79,9 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def test_there_is_a_switch_for_every_object_of_the_score(both, predictors, dataset):
-    picture = dataset[0][0].permute(1, 2, 0).numpy()
+    image = dataset[0][0].permute(1, 2, 0).numpy()
     for name, predictor in predictors.items():
-        found = predictor.predict(picture).above(0.2)
+        found = predictor.predict(image).above(0.2)
         assert len(found.names) > 0
         assert [switch.description.split()[0] for switch in both.switches[name]] == found.names
     both.score.value = 0.9
@@ -100,7 +100,7 @@ def test_the_wipe_shows_the_first_model_on_its_left_and_the_second_on_its_right(
     assert np.array_equal(mixed[:, : seam - 2], first[:, : seam - 2])
     assert np.array_equal(mixed[:, seam + 2 :], second[:, seam + 2 :])
     assert (mixed[:, seam] == 0).all()
-    assert np.array_equal(pixels(both.stage.picture.value), mixed)
+    assert np.array_equal(pixels(both.stage.image.value), mixed)
 
 
 def test_an_object_that_is_switched_off_or_clicked_is_gone(both):
@@ -153,14 +153,14 @@ def test_what_cannot_be_explored_is_refused(predictors, dataset, monkeypatch):
     with pytest.raises(ValueError, match="0 models: allowed are one, or two"):
         DetectionExplorer({}, dataset)
     monkeypatch.setattr(type(dataset), "__len__", lambda self: 0)
-    with pytest.raises(ValueError, match="has no pictures to explore"):
+    with pytest.raises(ValueError, match="has no images to explore"):
         DetectionExplorer(predictors, dataset)
-    with pytest.raises(ValueError, match="has no pictures to explore"):
+    with pytest.raises(ValueError, match="has no images to explore"):
         AttentionExplorer(predictors["SOLQ"], dataset)
 
 
-def test_a_picture_without_any_object_can_be_shown(both):
-    both.picture.value = 3
+def test_an_image_without_any_object_can_be_shown(both):
+    both.image.value = 3
     both.truth.value = True
     assert len(both._dataset.objects(3).names) == 0
     assert both.composed().shape[1] == WIDTH
@@ -189,8 +189,8 @@ def test_lists_offer_what_the_model_has(attention):
 
 
 def test_the_view_is_the_chosen_objects_query(attention, predictors, dataset):
-    picture = dataset[0][0].permute(1, 2, 0).numpy()
-    found, layers = predict_with_attention(predictors["SOLQ"], picture)
+    image = dataset[0][0].permute(1, 2, 0).numpy()
+    found, layers = predict_with_attention(predictors["SOLQ"], image)
     attention.object.value = 1
     attention.layer.value, attention.head.value, attention.level.value = 0, 1, 2
     query = int(found.queries[1])
@@ -208,18 +208,18 @@ def test_clicking_an_object_chooses_it_and_marks_it(attention):
 
 
 def test_every_control_redraws(attention):
-    for name, value in (("layer", 0), ("head", 0), ("level", 1), ("close_up", False), ("picture", 1)):
+    for name, value in (("layer", 0), ("head", 0), ("level", 1), ("close_up", False), ("image", 1)):
         before = attention.panels.value
         getattr(attention, name).value = value
         assert attention.panels.value != before, name
 
 
-def test_a_picture_without_detections_says_so_and_comes_back(attention):
+def test_an_image_without_detections_says_so_and_comes_back(attention):
     attention.score.value = 0.95
     assert attention.message == NOTHING
     assert attention.panels.layout.visibility == "hidden"
     assert attention.object.value is None
-    with pytest.raises(ValueError, match="Nothing is found in this picture"):
+    with pytest.raises(ValueError, match="Nothing is found in this image"):
         attention.figure()
     attention.score.value = 0.2
     assert attention.message == ""

@@ -23,7 +23,7 @@ PLACE, ELSEWHERE = (4, 8, 20, 24), (40, 4, 12, 12)
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> CocoDataset:
-    """Two grey pictures; a cat in the first, a dog in the second."""
+    """Two grey images; a cat in the first, a dog in the second."""
     (tmp_path / "val").mkdir()
     for number in (1, 2):
         Image.new("RGB", (WIDTH, HEIGHT), (128, 128, 128)).save(tmp_path / "val" / f"{number}.png")
@@ -38,13 +38,13 @@ def results() -> list[dict]:
     return [half, result_of(1, DOG, ELSEWHERE, score=0.4)]
 
 
-def test_a_case_is_the_picture_the_object_and_the_detection(dataset, results):
+def test_a_case_is_the_image_the_object_and_the_detection(dataset, results):
     analysis = analyse_errors(dataset.annotations, results, None)
     cases = worst_cases(analysis, results, dataset)
     assert list(cases) == list(ERRORS)
     assert {error: len(worst) for error, worst in cases.items() if worst} == {"missed": 1, "background": 1, "vector": 1}
-    ((picture, true, found),) = cases["vector"]
-    assert picture.shape == (3, HEIGHT, WIDTH)
+    ((image, true, found),) = cases["vector"]
+    assert image.shape == (3, HEIGHT, WIDTH)
     assert (true.names, found.names, found.scores.tolist()) == (["cat"], ["cat"], [pytest.approx(0.9)])
     np.testing.assert_array_equal(decode_rle(true.masks)[0], rectangle(*PLACE))
     np.testing.assert_array_equal(decode_rle(found.masks)[0], rectangle(4, 8, 20, 11))
@@ -83,7 +83,7 @@ def test_bars_of_a_group_reach_a_hundred(dataset, results):
 
 def test_nothing_at_all_can_be_drawn(tmp_path):
     (tmp_path / "val").mkdir()
-    (tmp_path / "val.json").write_text(json.dumps(truth_of([], pictures=0)))
+    (tmp_path / "val.json").write_text(json.dumps(truth_of([], images=0)))
     dataset = CocoDataset(tmp_path / "val", tmp_path / "val.json")
     analysis = analyse_errors(dataset.annotations, [], None)
     failure_gallery(worst_cases(analysis, [], dataset))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.build import build_model, new_codec
 from solq_lab.codecs.dct import DCTCodec
@@ -198,11 +198,11 @@ def test_two_sources_of_weights_are_refused(tmp_path):
 
 def test_a_training_starts_from_it_learns_and_resumes_without_looking_at_it_again(tmp_path, caplog):
     """Own data of two classes, from a run of three classes, fewer queries and a shorter code."""
-    pictures = write_pictures(tmp_path / "pictures", train=8, val=2)
+    images = write_tiny_dataset(tmp_path / "images", train=8, val=2)
     (tmp_path / "base").mkdir()
     path, trained = write_trained(tmp_path / "base", ("triangle", "circle", "square"), model={"queries": 6})
     sections = {"codec": {"vector_dim": 24}, "train": {"steps": 2, "finetune_from": str(path)}}
-    run = create_run(tiny_experiment(pictures, **sections), tmp_path / "runs")
+    run = create_run(tiny_experiment(images, **sections), tmp_path / "runs")
     with caplog.at_level(logging.INFO):
         assert train_run(run) == "finished"
     assert "classes  1 copied by name (triangle), 1 fresh (diamond), 2 dropped (circle, square)" in caplog.text

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rectangles import HEIGHT, WIDTH, truth_of
 from safetensors.torch import load_file
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 from typer.testing import CliRunner
 
 from solq_lab.bench.scenes import blob_masks, coco_document
@@ -48,9 +48,9 @@ NAMES = ["pca", "released", "sparse"]
 
 @pytest.fixture(scope="module")
 def annotated(tmp_path_factory) -> Path:
-    """A data folder of annotations alone: fitting opens no picture."""
+    """A data folder of annotations alone: fitting opens no image."""
     root = tmp_path_factory.mktemp("annotated")
-    (root / "train.json").write_text(json.dumps(coco_document(3, pictures=9)))
+    (root / "train.json").write_text(json.dumps(coco_document(3, num_images=9)))
     return root
 
 
@@ -164,7 +164,7 @@ def test_a_finished_file_is_kept_and_one_of_another_code_or_data_is_never_writte
     fit_codec(experiment_for(annotated, path, {"kind": "pca"}))
     with pytest.raises(ConfigError, match=r"code\.safetensors exists and holds another code; .* remove it, or name"):
         fit_codec(experiment_for(annotated, path, {"kind": "sparse"}))
-    (tmp_path / "train.json").write_text(json.dumps(coco_document(4, pictures=2)))
+    (tmp_path / "train.json").write_text(json.dumps(coco_document(4, num_images=2)))
     with pytest.raises(ConfigError, match=r"holds a code fitted to train\.json, other data"):
         fit_codec(experiment_for(tmp_path, path, {"kind": "pca"}))
     assert path.stat().st_mtime_ns == before
@@ -279,7 +279,7 @@ def test_objects_come_in_any_order_and_without_crowds():
     document["annotations"][3]["iscrowd"] = 1
     objects = ObjectMasks(document, 12)
     assert [objects.image_id(row) for row in range(len(objects))] == [1, 1, 2]
-    assert objects.picture_size(0) == (HEIGHT, WIDTH)
+    assert objects.image_size(0) == (HEIGHT, WIDTH)
     drawn = objects.masks([2, 0, 1])
     assert torch.equal(drawn, torch.cat([objects.masks([row]) for row in (2, 0, 1)]))
     assert drawn[:, 3:9, 3:9].all()  # rectangles fill their boxes, but for rounding at the border
@@ -314,15 +314,15 @@ def test_a_code_that_cuts_nothing_has_perfect_quality_and_equal_masks_no_varianc
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def data_root(tmp_path_factory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.parametrize("codec", [*KINDS, {"kind": "flatten", "vector_dim": 16}], ids=[*NAMES, "flatten"])
-def test_every_kind_trains_and_its_model_needs_no_file_but_the_weights(pictures, tmp_path, codec):
+def test_every_kind_trains_and_its_model_needs_no_file_but_the_weights(data_root, tmp_path, codec):
     artifact = tmp_path / "code.safetensors"
     experiment = tiny_experiment(
-        pictures, codec={"artifact": str(artifact), **codec}, train={"steps": 2, "save_every": 1}
+        data_root, codec={"artifact": str(artifact), **codec}, train={"steps": 2, "save_every": 1}
     )
     if codec["kind"] != "flatten":
         fit_codec(experiment)
@@ -335,17 +335,17 @@ def test_every_kind_trains_and_its_model_needs_no_file_but_the_weights(pictures,
         predictor = Predictor(weights)
         for name, table in trained.named_buffers():
             assert torch.equal(dict(predictor.codec.named_buffers())[name], table)
-    picture = next((pictures / "val").glob("*.png"))
-    assert predictor.predict(picture).masks is not None
+    image = next((data_root / "val").glob("*.png"))
+    assert predictor.predict(image).masks is not None
     assert run_ceiling(run).metrics["segm.IoU"] > 0.5
     assert recorded["kind"] == type(trained).__name__
     assert len(recorded["sha256"]) == 64
 
 
-def test_a_training_with_a_code_of_other_data_is_refused_before_it_begins(pictures, annotated, tmp_path):
+def test_a_training_with_a_code_of_other_data_is_refused_before_it_begins(data_root, annotated, tmp_path):
     artifact = tmp_path / "code.safetensors"
     fit_codec(experiment_for(annotated, artifact, {"kind": "pca"}))
-    experiment = experiment_for(pictures, artifact, {"kind": "pca"})
+    experiment = experiment_for(data_root, artifact, {"kind": "pca"})
     with pytest.raises(
         ConfigError, match=r"was fitted to train\.json with \d+ objects, not to this training's .*boxes"
     ):
@@ -354,7 +354,7 @@ def test_a_training_with_a_code_of_other_data_is_refused_before_it_begins(pictur
     with pytest.raises(ConfigError, match="its masks would come out wrong while the boxes look fine"):
         train_run(run)
     assert not run.metrics_file.exists()
-    check_fitted_data(experiment_for(pictures, artifact, {"kind": "dct"}))
+    check_fitted_data(experiment_for(data_root, artifact, {"kind": "dct"}))
 
 
 def test_the_command_fits_says_what_came_out_and_that_it_goes_on_after_ctrl_c(annotated, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from test_trainer import ENVIRONMENT, TESTS, new_run, signal_after, torchrun, what_was_learned
-from tiny import write_pictures
+from tiny import write_tiny_dataset
 
 from solq_lab import cli, precision
 from solq_lab.models.weights import read_weights
@@ -31,8 +31,8 @@ POISONED = "heads.0.vector.layers.2.bias"  # the vector losses alone notice: eve
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def data_root(tmp_path_factory):
+    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 def before_step(patch, act):
@@ -83,9 +83,9 @@ def everything(trainer):
 
 
 @pytest.fixture(scope="module")
-def stopped(pictures, tmp_path_factory):
+def stopped(data_root, tmp_path_factory):
     """A run whose third step had a poisoned weight, and what was raised."""
-    run = new_run(pictures, tmp_path_factory.mktemp("runs"))
+    run = new_run(data_root, tmp_path_factory.mktemp("runs"))
     with pytest.MonkeyPatch.context() as patch:
         poison_weight(patch, 3)
         with pytest.raises(NonFiniteError) as raised:
@@ -105,10 +105,10 @@ def copy_record(run, folder):
 # ------------------------------------------------------------------------------------------------ record and message
 
 
-def test_the_message_names_step_cause_pictures_record_and_cure(stopped):
+def test_the_message_names_step_cause_images_record_and_cure(stopped):
     run, message = stopped
     facts = json.loads((run.folder / "flight/step_0000003/record.json").read_text())
-    ids = [picture["id"] for picture in facts["shares"][0]["passes"][0]["pictures"]]
+    ids = [image["id"] for image in facts["shares"][0]["passes"][0]["images"]]
     assert message.startswith(f"step 3: {POISONED} was not finite before the step already; the loss vector/0 is nan")
     assert f"Image ids of this step: {ids}" in message
     assert f"solq-lab replay {run.folder / 'flight/step_0000003'}" in message
@@ -133,7 +133,7 @@ def test_the_record_holds_every_term_and_the_step_itself(stopped):
         assert set(done["costs"][term]) == {"decoder layer 0", "decoder layer 1"}
         assert all(ends["nonfinite"] == 0 for ends in done["costs"][term].values())
         assert share.costs[0][term].shape[1] == 2 * run.experiment.model.queries
-    assert done["pictures"][0]["file_name"] == f"{done['pictures'][0]['id']}.png"
+    assert done["images"][0]["file_name"] == f"{done['images'][0]['id']}.png"
     assert facts["epoch"] == 1.0
     assert facts["learning_rates"].keys() == {"main", "backbone", "offsets"}
     assert facts["weights_nonfinite"] == [POISONED]
@@ -143,15 +143,15 @@ def test_the_record_holds_every_term_and_the_step_itself(stopped):
         assert facts["gradients"]["norm"] == pytest.approx(math.hypot(*facts["gradients"][kind].values()), rel=1e-5)
     (images, targets) = share.batches[0]
     assert images.pixels.dtype == torch.uint8
-    assert [target.image_id for target in targets] == [picture["id"] for picture in done["pictures"]]
+    assert [target.image_id for target in targets] == [image["id"] for image in done["images"]]
     assert record.weights.state[POISONED].isnan().sum() == 1
     assert "name: tiny" in record.weights.experiment
 
 
-def test_a_gradient_alone_is_told_from_a_loss(pictures, tmp_path, monkeypatch, capsys):
+def test_a_gradient_alone_is_told_from_a_loss(data_root, tmp_path, monkeypatch, capsys):
     # the root of nothing: its value is 0, its slope is not finite
     spoil_total(monkeypatch, {2}, lambda value: value + (value * 0).sqrt())
-    run = new_run(pictures, tmp_path)
+    run = new_run(data_root, tmp_path)
     with pytest.raises(NonFiniteError, match=r"step 2: all losses are finite, the gradient of \S+ \(and \d+ more\) is"):
         train_run(run)
     monkeypatch.undo()
@@ -166,8 +166,8 @@ def test_a_gradient_alone_is_told_from_a_loss(pictures, tmp_path, monkeypatch, c
     assert end.value.code == 1
 
 
-def test_costs_that_are_not_finite_stop_after_as_many_steps_as_are_allowed(pictures, tmp_path, caplog):
-    run = new_run(pictures, tmp_path, optim={"lr": 1e30, "backbone_lr": 1e30}, train={"skip_nonfinite": 3})
+def test_costs_that_are_not_finite_stop_after_as_many_steps_as_are_allowed(data_root, tmp_path, caplog):
+    run = new_run(data_root, tmp_path, optim={"lr": 1e30, "backbone_lr": 1e30}, train={"skip_nonfinite": 3})
     with pytest.raises(NonFiniteError, match=r"step 5: .* the class cost is not finite; .* in a row .*: 4, .*finite=3"):
         train_run(run)
     skipped = [message for message in caplog.messages if "; skipped," in message]
@@ -188,7 +188,7 @@ def test_costs_that_are_not_finite_stop_after_as_many_steps_as_are_allowed(pictu
 # -------------------------------------------------------------------------------------------------- skip and go on
 
 
-def test_a_skipped_step_moves_nothing_and_the_training_recovers(pictures, tmp_path, monkeypatch):
+def test_a_skipped_step_moves_nothing_and_the_training_recovers(data_root, tmp_path, monkeypatch):
     skipped = []
     spoil_total(monkeypatch, {3, 4}, to_nan)
 
@@ -203,31 +203,31 @@ def test_a_skipped_step_moves_nothing_and_the_training_recovers(pictures, tmp_pa
         return check
 
     before_step(monkeypatch, compare)
-    run = new_run(pictures, tmp_path, train={"skip_nonfinite": 2, "ema": 0.9})
+    run = new_run(data_root, tmp_path, train={"skip_nonfinite": 2, "ema": 0.9})
     assert train_run(run) == "finished"
     assert skipped == [3, 4]
     assert [line["step"] for line in run.metrics("nonfinite")] == [3, 4]
     assert [line["step"] for line in run.metrics("train")] == [1, 2, 5, 6, 7, 8]
 
 
-def test_only_steps_in_a_row_count(pictures, tmp_path, monkeypatch):
+def test_only_steps_in_a_row_count(data_root, tmp_path, monkeypatch):
     spoil_total(monkeypatch, {2, 4, 6}, to_nan)
-    run = new_run(pictures, tmp_path, train={"skip_nonfinite": 1})
+    run = new_run(data_root, tmp_path, train={"skip_nonfinite": 1})
     assert train_run(run) == "finished"
     assert [line["step"] for line in run.metrics("nonfinite")] == [2, 4, 6]
 
 
-def test_a_run_that_stopped_goes_on_where_more_steps_may_be_skipped(pictures, tmp_path, monkeypatch):
+def test_a_run_that_stopped_goes_on_where_more_steps_may_be_skipped(data_root, tmp_path, monkeypatch):
     spoil_total(monkeypatch, {4}, to_nan)
     with pytest.raises(NonFiniteError, match=r"Raise train\.skip_nonfinite"):
-        train_run(new_run(pictures, tmp_path))
-    run = new_run(pictures, tmp_path, train={"skip_nonfinite": 1})
+        train_run(new_run(data_root, tmp_path))
+    run = new_run(data_root, tmp_path, train={"skip_nonfinite": 1})
     assert train_run(run) == "finished"
     assert [line["step"] for line in run.metrics("train")] == [1, 2, 3, 5, 6, 7, 8]
 
 
-def test_a_mean_over_several_steps_leaves_the_skipped_ones_out(pictures, tmp_path):
-    run = new_run(pictures, tmp_path, train={"log_every": 3})
+def test_a_mean_over_several_steps_leaves_the_skipped_ones_out(data_root, tmp_path):
+    run = new_run(data_root, tmp_path, train={"log_every": 3})
     journal = Journal(run, total_steps=9, steps_per_epoch=3)
     for step, total in enumerate((1.0, None, 4.0, None, None, None), start=1):
         if total is None:
@@ -240,12 +240,14 @@ def test_a_mean_over_several_steps_leaves_the_skipped_ones_out(pictures, tmp_pat
     assert line["images_per_second"] == pytest.approx(3 * 4 / 0.3)
 
 
-def test_a_resumed_training_with_skipped_steps_equals_an_uninterrupted_one_bit_for_bit(pictures, tmp_path, monkeypatch):
+def test_a_resumed_training_with_skipped_steps_equals_an_uninterrupted_one_bit_for_bit(
+    data_root, tmp_path, monkeypatch
+):
     spoil_total(monkeypatch, {4, 5}, to_nan)
     train = {"skip_nonfinite": 2, "ema": 0.9, "log_every": 2}
-    whole = new_run(pictures, tmp_path / "whole", train=train)
+    whole = new_run(data_root, tmp_path / "whole", train=train)
     train_run(whole)
-    parts = new_run(pictures, tmp_path / "parts", train=train)
+    parts = new_run(data_root, tmp_path / "parts", train=train)
     with monkeypatch.context() as patch:
         signal_after(patch, 4)
         assert train_run(parts) == "preempted"
@@ -254,9 +256,9 @@ def test_a_resumed_training_with_skipped_steps_equals_an_uninterrupted_one_bit_f
     assert what_was_learned(parts) == what_was_learned(whole)
 
 
-def test_the_count_of_steps_in_a_row_survives_an_interruption(pictures, tmp_path, monkeypatch):
+def test_the_count_of_steps_in_a_row_survives_an_interruption(data_root, tmp_path, monkeypatch):
     spoil_total(monkeypatch, {4, 5}, to_nan)
-    run = new_run(pictures, tmp_path, train={"skip_nonfinite": 1})
+    run = new_run(data_root, tmp_path, train={"skip_nonfinite": 1})
     with monkeypatch.context() as patch:
         signal_after(patch, 4)
         assert train_run(run) == "preempted"
@@ -264,25 +266,25 @@ def test_the_count_of_steps_in_a_row_survives_an_interruption(pictures, tmp_path
         train_run(run)
 
 
-def test_weights_that_are_not_finite_are_never_saved(pictures, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_never_saved(data_root, tmp_path, monkeypatch):
     poison_weight(monkeypatch, 5)
-    run = new_run(pictures, tmp_path, train={"skip_nonfinite": 5})
+    run = new_run(data_root, tmp_path, train={"skip_nonfinite": 5})
     with pytest.raises(NonFiniteError, match=rf"{POISONED} is not finite after step 6: no checkpoint is written"):
         train_run(run)
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_0000003"]
 
 
-def test_what_is_trained_is_announced_with_the_square_root_rule(pictures, tmp_path, caplog):
+def test_what_is_trained_is_announced_with_the_square_root_rule(data_root, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        train_run(new_run(pictures, tmp_path, train={"steps": 1, "accumulate": 2}))
-    assert "batch 4 = 1 x 2 x 2 (processes x passes x pictures)" in caplog.messages
+        train_run(new_run(data_root, tmp_path, train={"steps": 1, "accumulate": 2}))
+    assert "batch 4 = 1 x 2 x 2 (processes x passes x images)" in caplog.messages
     assert "learning rates: main 0.001, backbone 0.001, offsets 0.0001; schedule cosine until step 1" in caplog.messages
     (rule,) = [message for message in caplog.messages if "square-root" in message]
     assert rule.endswith("by square-root scaling: optim.lr=7.1e-05 optim.backbone_lr=7.1e-06")
 
 
-def test_where_the_disk_refuses_a_record_the_message_still_names_the_pictures(pictures, tmp_path, monkeypatch, caplog):
-    run = new_run(pictures, tmp_path, train={"skip_nonfinite": 1})
+def test_where_the_disk_refuses_a_record_the_message_still_names_the_images(data_root, tmp_path, monkeypatch, caplog):
+    run = new_run(data_root, tmp_path, train={"skip_nonfinite": 1})
     spoil_total(monkeypatch, {2, 3}, to_nan)
 
     def refuse(value, path):
@@ -299,8 +301,8 @@ def test_where_the_disk_refuses_a_record_the_message_still_names_the_pictures(pi
     assert [line["record"] for line in run.metrics("nonfinite")] == [None, None]
 
 
-def test_only_one_process_sees_it_and_both_skip(pictures, tmp_path):
-    run = new_run(pictures, tmp_path, train={"gpus": 2, "skip_nonfinite": 2}, model={"dropout": 0.1})
+def test_only_one_process_sees_it_and_both_skip(data_root, tmp_path):
+    run = new_run(data_root, tmp_path, train={"gpus": 2, "skip_nonfinite": 2}, model={"dropout": 0.1})
     command = torchrun(TESTS / "failing_steps.py", run.folder, tmp_path)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -353,8 +355,8 @@ def test_a_replay_repeats_every_number_bit_for_bit_and_finds_the_place(stopped, 
     ],
     ids=["recomputed passes", "bf16", "two stages", "mask branch"],
 )
-def test_every_kind_of_training_is_replayed_bit_for_bit(pictures, tmp_path, sections):
-    run = new_run(pictures, tmp_path, optim={"lr": 1e30, "backbone_lr": 1e30}, **sections)
+def test_every_kind_of_training_is_replayed_bit_for_bit(data_root, tmp_path, sections):
+    run = new_run(data_root, tmp_path, optim={"lr": 1e30, "backbone_lr": 1e30}, **sections)
     with pytest.raises(NonFiniteError, match="step 2: "):
         train_run(run)
     replay = replay_record(run.folder / "flight" / "step_0000002")
@@ -433,21 +435,21 @@ def scaled(patch, scale):
     patch.setattr(Trainer, "__init__", build_and_scale)
 
 
-def test_fp16_trains_close_to_float32(pictures, tmp_path, monkeypatch):
+def test_fp16_trains_close_to_float32(data_root, tmp_path, monkeypatch):
     scaled(monkeypatch, 1024.0)
     losses = []
     for autocast in ("none", "fp16"):
-        run = new_run(pictures, tmp_path / autocast, train={"steps": 3, "autocast": autocast}, model={"dropout": 0.0})
+        run = new_run(data_root, tmp_path / autocast, train={"steps": 3, "autocast": autocast}, model={"dropout": 0.0})
         train_run(run)
         losses.append([line["total"] for line in run.metrics("train")])
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)  # fp16 has four digits
 
 
-def test_an_overflow_halves_the_scale_without_a_record_and_is_resumed_bit_for_bit(pictures, tmp_path, monkeypatch):
+def test_an_overflow_halves_the_scale_without_a_record_and_is_resumed_bit_for_bit(data_root, tmp_path, monkeypatch):
     scaled(monkeypatch, 2.0**18)
     train = {"autocast": "fp16", "ema": 0.9, "save_every": 100, "steps": 6}
-    whole = new_run(pictures, tmp_path / "whole", train=train)
+    whole = new_run(data_root, tmp_path / "whole", train=train)
     assert train_run(whole) == "finished"
     overflows = whole.metrics("overflow")
     count = len(overflows)
@@ -456,7 +458,7 @@ def test_an_overflow_halves_the_scale_without_a_record_and_is_resumed_bit_for_bi
     steps = [line["step"] for kind in ("overflow", "train") for line in whole.metrics(kind)]
     assert sorted(steps) == list(range(1, 7))
     assert not (whole.folder / "flight").exists()
-    parts = new_run(pictures, tmp_path / "parts", train=train)
+    parts = new_run(data_root, tmp_path / "parts", train=train)
     with monkeypatch.context() as patch:
         signal_after(patch, 4)
         assert train_run(parts) == "preempted"
@@ -464,9 +466,9 @@ def test_an_overflow_halves_the_scale_without_a_record_and_is_resumed_bit_for_bi
     assert what_was_learned(parts) == what_was_learned(whole)
 
 
-def test_gradients_that_overflow_without_a_scale_are_recorded_and_replayed(pictures, tmp_path, monkeypatch):
+def test_gradients_that_overflow_without_a_scale_are_recorded_and_replayed(data_root, tmp_path, monkeypatch):
     scaled(monkeypatch, SCALE_FLOOR)
-    run = new_run(pictures, tmp_path, train={"autocast": "fp16"}, loss={"giou_weight": 1e9})
+    run = new_run(data_root, tmp_path, train={"autocast": "fp16"}, loss={"giou_weight": 1e9})
     with pytest.raises(NonFiniteError, match="step 1: all losses are finite, the gradient of"):
         train_run(run)
     replay = replay_record(run.folder / "flight" / "step_0000001")

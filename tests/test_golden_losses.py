@@ -109,7 +109,7 @@ def build_criterion(args: dict, codec: DCTCodec | None) -> SetCriterion:
 def build_targets(fixture: Fixture) -> list[Target]:
     """The targets with bitmaps, and masks cropped the released way: ROI-align at network size, at least one half.
 
-    The released bitmaps are padded like the pictures, so that a cell on the inner border of the padding sees zeros.
+    The released bitmaps are padded like the images, so that a cell on the inner border of the padding sees zeros.
     """
     side = fixture.args["gt_mask_len"]
     height, width = fixture.images().padding.shape[1:]
@@ -291,7 +291,7 @@ def compare_detections(replay: Replay) -> None:
 def pair_up(
     ours: Detections, scores, labels, boxes, scale, score_tolerance: float, box_tolerance: float
 ) -> dict[int, int]:
-    """Stored rank -> our rank, of the same label, score and box (relative to the picture)."""
+    """Stored rank -> our rank, of the same label, score and box (relative to the image)."""
     our_boxes = ours.boxes.numpy() / scale
     free = np.ones(len(ours.scores), dtype=bool)
     partner = {}

@@ -15,7 +15,7 @@ from types import FrameType
 import numpy as np
 import pytest
 import torch
-from hostile import HEIGHT, PICTURES, WIDTH, annotation_files, valid_document
+from hostile import HEIGHT, NUM_IMAGES, WIDTH, annotation_files, valid_document
 from hypothesis import HealthCheck, event, given, settings
 from PIL import Image
 from tiny import tiny_experiment
@@ -56,11 +56,11 @@ def time_limit() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two pictures that the annotation files are about; a case writes its file beside them."""
+    """The two images that the annotation files are about; a case writes its file beside them."""
     root = tmp_path_factory.mktemp("hostile")
     (root / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    for name in PICTURES:
+    for name in NUM_IMAGES:
         Image.fromarray(pixels).save(root / "images" / name)
     return root
 
@@ -72,7 +72,7 @@ def model_of(channels: int) -> SOLQ:
 
 
 def losses_of_a_step(dataset: CocoDataset) -> list[float]:
-    """Every loss of one step on the pictures of a data set, and the gradient norm."""
+    """Every loss of one step on the images of a data set, and the gradient norm."""
     loss = EXPERIMENT.loss
     matcher = HungarianMatcher(
         **EXPERIMENT.matcher.model_dump(), focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma

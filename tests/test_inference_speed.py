@@ -49,7 +49,7 @@ def build(backbone: str, **changes: object) -> SOLQ:
 
 
 def draw_images(height: int = 64, width: int = 96, *, padded: int = 0) -> ImageBatch:
-    """Two pictures, the second with `padded` columns of padding."""
+    """Two images, the second with `padded` columns of padding."""
     pixels = torch.randint(256, (2, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     padding = torch.zeros(2, height, width, dtype=torch.bool)
     padding[1, :, width - padded :] = True
@@ -118,33 +118,33 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)  # 32 x 48 once resized
 
 
-def test_a_bucket_pads_as_a_batch_does(weights: Path, picture: np.ndarray):
+def test_a_bucket_pads_as_a_batch_does(weights: Path, image: np.ndarray):
     """40 makes 40 x 80 of 32 x 48; what is added is marked as padding, and zero once normalised."""
     predictor, seen = Predictor(weights, device="cpu", bucket=40), []
     predictor.model.register_forward_pre_hook(lambda model, arguments: seen.append(arguments[0]))
-    found = predictor.predict(picture)
+    found = predictor.predict(image)
     (batch,) = seen
     assert batch.pixels.shape == (1, 3, 40, 80)
     assert not batch.padding[:, :32, :48].any()
     assert batch.padding.sum() == 40 * 80 - 32 * 48
     assert not batch.pixels[:, :, batch.padding[0]].any()
-    unpadded = Predictor(weights, device="cpu").predict(picture)
+    unpadded = Predictor(weights, device="cpu").predict(image)
     assert [rle["size"] for rle in found.masks] == [[64, 96]] * len(found.names)
     assert found.scores.shape == unpadded.scores.shape
 
 
-def test_a_bucket_that_divides_the_sides_changes_nothing(weights: Path, picture: np.ndarray):
-    found, expected = (Predictor(weights, device="cpu", bucket=bucket).predict(picture) for bucket in (16, None))
+def test_a_bucket_that_divides_the_sides_changes_nothing(weights: Path, image: np.ndarray):
+    found, expected = (Predictor(weights, device="cpu", bucket=bucket).predict(image) for bucket in (16, None))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[:4], expected[:4], strict=True))
     assert found.masks == expected.masks
 
 
-def test_bfloat16_comes_near_float32(weights: Path, picture: np.ndarray):
-    halved, exact = (Predictor(weights, device="cpu", autocast=mode).predict(picture) for mode in ("bf16", "none"))
+def test_bfloat16_comes_near_float32(weights: Path, image: np.ndarray):
+    halved, exact = (Predictor(weights, device="cpu", autocast=mode).predict(image) for mode in ("bf16", "none"))
     assert halved.scores.dtype == torch.float32
     torch.testing.assert_close(halved.scores, exact.scores, atol=0.02, rtol=0)
 
@@ -258,8 +258,8 @@ def test_a_replayed_graph_predicts_what_the_network_does(
 
 
 @pytest.mark.cuda
-def test_a_predictor_with_buckets_finds_the_same_on_a_gpu(weights: Path, picture: np.ndarray, gpu: torch.device):
+def test_a_predictor_with_buckets_finds_the_same_on_a_gpu(weights: Path, image: np.ndarray, gpu: torch.device):
     graphed, plain = Predictor(weights, device=gpu, bucket=40), Predictor(weights, device="cpu", bucket=40)
-    for shown in (picture, picture[::-1].copy(), picture.transpose(1, 0, 2).copy()):
+    for shown in (image, image[::-1].copy(), image.transpose(1, 0, 2).copy()):
         found, expected = graphed.predict(shown), plain.predict(shown)
         torch.testing.assert_close(found.scores, expected.scores, atol=1e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""Batches: padding, the order of pictures for any number of processes and at any step, and workers that die."""
+"""Batches: padding, the order of images for any number of processes and at any step, and workers that die."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import SIDE, tiny_experiment, write_pictures
+from tiny import SIDE, tiny_experiment, write_tiny_dataset
 
 from solq_lab.data.coco import CocoDataset, DataError
 from solq_lab.data.loader import BatchLoader, LoaderError, collate
@@ -38,7 +38,7 @@ def sample(height: int, width: int, image_id: int = 0) -> tuple[torch.Tensor, Ta
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Pictures that show their key: the epoch as height, the index as image id; and the thread count as width."""
+    """Images that show their key: the epoch as height, the index as image id; and the thread count as width."""
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, Target]:
         epoch, index = key
@@ -56,7 +56,7 @@ def test_collate_pads_bottom_and_right_to_the_largest_sides():
     assert [target.image_size for target in targets] == [(4, 9), (6, 5)]
 
 
-def test_every_epoch_shows_every_picture_at_most_once_and_drops_the_incomplete_batch():
+def test_every_epoch_shows_every_image_at_most_once_and_drops_the_incomplete_batch():
     stream = BatchStream(10, 3, seed=1, total_steps=7)
     batches = list(stream)
     assert len(batches) == len(stream) == 7
@@ -95,7 +95,7 @@ def test_the_seed_decides_the_order():
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused():
-    with pytest.raises(DataError, match=r"3 pictures, fewer than train\.batch_size 4; lower it"):
+    with pytest.raises(DataError, match=r"3 images, fewer than train\.batch_size 4; lower it"):
         BatchStream(3, 4, seed=0, total_steps=1)
 
 
@@ -118,8 +118,8 @@ def test_the_loader_gives_the_streams_batches_in_order(workers):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("loader") / "data", train=12)
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("loader") / "data", train=12)
 
 
 def dataset_of(root: Path) -> CocoDataset:
@@ -144,8 +144,8 @@ def fingerprints(loader: BatchLoader) -> list[list[str]]:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("bucketed", [False, True])
-def test_samples_are_the_same_to_the_bit_for_any_workers_ranks_and_accumulation(pictures, bucketed):
-    dataset = dataset_of(pictures)
+def test_samples_are_the_same_to_the_bit_for_any_workers_ranks_and_accumulation(data_root, bucketed):
+    dataset = dataset_of(data_root)
     stream = {"seed": 9, "total_steps": 4, "aspects": dataset.aspects if bucketed else None}
     whole = fingerprints(BatchLoader(dataset, BatchStream(12, 4, **stream), 0))
     assert len(set(chain(*whole))) == 16  # another augmentation in each of the epochs
@@ -192,7 +192,7 @@ def test_a_bucketed_stream_goes_on_at_any_step_and_has_as_many_batches():
 
 
 def test_buckets_save_padding_on_coco(coco_tiny):
-    """Half of the released augmentation's pictures are crops of any shape, the rest 4 : 3 or 3 : 4."""
+    """Half of the released augmentation's images are crops of any shape, the rest 4 : 3 or 3 : 4."""
     released = ReleasedAugmentation(
         train_scales=range(480, 801, 32), max_size=1333, crop_scales=(400, 500, 600), crop_size=(384, 600)
     )
@@ -210,13 +210,13 @@ def test_buckets_save_padding_on_coco(coco_tiny):
     assert wasted[1] < 0.8 * wasted[0]
 
 
-# Pictures that cannot be read
+# Images that cannot be read
 
 
 @pytest.fixture
 def damaged(tmp_path) -> CocoDataset:
-    """Picture 3 breaks off, picture 4 has vanished, both after the start."""
-    dataset = dataset_of(write_pictures(tmp_path / "data", train=8))
+    """Image 3 breaks off, image 4 has vanished, both after the start."""
+    dataset = dataset_of(write_tiny_dataset(tmp_path / "data", train=8))
     third = tmp_path / "data" / "train" / "3.png"
     third.write_bytes(third.read_bytes()[:100])
     (tmp_path / "data" / "train" / "4.png").unlink()
@@ -224,18 +224,18 @@ def damaged(tmp_path) -> CocoDataset:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_picture_stops_with_its_file_id_annotations_and_cure(damaged, workers):
+def test_a_damaged_image_stops_with_its_file_id_annotations_and_cure(damaged, workers):
     loader = BatchLoader(damaged, [[(0, 0), (0, 1)], [(0, 4), (0, 2)], [(0, 5)]], workers)
     next(loader)
     with pytest.raises(
-        DataError, match=r"train\.json: image id 3: .*3\.png: not a whole picture.*fetch the file again"
+        DataError, match=r"train\.json: image id 3: .*3\.png: not a whole image.*fetch the file again"
     ) as caught:
         next(loader)
     assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_pictures_are_replaced_by_the_next_ones_counted_and_logged(damaged, workers, caplog):
+def test_damaged_images_are_replaced_by_the_next_ones_counted_and_logged(damaged, workers, caplog):
     loader = BatchLoader(damaged, [[(1, 2), (1, 0)], [(1, 3)], [(1, 5)]], workers, substitutes=2)
     with caplog.at_level(logging.ERROR):
         found = [[target.image_id for target in targets] for _, targets in loader]
@@ -243,16 +243,16 @@ def test_damaged_pictures_are_replaced_by_the_next_ones_counted_and_logged(damag
     assert loader.replaced == 3
     assert "image id 3" in caplog.messages[0]
     assert "4.png: cannot be read: No such file" in caplog.messages[2]
-    assert caplog.messages[2].endswith("the next picture takes its place (3 replaced so far)")
+    assert caplog.messages[2].endswith("the next image takes its place (3 replaced so far)")
 
 
-def test_the_last_picture_is_replaced_by_the_first(damaged):
+def test_the_last_image_is_replaced_by_the_first(damaged):
     (damaged.images / "8.png").unlink()
     ((_, (target,)),) = BatchLoader(damaged, [[(0, 7)]], 0, substitutes=1)
     assert target.image_id == 1
 
 
-def test_a_lost_disk_is_no_damaged_picture(damaged):
+def test_a_lost_disk_is_no_damaged_image(damaged):
     for file in damaged.images.iterdir():
         file.unlink()
     with pytest.raises(DataError, match=r"image id 2: .* \(2 more could not be read\)"):
@@ -263,7 +263,7 @@ def test_a_lost_disk_is_no_damaged_picture(damaged):
 
 
 class Deadly(torch.utils.data.Dataset):
-    """Keys are pictures, or what befalls the process that loads them."""
+    """Keys are images, or what befalls the process that loads them."""
 
     def __getitem__(self, key: int | str) -> tuple[torch.Tensor, Target]:
         match key:
@@ -307,7 +307,7 @@ def test_a_worker_that_ends_is_named_with_its_exit_status():
 
 def test_a_worker_that_does_not_answer_is_given_up():
     message = last_words("stopped", patience=2.0)
-    assert "no pictures for 2 s from 2 loader processes (pids " in message
+    assert "no images for 2 s from 2 loader processes (pids " in message
     assert "look at the image folder" in message
 
 
@@ -352,7 +352,7 @@ def test_a_loader_that_is_left_leaves_no_process():
 
 
 def test_an_experiment_asks_for_buckets_and_replacements(tmp_path):
-    root = write_pictures(tmp_path / "data", train=8)
+    root = write_tiny_dataset(tmp_path / "data", train=8)
     asked = {"bucket_by_aspect": True, "unreadable": "replace"}
     for name, options in (("plain", {}), ("asked", asked)):
         run = create_run(tiny_experiment(root, name=name, data=options, train={"steps": 2}), tmp_path / "runs")

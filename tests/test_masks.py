@@ -53,9 +53,9 @@ def iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.where(union == 0, 1.0, (first & second).sum((1, 2)) / union.clamp(min=1))
 
 
-def bitmaps(segmentations: list, picture_size: tuple[int, int]) -> torch.Tensor:
+def bitmaps(segmentations: list, image_size: tuple[int, int]) -> torch.Tensor:
     """(K, H, W) bool by pycocotools, the way its own API does it."""
-    height, width = picture_size
+    height, width = image_size
     rles = []
     for segmentation in segmentations:
         if isinstance(segmentation, list):
@@ -67,7 +67,7 @@ def bitmaps(segmentations: list, picture_size: tuple[int, int]) -> torch.Tensor:
 
 # Box frame -> image frame
 
-boxes_around_a_picture = st.one_of(
+boxes_around_an_image = st.one_of(
     st.tuples(*[st.integers(-20, 60)] * 4),  # sides on pixel borders
     st.tuples(*[st.integers(-40, 120).map(lambda half: half / 2)] * 4),  # sides on pixel centres: ties at one half
     st.tuples(*[st.floats(-30, 80, width=32)] * 4),
@@ -81,7 +81,7 @@ def paste_cases(draw) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
     count, size = draw(st.integers(0, 4)), draw(st.integers(1, 24))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     masks = torch.rand(count, size, size, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
-    rows = [draw(boxes_around_a_picture) for _ in range(count)]
+    rows = [draw(boxes_around_an_image) for _ in range(count)]
     boxes = torch.tensor([[min(a, c), min(b, d), max(a, c), max(b, d)] for a, b, c, d in rows]).float().reshape(-1, 4)
     return masks, boxes, (draw(st.integers(1, 40)), draw(st.integers(1, 40)))
 
@@ -89,17 +89,17 @@ def paste_cases(draw) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
 @pytest.mark.parametrize("route", ["compiled", "torch"])
 @settings(max_examples=250, deadline=None)
 @given(case=paste_cases())
-def test_pasting_to_rle_is_byte_for_byte_pycocotools_encoding_of_the_pasted_picture(route, case):
-    masks, boxes, picture_size = case
+def test_pasting_to_rle_is_byte_for_byte_pycocotools_encoding_of_the_pasted_image(route, case):
+    masks, boxes, image_size = case
     if route == "compiled":
         compiled_or_skip()
-        found = paste_to_rle(masks, boxes, picture_size)
+        found = paste_to_rle(masks, boxes, image_size)
     else:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mask_module, "cpu_operator", lambda name: None)
-            found = paste_to_rle(masks, boxes, picture_size)
-    pictures = paste_masks(masks, boxes, picture_size).numpy().astype(np.uint8)
-    assert found == [coco_rle.encode(np.asfortranarray(picture)) for picture in pictures]
+            found = paste_to_rle(masks, boxes, image_size)
+    images = paste_masks(masks, boxes, image_size).numpy().astype(np.uint8)
+    assert found == [coco_rle.encode(np.asfortranarray(image)) for image in images]
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,7 +107,7 @@ def test_pasting_to_rle_is_byte_for_byte_pycocotools_encoding_of_the_pasted_pict
 def test_pasting_samples_like_grid_sample_at_every_pixel_centre(case):
     masks, boxes, (height, width) = case
     pasted = paste_masks(masks, boxes, (height, width))
-    for mask, box, picture in zip(masks, boxes, pasted, strict=True):
+    for mask, box, image in zip(masks, boxes, pasted, strict=True):
         side = box[2:] - box[:2]
         if not (side > 0.1).all() or box.abs().max() > 1000:
             continue  # grid_sample's own arithmetic is at its limits there
@@ -116,7 +116,7 @@ def test_pasting_samples_like_grid_sample_at_every_pixel_centre(case):
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
         value = F.grid_sample(mask.float()[None, None], grid[None], align_corners=False)[0, 0]
         away_from_ties = (value - 0.5).abs() > 1e-4
-        assert torch.equal(picture[away_from_ties], (value >= 0.5)[away_from_ties])
+        assert torch.equal(image[away_from_ties], (value >= 0.5)[away_from_ties])
 
 
 def test_a_mask_as_large_as_its_box_is_pasted_unchanged(paste_route):
@@ -127,7 +127,7 @@ def test_a_mask_as_large_as_its_box_is_pasted_unchanged(paste_route):
     assert torch.equal(decode_rle(rles), expected)
 
 
-def test_boxes_without_area_or_outside_the_picture_paste_nothing(paste_route):
+def test_boxes_without_area_or_outside_the_image_paste_nothing(paste_route):
     boxes = torch.tensor(
         [
             [5, 5, 5, 9],
@@ -190,10 +190,10 @@ def test_real_valued_masks_are_not_pasted_to_rle():
 def test_golden_parts_paste_pixels_are_those_of_the_released_implementation(golden_root: Path, paste_route):
     folder = golden_root / "parts_paste"
     facts, arrays = json.loads((folder / "fixture.json").read_text()), np.load(folder / "fixture.npz")
-    picture_size = tuple(facts["image_hw"])
+    image_size = tuple(facts["image_hw"])
     for index, case in enumerate(facts["cases"]):
         mask = torch.from_numpy(np.unpackbits(arrays[f"mask_{index}"], axis=-1)[None, :, : case["size"]]).bool()
-        [rle] = paste_to_rle(mask, torch.tensor([case["box"]]), picture_size)
+        [rle] = paste_to_rle(mask, torch.tensor([case["box"]]), image_size)
         assert rle == {"size": case["rle"]["size"], "counts": case["rle"]["counts"].encode()}, case
         assert coco_rle.area(rle) == case["area"]
 
@@ -229,21 +229,21 @@ def test_golden_parts_crop_and_resize_cells_are_those_of_the_released_implementa
         assert torch.equal((cells >= 0.5)[decided], expected[decided]), case
 
 
-def coco_pictures(root: Path) -> dict[tuple[int, int, int], list[dict]]:
-    """Annotations of all pictures, keyed (picture id, height, width)."""
-    pictures = defaultdict(list)
+def coco_images(root: Path) -> dict[tuple[int, int, int], list[dict]]:
+    """Annotations of all images, keyed (image id, height, width)."""
+    images = defaultdict(list)
     for split in ("train2017", "val2017"):
         content = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
         sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         for annotation in content["annotations"]:
-            pictures[(annotation["image_id"], *sizes[annotation["image_id"]])].append(annotation)
-    return pictures
+            images[(annotation["image_id"], *sizes[annotation["image_id"]])].append(annotation)
+    return images
 
 
 def test_objects_drawn_in_their_boxes_match_crops_of_full_bitmaps_under_flips_and_crops(coco_tiny: Path):
     agreement = defaultdict(list)
     generator = np.random.default_rng(0)
-    for (_, height, width), objects in coco_pictures(coco_tiny).items():
+    for (_, height, width), objects in coco_images(coco_tiny).items():
         segmentations = [entry["segmentation"] for entry in objects]
         boxes = torch.tensor([entry["bbox"] for entry in objects])
         boxes[:, 2:] += boxes[:, :2]
@@ -285,7 +285,7 @@ vertices = st.one_of(
     corner=st.tuples(st.integers(0, 38), st.integers(0, 28)),
     side=st.tuples(st.integers(1, 40), st.integers(1, 30)),
 )
-def test_a_window_fills_exactly_the_pixels_that_cocos_rasteriser_fills_in_the_picture(polygons, corner, side):
+def test_a_window_fills_exactly_the_pixels_that_cocos_rasteriser_fills_in_the_image(polygons, corner, side):
     height, width = 30, 40
     (left, top), (right, bottom) = corner, (min(corner[0] + side[0], width), min(corner[1] + side[1], height))
     window = mask_module._window_bitmap(polygons, (top, left, bottom, right), (height, width))
@@ -295,10 +295,10 @@ def test_a_window_fills_exactly_the_pixels_that_cocos_rasteriser_fills_in_the_pi
 def test_compiled_drawing_is_plain_torchs(coco_tiny: Path, monkeypatch):
     compiled_or_skip()
     different = cells = 0
-    for (_, height, width), objects in list(coco_pictures(coco_tiny).items())[:40]:
+    for (_, height, width), objects in list(coco_images(coco_tiny).items())[:40]:
         segmentations = [entry["segmentation"] for entry in objects]
         boxes = torch.tensor([entry["bbox"] for entry in objects])
-        boxes = torch.cat([boxes[:, :2] - 3, boxes[:, :2] + boxes[:, 2:] * 1.1], dim=1)  # some beyond the picture
+        boxes = torch.cat([boxes[:, :2] - 3, boxes[:, :2] + boxes[:, 2:] * 1.1], dim=1)  # some beyond the image
         drawn = rasterize_in_box(segmentations, boxes, (height, width), 48)
         with monkeypatch.context() as patch:
             patch.setattr(mask_module, "cpu_operator", lambda name: None)
@@ -336,7 +336,7 @@ def test_bad_segmentations_are_refused_with_what_is_wrong():
     box = torch.tensor([[0.0, 0.0, 5.0, 5.0]])
     with pytest.raises(ValueError, match="a polygon has 7 coordinates, expected pairs x, y"):
         rasterize_in_box([[[1.0] * 7]], box, (10, 10), 8)
-    with pytest.raises(ValueError, match=r"an RLE of size \[9, 9\] does not fit its picture of \[10, 10\]"):
+    with pytest.raises(ValueError, match=r"an RLE of size \[9, 9\] does not fit its image of \[10, 10\]"):
         rasterize_in_box([{"size": [9, 9], "counts": [81]}], box, (10, 10), 8)
     with pytest.raises(ValueError, match=r"2 segmentations cannot have boxes \(1, 4\)"):
         rasterize_in_box([[L_SHAPE]] * 2, box, (10, 10), 8)
@@ -361,7 +361,7 @@ def test_rles_are_pycocotools_and_decode_to_the_masks(count, height, width, seed
     assert torch.equal(decode_rle(rles), masks if count else torch.zeros(0, 0, 0, dtype=torch.bool))
 
 
-def test_rles_of_different_pictures_are_not_decoded_together():
+def test_rles_of_different_images_are_not_decoded_together():
     rles = encode_rle(torch.zeros(1, 3, 4, dtype=torch.bool)) + encode_rle(torch.zeros(1, 4, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"must share one size, found \[\(3, 4\), \(4, 3\)\]"):
         decode_rle(rles)

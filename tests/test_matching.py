@@ -18,7 +18,7 @@ MEASURES = {"box": matching._box_overlaps, "segm": matching._mask_overlaps}
 
 
 def random_entries(count: int, seed: int) -> list[dict]:
-    """Boxes and masks of them with holes, in two pictures and two classes."""
+    """Boxes and masks of them with holes, in two images and two classes."""
     random = np.random.default_rng(seed)
     entries = []
     for number in range(count):
@@ -65,7 +65,7 @@ def test_overlaps_are_pycocotools(kind, route, monkeypatch):
         assert [entry["area"] for entry in detections] == [coco_rle.area(entry["segmentation"]) for entry in detections]
 
 
-def test_the_best_detections_of_a_class_in_a_picture_meet_all_its_objects():
+def test_the_best_detections_of_a_class_in_an_image_meet_all_its_objects():
     objects, detections = random_entries(12, seed=2), random_entries(30, seed=3)
     pairs = pair_up(objects, detections, most=5)
     found = set(zip(pairs.detections.tolist(), pairs.objects.tolist(), strict=True))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from one_pass import SIZES, pictures, small_backbone, train_once
-from tiny import tiny_experiment, write_pictures
+from one_pass import SIZES, random_batch, small_backbone, train_once
+from tiny import tiny_experiment, write_tiny_dataset
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,7 +62,7 @@ def twins(name: str, dtype: torch.dtype = torch.float64) -> tuple[SOLQ, SOLQ]:
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_gradients_and_statistics_are_those_of_the_plain_network(name):
     (loss, gradients, buffers), (again, gradients_again, buffers_again) = (
-        train_once(model, pictures()) for model in twins(name)
+        train_once(model, random_batch()) for model in twins(name)
     )
     assert again == loss
     assert gradients_again.keys() == gradients.keys() != set()
@@ -75,8 +75,8 @@ def test_losses_gradients_and_statistics_are_those_of_the_plain_network(name):
 def test_autocast_is_the_same_the_second_time():
     plain, recomputing = twins("small", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, gradients, _ = train_once(plain, pictures(torch.float32))
-        again, gradients_again, _ = train_once(recomputing, pictures(torch.float32))
+        loss, gradients, _ = train_once(plain, random_batch(torch.float32))
+        again, gradients_again, _ = train_once(recomputing, random_batch(torch.float32))
     assert again == loss
     for parameter, gradient in gradients.items():
         assert torch.equal(gradients_again[parameter], gradient), parameter
@@ -91,8 +91,8 @@ def share_gradients(rank: int, root: Path) -> None:
     for model in twins("small"):
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         with parallel.no_sync():  # accumulated, as a training with several passes per step does
-            train_once(parallel, pictures(side=64 + 32 * rank))
-        train_once(parallel, pictures(side=96 - 32 * rank))
+            train_once(parallel, random_batch(side=64 + 32 * rank))
+        train_once(parallel, random_batch(side=96 - 32 * rank))
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.save(found, root / f"process{rank}.pt")
     dist.destroy_process_group()
@@ -109,7 +109,7 @@ def test_two_processes_share_the_same_gradients(tmp_path):
 
 
 def test_a_training_that_recomputes_ends_with_the_same_weights(tmp_path):
-    data, learned = write_pictures(tmp_path / "pictures"), []
+    data, learned = write_tiny_dataset(tmp_path / "images"), []
     for recompute in (False, True):
         train = {"steps": 3, "gradient_checkpointing": recompute, "ema": 0.9, "accumulate": 2}
         run = create_run(tiny_experiment(data, train=train), tmp_path / str(recompute))
@@ -134,13 +134,13 @@ def test_only_a_training_pass_with_gradients_computes_twice():
     _, model = twins("small")
     calls = count_calls(model, EncoderLayer)
     once = SIZES["encoder_layers"]
-    model.eval()(pictures())
+    model.eval()(random_batch())
     assert len(calls) == once
     model.train()
     with torch.no_grad():
-        model(pictures())
+        model(random_batch())
     assert len(calls) == 2 * once
-    train_once(model, pictures())
+    train_once(model, random_batch())
     assert len(calls) == 4 * once
 
 
@@ -154,7 +154,7 @@ def test_less_is_kept_for_the_way_back():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            predictions = model(pictures())
+            predictions = model(random_batch())
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept.append(sum(size for place, size in bytes_kept.items() if place not in weights))
         del predictions
@@ -164,7 +164,7 @@ def test_less_is_kept_for_the_way_back():
 def test_attention_is_heard_as_before():
     views = []
     for model in twins("small", torch.float32):
-        images = pictures(torch.float32)
+        images = random_batch(torch.float32)
         views.append(record_attention(model.eval(), ImageBatch(images.pixels[:1], images.padding[:1])))
     assert len(views[0]) == len(views[1]) == SIZES["decoder_layers"]
     for plain, recomputed in zip(*views, strict=True):
@@ -177,7 +177,7 @@ def test_names_of_weights_stay():
 
 
 def test_scoring_a_few_classes_at_a_time_gives_the_same_numbers(monkeypatch):
-    document = coco_document(0, pictures=6)
+    document = coco_document(0, num_images=6)
     results = draw_results(document)
     whole = evaluate_results(document, results).to_dict()
     assert whole["metrics"]["segm.AP"] > 0
@@ -188,7 +188,7 @@ def test_scoring_a_few_classes_at_a_time_gives_the_same_numbers(monkeypatch):
 
 def test_scoring_stops_between_two_shares(monkeypatch):
     monkeypatch.setattr(coco, "DETECTIONS_AT_ONCE", 1)
-    document, asked = coco_document(0, pictures=1), []
+    document, asked = coco_document(0, num_images=1), []
     with pytest.raises(EvaluationStopped):
         evaluate_results(document, draw_results(document), should_stop=lambda: len(asked) == 2 or asked.append(1))
 
@@ -202,7 +202,7 @@ def test_the_peak_counts_memory_that_was_given_back():
 
 @pytest.mark.slow
 def test_both_ways_of_the_memory_benchmark_give_the_same_numbers():
-    scored, trained = memory.rows(pictures=4, size=(64, 96))
+    scored, trained = memory.rows(num_images=4, size=(64, 96))
     assert scored.equal
     assert trained.equal
     assert scored.to_dict()["ratio"] == scored.baseline_gib / scored.ours_gib

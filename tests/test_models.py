@@ -65,7 +65,7 @@ def small_model(**changes: Any) -> SOLQ:
 
 
 def batch(*sizes: tuple[int, int]) -> ImageBatch:
-    """Random normalised pictures of the given (height, width), padded to the largest."""
+    """Random normalised images of the given (height, width), padded to the largest."""
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     pixels = torch.zeros(len(sizes), 3, height, width)
     padding = torch.ones(len(sizes), height, width, dtype=torch.bool)
@@ -115,7 +115,7 @@ def test_padding_does_not_change_the_predictions(two_stage: bool):
     padded = model(ImageBatch(torch.zeros(1, 3, 160, 192), padding))
 
     for first, second in zip(alone.layers, padded.layers, strict=True):
-        # geometry is float32: a millionth of the picture
+        # geometry is float32: a millionth of the image
         torch.testing.assert_close(second, first, rtol=0, atol=2e-4)
 
 
@@ -332,7 +332,7 @@ def test_swin_is_timm_s_where_no_map_needs_padding():
         torch.testing.assert_close(found, normalised, rtol=1e-4, atol=1e-4)
 
 
-def test_swin_takes_any_picture_size():
+def test_swin_takes_any_image_size():
     pytest.importorskip("timm", reason="the swin extra is not installed")
     backbone = SwinBackbone("swin_t", pretrained="none", c5_only=False).eval()
     with torch.no_grad():

@@ -45,7 +45,7 @@ def cuda_kernel():
 def example(
     *, shapes=SHAPES, batch=2, heads=3, width=8, queries=5, points=4, dtype=torch.float32, device="cpu", seed=0
 ):
-    """Random arguments; a fifth of the locations lies beyond the picture, none on a line between two cells."""
+    """Random arguments; a fifth of the locations lies beyond the image, none on a line between two cells."""
     generator = torch.Generator().manual_seed(seed)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     cells = sum(height * columns for height, columns in shapes)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.launch.notebooks import run_notebook, run_report
 from solq_lab.launch.workspace import WORKSPACE
@@ -24,7 +24,7 @@ from solq_lab.runs import load_run
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 IDS = [path.stem for path in NOTEBOOKS]
-MOST_LINES = 12
+MAX_LINES = 12
 
 
 def cells(path: Path, kind: str | None = None) -> list[dict]:
@@ -62,7 +62,7 @@ def test_it_opens_with_a_question_and_then_its_typed_parameters(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
 def test_its_cells_are_short_and_define_nothing(path):
     for cell in cells(path, "code"):
-        assert len(source(cell).splitlines()) <= MOST_LINES, source(cell)
+        assert len(source(cell).splitlines()) <= MAX_LINES, source(cell)
         nodes = ast.walk(ast.parse(source(cell)))
         assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda) for node in nodes), source(cell)
 
@@ -75,7 +75,7 @@ def test_it_ends_with_a_sentence_of_reading(path):
 
 
 def figures(executed: Path) -> list[np.ndarray]:
-    """The pictures in an executed notebook, (H, W, 3) in 0..255."""
+    """The images in an executed notebook, (H, W, 3) in 0..255."""
     outputs = [output for cell in cells(executed, "code") for output in cell["outputs"]]
     encoded = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in encoded]
@@ -109,7 +109,7 @@ def test_the_tour_needs_nothing_but_itself_and_a_trained_model_only_to_be_right(
     assert "decoder layer 3: logits (1, 40, 8), boxes (1, 40, 4), vectors (1, 40, 100)" in text
     shown = figures(executed)
     assert len(shown) == 4
-    assert all(picture.std() > 10 for picture in shown)
+    assert all(image.std() > 10 for image in shown)
 
 
 REPORTS = {
@@ -131,18 +131,18 @@ def test_a_notebook_about_several_runs_works_before_any_run(name, tmp_path, monk
     printed(executed)
     shown = figures(executed)
     assert len(shown) >= len(REPORTS[name])
-    assert all(picture.std() > 5 for picture in shown)
+    assert all(image.std() > 5 for image in shown)
     assert {path.name for path in executed.parent.glob("*.png")} >= REPORTS[name]
     assert executed.with_suffix(".html").exists()
 
 
 @pytest.mark.slow
 def test_train_and_evaluate_leave_a_whole_report_in_the_run_folder(workspace):
-    root = write_pictures(workspace / "pictures")
+    root = write_tiny_dataset(workspace / "images")
     experiment = workspace / "tiny.yaml"
     experiment.write_text(tiny_experiment(root).to_yaml())
     executed = run_notebook(
-        REPOSITORY / "notebooks" / "train.ipynb", experiment, parameters={"pictures": "2", "score": "0.9"}
+        REPOSITORY / "notebooks" / "train.ipynb", experiment, parameters={"images": "2", "score": "0.9"}
     )
     run = load_run(executed.parent)
     assert run.status()["state"] == "finished"
@@ -150,7 +150,7 @@ def test_train_and_evaluate_leave_a_whole_report_in_the_run_folder(workspace):
     assert len(figures(executed)) == 3
     assert {path.name for path in run.figures.iterdir()} == {"training.png", "ap.png", "predictions.png"}
     executed = run_notebook(
-        REPOSITORY / "notebooks" / "evaluate.ipynb", experiment, parameters={"pictures": "2", "score": "0.9"}
+        REPOSITORY / "notebooks" / "evaluate.ipynb", experiment, parameters={"images": "2", "score": "0.9"}
     )
     assert "segm, class" in printed(executed)
     assert len(figures(executed)) == 3

@@ -61,7 +61,7 @@ def test_the_step_schedule_drops_once():
 
 
 def test_the_step_drop_of_the_paper_is_after_epoch_40_of_50():
-    steps_per_epoch = 3665  # 117 k pictures in batches of 32
+    steps_per_epoch = 3665  # 117 k images in batches of 32
     optim = OptimSection()
     assert learning_rate_factor(optim, 40 * steps_per_epoch - 1, 50 * steps_per_epoch) == 1.0
     assert learning_rate_factor(optim, 40 * steps_per_epoch, 50 * steps_per_epoch) == pytest.approx(0.1)

@@ -78,7 +78,7 @@ LAYER = {"width": 24, "heads": 3, "levels": 2, "points": 2, "feedforward": 48, "
 
 
 def draw_memory(batch: int, shapes: tuple[tuple[int, int], ...], *, padded: bool) -> Memory:
-    """Random tokens; with padding, the right third of every level of the last picture."""
+    """Random tokens; with padding, the right third of every level of the last image."""
     paddings = [torch.zeros(batch, height, width, dtype=torch.bool) for height, width in shapes]
     for padding in paddings:
         padding[-1, :, padding.shape[-1] * 2 // 3 :] = padded

@@ -10,7 +10,7 @@ from notebook import write_notebook
 from solq_lab.parameters import NotebookError, Parameter, check_parameters, read_parameters
 
 DECLARED = """# what to look at
-pictures: int = 6
+images: int = 6
 score: float = 0.3
 title: str = "a"
 names: list[str] = []
@@ -20,7 +20,7 @@ loud: bool = False"""
 
 @pytest.fixture
 def notebook(tmp_path):
-    return write_notebook(tmp_path / "look.ipynb", "print(pictures)", parameters=DECLARED)
+    return write_notebook(tmp_path / "look.ipynb", "print(images)", parameters=DECLARED)
 
 
 def refusal(notebook, given=()) -> str:
@@ -33,14 +33,14 @@ def refusal(notebook, given=()) -> str:
 
 def test_parameters_are_read_with_type_and_default(notebook):
     found = read_parameters(notebook)
-    assert list(found) == ["pictures", "score", "title", "names", "first", "loud"]
+    assert list(found) == ["images", "score", "title", "names", "first", "loud"]
     assert found["names"] == Parameter("list[str]", [])
 
 
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
-        ("pictures", "3", 3),
+        ("images", "3", 3),
         ("score", "0.5", 0.5),
         ("score", "1", 1.0),
         ("title", "007", "007"),
@@ -56,16 +56,16 @@ def test_text_becomes_the_declared_type(notebook, name, text, value):
 
 
 def test_an_unknown_parameter_is_refused_with_the_nearest(notebook):
-    assert "unknown parameter picture; did you mean pictures?" in refusal(notebook, {"picture": 3})
+    assert "unknown parameter image; did you mean images?" in refusal(notebook, {"image": 3})
 
 
 def test_a_parameter_like_no_other_is_refused_with_all(notebook):
-    assert "allowed are pictures, score, title, names, first, loud" in refusal(notebook, {"zzz": 3})
+    assert "allowed are images, score, title, names, first, loud" in refusal(notebook, {"zzz": 3})
 
 
 @pytest.mark.parametrize(
     ("name", "text", "allowed"),
-    [("pictures", "many", "int"), ("pictures", "2.5", "int"), ("names", "a", "list[str]"), ("loud", "1", "bool")],
+    [("images", "many", "int"), ("images", "2.5", "int"), ("names", "a", "list[str]"), ("loud", "1", "bool")],
 )
 def test_a_value_of_another_type_is_refused_with_both(notebook, name, text, allowed):
     message = refusal(notebook, {name: text})

@@ -106,7 +106,7 @@ def test_an_empty_batch_gives_no_detections():
     assert postprocess(prediction, [], DCTCodec(MASK_SIZE, VECTOR_DIM), class_names=NAMES) == []
 
 
-def test_boxes_outside_the_picture_are_kept_unclipped_with_empty_masks():
+def test_boxes_outside_the_image_are_kept_unclipped_with_empty_masks():
     prediction = random_prediction(queries=1, batch=1)
     outside = xyxy_to_cxcywh(torch.tensor([[[1.2, 0.1, 1.5, 0.4]]]))
     detections = postprocess(

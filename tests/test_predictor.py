@@ -1,4 +1,4 @@
-"""One call from a picture to its objects, and the messages that a wrong file or picture gets."""
+"""One call from an image to its objects, and the messages that a wrong file or image gets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def predictor(weights: Path) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
 
 
@@ -54,11 +54,11 @@ def assert_same(first, second) -> None:
     assert first[4:] == second[4:]
 
 
-def test_detections_are_the_models_own_in_pixels_of_the_given_picture(predictor: Predictor, picture: np.ndarray):
-    """48 is the test scale: a picture of twice that size is halved, and boxes come back doubled."""
-    found = predictor.predict(picture)
+def test_detections_are_the_models_own_in_pixels_of_the_given_image(predictor: Predictor, image: np.ndarray):
+    """48 is the test scale: an image of twice that size is halved, and boxes come back doubled."""
+    found = predictor.predict(image)
     height, width = predictor.experiment.data.test_scale * 2 // 3, predictor.experiment.data.test_scale
-    small = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
+    small = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     pixels = (torch.from_numpy(np.array(small)).float() / 255 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
     with torch.no_grad():
         batch = ImageBatch(pixels.permute(2, 0, 1)[None], torch.zeros(1, height, width, dtype=torch.bool))
@@ -73,41 +73,41 @@ def test_detections_are_the_models_own_in_pixels_of_the_given_picture(predictor:
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
 
 
-def test_path_pil_and_array_give_the_same(predictor: Predictor, picture: np.ndarray, tmp_path: Path):
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    expected = predictor.predict(picture)
-    assert_same(predictor.predict(tmp_path / "picture.png"), expected)
-    assert_same(predictor.predict(str(tmp_path / "picture.png")), expected)
-    assert_same(predictor.predict(Image.fromarray(picture)), expected)
+def test_path_pil_and_array_give_the_same(predictor: Predictor, image: np.ndarray, tmp_path: Path):
+    Image.fromarray(image).save(tmp_path / "image.png")
+    expected = predictor.predict(image)
+    assert_same(predictor.predict(tmp_path / "image.png"), expected)
+    assert_same(predictor.predict(str(tmp_path / "image.png")), expected)
+    assert_same(predictor.predict(Image.fromarray(image)), expected)
 
 
-def test_a_grey_or_transparent_picture_is_read_as_rgb(predictor: Predictor, picture: np.ndarray):
-    grey = Image.fromarray(picture[..., 0])
-    assert_same(predictor.predict(grey), predictor.predict(np.repeat(picture[..., :1], 3, axis=2)))
-    transparent = Image.fromarray(picture).convert("RGBA")
-    assert_same(predictor.predict(transparent), predictor.predict(picture))
+def test_a_grey_or_transparent_image_is_read_as_rgb(predictor: Predictor, image: np.ndarray):
+    grey = Image.fromarray(image[..., 0])
+    assert_same(predictor.predict(grey), predictor.predict(np.repeat(image[..., :1], 3, axis=2)))
+    transparent = Image.fromarray(image).convert("RGBA")
+    assert_same(predictor.predict(transparent), predictor.predict(image))
 
 
 def test_a_file_is_turned_upright_but_an_open_image_is_taken_as_its_pixels_lie(
-    predictor: Predictor, picture: np.ndarray, tmp_path: Path
+    predictor: Predictor, image: np.ndarray, tmp_path: Path
 ):
-    lying = Image.fromarray(picture)
+    lying = Image.fromarray(image)
     exif = lying.getexif()
     exif[ORIENTATION] = 6
     lying.save(tmp_path / "lying.png", exif=exif)
-    upright = np.ascontiguousarray(np.rot90(picture, k=-1))
+    upright = np.ascontiguousarray(np.rot90(image, k=-1))
     assert np.array_equal(np.asarray(read_upright(tmp_path / "lying.png")), upright)
     assert_same(predictor.predict(tmp_path / "lying.png"), predictor.predict(upright))
     with Image.open(tmp_path / "lying.png") as opened:
-        assert_same(predictor.predict(opened), predictor.predict(picture))
+        assert_same(predictor.predict(opened), predictor.predict(image))
 
 
-def test_a_run_its_folder_and_its_weights_are_the_same_model(experiment, weights: Path, picture, tmp_path: Path):
+def test_a_run_its_folder_and_its_weights_are_the_same_model(experiment, weights: Path, image, tmp_path: Path):
     run = create_run(experiment, tmp_path)
     run.weights.write_bytes(weights.read_bytes())
-    expected = Predictor(weights, device="cpu").predict(picture)
-    assert_same(Predictor(run.folder, device="cpu").predict(picture), expected)
-    assert_same(Predictor(load_run(run.folder), device="cpu").predict(picture), expected)
+    expected = Predictor(weights, device="cpu").predict(image)
+    assert_same(Predictor(run.folder, device="cpu").predict(image), expected)
+    assert_same(Predictor(load_run(run.folder), device="cpu").predict(image), expected)
 
 
 def test_a_predictor_knows_what_it_was_built_from(predictor: Predictor, experiment):
@@ -118,19 +118,19 @@ def test_a_predictor_knows_what_it_was_built_from(predictor: Predictor, experime
     assert not predictor.model.training
 
 
-def test_top_k_limits_detections_and_defaults_to_the_experiments(weights: Path, picture: np.ndarray):
-    assert len(Predictor(weights, device="cpu", top_k=3).predict(picture).scores) == 3
-    assert len(Predictor(weights, device="cpu").predict(picture).scores) == 16  # 8 queries x 2 classes, below 100
+def test_top_k_limits_detections_and_defaults_to_the_experiments(weights: Path, image: np.ndarray):
+    assert len(Predictor(weights, device="cpu", top_k=3).predict(image).scores) == 3
+    assert len(Predictor(weights, device="cpu").predict(image).scores) == 16  # 8 queries x 2 classes, below 100
 
 
-def test_a_plain_detector_predicts_without_masks(tmp_path: Path, picture: np.ndarray):
+def test_a_plain_detector_predicts_without_masks(tmp_path: Path, image: np.ndarray):
     experiment = tiny_experiment(tmp_path, codec={"kind": "none"}, model={"standardise_vectors": False})
     state = build_model(experiment, 2).state_dict()
     path = tmp_path / "detector.safetensors"
     save_weights(path, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
     predictor = Predictor(path, device="cpu")
     assert predictor.codec is None
-    assert predictor.predict(picture).masks is None
+    assert predictor.predict(image).masks is None
 
 
 @pytest.mark.parametrize(
@@ -148,21 +148,21 @@ def test_an_array_of_another_type_or_shape_is_refused_with_the_cure(predictor: P
         predictor.predict(array)
 
 
-def test_something_that_is_no_picture_is_refused_by_name(predictor: Predictor, tmp_path: Path, picture: np.ndarray):
+def test_something_that_is_no_image_is_refused_by_name(predictor: Predictor, tmp_path: Path, image: np.ndarray):
     with pytest.raises(DataError, match=r"missing\.jpg: no such file"):
         predictor.predict(tmp_path / "missing.jpg")
-    (tmp_path / "notes.txt").write_text("not a picture")
-    with pytest.raises(DataError, match=r"notes\.txt: not a picture that can be read \(a format unknown to Pillow\)"):
+    (tmp_path / "notes.txt").write_text("not an image")
+    with pytest.raises(DataError, match=r"notes\.txt: not an image that can be read \(a format unknown to Pillow\)"):
         predictor.predict(tmp_path / "notes.txt")
-    Image.fromarray(picture).save(tmp_path / "whole.jpg")
+    Image.fromarray(image).save(tmp_path / "whole.jpg")
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
-    with pytest.raises(DataError, match=r"half\.jpg: not a picture that can be read \(image file is truncated"):
+    with pytest.raises(DataError, match=r"half\.jpg: not an image that can be read \(image file is truncated"):
         predictor.predict(tmp_path / "half.jpg")
-    with pytest.raises(DataError, match=r"not a picture that can be read \(.*Is a directory"):
+    with pytest.raises(DataError, match=r"not an image that can be read \(.*Is a directory"):
         predictor.predict(tmp_path)
     with pytest.raises(DataError, match="mode F has more than 8 bits per channel"):
-        predictor.predict(Image.fromarray(picture[..., 0].astype(np.float32)))
-    with pytest.raises(DataError, match="a picture cannot be a Tensor; allowed are a path, a PIL image"):
+        predictor.predict(Image.fromarray(image[..., 0].astype(np.float32)))
+    with pytest.raises(DataError, match="an image cannot be a Tensor; allowed are a path, a PIL image"):
         predictor.predict(torch.zeros(3, 4, 4))
 
 

@@ -25,13 +25,13 @@ def test_nothing_written_yet_is_a_start(run):
 def test_the_line_tells_steps_loss_and_speed_but_guesses_no_duration_from_the_first_steps(run):
     run.append_metrics({"kind": "start", "total_steps": 100})
     run.append_metrics(train_line(10))
-    assert Progress(run).read() == "a: step 10 of 100 (10 %), loss 12.35, 5.0 pictures/s"
+    assert Progress(run).read() == "a: step 10 of 100 (10 %), loss 12.35, 5.0 images/s"
 
 
 def test_the_time_left_follows_from_steps_batch_and_speed(run):
     run.append_metrics({"kind": "start", "total_steps": 100})
     run.append_metrics(train_line(40))
-    assert Progress(run).read().endswith("5.0 pictures/s, 2 min left")  # 60 steps of 10 pictures
+    assert Progress(run).read().endswith("5.0 images/s, 2 min left")  # 60 steps of 10 images
 
 
 def test_the_last_evaluation_stays_in_the_line(run):

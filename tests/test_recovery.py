@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.config import load_experiment
 from solq_lab.data.coco import CocoDataset
@@ -37,21 +37,21 @@ WITH_EVERY_STATE = {"ema": 0.9, "accumulate": 2, "evaluate_every": 2}  # what a 
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def data_root(tmp_path_factory):
+    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, tmp_path_factory):
+def whole(data_root, tmp_path_factory):
     """Weights and metrics of a training that nothing happened to."""
-    run = create_run(tiny_experiment(pictures, train=WITH_EVERY_STATE), tmp_path_factory.mktemp("whole"))
+    run = create_run(tiny_experiment(data_root, train=WITH_EVERY_STATE), tmp_path_factory.mktemp("whole"))
     train_run(run)
     return what_was_learned(run)
 
 
 @pytest.fixture
-def run(pictures, tmp_path):
-    return create_run(tiny_experiment(pictures, train=WITH_EVERY_STATE), tmp_path / "runs")
+def run(data_root, tmp_path):
+    return create_run(tiny_experiment(data_root, train=WITH_EVERY_STATE), tmp_path / "runs")
 
 
 def weights(run):
@@ -124,12 +124,12 @@ def test_a_stop_in_the_last_evaluation_leaves_only_that_to_do(run, whole, monkey
     assert what_was_learned(run) == whole
 
 
-def interrupted_after(pictures):
-    """A data set whose next picture after so many takes a minute to read, while a signal arrives.
+def interrupted_after(data_root):
+    """A data set whose next image after so many takes a minute to read, while a signal arrives.
 
-    The 12 pictures of the training set are read once before the first step, for the statistics of their vectors.
+    The 12 images of the training set are read once before the first step, for the statistics of their vectors.
     """
-    read, count = CocoDataset.__getitem__, iter(range(pictures))
+    read, count = CocoDataset.__getitem__, iter(range(data_root))
 
     def slow(self, key):
         if next(count, None) is None:
@@ -141,8 +141,8 @@ def interrupted_after(pictures):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stop_while_a_slow_disk_is_waited_for_does_not_wait(pictures, tmp_path, whole, monkeypatch, workers):
-    run = create_run(tiny_experiment(pictures, train=WITH_EVERY_STATE, data={"workers": workers}), tmp_path)
+def test_a_stop_while_a_slow_disk_is_waited_for_does_not_wait(data_root, tmp_path, whole, monkeypatch, workers):
+    run = create_run(tiny_experiment(data_root, train=WITH_EVERY_STATE, data={"workers": workers}), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(CocoDataset, "__getitem__", interrupted_after(12 + 9))
         assert stopped_within(30, run)["step"] in (range(3) if workers else [2])  # a worker reads ahead
@@ -212,8 +212,8 @@ def fill(folder, leave):
     return filler
 
 
-def test_a_full_disk_is_named_and_costs_no_checkpoint(pictures, small_disk, whole, monkeypatch):
-    run = create_run(tiny_experiment(pictures, train=WITH_EVERY_STATE), small_disk)
+def test_a_full_disk_is_named_and_costs_no_checkpoint(data_root, small_disk, whole, monkeypatch):
+    run = create_run(tiny_experiment(data_root, train=WITH_EVERY_STATE), small_disk)
     save, fillers = module.save_checkpoint, []
 
     def save_on_a_full_disk(folder, checkpoint, **about):
@@ -234,9 +234,9 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(pictures, small_disk, whol
 
 
 def test_on_a_disk_without_any_room_not_even_the_status_can_be_written_and_nothing_is_lost(
-    pictures, small_disk, whole, monkeypatch, caplog
+    data_root, small_disk, whole, monkeypatch, caplog
 ):
-    run = create_run(tiny_experiment(pictures, train=WITH_EVERY_STATE), small_disk)
+    run = create_run(tiny_experiment(data_root, train=WITH_EVERY_STATE), small_disk)
     append, fillers = type(run).append_metrics, []
 
     def append_on_a_full_disk(self, line):
@@ -302,24 +302,24 @@ def test_want_of_memory_is_told_with_the_settings_that_take_less(run, whole, mon
             train_run(run)
     message = str(caught.value)
     assert message.startswith("out of memory (")
-    assert "train.batch_size 4 puts 2 pictures into a pass (gpus 1, accumulate 2)" in message
+    assert "train.batch_size 4 puts 2 images into a pass (gpus 1, accumulate 2)" in message
     assert "train.accumulate=4 (the same batch in smaller passes); train.gradient_checkpointing=true" in message
     assert run.status()["message"] == f"OutOfMemory: {message}"
     assert train_run(run) == "finished"
     assert what_was_learned(run) == whole
 
 
-def test_after_want_of_memory_a_run_goes_on_in_smaller_passes(pictures, run, tmp_path, monkeypatch):
+def test_after_want_of_memory_a_run_goes_on_in_smaller_passes(data_root, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signal_after_step(patch, 4, signal.SIGTERM)
         train_run(run)
-    smaller = tiny_experiment(pictures, train=WITH_EVERY_STATE | {"accumulate": 4})
+    smaller = tiny_experiment(data_root, train=WITH_EVERY_STATE | {"accumulate": 4})
     run = create_run(smaller, tmp_path / "runs")
     assert run.experiment.train.accumulate == 4
     assert train_run(run) == "finished"
     assert [line["step"] for line in run.metrics("train")] == list(range(1, 9))
     with pytest.raises(RunError, match=r"differs in train\.accumulate \(there 4, asked 2\)"):  # finished with 4
-        create_run(tiny_experiment(pictures, train=WITH_EVERY_STATE), tmp_path / "runs")
+        create_run(tiny_experiment(data_root, train=WITH_EVERY_STATE), tmp_path / "runs")
 
 
 def test_a_damaged_line_of_metrics_is_named_and_the_training_goes_on(run, whole, monkeypatch, caplog):
@@ -451,8 +451,8 @@ def test_a_lock_file_of_a_dead_process_hinders_nobody(run):
         assert json.loads((run.folder / "trainer.lock").read_text())["pid"] == os.getpid()
 
 
-def test_the_loader_processes_of_a_killed_trainer_end(pictures, tmp_path):
-    run = create_run(tiny_experiment(pictures, train={"steps": 1000}, data={"workers": 2}), tmp_path)
+def test_the_loader_processes_of_a_killed_trainer_end(data_root, tmp_path):
+    run = create_run(tiny_experiment(data_root, train={"steps": 1000}, data={"workers": 2}), tmp_path)
     with training(run) as process:
         wait_for(lambda: run.metrics("train"), process)
         loaders = family(process.pid)
@@ -465,7 +465,7 @@ def test_the_loader_processes_of_a_killed_trainer_end(pictures, tmp_path):
             time.sleep(0.1)
 
 
-def test_a_stop_while_shapes_are_drawn_leaves_no_half_data_set_and_no_process(pictures, tmp_path):
+def test_a_stop_while_shapes_are_drawn_leaves_no_half_data_set_and_no_process(data_root, tmp_path):
     drawn = tmp_path / "drawn"
     names = {
         f"{split}_{what}": name
@@ -473,7 +473,7 @@ def test_a_stop_while_shapes_are_drawn_leaves_no_half_data_set_and_no_process(pi
         for what, name in (("images", split), ("annotations", f"annotations/instances_{split}.json"))
     }
     data = {"root": str(drawn), "generate": "easy", "generate_train": 20_000} | names
-    run = create_run(tiny_experiment(pictures, data=data), tmp_path / "runs")
+    run = create_run(tiny_experiment(data_root, data=data), tmp_path / "runs")
     with training(run) as process:
         wait_for(lambda: any(tmp_path.glob(".drawn-*/train/000002.png")), process)
         drawing = family(process.pid)
@@ -503,9 +503,9 @@ def test_a_stop_while_the_operators_are_compiled_leaves_no_half_library_and_no_c
 
 
 @pytest.mark.slow
-def test_a_port_in_use_is_not_used(pictures, tmp_path, monkeypatch):
+def test_a_port_in_use_is_not_used(data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run = create_run(tiny_experiment(pictures, train={"steps": 2, "gpus": 2}), tmp_path)
+    run = create_run(tiny_experiment(data_root, train={"steps": 2, "gpus": 2}), tmp_path)
     with socket.socket() as usual:
         usual.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):  # somebody else has it, which is as good
@@ -559,7 +559,7 @@ def test_five_interruptions_change_no_bit_of_a_training_on_shapes(tmp_path):
 
 
 @pytest.mark.slow
-def test_five_interruptions_change_no_bit_of_a_training_on_coco_pictures(coco_tiny, tmp_path):
+def test_five_interruptions_change_no_bit_of_a_training_on_coco_images(coco_tiny, tmp_path):
     overrides = [
         *(f"data.root={coco_tiny}", "data.augment=released", "data.train_scales=[96, 128]", "data.max_size=192"),
         *("data.crop_scales=[100, 120]", "data.crop_size=[64, 100]", "data.workers=1", "data.cache=false"),

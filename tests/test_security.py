@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.build import build_model
 from solq_lab.codecs.artifact import ArtifactError, read_tensors
@@ -48,19 +48,19 @@ class Trap:
         return os.mkdir, (str(self.marker),)
 
 
-# ------------------------------------------------------------------------------------------------------ picture paths
+# ------------------------------------------------------------------------------------------------------ image paths
 
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """A data set, and beside its image folder a picture that is none of its."""
-    root = write_pictures(tmp_path / "data", train=4)
+    """A data set, and beside its image folder an image that is none of its."""
+    root = write_tiny_dataset(tmp_path / "data", train=4)
     (root / "train" / "2.png").rename(root / "secret.png")
     return root
 
 
 def rename(root: Path, name: str) -> None:
-    """Let the annotations call their second picture `name`."""
+    """Let the annotations call their second image `name`."""
     document = json.loads((root / "train.json").read_text())
     document["images"][1]["file_name"] = name
     (root / "train.json").write_text(json.dumps(document))
@@ -86,7 +86,7 @@ def test_a_linked_folder_that_leaves_the_image_folder_is_refused(secret):
         CocoDataset(secret / "train", secret / "train.json")
 
 
-def test_links_in_a_circle_are_a_missing_or_unreadable_picture(secret):
+def test_links_in_a_circle_are_a_missing_or_unreadable_image(secret):
     (secret / "train" / "2.png").symlink_to("2.png")
     with pytest.raises(DataError, match=r"image id 2.*2\.png"):
         CocoDataset(secret / "train", secret / "train.json")[1]

@@ -37,12 +37,12 @@ def test_the_number_of_processes_changes_nothing(folder, tmp_path):
     assert contents(tmp_path / "again") == contents(folder)
 
 
-def test_another_seed_draws_other_pictures(folder, tmp_path):
+def test_another_seed_draws_other_images(folder, tmp_path):
     write_shapes(tmp_path / "other", level="hard", train=1, val=1, seed=5, processes=1)
     assert contents(tmp_path / "other")["train/000001.png"] != contents(folder)["train/000001.png"]
 
 
-def test_train_and_val_share_no_picture(folder):
+def test_train_and_val_share_no_image(folder):
     train, val = (
         {data for name, data in contents(folder).items() if name.startswith(split)} for split in ("train/", "val/")
     )
@@ -72,9 +72,9 @@ def test_the_data_set_reads_them(folder, split):
     dataset = CocoDataset(folder / split, folder / "annotations" / f"instances_{split}.json", mask_size=32)
     assert dataset.classes.names == LEVELS["hard"].classes
     for index in range(len(dataset)):
-        picture, target = dataset[index]
-        assert picture.shape == (3, 128, 128)
-        assert picture.dtype == torch.uint8
+        image, target = dataset[index]
+        assert image.shape == (3, 128, 128)
+        assert image.dtype == torch.uint8
         assert target.masks.flatten(1).any(dim=1).all()
 
 
@@ -118,9 +118,9 @@ def test_objects_stand_out_from_what_surrounds_them(name):
     distances = []
     for seed in range(40):
         scene = draw_scene(level, np.random.default_rng((2, seed)))
-        picture = scene.picture.astype(float) / 255
-        background = picture[~scene.masks.any(axis=0)].mean(axis=0)
-        distances += [np.linalg.norm(picture[mask].mean(axis=0) - background) for mask in scene.masks]
+        image = scene.image.astype(float) / 255
+        background = image[~scene.masks.any(axis=0)].mean(axis=0)
+        distances += [np.linalg.norm(image[mask].mean(axis=0) - background) for mask in scene.masks]
     assert np.median(distances) > 0.8 * level.contrast
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab import cli
 from solq_lab.build import build_model
@@ -41,7 +41,7 @@ def finish(run: Run, *, seed: int = 0) -> Run:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_half_precision_is_only_how_weights_are_stored(run: Run, shipped: Path):
 
 def test_it_finds_the_same_objects_and_says_how_nearly(run: Run, tmp_path: Path):
     rounding = ship_run(run, tmp_path / "small", run.experiment)
-    assert rounding.pictures == 4
+    assert rounding.images == 4
     assert rounding.objects > 0
     assert 0 < rounding.score < shipping.TOLERANCE["score"]
     assert 0 < rounding.box < shipping.TOLERANCE["box"]
@@ -87,7 +87,7 @@ def test_it_names_no_machine_and_no_path(run: Run, root: Path, shipped: Path):
 
 
 def test_a_long_record_is_thinned_but_keeps_its_evaluations(run: Run, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shipping, "MOST_TRAIN_LINES", 3)
+    monkeypatch.setattr(shipping, "MAX_TRAIN_LINES", 3)
     ship_run(run, tmp_path / "small", run.experiment)
     kept = load_run(tmp_path / "small").metrics()
     assert [line["step"] for line in kept if line["kind"] == "train"] == [1, 4, 7]
@@ -150,7 +150,7 @@ def test_a_trained_run_is_its_own_copy_and_a_foreign_folder_is_left_alone(run: R
     assert (foreign / "notes.txt").read_text() == "mine"
 
 
-def test_a_run_without_weights_is_refused_before_its_pictures_are_drawn(tmp_path: Path):
+def test_a_run_without_weights_is_refused_before_its_images_are_drawn(tmp_path: Path):
     drawn = tiny_experiment(tmp_path / "drawn", data={"generate": "easy"})
     run = create_run(drawn, tmp_path / "runs")
     with pytest.raises(RunError, match=r"no weights\.safetensors \(created\); finish the training first"):
@@ -163,7 +163,7 @@ def test_the_command_gives_the_shipped_run_its_folders_name(run: Run, tmp_path: 
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code in (None, 0)
-    assert "pictures: scores within" in capsys.readouterr().out
+    assert "images: scores within" in capsys.readouterr().out
     assert load_run(tmp_path / "small").experiment.name == "small"
     assert Predictor(tmp_path / "small").experiment.name == "small"
 

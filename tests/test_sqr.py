@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from one_step import losses_and_gradients
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny import SIDE, tiny_experiment, write_pictures
+from tiny import SIDE, tiny_experiment, write_tiny_dataset
 from torchvision.ops import sigmoid_focal_loss
 
 from solq_lab.build import build_dataset, build_model
@@ -42,26 +42,26 @@ TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def data_root(tmp_path_factory):
+    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
-def detector_run(pictures, tmp_path_factory):
+def detector_run(data_root, tmp_path_factory):
     """A plain detector, trained for two steps."""
     changes = SQR | {"model": {"standardise_vectors": False}, "train": {"steps": 2}}
-    run = create_run(tiny_experiment(pictures, **changes), tmp_path_factory.mktemp("detector"))
+    run = create_run(tiny_experiment(data_root, **changes), tmp_path_factory.mktemp("detector"))
     train_run(run)
     return run
 
 
-def sqr_experiment(pictures, **sections):
+def sqr_experiment(data_root, **sections):
     model = SQR["model"] | sections.pop("model", {})
-    return tiny_experiment(pictures, **{**SQR, **sections, "model": model})
+    return tiny_experiment(data_root, **{**SQR, **sections, "model": model})
 
 
-def frozen_experiment(pictures, weights, **train):
-    return sqr_experiment(pictures, model={"pretrained": str(weights)}, train={"freeze_detector": True, **train})
+def frozen_experiment(data_root, weights, **train):
+    return sqr_experiment(data_root, model={"pretrained": str(weights)}, train={"freeze_detector": True, **train})
 
 
 def draw_images(*sizes: tuple[int, int]) -> ImageBatch:
@@ -85,13 +85,13 @@ def some_tokens(count: int, padded: int = 0, width: int = 32, batch: int = 2) ->
 # The network
 
 
-def test_parameters_at_width_256_are_as_many_as_the_paper_counts(pictures):
+def test_parameters_at_width_256_are_as_many_as_the_paper_counts(data_root):
     with torch.device("meta"):
         branch = MaskBranch(256, 8, (512, 1024, 2048), stride=2)
         vectors = VectorMLP(256, 1024, 256)
         sizes = {"backbone": "resnet50", "levels": 4, "width": 256, "heads": 8, "encoder_layers": 6, "queries": 300}
         sizes |= {"decoder_layers": 6, "feedforward": 1024}
-        whole = build_model(sqr_experiment(pictures, model=sizes), 91)
+        whole = build_model(sqr_experiment(data_root, model=sizes), 91)
     assert sum(parameter.numel() for parameter in branch.parameters()) == 26_108_057
     assert sum(parameter.numel() for parameter in vectors.parameters()) == 1_575_168
     trained = [parameter.numel() for parameter in whole.parameters() if parameter.requires_grad]
@@ -121,8 +121,8 @@ def test_a_query_draws_its_mask_whatever_the_others_are():
 
 
 @pytest.mark.parametrize(("levels", "stride"), [(3, 8), (4, 16), (5, 16)])
-def test_masks_have_the_stride_of_c3_or_twice_that_above_c5(pictures, levels, stride):
-    model = build_model(sqr_experiment(pictures, model={"levels": levels}), CLASSES).eval()
+def test_masks_have_the_stride_of_c3_or_twice_that_above_c5(data_root, levels, stride):
+    model = build_model(sqr_experiment(data_root, model={"levels": levels}), CLASSES).eval()
     images = draw_images((96, 136), (70, 64))
     *earlier, last = model(images).layers
     assert last.masks.logits.shape == (2, 8, -(-96 // stride), -(-136 // stride))
@@ -131,10 +131,10 @@ def test_masks_have_the_stride_of_c3_or_twice_that_above_c5(pictures, levels, st
     assert last.vectors is None
 
 
-def test_padding_changes_nothing_in_classes_and_boxes_of_the_same_detector_without_branch(pictures):
+def test_padding_changes_nothing_in_classes_and_boxes_of_the_same_detector_without_branch(data_root):
     torch.manual_seed(0)
-    sqr = build_model(sqr_experiment(pictures), CLASSES).eval()
-    plain = build_model(sqr_experiment(pictures, model={"mask_branch": "none"}), CLASSES).eval()
+    sqr = build_model(sqr_experiment(data_root), CLASSES).eval()
+    plain = build_model(sqr_experiment(data_root, model={"mask_branch": "none"}), CLASSES).eval()
     state = {name: tensor for name, tensor in sqr.state_dict().items() if not name.startswith("mask_branch.")}
     plain.load_state_dict(state)
     images = draw_images((48, 48), (32, 40))
@@ -171,7 +171,7 @@ def random_target(count: int, height: int, width: int) -> Target:
     return Target(count, labels, boxes, None, (height, width), (height, width), bitmaps)
 
 
-def test_mask_losses_are_a_plain_sum_over_pixels_of_the_padded_picture():
+def test_mask_losses_are_a_plain_sum_over_pixels_of_the_padded_image():
     padding = draw_images((40, 48), (24, 32)).padding
     targets, layer = [random_target(2, 40, 48), random_target(1, 24, 32)], random_layer(padding)
     criterion = criterion_of()
@@ -218,11 +218,11 @@ def test_bitmaps_that_do_not_fit_are_refused():
 # Data and detections
 
 
-def test_bitmaps_move_with_their_picture(pictures):
+def test_bitmaps_move_with_their_image(data_root):
     crop = ReleasedAugmentation((40, 56), 64, (44, 60), (30, 44))
     dataset = CocoDataset(
-        pictures / "train",
-        pictures / "train.json",
+        data_root / "train",
+        data_root / "train.json",
         mask_size=16,
         with_bitmaps=True,
         transform=crop,
@@ -231,30 +231,30 @@ def test_bitmaps_move_with_their_picture(pictures):
     cropped = 0
     for epoch in range(3):
         for index in range(len(dataset)):
-            picture, target = dataset[epoch, index]
-            assert target.bitmaps.shape == (len(target.labels), *picture.shape[1:])
+            image, target = dataset[epoch, index]
+            assert target.bitmaps.shape == (len(target.labels), *image.shape[1:])
             assert target.bitmaps.dtype == torch.bool
             height, width = target.image_size
             corners = target.boxes * torch.tensor([width, height, width, height])
             corners = torch.cat([corners[:, :2] - corners[:, 2:] / 2, corners[:, :2] + corners[:, 2:] / 2], dim=1)
             same = (crop_and_resize(target.bitmaps, corners, 16) >= 0.5) == target.masks
             assert same.float().mean() > 0.99 or not len(same)  # the box went through float32 and back
-            cropped += picture.shape[1:] != (40, 40)
+            cropped += image.shape[1:] != (40, 40)
     assert cropped
 
 
-def test_bitmaps_are_made_for_the_mask_branch_alone(pictures):
-    sqr = sqr_experiment(pictures)
+def test_bitmaps_are_made_for_the_mask_branch_alone(data_root):
+    sqr = sqr_experiment(data_root)
     target = build_dataset(sqr, "train")[0][1]
     assert target.masks is None
     assert target.bitmaps.shape == (1, SIDE, SIDE)
     assert build_dataset(sqr, "train")[3][1].bitmaps.shape == (0, SIDE, SIDE)
     assert build_dataset(sqr, "val")[0][1].bitmaps is None
     assert build_dataset(sqr, "val", with_masks=True)[0][1].bitmaps is not None
-    assert build_dataset(tiny_experiment(pictures), "train")[0][1].bitmaps is None
+    assert build_dataset(tiny_experiment(data_root), "train")[0][1].bitmaps is None
 
 
-def test_a_mask_is_cut_to_its_picture_and_brought_to_the_original_size():
+def test_a_mask_is_cut_to_its_image_and_brought_to_the_original_size():
     logits = torch.full((2, 3, 5, 6), -4.0)
     logits[1, 2, :, 3:] = 4.0  # columns 24 to 48 of the padded 40 x 48
     padding = torch.zeros(2, 40, 48, dtype=torch.bool)
@@ -278,7 +278,7 @@ def test_a_mask_is_cut_to_its_picture_and_brought_to_the_original_size():
 # Settings
 
 
-def test_settings_that_contradict_each_other_are_refused(pictures, tmp_path):
+def test_settings_that_contradict_each_other_are_refused(data_root, tmp_path):
     faults = {
         "model.mask_branch sqr and codec.kind dct would both make masks": {"model": {"mask_branch": "sqr"}},
         "mask_branch sqr needs the maps C3-C5: give levels 3 or more": SQR | {"model": SQR["model"] | {"levels": 1}},
@@ -288,11 +288,11 @@ def test_settings_that_contradict_each_other_are_refused(pictures, tmp_path):
     }
     for message, sections in faults.items():
         with pytest.raises(ConfigError, match=message):
-            tiny_experiment(pictures, **sections)
+            tiny_experiment(data_root, **sections)
 
 
-def test_a_frozen_detector_must_be_whole(pictures, detector_run, tmp_path):
-    wider = frozen_experiment(pictures, detector_run.weights)
+def test_a_frozen_detector_must_be_whole(data_root, detector_run, tmp_path):
+    wider = frozen_experiment(data_root, detector_run.weights)
     wider = wider.model_copy(update={"model": wider.model.model_copy(update={"feedforward": 64})})
     with pytest.raises(WeightMismatch, match=r"9 tensors of the frozen detector are not in it, the first is encoder"):
         build_model(wider, CLASSES, pretrained=True)
@@ -301,8 +301,8 @@ def test_a_frozen_detector_must_be_whole(pictures, detector_run, tmp_path):
 # Whole runs
 
 
-def test_every_trained_parameter_gets_a_gradient_with_and_without_objects(pictures):
-    model = build_model(sqr_experiment(pictures), CLASSES)
+def test_every_trained_parameter_gets_a_gradient_with_and_without_objects(data_root):
+    model = build_model(sqr_experiment(data_root), CLASSES)
     images = draw_images((48, 48), (40, 32))
     for counts in ((2, 0), (0, 0)):
         model.zero_grad()
@@ -313,8 +313,8 @@ def test_every_trained_parameter_gets_a_gradient_with_and_without_objects(pictur
         assert without == []
 
 
-def test_a_joint_training_learns_is_evaluated_and_predicts_masks(pictures, tmp_path):
-    run = create_run(sqr_experiment(pictures, train={"steps": 60}, data={"cache": True}), tmp_path)
+def test_a_joint_training_learns_is_evaluated_and_predicts_masks(data_root, tmp_path):
+    run = create_run(sqr_experiment(data_root, train={"steps": 60}, data={"cache": True}), tmp_path)
     assert train_run(run) == "finished"
     lines = run.metrics("train")
     halves = (lines[:10], lines[-10:])
@@ -325,17 +325,17 @@ def test_a_joint_training_learns_is_evaluated_and_predicts_masks(pictures, tmp_p
     assert {"box.AP", "segm.AP", "boundary.AP"} <= set(metrics)
     predictor = Predictor(run)
     assert isinstance(predictor.model, SQRDetector)
-    picture = np.asarray(Image.open(pictures / "val" / "1.png"))[:40]
-    found = predictor.predict(picture)
+    image = np.asarray(Image.open(data_root / "val" / "1.png"))[:40]
+    found = predictor.predict(image)
     assert len(found.masks) == len(found.scores) > 0
     assert found.masks[0]["size"] == [40, SIDE]
-    assert Predictor(run, bucket=64).predict(picture).masks[0]["size"] == [40, SIDE]
+    assert Predictor(run, bucket=64).predict(image).masks[0]["size"] == [40, SIDE]
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(pictures, tmp_path, monkeypatch):
-    whole = create_run(sqr_experiment(pictures, train={"steps": 4, "save_every": 2}), tmp_path / "whole")
+def test_a_resumed_training_equals_an_uninterrupted_one(data_root, tmp_path, monkeypatch):
+    whole = create_run(sqr_experiment(data_root, train={"steps": 4, "save_every": 2}), tmp_path / "whole")
     train_run(whole)
-    parts = create_run(sqr_experiment(pictures, train={"steps": 4, "save_every": 2}), tmp_path / "parts")
+    parts = create_run(sqr_experiment(data_root, train={"steps": 4, "save_every": 2}), tmp_path / "parts")
     take_step = Trainer._take_step
 
     def break_at_the_third(self, batches):
@@ -352,8 +352,8 @@ def test_a_resumed_training_equals_an_uninterrupted_one(pictures, tmp_path, monk
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in read_weights(whole.weights).state.items())
 
 
-def test_a_frozen_detector_stays_as_it_was_while_the_branch_learns(pictures, detector_run, tmp_path):
-    experiment = frozen_experiment(pictures, detector_run.weights, steps=3)
+def test_a_frozen_detector_stays_as_it_was_while_the_branch_learns(data_root, detector_run, tmp_path):
+    experiment = frozen_experiment(data_root, detector_run.weights, steps=3)
     run = create_run(experiment, tmp_path)
     train_run(run)
     before, after = (read_weights(path).state for path in (detector_run.weights, run.weights))
@@ -371,10 +371,10 @@ def test_a_frozen_detector_stays_as_it_was_while_the_branch_learns(pictures, det
 
 
 @pytest.mark.parametrize("shares", [{"accumulate": 2}, {"gpus": 2}], ids=["two passes", "two processes"])
-def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(pictures, tmp_path, shares):
+def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares):
     same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}}
-    whole = losses_and_gradients(create_run(sqr_experiment(pictures, **same), tmp_path / "whole").folder)
-    run = create_run(sqr_experiment(pictures, train=shares, **same), tmp_path / "shared")
+    whole = losses_and_gradients(create_run(sqr_experiment(data_root, **same), tmp_path / "whole").folder)
+    run = create_run(sqr_experiment(data_root, train=shares, **same), tmp_path / "shared")
     if "gpus" in shares:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command += [str(TESTS / "one_step.py"), str(run.folder), str(tmp_path / "output.pt")]

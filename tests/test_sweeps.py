@@ -19,7 +19,7 @@ import pytest
 from conftest import REPOSITORY
 from nbclient.exceptions import DeadKernelError
 from notebook import SHARED, write_notebook
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab import cli, sweeps
 from solq_lab.config import ConfigError, Experiment, load_experiment, load_sweep
@@ -496,7 +496,7 @@ def test_a_real_notebook_is_run_for_each_row_and_only_the_failed_one_again(works
 
 @pytest.mark.slow
 def test_real_trainings_give_the_same_table_by_submitit_and_a_fitted_code_is_fitted_first(workspace, command):
-    root = write_pictures(workspace / "pictures")
+    root = write_tiny_dataset(workspace / "images")
     (workspace / "base.yaml").write_text(tiny_experiment(root, train={"steps": 4}).to_yaml())
     pca = "codec.kind=pca, codec.artifact=codes/pca.safetensors"
     rows = f"rows: [{{name: none, overrides: [codec.kind=none]}}, {{name: pca, overrides: [{pca}]}}]"

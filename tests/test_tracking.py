@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.config import ConfigError
 from solq_lab.runs import Run, create_run, read_json
@@ -21,8 +21,8 @@ TRAIN = {"tensorboard": True, "steps": 6, "save_every": 2}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"), train=8, val=2)
+def data_root(tmp_path_factory) -> Path:
+    return write_tiny_dataset(tmp_path_factory.mktemp("images"), train=8, val=2)
 
 
 def drawn(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -40,9 +40,9 @@ def recorded(run: Run) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def test_every_number_of_metrics_jsonl_is_drawn_once_after_a_stop_and_a_rewind(pictures, tmp_path, monkeypatch):
+def test_every_number_of_metrics_jsonl_is_drawn_once_after_a_stop_and_a_rewind(data_root, tmp_path, monkeypatch):
     """Stopped after step 3 and, as after a kill, set back to the checkpoint of step 2: step 3 is taken again."""
-    run = create_run(tiny_experiment(pictures, train=TRAIN), tmp_path)
+    run = create_run(tiny_experiment(data_root, train=TRAIN), tmp_path)
     take_step = Trainer._take_step
 
     def take_step_and_stop(self, batches):
@@ -69,14 +69,14 @@ def test_every_number_of_metrics_jsonl_is_drawn_once_after_a_stop_and_a_rewind(p
     assert all(len(curves[tag]) == 6 for tag in rates)
 
 
-def test_without_being_asked_for_nothing_is_written(pictures, tmp_path):
-    run = create_run(tiny_experiment(pictures), tmp_path)
+def test_without_being_asked_for_nothing_is_written(data_root, tmp_path):
+    run = create_run(tiny_experiment(data_root), tmp_path)
     assert tracking.open_tensorboard(run, step=0) is None
     assert not (run.folder / FOLDER).exists()
 
 
-def test_a_missing_package_is_refused_before_any_work(pictures, tmp_path, monkeypatch):
-    run = create_run(tiny_experiment(pictures, train=TRAIN), tmp_path)
+def test_a_missing_package_is_refused_before_any_work(data_root, tmp_path, monkeypatch):
+    run = create_run(tiny_experiment(data_root, train=TRAIN), tmp_path)
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs TensorBoard; .*pip install 'solq-lab\[tracking\]'"):
         train_run(run)
@@ -111,8 +111,8 @@ def test_only_numbers_become_scalars():
     assert dict(scalars(line)) == {"skipped/norms/all": 2.0}
 
 
-def test_the_environment_says_what_the_training_ran_on(pictures, tmp_path):
-    run = create_run(tiny_experiment(pictures, train={"steps": 1}), tmp_path)
+def test_the_environment_says_what_the_training_ran_on(data_root, tmp_path):
+    run = create_run(tiny_experiment(data_root, train={"steps": 1}), tmp_path)
     train_run(run)
     facts = read_json(run.environment)
     assert {"versions", "git", "operator", "dataset", "codec", "command", "host", "created"} <= set(facts)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from one_step import losses_and_gradients
-from tiny import tiny_experiment, write_pictures
+from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab import distributed
 from solq_lab.data.annotations import DataError
@@ -31,12 +31,12 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
+def data_root(tmp_path_factory):
+    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
-def new_run(pictures, folder, **sections):
-    return create_run(tiny_experiment(pictures, **sections), folder)
+def new_run(data_root, folder, **sections):
+    return create_run(tiny_experiment(data_root, **sections), folder)
 
 
 def what_was_learned(run):
@@ -57,8 +57,8 @@ def signal_after(monkeypatch, steps, number=signal.SIGTERM):
     monkeypatch.setattr(Trainer, "_take_step", take_step_and_signal)
 
 
-def test_a_training_leaves_everything_a_run_promises(pictures, tmp_path):
-    run = new_run(pictures, tmp_path, train={"evaluate_every": 2})
+def test_a_training_leaves_everything_a_run_promises(data_root, tmp_path):
+    run = new_run(data_root, tmp_path, train={"evaluate_every": 2})
     assert train_run(run) == "finished"
     assert run.status()["state"] == "finished"
     start, *lines = run.metrics()
@@ -85,8 +85,8 @@ def test_a_training_leaves_everything_a_run_promises(pictures, tmp_path):
     assert len(list_checkpoints(run.checkpoints)) == 2
 
 
-def test_a_finished_run_is_not_trained_again(pictures, tmp_path, caplog):
-    run = new_run(pictures, tmp_path, train={"steps": 1})
+def test_a_finished_run_is_not_trained_again(data_root, tmp_path, caplog):
+    run = new_run(data_root, tmp_path, train={"steps": 1})
     train_run(run)
     before = run.weights.stat().st_mtime_ns
     with caplog.at_level(logging.INFO):
@@ -95,9 +95,9 @@ def test_a_finished_run_is_not_trained_again(pictures, tmp_path, caplog):
     assert run.weights.stat().st_mtime_ns == before
 
 
-def test_the_loss_falls_below_what_a_constant_answer_gives(pictures, tmp_path):
+def test_the_loss_falls_below_what_a_constant_answer_gives(data_root, tmp_path):
     run = new_run(
-        pictures, tmp_path, train={"steps": 150, "save_every": 1000}, model={"dropout": 0.0}, data={"cache": True}
+        data_root, tmp_path, train={"steps": 150, "save_every": 1000}, model={"dropout": 0.0}, data={"cache": True}
     )
     train_run(run)
     losses = [line["total"] for line in run.metrics("train")]
@@ -108,13 +108,13 @@ def test_the_loss_falls_below_what_a_constant_answer_gives(pictures, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
-    pictures, tmp_path, monkeypatch, number
+    data_root, tmp_path, monkeypatch, number
 ):
     # dropout, averaged weights, accumulation, windows of three steps and an evaluation between: all of it has a state
     train = {"ema": 0.9, "accumulate": 2, "log_every": 3, "evaluate_every": 2}
-    whole = new_run(pictures, tmp_path / "whole", train=train)
+    whole = new_run(data_root, tmp_path / "whole", train=train)
     train_run(whole)
-    parts = new_run(pictures, tmp_path / "parts", train=train)
+    parts = new_run(data_root, tmp_path / "parts", train=train)
     with monkeypatch.context() as patch:
         signal_after(patch, 5, number)
         assert train_run(parts) == "preempted"
@@ -126,10 +126,10 @@ def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
     assert what_was_learned(parts) == what_was_learned(whole)
 
 
-def test_a_crash_between_checkpoints_repeats_the_lost_steps(pictures, tmp_path, monkeypatch):
-    whole = new_run(pictures, tmp_path / "whole")
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(data_root, tmp_path, monkeypatch):
+    whole = new_run(data_root, tmp_path / "whole")
     train_run(whole)
-    crashed = new_run(pictures, tmp_path / "crashed")
+    crashed = new_run(data_root, tmp_path / "crashed")
     end_step = module.Journal.end_step
 
     def fall_over(self, step, *arguments):
@@ -148,8 +148,8 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(pictures, tmp_path, 
     assert what_was_learned(crashed) == what_was_learned(whole)
 
 
-def test_an_evaluation_that_was_interrupted_is_done_on_resuming(pictures, tmp_path, monkeypatch):
-    run = new_run(pictures, tmp_path, train={"evaluate_every": 1})
+def test_an_evaluation_that_was_interrupted_is_done_on_resuming(data_root, tmp_path, monkeypatch):
+    run = new_run(data_root, tmp_path, train={"evaluate_every": 1})
 
     def interrupt(self, stop):
         raise OSError("killed while evaluating")
@@ -163,10 +163,10 @@ def test_an_evaluation_that_was_interrupted_is_done_on_resuming(pictures, tmp_pa
     assert [line["step"] for line in run.metrics("evaluation")] == [3, 6, 8]
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(pictures, tmp_path, monkeypatch, caplog):
-    whole = new_run(pictures, tmp_path / "whole")
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(data_root, tmp_path, monkeypatch, caplog):
+    whole = new_run(data_root, tmp_path / "whole")
     train_run(whole)
-    damaged = new_run(pictures, tmp_path / "damaged")
+    damaged = new_run(data_root, tmp_path / "damaged")
     with monkeypatch.context() as patch:
         signal_after(patch, 7)
         train_run(damaged)
@@ -177,12 +177,12 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(pictures, tmp_path, mo
     assert what_was_learned(damaged) == what_was_learned(whole)
 
 
-def test_a_data_set_without_any_object_trains(pictures, tmp_path):
+def test_a_data_set_without_any_object_trains(data_root, tmp_path):
     for split in ("train", "val"):
-        document = json.loads((pictures / f"{split}.json").read_text()) | {"annotations": []}
+        document = json.loads((data_root / f"{split}.json").read_text()) | {"annotations": []}
         (tmp_path / f"{split}.json").write_text(json.dumps(document))
     data = {f"{split}_annotations": str(tmp_path / f"{split}.json") for split in ("train", "val")}
-    run = new_run(pictures, tmp_path / "runs", train={"steps": 2}, data=data)
+    run = new_run(data_root, tmp_path / "runs", train={"steps": 2}, data=data)
     assert train_run(run) == "finished"
     losses = run.metrics("train")[-1]["losses"]
     assert losses["class"] > 0
@@ -190,26 +190,26 @@ def test_a_data_set_without_any_object_trains(pictures, tmp_path):
     assert run.metrics("start")[0]["plateau"]["vector"] == 0
 
 
-def test_a_plain_detector_trains(pictures, tmp_path):
-    run = new_run(pictures, tmp_path, train={"steps": 2}, codec={"kind": "none"}, model={"standardise_vectors": False})
+def test_a_plain_detector_trains(data_root, tmp_path):
+    run = new_run(data_root, tmp_path, train={"steps": 2}, codec={"kind": "none"}, model={"standardise_vectors": False})
     assert train_run(run) == "finished"
     assert run.metrics("start")[0]["plateau"] == {}
     assert "vector" not in run.metrics("train")[0]["losses"]
 
 
-def test_autocast_trains_close_to_float32(pictures, tmp_path):
+def test_autocast_trains_close_to_float32(data_root, tmp_path):
     losses = []
     for autocast in ("none", "bf16"):
         model = {"dropout": 0.0}
-        run = new_run(pictures, tmp_path / autocast, train={"steps": 3, "autocast": autocast}, model=model)
+        run = new_run(data_root, tmp_path / autocast, train={"steps": 3, "autocast": autocast}, model=model)
         train_run(run)
         losses.append([line["total"] for line in run.metrics("train")])
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)  # bf16 has three digits
 
 
-def test_a_diverged_training_names_step_and_pictures_and_keeps_its_weights(pictures, tmp_path, monkeypatch):
-    run = new_run(pictures, tmp_path)
+def test_a_diverged_training_names_step_and_images_and_keeps_its_weights(data_root, tmp_path, monkeypatch):
+    run = new_run(data_root, tmp_path)
     total, seen = SetCriterion.total, []
 
     def blow_up(self, losses):
@@ -225,27 +225,27 @@ def test_a_diverged_training_names_step_and_pictures_and_keeps_its_weights(pictu
     assert len(run.metrics("train")) == 2
 
 
-def test_a_batch_larger_than_the_data_set_is_refused_before_any_work(pictures, tmp_path):
-    run = new_run(pictures, tmp_path, train={"batch_size": 16})
-    with pytest.raises(DataError, match=r"12 pictures, fewer than train\.batch_size 16"):
+def test_a_batch_larger_than_the_data_set_is_refused_before_any_work(data_root, tmp_path):
+    run = new_run(data_root, tmp_path, train={"batch_size": 16})
+    with pytest.raises(DataError, match=r"12 images, fewer than train\.batch_size 16"):
         train_run(run)
     assert run.metrics() == []
 
 
-def test_a_wrong_number_of_processes_is_refused_with_the_command(pictures, tmp_path, monkeypatch):
-    run = new_run(pictures, tmp_path, train={"gpus": 2})
+def test_a_wrong_number_of_processes_is_refused_with_the_command(data_root, tmp_path, monkeypatch):
+    run = new_run(data_root, tmp_path, train={"gpus": 2})
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(RunError, match=r"3 training processes .* 2 x 1 passes .* allowed are 1, 2\. .*-per-node=2"):
         train_run(run)
 
 
-def test_more_processes_than_gpus_are_refused_before_they_take_one(pictures, tmp_path, monkeypatch):
+def test_more_processes_than_gpus_are_refused_before_they_take_one(data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(distributed, "process_group", None)
     with pytest.raises(RunError, match="3 processes were started on a machine with 2 GPUs; start at most 2 on it"):
-        train_run(new_run(pictures, tmp_path))
+        train_run(new_run(data_root, tmp_path))
 
 
 # -------------------------------------------------------------------------------------------- processes of their own
@@ -265,9 +265,9 @@ def wait_for_step(run, step, process):
         time.sleep(0.02)
 
 
-def test_sigterm_saves_and_kill_9_loses_only_the_steps_since(pictures, tmp_path):
+def test_sigterm_saves_and_kill_9_loses_only_the_steps_since(data_root, tmp_path):
     sections = {"train": {"steps": 40, "save_every": 10}, "data": {"workers": 1}}
-    run = new_run(pictures, tmp_path / "parts", **sections)
+    run = new_run(data_root, tmp_path / "parts", **sections)
     first = start(run)
     wait_for_step(run, 5, first)
     os.kill(first.pid, signal.SIGTERM)
@@ -283,13 +283,13 @@ def test_sigterm_saves_and_kill_9_loses_only_the_steps_since(pictures, tmp_path)
     assert run.status()["state"] == "training"  # nobody was left to say otherwise
 
     assert train_run(run) == "finished"
-    whole = new_run(pictures, tmp_path / "whole", **sections)
+    whole = new_run(data_root, tmp_path / "whole", **sections)
     train_run(whole)
     assert what_was_learned(run) == what_was_learned(whole)
 
 
-def test_the_command_refuses_in_one_line_and_with_status_2(pictures, tmp_path):
-    run = new_run(pictures, tmp_path, data={"train_annotations": "missing.json"})
+def test_the_command_refuses_in_one_line_and_with_status_2(data_root, tmp_path):
+    run = new_run(data_root, tmp_path, data={"train_annotations": "missing.json"})
     process = start(run)
     assert process.wait(60) == 2
     lines = process.stderr.read().splitlines()
@@ -306,10 +306,10 @@ def torchrun(*arguments):
 
 
 @pytest.mark.parametrize("shares", [{"accumulate": 2}, {"gpus": 2, "accumulate": 2}])
-def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(pictures, tmp_path, shares):
+def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares):
     same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}}
-    whole = losses_and_gradients(new_run(pictures, tmp_path / "whole", **same).folder)
-    run = new_run(pictures, tmp_path / "shared", train=shares, **same)
+    whole = losses_and_gradients(new_run(data_root, tmp_path / "whole", **same).folder)
+    run = new_run(data_root, tmp_path / "shared", train=shares, **same)
     if "gpus" in shares:
         command = torchrun(TESTS / "one_step.py", run.folder, tmp_path / "output.pt")
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
@@ -327,8 +327,8 @@ def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(pictur
 
 
 @pytest.mark.slow
-def test_two_processes_train_save_stop_and_resume_together(pictures, tmp_path):
-    run = new_run(pictures, tmp_path, train={"gpus": 2, "steps": 40, "evaluate_every": 4, "save_every": 5})
+def test_two_processes_train_save_stop_and_resume_together(data_root, tmp_path):
+    run = new_run(data_root, tmp_path, train={"gpus": 2, "steps": 40, "evaluate_every": 4, "save_every": 5})
     command = torchrun("-m", "solq_lab.training", run.folder)
     first = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait_for_step(run, 3, first)

@@ -21,7 +21,7 @@ from solq_lab.data.transforms import (
     TestResize,
     apply_to_bitmaps,
     apply_to_boxes,
-    apply_to_picture,
+    apply_to_image,
     boxes_before,
     mirrored,
     resized_size,
@@ -46,7 +46,7 @@ def test_resized_sizes_are_those_of_the_released_implementation(golden_root):
         assert resized_size((height, width), short, longest) == (new_height, new_width)
 
 
-def test_a_picture_of_extreme_shape_keeps_at_least_one_pixel():
+def test_an_image_of_extreme_shape_keeps_at_least_one_pixel():
     assert min(resized_size((1, 10_000), 800, 1333)) == 1
 
 
@@ -76,7 +76,7 @@ def test_the_same_generator_state_gives_the_same_plan():
     assert PAPER.plan((480, 640), random(7)) == PAPER.plan((480, 640), random(7))
 
 
-def test_a_crop_larger_than_the_picture_shrinks_to_it():
+def test_a_crop_larger_than_the_image_shrinks_to_it():
     transform = ReleasedAugmentation(train_scales=[64], max_size=200, crop_scales=[50], crop_size=(100, 150))
     crops = [step for seed in range(20) for step in transform.plan((60, 70), random(seed)) if isinstance(step, Crop)]
     assert crops
@@ -90,7 +90,7 @@ def test_test_resize_draws_nothing():
     assert generator.bit_generator.state == before
 
 
-def test_flip_only_leaves_a_picture_of_the_test_size_but_for_the_mirror():
+def test_flip_only_leaves_an_image_of_the_test_size_but_for_the_mirror():
     plans = {tuple(FlipOnly(96, 96).plan((96, 96), random(seed))) for seed in range(20)}
     assert plans == {(), (Mirror(96),)}
 
@@ -139,18 +139,18 @@ def test_boxes_and_bitmaps_travel_together():
     assert torch.equal(apply_to_bitmaps(steps, bitmap), expected)
 
 
-def test_picture_steps_are_those_of_pillow_but_for_rounding():
+def test_image_steps_are_those_of_pillow_but_for_rounding():
     pixels = random().integers(0, 256, (60, 80, 3), dtype=np.uint8)
     steps = [Mirror(80), Resize((60, 80), (90, 120)), Crop(5, 7, 70, 90), Resize((70, 90), (40, 51))]
-    ours = apply_to_picture(steps, torch.from_numpy(pixels).permute(2, 0, 1)).permute(1, 2, 0)
-    picture = Image.fromarray(pixels).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((120, 90), Image.BILINEAR)
-    theirs = picture.crop((7, 5, 97, 75)).resize((51, 40), Image.BILINEAR)
+    ours = apply_to_image(steps, torch.from_numpy(pixels).permute(2, 0, 1)).permute(1, 2, 0)
+    image = Image.fromarray(pixels).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((120, 90), Image.BILINEAR)
+    theirs = image.crop((7, 5, 97, 75)).resize((51, 40), Image.BILINEAR)
     difference = np.abs(ours.numpy().astype(int) - np.asarray(theirs).astype(int))
     assert difference.max() <= 2  # both round to uint8 between the two passes of both resizes
     assert ours.dtype == torch.uint8
 
 
 def test_two_mirrors_are_none():
-    picture = torch.arange(12, dtype=torch.uint8).view(1, 3, 4)
+    image = torch.arange(12, dtype=torch.uint8).view(1, 3, 4)
     assert not mirrored([Mirror(4), Mirror(4)])
-    assert torch.equal(apply_to_picture([Mirror(4), Mirror(4)], picture), picture)
+    assert torch.equal(apply_to_image([Mirror(4), Mirror(4)], image), image)

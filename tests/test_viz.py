@@ -17,13 +17,13 @@ from solq_lab.masks import decode_rle, encode_rle
 from solq_lab.structures import Detections, Target
 from solq_lab.viz.codes import reconstructions
 from solq_lab.viz.curves import ap_by_class, ap_by_size, training_curves
-from solq_lab.viz.pictures import MASK_OPACITY, draw_detections, ground_truth, prediction_grid
+from solq_lab.viz.images import MASK_OPACITY, draw_detections, ground_truth, prediction_grid
 from solq_lab.viz.style import GREY, METHOD_COLOURS, OBJECT_COLOURS, class_colours, save
 
 SIDE = 40
 
 
-def picture() -> np.ndarray:
+def grey_image() -> np.ndarray:
     return np.full((SIDE, SIDE, 3), 200, dtype=np.uint8)
 
 
@@ -53,7 +53,7 @@ def nothing_stays_open():
     assert plt.get_fignums() == []
 
 
-# ---- pictures
+# ---- images
 
 
 def test_ground_truth_puts_box_frame_masks_where_their_boxes_are():
@@ -77,7 +77,7 @@ def test_ground_truth_puts_box_frame_masks_where_their_boxes_are():
 
 
 def test_a_mask_is_a_translucent_fill_of_its_classs_colour():
-    figure = draw_detections(picture(), detections((10, 10, 30, 30)))
+    figure = draw_detections(grey_image(), detections((10, 10, 30, 30)))
     shown = figure.axes[0].images[0].get_array()
     colour = np.array(to_rgb(OBJECT_COLOURS[0]))
     np.testing.assert_allclose(shown[20, 20], (1 - MASK_OPACITY) * 200 / 255 + MASK_OPACITY * colour, atol=1e-6)
@@ -85,15 +85,15 @@ def test_a_mask_is_a_translucent_fill_of_its_classs_colour():
 
 
 def test_labels_give_class_and_score_and_titles_are_shown():
-    figure = draw_detections(picture(), detections((2, 2, 10, 10), (20, 20, 30, 30)), title="two things")
+    figure = draw_detections(grey_image(), detections((2, 2, 10, 10), (20, 20, 30, 30)), title="two things")
     assert sorted(texts(figure.axes[0])) == ["class 0 0.90", "class 1 0.50"]
     assert figure.axes[0].get_title() == "two things"
 
 
 @pytest.mark.parametrize("width", [SIDE, 4 * SIDE])
-def test_labels_stay_inside_their_picture(width):
+def test_labels_stay_inside_their_image(width):
     corners = detections((0, 0, 3, 3), (SIDE - 3, 0, SIDE, 3), (0, SIDE - 3, 3, SIDE), (SIDE - 3, 9, SIDE, SIDE))
-    figure = prediction_grid([(picture(), detections(), corners)] * (width // SIDE))
+    figure = prediction_grid([(grey_image(), detections(), corners)] * (width // SIDE))
     figure.draw_without_rendering()
     place = figure.axes[2]
     for label in place.texts:
@@ -102,9 +102,9 @@ def test_labels_stay_inside_their_picture(width):
         assert (extent.max <= place.bbox.max).all(), label.get_text()
 
 
-def test_a_label_too_long_for_its_picture_begins_inside():
-    long = detections((20, 20, 30, 30))._replace(names=["a class with a name that no picture of this size can hold"])
-    figure = prediction_grid([(picture(), detections(), long)] * 2)
+def test_a_label_too_long_for_its_image_begins_inside():
+    long = detections((20, 20, 30, 30))._replace(names=["a class with a name that no image of this size can hold"])
+    figure = prediction_grid([(grey_image(), detections(), long)] * 2)
     figure.draw_without_rendering()
     place = figure.axes[2]
     (label,) = place.texts
@@ -112,7 +112,7 @@ def test_a_label_too_long_for_its_picture_begins_inside():
 
 
 def test_the_best_score_lies_on_top():
-    figure = draw_detections(picture(), detections((5, 5, 25, 25), (5, 5, 25, 25)))
+    figure = draw_detections(grey_image(), detections((5, 5, 25, 25), (5, 5, 25, 25)))
     shown = figure.axes[0].images[0].get_array()[15, 15]
     below = (1 - MASK_OPACITY) * 200 / 255 + MASK_OPACITY * np.array(to_rgb(OBJECT_COLOURS[1]))
     np.testing.assert_allclose(
@@ -121,16 +121,16 @@ def test_the_best_score_lies_on_top():
 
 
 def test_a_plain_detectors_objects_are_boxes():
-    figure = draw_detections(picture(), detections((5, 6, 25, 36), masks=False))
+    figure = draw_detections(grey_image(), detections((5, 6, 25, 36), masks=False))
     (box,) = figure.axes[0].patches
     assert (box.get_width(), box.get_height()) == (20, 30)
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_a_picture_without_objects_is_just_a_picture(masks):
-    figure = draw_detections(picture(), detections(masks=masks))
+def test_an_image_without_objects_is_just_an_image(masks):
+    figure = draw_detections(grey_image(), detections(masks=masks))
     assert texts(figure.axes[0]) == []
-    prediction_grid([(picture(), detections(masks=masks), detections(masks=masks))])
+    prediction_grid([(grey_image(), detections(masks=masks), detections(masks=masks))])
 
 
 def test_a_tensor_is_drawn_like_an_array():
@@ -141,16 +141,16 @@ def test_a_tensor_is_drawn_like_an_array():
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4, 3)), torch.zeros(4, 4, 3, dtype=torch.uint8)])
-def test_what_is_no_picture_is_refused_with_its_shape_and_type(image):
+def test_what_is_no_image_is_refused_with_its_shape_and_type(image):
     with pytest.raises(ValueError, match=r"uint8, found \(4, 4"):
         draw_detections(image, detections())
 
 
-def test_a_grid_shows_picture_truth_and_prediction_of_each_example():
+def test_a_grid_shows_image_truth_and_prediction_of_each_example():
     truth, prediction = detections((5, 5, 20, 20)), detections((6, 6, 20, 20))
-    figure = prediction_grid([(picture(), truth, prediction)] * 3, title="three")
+    figure = prediction_grid([(grey_image(), truth, prediction)] * 3, title="three")
     assert len(figure.axes) == 12  # two rows of two examples; the last place stays empty
-    assert [axes.get_title() for axes in figure.axes[:3]] == ["picture", "ground truth", "prediction"]
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["image", "ground truth", "prediction"]
     assert [len(axes.texts) for axes in figure.axes[:3]] == [0, 1, 1]
     assert [len(axes.images) for axes in figure.axes[9:]] == [0, 0, 0]
     assert figure.get_suptitle() == "three"
@@ -160,7 +160,7 @@ def test_a_grid_of_nothing_is_empty():
     assert all(not axes.images for axes in prediction_grid([]).axes)
 
 
-def test_classes_of_one_picture_have_different_colours_as_long_as_there_are_enough():
+def test_classes_of_one_image_have_different_colours_as_long_as_there_are_enough():
     count = len(OBJECT_COLOURS)
     clashing = class_colours([0, count, 2 * count, 5])
     assert len(set(clashing.values())) == 4
@@ -169,7 +169,7 @@ def test_classes_of_one_picture_have_different_colours_as_long_as_there_are_enou
     assert class_colours([]) == {}
 
 
-def test_real_pictures_and_their_masks_can_be_drawn(coco_tiny):
+def test_real_images_and_their_masks_can_be_drawn(coco_tiny):
     annotations = coco_tiny / "annotations" / "instances_val2017.json"
     dataset = CocoDataset(coco_tiny / "val2017", annotations, mask_size=32)
     pixels, target = dataset[0]
@@ -204,14 +204,14 @@ def test_ap_is_shown_over_the_steps_in_percent():
     evaluations = [
         {"kind": "evaluation", "step": step, "metrics": {"box.AP": step / 100, "segm.AP": None}} for step in (10, 20)
     ]
-    (curve,) = panel(training_curves([*train_lines(10), *evaluations]), "AP on the validation pictures").get_lines()
+    (curve,) = panel(training_curves([*train_lines(10), *evaluations]), "AP on the validation images").get_lines()
     np.testing.assert_allclose(curve.get_ydata(), [10, 20])
     assert curve.get_label() == "box"
 
 
 @pytest.mark.parametrize("metrics", [[], train_lines(1, vector=False)])
 def test_a_run_that_has_only_begun_and_a_plain_detector_have_curves_too(metrics):
-    assert "none yet" in texts(panel(training_curves(metrics), "AP on the validation pictures"))
+    assert "none yet" in texts(panel(training_curves(metrics), "AP on the validation images"))
 
 
 def test_bars_have_the_methods_colour_and_stand_before_the_ceiling():

@@ -1,4 +1,4 @@
-"""The README's way on real pictures, by its own commands: download, check, train, evaluate, export, predict.
+"""The README's way on real images, by its own commands: download, check, train, evaluate, export, predict.
 
 Every command is a process of its own that starts in an empty folder, as a user's is. A few steps teach a model nothing;
 what is shown is that each command finds what the one before it has left, and says where its own results are.
@@ -19,7 +19,7 @@ from server import offer_coco, serve
 
 pytestmark = pytest.mark.slow
 
-# A model and pictures so small that six steps take a second.
+# A model and images so small that six steps take a second.
 TINY = [
     *("model.queries=20", "model.width=32", "model.heads=2", "data.test_scale=96", "data.max_size=128"),
     *("train.steps=6", "train.batch_size=4", "train.save_every=3", "train.log_every=2", "train.threads=1"),
@@ -132,7 +132,7 @@ def test_the_onnx_file_is_kept_because_it_finds_the_same(solq_lab, training, wor
     parity = json.loads((workspace / "walk.parity.json").read_text())
     assert parity["agrees"]
     assert parity["inputs"]["pixels"] == [1, 3, 96, 128]
-    assert f"{parity['matched']} of {parity['detections']} detections in 3 pictures matched" in exported.stdout
+    assert f"{parity['matched']} of {parity['detections']} detections in 3 images matched" in exported.stdout
     assert "the whole comparison is in walk.parity.json" in exported.stdout
     assert "folding" not in exported.stderr  # the translator says so of every operator that it leaves alone
     assert (workspace / "walk.onnx").stat().st_size > 1e6
@@ -140,12 +140,12 @@ def test_the_onnx_file_is_kept_because_it_finds_the_same(solq_lab, training, wor
 
 def test_the_shared_file_alone_lists_and_draws_objects(solq_lab, shared, workspace, coco_tiny):
     assert "walk.safetensors: 5.0 MB, 80 classes, code and experiment inside" in shared.stdout
-    picture = next((workspace / "data" / "coco" / "val2017").iterdir())
+    image = next((workspace / "data" / "coco" / "val2017").iterdir())
     names = {
         c["name"] for c in json.loads((coco_tiny / "annotations" / "instances_val2017.json").read_text())["categories"]
     }
-    listed = solq_lab("predict", "walk.safetensors", picture, "--score", 0.01).stdout.splitlines()
-    assert listed[0] == f"{picture}: {len(listed) - 1} objects, drawn in predictions/{picture.stem}.png"
+    listed = solq_lab("predict", "walk.safetensors", image, "--score", 0.01).stdout.splitlines()
+    assert listed[0] == f"{image}: {len(listed) - 1} objects, drawn in predictions/{image.stem}.png"
     for line in listed[1:]:
         score, name, box = re.fullmatch(r"  (0\.\d\d)  (.{20})((?: +-?\d+\.\d){4})", line).groups()
         assert float(score) >= 0.01
@@ -153,11 +153,11 @@ def test_the_shared_file_alone_lists_and_draws_objects(solq_lab, shared, workspa
         x0, y0, x1, y1 = map(float, box.split())
         assert x0 < x1
         assert y0 < y1
-    assert (workspace / "predictions" / f"{picture.stem}.png").stat().st_size > 10_000
+    assert (workspace / "predictions" / f"{image.stem}.png").stat().st_size > 10_000
 
 
 def test_a_score_that_no_object_reaches_is_told_with_the_best_one(solq_lab, shared, workspace):
-    picture = next((workspace / "data" / "coco" / "val2017").iterdir())
-    said = solq_lab("predict", "walk.safetensors", picture, "--score", 0.99).stdout
+    image = next((workspace / "data" / "coco" / "val2017").iterdir())
+    said = solq_lab("predict", "walk.safetensors", image, "--score", 0.99).stdout
     assert "0 objects, drawn in" in said
     assert re.search(r"none with a score of at least 0\.99; the best has 0\.\d\d, a lower --score shows it", said)

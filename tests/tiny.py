@@ -1,4 +1,4 @@
-"""A data set of a few drawn pictures and an experiment small enough to train in a second, for tests of whole runs."""
+"""A data set of a few drawn images and an experiment small enough to train in a second, for tests of whole runs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from PIL import Image, ImageDraw
 
 from solq_lab.config import Experiment, validate_experiment
 
-SIDE = 48  # of the pictures, pixels
+SIDE = 48  # of the images, pixels
 
 
-def write_pictures(root: Path, *, train: int = 12, val: int = 4) -> Path:
-    """A COCO-format folder of bright triangles and diamonds; every fourth picture has no object."""
+def write_tiny_dataset(root: Path, *, train: int = 12, val: int = 4) -> Path:
+    """A COCO-format folder of bright triangles and diamonds; every fourth image has no object."""
     for split, count in (("train", train), ("val", val)):
         (root / split).mkdir(parents=True)
         images, annotations = [], []
         for number in range(count):
             random = np.random.default_rng((len(split), number))
-            picture = Image.fromarray(random.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8))
+            image = Image.fromarray(random.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8))
             for _ in range(0 if number % 4 == 3 else 1 + number % 2):
                 category = int(random.integers(1, 3))
                 x, y = random.uniform(2, SIDE / 2, 2).round(1).tolist()
@@ -29,7 +29,7 @@ def write_pictures(root: Path, *, train: int = 12, val: int = 4) -> Path:
                 outline = [x, y + h, x + w / 2, y, x + w, y + h]
                 if category == 2:
                     outline = [x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h, x, y + h / 2]
-                ImageDraw.Draw(picture).polygon(outline, fill=(200, 80, 40) if category == 1 else (40, 90, 220))
+                ImageDraw.Draw(image).polygon(outline, fill=(200, 80, 40) if category == 1 else (40, 90, 220))
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
@@ -41,7 +41,7 @@ def write_pictures(root: Path, *, train: int = 12, val: int = 4) -> Path:
                         "segmentation": [outline],
                     }
                 )
-            picture.save(root / split / f"{number + 1}.png")
+            image.save(root / split / f"{number + 1}.png")
             images.append({"id": number + 1, "file_name": f"{number + 1}.png", "width": SIDE, "height": SIDE})
         categories = [{"id": 1, "name": "triangle"}, {"id": 2, "name": "diamond"}]
         document = {"images": images, "categories": categories, "annotations": annotations}

@@ -18,7 +18,7 @@ DECODE_TOLERANCE = 1e-4  # cells lie around 0..1
 
 
 def rows() -> Iterator[Row]:
-    """Encoding and decoding a picture's worth of masks."""
+    """Encoding and decoding an image's worth of masks."""
     masks = blob_masks(0, count=MASKS, size=MASK_SIZE)
     codec = DCTCodec(MASK_SIZE, VECTOR_DIM)
     vectors = codec.encode(masks)
@@ -66,4 +66,4 @@ def decode_one_by_one(vectors: np.ndarray, kept: np.ndarray, size: int) -> np.nd
 
 def binarize_one_by_one(decoded: np.ndarray) -> torch.Tensor:
     """Masks (K, N, N) bool: cells strictly above the middle of each reconstruction's range."""
-    return torch.from_numpy(np.stack([picture > (picture.max() + picture.min()) / 2 for picture in decoded]))
+    return torch.from_numpy(np.stack([image > (image.max() + image.min()) / 2 for image in decoded]))

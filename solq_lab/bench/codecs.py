@@ -47,7 +47,7 @@ class PlainCode(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Encoding and decoding a picture's worth of masks by each method, with our masks per second."""
+    """Encoding and decoding an image's worth of masks by each method, with our masks per second."""
     for row in _rows():
         yield row._replace(what=f"{row.what}: {1000 * MASKS / row.ours_ms:.3g} masks/s")
 

@@ -1,4 +1,4 @@
-"""COCO evaluation of 1,000 pictures with 100 detections each: faster-coco-eval against pycocotools."""
+"""COCO evaluation of 1,000 images with 100 detections each: faster-coco-eval against pycocotools."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from solq_lab.bench.timing import Row, compare
 from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.summary import AP_COLUMNS, AR_COLUMNS
 
-PICTURES, DETECTIONS = 1000, 100
+NUM_IMAGES, DETECTIONS = 1000, 100
 DIGITS = 6  # to which the twelve numbers must agree
 
 
-def rows(pictures: int = PICTURES) -> Iterator[Row]:
+def rows(num_images: int = NUM_IMAGES) -> Iterator[Row]:
     """Boxes, then masks, from results in memory to the twelve numbers."""
-    document = coco_document(0, pictures=pictures, objects=7)
+    document = coco_document(0, num_images=num_images, objects=7)
     results = draw_results(document)
     for kind, iou_type in (("box", "bbox"), ("segm", "segm")):
         kept = keep_shape(results, kind)
         yield compare(
             "eval",
-            f"{iou_type}, {pictures} pictures x {DETECTIONS} detections",
+            f"{iou_type}, {num_images} images x {DETECTIONS} detections",
             lambda kept=kept, iou_type=iou_type: evaluate_plainly(document, kept, iou_type),
             lambda kept=kept, kind=kind: evaluate_results(document, kept, kinds=[kind]).metrics,
             lambda expected, found, kind=kind: same_numbers(expected, found, kind),
@@ -63,19 +63,19 @@ def same_numbers(expected: np.ndarray, found: dict[str, float], kind: str) -> bo
 
 
 def draw_results(document: dict) -> list[dict]:
-    """Detections of all pictures."""
+    """Detections of all images."""
     image_ids = [image["id"] for image in document["images"]]
-    return [result for of_one_picture in draw_pictures(document, image_ids) for result in of_one_picture]
+    return [result for of_one_image in draw_images(document, image_ids) for result in of_one_image]
 
 
-def draw_pictures(document: dict, image_ids: Sequence[int]) -> Iterator[list[dict]]:
-    """Detections of each picture, near its objects and anywhere else, of the classes that are present."""
-    by_picture = defaultdict(list)
+def draw_images(document: dict, image_ids: Sequence[int]) -> Iterator[list[dict]]:
+    """Detections of each image, near its objects and anywhere else, of the classes that are present."""
+    by_image = defaultdict(list)
     for entry in document["annotations"]:
-        by_picture[entry["image_id"]].append(entry)
+        by_image[entry["image_id"]].append(entry)
     for image_id in image_ids:
         random = np.random.default_rng((1, image_id))
-        yield [_draw_result(random, by_picture[image_id], number) for number in range(DETECTIONS)]
+        yield [_draw_result(random, by_image[image_id], number) for number in range(DETECTIONS)]
 
 
 def _draw_result(random: np.random.Generator, objects: list[dict], number: int) -> dict:

@@ -53,14 +53,14 @@ class Workload(NamedTuple):
     """What is measured.
 
     experiment: network, code, losses and optimiser.
-    picture: (height, width) of the encoder layer and of the training pictures, pixels.
-    shown: (height, width) of the picture to predict, pixels.
-    batch: pictures of the encoder layer and of a training step.
+    image: (height, width) of the encoder layer and of the training images, pixels.
+    shown: (height, width) of the image to predict, pixels.
+    batch: images of the encoder layer and of a training step.
     repeats: timed runs of each way, at most.
     """
 
     experiment: Experiment
-    picture: tuple[int, int]
+    image: tuple[int, int]
     shown: tuple[int, int]
     batch: int
     repeats: int
@@ -68,7 +68,7 @@ class Workload(NamedTuple):
 
 COCO = Workload(
     Experiment.model_validate({"name": "bench", "model": {"width": 384, "pretrained": "none"}}),
-    picture=(800, 1333),
+    image=(800, 1333),
     shown=NETWORK_SIZE,
     batch=4,
     repeats=50,
@@ -92,12 +92,12 @@ def rows(device: torch.device | str = "cuda", work: Workload = COCO) -> Iterator
 
 def op_rows(device: torch.device, work: Workload, dtype: torch.dtype) -> Iterator[Row]:
     """Forward, backward and the deterministic backward of one encoder layer; the plain way computes in float32."""
-    shapes = [(-(-work.picture[0] // stride), -(-work.picture[1] // stride)) for stride in STRIDES]
+    shapes = [(-(-work.image[0] // stride), -(-work.image[1] // stride)) for stride in STRIDES]
     tokens = sum(height * width for height, width in shapes)
     inputs, gradient = draw_inputs(tokens, shapes, batch=work.batch, device=device, dtype=dtype)
     exact = (inputs[0].detach().float().requires_grad_(), *inputs[1:])
     served = f"{_name(dtype)}, {implementation_for(device.type)}"
-    name = f"encoder layer, {describe_size(work.picture)}, batch {work.batch}, {served}"
+    name = f"encoder layer, {describe_size(work.image)}, batch {work.batch}, {served}"
     measure = partial(compare, "gpu", repeats=work.repeats, timed=timer(device, CALLS))
     same = partial(are_near, tolerance=TOLERANCES[dtype])
 
@@ -130,7 +130,7 @@ def op_rows(device: torch.device, work: Workload, dtype: torch.dtype) -> Iterato
 
 
 def infer_row(device: torch.device, work: Workload, autocast: str) -> Row:
-    """One picture of the host to run-length codes, against the network in float32 as it was trained."""
+    """One image of the host to run-length codes, against the network in float32 as it was trained."""
     model, images = build_network(work.experiment).eval().to(device), draw_images(work.shown)
     prepared, codec = prepare_for_inference(model), build_codec(work.experiment).to(device)
     names, kept = [str(channel) for channel in range(CLASSES)], zigzag_places(codec.mask_size)[: codec.vector_dim]
@@ -158,7 +158,7 @@ def infer_row(device: torch.device, work: Workload, autocast: str) -> Row:
         repeats=work.repeats,
         timed=timer(device),
     )
-    return _with_speed(row, pictures=1)
+    return _with_speed(row, images=1)
 
 
 def train_row(device: torch.device, work: Workload) -> Row:
@@ -182,19 +182,19 @@ def train_row(device: torch.device, work: Workload) -> Row:
 
     row = compare(
         "gpu",
-        f"training step, {_model(work)}, {describe_size(work.picture)}, batch {work.batch}, bfloat16",
+        f"training step, {_model(work)}, {describe_size(work.image)}, batch {work.batch}, bfloat16",
         plainly,
         step,
         lambda expected, found: bool(np.isclose(expected, found, rtol=LOSS_TOLERANCE, atol=0)),
         repeats=work.repeats,
         timed=timer(device),
     )
-    return _with_speed(row, pictures=work.batch)
+    return _with_speed(row, images=work.batch)
 
 
 def draw_batch(work: Workload) -> Batch:
-    """A batch of training pictures, on the host as a loader gives them."""
-    images, target = draw_images(work.picture), draw_target(work.experiment.codec.mask_size, work.picture)
+    """A batch of training images, on the host as a loader gives them."""
+    images, target = draw_images(work.image), draw_target(work.experiment.codec.mask_size, work.image)
     batch = ImageBatch(images.pixels.expand(work.batch, -1, -1, -1), images.padding.expand(work.batch, -1, -1))
     return ImageBatch(*(part.contiguous() for part in batch)), [target] * work.batch
 
@@ -229,8 +229,8 @@ def _on_host(prediction: LayerPrediction) -> LayerPrediction:
     return LayerPrediction(*(part.float().cpu() for part in prediction[:3]))
 
 
-def _with_speed(row: Row, *, pictures: int) -> Row:
-    return row._replace(what=f"{row.what}: {1000 * pictures / row.ours_ms:.1f} images/s")
+def _with_speed(row: Row, *, images: int) -> Row:
+    return row._replace(what=f"{row.what}: {1000 * images / row.ours_ms:.1f} images/s")
 
 
 def _model(work: Workload) -> str:

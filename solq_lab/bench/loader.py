@@ -13,38 +13,38 @@ from PIL import Image
 from torch import Tensor
 
 from solq_lab.bench.scenes import write_coco_folder
-from solq_lab.bench.targets import LONGEST, MASK_SIZE, SHORT, crop_full_bitmaps, mean_iou
+from solq_lab.bench.targets import MASK_SIZE, MAX_SIDE, SHORT, crop_full_bitmaps, mean_iou
 from solq_lab.bench.timing import Row, compare
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import TestResize, resized_size
 from solq_lab.structures import PIXEL_MEAN, PIXEL_STD, Target
 
-PICTURES = 12
+NUM_IMAGES = 12
 MEAN_IOU = (
     0.95  # the baseline's bitmaps go through a nearest-neighbour resize, which frays the outlines of small objects
 )
 
 
-def rows(images: Path | None = None, annotations: Path | None = None, *, pictures: int = PICTURES) -> Iterator[Row]:
-    """Read, resize, rasterise; one thread, so that the inverse of a time is pictures per second and core.
+def rows(images: Path | None = None, annotations: Path | None = None, *, num_images: int = NUM_IMAGES) -> Iterator[Row]:
+    """Read, resize, rasterise; one thread, so that the inverse of a time is images per second and core.
 
     Args:
-        images, annotations: a COCO-format folder and its file. None: generated pictures.
-        pictures: how many; the first ones of the folder.
+        images, annotations: a COCO-format folder and its file. None: generated images.
+        num_images: how many; the first ones of the folder.
     """
     with tempfile.TemporaryDirectory() as folder:
         if images is None or annotations is None:
-            images, annotations = write_coco_folder(Path(folder), seed=0, pictures=pictures)
-        dataset = CocoDataset(images, annotations, mask_size=MASK_SIZE, transform=TestResize(SHORT, LONGEST))
+            images, annotations = write_coco_folder(Path(folder), seed=0, num_images=num_images)
+        dataset = CocoDataset(images, annotations, mask_size=MASK_SIZE, transform=TestResize(SHORT, MAX_SIDE))
         plain = PlainLoader(images, annotations)
-        chosen = dataset.image_ids[:pictures]
+        chosen = dataset.image_ids[:num_images]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             row = compare(
                 "loader",
-                f"{len(chosen)} pictures at {SHORT}/{LONGEST} with masks, one thread",
+                f"{len(chosen)} images at {SHORT}/{MAX_SIDE} with masks, one thread",
                 lambda: [plain.load(image_id) for image_id in chosen],
                 lambda: [dataset[index] for index in range(len(chosen))],
                 _same_samples,
@@ -52,14 +52,14 @@ def rows(images: Path | None = None, annotations: Path | None = None, *, picture
         finally:
             torch.set_num_threads(threads)
     yield row._replace(
-        what=f"one picture of {row.what}",
+        what=f"one image of {row.what}",
         baseline_ms=row.baseline_ms / len(chosen),
         ours_ms=row.ours_ms / len(chosen),
     )
 
 
 class PlainLoader:
-    """The plain way: PIL reads and resizes, the picture is normalised in floats, every object is a full bitmap."""
+    """The plain way: PIL reads and resizes, the image is normalised in floats, every object is a full bitmap."""
 
     def __init__(self, images: Path, annotations: Path) -> None:
         document = json.loads(annotations.read_text())
@@ -70,11 +70,11 @@ class PlainLoader:
                 self.objects[entry["image_id"]].append(entry)
 
     def load(self, image_id: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised picture (3, H, W) float32, boxes (K, 4) xyxy of the original picture, masks (K, N, N) bool."""
-        picture = Image.open(self.files[image_id]).convert("RGB")
-        size = picture.height, picture.width
-        height, width = resized_size(size, SHORT, LONGEST)
-        resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+        """Normalised image (3, H, W) float32, boxes (K, 4) xyxy of the original image, masks (K, N, N) bool."""
+        opened = Image.open(self.files[image_id]).convert("RGB")
+        size = opened.height, opened.width
+        height, width = resized_size(size, SHORT, MAX_SIDE)
+        resized = np.asarray(opened.resize((width, height), Image.Resampling.BILINEAR))
         pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1).float() / 255
         pixels = (pixels - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
         boxes = torch.tensor([entry["bbox"] for entry in self.objects[image_id]]).view(-1, 4)
@@ -87,16 +87,16 @@ class PlainLoader:
 
 def _same_samples(expected: list[tuple[Tensor, Tensor, Tensor]], found: list[tuple[Tensor, Target]]) -> bool:
     """Pixels to one step of 256, boxes to a hundredth of a pixel, all masks to a mean IoU of 0.95."""
-    if not all(map(_same_picture_and_boxes, expected, found)):
+    if not all(map(_same_image_and_boxes, expected, found)):
         return False
     masks = (torch.cat([masks for _, _, masks in expected]), torch.cat([target.masks for _, target in found]))
     return len(masks[0]) == 0 or mean_iou(*masks) >= MEAN_IOU
 
 
-def _same_picture_and_boxes(expected: tuple[Tensor, Tensor, Tensor], found: tuple[Tensor, Target]) -> bool:
+def _same_image_and_boxes(expected: tuple[Tensor, Tensor, Tensor], found: tuple[Tensor, Target]) -> bool:
     pixels, boxes, _ = expected
-    picture, target = found
+    image, target = found
     steps = (pixels * torch.tensor(PIXEL_STD).view(3, 1, 1) + torch.tensor(PIXEL_MEAN).view(3, 1, 1)) * 255
     height, width = target.original_size
     ours = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height, width, height])
-    return bool((steps - picture).abs().max() < 1.01 and torch.allclose(ours, boxes, rtol=0, atol=0.01))
+    return bool((steps - image).abs().max() < 1.01 and torch.allclose(ours, boxes, rtol=0, atol=0.01))

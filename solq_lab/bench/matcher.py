@@ -22,7 +22,7 @@ Pairs = set[tuple[int, int, int]]  # layer, query counted through the batch, obj
 
 
 def rows() -> Iterator[Row]:
-    """A batch of even pictures, and one with a crowded picture in it."""
+    """A batch of even images, and one with a crowded image in it."""
     matcher = HungarianMatcher(**COSTS.model_dump(), focal_alpha=FOCAL.focal_alpha, focal_gamma=FOCAL.focal_gamma)
     for counts in ((7, 7, 7, 7), (3, 20, 45, 93)):
         predictions, targets = _draw_batch(counts)

@@ -20,7 +20,7 @@ from solq_lab.allocation import keep_freed_memory
 from solq_lab.bench import network
 from solq_lab.bench.evaluation import (
     DETECTIONS,
-    draw_pictures,
+    draw_images,
     draw_results,
     evaluate_plainly,
     keep_shape,
@@ -35,10 +35,10 @@ from solq_lab.models.recomputing import recompute_activations
 from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
 
-PICTURES = 5000  # of COCO's validation split
-OBJECTS = 7  # per picture, COCO's mean
+NUM_IMAGES = 5000  # of COCO's validation split
+OBJECTS = 7  # per image, COCO's mean
 PROCESSES = 2  # that share an evaluation
-TRAINING_SIZE = (800, 1333)  # COCO's usual training picture
+TRAINING_SIZE = (800, 1333)  # COCO's usual training image
 EXPERIMENT = Experiment.model_validate({"name": "bench", "model": {"width": 384, "pretrained": "none"}})
 
 
@@ -71,17 +71,17 @@ class MemoryRow(NamedTuple):
         return self._asdict() | {"ratio": self.ratio}
 
 
-def rows(pictures: int = PICTURES, size: tuple[int, int] = TRAINING_SIZE) -> Iterator[MemoryRow]:
+def rows(num_images: int = NUM_IMAGES, size: tuple[int, int] = TRAINING_SIZE) -> Iterator[MemoryRow]:
     """The evaluation's main process against pycocotools in one; a training step with and without recomputing.
 
     Args:
-        pictures: that are scored.
-        size: (height, width) of the training picture, pixels.
+        images: that are scored.
+        size: (height, width) of the training image, pixels.
     """
-    plain, ours = _in_processes("score_plainly", pictures), _in_processes("score", pictures, processes=PROCESSES)
+    plain, ours = _in_processes("score_plainly", num_images), _in_processes("score", num_images, processes=PROCESSES)
     yield MemoryRow(
         "memory",
-        f"main of {PROCESSES} processes, {pictures} pictures x {DETECTIONS} masks, {', '.join(KINDS)} AP and the "
+        f"main of {PROCESSES} processes, {num_images} images x {DETECTIONS} masks, {', '.join(KINDS)} AP and the "
         "results file; baseline segm AP alone in pycocotools",
         plain["peak"],
         ours["peak"],
@@ -107,20 +107,20 @@ def peak_memory() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
-def score_plainly(pictures: int) -> dict:
+def score_plainly(images: int) -> dict:
     """All results in one list, their masks scored by pycocotools."""
-    document = coco_document(0, pictures=pictures, objects=OBJECTS)
+    document = coco_document(0, num_images=images, objects=OBJECTS)
     results = keep_shape(draw_results(document), "segm")
     return {"numbers": evaluate_plainly(document, results, "segm").tolist(), "peak": peak_memory()}
 
 
-def score(pictures: int, rank: int, folder: Path) -> dict:
+def score(images: int, rank: int, folder: Path) -> dict:
     """One of `PROCESSES` that draw results, stream them to the first, and wait for its numbers."""
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES)
-    document = coco_document(0, pictures=pictures, objects=OBJECTS)
+    document = coco_document(0, num_images=images, objects=OBJECTS)
     share = [image["id"] for image in document["images"]][rank::PROCESSES]
-    results = [result for found in stream_to_main(draw_pictures(document, share)) for result in found]
+    results = [result for found in stream_to_main(draw_images(document, share)) for result in found]
     results.sort(key=lambda result: result["image_id"])
     evaluation = share_from_main(lambda: evaluate_results(document, results))
     if distributed.is_main():

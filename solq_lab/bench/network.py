@@ -38,7 +38,7 @@ GRADIENT_TOLERANCE = 1e-2  # relative, of the gradient's norm: single samples ma
 
 
 def infer_rows() -> Iterator[Row]:
-    """One picture from pixels to masks."""
+    """One image from pixels to masks."""
     model, images = build_network().eval(), draw_images()
     prepared = prepare_for_inference(model)
     codec, names = build_codec(EXPERIMENT), [str(channel) for channel in range(CLASSES)]
@@ -65,7 +65,7 @@ def infer_rows() -> Iterator[Row]:
 
 
 def train_rows() -> Iterator[Row]:
-    """One optimiser step on one picture."""
+    """One optimiser step on one image."""
     model, images = build_network().train(), draw_images()
     criterion = build_criterion(EXPERIMENT)
     target = draw_target(criterion.codec.mask_size)
@@ -129,13 +129,13 @@ def build_criterion(experiment: Experiment) -> SetCriterion:
 
 
 def draw_images(size: tuple[int, int] = NETWORK_SIZE) -> ImageBatch:
-    """One picture of noise, (height, width) pixels."""
+    """One image of noise, (height, width) pixels."""
     pixels = torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return ImageBatch(pixels, torch.zeros(1, *size, dtype=torch.bool))
 
 
 def draw_target(mask_size: int, size: tuple[int, int] = NETWORK_SIZE) -> Target:
-    """`OBJECTS` objects for a picture of (height, width) pixels."""
+    """`OBJECTS` objects for an image of (height, width) pixels."""
     boxes = xyxy_to_cxcywh(boxes_xyxy(0, count=OBJECTS) / torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT]))
     masks = blob_masks(0, count=OBJECTS, size=mask_size)
     return Target(0, torch.arange(OBJECTS), boxes, masks, size, (HEIGHT, WIDTH))

@@ -12,7 +12,7 @@ from torch import Tensor
 from solq_lab.bench.timing import Row, are_near, compare
 from solq_lab.ops.ms_deform_attn import implementation_for, ms_deform_attn
 
-SHAPES = ((64, 107), (32, 54), (16, 27), (8, 14))  # C3, C4, C5 and the stride-64 level of a 512 x 852 picture
+SHAPES = ((64, 107), (32, 54), (16, 27), (8, 14))  # C3, C4, C5 and the stride-64 level of a 512 x 852 image
 HEADS, HEAD_WIDTH, POINTS = 8, 48, 4
 TOLERANCE = 1e-4  # of the largest number; float32 sums of 16 products differ by a few 1e-6
 
@@ -51,9 +51,9 @@ def sample_by_grid(value: Tensor, shapes: Sequence[tuple[int, int]], locations: 
     levels = value.split([height * columns for height, columns in shapes], dim=1)
     sampled = []
     for level, (level_value, (height, columns)) in enumerate(zip(levels, shapes, strict=True)):
-        picture = level_value.flatten(2).transpose(1, 2).reshape(batch * heads, width, height, columns)
+        image = level_value.flatten(2).transpose(1, 2).reshape(batch * heads, width, height, columns)
         grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B*M, Q, P, 2)
-        sampled.append(F.grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+        sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     stacked = torch.stack(sampled, dim=-2).flatten(-2)  # L times (B*M, D, Q, P) -> (B*M, D, Q, L*P)
     share = weights.transpose(1, 2).reshape(batch * heads, 1, queries, len(shapes) * points)
     return (stacked * share).sum(-1).view(batch, heads * width, queries).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""From vectors to run-length codes: inside the boxes against full pictures."""
+"""From vectors to run-length codes: inside the boxes against full images."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def rows() -> Iterator[Row]:
 
 
 def encode_pasted(bits: Tensor, boxes: Tensor) -> list[dict]:
-    """The plain way: each mask (N, N) sampled over its box into a picture of its own, all pictures encoded."""
-    pictures = np.zeros((HEIGHT, WIDTH, len(bits)), dtype=np.uint8, order="F")
+    """The plain way: each mask (N, N) sampled over its box into an image of its own, all images encoded."""
+    images = np.zeros((HEIGHT, WIDTH, len(bits)), dtype=np.uint8, order="F")
     for number, (mask, (x0, y0, x1, y1)) in enumerate(zip(bits.float(), boxes, strict=True)):
         left, top = (int(low.floor().clamp(min=0)) for low in (x0, y0))
         right, bottom = int(x1.ceil().clamp(max=WIDTH)), int(y1.ceil().clamp(max=HEIGHT))
@@ -57,12 +57,12 @@ def encode_pasted(bits: Tensor, boxes: Tensor) -> list[dict]:
         y = (torch.arange(top, bottom) + 0.5 - y0) / (y1 - y0) * 2 - 1
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).unsqueeze(0)
         sampled = F.grid_sample(mask[None, None], grid, align_corners=False)[0, 0]
-        pictures[top:bottom, left:right, number] = (sampled >= 0.5).numpy()
-    return coco_rle.encode(pictures)
+        images[top:bottom, left:right, number] = (sampled >= 0.5).numpy()
+    return coco_rle.encode(images)
 
 
 def postprocess_one_by_one(prediction: LayerPrediction, kept: np.ndarray) -> Detections:
-    """The plain way from one picture's predictions to detections."""
+    """The plain way from one image's predictions to detections."""
     scores, best = prediction.logits[0].sigmoid().flatten().topk(TOP_K)
     queries, labels = best // CLASSES, best % CLASSES
     center, side = prediction.boxes[0][queries].split(2, dim=-1)

@@ -58,7 +58,7 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
         parts: names from `PARTS`, `ON_GPU` and `BY_NAME`, run in that order; none: all of `PARTS`, and where there is
             a GPU those of `ON_GPU`.
         json_path: file to write the report to.
-        data: folder of a COCO data set; "targets" and "loader" then use its validation split. None: generated pictures.
+        data: folder of a COCO data set; "targets" and "loader" then use its validation split. None: generated images.
 
     Raises:
         ValueError: an unknown part, or one that needs a GPU where there is none.

@@ -1,4 +1,4 @@
-"""Generated pictures, objects and detections with the counts and sizes of COCO, for machines without COCO."""
+"""Generated images, objects and detections with the counts and sizes of COCO, for machines without COCO."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 HEIGHT, WIDTH = 480, 640  # the commonest size in COCO
 CATEGORIES = 80
-OBJECTS = 11  # per picture, somewhat above COCO's mean of 7
+OBJECTS = 11  # per image, somewhat above COCO's mean of 7
 CORNERS = 40  # of an object's outline
 
 
@@ -26,18 +26,18 @@ def outline(random: np.random.Generator, box: tuple[float, float, float, float])
 
 
 def random_box(random: np.random.Generator) -> tuple[float, float, float, float]:
-    """A box (x, y, w, h) inside the picture, its sides spread evenly over the orders of magnitude from 12 to 380."""
+    """A box (x, y, w, h) inside the image, its sides spread evenly over the orders of magnitude from 12 to 380."""
     w, h = np.exp(random.uniform(np.log(12), np.log(380), size=2)).tolist()
     return random.uniform(0, WIDTH - w), random.uniform(0, HEIGHT - h), w, h
 
 
-def coco_document(seed: int, *, pictures: int, objects: int = OBJECTS) -> dict:
-    """COCO annotations with polygons: `objects` on average, of up to four classes, in each picture."""
+def coco_document(seed: int, *, num_images: int, objects: int = OBJECTS) -> dict:
+    """COCO annotations with polygons: `objects` on average, of up to four classes, in each image."""
     random = np.random.default_rng(seed)
     document: dict = {
         "images": [
             {"id": number, "file_name": f"{number:06d}.jpg", "height": HEIGHT, "width": WIDTH}
-            for number in range(1, pictures + 1)
+            for number in range(1, num_images + 1)
         ],
         "categories": [{"id": number, "name": f"class {number}"} for number in range(1, CATEGORIES + 1)],
         "annotations": [],
@@ -60,12 +60,12 @@ def coco_document(seed: int, *, pictures: int, objects: int = OBJECTS) -> dict:
     return document
 
 
-def write_coco_folder(root: Path, seed: int, *, pictures: int) -> tuple[Path, Path]:
+def write_coco_folder(root: Path, seed: int, *, num_images: int) -> tuple[Path, Path]:
     """Writes smooth noise as JPEGs with annotations; returns the image folder and the annotation file."""
     random = np.random.default_rng(seed)
     images, annotations = root / "images", root / "instances.json"
     images.mkdir(parents=True)
-    document = coco_document(seed, pictures=pictures)
+    document = coco_document(seed, num_images=num_images)
     for image in document["images"]:
         coarse = Image.fromarray(random.integers(0, 256, size=(HEIGHT // 16, WIDTH // 16, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -85,7 +85,7 @@ def blob_masks(seed: int, *, count: int, size: int) -> Tensor:
 
 
 def boxes_xyxy(seed: int, *, count: int) -> Tensor:
-    """(count, 4) boxes (x0, y0, x1, y1) in pixels of a picture."""
+    """(count, 4) boxes (x0, y0, x1, y1) in pixels of an image."""
     random = np.random.default_rng(seed)
     boxes = torch.tensor([random_box(random) for _ in range(count)], dtype=torch.float32)
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)

@@ -1,4 +1,4 @@
-"""Target masks: drawn inside their boxes against full-picture bitmaps, resized and cropped by ROI-align."""
+"""Target masks: drawn inside their boxes against full-image bitmaps, resized and cropped by ROI-align."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from solq_lab.data.annotations import read_annotations
 from solq_lab.data.transforms import resized_size
 
 MASK_SIZE = 128
-CROWDED = 16  # objects per picture on average; twice as many in the most crowded one
-SHORT, LONGEST = 800, 1333
+CROWDED = 16  # objects per image on average; twice as many in the most crowded one
+SHORT, MAX_SIDE = 800, 1333
 MEAN_IOU = 0.998  # with ROI-align of the full bitmap at the original resolution
 
 
 def rows(annotations: Path | None = None) -> Iterator[Row]:
-    """All targets of one crowded picture.
+    """All targets of one crowded image.
 
     Equal means: mean IoU of at least 0.998 with the full bitmaps cropped at the original resolution. The baseline
     itself is further away, because it resizes the bitmaps first.
 
     Args:
-        annotations: COCO annotation file; its picture with the most objects is taken. None: a generated one.
+        annotations: COCO annotation file; its image with the most objects is taken. None: a generated one.
     """
-    document = coco_document(0, pictures=20, objects=CROWDED) if annotations is None else read_annotations(annotations)
+    document = (
+        coco_document(0, num_images=20, objects=CROWDED) if annotations is None else read_annotations(annotations)
+    )
     size, segmentations, boxes = _most_crowded(document)
     bitmaps = torch.stack([masks.decode_rle([masks.segmentation_to_rle(one, size)])[0] for one in segmentations])
     exact = masks.crop_and_resize(bitmaps, boxes, MASK_SIZE) >= 0.5
     yield compare(
         "targets",
-        f"{len(boxes)} objects of one picture at {SHORT}/{LONGEST}, {MASK_SIZE}x{MASK_SIZE}",
+        f"{len(boxes)} objects of one image at {SHORT}/{MAX_SIDE}, {MASK_SIZE}x{MASK_SIZE}",
         lambda: crop_full_bitmaps(segmentations, boxes, size).flip(-1),
         lambda: masks.rasterize_in_box(segmentations, boxes, size, MASK_SIZE).flip(-1),
         lambda _, found: mean_iou(exact, found.flip(-1)) >= MEAN_IOU,
@@ -46,9 +48,9 @@ def rows(annotations: Path | None = None) -> Iterator[Row]:
 
 
 def crop_full_bitmaps(segmentations: list, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The plain way: every object as a bitmap of the whole picture, resized, cropped by ROI-align: (K, N, N) bool."""
+    """The plain way: every object as a bitmap of the whole image, resized, cropped by ROI-align: (K, N, N) bool."""
     bitmaps = masks.decode_rle([masks.segmentation_to_rle(segmentation, size) for segmentation in segmentations])
-    resized = F.interpolate(bitmaps[None].float(), size=resized_size(size, SHORT, LONGEST), mode="nearest")[0]
+    resized = F.interpolate(bitmaps[None].float(), size=resized_size(size, SHORT, MAX_SIDE), mode="nearest")[0]
     scale = torch.tensor([resized.shape[2] / size[1], resized.shape[1] / size[0]]).repeat(2)
     rois = torch.cat([torch.arange(len(boxes)).unsqueeze(1), boxes.float() * scale], dim=1)  # which bitmap, its box
     return roi_align(resized.unsqueeze(1), rois, MASK_SIZE, 1.0, 0, aligned=True).squeeze(1) >= 0.5
@@ -61,10 +63,10 @@ def mean_iou(one: Tensor, other: Tensor) -> float:
 
 
 def _most_crowded(document: dict) -> tuple[tuple[int, int], list, Tensor]:
-    """Size, segmentations and boxes (K, 4) xyxy of the picture with the most objects."""
+    """Size, segmentations and boxes (K, 4) xyxy of the image with the most objects."""
     objects = [entry for entry in document["annotations"] if not entry.get("iscrowd", 0)]
-    by_picture = groupby(sorted(objects, key=lambda entry: entry["image_id"]), key=lambda entry: entry["image_id"])
-    image_id, chosen = max(((key, list(group)) for key, group in by_picture), key=lambda pair: len(pair[1]))
+    by_image = groupby(sorted(objects, key=lambda entry: entry["image_id"]), key=lambda entry: entry["image_id"])
+    image_id, chosen = max(((key, list(group)) for key, group in by_image), key=lambda pair: len(pair[1]))
     sizes = {image["id"]: (image["height"], image["width"]) for image in document["images"]}
     boxes = torch.tensor([entry["bbox"] for entry in chosen], dtype=torch.float32)
     boxes[:, 2:] += boxes[:, :2]

@@ -12,7 +12,7 @@ from torch import Tensor
 from solq_lab.codecs.base import CodecFit, FittedCodec, product_dtype
 
 CELLS_PER_UPDATE = 2**24  # 1024 masks of 128 x 128: bounds the memory of an update (float64: 128 MiB per copy)
-LEAST_DOUBT, MOST_DOUBT = 0.01, 0.05  # of the released inverse sigmoid
+MIN_LABEL_NOISE, MAX_LABEL_NOISE = 0.01, 0.05  # of the released inverse sigmoid
 
 
 class PCACodec(FittedCodec):
@@ -98,7 +98,7 @@ class PCACodec(FittedCodec):
         """How far from zero the logit of each cell lies: drawn in training, else its mean."""
         if not self.training:
             return doubt_moments()[0]
-        doubt = (MOST_DOUBT * torch.rand_like(cells)).clamp(min=LEAST_DOUBT)
+        doubt = (MAX_LABEL_NOISE * torch.rand_like(cells)).clamp(min=MIN_LABEL_NOISE)
         return -doubt.logit()
 
 
@@ -163,9 +163,9 @@ def doubt_moments() -> tuple[float, float]:
     without the draw's chance.
     """
     nodes, weights = np.polynomial.legendre.leggauss(64)
-    share = LEAST_DOUBT / MOST_DOUBT  # of the draws, at the least doubt
-    doubt = LEAST_DOUBT + (MOST_DOUBT - LEAST_DOUBT) * (nodes + 1) / 2
-    doubt = np.append(doubt, LEAST_DOUBT)
+    share = MIN_LABEL_NOISE / MAX_LABEL_NOISE  # of the draws, at the least doubt
+    doubt = MIN_LABEL_NOISE + (MAX_LABEL_NOISE - MIN_LABEL_NOISE) * (nodes + 1) / 2
+    doubt = np.append(doubt, MIN_LABEL_NOISE)
     weights = np.append(weights / 2 * (1 - share), share)
     logits = np.log((1 - doubt) / doubt)
     mean = float(weights @ logits)

@@ -15,7 +15,7 @@ from torch import Tensor
 from solq_lab.codecs.base import CodecFit, FittedCodec, product_dtype
 
 STEPS_BETWEEN_LOOKS = 10  # of the solver, at which codes are found to be finished
-MOST_STEPS = 5000
+MAX_STEPS = 5000
 MASKS_PER_UPDATE = 256
 
 
@@ -177,7 +177,7 @@ def lasso_codes(correlation: Tensor, gram: Tensor, energy: Tensor, *, beta: floa
     open_rows = torch.arange(len(correlation), device=correlation.device)
     code = ahead = codes.clone()
     pace = correlation.new_ones(len(correlation), 1)
-    for number in range(MOST_STEPS):
+    for number in range(MAX_STEPS):
         if number % STEPS_BETWEEN_LOOKS == 0:
             gap = duality_gap(code, correlation, gram, energy, beta=beta)
             going_on = gap > tolerance * energy / 2

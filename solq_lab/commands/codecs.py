@@ -79,7 +79,7 @@ def codec_ceiling(
     pca: Annotated[PCAVariant, typer.Option(help="The paper's eq. 4, or as released.")] = PCAVariant.plain,
     beta: Annotated[float, typer.Option(min=1e-9, help="Sparse coding: price of a coefficient.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of errors and fits.")] = 0,
-    split: Annotated[Split, typer.Option(help="Pictures of the folder to measure on.")] = Split.val,
+    split: Annotated[Split, typer.Option(help="Images of the folder to measure on.")] = Split.val,
     fit_on: Annotated[
         Path | None, typer.Option(help="Annotations to fit pca and sparse to; by default the folder's training split.")
     ] = None,
@@ -90,8 +90,8 @@ def codec_ceiling(
     boundary_ratio: Annotated[
         float | None, typer.Option(min=1e-4, max=1.0, help="Boundary width over the diagonal; by default 0.02.")
     ] = None,
-    max_images: Annotated[int | None, typer.Option(min=1, help="Only the first so many pictures.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that share the pictures.")] = 2,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 2,
     output: Annotated[
         Path,
         typer.Option(help="Folder of results; what it holds already is not measured again.", callback=folder_to_write),
@@ -171,7 +171,7 @@ def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) 
     if fit_on is None and data.is_dir():
         try:
             fit_on = find_annotations(data, "train")
-        except DataError:  # a folder of validation pictures only: fitted codes will ask for --fit-on
+        except DataError:  # a folder of validation images only: fitted codes will ask for --fit-on
             fit_on = None
     return {"annotations": find_annotations(data, split.value), "fit_annotations": fit_on}
 

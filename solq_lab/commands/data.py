@@ -24,19 +24,19 @@ class Level(StrEnum):
 
 def make_shapes(
     root: Annotated[
-        Path, typer.Argument(help="Folder to write: pictures and COCO annotations.", callback=folder_to_write)
+        Path, typer.Argument(help="Folder to write: images and COCO annotations.", callback=folder_to_write)
     ],
     level: Annotated[Level, typer.Option(help="Small upright shapes, or any size and rotation.")] = Level.easy,
-    train_pictures: Annotated[int, typer.Option("--train", min=1, help="Training pictures.")] = 6000,
-    val_pictures: Annotated[int, typer.Option("--val", min=1, help="Validation pictures.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
+    train_images: Annotated[int, typer.Option("--train", min=1, help="Training images.")] = 6000,
+    val_images: Annotated[int, typer.Option("--val", min=1, help="Validation images.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Drawing processes.")] = 2,
 ) -> None:
     """Draw overlapping, textured shapes as a COCO-format folder."""
     from solq_lab.data.shapes import write_shapes
 
-    write_shapes(root, level=level.value, train=train_pictures, val=val_pictures, seed=seed, processes=processes)
-    typer.echo(f"{train_pictures} + {val_pictures} pictures in {root}")
+    write_shapes(root, level=level.value, train=train_images, val=val_images, seed=seed, processes=processes)
+    typer.echo(f"{train_images} + {val_images} images in {root}")
 
 
 class CocoSplit(StrEnum):
@@ -51,7 +51,7 @@ def download_coco(
     folder: Annotated[Path, typer.Argument(help="Data folder to fill.", callback=folder_to_write)],
     split: Annotated[
         list[CocoSplit] | None,
-        typer.Option(help="Pictures to fetch, several times for more; by default train and val."),
+        typer.Option(help="Images to fetch, several times for more; by default train and val."),
     ] = None,
     base_url: Annotated[str | None, typer.Option(help="Another server with COCO's archives, http or https.")] = None,
     sums: Annotated[
@@ -96,9 +96,9 @@ def convert_data(
     ],
     images: Annotated[Path | None, typer.Option(help="LVIS: folder of COCO's train2017 and val2017.")] = None,
     split: Annotated[Part | None, typer.Option(help="LVIS: by default as the file's name says.")] = None,
-    link: Annotated[bool, typer.Option("--link/--no-link", help="Link the pictures into the folder.")] = True,
+    link: Annotated[bool, typer.Option("--link/--no-link", help="Link the images into the folder.")] = True,
 ) -> None:
-    """Make a COCO-format folder of LVIS or YOLO segmentation. Pictures stay where they are."""
+    """Make a COCO-format folder of LVIS or YOLO segmentation. Images stay where they are."""
     from solq_lab.data.convert import convert_data as convert
 
     splits = convert(source, target, images=images, split=None if split is None else split.value, link=link)
@@ -110,7 +110,7 @@ def convert_data(
 
 
 class Look(StrEnum):
-    """How closely pictures are looked at."""
+    """How closely images are looked at."""
 
     decode = "decode"
     header = "header"
@@ -128,19 +128,17 @@ class Severity(StrEnum):
 def check_data(
     data: Annotated[Path, typer.Argument(help="COCO-format folder, annotation file, or experiment file (.yaml).")],
     overrides: Overrides = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, where it is not found.")] = None,
-    look: Annotated[
-        Look, typer.Option(help="Decode every picture, read its header only, or not open it.")
-    ] = Look.decode,
-    queries: Annotated[int | None, typer.Option(min=1, help="J: objects found per picture; by default 300.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that share the pictures.")] = 2,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, where it is not found.")] = None,
+    look: Annotated[Look, typer.Option(help="Decode every image, read its header only, or not open it.")] = Look.decode,
+    queries: Annotated[int | None, typer.Option(min=1, help="J: objects found per image; by default 300.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 2,
     fail_on: Annotated[
         Severity, typer.Option(help="Exit with 1 for what stops a training, harms it too, or any note.")
     ] = Severity.harmful,
     allow: Annotated[
         list[str] | None, typer.Option(help="A rule that may be broken, so often at most.", metavar="RULE[=COUNT]")
     ] = None,
-    worst: Annotated[int, typer.Option(min=0, help="Pictures of each rule in the report.")] = 8,
+    worst: Annotated[int, typer.Option(min=0, help="Images of each rule in the report.")] = 8,
     output: Annotated[
         Path | None,
         typer.Option(

@@ -31,7 +31,7 @@ def bench(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read pictures.")] = None,
+    data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read images.")] = None,
 ) -> None:
     """Measure each part against the plain way of doing it. Both are run side by side, and have to agree."""
     from solq_lab.bench import runner

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Split(StrEnum):
-    """Which pictures to evaluate on."""
+    """Which images to evaluate on."""
 
     val = "val"
     train = "train"
@@ -119,7 +119,7 @@ def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> E
 
 def evaluate(
     run_folder: RunFolder,
-    split: Annotated[Split, typer.Option(help="Pictures: validation, or those it was trained on.")] = Split.val,
+    split: Annotated[Split, typer.Option(help="Images: validation, or those it was trained on.")] = Split.val,
     classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
 ) -> None:
     """Evaluate a finished run. Numbers that are there already are only printed."""
@@ -128,7 +128,7 @@ def evaluate(
 
     evaluation = evaluate_run(evaluated, split=split.value)
     ceiling = run_ceiling(evaluated, split=split.value)
-    typer.echo(f"\n{evaluated.name}, {split.value} pictures\n{evaluation.table(ceiling=ceiling)}")
+    typer.echo(f"\n{evaluated.name}, {split.value} images\n{evaluation.table(ceiling=ceiling)}")
     if classes:
         typer.echo("\n" + evaluation.class_table("segm" if "segm" in evaluation.kinds else "box"))
 
@@ -146,7 +146,7 @@ def status(runs_dir: RunsDir = Path("runs")) -> None:
 def _split_parameter(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise NotebookError(f"--parameter {text!r}: allowed is name=value, for example -p pictures=6")
+        raise NotebookError(f"--parameter {text!r}: allowed is name=value, for example -p images=6")
     return name, value
 
 
@@ -158,7 +158,7 @@ def _print_results(run: Run) -> None:
         return
     results = read_json(run.results)
     table = Evaluation.from_dict(results).table(ceiling=_stored_ceiling(run, results))
-    typer.echo(f"\n{run.name}, validation pictures\n{table}")
+    typer.echo(f"\n{run.name}, validation images\n{table}")
 
 
 def _stored_ceiling(run: Run, results: dict) -> Evaluation | None:

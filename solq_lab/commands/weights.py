@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 
 def predict(
     weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures.", callback=existing_files)],
+    images: Annotated[list[Path], typer.Argument(help="Images.", callback=existing_files)],
     out: Annotated[
-        Path, typer.Option(help="Folder for the pictures with their objects drawn in.", callback=folder_to_write)
+        Path, typer.Option(help="Folder for the images with their objects drawn in.", callback=folder_to_write)
     ] = Path("predictions"),
     score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Objects below this score are left out.")] = 0.3,
 ) -> None:
-    """Find the objects in pictures, draw and list them. A line has class, score and box (x0 y0 x1 y1, pixels)."""
+    """Find the objects in images, draw and list them. A line has class, score and box (x0 y0 x1 y1, pixels)."""
     import numpy as np
 
     from solq_lab.inference.predictor import Predictor, read_upright
-    from solq_lab.viz.pictures import draw_detections
+    from solq_lab.viz.images import draw_detections
 
     predictor = Predictor(weights)
     for path in images:
-        picture = read_upright(path)
-        everything = predictor.predict(picture)
+        image = read_upright(path)
+        everything = predictor.predict(image)
         found = everything.above(score)
         out.mkdir(parents=True, exist_ok=True)
         drawn = out / f"{path.stem}.png"
-        draw_detections(np.asarray(picture), found, title=path.name).savefig(drawn)
+        draw_detections(np.asarray(image), found, title=path.name).savefig(drawn)
         count = len(found.names)
         typer.echo(f"{path}: {count} {'object' if count == 1 else 'objects'}, drawn in {drawn}")
         if count == 0:
@@ -77,7 +77,7 @@ def import_weights(
     typer.echo(str(report))
     for section, values in report.architecture.items():
         typer.echo(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
-    typer.echo(f"{destination}: written; `solq-lab predict {destination} PICTURE` uses it")
+    typer.echo(f"{destination}: written; `solq-lab predict {destination} IMAGE` uses it")
 
 
 def export(
@@ -86,22 +86,22 @@ def export(
         Path, typer.Argument(help="File to write: .onnx, or .safetensors to share.", callback=file_with_its_folder)
     ],
     height: Annotated[
-        int | None, typer.Option(min=1, help="ONNX: height of every picture, pixels; without: any.")
+        int | None, typer.Option(min=1, help="ONNX: height of every image, pixels; without: any.")
     ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="ONNX: width of every picture, pixels.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="ONNX: pictures per call; without: any number.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="ONNX: width of every image, pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="ONNX: images per call; without: any number.")] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="ONNX: detections per picture; without: the experiment's.")
+        int | None, typer.Option(min=1, help="ONNX: detections per image; without: the experiment's.")
     ] = None,
-    images: Annotated[list[Path] | None, typer.Option(help="ONNX: pictures to compare with; repeatable.")] = None,
+    images: Annotated[list[Path] | None, typer.Option(help="ONNX: images to compare with; repeatable.")] = None,
 ) -> None:
-    """Write a model as ONNX, or as one file to share. ONNX is compared with the original on pictures."""
+    """Write a model as ONNX, or as one file to share. ONNX is compared with the original on images."""
     from solq_lab.config import ConfigError
     from solq_lab.inference.export.onnx_file import ExportError, export_onnx
     from solq_lab.inference.export.sharing import share
 
     if (height is None) != (width is None):
-        raise ConfigError(f"--height {height} with --width {width}: give both, or neither for pictures of any size")
+        raise ConfigError(f"--height {height} with --width {width}: give both, or neither for images of any size")
     size = None if height is None or width is None else (height, width)
     match destination.suffix:
         case ".onnx":
@@ -114,7 +114,7 @@ def export(
         case ".safetensors":
             classes = [name for name in share(weights, destination).classes.names if name]
             typer.echo(f"{destination}: {destination.stat().st_size / 1e6:.1f} MB, {len(classes)} classes, ", nl=False)
-            typer.echo(f"code and experiment inside; `solq-lab predict {destination} PICTURE` uses it")
+            typer.echo(f"code and experiment inside; `solq-lab predict {destination} IMAGE` uses it")
         case suffix:
             raise ConfigError(f"{destination}: ending {suffix!r}: allowed are .onnx and .safetensors")
 
@@ -138,7 +138,7 @@ def ship(
     prepare_data(experiment)
     typer.echo(str(ship_run(run, destination, experiment)))
     size = sum(path.stat().st_size for path in destination.iterdir())
-    typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {destination} PICTURE` uses it")
+    typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {destination} IMAGE` uses it")
 
 
 def _describer(name: str, annotations: Path | None) -> Callable[[dict[str, dict]], tuple[str, str]]:

@@ -24,7 +24,7 @@ from solq_lab.data.entries import Entries, parse_document
 logger = logging.getLogger(__name__)
 
 FIRST_FEW = 5  # ids named in a message that concerns many
-LONGEST_SIDE = 2**16 - 1  # pixels: of a JPEG; and RLEs count the pixels of a picture in 32 bits
+MAX_SIDE = 2**16 - 1  # pixels: of a JPEG; and RLEs count the pixels of an image in 32 bits
 
 
 class DataError(ValueError):
@@ -74,12 +74,12 @@ class PackedSegmentations:
         self._object_ends = np.frombuffer(self._object_ends, dtype=np.int64)
 
     def objects_far_outside(self, sides: np.ndarray) -> list[int]:
-        """Rows of the objects with a coordinate that is no number, or farther outside its picture than this is long.
+        """Rows of the objects with a coordinate that is no number, or farther outside its image than this is long.
 
         Rasterising walks along every edge, pixel by pixel: a wild coordinate would take all memory, or for ever.
 
         Args:
-            sides: (A,) the longer side of each object's picture, pixels.
+            sides: (A,) the longer side of each object's image, pixels.
         """
         polygons = np.diff(self._object_ends, prepend=0)
         rows = np.flatnonzero(polygons)  # the others are RLEs
@@ -92,8 +92,8 @@ class PackedSegmentations:
         return rows[~inside].tolist()
 
 
-class Pictures(NamedTuple):
-    """The pictures of an annotation file, by rising id.
+class Images(NamedTuple):
+    """The images of an annotation file, by rising id.
 
     ids: (I,) int64.
     names: I file names relative to the image folder.
@@ -106,12 +106,12 @@ class Pictures(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """The objects to learn, grouped by picture in the order of `Pictures`, in file order within each.
+    """The objects to learn, grouped by image in the order of `Images`, in file order within each.
 
-    starts: (I + 1,) int64; the objects of picture i are rows starts[i] .. starts[i + 1].
+    starts: (I + 1,) int64; the objects of image i are rows starts[i] .. starts[i + 1].
     ids: (A,) int64 annotation ids.
     categories: (A,) int64 category ids.
-    boxes: (A, 4) float64 (x0, y0, x1, y1), original image pixels, clamped to the picture, area > 0.
+    boxes: (A, 4) float64 (x0, y0, x1, y1), original image pixels, clamped to the image, area > 0.
     segmentations: A segmentations, or None where no masks are wanted.
     order: (A,) int64; row k of the other fields has segmentation `segmentations[order[k]]`.
     """
@@ -159,8 +159,8 @@ def _no_json(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: not JSON ({error}); an annotation file in COCO format is needed")
 
 
-def tabulate_pictures(document: dict[str, Any], path: Path) -> Pictures:
-    """The pictures of a document read from `path`.
+def tabulate_images(document: dict[str, Any], path: Path) -> Images:
+    """The images of a document read from `path`.
 
     Raises:
         DataError: an entry without id, file_name, height or width, an id that comes twice, or a file name that leaves
@@ -168,25 +168,25 @@ def tabulate_pictures(document: dict[str, Any], path: Path) -> Pictures:
     """
     entries = document["images"]
     for place, entry in enumerate(entries):
-        check_picture_entry(entry, place, path)
+        check_image_entry(entry, place, path)
     ids = np.array([entry["id"] for entry in entries], dtype=np.int64)
     _refuse_repeated(ids, f"{path}: image id")
     order = np.argsort(ids, kind="stable")
     names = [entries[place]["file_name"] for place in order.tolist()]
     sizes = np.array([(entry["height"], entry["width"]) for entry in entries], dtype=np.int64).reshape(-1, 2)
-    return Pictures(ids[order], names, sizes[order])
+    return Images(ids[order], names, sizes[order])
 
 
-def check_picture_entry(entry: Any, place: int, path: Path) -> None:
+def check_image_entry(entry: Any, place: int, path: Path) -> None:
     """Refuse an entry of `images`, the one at `place`, that is of no use.
 
     Raises:
         DataError: no id, file_name, height or width, or a file name that leaves the image folder.
     """
-    if not isinstance(entry, dict) or not is_picture_entry(entry):
+    if not isinstance(entry, dict) or not is_image_entry(entry):
         raise DataError(
             f"{path}: images[{place}]: found {shorten(entry)}; needed are a whole number 'id', a text 'file_name' "
-            f"and positive whole numbers 'height' and 'width' up to {LONGEST_SIDE}"
+            f"and positive whole numbers 'height' and 'width' up to {MAX_SIDE}"
         )
     if os.path.isabs(entry["file_name"]) or os.path.normpath(entry["file_name"]).split(os.sep)[0] == os.pardir:
         raise DataError(
@@ -195,16 +195,16 @@ def check_picture_entry(entry: Any, place: int, path: Path) -> None:
         )
 
 
-def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *, with_masks: bool) -> Objects:
+def tabulate_objects(document: dict[str, Any], path: Path, images: Images, *, with_masks: bool) -> Objects:
     """The objects of a document read from `path`, without crowds, and without objects that have no area (one log line).
 
     Raises:
-        DataError: an object of an unknown picture, an id that comes twice, a box that is not four finite numbers, a
+        DataError: an object of an unknown image, an id that comes twice, a box that is not four finite numbers, a
             crowd mark that is none, or, `with_masks`, a segmentation that is neither polygons nor an RLE of the
-            picture's size.
+            image's size.
     """
-    rows = {image_id: row for row, image_id in enumerate(pictures.ids.tolist())}
-    sizes = pictures.sizes.tolist()
+    rows = {image_id: row for row, image_id in enumerate(images.ids.tolist())}
+    sizes = images.sizes.tolist()
     segmentations = PackedSegmentations() if with_masks else None
     ids, owners, categories, boxes, without_area = array("q"), array("q"), array("q"), array("d"), []
     all_ids = array("q")  # of crowds, and of what is left out, too
@@ -234,7 +234,7 @@ def tabulate_objects(document: dict[str, Any], path: Path, pictures: Pictures, *
     owner_rows = np.array(owners, dtype=np.int64)
     if segmentations is not None:
         segmentations.freeze()
-        for row in segmentations.objects_far_outside(pictures.sizes[owner_rows].max(axis=1, initial=0))[:1]:
+        for row in segmentations.objects_far_outside(images.sizes[owner_rows].max(axis=1, initial=0))[:1]:
             raise DataError(_describe_wild(f"{path}: annotation id {ids[row]}", sizes[owners[row]]))
     order = np.argsort(owner_rows, kind="stable")
     return Objects(
@@ -255,13 +255,13 @@ def _refuse_repeated(ids: np.ndarray, name: str) -> None:
         raise DataError(f"{name} {repeated[0]} comes more than once; ids have to be unique: give every entry its own")
 
 
-def is_picture_entry(entry: dict[str, Any]) -> bool:
+def is_image_entry(entry: dict[str, Any]) -> bool:
     """Whether an entry of `images` has all that it needs, of the right kind."""
     sides = (entry.get("height"), entry.get("width"))
     return (
         is_id(entry.get("id"))
         and isinstance(entry.get("file_name"), str)
-        and all(is_id(side) and 0 < side <= LONGEST_SIDE for side in sides)
+        and all(is_id(side) and 0 < side <= MAX_SIDE for side in sides)
     )
 
 
@@ -272,7 +272,7 @@ def is_id(value: Any) -> bool:
 
 def is_measure(value: Any) -> bool:
     """Whether a value is a finite number that can be a length or an area, in pixels; true and "1" are none."""
-    return type(value) in (int, float) and abs(value) <= LONGEST_SIDE**3  # false for nan
+    return type(value) in (int, float) and abs(value) <= MAX_SIDE**3  # false for nan
 
 
 def name_of(entry: Any, place: int) -> str:
@@ -283,10 +283,10 @@ def name_of(entry: Any, place: int) -> str:
 
 
 def owner_of(entry: Any, rows: dict[int, int], name: str) -> int:
-    """The row of the picture that an entry of `annotations` belongs to.
+    """The row of the image that an entry of `annotations` belongs to.
 
     Raises:
-        DataError: an id is missing or no whole number, or there is no such picture.
+        DataError: an id is missing or no whole number, or there is no such image.
     """
     if not isinstance(entry, dict) or not all(is_id(entry.get(key)) for key in ("id", "category_id")):
         raise DataError(f"{name}: found {shorten(entry)}; needed are whole numbers 'id' and 'category_id'")
@@ -310,7 +310,7 @@ def is_crowd(entry: dict[str, Any], name: str) -> bool:
 
 
 def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) inside the picture of a COCO box (x, y, w, h).
+    """(x0, y0, x1, y1) inside the image of a COCO box (x, y, w, h).
 
     Raises:
         DataError: not four finite numbers.
@@ -320,7 +320,7 @@ def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, fl
     x, y, w, h = box
     if not all(map(is_measure, box)):
         raise DataError(
-            f"{name}: bbox {shorten(box)} has a value that is not finite, or larger than any picture; correct or "
+            f"{name}: bbox {shorten(box)} has a value that is not finite, or larger than any image; correct or "
             "remove the object"
         )
     return min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)
@@ -330,7 +330,7 @@ def pack_segmentation(segmentation: Any, packed: PackedSegmentations, size: tupl
     """Add a checked segmentation; False where its polygons have fewer than three corners, so that it has no area.
 
     Raises:
-        DataError: neither polygons nor an RLE of the picture's size.
+        DataError: neither polygons nor an RLE of the image's size.
     """
     if isinstance(segmentation, dict):
         packed.append_rle(checked_rle(segmentation, size, name))
@@ -356,7 +356,7 @@ def checked_segmentation(segmentation: Any, size: tuple[int, int], name: str) ->
     """The polygons of three corners and more, possibly none, or the compressed RLE of an object by itself.
 
     Raises:
-        DataError: neither polygons near a picture of `size` (height, width) nor an RLE of it.
+        DataError: neither polygons near an image of `size` (height, width) nor an RLE of it.
     """
     packed = PackedSegmentations()
     if not pack_segmentation(segmentation, packed, size, name):
@@ -371,13 +371,13 @@ def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
     """The compressed RLE of a compressed or uncompressed one.
 
     Raises:
-        DataError: not runs that cover a picture of `size` (height, width); C code reads them, and takes them as given.
+        DataError: not runs that cover an image of `size` (height, width); C code reads them, and takes them as given.
     """
     counts, rle_size = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(counts, str | bytes | list) or not isinstance(rle_size, list) or tuple(rle_size) != size:
         raise DataError(
             f"{name}: segmentation {shorten(segmentation)}; an RLE needs 'counts' and the size [height, width] of "
-            f"its picture, here {list(size)}"
+            f"its image, here {list(size)}"
         )
     try:
         runs = np.array(counts) if isinstance(counts, list) else masks.runs_of_rle(counts)
@@ -390,7 +390,7 @@ def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
     covered = sum(runs.tolist())  # of Python, which does not overflow
     if covered != size[0] * size[1]:
         raise DataError(
-            f"{name}: segmentation {shorten(segmentation)}: the RLE counts {covered} pixels, its picture has "
+            f"{name}: segmentation {shorten(segmentation)}: the RLE counts {covered} pixels, its image has "
             f"{size[0]} x {size[1]} = {size[0] * size[1]}; correct or remove the object"
         )
     return masks.segmentation_to_rle({"size": list(size), "counts": counts}, size)
@@ -398,7 +398,7 @@ def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
 
 def _describe_wild(name: str, size: list[int]) -> str:
     return (
-        f"{name}: a polygon has a coordinate that is no finite number, or lies farther outside its picture of {size} "
+        f"{name}: a polygon has a coordinate that is no finite number, or lies farther outside its image of {size} "
         "(height, width) than this is long; correct or remove the object"
     )
 

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from solq_lab.data.annotations import (
     DataError,
-    check_picture_entry,
+    check_image_entry,
     is_id,
-    is_picture_entry,
+    is_image_entry,
     name_of,
     owner_of,
     read_annotations,
@@ -30,16 +30,16 @@ from solq_lab.data.annotations import (
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.findings import RULES, Finding, Findings
 from solq_lab.data.folders import Split
+from solq_lab.data.image_files import check_size, decode_bytes, read_file
 from solq_lab.data.object_rules import check_object
-from solq_lab.data.pictures import check_size, decode_picture, read_file
 from solq_lab.data.report import DEFAULTS, Options, Report, Summary
 from solq_lab.data.split_rules import compare_classes, compare_files, same_bytes, untrained_classes
 from solq_lab.workers import in_processes
 
-PIECE = 32  # pictures that a process takes at once
+PIECE = 32  # images that a process takes at once
 
 
-class _Picture(NamedTuple):
+class _Image(NamedTuple):
     """A usable entry of `images` and the places of its objects in `annotations`."""
 
     image_id: int
@@ -53,13 +53,13 @@ class _Content(NamedTuple):
 
     split: Split
     options: Options
-    pictures: list[_Picture]
+    images: list[_Image]
     entries: Sequence[Any]
     classes: ClassMap | None
 
 
 class _Looked(NamedTuple):
-    """What a worker hands back of some pictures, one item each; digests are empty where no file was read."""
+    """What a worker hands back of some images, one item each; digests are empty where no file was read."""
 
     findings: list[Finding]
     learnt: list[int]
@@ -74,10 +74,10 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
     Args:
         splits: of one data set; the first one's categories are those that are learnt.
         options: what to look at.
-        processes: how many share the pictures.
+        processes: how many share the images.
 
     Raises:
-        DataError: an annotation file, or a folder of pictures, cannot be read at all.
+        DataError: an annotation file, or a folder of images, cannot be read at all.
     """
     for split in splits:
         if not split.images.is_dir():
@@ -92,8 +92,8 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
         learnt = learnt or own
         content = _content(document, split, options, learnt, findings)
         looked = _look_at_all(content, processes, findings)
-        file_names = [picture.file_name for picture in content.pictures]
-        image_ids = [picture.image_id for picture in content.pictures]
+        file_names = [image.file_name for image in content.images]
+        image_ids = [image.image_id for image in content.images]
         findings.add(split.name, same_bytes(file_names, image_ids, looked.digests))
         names[split.name] = dict(zip(own.category_ids, own.names, strict=True)) if own else {}
         files[split.name] = dict(zip(map(os.path.normpath, file_names), looked.digests, strict=True))
@@ -125,29 +125,29 @@ def _read_classes(document: dict, options: Options, split: Split, findings: Find
 
 
 def _content(document: dict, split: Split, options: Options, classes: ClassMap | None, findings: Findings) -> _Content:
-    """The usable pictures with their objects; what is unusable goes to the findings."""
-    pictures: dict[int, _Picture] = {}
+    """The usable images with their objects; what is unusable goes to the findings."""
+    images: dict[int, _Image] = {}
     seen_names: dict[str, int] = {}
     for place, entry in enumerate(document["images"]):
         try:
-            check_picture_entry(entry, place, split.annotations)
+            check_image_entry(entry, place, split.annotations)
         except DataError as error:
-            usable = isinstance(entry, dict) and is_picture_entry(entry)
-            rule = "path-leaves-folder" if usable else "picture-entry"
+            usable = isinstance(entry, dict) and is_image_entry(entry)
+            rule = "path-leaves-folder" if usable else "image-entry"
             findings.add(split.name, [Finding(rule, str(error).removeprefix(f"{split.annotations}: "))])
             continue
         image_id, name = entry["id"], entry["file_name"]
-        if image_id in pictures:
-            message = f"image id {image_id}: {shorten(pictures[image_id].file_name)} and {shorten(name)}"
+        if image_id in images:
+            message = f"image id {image_id}: {shorten(images[image_id].file_name)} and {shorten(name)}"
             findings.add(split.name, [Finding("duplicate-image-id", message, name, image_id)])
             continue
-        pictures[image_id] = _Picture(image_id, name, (entry["height"], entry["width"]), [])
+        images[image_id] = _Image(image_id, name, (entry["height"], entry["width"]), [])
         other = seen_names.setdefault(os.path.normpath(name), image_id)
         if other != image_id:
             message = f"{shorten(name)}: image ids {other} and {image_id}"
             findings.add(split.name, [Finding("duplicate-file-name", message, name, image_id)])
-    ordered = list(pictures.values())
-    rows = {picture.image_id: row for row, picture in enumerate(ordered)}
+    ordered = list(images.values())
+    rows = {image.image_id: row for row, image in enumerate(ordered)}
     seen: set[int] = set()
     for place, entry in enumerate(document["annotations"]):
         name = name_of(entry, place)
@@ -165,10 +165,10 @@ def _content(document: dict, split: Split, options: Options, classes: ClassMap |
 
 
 def _look_at_all(content: _Content, processes: int, findings: Findings) -> _Looked:
-    """Look at all pictures of a split in several processes; their findings are added, the rest is handed back."""
+    """Look at all images of a split in several processes; their findings are added, the rest is handed back."""
     total = _Looked([], [], [], Counter(), 0)
-    pieces = [slice(first, first + PIECE) for first in range(0, len(content.pictures), PIECE)]
-    progress = tqdm(total=len(content.pictures), desc=f"checking {content.split.name}", unit="picture")
+    pieces = [slice(first, first + PIECE) for first in range(0, len(content.images), PIECE)]
+    progress = tqdm(total=len(content.images), desc=f"checking {content.split.name}", unit="image")
     with progress, closing(in_processes(_look_at, content, pieces, processes)) as results:
         for looked in results:
             findings.add(content.split.name, looked.findings)
@@ -183,31 +183,31 @@ def _look_at_all(content: _Content, processes: int, findings: Findings) -> _Look
 def _look_at(content: _Content, piece: slice) -> _Looked:
     found: list[Finding] = []
     learnt, digests, per_category, crowds = [], [], Counter(), 0
-    for picture in content.pictures[piece]:
-        digest, faults = _look_at_file(content, picture)
+    for image in content.images[piece]:
+        digest, faults = _look_at_file(content, image)
         count = 0
-        for place in picture.objects:
+        for place in image.objects:
             entry = content.entries[place]
             object_faults, kept = check_object(
-                entry, place, picture.size, content.classes, with_masks=content.options.with_masks
+                entry, place, image.size, content.classes, with_masks=content.options.with_masks
             )
             faults += object_faults
             count += kept
             per_category[entry["category_id"]] += kept
             crowds += entry.get("iscrowd", 0) in (1, True)
-        faults += _count_faults(picture, count, content.options)
-        found += [f._replace(file_name=picture.file_name, image_id=picture.image_id) for f in faults]
+        faults += _count_faults(image, count, content.options)
+        found += [f._replace(file_name=image.file_name, image_id=image.image_id) for f in faults]
         learnt.append(count)
         digests.append(digest)
     return _Looked(found, learnt, digests, per_category, crowds)
 
 
-def _look_at_file(content: _Content, picture: _Picture) -> tuple[bytes, list[Finding]]:
-    """A digest of a picture file's bytes, empty where it was not read whole, and what is wrong with the file."""
-    path = content.split.images / picture.file_name
-    name = f"image id {picture.image_id}: {shorten(picture.file_name)}"
+def _look_at_file(content: _Content, image: _Image) -> tuple[bytes, list[Finding]]:
+    """A digest of an image file's bytes, empty where it was not read whole, and what is wrong with the file."""
+    path = content.split.images / image.file_name
+    name = f"image id {image.image_id}: {shorten(image.file_name)}"
     if not os.path.isfile(path):  # unlike Path's, it knows no name too long to ask for
-        return b"", [Finding("picture-missing", name)]
+        return b"", [Finding("image-missing", name)]
     if content.options.look == "names":
         return b"", []
     try:
@@ -218,18 +218,18 @@ def _look_at_file(content: _Content, picture: _Picture) -> tuple[bytes, list[Fin
         else:
             data = read_file(path, name)
             digest = hashlib.blake2b(data.numpy(), digest_size=16).digest()
-            pixels = decode_picture(data, name)
+            pixels = decode_bytes(data, name)
     except (DataError, OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        return b"", [Finding("picture-damaged", str(error) if isinstance(error, DataError) else f"{name}: {error}")]
+        return b"", [Finding("image-damaged", str(error) if isinstance(error, DataError) else f"{name}: {error}")]
     try:
-        check_size(pixels, picture.size, name)
+        check_size(pixels, image.size, name)
     except DataError as error:
-        return digest, [Finding("picture-size", str(error))]
+        return digest, [Finding("image-size", str(error))]
     return digest, []
 
 
-def _count_faults(picture: _Picture, count: int, options: Options) -> Iterator[Finding]:
-    name = f"image id {picture.image_id}: {shorten(picture.file_name)}"
+def _count_faults(image: _Image, count: int, options: Options) -> Iterator[Finding]:
+    name = f"image id {image.image_id}: {shorten(image.file_name)}"
     if count == 0:
         yield Finding("without-objects", name)
     if count > options.queries:
@@ -245,7 +245,7 @@ def _summarise(looked: _Looked, names: dict[int, str]) -> Summary:
             per_class[name] += looked.per_category[category]
     counts = np.array(looked.learnt or [0])
     return Summary(
-        pictures=len(looked.learnt),
+        images=len(looked.learnt),
         empty=sum(count == 0 for count in looked.learnt),
         objects=int(counts.sum()),
         crowds=looked.crowds,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from solq_lab.data.annotations import DataError, is_id, read_annotations, shorten
 
 UNUSED = -1  # category id of a channel that no category uses; its name is empty
-MOST_RAW_CHANNELS = 10_000
+MAX_RAW_CHANNELS = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class ClassMap:
             if category_id in channels:
                 raise DataError(f"{source}: category id {category_id} comes more than once; ids have to be unique")
             channels[category_id] = (name_of_category(category, source), category_id)
-        if class_ids == "raw" and max(channels, default=0) >= MOST_RAW_CHANNELS:
+        if class_ids == "raw" and max(channels, default=0) >= MAX_RAW_CHANNELS:
             raise DataError(
                 f"{source}: category id {max(channels)} as a class channel makes a network of as many; set "
-                f"data.class_ids: contiguous, or give ids below {MOST_RAW_CHANNELS}"
+                f"data.class_ids: contiguous, or give ids below {MAX_RAW_CHANNELS}"
             )
         rows = sorted(channels.values(), key=lambda row: row[1])
         if class_ids == "raw":

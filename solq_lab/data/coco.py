@@ -1,4 +1,4 @@
-"""A folder of pictures with a COCO annotation file, as pairs of picture and target."""
+"""A folder of images with a COCO annotation file, as pairs of image and target."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from solq_lab.boxes import xyxy_to_cxcywh
 from solq_lab.data.annotations import (
     FIRST_FEW,
     DataError,
+    Images,
     Objects,
-    Pictures,
     read_annotations,
     shorten,
+    tabulate_images,
     tabulate_objects,
-    tabulate_pictures,
 )
 from solq_lab.data.classes import ClassMap
-from solq_lab.data.pictures import read_picture
+from solq_lab.data.image_files import read_image
 from solq_lab.data.transforms import (
     Step,
     Transform,
     apply_to_bitmaps,
     apply_to_boxes,
-    apply_to_picture,
+    apply_to_image,
     boxes_before,
     mirrored,
     size_after,
@@ -43,20 +43,20 @@ SNAP = 1e-6  # pixels: a box moved forth and back comes home within this; what i
 
 
 class Cached(NamedTuple):
-    """One picture and its objects' masks before any transform, kept in memory.
+    """One image and its objects' masks before any transform, kept in memory.
 
-    picture: (3, H, W) uint8.
+    image: (3, H, W) uint8.
     masks: (K, N, N / 8 rounded up) uint8, packed bits in the box frame, or None where no masks are wanted.
     """
 
-    picture: Tensor
+    image: Tensor
     masks: np.ndarray | None
 
 
 class CocoDataset(Dataset):
-    """Pictures and targets of a COCO-format folder; pictures without objects are kept, crowds are no targets.
+    """Images and targets of a COCO-format folder; images without objects are kept, crowds are no targets.
 
-    `dataset[epoch, index]` is the picture (3, H, W) uint8 and its `Target`; `dataset[index]` is that of epoch 0. The
+    `dataset[epoch, index]` is the image (3, H, W) uint8 and its `Target`; `dataset[index]` is that of epoch 0. The
     same (seed, epoch, index) always gives the same sample, in whatever process and order.
 
     Attributes:
@@ -81,20 +81,20 @@ class CocoDataset(Dataset):
         mask_route: Literal["window", "bitmap"] = "window",
         cache: bool = False,
     ) -> None:
-        """Read and check the annotation file; no picture is opened yet.
+        """Read and check the annotation file; no image is opened yet.
 
         Args:
-            images: folder of the pictures.
+            images: folder of the images.
             annotations: COCO annotation file.
             classes: class map to use, for example that of the training set; None: that of this annotation file.
             class_ids, num_classes: how to make the map where `classes` is None, see `ClassMap.from_annotations`.
             mask_size: side N of the targets' masks, cells; None: targets without masks.
-            with_bitmaps: targets carry full-picture masks too, moved through every step as the released code does.
-            transform: plans the steps of each sample; None leaves pictures as they are.
+            with_bitmaps: targets carry full-image masks too, moved through every step as the released code does.
+            transform: plans the steps of each sample; None leaves images as they are.
             seed: of the transform's chance.
-            mask_route: "window" rasterises each object inside its box in the original picture; "bitmap" moves
-                full-picture bitmaps through every step and crops them by ROI-align, as the released code does.
-            cache: keep decoded pictures, and the masks of uncropped boxes, in the memory of each loader process.
+            mask_route: "window" rasterises each object inside its box in the original image; "bitmap" moves
+                full-image bitmaps through every step and crops them by ROI-align, as the released code does.
+            cache: keep decoded images, and the masks of uncropped boxes, in the memory of each loader process.
 
         Raises:
             DataError: the folder or the file cannot be used.
@@ -108,12 +108,12 @@ class CocoDataset(Dataset):
         self.classes = classes or ClassMap.from_annotations(
             document, class_ids, num_classes, source=str(self.annotations)
         )
-        self._pictures = tabulate_pictures(document, self.annotations)
-        _check_files(self.images, self._pictures)
+        self._images = tabulate_images(document, self.annotations)
+        _check_files(self.images, self._images)
         with_masks = mask_size is not None or with_bitmaps
-        self._objects = tabulate_objects(document, self.annotations, self._pictures, with_masks=with_masks)
+        self._objects = tabulate_objects(document, self.annotations, self._images, with_masks=with_masks)
         self._labels = _channels(self._objects, self.classes, self.annotations)
-        self.image_ids: list[int] = self._pictures.ids.tolist()
+        self.image_ids: list[int] = self._images.ids.tolist()
         self._cache: dict[int, Cached] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -122,11 +122,11 @@ class CocoDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of a data set of {len(self)} pictures")
+            raise IndexError(f"index {index} of a data set of {len(self)} images")
         original_size = self._size(index)
         steps = self._plan(epoch, index)
         height, width = size_after(steps, original_size)
-        picture = self._picture(index)  # first: masks of a size that the file does not have could take all memory
+        image = self._image(index)  # first: masks of a size that the file does not have could take all memory
 
         rows = slice(*self._objects.starts[index : index + 2])
         boxes = apply_to_boxes(steps, self._objects.boxes[rows])
@@ -142,22 +142,22 @@ class CocoDataset(Dataset):
             original_size=original_size,
             bitmaps=self._bitmaps(index, kept, steps) if self.with_bitmaps else None,
         )
-        return apply_to_picture(steps, picture), target
+        return apply_to_image(steps, image), target
 
     def aspects(self, epoch: int) -> np.ndarray:
-        """Width over height of every picture after its transform in this epoch, (I,); no picture is opened.
+        """Width over height of every image after its transform in this epoch, (I,); no image is opened.
 
-        It takes 40 microseconds a picture: 5 s for an epoch of COCO.
+        It takes 40 microseconds an image: 5 s for an epoch of COCO.
         """
         sizes = [size_after(self._plan(epoch, index), self._size(index)) for index in range(len(self))]
         return np.array([width / height for height, width in sizes])
 
     def file_name(self, image_id: int) -> str:
-        """The file of a picture, relative to the folder."""
-        return self._pictures.names[self.image_ids.index(image_id)]
+        """The file of an image, relative to the folder."""
+        return self._images.names[self.image_ids.index(image_id)]
 
     def objects(self, index: int) -> Detections:
-        """The true objects of a picture as detections of score 1, with boxes and masks in pixels of its file.
+        """The true objects of an image as detections of score 1, with boxes and masks in pixels of its file.
 
         Crowds are left out. The masks are the annotations' own, no transform or mask code has touched them.
 
@@ -181,7 +181,7 @@ class CocoDataset(Dataset):
         return self.transform.plan(self._size(index), np.random.default_rng((self.seed, epoch, index)))
 
     def _size(self, index: int) -> tuple[int, int]:
-        height, width = self._pictures.sizes[index].tolist()
+        height, width = self._images.sizes[index].tolist()
         return height, width
 
     def _segmentations(self, index: int, kept: np.ndarray) -> list:
@@ -213,25 +213,25 @@ class CocoDataset(Dataset):
         return masks.crop_and_resize(bitmaps, torch.from_numpy(boxes).float(), self.mask_size) >= 0.5
 
     def _bitmaps(self, index: int, kept: np.ndarray, steps: list[Step]) -> Tensor:
-        """Full-picture masks (K, H, W) bool of the kept objects after the steps."""
+        """Full-image masks (K, H, W) bool of the kept objects after the steps."""
         size = self._size(index)
         if len(kept) == 0:
             return torch.zeros(0, *size_after(steps, size), dtype=torch.bool)
         rles = [masks.segmentation_to_rle(segmentation, size) for segmentation in self._segmentations(index, kept)]
         return apply_to_bitmaps(steps, masks.decode_rle(rles))
 
-    def _picture(self, index: int) -> Tensor:
-        return self._read_picture(index) if self._cache is None else self._cached(index).picture.clone()
+    def _image(self, index: int) -> Tensor:
+        return self._read_image(index) if self._cache is None else self._cached(index).image.clone()
 
-    def _read_picture(self, index: int) -> Tensor:
-        path = self.images / self._pictures.names[index]
+    def _read_image(self, index: int) -> Tensor:
+        path = self.images / self._images.names[index]
         try:
-            return read_picture(path, self.image_ids[index], self._size(index))
+            return read_image(path, self.image_ids[index], self._size(index))
         except DataError as error:
             raise DataError(f"{self.annotations}: {error}") from None
 
     def _cached_masks(self, index: int) -> Tensor:
-        """Masks (K, N, N) bool of all objects of a picture in their whole boxes."""
+        """Masks (K, N, N) bool of all objects of an image in their whole boxes."""
         bits = np.unpackbits(self._cached(index).masks, axis=-1, count=self.mask_size)
         return torch.from_numpy(bits.view(np.bool_))
 
@@ -242,33 +242,31 @@ class CocoDataset(Dataset):
                 first, end = self._objects.starts[index : index + 2]
                 whole = self._rasterize(index, np.arange(end - first), self._objects.boxes[first:end])
                 packed = np.packbits(whole.numpy(), axis=-1)
-            self._cache[index] = Cached(self._read_picture(index), packed)
+            self._cache[index] = Cached(self._read_image(index), packed)
         return self._cache[index]
 
 
-def _check_files(images: Path, pictures: Pictures) -> None:
-    """Refuse pictures that are not in the folder, or lead out of it; each folder is listed once, no file is opened."""
-    root = images.resolve()
+def _check_files(image_folder: Path, images: Images) -> None:
+    """Refuse images that are not in the folder, or lead out of it; each folder is listed once, no file is opened."""
+    root = image_folder.resolve()
     links: dict[str, dict[str, bool]] = {}  # folder -> its files, and whether each is a link
     missing = []
-    for row, name in enumerate(pictures.names):
+    for row, name in enumerate(images.names):
         folder, file = os.path.split(name)
         if folder not in links:
-            links[folder] = _list_files(images / folder)
-            _check_inside(images / folder, root, row, pictures)
+            links[folder] = _list_files(image_folder / folder)
+            _check_inside(image_folder / folder, root, row, images)
         if file not in links[folder]:
             missing.append(row)
         elif links[folder][file]:
-            _check_inside(images / name, root, row, pictures)
+            _check_inside(image_folder / name, root, row, images)
     if missing:
-        first = ", ".join(
-            f"{shorten(pictures.names[row])} (image id {pictures.ids[row]})" for row in missing[:FIRST_FEW]
-        )
+        first = ", ".join(f"{shorten(images.names[row])} (image id {images.ids[row]})" for row in missing[:FIRST_FEW])
         first += ", ..." if len(missing) > FIRST_FEW else ""
-        none_there = len(missing) == len(pictures.names)
+        none_there = len(missing) == len(images.names)
         cure = "do folder and annotations belong together?" if none_there else "fetch them or remove their entries"
         raise DataError(
-            f"{images}: {len(missing)} of the {len(pictures.names)} annotated pictures are missing: {first}; {cure}"
+            f"{image_folder}: {len(missing)} of the {len(images.names)} annotated images are missing: {first}; {cure}"
         )
 
 
@@ -281,15 +279,15 @@ def _list_files(folder: Path) -> dict[str, bool]:
         return {}
 
 
-def _check_inside(path: Path, root: Path, row: int, pictures: Pictures) -> None:
-    """Refuse a path of picture `row` whose links lead out of the image folder `root`."""
+def _check_inside(path: Path, root: Path, row: int, images: Images) -> None:
+    """Refuse a path of image `row` whose links lead out of the image folder `root`."""
     try:
         inside = path.resolve().is_relative_to(root)
     except (OSError, ValueError, RuntimeError):  # no such name, or links in a circle: missing, not elsewhere
         return
     if not inside:
         raise DataError(
-            f"{root}: file_name {shorten(pictures.names[row])} (image id {pictures.ids[row]}) is a link that leaves "
+            f"{root}: file_name {shorten(images.names[row])} (image id {images.ids[row]}) is a link that leaves "
             "the image folder; put the file itself there, or name the folder where it lies"
         )
 

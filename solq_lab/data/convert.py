@@ -1,4 +1,4 @@
-"""Data sets of other formats as COCO-format folders; the pictures stay where they are and are linked."""
+"""Data sets of other formats as COCO-format folders; the images stay where they are and are linked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from solq_lab.data.annotations import DataError, tabulate_objects, tabulate_pictures
+from solq_lab.data.annotations import DataError, tabulate_images, tabulate_objects
 from solq_lab.data.folders import Split
 from solq_lab.data.lvis import read_lvis
 from solq_lab.data.yolo import read_yolo
@@ -24,7 +24,7 @@ def convert_data(
     split: Literal["train", "val"] | None = None,
     link: bool = True,
 ) -> list[Split]:
-    """Write `annotations/instances_train.json` and `instances_val.json`, and links `train`, `val` to the pictures.
+    """Write `annotations/instances_train.json` and `instances_val.json`, and links `train`, `val` to the images.
 
     Nothing is written before everything has been read and accepted by the loader's rules.
 
@@ -33,10 +33,10 @@ def convert_data(
         target: COCO-format folder, made if it is missing; it may hold the other split already.
         images: with LVIS only: folder of COCO's train2017/ and val2017/.
         split: with LVIS only: which one it is; by default what the file's name says.
-        link: make the links; False leaves only annotations, and the pictures have to be named in the experiment.
+        link: make the links; False leaves only annotations, and the images have to be named in the experiment.
 
     Returns:
-        The splits, with the folder of the pictures.
+        The splits, with the folder of the images.
 
     Raises:
         DataError: something in the source cannot be used, or something is in the way.
@@ -77,8 +77,8 @@ def _check(document: dict[str, Any], source: Path, place: Split, folder: Path) -
     linked = place.images.exists() and place.images.resolve() == folder.resolve()
     if (place.images.exists() or place.images.is_symlink()) and not linked:
         raise DataError(f"{place.images}: exists and does not lead to {folder}; remove it or give another folder")
-    pictures = tabulate_pictures(document, source)
-    tabulate_objects(document, source, pictures, with_masks=True)
+    images = tabulate_images(document, source)
+    tabulate_objects(document, source, images, with_masks=True)
 
 
 def _write(document: dict[str, Any], place: Split) -> None:
@@ -86,4 +86,4 @@ def _write(document: dict[str, Any], place: Split) -> None:
     with replacing(place.annotations) as temporary:
         temporary.write_text(json.dumps(document), encoding="utf-8")
     counts = len(document["images"]), len(document["annotations"]), len(document["categories"])
-    logger.info("%s: %d pictures, %d objects, %d classes", place.annotations, *counts)
+    logger.info("%s: %d images, %d objects, %d classes", place.annotations, *counts)

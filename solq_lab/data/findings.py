@@ -29,24 +29,24 @@ class Rule(NamedTuple):
 RULES: dict[str, Rule] = {
     # the annotation file
     "categories": Rule("refused", "categories that cannot be used", "give every category its own id, 0 or more"),
-    "picture-entry": Rule("refused", "entries of images that cannot be used", "complete or remove them"),
+    "image-entry": Rule("refused", "entries of images that cannot be used", "complete or remove them"),
     "path-leaves-folder": Rule("refused", "file names that leave the image folder", "use names relative to it"),
     "duplicate-image-id": Rule("refused", "image ids that come twice", "give every image its own id"),
     "object-entry": Rule("refused", "entries of annotations that cannot be used", "complete or remove them"),
-    "unknown-image": Rule("refused", "objects of unknown pictures", "add the picture or remove the object"),
+    "unknown-image": Rule("refused", "objects of unknown images", "add the image or remove the object"),
     "unknown-category": Rule("refused", "objects of unknown categories", "add the category or remove the object"),
     "duplicate-file-name": Rule("harmful", "entries with one file name", "merge the entries"),
     "duplicate-object-id": Rule("refused", "annotation ids that come twice", "give every object its own id"),
-    # the picture files
-    "picture-missing": Rule("refused", "missing pictures", "fetch them or remove their entries"),
-    "picture-damaged": Rule("refused", "damaged pictures", "fetch them again or remove their entries"),
-    "picture-size": Rule("refused", "pictures of another size than annotated", "correct the entries or the files"),
-    "picture-twice": Rule("harmful", "pictures with the same bytes as another one", "remove one of the two"),
+    # the image files
+    "image-missing": Rule("refused", "missing images", "fetch them or remove their entries"),
+    "image-damaged": Rule("refused", "damaged images", "fetch them again or remove their entries"),
+    "image-size": Rule("refused", "images of another size than annotated", "correct the entries or the files"),
+    "image-twice": Rule("harmful", "images with the same bytes as another one", "remove one of the two"),
     # boxes
     "box": Rule("refused", "boxes that are not four finite numbers", "correct or remove the object"),
     "box-without-area": Rule("harmful", "boxes without area, left out", "correct or remove the object"),
-    "box-outside": Rule("harmful", "boxes outside their picture, left out", "correct or remove the object"),
-    "box-beyond-picture": Rule("harmful", "boxes that reach out of their picture, cut off", "correct the box"),
+    "box-outside": Rule("harmful", "boxes outside their image, left out", "correct or remove the object"),
+    "box-beyond-image": Rule("harmful", "boxes that reach out of their image, cut off", "correct the box"),
     # masks
     "mask": Rule("refused", "masks that cannot be read", "correct or remove the object"),
     "mask-without-area": Rule("harmful", "polygons of fewer than three points, left out", "draw or remove the object"),
@@ -57,12 +57,12 @@ RULES: dict[str, Rule] = {
     "short-polygon": Rule("note", "masks with a polygon of fewer than three points, ignored"),
     "crowd": Rule("harmful", "crowd regions that cannot be used", "correct or remove the region"),
     # counts
-    "over-queries": Rule("harmful", "pictures with more objects than queries", "raise model.queries"),
-    "over-detections": Rule("note", "pictures with more objects than detections are scored"),
-    "without-objects": Rule("note", "pictures without objects, kept"),
+    "over-queries": Rule("harmful", "images with more objects than queries", "raise model.queries"),
+    "over-detections": Rule("note", "images with more objects than detections are scored"),
+    "without-objects": Rule("note", "images without objects, kept"),
     "class-without-objects": Rule("note", "categories without objects"),
     # train and val together
-    "picture-in-both": Rule("harmful", "pictures that are in both splits", "remove them from one"),
+    "image-in-both": Rule("harmful", "images that are in both splits", "remove them from one"),
     "name-in-both": Rule("note", "file names that are in both splits"),
     "class-not-trained": Rule("harmful", "categories that only val has objects of", "add training objects"),
     "categories-differ": Rule("harmful", "categories that the splits name differently", "use one list of categories"),

@@ -9,7 +9,7 @@ from solq_lab.data.annotations import DataError
 
 
 class Split(NamedTuple):
-    """A part of a data set: its name, the folder of its pictures, and its annotation file."""
+    """A part of a data set: its name, the folder of its images, and its annotation file."""
 
     name: str
     images: Path
@@ -22,7 +22,7 @@ def find_annotations(data: str | Path, split: Literal["train", "val"] = "val") -
     Args:
         data: a COCO-format folder, with annotations/instances_<split>*.json in it, or an annotation file, which is
             returned as it is.
-        split: which pictures; no matter where `data` is a file.
+        split: which images; no matter where `data` is a file.
 
     Raises:
         DataError: there is nothing, no such file in the folder, or more than one.
@@ -45,32 +45,32 @@ def find_annotations(data: str | Path, split: Literal["train", "val"] = "val") -
 def find_splits(data: Path | str, images: Path | None = None) -> tuple[Split, ...]:
     """The splits of a COCO-format folder, or the one of an annotation file.
 
-    Pictures of annotations/instances_NAME.json are looked for in NAME/, then in images/NAME/, images/, and beside.
+    Images of annotations/instances_NAME.json are looked for in NAME/, then in images/NAME/, images/, and beside.
 
     Args:
         data: folder with annotations/instances_train*.json, instances_val*.json or both; or an annotation file.
-        images: folder of the pictures; by default as above.
+        images: folder of the images; by default as above.
 
     Raises:
-        DataError: there are no annotations, or no folder of pictures.
+        DataError: there are no annotations, or no folder of images.
     """
     data = Path(data)
     if data.is_file():
-        return (Split(data.stem, images or _picture_folder(data), data),)
+        return (Split(data.stem, images or _image_folder(data), data),)
     names = [name for name in ("train", "val") if any(data.glob(f"annotations/instances_{name}*.json"))]
     splits = []
     for name in names or ["train"]:
         annotations = find_annotations(data, name)
-        splits.append(Split(name, images or _picture_folder(annotations), annotations))
+        splits.append(Split(name, images or _image_folder(annotations), annotations))
     return tuple(splits)
 
 
-def _picture_folder(annotations: Path) -> Path:
+def _image_folder(annotations: Path) -> Path:
     name = annotations.stem.removeprefix("instances_")
     root = annotations.parent.parent if annotations.parent.name == "annotations" else annotations.parent
     candidates = [root / name, root / "images" / name, root / "images", annotations.parent / name]
     found = next((folder for folder in candidates if folder.is_dir()), None)
     if found is None:
         tried = ", ".join(map(str, candidates))
-        raise DataError(f"{annotations}: no folder of its pictures ({tried}); name it with --images")
+        raise DataError(f"{annotations}: no folder of its images ({tried}); name it with --images")
     return found

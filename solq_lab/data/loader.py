@@ -24,9 +24,9 @@ from solq_lab.structures import ImageBatch, Target
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 600.0  # seconds without a picture after which the workers are given up: longer than any disk is slow
+PATIENCE = 600.0  # seconds without an image after which the workers are given up: longer than any disk is slow
 POLL = 5.0  # seconds after which a dead worker is noticed at the latest
-SUBSTITUTES = 8  # unreadable pictures in a row that are replaced; more are a lost disk, not a damaged file
+SUBSTITUTES = 8  # unreadable images in a row that are replaced; more are a lost disk, not a damaged file
 _STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 _CAUSES = {
     "SIGKILL": "for lack of memory as a rule; lower data.workers, or turn data.cache off",
@@ -42,15 +42,15 @@ class LoaderError(RuntimeError):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """One batch of samples (picture (3, H, W) uint8, target), padded bottom and right to the largest sides."""
-    height = max(picture.shape[1] for picture, _ in samples)
-    width = max(picture.shape[2] for picture, _ in samples)
+    """One batch of samples (image (3, H, W) uint8, target), padded bottom and right to the largest sides."""
+    height = max(image.shape[1] for image, _ in samples)
+    width = max(image.shape[2] for image, _ in samples)
     pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
-    for row, (picture, _) in enumerate(samples):
-        _, picture_height, picture_width = picture.shape
-        pixels[row, :, :picture_height, :picture_width] = picture
-        padding[row, :picture_height, :picture_width] = False
+    for row, (image, _) in enumerate(samples):
+        _, image_height, image_width = image.shape
+        pixels[row, :, :image_height, :image_width] = image
+        padding[row, :image_height, :image_width] = False
     return ImageBatch(pixels, padding), [target for _, target in samples]
 
 
@@ -58,13 +58,13 @@ class BatchLoader:
     """An iterator over the batches (ImageBatch, list of Target) of a data set, read ahead by worker processes.
 
     The workers start at once, live until the last batch, and compute with one thread each. Signals that stop a training
-    do not reach them: the process that reads decides. Pictures are in page-locked memory where there is a CUDA device.
+    do not reach them: the process that reads decides. Images are in page-locked memory where there is a CUDA device.
 
     Attributes:
-        replaced: unreadable pictures that others stand in for, so far.
+        replaced: unreadable images that others stand in for, so far.
 
     Raises, while iterating:
-        DataError: a picture cannot be read; the message names file, image id and annotation file.
+        DataError: an image cannot be read; the message names file, image id and annotation file.
         LoaderError: a worker died, or none answered in time.
     """
 
@@ -83,7 +83,7 @@ class BatchLoader:
             dataset: gives the sample of a key, or raises DataError.
             batches: lists of keys, for example a `BatchStream`.
             workers: loader processes; 0 loads in this process.
-            substitutes: how many unreadable pictures in a row may be replaced by those after them, each with an error
+            substitutes: how many unreadable images in a row may be replaced by those after them, each with an error
                 in the log. 0: the first one ends the iteration with its DataError.
             patience: seconds to wait for a batch before the workers are given up.
         """
@@ -119,7 +119,7 @@ class BatchLoader:
             raise
         for fault in reading.faults:
             self.replaced += 1
-            logger.error("%s; the next picture takes its place (%d replaced so far)", fault, self.replaced)
+            logger.error("%s; the next image takes its place (%d replaced so far)", fault, self.replaced)
         return reading.batch
 
     def close(self) -> None:
@@ -143,7 +143,7 @@ class BatchLoader:
                     raise
         pids = ", ".join(str(process.pid) for process in self._workers)
         raise LoaderError(
-            f"no pictures for {self._patience:.0f} s from {len(self._workers)} loader processes (pids {pids}): stopped "
+            f"no images for {self._patience:.0f} s from {len(self._workers)} loader processes (pids {pids}): stopped "
             "by a signal, or the disk does not answer; look at the image folder, then start the same command again"
         )
 
@@ -161,14 +161,14 @@ class BatchLoader:
 
 
 class _Reading(NamedTuple):
-    """What the workers send: a batch, None where a picture in it could not be read, and why pictures could not be."""
+    """What the workers send: a batch, None where an image in it could not be read, and why images could not be."""
 
     batch: Batch | None
     faults: list[str]
 
 
 class _Readable(Dataset):
-    """Samples with the reasons why pictures could not be read: exceptions would leave a worker as traceback text."""
+    """Samples with the reasons why images could not be read: exceptions would leave a worker as traceback text."""
 
     def __init__(self, dataset: Dataset, substitutes: int) -> None:
         self.dataset, self.substitutes = dataset, substitutes
@@ -188,7 +188,7 @@ class _Readable(Dataset):
 
 def _collate_readings(readings: list[tuple[Sample | None, list[str]]]) -> _Reading:
     samples = [sample for sample, _ in readings if sample is not None]
-    # The faults of the picture that could not be replaced come first.
+    # The faults of the image that could not be replaced come first.
     faults = [fault for _, some in sorted(readings, key=lambda reading: reading[0] is not None) for fault in some]
     return _Reading(collate(samples) if len(samples) == len(readings) else None, faults)
 

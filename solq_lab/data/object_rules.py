@@ -27,7 +27,7 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.findings import Finding
 
 # Annotators draw by hand: COCO's own polygons leave their boxes by up to a pixel, and stay up to 7 pixels inside.
-REACH = 1.0  # pixels that a box may reach out of its picture, or a mask out of its box
+REACH = 1.0  # pixels that a box may reach out of its image, or a mask out of its box
 LOOSE = (8.0, 0.2)  # pixels, and share of the box's side, that a box may be wider than its mask
 STRAY = (16, 0.05)  # pixels, and share of the mask, that may lie farther outside the box
 AREA = (64.0, 2.0)  # pixels, and ratio, that the area may be off
@@ -40,7 +40,7 @@ def check_object(
 
     Args:
         entry: the entry, the one at `place`.
-        size: (height, width) of its picture, pixels.
+        size: (height, width) of its image, pixels.
         classes: classes that can be learnt; None where they cannot be told.
         with_masks: look at the mask too.
 
@@ -87,10 +87,10 @@ Fault = tuple[str, str, float]  # rule, message, weight
 
 
 def _box_faults(raw: list[float], box: tuple[float, float, float, float], size: tuple[int, int]) -> Iterator[Fault]:
-    """What is wrong with a finite COCO box whose part inside the picture is `box`, xyxy."""
+    """What is wrong with a finite COCO box whose part inside the image is `box`, xyxy."""
     x, y, w, h = raw
     height, width = size
-    shown = f"bbox {raw} in a picture of {width} x {height} pixels (width x height)"
+    shown = f"bbox {raw} in an image of {width} x {height} pixels (width x height)"
     if w > 0 and h > 0 and (x >= width or y >= height or x + w <= 0 or y + h <= 0):
         yield "box-outside", f"{shown} lies outside", max(x - width, y - height, -x - w, -y - h)
     elif not (box[2] > box[0] and box[3] > box[1]):
@@ -98,7 +98,7 @@ def _box_faults(raw: list[float], box: tuple[float, float, float, float], size: 
     else:
         beyond = max(-x, -y, x + w - width, y + h - height)
         if beyond > REACH:
-            yield "box-beyond-picture", f"{shown} reaches {beyond:.1f} pixels out of it", beyond
+            yield "box-beyond-image", f"{shown} reaches {beyond:.1f} pixels out of it", beyond
 
 
 def read_mask(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict | None:
@@ -112,7 +112,7 @@ def read_mask(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict |
         return None
     packed.freeze()
     if packed.objects_far_outside(np.array([max(size)])):
-        raise DataError(f"{name}: a polygon has a coordinate that is no finite number, or far outside its picture")
+        raise DataError(f"{name}: a polygon has a coordinate that is no finite number, or far outside its image")
     return masks.segmentation_to_rle(packed[0], size)
 
 
@@ -135,7 +135,7 @@ def _shape_faults(raw: list[float], rle: dict, size: tuple[int, int]) -> Iterato
     """Whether a mask and a COCO box (x, y, w, h) are about the same place."""
     pixels = int(coco_rle.area(rle))
     if not pixels:
-        yield "mask-empty", f"the mask has no pixel in a picture of {size[1]} x {size[0]}", 0.0
+        yield "mask-empty", f"the mask has no pixel in an image of {size[1]} x {size[0]}", 0.0
         return
     x, y, w, h = raw
     tight_x, tight_y, tight_w, tight_h = coco_rle.toBbox(rle).tolist()
@@ -145,7 +145,7 @@ def _shape_faults(raw: list[float], rle: dict, size: tuple[int, int]) -> Iterato
         if stray > max(STRAY[0], STRAY[1] * pixels):
             yield "mask-outside-box", f"{stray} of the mask's {pixels} pixels lie outside bbox {raw}", stray / pixels
     sides = (w, h, w, h)
-    # what of a box lies outside the picture cannot be masked, so only edges inside it are compared
+    # what of a box lies outside the image cannot be masked, so only edges inside it are compared
     inside = (x >= 0, y >= 0, x + w <= size[1], y + h <= size[0])
     loose = [gap for gap, side, seen in zip(inwards, sides, inside, strict=True) if seen and gap > _slack(side)]
     if loose:

@@ -1,4 +1,4 @@
-"""The objects of an annotation file as box-frame masks, in any order and without opening a picture."""
+"""The objects of an annotation file as box-frame masks, in any order and without opening an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from solq_lab import masks
-from solq_lab.data.annotations import DataError, read_annotations, tabulate_objects, tabulate_pictures
+from solq_lab.data.annotations import DataError, read_annotations, tabulate_images, tabulate_objects
 
 __all__ = ["DataError", "ObjectMasks"]
 
@@ -18,10 +18,10 @@ __all__ = ["DataError", "ObjectMasks"]
 class ObjectMasks:
     """Ground-truth masks in their boxes, drawn when they are asked for: COCO's 850 000 need no more memory than one.
 
-    Rows count the objects grouped by picture, by rising image id. Crowds and objects without area are left out.
+    Rows count the objects grouped by image, by rising image id. Crowds and objects without area are left out.
 
     Attributes:
-        pictures: the pictures of the file.
+        images: the images of the file.
         objects: its objects; `objects.boxes`, `.ids` and `.categories` are in the order of rows.
         mask_size: side N of the masks, cells.
     """
@@ -39,20 +39,20 @@ class ObjectMasks:
         source = Path("annotations") if isinstance(annotations, dict) else Path(annotations)
         document = annotations if isinstance(annotations, dict) else read_annotations(source)
         self.mask_size = mask_size
-        self.pictures = tabulate_pictures(document, source)
-        self.objects = tabulate_objects(document, source, self.pictures, with_masks=True)
-        self._owners = np.repeat(np.arange(len(self.pictures.ids)), np.diff(self.objects.starts))
+        self.images = tabulate_images(document, source)
+        self.objects = tabulate_objects(document, source, self.images, with_masks=True)
+        self._owners = np.repeat(np.arange(len(self.images.ids)), np.diff(self.objects.starts))
 
     def __len__(self) -> int:
         return len(self.objects.ids)
 
     def image_id(self, row: int) -> int:
-        """Id of the picture that an object is in."""
-        return int(self.pictures.ids[self._owners[row]])
+        """Id of the image that an object is in."""
+        return int(self.images.ids[self._owners[row]])
 
-    def picture_size(self, row: int) -> tuple[int, int]:
-        """(H, W) of that picture, pixels."""
-        height, width = self.pictures.sizes[self._owners[row]].tolist()
+    def image_size(self, row: int) -> tuple[int, int]:
+        """(H, W) of that image, pixels."""
+        height, width = self.images.sizes[self._owners[row]].tolist()
         return height, width
 
     def segmentation(self, row: int) -> masks.Segmentation:
@@ -65,7 +65,7 @@ class ObjectMasks:
             masks.rasterize_in_box(
                 [self.segmentation(row)],
                 torch.from_numpy(self.objects.boxes[row : row + 1]),
-                self.picture_size(row),
+                self.image_size(row),
                 self.mask_size,
             )
             for row in map(int, rows)

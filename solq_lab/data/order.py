@@ -1,4 +1,4 @@
-"""The order of pictures over a whole training: the same for any number of processes, and resumable at any step."""
+"""The order of images over a whole training: the same for any number of processes, and resumable at any step."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
         """Lay out the stream.
 
         Args:
-            length: pictures in the data set.
-            batch_size: pictures per optimiser step, over all ranks and accumulated passes.
+            length: images in the data set.
+            batch_size: images per optimiser step, over all ranks and accumulated passes.
             seed: of the permutations.
             total_steps: optimiser steps of the whole training.
             start_step: optimiser steps already done.
             rank, world_size: which of how many processes asks.
             accumulate: backward passes per optimiser step; each gets its own list of keys.
-            aspects: width over height of all pictures in an epoch, (length,); batches are then made of alike shapes
+            aspects: width over height of all images in an epoch, (length,); batches are then made of alike shapes
                 (`batch_by_aspect`), which need less padding. None: shapes come as they fall.
 
         Raises:
@@ -53,7 +53,7 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
                 f"batch_size {batch_size} does not divide by processes x accumulate = {world_size} x {accumulate}"
             )
         if length < batch_size:
-            raise DataError(f"the data set has {length} pictures, fewer than train.batch_size {batch_size}; lower it")
+            raise DataError(f"the data set has {length} images, fewer than train.batch_size {batch_size}; lower it")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.total_steps, self.start_step = total_steps, start_step
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
@@ -88,14 +88,14 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
 
 
 def batch_by_aspect(order: np.ndarray, aspects: np.ndarray, batch_size: int, random: np.random.Generator) -> np.ndarray:
-    """Batches of wide pictures and batches of tall ones, shuffled; what is left of both makes one mixed batch.
+    """Batches of wide images and batches of tall ones, shuffled; what is left of both makes one mixed batch.
 
-    There are as many batches as without buckets, and no picture comes twice. Within a batch pictures stand by aspect,
+    There are as many batches as without buckets, and no image comes twice. Within a batch images stand by aspect,
     so that the slices of its ranks and backward passes, each of which is padded by itself, are of one shape too.
 
     Args:
-        order: the pictures (I,) in random order.
-        aspects: (I,) width over height of picture i.
+        order: the images (I,) in random order.
+        aspects: (I,) width over height of image i.
         batch_size: of the global batches.
         random: shuffles the batches.
 

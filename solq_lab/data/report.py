@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from solq_lab.data.findings import HEADINGS, RULES, SEVERITIES, Findings
 from solq_lab.data.folders import Split
 
-LONGEST_MESSAGE = 200  # characters, in the table
+MAX_MESSAGE = 200  # characters, in the table
 
 Look = Literal["decode", "header", "names"]
 
@@ -17,9 +17,9 @@ Look = Literal["decode", "header", "names"]
 class Options(NamedTuple):
     """What to look at, and what the training will be like.
 
-    look: "decode" opens every picture, "header" reads its size only, "names" only looks whether the file is there.
-    queries: J, objects that the model can find in a picture.
-    detections: per picture that evaluation scores.
+    look: "decode" opens every image, "header" reads its size only, "names" only looks whether the file is there.
+    queries: J, objects that the model can find in an image.
+    detections: per image that evaluation scores.
     with_masks: masks are learnt.
     class_ids, num_classes: see `ClassMap.from_annotations`.
     """
@@ -38,12 +38,12 @@ DEFAULTS = Options()
 class Summary(NamedTuple):
     """What there is in a split.
 
-    pictures, empty, objects, crowds: how many pictures, pictures without objects, objects to learn, crowd regions.
-    median, most: objects per picture.
+    images, empty, objects, crowds: how many images, images without objects, objects to learn, crowd regions.
+    median, most: objects per image.
     per_class: objects to learn by category name.
     """
 
-    pictures: int
+    images: int
     empty: int
     objects: int
     crowds: int
@@ -69,11 +69,11 @@ class Report(NamedTuple):
         summaries = list(self.summaries.values())
         lines = [
             _line(title, list(self.summaries)),
-            _line("pictures", [summary.pictures for summary in summaries]),
+            _line("images", [summary.images for summary in summaries]),
             _line("objects to learn", [summary.objects for summary in summaries]),
             _line("crowd regions, no targets", [summary.crowds for summary in summaries]),
-            _line("objects per picture, median", [f"{summary.median:g}" for summary in summaries]),
-            _line("objects per picture, most", [summary.most for summary in summaries]),
+            _line("objects per image, median", [f"{summary.median:g}" for summary in summaries]),
+            _line("objects per image, most", [summary.most for summary in summaries]),
             _line("classes with objects", [sum(map(bool, summary.per_class.values())) for summary in summaries]),
         ]
         for severity in SEVERITIES:
@@ -84,7 +84,7 @@ class Report(NamedTuple):
                 lines.append(_line(RULES[rule].title, counts, f"  {rule}"))
                 if severity != "note":
                     worst = (finding for split in self.summaries for finding in self.findings.worst(rule, split))
-                    lines.append(f"    {textwrap.shorten(next(worst).message, LONGEST_MESSAGE, placeholder=' ...')}")
+                    lines.append(f"    {textwrap.shorten(next(worst).message, MAX_MESSAGE, placeholder=' ...')}")
         if self.is_clean:
             lines.append("\nnothing that would stop or harm a training")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One drawn picture: textured shapes, one over the other, on a cluttered background, and the masks of what is visible.
+"""One drawn image: textured shapes, one over the other, on a cluttered background, and the masks of what is visible.
 
 Everything is painted three times too large and averaged down, so that edges are smooth. This module needs numpy and
 Pillow only: the processes that draw start quickly.
@@ -17,16 +17,16 @@ from solq_lab.data.silhouettes import EASY, HARD, Part, Random
 
 OVERSAMPLING = 3
 TEXTURES = ("plain", "stripes", "checker", "gradient", "noise")
-MIN_VISIBLE = 0.4  # share of an object's own area that later objects and the picture's edge may not take away
+MIN_VISIBLE = 0.4  # share of an object's own area that later objects and the image's edge may not take away
 COLOUR_TRIES, PLACE_TRIES = 6, 10
 
 
 @dataclass(frozen=True)
 class Level:
-    """How difficult the pictures are.
+    """How difficult the images are.
 
     Attributes:
-        side: of the square picture, pixels.
+        side: of the square image, pixels.
         classes: class names, in the order of their category ids.
         objects: smallest and largest number of objects.
         object_side: shortest and longest longer side of an object's box before occlusion, pixels; log-uniform.
@@ -34,7 +34,7 @@ class Level:
         clutter: smallest and largest number of lines, arcs and specks in the background.
         occlusion: share of the objects that are put against another one.
         contrast: RGB distance (channels in 0..1) of an object to what lies below it, where it can be had.
-        overhang: largest share of an object's side that may stick out of the picture.
+        overhang: largest share of an object's side that may stick out of the image.
     """
 
     side: int
@@ -75,20 +75,20 @@ LEVELS = {
 
 
 class Scene(NamedTuple):
-    """A picture and its objects.
+    """An image and its objects.
 
-    picture: (H, W, 3) uint8 RGB.
+    image: (H, W, 3) uint8 RGB.
     classes: K indices into `Level.classes`.
     masks: (K, H, W) bool, the visible part of each object; they do not overlap.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     classes: list[int]
     masks: np.ndarray
 
 
 def draw_scene(level: Level, random: Random) -> Scene:
-    """Draw one picture; the same state of `random` gives the same picture."""
+    """Draw one image; the same state of `random` gives the same image."""
     stage = _Stage(level, random)
     for _ in range(int(random.integers(*level.objects, endpoint=True))):
         stage.add_object(random)
@@ -96,7 +96,7 @@ def draw_scene(level: Level, random: Random) -> Scene:
 
 
 class _Stage:
-    """A picture in the making, `OVERSAMPLING` times too large; objects come one by one, each over the earlier ones."""
+    """An image in the making, `OVERSAMPLING` times too large; objects come one by one, each over the earlier ones."""
 
     def __init__(self, level: Level, random: Random) -> None:
         self.level = level
@@ -129,12 +129,12 @@ class _Stage:
         size, count = self.level.side, len(self.classes)
         small = _shrink(self.pixels, np.float32) / OVERSAMPLING**2
         small += random.uniform(0, 0.04) * random.standard_normal(small.shape, dtype=np.float32)
-        picture = (np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+        image = (np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
         masks = np.zeros((count, size, size), dtype=bool)
         for number, mask in enumerate(masks, start=1):
             np.greater(_shrink(self.owner == number, np.uint8), OVERSAMPLING**2 // 2, out=mask)
         seen = np.flatnonzero(masks.any(axis=(1, 2)))
-        return Scene(picture, [self.classes[row] for row in seen], masks[seen])
+        return Scene(image, [self.classes[row] for row in seen], masks[seen])
 
     def _find_place(self, cutout: _Cutout, random: Random) -> np.ndarray | None:
         """A centre (y, x) that leaves this and all earlier objects visible enough, None where the tries find none.

@@ -25,15 +25,15 @@ from solq_lab.data.scene import LEVELS, Level, draw_scene
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the drawings: another number, other pictures for the same seed
+VERSION = 1  # of the drawings: another number, other images for the same seed
 STAMP = "shapes.json"  # the settings of a folder; it is written last
 SPLITS = ("train", "val")
 
 
 class Drawn(NamedTuple):
-    """What a drawing process hands back of one picture.
+    """What a drawing process hands back of one image.
 
-    number: which picture of its split, from 1; its image id.
+    number: which image of its split, from 1; its image id.
     classes: K indices into `Level.classes`.
     masks: (K, H, W / 8 rounded up) uint8, the visible masks, packed bits.
     """
@@ -60,7 +60,7 @@ def write_shapes(
         root: folder to make.
         level: "easy": 96 x 96 pixels, 8 classes, little turned, from 24 pixels; "hard": 128 x 128 pixels, 16 classes,
             turned at will, from 14 pixels.
-        train, val: numbers of pictures.
+        train, val: numbers of images.
         seed: of the drawings; the number of processes has no influence on them.
         processes: how many draw at the same time.
 
@@ -108,13 +108,13 @@ def _already_there(root: Path, settings: dict[str, Any]) -> bool:
 
 
 def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Draw the pictures of one split; the annotation document."""
+    """Draw the images of one split; the annotation document."""
     level = LEVELS[settings["level"]]
     folder.mkdir()
     draw = partial(_draw, folder, settings["level"], (settings["seed"], SPLITS.index(split)))
     images, annotations = [], []
     with closing(_in_processes(draw, count, processes)) as drawings:
-        for drawn in tqdm(drawings, total=count, desc=f"drawing {split}", unit="picture"):
+        for drawn in tqdm(drawings, total=count, desc=f"drawing {split}", unit="image"):
             name = _file_name(drawn.number)
             images.append({"id": drawn.number, "file_name": name, "height": level.side, "width": level.side})
             for entry in _describe_objects(drawn, level):
@@ -149,9 +149,9 @@ def _in_processes(draw: partial[Drawn], count: int, processes: int) -> Iterator[
 
 
 def _draw(folder: Path, level: str, seed: tuple[int, int], number: int) -> Drawn:
-    """Draw one picture and write its file."""
+    """Draw one image and write its file."""
     scene = draw_scene(LEVELS[level], np.random.default_rng((*seed, number)))
-    Image.fromarray(scene.picture).save(folder / _file_name(number), compress_level=1)
+    Image.fromarray(scene.image).save(folder / _file_name(number), compress_level=1)
     return Drawn(number, scene.classes, np.packbits(scene.masks, axis=-1))
 
 
@@ -160,7 +160,7 @@ def _file_name(number: int) -> str:
 
 
 def _describe_objects(drawn: Drawn, level: Level) -> list[dict[str, Any]]:
-    """The COCO entries of a picture's objects, without ids."""
+    """The COCO entries of an image's objects, without ids."""
     bits = np.unpackbits(drawn.masks, axis=-1, count=level.side).view(np.bool_)
     entries = []
     for class_index, mask, rle in zip(drawn.classes, bits, masks.encode_rle(torch.from_numpy(bits)), strict=True):

@@ -1,4 +1,4 @@
-"""What can be wrong between the pictures of a data set, and between its splits."""
+"""What can be wrong between the images of a data set, and between its splits."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from solq_lab.data.findings import Finding
 
 
 def same_bytes(names: Sequence[str], ids: Sequence[int], digests: Sequence[bytes]) -> Iterator[Finding]:
-    """Pictures of one split whose files are equal; `digests` are empty where a file was not read."""
+    """Images of one split whose files are equal; `digests` are empty where a file was not read."""
     first: dict[bytes, str] = {}
     for name, image_id, digest in zip(names, ids, digests, strict=True):
         before = first.setdefault(digest, name) if digest else name
         if os.path.normpath(before) != os.path.normpath(name):
-            yield Finding("picture-twice", f"{shorten(before)} and {shorten(name)} have the same bytes", name, image_id)
+            yield Finding("image-twice", f"{shorten(before)} and {shorten(name)} have the same bytes", name, image_id)
 
 
 def compare_files(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iterator[Finding]:
-    """Pictures of val that are in train: by their bytes where they were read, else by name; digests by file name."""
+    """Images of val that are in train: by their bytes where they were read, else by name; digests by file name."""
     by_digest = {digest: name for name, digest in train.items() if digest}
     for name, digest in val.items():
         if digest in by_digest:
             message = f"{shorten(name)} of val has the bytes of {shorten(by_digest[digest])} of train"
-            yield Finding("picture-in-both", message, name)
+            yield Finding("image-in-both", message, name)
         elif name in train:
             read = digest and train[name]
             known = "other bytes" if read else "the bytes were not compared"

@@ -27,7 +27,7 @@ from solq_lab.files import flush_to_disk, write_json
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 18  # bytes between two looks at the progress
-LONGEST_WAIT = 60.0  # seconds between two attempts, and at most what a server's Retry-After can ask for
+MAX_WAIT = 60.0  # seconds between two attempts, and at most what a server's Retry-After can ask for
 TRY_LATER = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}  # and 5xx
 Show = Callable[[int, int | None], None]  # bytes done with, and of how many (None: the server does not say)
 
@@ -138,7 +138,7 @@ def fetch(
                 kept = f"{describe_size(part.size)} are kept, and the same command goes on from there"
                 nothing = "nothing has arrived: check the address (--base-url) and the network"
                 raise DataError(f"{url}: given up {attempts}({reason}); {kept if part.size else nothing}") from None
-            wait = max(min(backoff * 2**in_vain, LONGEST_WAIT), getattr(error, "wait", 0.0))
+            wait = max(min(backoff * 2**in_vain, MAX_WAIT), getattr(error, "wait", 0.0))
             logger.info("%s: %s; next attempt in %.1f s", target.name, reason, wait)
             time.sleep(wait)
         else:
@@ -264,7 +264,7 @@ def _check_refusal(refusal: urllib.error.HTTPError, url: str, part: PartFile, si
         raise Broken("the server has fewer bytes than have arrived; from the start")
     if refusal.code in TRY_LATER or refusal.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
         asked = refusal.headers.get("Retry-After", "")
-        wait = min(float(asked), LONGEST_WAIT) if asked.isdecimal() else 0.0
+        wait = min(float(asked), MAX_WAIT) if asked.isdecimal() else 0.0
         raise Broken(f"the server answers {refusal.code} {refusal.reason}", wait=wait)
     raise DataError(f"{url}: the server answers {refusal.code} {refusal.reason}; check the address (--base-url)")
 

@@ -1,10 +1,10 @@
-"""Training and test transforms: first a plan from the picture's size, then the plan applied to picture and boxes.
+"""Training and test transforms: first a plan from the image's size, then the plan applied to image and boxes.
 
 A plan is a list of steps (mirror, resize, crop) and needs no pixels, so that its arithmetic is tested alone. Masks do
 not travel: an object's final box is mapped back through the steps (`boxes_before`) and the object is rasterised there,
-in the original picture. The released route, nearest-resized full bitmaps, is `apply_to_bitmaps`.
+in the original image. The released route, nearest-resized full bitmaps, is `apply_to_bitmaps`.
 
-Paper: section 4.2 (training); the details follow the released code, which resizes training pictures twice.
+Paper: section 4.2 (training); the details follow the released code, which resizes training images twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 
 
 class Mirror(NamedTuple):
-    """Left becomes right in a picture `width` pixels wide."""
+    """Left becomes right in an image `width` pixels wide."""
 
     width: int
 
@@ -49,7 +49,7 @@ class Transform(Protocol):
     """What a data set asks of its transform."""
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for a picture of (height, width) pixels; all chance comes from `random`."""
+        """The steps for an image of (height, width) pixels; all chance comes from `random`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TestResize:
     max_size: int
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for a picture of (height, width) pixels."""
+        """The steps for an image of (height, width) pixels."""
         return _resize(size, self.test_scale, self.max_size)
 
 
@@ -84,7 +84,7 @@ class FlipOnly:
     max_size: int
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for a picture of (height, width) pixels."""
+        """The steps for an image of (height, width) pixels."""
         return [*_mirror(size, random), *_resize(size, self.test_scale, self.max_size)]
 
 
@@ -98,7 +98,7 @@ class ReleasedAugmentation:
         train_scales: lengths of the shorter side to draw from, pixels.
         max_size: longest allowed longer side, pixels.
         crop_scales: lengths of the shorter side before the crop, pixels; the longer side is not limited there.
-        crop_size: smallest and largest side of the crop, pixels; a picture smaller than the smallest limits it.
+        crop_size: smallest and largest side of the crop, pixels; an image smaller than the smallest limits it.
     """
 
     train_scales: Sequence[int]
@@ -107,7 +107,7 @@ class ReleasedAugmentation:
     crop_size: tuple[int, int]
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for a picture of (height, width) pixels."""
+        """The steps for an image of (height, width) pixels."""
         steps = _mirror(size, random)
         steps += _resize(size, random.choice(self.train_scales), self.max_size)
         if random.random() < 0.5:
@@ -126,7 +126,7 @@ def resized_size(size: tuple[int, int], short: int, longest: int | None) -> tupl
     """(height, width) after a resize of the shorter side to `short`, or less where the longer would exceed `longest`.
 
     The rounding is the released one: where `longest` binds, the shorter side is rounded first and the longer follows
-    from it, rounded down, so that it misses `longest` by a pixel or, in very long pictures, a few.
+    from it, rounded down, so that it misses `longest` by a pixel or, in very long images, a few.
 
     Args:
         size: (height, width), pixels.
@@ -143,7 +143,7 @@ def resized_size(size: tuple[int, int], short: int, longest: int | None) -> tupl
 
 
 def size_after(steps: Sequence[Step], size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a picture of `size` after the steps, pixels."""
+    """(height, width) of an image of `size` after the steps, pixels."""
     for step in reversed(steps):
         match step:
             case Resize():
@@ -158,21 +158,21 @@ def mirrored(steps: Sequence[Step]) -> bool:
     return sum(isinstance(step, Mirror) for step in steps) % 2 == 1
 
 
-def apply_to_picture(steps: Sequence[Step], picture: Tensor) -> Tensor:
-    """The picture (3, H, W) uint8 after the steps; resizing is bilinear with antialiasing, on uint8 as in PIL."""
+def apply_to_image(steps: Sequence[Step], image: Tensor) -> Tensor:
+    """The image (3, H, W) uint8 after the steps; resizing is bilinear with antialiasing, on uint8 as in PIL."""
     for step in steps:
         match step:
             case Mirror():
-                picture = picture.flip(-1)
+                image = image.flip(-1)
             case Resize(after=after):
-                picture = TF.resize(picture, list(after), interpolation=InterpolationMode.BILINEAR, antialias=True)
+                image = TF.resize(image, list(after), interpolation=InterpolationMode.BILINEAR, antialias=True)
             case Crop(top, left, height, width):
-                picture = picture[:, top : top + height, left : left + width]
-    return picture
+                image = image[:, top : top + height, left : left + width]
+    return image
 
 
 def apply_to_bitmaps(steps: Sequence[Step], bitmaps: Tensor) -> Tensor:
-    """Full-picture masks (K, H, W) bool after the steps, the released way: nearest neighbour at every resize.
+    """Full-image masks (K, H, W) bool after the steps, the released way: nearest neighbour at every resize.
 
     Each resize samples at the upper left corners of the new pixels and so moves a mask by up to half an old one.
     """
@@ -204,7 +204,7 @@ def apply_to_boxes(steps: Sequence[Step], boxes: np.ndarray) -> np.ndarray:
 
 
 def boxes_before(steps: Sequence[Step], boxes: np.ndarray) -> np.ndarray:
-    """Where boxes (K, 4) (x0, y0, x1, y1), given after the steps, lay in the original picture, pixels."""
+    """Where boxes (K, 4) (x0, y0, x1, y1), given after the steps, lay in the original image, pixels."""
     for step in reversed(steps):
         match step:
             case Mirror(width):

@@ -76,7 +76,7 @@ def _checked_members(file: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipIn
         fault = "comes twice" if member.orig_filename in seen else _fault(member)
         if fault:
             raise DataError(
-                f"{archive}: member {member.orig_filename!r} {fault}; nothing was unpacked: pictures and annotations "
+                f"{archive}: member {member.orig_filename!r} {fault}; nothing was unpacked: images and annotations "
                 "need no such thing, so do not trust this archive"
             )
         seen.add(member.orig_filename)

@@ -1,7 +1,7 @@
-"""YOLO segmentation folders as COCO documents: images/, labels/ with one text file per picture, and data.yaml.
+"""YOLO segmentation folders as COCO documents: images/, labels/ with one text file per image, and data.yaml.
 
-A line of a label file is one object: its class, then x y x y ... of its outline, as shares of the picture's sides.
-Training tools that use this format turn a picture by its EXIF mark first; here pixels count as they are stored, so the
+A line of a label file is one object: its class, then x y x y ... of its outline, as shares of the image's sides.
+Training tools that use this format turn an image by its EXIF mark first; here pixels count as they are stored, so the
 outlines are turned back.
 """
 
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif"])  # what the loader reads
 SETTINGS = ("data.yaml", "data.yml", "dataset.yaml")
-SLACK = 0.01  # shares of a side that an outline may leave its picture by, for roundings; it is cut off there
+SLACK = 0.01  # shares of a side that an outline may leave its image by, for roundings; it is cut off there
 DIGITS = 2  # of pixel coordinates, as in COCO
 ORIENTATION = 0x0112  # the EXIF tag
 Point = tuple[float, float]
 
-# From the turned picture back to the stored one, in shares of the sides; by EXIF orientation
+# From the turned image back to the stored one, in shares of the sides; by EXIF orientation
 TURNS: dict[int, Callable[[float, float], Point]] = {
     1: lambda x, y: (x, y),
     2: lambda x, y: (1 - x, y),
@@ -45,7 +45,7 @@ TURNS: dict[int, Callable[[float, float], Point]] = {
 
 
 class YoloSplit(NamedTuple):
-    """One split: the folder of its pictures, and their COCO document."""
+    """One split: the folder of its images, and their COCO document."""
 
     name: str
     images: Path
@@ -70,10 +70,10 @@ def read_yolo(source: Path) -> list[YoloSplit]:
     for name, keys in (("train", ("train",)), ("val", ("val", "valid"))):
         entry = next((values[key] for key in keys if values.get(key)), None)
         if entry is not None:
-            images, pictures = _pictures(entry, settings.parent, settings)
-            splits.append(YoloSplit(name, images, _document(name, images, pictures, settings.parent, names)))
+            folder, paths = _image_paths(entry, settings.parent, settings)
+            splits.append(YoloSplit(name, folder, _document(name, folder, paths, settings.parent, names)))
     if not splits:
-        raise DataError(f"{settings}: neither 'train' nor 'val'; needed are folders of pictures under these keys")
+        raise DataError(f"{settings}: neither 'train' nor 'val'; needed are folders of images under these keys")
     return splits
 
 
@@ -108,19 +108,19 @@ def _class_names(values: dict[str, Any], path: Path) -> list[str]:
     return [str(name) for name in names]
 
 
-def _pictures(entry: Any, root: Path, settings: Path) -> tuple[Path, list[Path]]:
-    """The folder that pictures of a split are named from, and the pictures: of one folder, several, or a list file."""
+def _image_paths(entry: Any, root: Path, settings: Path) -> tuple[Path, list[Path]]:
+    """The folder that images of a split are named from, and the images: of one folder, several, or a list file."""
     entries = entry if isinstance(entry, list) else [entry]
     places = [_place(each, root, settings) for each in entries]
-    pictures: list[Path] = []
+    images: list[Path] = []
     for place in places:
         if place.is_dir():
-            pictures += sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            images += sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         else:
-            pictures += _listed(place, root)
-    if not pictures:
-        raise DataError(f"{settings}: {shorten(entry)} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    return (places[0] if len(places) == 1 and places[0].is_dir() else root), list(dict.fromkeys(pictures))
+            images += _listed(place, root)
+    if not images:
+        raise DataError(f"{settings}: {shorten(entry)} holds no images ({', '.join(sorted(SUFFIXES))})")
+    return (places[0] if len(places) == 1 and places[0].is_dir() else root), list(dict.fromkeys(images))
 
 
 def _place(entry: Any, root: Path, source: Path | str) -> Path:
@@ -137,7 +137,7 @@ def _place(entry: Any, root: Path, source: Path | str) -> Path:
 
 
 def _listed(path: Path, root: Path) -> list[Path]:
-    """The pictures that a text file lists, one in a line."""
+    """The images that a text file lists, one in a line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -145,11 +145,11 @@ def _listed(path: Path, root: Path) -> list[Path]:
     return [_place(line.strip(), root, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
 
 
-def _document(split: str, images: Path, pictures: Sequence[Path], root: Path, names: Sequence[str]) -> dict[str, Any]:
+def _document(split: str, folder: Path, paths: Sequence[Path], root: Path, names: Sequence[str]) -> dict[str, Any]:
     entries, objects, labels = [], [], set()
-    for number, path in enumerate(tqdm(pictures, desc=f"reading {split}", unit="picture"), start=1):
+    for number, path in enumerate(tqdm(paths, desc=f"reading {split}", unit="image"), start=1):
         width, height, orientation = _measure(path)
-        file_name = path.relative_to(images).as_posix()
+        file_name = path.relative_to(folder).as_posix()
         entries.append({"id": number, "file_name": file_name, "height": height, "width": width})
         label = _label_file(path, root)
         labels.add(label)
@@ -163,18 +163,18 @@ def _document(split: str, images: Path, pictures: Sequence[Path], root: Path, na
 
 
 def _measure(path: Path) -> tuple[int, int, int]:
-    """Width and height of a picture as it is stored, pixels, and its EXIF orientation."""
+    """Width and height of an image as it is stored, pixels, and its EXIF orientation."""
     try:
         with Image.open(path) as opened:
             orientation = opened.getexif().get(ORIENTATION, 1)
             return opened.width, opened.height, orientation if orientation in TURNS else 1
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a picture that can be read ({error}); fetch it again or remove it") from None
+        raise DataError(f"{path}: not an image that can be read ({error}); fetch it again or remove it") from None
 
 
-def _label_file(picture: Path, root: Path) -> Path:
-    """labels/a/b.txt for images/a/b.jpg; where no folder is called images, the text file beside the picture."""
-    parts = list(picture.relative_to(root).parts)
+def _label_file(image: Path, root: Path) -> Path:
+    """labels/a/b.txt for images/a/b.jpg; where no folder is called images, the text file beside the image."""
+    parts = list(image.relative_to(root).parts)
     if "images" in parts[:-1]:
         last = len(parts) - 2 - parts[-2::-1].index("images")
         parts[last] = "labels"
@@ -212,13 +212,13 @@ def _parse(words: Sequence[str], classes: int) -> tuple[int, list[Point]]:
         except ValueError:
             number = math.nan
         if not -SLACK <= number <= 1 + SLACK:
-            raise ValueError(f"coordinate {shorten(word)}; allowed are shares of the picture's sides, 0 to 1")
+            raise ValueError(f"coordinate {shorten(word)}; allowed are shares of the image's sides, 0 to 1")
         numbers.append(min(max(number, 0.0), 1.0))
     return int(words[0]), list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _object(number: int, image: int, category: int, polygon: Sequence[Point], size: tuple[int, int]) -> dict[str, Any]:
-    """A COCO annotation of one polygon, pixels of a picture of `size` (height, width)."""
+    """A COCO annotation of one polygon, pixels of an image of `size` (height, width)."""
     xs, ys = [x for x, _ in polygon], [y for _, y in polygon]
     flat = [coordinate for point in polygon for coordinate in point]
     left, top = min(xs), min(ys)
@@ -234,9 +234,9 @@ def _object(number: int, image: int, category: int, polygon: Sequence[Point], si
 
 
 def _name_leftovers(used: set[Path]) -> None:
-    """Say which label files belong to no picture: a misspelt name would lose its objects unseen."""
+    """Say which label files belong to no image: a misspelt name would lose its objects unseen."""
     there = {path for folder in {path.parent for path in used} for path in folder.glob("*.txt")}
     left = sorted(path for path in there - used if path.name != "classes.txt")
     if left:
         first = ", ".join(map(str, left[:FIRST_FEW])) + (", ..." if len(left) > FIRST_FEW else "")
-        logger.warning("%d label files belong to no picture and are left out: %s", len(left), first)
+        logger.warning("%d label files belong to no image and are left out: %s", len(left), first)

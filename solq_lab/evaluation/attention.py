@@ -19,7 +19,7 @@ from scipy.ndimage import distance_transform_edt
 from tqdm.auto import tqdm
 
 from solq_lab.data.coco import CocoDataset
-from solq_lab.evaluation.pairing import NOBODY, pair_objects
+from solq_lab.evaluation.pairing import UNMATCHED, pair_objects
 from solq_lab.inference.attention import (
     SIZES,
     AttentionStudy,
@@ -36,9 +36,9 @@ FULL = 0.65  # share of its box that an object covers at most whose outline is f
 
 
 class Zones(NamedTuple):
-    """Where "near" is, for one object: bitmaps (h, w) of a window of the picture.
+    """Where "near" is, for one object: bitmaps (h, w) of a window of the image.
 
-    corner: (x, y) of the window's first pixel; it may lie outside the picture.
+    corner: (x, y) of the window's first pixel; it may lie outside the image.
     outline, tips, box: near the outline, near the extremities, in the box.
     """
 
@@ -68,11 +68,11 @@ def study_attention(
 
     Args:
         predictor: the model.
-        dataset: pictures with true masks (`build_pictures`).
-        band: pixels of the original pictures.
+        dataset: images with true masks (`build_images`).
+        band: pixels of the original images.
         area_sides: sides of the squares below whose areas an object is small, and medium; pixels.
         score: less certain detections are left out.
-        max_images: only the first so many pictures. None: all.
+        max_images: only the first so many images. None: all.
 
     Raises:
         ValueError: a band that is not positive.
@@ -82,13 +82,13 @@ def study_attention(
     rows: list[list] = []
     before: dict[int, _Look] = {}  # the last query that found an object of this size
     for index in tqdm(range(len(dataset))[:max_images], desc="attention", unit="img"):
-        truth, picture = dataset.objects(index), dataset[index][0]
-        found, layers = predict_with_attention(predictor, picture.permute(1, 2, 0).numpy())
+        truth, image = dataset.objects(index), dataset[index][0]
+        found, layers = predict_with_attention(predictor, image.permute(1, 2, 0).numpy())
         found = found.above(score)
         partners, _ = pair_objects(found, truth)
-        scale = torch.tensor([picture.shape[2], picture.shape[1]] * 2)
+        scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
         for mask, partner in zip(decode_rle(truth.masks).numpy(), partners.tolist(), strict=True):
-            if partner == NOBODY or not mask.any():
+            if partner == UNMATCHED or not mask.any():
                 continue
             query = int(found.queries[partner])
             box = (layers[-1].boxes[query] * scale).numpy()
@@ -110,24 +110,24 @@ def _look_from(layers: Sequence[LayerAttention], query: int, box: np.ndarray, sc
 
 
 def _measure(
-    zones: Zones, box: np.ndarray, look: _Look, other: _Look | None, picture_size: tuple[int, int]
+    zones: Zones, box: np.ndarray, look: _Look, other: _Look | None, image_size: tuple[int, int]
 ) -> Iterator[np.ndarray]:
     """For outline and extremities in turn: (layers,) share of the query, share of the box, (layers,) of the other."""
     for near in (zones.outline, zones.tips):
-        yield _share(near, zones.corner, box, look, picture_size)
+        yield _share(near, zones.corner, box, look, image_size)
         yield (near & zones.box).sum() / zones.box.sum()
         if other is None:
             yield np.full(len(look.weights), np.nan)
         else:
-            yield _share(near, zones.corner, box, other, picture_size)
+            yield _share(near, zones.corner, box, other, image_size)
 
 
 def _share(
-    near: np.ndarray, corner: tuple[int, int], box: np.ndarray, look: _Look, picture_size: tuple[int, int]
+    near: np.ndarray, corner: tuple[int, int], box: np.ndarray, look: _Look, image_size: tuple[int, int]
 ) -> np.ndarray:
-    """(layers,) weight of the points that lie on a bitmap, and in the picture: outside it they find nothing."""
+    """(layers,) weight of the points that lie on a bitmap, and in the image: outside it they find nothing."""
     across, down = np.moveaxis(np.floor(look.points * box[2:] + box[:2]).astype(int), -1, 0)  # (layers, n), pixels
-    seen = (across >= 0) & (across < picture_size[1]) & (down >= 0) & (down < picture_size[0])
+    seen = (across >= 0) & (across < image_size[1]) & (down >= 0) & (down < image_size[0])
     across, down = across - corner[0], down - corner[1]
     seen &= (across >= 0) & (across < near.shape[1]) & (down >= 0) & (down < near.shape[0])
     seen[seen] = near[down[seen], across[seen]]
@@ -142,20 +142,20 @@ def examples_by_size(
     score: float = 0.3,
     max_images: int | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """For each size the object that the models find best: "small" -> (index of its picture, row of its true object).
+    """For each size the object that the models find best: "small" -> (index of its image, row of its true object).
 
     Best is the object whose box every model meets closely (largest smallest IoU), among those that leave a good part of
     their box empty where there are any: only there outline and box are different places. A size of which no object is
     found by all models is left out.
 
     Args:
-        predictors: one model or several, that see the same pictures.
+        predictors: one model or several, that see the same images.
         dataset, area_sides, score, max_images: as for `study_attention`.
     """
     best: dict[int, tuple[bool, float, int, int]] = {}
     for index in range(len(dataset))[:max_images]:
-        truth, picture = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
-        paired = [pair_objects(predictor.predict(picture).above(score), truth)[1] for predictor in predictors]
+        truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
+        paired = [pair_objects(predictor.predict(image).above(score), truth)[1] for predictor in predictors]
         for row, iou in enumerate(np.min(paired, axis=0).tolist()):
             area, (_, _, width, height) = int(coco_rle.area(truth.masks[row])), coco_rle.toBbox(truth.masks[row])
             candidate = (area < FULL * width * height, iou, index, row)
@@ -178,27 +178,27 @@ def view_of_true_object(
 
     Args:
         predictor: the model.
-        dataset: pictures with true masks.
-        place: index of the picture and row of its true object (`examples_by_size`).
+        dataset: images with true masks.
+        place: index of the image and row of its true object (`examples_by_size`).
         layer, head, level: as for `query_points`.
 
     Raises:
         ValueError: the model does not find the object; no such layer, head or level.
     """
     index, row = place
-    truth, picture = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
-    found, layers = predict_with_attention(predictor, picture)
+    truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
+    found, layers = predict_with_attention(predictor, image)
     partner = int(pair_objects(found, truth)[0][row])
-    if partner == NOBODY:
-        raise ValueError(f"object {row} of picture {dataset.image_ids[index]} is not found; choose another object")
-    view = object_view(picture, found, layers, partner, layer=layer, head=head, level=level)
+    if partner == UNMATCHED:
+        raise ValueError(f"object {row} of image {dataset.image_ids[index]} is not found; choose another object")
+    view = object_view(image, found, layers, partner, layer=layer, head=head, level=level)
     return view if view.mask is not None else view._replace(mask=decode_rle([truth.masks[row]])[0].numpy())
 
 
 def near_zones(mask: np.ndarray, band: float) -> Zones:
     """Pixels near the outline and the extremities of a mask (H, W) bool that is not empty, and its box.
 
-    The outline runs between pixels, half a pixel from the centres on both sides, and along the picture's edge where the
+    The outline runs between pixels, half a pixel from the centres on both sides, and along the image's edge where the
     object is cut there. Extremities are the object's pixels in the outermost rows and columns. The box is grown by the
     band, rounded up.
     """

@@ -1,10 +1,10 @@
-"""Is one run better than another, or lucky with its pictures? A paired bootstrap over pictures.
+"""Is one run better than another, or lucky with its images? A paired bootstrap over images.
 
-Pictures are drawn with replacement, as many as there are, the same ones for both runs; on every draw both APs are
+Images are drawn with replacement, as many as there are, the same ones for both runs; on every draw both APs are
 computed anew, with the precision-recall curve of that draw. Where the interval of the difference excludes 0, other
-pictures of the same kind would have said the same. It knows nothing of what another seed of the training would give.
+images of the same kind would have said the same. It knows nothing of what another seed of the training would give.
 
-Matching happens inside a picture, so it is done once; a draw only changes how often each picture counts.
+Matching happens inside an image, so it is done once; a draw only changes how often each image counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from solq_lab.data.annotations import read_annotations
 from solq_lab.evaluation.coco import DEFAULTS, Candidates, measure_candidates
 from solq_lab.evaluation.results import read_results
-from solq_lab.evaluation.rules import NOBODY, match_detections
+from solq_lab.evaluation.rules import UNMATCHED, match_detections
 from solq_lab.runs import Run, RunError, read_json
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -32,7 +32,7 @@ class Difference(NamedTuple):
     """One number of two runs, in 0..1, and the interval of its change.
 
     metric: for example "segm.AP".
-    first, second: on all pictures.
+    first, second: on all images.
     low, high: the interval of second - first.
     better: share of draws on which the second is better.
     """
@@ -57,11 +57,11 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of results on the same pictures.
+    """Two sets of results on the same images.
 
     names: of the two.
     differences: one per number.
-    images: pictures looked at.
+    images: images looked at.
     draws: of the bootstrap.
     confidence: of the intervals.
     """
@@ -88,18 +88,18 @@ class Comparison:
             rows.append([row.metric, *shown, f"{100 * row.change:+.1f}", interval, verdict])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join([*lines, f"percent; {self.draws} draws of {self.images} pictures, the same for both"])
+        return "\n".join([*lines, f"percent; {self.draws} draws of {self.images} images, the same for both"])
 
 
 def compare_runs(first: Run, second: Run, *, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> Comparison:
-    """Compare two finished runs on the pictures that both were evaluated on.
+    """Compare two finished runs on the images that both were evaluated on.
 
     Args:
         first, second: evaluated runs; the change is the second's.
         draws, confidence, seed: of the bootstrap.
 
     Raises:
-        RunError: a run has no results, or they are of different pictures or settings.
+        RunError: a run has no results, or they are of different images or settings.
         DataError: the annotations or detections cannot be read.
     """
     settings = [_scored_on(run) for run in (first, second)]
@@ -107,7 +107,7 @@ def compare_runs(first: Run, second: Run, *, draws: int = 1000, confidence: floa
         if settings[0][what] != settings[1][what]:
             raise RunError(
                 f"{first.folder} and {second.folder} were scored on different {what}: {settings[0][what]} and "
-                f"{settings[1][what]}; only runs on the same pictures can be compared"
+                f"{settings[1][what]}; only runs on the same images can be compared"
             )
     metrics = [read_json(run.results)["metrics"] for run in (first, second)]
     data, settings = first.experiment.data, first.experiment.evaluation
@@ -148,8 +148,8 @@ def compare_results(
         draws: number of draws.
         confidence: of the interval, for example 0.95.
         seed: of the draws.
-        boundary_ratio: boundary width over the picture's diagonal.
-        image_ids: pictures to look at. None: all.
+        boundary_ratio: boundary width over the image's diagonal.
+        image_ids: images to look at. None: all.
 
     Raises:
         DataError: the annotations or a result cannot be used.
@@ -178,9 +178,9 @@ def compare_results(
 
 
 class Matches(NamedTuple):
-    """Who is right at which threshold: F detections by falling score, S classes, I pictures.
+    """Who is right at which threshold: F detections by falling score, S classes, I images.
 
-    images, classes: (F,) rows of the detection's picture and class.
+    images, classes: (F,) rows of the detection's image and class.
     right, wrong: (10, F) bool at each threshold; neither for a detection on a crowd region.
     objects: (S, I) objects to find.
     """
@@ -216,17 +216,17 @@ def match_results(
         ignored=found.crowd,
         thresholds=THRESHOLDS,
     )
-    wrong = matched == NOBODY
-    right = ~wrong & ~np.append(found.crowd, True)[matched]  # NOBODY, -1, reads the appended place
+    wrong = matched == UNMATCHED
+    right = ~wrong & ~np.append(found.crowd, True)[matched]  # UNMATCHED, -1, reads the appended place
     return Matches(found.detection_images, found.detection_classes, right, wrong, _objects_to_find(found))
 
 
 def precision_on_draws(matches: Matches, counts: np.ndarray) -> np.ndarray:
-    """AP at each threshold, mean over the classes that have objects, for every draw of pictures.
+    """AP at each threshold, mean over the classes that have objects, for every draw of images.
 
     Args:
-        matches: of all pictures.
-        counts: (B, I) how often each picture counts in each of B draws.
+        matches: of all images.
+        counts: (B, I) how often each image counts in each of B draws.
 
     Returns:
         (B, 10) in 0..1, NaN for a draw without any object.
@@ -257,7 +257,7 @@ def _class_precision(
     The curve only has to be known where a right detection is: between two of them precision falls and recall stands.
     """
     places = np.flatnonzero(right)  # (R,)
-    before = np.zeros((counts.shape[1], len(places) + 1))  # (I, R + 1) wrong ones of each picture after each right one
+    before = np.zeros((counts.shape[1], len(places) + 1))  # (I, R + 1) wrong ones of each image after each right one
     np.add.at(before, (images[wrong], np.searchsorted(places, np.flatnonzero(wrong))), 1.0)
     wrong_so_far = counts @ np.cumsum(before, axis=1)[:, :-1]  # (B, R)
     right_so_far = np.cumsum(counts[:, images[places]], axis=1)
@@ -270,7 +270,7 @@ def _class_precision(
 
 
 def _objects_to_find(found: Candidates) -> np.ndarray:
-    """(S, I) how many objects that are no crowd each class has in each picture."""
+    """(S, I) how many objects that are no crowd each class has in each image."""
     objects = np.zeros((len(found.class_names), len(found.image_ids)))
     np.add.at(objects, (found.object_classes[~found.crowd], found.object_images[~found.crowd]), 1.0)
     return objects
@@ -288,6 +288,6 @@ def _scored_on(run: Run) -> dict[str, object]:
     settings = stored.get("settings", {})
     return {
         "annotations (SHA-256)": stored.get("annotations"),
-        "number of pictures": stored.get("images"),
-        "detections per picture": settings.get("top_k"),
+        "number of images": stored.get("images"),
+        "detections per image": settings.get("top_k"),
     }

@@ -1,4 +1,4 @@
-"""The worst errors of a model with their pictures: what a gallery of failures shows. Paper: appendix A.5, fig. 6."""
+"""The worst errors of a model with their images: what a gallery of failures shows. Paper: appendix A.5, fig. 6."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from solq_lab.data.annotations import read_annotations
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
-from solq_lab.data.pictures import read_picture
+from solq_lab.data.image_files import read_image
 from solq_lab.evaluation.errors import ERRORS, ErrorAnalysis
 from solq_lab.masks import segmentation_to_rle
 from solq_lab.structures import Detections
@@ -28,11 +28,11 @@ def worst_cases(
         count: cases per type, at most.
 
     Returns:
-        type -> cases, the worst first: the picture (3, H, W) uint8 as in its file, the object it is about (none for
+        type -> cases, the worst first: the image (3, H, W) uint8 as in its file, the object it is about (none for
         background) and the detection (none for a missed object), in pixels of the file.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
     """
     document = read_annotations(dataset.annotations)
     images = {image["id"]: image for image in document["images"]}
@@ -41,18 +41,18 @@ def worst_cases(
     for error in ERRORS:
         cases[error] = []
         for case in analysis.worst(error, count):
-            image = images[case.image_id]
-            size = (image["height"], image["width"])
-            picture = read_picture(dataset.images / image["file_name"], case.image_id, size)
+            entry = images[case.image_id]
+            size = (entry["height"], entry["width"])
+            image = read_image(dataset.images / entry["file_name"], case.image_id, size)
             true = [] if case.object_id is None else [objects[case.object_id] | {"score": 1.0}]
             found = [] if case.result is None else [results[case.result]]
             both = (_as_detections(entries, size, dataset.classes) for entries in (true, found))
-            cases[error].append((picture, *both))
+            cases[error].append((image, *both))
     return cases
 
 
 def _as_detections(entries: Sequence[dict], size: tuple[int, int], classes: ClassMap) -> Detections:
-    """COCO entries with a score, of one picture of `size` (height, width), as detections."""
+    """COCO entries with a score, of one image of `size` (height, width), as detections."""
     labels = [classes.channel_of(entry["category_id"]) for entry in entries]
     corners = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]  # (x, y, w, h) to (x0, y0, x1, y1)

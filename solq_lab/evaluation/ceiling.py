@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from solq_lab import masks
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.data.annotations import Objects, Pictures, read_annotations, tabulate_objects, tabulate_pictures
+from solq_lab.data.annotations import Images, Objects, read_annotations, tabulate_images, tabulate_objects
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.workers import in_processes
@@ -48,18 +48,18 @@ class GroundTruth(NamedTuple):
 
     source: where it was read, for messages.
     document: its content.
-    pictures, objects: the content in flat arrays; objects with masks, without crowds.
+    images, objects: the content in flat arrays; objects with masks, without crowds.
     """
 
     source: Path
     document: dict[str, Any]
-    pictures: Pictures
+    images: Images
     objects: Objects
 
     def rows_in(self, image_ids: Collection[int]) -> np.ndarray:
-        """The objects in these pictures, rows of `objects`."""
-        owners = np.repeat(np.arange(len(self.pictures.ids)), np.diff(self.objects.starts))
-        return np.flatnonzero(np.isin(self.pictures.ids[owners], list(image_ids)))
+        """The objects in these images, rows of `objects`."""
+        owners = np.repeat(np.arange(len(self.images.ids)), np.diff(self.objects.starts))
+        return np.flatnonzero(np.isin(self.images.ids[owners], list(image_ids)))
 
     def areas(self, rows: np.ndarray) -> np.ndarray:
         """(k,) float64 areas of objects, pixels: as annotated, or of the mask where the file gives none."""
@@ -70,13 +70,13 @@ class GroundTruth(NamedTuple):
             area = annotated[int(self.objects.ids[row])]
             if area is None:
                 segmentation = self.objects.segmentations[self.objects.order[row]]
-                area = rle_api.area(masks.segmentation_to_rle(segmentation, tuple(self.pictures.sizes[owner].tolist())))
+                area = rle_api.area(masks.segmentation_to_rle(segmentation, tuple(self.images.sizes[owner].tolist())))
             areas.append(float(area))
         return np.array(areas, dtype=np.float64)
 
 
 class Reconstructions(NamedTuple):
-    """Objects of a data set after the way through a code, in the order of their pictures.
+    """Objects of a data set after the way through a code, in the order of their images.
 
     ids: (A,) int64 annotation ids.
     areas: (A,) float64 areas as annotated, pixels; the mask's where the file gives none.
@@ -110,11 +110,11 @@ def codec_ceiling(
         annotations: COCO instances file, its parsed content, or what `read_ground_truth` made of either.
         codec: the mask code.
         area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
-        boundary_ratio: boundary width over the picture's diagonal.
-        image_ids: pictures to look at. None: all.
+        boundary_ratio: boundary width over the image's diagonal.
+        image_ids: images to look at. None: all.
         max_images: only the first so many of them, by rising id. None: all.
         noise: errors of boxes and vectors.
-        processes: how many work on the pictures; the numbers do not depend on it.
+        processes: how many work on the images; the numbers do not depend on it.
 
     Returns:
         "segm" and "boundary" numbers, and the mean IoU of an object's mask with its ground truth: "segm.IoU", and
@@ -159,8 +159,8 @@ def read_ground_truth(annotations: str | Path | dict) -> GroundTruth:
     """
     source = Path("annotations") if isinstance(annotations, dict) else Path(annotations)
     document = annotations if isinstance(annotations, dict) else read_annotations(source)
-    pictures = tabulate_pictures(document, source)
-    return GroundTruth(source, document, pictures, tabulate_objects(document, source, pictures, with_masks=True))
+    images = tabulate_images(document, source)
+    return GroundTruth(source, document, images, tabulate_objects(document, source, images, with_masks=True))
 
 
 def of_size(areas: np.ndarray, area_sides: tuple[float, float]) -> dict[str, np.ndarray]:
@@ -173,7 +173,7 @@ def of_size(areas: np.ndarray, area_sides: tuple[float, float]) -> dict[str, np.
 
 
 class _Scene(NamedTuple):
-    """What all pieces of work share; `rows` are the objects in the chosen pictures."""
+    """What all pieces of work share; `rows` are the objects in the chosen images."""
 
     truth: GroundTruth
     rows: np.ndarray
@@ -199,7 +199,7 @@ def _read_scene(
     if not (0 <= noise.box < math.inf and 0 <= noise.vector < math.inf and noise.seed >= 0):
         raise ValueError(f"{noise}: allowed are finite standard deviations from 0 on and seeds from 0 on")
     truth = annotations if isinstance(annotations, GroundTruth) else read_ground_truth(annotations)
-    chosen = sorted(truth.pictures.ids.tolist() if image_ids is None else image_ids)[:max_images]
+    chosen = sorted(truth.images.ids.tolist() if image_ids is None else image_ids)[:max_images]
     return _Scene(truth, truth.rows_in(chosen), chosen, codec, noise)
 
 
@@ -248,8 +248,8 @@ def _send_through(scene: _Scene, piece: _Piece) -> _Received:
             vectors[place] += error.to(vectors)
     bits = codec.binarize(codec.decode(vectors))  # (k, N, N)
     ious, results = [], []
-    for picture, places in _by_picture(scene, piece.rows):
-        image_id, size = int(scene.truth.pictures.ids[picture]), tuple(scene.truth.pictures.sizes[picture].tolist())
+    for image, places in _by_image(scene, piece.rows):
+        image_id, size = int(scene.truth.images.ids[image]), tuple(scene.truth.images.sizes[image].tolist())
         rows = piece.rows[places]
         truth = [masks.segmentation_to_rle(objects.segmentations[row], size) for row in objects.order[rows]]
         found = masks.paste_to_rle(bits[places], torch.from_numpy(boxes[places]), size)
@@ -282,16 +282,16 @@ def _encode(scene: _Scene, rows: np.ndarray) -> Tensor:
         masks.rasterize_in_box(
             [objects.segmentations[row] for row in objects.order[rows[places]]],
             torch.from_numpy(objects.boxes[rows[places]]),
-            tuple(scene.truth.pictures.sizes[picture].tolist()),
+            tuple(scene.truth.images.sizes[image].tolist()),
             side,
         )
-        for picture, places in _by_picture(scene, rows)
+        for image, places in _by_image(scene, rows)
     ]  # (·, N, N) each
     return scene.codec.encode(torch.cat(bits).to(_device(scene.codec)))
 
 
-def _by_picture(scene: _Scene, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """Each picture that has some of the objects, and which of `rows` they are."""
+def _by_image(scene: _Scene, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Each image that has some of the objects, and which of `rows` they are."""
     owners = np.searchsorted(scene.truth.objects.starts, rows, side="right") - 1
     cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(rows)]
     for start, stop in pairwise(cuts):

@@ -4,7 +4,7 @@ The matching and the precision-recall curves are faster-coco-eval's (pycocotools
 results over. A segmentation result is scored without its box, so that its area, which decides between small, medium and
 large, is the mask's.
 Boundary AP replaces the IoU of a pair by min(mask IoU, boundary IoU); the boundary of a mask is the mask minus its
-erosion by a 3 x 3 square, repeated round(ratio * diagonal) times but at least once, the outside of the picture counting
+erosion by a 3 x 3 square, repeated round(ratio * diagonal) times but at least once, the outside of the image counting
 as background. Against a crowd region a pair keeps its mask IoU.
 """
 
@@ -24,7 +24,7 @@ from faster_coco_eval.core import mask as rle_api
 
 from solq_lab.config import EvaluationSection
 from solq_lab.data.annotations import (
-    LONGEST_SIDE,
+    MAX_SIDE,
     DataError,
     checked_segmentation,
     clamped_box,
@@ -50,7 +50,7 @@ DETECTIONS_AT_ONCE = 50_000  # matched at once, or one class where it has more: 
 
 _IOU_TYPE = {"box": "bbox", "segm": "segm", "boundary": "boundary"}
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # area ranges, in the order of faster-coco-eval's arrays
-_LARGEST_AREA = 1e10  # pixels; COCO's own upper end
+_MAX_AREA = 1e10  # pixels; COCO's own upper end
 _AP50, _AP75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55, ... 0.95
 
 
@@ -69,12 +69,12 @@ def evaluate_results(
     Args:
         annotations: COCO instances file, or its parsed content; left unchanged.
         results: one dictionary per detection: "image_id", "category_id", "score", "bbox" (x, y, w, h) in image pixels
-            where boxes are scored, "segmentation" (compressed RLE at picture size) where masks are. May be empty; left
+            where boxes are scored, "segmentation" (compressed RLE at image size) where masks are. May be empty; left
             unchanged.
         kinds: which of "box", "segm", "boundary".
         area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
-        boundary_ratio: boundary width over the picture's diagonal.
-        image_ids: pictures to look at; results elsewhere are left out. None: all pictures of the file.
+        boundary_ratio: boundary width over the image's diagonal.
+        image_ids: images to look at; results elsewhere are left out. None: all images of the file.
         should_stop: asked every few classes. None: never.
 
     Returns:
@@ -144,16 +144,16 @@ def _curves(
 
 
 class Candidates(NamedTuple):
-    """Which detections may match which objects: F detections by falling score, A objects, P pairs, I pictures.
+    """Which detections may match which objects: F detections by falling score, A objects, P pairs, I images.
 
-    Of a picture's detections of one class, only the 100 best are here, as COCO counts.
+    Of an image's detections of one class, only the 100 best are here, as COCO counts.
 
-    image_ids: (I,) pictures, ascending.
+    image_ids: (I,) images, ascending.
     class_names: S names, by rising category id.
     detection_images, object_images: (F,), (A,) rows of `image_ids`.
     detection_classes, object_classes: (F,), (A,) rows of `class_names`.
     crowd: (A,) bool.
-    detections, objects, overlap: (P,) rows of a detection and of an object of its class in its picture, and their IoU.
+    detections, objects, overlap: (P,) rows of a detection and of an object of its class in its image, and their IoU.
     """
 
     image_ids: np.ndarray
@@ -222,7 +222,7 @@ def measure_candidates(
 
 
 class _GroundTruth:
-    """The pictures, classes and objects that count, in the form faster-coco-eval reads."""
+    """The images, classes and objects that count, in the form faster-coco-eval reads."""
 
     def __init__(
         self, annotations: str | Path | dict, image_ids: Collection[int] | None, *, masks_wanted: bool
@@ -238,7 +238,7 @@ class _GroundTruth:
         try:
             self.images = {key: self.known[key] for key in (self.known if image_ids is None else image_ids)}
         except KeyError as error:
-            raise DataError(f"{self.source}: no picture of id {error}; image_ids are those of this file") from None
+            raise DataError(f"{self.source}: no image of id {error}; image_ids are those of this file") from None
         self.objects: list[dict] = []
         for place, entry in enumerate(document["annotations"]):
             name = f"{self.source}: {name_of(entry, place)}"
@@ -255,7 +255,7 @@ class _GroundTruth:
         return [dict(entry) for entry in self.objects]
 
     def of_classes(self, category_ids: Collection[int]) -> _GroundTruth:
-        """The same pictures with some of the classes."""
+        """The same images with some of the classes."""
         part = copy.copy(self)
         part.categories = [category for category in self.categories if category["id"] in category_ids]
         part.objects = [entry for entry in self.objects if entry["category_id"] in category_ids]
@@ -308,13 +308,11 @@ class _GroundTruth:
             size = image["height"], image["width"]
         except KeyError as error:
             raise DataError(
-                f"{name}: no {error}, in the entry or in its picture; scoring boxes needs 'bbox', masks 'segmentation' "
-                "and the picture's 'height' and 'width'"
+                f"{name}: no {error}, in the entry or in its image; scoring boxes needs 'bbox', masks 'segmentation' "
+                "and the image's 'height' and 'width'"
             ) from None
-        if not all(is_id(side) and 0 < side <= LONGEST_SIDE for side in size):
-            raise DataError(
-                f"{name}: its picture has height and width {shorten(size)}; needed are whole numbers from 1"
-            )
+        if not all(is_id(side) and 0 < side <= MAX_SIDE for side in size):
+            raise DataError(f"{name}: its image has height and width {shorten(size)}; needed are whole numbers from 1")
         if category_id not in self.category_ids:
             raise DataError(f"{name}: category_id {shorten(category_id)} is not in 'categories'; add or correct it")
         clamped_box(box, *size, name)
@@ -331,20 +329,20 @@ class _GroundTruth:
         return kept | {"id": number, "area": float(area), "iscrowd": int(is_crowd(entry, name))}
 
     def _check(self, number: int, result: dict) -> None:
-        """Refuse a result whose picture, class or score cannot be used; `number` is its place in the list, from 0."""
+        """Refuse a result whose image, class or score cannot be used; `number` is its place in the list, from 0."""
         try:
             image_id, category_id, score = result["image_id"], result["category_id"], result["score"]
         except (KeyError, TypeError) as error:
             raise _incomplete(number, result, error) from None
         if image_id not in self.known:
-            raise DataError(f"result {number}: picture {image_id!r} is not in {self.source}; score it with its file")
+            raise DataError(f"result {number}: image {image_id!r} is not in {self.source}; score it with its file")
         if category_id not in self.category_ids:
             raise DataError(
                 f"result {number}: category_id {category_id!r} is not in {self.source}; allowed are "
                 f"{_shortened(sorted(self.category_ids))}. Were class channels written instead of category ids?"
             )
         if not math.isfinite(score):
-            raise DataError(f"result {number}: score {score} (picture {image_id}); allowed are finite numbers")
+            raise DataError(f"result {number}: score {score} (image {image_id}); allowed are finite numbers")
 
     def _detection(self, number: int, result: dict, masks: bool) -> dict:
         """One checked result: result `number` of the list becomes detection `number` + 1."""
@@ -362,7 +360,7 @@ class _GroundTruth:
         image = self.known[image_id]
         if list(shape["size"]) != [image["height"], image["width"]]:
             raise DataError(
-                f"result {number}: a mask of size {list(shape['size'])}, but picture {image_id} has height and width "
+                f"result {number}: a mask of size {list(shape['size'])}, but image {image_id} has height and width "
                 f"{image['height']}, {image['width']}; masks are scored at the original size"
             )
         return entry | {"segmentation": shape}
@@ -398,7 +396,7 @@ def _distinct_names(categories: list[dict], source: str) -> list[str]:
 
 
 def _best_detections(entries: list[dict], most: int) -> list[dict]:
-    """Detections by falling score (equal ones by picture), at most so many of a class in a picture."""
+    """Detections by falling score (equal ones by image), at most so many of a class in an image."""
     counts: Counter = Counter()
     best = []
     for entry in sorted(entries, key=lambda entry: (-entry["score"], entry["image_id"])):
@@ -410,7 +408,7 @@ def _best_detections(entries: list[dict], most: int) -> list[dict]:
 
 
 def _places(entries: list[dict]) -> dict[tuple[int, int], list[int]]:
-    """Picture and category -> places of its entries in the list."""
+    """Image and category -> places of its entries in the list."""
     places: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, entry in enumerate(entries):
         places[entry["image_id"], entry["category_id"]].append(place)
@@ -418,22 +416,22 @@ def _places(entries: list[dict]) -> dict[tuple[int, int], list[int]]:
 
 
 def _rows(entries: list[dict], images: dict[int, int], classes: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Picture row and class row of every entry."""
-    pictures = [images[entry["image_id"]] for entry in entries]
-    return np.array(pictures, dtype=np.int64), np.array([classes[e["category_id"]] for e in entries], dtype=np.int64)
+    """Image row and class row of every entry."""
+    rows = [images[entry["image_id"]] for entry in entries]
+    return np.array(rows, dtype=np.int64), np.array([classes[e["category_id"]] for e in entries], dtype=np.int64)
 
 
 def _area_ranges(sides: tuple[float, float]) -> dict[str, list[float]]:
     small, medium = (side**2 for side in sides)
-    return {"small": [0.0, small], "medium": [small, medium], "large": [medium, _LARGEST_AREA]}
+    return {"small": [0.0, small], "medium": [small, medium], "large": [medium, _MAX_AREA]}
 
 
 def _summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     """COCO's twelve numbers.
 
     Args:
-        precision: (thresholds, recalls, classes, areas, detections per picture 1 / 10 / 100), -1 without ground truth.
-        recall: (thresholds, classes, areas, detections per picture), likewise.
+        precision: (thresholds, recalls, classes, areas, detections per image 1 / 10 / 100), -1 without ground truth.
+        recall: (thresholds, classes, areas, detections per image), likewise.
     """
     recalls = {f"AR{count}": _mean(recall[:, :, _ALL, index]) for index, count in enumerate((1, 10, 100))}
     sizes = {"ARs": _SMALL, "ARm": _MEDIUM, "ARl": _LARGE}
@@ -442,7 +440,7 @@ def _summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
 
 
 def _average_precisions(precision: np.ndarray) -> dict[str, float]:
-    best = precision[..., -1]  # all detections of a picture: (thresholds, recalls, classes, areas)
+    best = precision[..., -1]  # all detections of an image: (thresholds, recalls, classes, areas)
     parts = (best[..., _ALL], best[_AP50, ..., _ALL], best[_AP75, ..., _ALL], best[..., _SMALL], best[..., _MEDIUM])
     return dict(zip(AP_COLUMNS, map(_mean, (*parts, best[..., _LARGE])), strict=True))
 

@@ -1,4 +1,4 @@
-"""Two models on the same pictures, object by object. Paper: figures 3 and 5, unified against separate queries."""
+"""Two models on the same images, object by object. Paper: figures 3 and 5, unified against separate queries."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from solq_lab.build import build_pictures
+from solq_lab.build import build_images
 from solq_lab.data.coco import CocoDataset
-from solq_lab.evaluation.pairing import NOBODY, overlaps, pair_objects
+from solq_lab.evaluation.pairing import UNMATCHED, overlaps, pair_objects
 from solq_lab.inference.predictor import Predictor
 from solq_lab.launch.workspace import trained_run
 from solq_lab.runs import Run, RunError, hash_file
@@ -23,7 +23,7 @@ class Comparison(NamedTuple):
 
     runs: the first one first.
     predictors: their models by name, in the same order.
-    dataset: the pictures of all, as they lie in their files, with their true masks.
+    dataset: the images of all, as they lie in their files, with their true masks.
     missing: the experiment file of the second run where there is none, else empty.
     """
 
@@ -39,10 +39,10 @@ class Comparison(NamedTuple):
         return "\n".join(lines)
 
 
-class ComparedPicture(NamedTuple):
-    """One picture, its K true objects, and what one model or several make of them.
+class ComparedImage(NamedTuple):
+    """One image, its K true objects, and what one model or several make of them.
 
-    index: of the picture in its data set.
+    index: of the image in its data set.
     pixels: (H, W, 3) uint8.
     truth: the true objects.
     found: model -> its detections, best score first.
@@ -56,7 +56,7 @@ class ComparedPicture(NamedTuple):
     ious: dict[str, np.ndarray]
 
     def mean_iou(self, name: str) -> float:
-        """Of one model, over all true objects; 0 for a picture without any."""
+        """Of one model, over all true objects; 0 for an image without any."""
         return float(self.ious[name].mean()) if len(self.ious[name]) else 0.0
 
     @property
@@ -85,7 +85,7 @@ def open_comparison(
         raise RunError(f"{runs[0].folder}: a run cannot be compared with itself; name another run's experiment.yaml")
     check_comparable(runs)
     predictors = dict(zip(run_names(runs), map(Predictor, runs), strict=True))
-    dataset = build_pictures(runs[0].experiment, next(iter(predictors.values())).classes)
+    dataset = build_images(runs[0].experiment, next(iter(predictors.values())).classes)
     return Comparison(runs, predictors, dataset, "" if there else str(other))
 
 
@@ -97,7 +97,7 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Refuse runs whose validation pictures or classes differ.
+    """Refuse runs whose validation images or classes differ.
 
     Raises:
         RunError: they do; the message names both runs, and what differs.
@@ -118,19 +118,19 @@ def check_comparable(runs: Sequence[Run]) -> None:
             )
 
 
-def compare_pictures(
+def compare_images(
     predictors: Mapping[str, Predictor], dataset: CocoDataset, *, score: float = 0.3, max_images: int | None = None
-) -> list[ComparedPicture]:
-    """Every picture with its objects and the detections of one model or two; where the first is furthest ahead first.
+) -> list[ComparedImage]:
+    """Every image with its objects and the detections of one model or two; where the first is furthest ahead first.
 
     A detection is about a true object when it has its class and its box overlaps by half (`pair_objects`); how well it
     is drawn is then the IoU of the masks. Where a model has no masks, boxes count for all.
 
     Args:
         predictors: by name, the first one first.
-        dataset: pictures with true masks (`build_pictures`).
+        dataset: images with true masks (`build_images`).
         score: less certain detections are left out.
-        max_images: only the first so many pictures. None: all.
+        max_images: only the first so many images. None: all.
     """
     by = "box" if any(_draws_no_masks(predictor) for predictor in predictors.values()) else "mask"
     compared = []
@@ -138,15 +138,15 @@ def compare_pictures(
         pixels, truth = dataset[index][0].permute(1, 2, 0).numpy(), dataset.objects(index)
         found = {name: predictor.predict(pixels).above(score) for name, predictor in predictors.items()}
         ious = {name: _drawn(detections, truth, by=by) for name, detections in found.items()}
-        compared.append(ComparedPicture(index, pixels, truth, found, ious))
-    return sorted(compared, key=lambda picture: -picture.gain)  # stable: equal ones by index
+        compared.append(ComparedImage(index, pixels, truth, found, ious))
+    return sorted(compared, key=lambda image: -image.gain)  # stable: equal ones by index
 
 
-def describe_comparison(pictures: Sequence[ComparedPicture]) -> str:
+def describe_comparison(images: Sequence[ComparedImage]) -> str:
     """How many objects each model finds, and how closely it draws those that all find."""
-    names = list(pictures[0].ious) if pictures else []
-    ious = np.array([np.concatenate([picture.ious[name] for picture in pictures]) for name in names])  # (models, K)
-    lines = [f"{ious.shape[-1]} objects in {len(pictures)} pictures"]
+    names = list(images[0].ious) if images else []
+    ious = np.array([np.concatenate([image.ious[name] for image in images]) for name in names])  # (models, K)
+    lines = [f"{ious.shape[-1]} objects in {len(images)} images"]
     if not names:
         return lines[0]
     shared = (ious > 0).all(axis=0)
@@ -170,4 +170,4 @@ def _drawn(found: Detections, truth: Detections, *, by: Literal["box", "mask"]) 
     """(K,) IoU of each true object with the detection that is about it."""
     partners, _ = pair_objects(found, truth)
     overlap = overlaps(found, truth, by=by)
-    return np.array([0.0 if row == NOBODY else overlap[row, column] for column, row in enumerate(partners.tolist())])
+    return np.array([0.0 if row == UNMATCHED else overlap[row, column] for column, row in enumerate(partners.tolist())])

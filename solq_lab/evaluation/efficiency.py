@@ -1,4 +1,4 @@
-"""What masks cost a detector: parameters, multiply-adds and pictures per second of UQR and SQR. Paper: table 5.
+"""What masks cost a detector: parameters, multiply-adds and images per second of UQR and SQR. Paper: table 5.
 
 Both are the same detector with another mask branch, so the counts of the detector are those without any.
 """
@@ -22,7 +22,7 @@ from solq_lab.inference.postprocess import postprocess
 from solq_lab.ops.ms_deform_attn import MULTIPLY_ADD
 from solq_lab.structures import ImageBatch
 
-PICTURE_SIZE = (512, 852)  # height and width of the network's input in table 5, pixels
+IMAGE_SIZE = (512, 852)  # height and width of the network's input in table 5, pixels
 CLASS_CHANNELS = 91  # of the released models on COCO
 METHODS = ("SQR", "UQR")
 
@@ -32,12 +32,12 @@ _SHOWN = {  # columns of the paper's table -> title, and how many of ours make o
     "detector_multiply_adds": ("detector, G multiply-adds", 1e9),
     "mask_multiply_adds": ("mask branch, G multiply-adds", 1e9),
     "decoding_multiply_adds": ("decoding one mask, G multiply-adds", 1e9),
-    "images_per_second": ("pictures per second", 1),
+    "images_per_second": ("images per second", 1),
 }
 
 
 class Cost(NamedTuple):
-    """What one method costs for one picture.
+    """What one method costs for one image.
 
     detector_parameters, mask_parameters: trained numbers of the detector and of the mask branch.
     detector_multiply_adds: of a forward pass without masks.
@@ -56,14 +56,14 @@ class Cost(NamedTuple):
 
 
 def count_costs(
-    experiment: Experiment, *, num_classes: int = CLASS_CHANNELS, picture_size: tuple[int, int] = PICTURE_SIZE
+    experiment: Experiment, *, num_classes: int = CLASS_CHANNELS, image_size: tuple[int, int] = IMAGE_SIZE
 ) -> dict[str, Cost]:
     """Parameters and multiply-adds of SQR and UQR. The networks compute nothing: their tensors have shapes only.
 
     Args:
         experiment: sections `model` and `codec` are read; it has a code, and its model no mask branch.
         num_classes: S, class channels.
-        picture_size: (height, width) of the network's input, pixels.
+        image_size: (height, width) of the network's input, pixels.
 
     Raises:
         ConfigError: the experiment has no mask code, or SQR cannot be built at its sizes.
@@ -71,7 +71,7 @@ def count_costs(
     variants = _variants(experiment)
     with torch.device("meta"):
         detector, sqr, uqr = (build_model(variants[name], num_classes).eval() for name in ("detector", *METHODS))
-        images = _blank(picture_size)
+        images = _blank(image_size)
         queries = torch.zeros(1, uqr.num_queries, experiment.model.width)
     codec = build_codec(variants["UQR"])
     vector = torch.zeros(1, codec.vector_dim, dtype=torch.float64)  # decoded in plain torch, whose products are counted
@@ -99,7 +99,7 @@ def measure_costs(
     experiment: Experiment,
     *,
     num_classes: int = CLASS_CHANNELS,
-    picture_size: tuple[int, int] = PICTURE_SIZE,
+    image_size: tuple[int, int] = IMAGE_SIZE,
     device: torch.device | str | None = None,
     repeats: int = 3,
 ) -> dict[str, Cost]:
@@ -109,20 +109,20 @@ def measure_costs(
     are prepared as `Predictor` prepares them, masks come out at the size of the input.
 
     Args:
-        experiment, num_classes, picture_size: as in `count_costs`.
+        experiment, num_classes, image_size: as in `count_costs`.
         device: where to measure. None: the first CUDA device, or the CPU where there is none.
-        repeats: timed pictures of each method, after one that is not timed.
+        repeats: timed images of each method, after one that is not timed.
 
     Raises:
         ConfigError: as in `count_costs`.
         ValueError: no repeat.
     """
     if repeats < 1:
-        raise ValueError(f"repeats {repeats}: allowed are positive numbers of timed pictures")
-    costs = count_costs(experiment, num_classes=num_classes, picture_size=picture_size)
+        raise ValueError(f"repeats {repeats}: allowed are positive numbers of timed images")
+    costs = count_costs(experiment, num_classes=num_classes, image_size=image_size)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     variants = _variants(experiment)
-    predict = {name: _predictor(variants[name], num_classes, picture_size, device) for name in METHODS}
+    predict = {name: _predictor(variants[name], num_classes, image_size, device) for name in METHODS}
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     for turn in tqdm(range(repeats + 1), desc="measuring", unit="turn"):
         for name in METHODS:
@@ -137,7 +137,7 @@ def efficiency_table(costs: Mapping[str, Cost], paper: Mapping[str, Mapping[str,
 
     Args:
         costs: what each of `METHODS` costs, in that order.
-        paper: method -> column -> the paper's number, in millions, 10^9 and pictures per second.
+        paper: method -> column -> the paper's number, in millions, 10^9 and images per second.
     """
     printed = {name: paper.get(name, {}) for name in costs}
     rows = [
@@ -146,7 +146,7 @@ def efficiency_table(costs: Mapping[str, Cost], paper: Mapping[str, Mapping[str,
     ]
     speeds = dict(rows)[_SHOWN["images_per_second"][0]]
     ratios = [_ratio(*both) for both in zip(speeds[METHODS.index("UQR")], speeds[METHODS.index("SQR")], strict=True)]
-    rows.append(("pictures per second, UQR over SQR", [(None, None), ratios]))
+    rows.append(("images per second, UQR over SQR", [(None, None), ratios]))
     lines = [f"{'':<36}" + "".join(f"{name:>12}{'paper':>10}" for name in costs)]
     lines += [f"{title:<36}" + "".join(f"{_number(a):>12}{_number(b):>10}" for a, b in cells) for title, cells in rows]
     return "\n".join(lines)
@@ -200,9 +200,9 @@ def _multiply_adds(function: Callable[..., Any], argument: Any) -> int:
 
 
 def _predictor(
-    experiment: Experiment, num_classes: int, picture_size: tuple[int, int], device: torch.device
+    experiment: Experiment, num_classes: int, image_size: tuple[int, int], device: torch.device
 ) -> Callable[[], object]:
-    """What predicts one picture, from pixels to run-length codes, with drawn weights."""
+    """What predicts one image, from pixels to run-length codes, with drawn weights."""
     torch.manual_seed(experiment.seed)
     model = build_model(experiment, num_classes)
     with torch.no_grad():
@@ -212,21 +212,19 @@ def _predictor(
     model, codec = prepare_for_inference(model.to(device)), build_codec(experiment)
     if codec is not None:
         codec.to(device)
-    images, names = _blank(picture_size).to(device), [str(channel) for channel in range(num_classes)]
+    images, names = _blank(image_size).to(device), [str(channel) for channel in range(num_classes)]
     top_k = experiment.evaluation.top_k
 
     def predict() -> object:
         with torch.inference_mode():
             last = model(images.normalised()).layers[-1]
-            return postprocess(last, [picture_size], codec, top_k=top_k, class_names=names)
+            return postprocess(last, [image_size], codec, top_k=top_k, class_names=names)
 
     return predict
 
 
-def _blank(picture_size: tuple[int, int]) -> ImageBatch:
-    return ImageBatch(
-        torch.zeros(1, 3, *picture_size, dtype=torch.uint8), torch.zeros(1, *picture_size, dtype=torch.bool)
-    )
+def _blank(image_size: tuple[int, int]) -> ImageBatch:
+    return ImageBatch(torch.zeros(1, 3, *image_size, dtype=torch.uint8), torch.zeros(1, *image_size, dtype=torch.bool))
 
 
 def _seconds(predict: Callable[[], object], device: torch.device) -> float:

@@ -41,7 +41,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.overlaps import Overlaps, measure_overlaps
-from solq_lab.evaluation.rules import NOBODY, average_precision, match_detections
+from solq_lab.evaluation.rules import UNMATCHED, average_precision, match_detections
 
 ERRORS = ("missed", "background", "class", "duplicate", "box", "siamese", "codec", "vector")  # repaired in this order
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of mask IoU
@@ -72,7 +72,7 @@ class ErrorCase(NamedTuple):
 
     error: its type.
     threshold: the lowest threshold at which it is one.
-    image_id: its picture.
+    image_id: its image.
     result: place of the detection in the list of results; None for a missed object.
     object_id: annotation id of the object it is about; None for background.
     score: of the detection; NaN for a missed object.
@@ -130,7 +130,7 @@ class ErrorAnalysis:
     def _case(self, error: str, row: int, threshold: float) -> ErrorCase:
         truth, found = self.overlaps.truth, self.overlaps.found
         about = found.about[row]
-        object_id = None if about == NOBODY else int(truth.ids[about])
+        object_id = None if about == UNMATCHED else int(truth.ids[about])
         image_id, place = int(found.image_ids[row]), int(found.results[row])
         return ErrorCase(
             error, threshold, image_id, place, object_id, float(found.scores[row]), float(found.overlap[row])
@@ -165,7 +165,7 @@ def analyse_errors(
             "codec", and "box" ones are those whose boxes have an IoU below t.
         area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
         occlusions: shares of an object's box on other objects that part free from touched, and touched from crowded.
-        image_ids: pictures to look at. None: all.
+        image_ids: images to look at. None: all.
 
     Raises:
         DataError: annotations or results cannot be used, or a result has no box or no mask.
@@ -215,11 +215,11 @@ class _Outcome:
             thresholds=THRESHOLDS,
         )
         self.right = np.append(self.counts, False)[matched]  # -1, nobody, reads the False
-        self.wrong = (matched == NOBODY) & found_inside
+        self.wrong = (matched == UNMATCHED) & found_inside
         self.found_by = np.full((len(THRESHOLDS), len(self.counts) + 1), len(self.found.scores))  # the last is nobody
         row, detection = np.nonzero(self.right)
         self.found_by[row, matched[row, detection]] = detection
-        self.types = np.where(matched == NOBODY, self._type_of_each(), NOBODY)
+        self.types = np.where(matched == UNMATCHED, self._type_of_each(), UNMATCHED)
         self.missed = self.counts & (self.found_by[:, :-1] == len(self.found.scores)) & ~self._claimed()
         self.objects = self._per_class(self.counts)
 
@@ -235,8 +235,8 @@ class _Outcome:
         """(10, F) rows of `ERRORS`, as if every detection were wrong."""
         about, threshold = self.found.about, THRESHOLDS[:, None]
         fits = {
-            "background": about == NOBODY,
-            "class": np.append(self.truth.classes, NOBODY)[about] != self.found.classes,
+            "background": about == UNMATCHED,
+            "class": np.append(self.truth.classes, UNMATCHED)[about] != self.found.classes,
             "duplicate": self.found_by[:, about] < np.arange(len(about)),
             "siamese": self.found.leak >= SIAMESE_LEAK,
             "codec": np.append(self.truth.ceiling, 0.0)[about] < threshold,

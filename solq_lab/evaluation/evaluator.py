@@ -48,20 +48,20 @@ def predict_dataset(
     max_images: int | None = None,
     workers: int = 0,
 ) -> Iterator[tuple[int, Detections]]:
-    """Image id and detections of every picture, one after the other; only one batch is in memory.
+    """Image id and detections of every image, one after the other; only one batch is in memory.
 
     Where several processes have joined a group, each predicts its share of the batches. Batches are the same however
-    many processes there are, because padding a picture to its batch's size changes its numbers slightly.
+    many processes there are, because padding an image to its batch's size changes its numbers slightly.
 
     Args:
         model: the network, on `device`; it predicts in evaluation mode and is left in the mode it came in.
         codec: its mask code, on `device`, or None where it has no mask vectors.
-        dataset: the pictures, with and without objects.
-        batch_size: pictures per forward pass.
-        top_k: detections kept per picture.
+        dataset: the images, with and without objects.
+        batch_size: images per forward pass.
+        top_k: detections kept per image.
         device: where the network is.
-        max_images: only the first so many pictures. None: all.
-        workers: processes that read pictures; 0 reads them here.
+        max_images: only the first so many images. None: all.
+        workers: processes that read images; 0 reads them here.
     """
     indices = list(range(len(dataset))[:max_images])
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
@@ -104,10 +104,10 @@ def evaluate_model(
     Args:
         model, codec, dataset, batch_size, top_k, device, max_images, workers: as in `predict_dataset`.
         area_sides, boundary_ratio: as in `evaluate_results`.
-        should_stop: asked between pictures; True in any process stops all of them. None: never.
+        should_stop: asked between images; True in any process stops all of them. None: never.
 
     Returns:
-        COCO results of all pictures by rising image id (empty on other processes than the main one), and the numbers
+        COCO results of all images by rising image id (empty on other processes than the main one), and the numbers
         (on every process).
 
     Raises:
@@ -126,7 +126,7 @@ def evaluate_model(
     )
     with closing(predicted):
         share = (detections_to_results(detections, image_id, dataset.classes) for image_id, detections in predicted)
-        results = [result for of_one_picture in stream_to_main(share, should_stop) for result in of_one_picture]
+        results = [result for of_one_image in stream_to_main(share, should_stop) for result in of_one_image]
     results.sort(key=lambda result: result["image_id"])  # stable: best score stays first
 
     def score() -> Evaluation:
@@ -158,7 +158,7 @@ def evaluate_run(
 
     Args:
         run: a run whose training is finished.
-        split: "train" evaluates on the training pictures instead, into files of their own (`results_train.json`).
+        split: "train" evaluates on the training images instead, into files of their own (`results_train.json`).
         device: where to predict. None: this process's GPU, or the CPU.
         should_stop: as in `evaluate_model`; a stopped evaluation writes nothing.
 
@@ -208,7 +208,7 @@ def evaluate_run(
 
 
 def run_ceiling(run: Run, *, split: Literal["val", "train"] = "val") -> Evaluation | None:
-    """What the run's mask code allows on the pictures of a split (`codec_ceiling`); None for a plain detector.
+    """What the run's mask code allows on the images of a split (`codec_ceiling`); None for a plain detector.
 
     Kept in `ceiling.json` of the run folder (`ceiling_train.json`), and read from there while code, annotations and
     settings are the same: training, notebooks and command line share one measurement.

@@ -167,7 +167,7 @@ class Laboratory:
             boundary_ratio, max_images, processes: as in `codec_ceiling`.
 
         Raises:
-            DataError: the annotations cannot be used, or there is no object in the pictures looked at.
+            DataError: the annotations cannot be used, or there is no object in the images looked at.
         """
         self.truth = read_ground_truth(Path(annotations))
         self.folder = Path(folder)
@@ -175,12 +175,12 @@ class Laboratory:
         self.fit_objects, self.processes = fit_objects, processes
         self.area_sides = _area_sides(self.truth.document) if area_sides is None else area_sides
         self.boundary_ratio, self.max_images = boundary_ratio, max_images
-        self._image_ids = sorted(self.truth.pictures.ids.tolist())[:max_images]
+        self._image_ids = sorted(self.truth.images.ids.tolist())[:max_images]
         rows = self.truth.rows_in(self._image_ids)
         if len(rows) == 0:
             raise DataError(
-                f"{annotations}: no object in the {len(self._image_ids)} pictures looked at (crowds and objects "
-                "without area do not count), so there is nothing to measure; check the split, or look at more pictures"
+                f"{annotations}: no object in the {len(self._image_ids)} images looked at (crowds and objects "
+                "without area do not count), so there is nothing to measure; check the split, or look at more images"
             )
         self._areas = self.truth.areas(rows)
         self._sha256 = hash_file(self.truth.source)
@@ -189,7 +189,7 @@ class Laboratory:
     def __str__(self) -> str:
         counts = {size: int(which.sum()) for size, which in of_size(self._areas, self.area_sides).items()}
         return (
-            f"{self.truth.source}: {len(self._image_ids)} pictures, {len(self._areas)} objects, "
+            f"{self.truth.source}: {len(self._image_ids)} images, {len(self._areas)} objects, "
             f"{counts['s']} small, {counts['m']} medium, {counts['l']} large"
         )
 

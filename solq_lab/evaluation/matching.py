@@ -18,8 +18,8 @@ from solq_lab.ops.extension import cpu_operator
 class Curves(NamedTuple):
     """What the matching gives; -1 where there is no ground truth.
 
-    precision: (thresholds, recalls, classes, areas, detections per picture 1 / 10 / 100).
-    recall: (thresholds, classes, areas, detections per picture).
+    precision: (thresholds, recalls, classes, areas, detections per image 1 / 10 / 100).
+    recall: (thresholds, classes, areas, detections per image).
     """
 
     precision: np.ndarray
@@ -35,14 +35,14 @@ def match(
     kind: Literal["box", "segm"],
     area_ranges: dict[str, list[float]],
 ) -> Curves:
-    """Matches detections to objects of their class and picture, as pycocotools does.
+    """Matches detections to objects of their class and image, as pycocotools does.
 
     Args:
         objects: ground truth: "id" from 1, "image_id", "category_id", "area", "iscrowd", and "bbox" or "segmentation".
             They gain the key "ignore".
         detections: "id" from 1, "image_id", "category_id", "score", "iscrowd", and "bbox" with "area", or
             "segmentation" (compressed RLE), in which case they gain their "area".
-        images: id -> picture with "height" and "width".
+        images: id -> image with "height" and "width".
         category_ids: classes, ascending.
         kind: what overlaps are of.
         area_ranges: name -> smallest and largest area, pixels.
@@ -67,7 +67,7 @@ def match(
 
 
 class _Block(NamedTuple):
-    """The pairs of one class in one picture: detections by falling score, each with all objects.
+    """The pairs of one class in one image: detections by falling score, each with all objects.
 
     image, category: rows in the ascending ids.
     start: the first pair's row.
@@ -90,7 +90,7 @@ class _Pairs(NamedTuple):
 
 
 def _pair_up(objects: Sequence[dict], detections: Sequence[dict], params: Params) -> _Pairs:
-    """Pairs of the best detections, as many per picture and class as are ever counted, with all objects."""
+    """Pairs of the best detections, as many per image and class as are ever counted, with all objects."""
     image_rows = {key: row for row, key in enumerate(params.imgIds)}
     category_rows = {key: row for row, key in enumerate(params.catIds)}
     classes = len(params.catIds)

@@ -1,6 +1,6 @@
-"""How every detection lies on the objects of its picture, measured once: what the typing of errors is made from.
+"""How every detection lies on the objects of its image, measured once: what the typing of errors is made from.
 
-Overlaps are of masks, in pixels of the original picture. Crowd regions are kept: a detection on one is no error.
+Overlaps are of masks, in pixels of the original image. Crowd regions are kept: a detection on one is no error.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from solq_lab import masks
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.annotations import read_annotations
 
-LOWEST_THRESHOLD = 0.5  # mask IoU below which COCO never calls a detection right
+MIN_THRESHOLD = 0.5  # mask IoU below which COCO never calls a detection right
 SAME_OBJECT = 0.1  # box IoU from which a detection is about an object of its class
 SAME_PLACE = 0.5  # box IoU from which it is about an object of another class
-MOST_DETECTIONS = 100  # per picture and class; COCO's rule
+MAX_DETECTIONS = 100  # per image and class; COCO's rule
 _OBJECT_MASKS_AT_ONCE = 256  # decoded together; bounds the memory at N = 256
 
 
 class Truth(NamedTuple):
-    """The objects, A of them, grouped by picture.
+    """The objects, A of them, grouped by image.
 
     ids: (A,) annotation ids.
-    image_ids: (A,) their pictures.
+    image_ids: (A,) their images.
     classes: (A,) rows of the file's categories, by rising category id.
     areas: (A,) pixels, as the annotation says.
     crowd: (A,) bool.
@@ -53,7 +53,7 @@ class Found(NamedTuple):
     """The detections that count, F of them, best score first (equal scores: by image id, then as given).
 
     results: (F,) places in the list of results.
-    image_ids: (F,) their pictures.
+    image_ids: (F,) their images.
     classes: (F,) rows of the file's categories.
     scores: (F,).
     areas: (F,) pixels of the mask.
@@ -79,11 +79,11 @@ class Found(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Detections and objects of one class and picture that may match, P of them.
+    """Detections and objects of one class and image that may match, P of them.
 
     detections: (P,) rows of `Found`, ascending.
     objects: (P,) rows of `Truth`.
-    overlap: (P,) mask IoU, `LOWEST_THRESHOLD` or more; the covered share of the detection for crowd objects.
+    overlap: (P,) mask IoU, `MIN_THRESHOLD` or more; the covered share of the detection for crowd objects.
     """
 
     detections: np.ndarray
@@ -113,7 +113,7 @@ def measure_overlaps(
         annotations: COCO instances file, or its parsed content, that `evaluate_results` accepts.
         results: COCO results with "bbox" and "segmentation", that it accepts too.
         codec: the mask code of the model, on any device; None for a model without one.
-        image_ids: pictures to look at. None: all.
+        image_ids: images to look at. None: all.
     """
     document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
     categories = sorted(document["categories"], key=lambda category: category["id"])
@@ -125,28 +125,28 @@ def measure_overlaps(
     for place, result in enumerate(results):
         results_of[result["image_id"]].append(place)
 
-    parts = [_measure_picture(0, (1, 1), [], [], results, class_rows, codec)]  # gives empty columns their types
+    parts = [_measure_image(0, (1, 1), [], [], results, class_rows, codec)]  # gives empty columns their types
     for image in sorted(document["images"], key=lambda image: image["id"]):
         if image["id"] in chosen:
             size, key = (image["height"], image["width"]), image["id"]
             places = _best_of_each_class(results, results_of[key])
-            parts.append(_measure_picture(key, size, objects_of[key], places, results, class_rows, codec))
+            parts.append(_measure_image(key, size, objects_of[key], places, results, class_rows, codec))
     return Overlaps(*_joined(parts), [category["name"] for category in categories])
 
 
 def _best_of_each_class(results: Sequence[dict], places: list[int]) -> list[int]:
-    """Places of one picture's detections, best score first, without those that COCO's limit per class leaves out."""
+    """Places of one image's detections, best score first, without those that COCO's limit per class leaves out."""
     kept, counts = [], defaultdict(int)
     for place in sorted(places, key=lambda place: -results[place]["score"]):
         category_id = results[place]["category_id"]
         counts[category_id] += 1
-        if counts[category_id] <= MOST_DETECTIONS:
+        if counts[category_id] <= MAX_DETECTIONS:
             kept.append(place)
     return kept
 
 
 @torch.inference_mode()
-def _measure_picture(
+def _measure_image(
     image_id: int,
     size: tuple[int, int],
     entries: Sequence[dict],
@@ -155,7 +155,7 @@ def _measure_picture(
     class_rows: dict[int, int],
     codec: MaskCodec | None,
 ) -> tuple[Truth, Found, Pairs]:
-    """The tables of one picture of `size` (height, width): its objects, and its detections at `places` of `results`.
+    """The tables of one image of `size` (height, width): its objects, and its detections at `places` of `results`.
 
     Rows of objects and detections count from 0.
     """
@@ -182,7 +182,7 @@ def _measure_picture(
         pasted = masks.paste_to_rle(received[about[known]], boxes[known], size)
         reach[known] = _iou_of_each(pasted, object_rles, about[known])
 
-    partners = np.nonzero(same_class & (overlap >= LOWEST_THRESHOLD))
+    partners = np.nonzero(same_class & (overlap >= MIN_THRESHOLD))
     object_areas = [float(area) for area in coco_rle.area(object_rles)] if entries else []
     given = [entry.get("area") for entry in entries]
     return (
@@ -229,7 +229,7 @@ def _choose_objects(box_overlap: np.ndarray, same_class: np.ndarray) -> np.ndarr
 def _neighbours(rles: Sequence[dict], boxes: Tensor, crowd: np.ndarray, size: tuple[int, int]) -> list[dict]:
     """RLEs of the pixels of an object's neighbours without its own, A of them; last, those of all objects.
 
-    Neighbours are the other objects of the picture, crowds apart, whose boxes share pixels with the object's.
+    Neighbours are the other objects of the image, crowds apart, whose boxes share pixels with the object's.
     """
     bitmaps = masks.decode_rle(rles) if rles else torch.zeros(0, *size, dtype=torch.bool)
     alone = torch.from_numpy(~crowd)
@@ -257,14 +257,14 @@ def _corners(entries: Sequence[dict]) -> Tensor:
 
 
 def _box_rles(boxes: Tensor, size: tuple[int, int]) -> list[dict]:
-    """RLEs of the pixels of boxes (K, 4) xyxy that lie in the picture."""
+    """RLEs of the pixels of boxes (K, 4) xyxy that lie in the image."""
     inside = _clipped(boxes, size)
     corner_and_sides = torch.cat([inside[:, :2], inside[:, 2:] - inside[:, :2]], dim=1)
     return coco_rle.frPyObjects(corner_and_sides.numpy(), *size) if len(boxes) else []
 
 
 def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The parts of boxes (K, 4) xyxy inside a picture of `size` (height, width)."""
+    """The parts of boxes (K, 4) xyxy inside an image of `size` (height, width)."""
     height, width = size
     return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
 
@@ -287,7 +287,7 @@ def _share_on(rles: Sequence[dict], regions: Sequence[dict], which: np.ndarray) 
 
 
 def _joined(parts: Sequence[tuple[Truth, Found, Pairs]]) -> tuple[Truth, Found, Pairs]:
-    """One table of all pictures' tables: rows of objects go on counting, those of detections go by score."""
+    """One table of all images' tables: rows of objects go on counting, those of detections go by score."""
     first_object = np.cumsum([0, *(len(truth.ids) for truth, _, _ in parts)])
     first_detection = np.cumsum([0, *(len(found.results) for _, found, _ in parts)])
     for part, (_, found, pairs) in enumerate(parts):

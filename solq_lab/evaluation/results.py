@@ -20,17 +20,17 @@ _WRITTEN_AT_ONCE = 10_000
 
 
 def detections_to_results(detections: Detections, image_id: int, classes: ClassMap) -> list[dict]:
-    """COCO results of one picture, best score first.
+    """COCO results of one image, best score first.
 
     Channels that stand for no category (the unused raw ids of COCO) give no result: no evaluation could count them.
 
     Args:
-        detections: the objects found in the picture.
-        image_id: the picture's id in its annotation file.
+        detections: the objects found in the image.
+        image_id: the image's id in its annotation file.
         classes: which category each class channel stands for.
 
     Returns:
-        Per detection "image_id", "category_id", "bbox" (x, y, w, h) in pixels of the original picture, "score", and
+        Per detection "image_id", "category_id", "bbox" (x, y, w, h) in pixels of the original image, "score", and
         "segmentation" (compressed RLE whose counts are text, as JSON wants them) where there are masks.
     """
     results = []

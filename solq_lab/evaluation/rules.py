@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-NOBODY = -1
+UNMATCHED = -1
 
 _RECALLS = np.linspace(0, 1, 101)  # at which precision is read
 
@@ -34,9 +34,9 @@ def match_detections(
         thresholds: (T,) of IoU.
 
     Returns:
-        (T, F) int64, `NOBODY` where there is none.
+        (T, F) int64, `UNMATCHED` where there is none.
     """
-    matched = np.full((len(thresholds), count), NOBODY)
+    matched = np.full((len(thresholds), count), UNMATCHED)
     order = np.lexsort((ignored[objects], detections))  # of a detection's partners, ignored ones come last
     starts = np.searchsorted(detections[order], np.arange(count + 1))
     partners, overlaps = objects[order].tolist(), overlap[order].tolist()
@@ -44,16 +44,16 @@ def match_detections(
     for row, threshold in enumerate(thresholds.tolist()):
         taken = [False] * len(crowd)
         for detection in np.unique(detections).tolist():
-            best, least = NOBODY, threshold
+            best, least = UNMATCHED, threshold
             for pair in range(starts[detection], starts[detection + 1]):
                 partner = partners[pair]
                 if taken[partner] and not crowd[partner]:
                     continue
-                if best != NOBODY and ignored[partner] and not ignored[best]:
+                if best != UNMATCHED and ignored[partner] and not ignored[best]:
                     break
                 if overlaps[pair] >= least:
                     best, least = partner, overlaps[pair]
-            if best != NOBODY:
+            if best != UNMATCHED:
                 taken[best] = True
                 matched[row, detection] = best
     return matched

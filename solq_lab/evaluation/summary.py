@@ -16,12 +16,12 @@ class Evaluation:
     """What COCO evaluation says about one set of results.
 
     metrics: "<kind>.<number>" -> share in 0..1, kinds "box", "segm", "boundary", numbers AP_COLUMNS and AR_COLUMNS;
-        NaN where no ground truth could have been found (for example no small object in any picture). A codec's ceiling
+        NaN where no ground truth could have been found (for example no small object in any image). A codec's ceiling
         also has "segm.IoU", the mean IoU of its masks with the ground truth.
     per_class: class name -> "<kind>.<AP number>" -> share; NaN for a class without ground truth.
     area_sides: side in pixels below which an object is small, and below which it is medium (square roots of areas).
-    boundary_ratio: boundary width over the picture's diagonal.
-    images: number of pictures looked at.
+    boundary_ratio: boundary width over the image's diagonal.
+    images: number of images looked at.
     """
 
     metrics: dict[str, float]
@@ -67,7 +67,7 @@ class Evaluation:
         small, medium = self.area_sides
         sizes = f"s: below {small:.4g}x{small:.4g} pixels, m: below {medium:.4g}x{medium:.4g}, l: the rest"
         boundary = f"; boundary: {100 * self.boundary_ratio:g} % of the diagonal" if "boundary" in self.kinds else ""
-        return f"{self.images} pictures, percent; {sizes}{boundary}"
+        return f"{self.images} images, percent; {sizes}{boundary}"
 
     def to_dict(self) -> dict:
         """The evaluation as JSON types; NaN becomes None, which strict JSON knows."""

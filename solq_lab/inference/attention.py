@@ -30,7 +30,7 @@ SIZES = ("small", "medium", "large")
 
 
 class LayerAttention(NamedTuple):
-    """Where all queries of one picture look in one decoder layer, in the normalised image.
+    """Where all queries of one image look in one decoder layer, in the normalised image.
 
     points: (J, M, L, P, 2) as (x, y); a point may lie outside 0..1, where it finds nothing.
     weights: (J, M, L, P); of each query and head they sum to 1 over levels and points.
@@ -58,7 +58,7 @@ class QueryPoints(NamedTuple):
 
 
 class ObjectView(NamedTuple):
-    """One object of a picture and where its query looks: what a drawing needs.
+    """One object of an image and where its query looks: what a drawing needs.
 
     pixels: (H, W, 3) uint8.
     mask: (H, W) bool, or None where a plain detector found it.
@@ -121,11 +121,11 @@ class AttentionStudy(NamedTuple):
 
 
 def record_attention(model: SOLQ, images: ImageBatch) -> list[LayerAttention]:
-    """Run the model on one picture; where its queries look in every decoder layer, first to last.
+    """Run the model on one image; where its queries look in every decoder layer, first to last.
 
     Args:
         model: in evaluation mode.
-        images: one normalised picture, B = 1.
+        images: one normalised image, B = 1.
     """
     with listening(model) as layers, torch.no_grad():
         model(images)
@@ -135,7 +135,7 @@ def record_attention(model: SOLQ, images: ImageBatch) -> list[LayerAttention]:
 def predict_with_attention(
     predictor: Predictor, image: str | Path | Image.Image | np.ndarray
 ) -> tuple[Detections, list[LayerAttention]]:
-    """The objects in one picture, and where all queries look on the way to them, on the CPU.
+    """The objects in one image, and where all queries look on the way to them, on the CPU.
 
     Args:
         predictor: built without `bucket`.
@@ -143,7 +143,7 @@ def predict_with_attention(
 
     Raises:
         ValueError: a predictor that replays CUDA graphs, which no hook can hear.
-        DataError: no picture.
+        DataError: no image.
     """
     if predictor.bucket is not None:
         raise ValueError(f"a predictor with bucket={predictor.bucket} cannot be listened to; build it with bucket=None")
@@ -154,7 +154,7 @@ def predict_with_attention(
 
 @contextlib.contextmanager
 def listening(model: nn.Module) -> Iterator[list[LayerAttention]]:
-    """Within the block the model runs once, on one picture; the list is filled when the block ends.
+    """Within the block the model runs once, on one image; the list is filled when the block ends.
 
     Args:
         model: any network with decoder layers and query heads, SOLQ and the SQR baseline alike.
@@ -240,7 +240,7 @@ def object_view(
     """An object and where its query looks.
 
     Args:
-        pixels: (H, W, 3) uint8, the picture.
+        pixels: (H, W, 3) uint8, the image.
         detections: its objects, in its pixels.
         layers: where the queries look (`predict_with_attention`).
         row: which object.
@@ -267,7 +267,7 @@ def heat_map(looked: QueryPoints, size: tuple[int, int], *, spread: float | None
         spread: standard deviation, pixels; None: 2 % of the diagonal.
 
     Returns:
-        A map that sums to the weight of the points in the picture; what a Gaussian loses at an edge is mirrored.
+        A map that sums to the weight of the points in the image; what a Gaussian loses at an edge is mirrored.
     """
     height, width = size
     x, y = (looked.points.double() * torch.tensor([width, height])).T.numpy()

@@ -12,7 +12,7 @@ from solq_lab.structures import ImageBatch, LayerPrediction
 
 log = logging.getLogger(__name__)
 
-MAX_GRAPHS = 16  # pictures of 800/1333 pixels come in about ten sizes when their sides are multiples of 128
+MAX_GRAPHS = 16  # images of 800/1333 pixels come in about ten sizes when their sides are multiples of 128
 WARM_UP_RUNS = 3  # before a capture, so that kernels are built and chosen, and workspaces are allocated
 
 
@@ -47,7 +47,7 @@ class GraphedForward:
 
     @torch.inference_mode()
     def __call__(self, images: ImageBatch) -> LayerPrediction:
-        """The prediction for a batch of uint8 pictures; the next call overwrites its tensors."""
+        """The prediction for a batch of uint8 images; the next call overwrites its tensors."""
         size = images.pixels.shape
         with torch.cuda.device(self._device):
             if size not in self._captured:

@@ -35,7 +35,7 @@ def postprocess(
 
     Args:
         prediction: of the last decoder layer, B images.
-        original_sizes: B sizes (height, width) of the pictures in their files, pixels.
+        original_sizes: B sizes (height, width) of the images in their files, pixels.
         codec: turns vectors into masks, on the prediction's device; None for a plain detector, and for one with a mask
             branch, whose masks are in the prediction.
         top_k: detections per image; fewer where J * S is smaller.
@@ -95,7 +95,7 @@ def _draw_masks(vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int
 def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[int, int]) -> list[dict]:
     """The RLEs of one image's detections from masks in the image frame, where queries (k,) are the detections'.
 
-    As released: raised to the padded picture, thresholded, cut to the picture, and only then brought to `size`.
+    As released: raised to the padded image, thresholded, cut to the image, and only then brought to `size`.
     """
     distinct, place = queries.unique(return_inverse=True)
     real = ~masks.padding[image]

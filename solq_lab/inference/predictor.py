@@ -1,4 +1,4 @@
-"""A trained model and everything around it: from a picture to its objects in one call."""
+"""A trained model and everything around it: from an image to its objects in one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment, parse_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import ClassMap
-from solq_lab.data.transforms import TestResize, apply_to_picture
+from solq_lab.data.transforms import TestResize, apply_to_image
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.graphs import GraphedForward
 from solq_lab.inference.postprocess import postprocess
@@ -31,7 +31,7 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 
 
 class Predictor:
-    """Finds objects in single pictures with a trained model.
+    """Finds objects in single images with a trained model.
 
     Everything but the weights comes out of the weight file too: the experiment (network, codec, test size) and the
     class names. Building a predictor fetches nothing.
@@ -39,8 +39,8 @@ class Predictor:
     Args:
         weights_or_run: a weight file that this project wrote or imported, or a finished run or its folder.
         device: where the model runs; None: the first CUDA device, or the CPU where there is none.
-        top_k: detections per picture; None: as many as the experiment evaluates.
-        bucket: the resized picture is padded, right and bottom, until its sides are multiples of this, pixels. On a GPU
+        top_k: detections per image; None: as many as the experiment evaluates.
+        bucket: the resized image is padded, right and bottom, until its sides are multiples of this, pixels. On a GPU
             each of the few sizes that are left is captured as a CUDA graph when it first occurs. The padding changes
             the numbers slightly, as that of a batch does. None: no padding, no graphs.
         autocast: "bf16" multiplies in bfloat16, for processors that are good at it; "none" stays in float32.
@@ -87,22 +87,22 @@ class Predictor:
 
     @torch.inference_mode()
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> Detections:
-        """The objects in one picture, with boxes and masks in its pixels.
+        """The objects in one image, with boxes and masks in its pixels.
 
         A file is turned upright by its EXIF orientation, as `read_upright` does. The pixels of a PIL image or an array
         are taken as they lie; so does our evaluation, because COCO's annotations ignore the orientation.
 
         Args:
-            image: path of a picture file, PIL image, or uint8 array (H, W, 3) in RGB.
+            image: path of an image file, PIL image, or uint8 array (H, W, 3) in RGB.
 
         Raises:
-            DataError: no such file, no picture, or an array of another type or shape.
+            DataError: no such file, no image, or an array of another type or shape.
         """
         pixels = _to_tensor(image)
         height, width = pixels.shape[1:]
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
         steps = resize.plan((height, width), np.random.default_rng())
-        batch = _pad_to_multiple(apply_to_picture(steps, pixels), self.bucket or 1).to(self.device)
+        batch = _pad_to_multiple(apply_to_image(steps, pixels), self.bucket or 1).to(self.device)
         if self._graphed is not None:
             last = self._graphed(batch)
         else:
@@ -111,10 +111,10 @@ class Predictor:
 
 
 def read_upright(path: str | Path) -> Image.Image:
-    """The picture in a file as 8-bit RGB, turned as its EXIF orientation says: what a viewer would show.
+    """The image in a file as 8-bit RGB, turned as its EXIF orientation says: what a viewer would show.
 
     Raises:
-        DataError: no such file, no picture, or more than 8 bits per channel.
+        DataError: no such file, no image, or more than 8 bits per channel.
     """
     try:
         with Image.open(path) as opened:
@@ -123,22 +123,22 @@ def read_upright(path: str | Path) -> Image.Image:
         raise DataError(f"{path}: no such file") from None
     except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # what PIL's readers raise
         reason = "a format unknown to Pillow" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DataError(f"{path}: not a picture that can be read ({reason}); JPEG, PNG and the like are") from None
+        raise DataError(f"{path}: not an image that can be read ({reason}); JPEG, PNG and the like are") from None
 
 
-def _pad_to_multiple(picture: Tensor, multiple: int) -> ImageBatch:
-    """A batch of one picture (3, H, W), padded right and bottom until its sides are multiples of `multiple`."""
-    _, height, width = picture.shape
+def _pad_to_multiple(image: Tensor, multiple: int) -> ImageBatch:
+    """A batch of one image (3, H, W), padded right and bottom until its sides are multiples of `multiple`."""
+    _, height, width = image.shape
     missing = (0, -width % multiple, 0, -height % multiple)
     padding = F.pad(torch.zeros(1, height, width, dtype=torch.bool), missing, value=True)
-    return ImageBatch(F.pad(picture.unsqueeze(0), missing), padding)
+    return ImageBatch(F.pad(image.unsqueeze(0), missing), padding)
 
 
 def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:
-    """What the last decoder layer says about uint8 pictures.
+    """What the last decoder layer says about uint8 images.
 
     Args:
-        model: on the device of the pictures.
+        model: on the device of the images.
         images: as a loader gives them.
         autocast: "none" or "bf16".
     """
@@ -158,7 +158,7 @@ def _to_tensor(image: str | Path | Image.Image | np.ndarray) -> Tensor:
             pixels = _checked_array(image)
         case _:
             raise DataError(
-                f"a picture cannot be a {type(image).__name__}; allowed are a path, a PIL image, "
+                f"an image cannot be a {type(image).__name__}; allowed are a path, a PIL image, "
                 "and a uint8 array (H, W, 3) in RGB"
             )
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))

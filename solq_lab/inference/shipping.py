@@ -26,20 +26,20 @@ from solq_lab.structures import Detections
 
 SURE = 0.3  # objects below this score are not compared
 TOLERANCE = {"score": 0.03, "box": 0.5, "mask": 0.02}  # of a `Rounding`
-MOST_TRAIN_LINES = 600  # of metrics.jsonl: enough for a smooth curve
+MAX_TRAIN_LINES = 600  # of metrics.jsonl: enough for a smooth curve
 TELLING = ("versions", "git", "operator", "device", "processes", "dataset", "codec")  # of environment.json
 
 
 class Rounding(NamedTuple):
     """How far half precision moves what a model finds.
 
-    pictures, objects: how many were compared; objects of a score of at least 0.3.
+    images, objects: how many were compared; objects of a score of at least 0.3.
     score: largest difference of a score.
     box: largest difference of a box's edge, pixels.
     mask: mean of 1 - IoU of the masks; 0 for a plain detector.
     """
 
-    pictures: int
+    images: int
     objects: int
     score: float
     box: float
@@ -47,23 +47,23 @@ class Rounding(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.objects} objects in {self.pictures} pictures: scores within {self.score:.4f}, box edges within "
+            f"{self.objects} objects in {self.images} images: scores within {self.score:.4f}, box edges within "
             f"{self.box:.3f} pixels, masks differ by {100 * self.mask:.2f} % on average"
         )
 
 
-def ship_run(run: Run, destination: Path, experiment: Experiment, *, pictures: int = 50) -> Rounding:
+def ship_run(run: Run, destination: Path, experiment: Experiment, *, images: int = 50) -> Rounding:
     """Write what is worth shipping of a finished run into a folder, which appears whole or not at all.
 
     Args:
         run: the finished run.
         destination: folder to make; one that was shipped before is replaced.
         experiment: what the shipped run is to say of itself: the run's own, with its name and its data changed. Its
-            validation pictures have to be there.
-        pictures: so many of them are compared at most.
+            validation images have to be there.
+        images: so many of them are compared at most.
 
     Returns:
-        How far the shipped weights differ, on these pictures.
+        How far the shipped weights differ, on these images.
 
     Raises:
         RunError: the run has no weights, the destination holds something else, the experiment describes another model,
@@ -83,7 +83,7 @@ def ship_run(run: Run, destination: Path, experiment: Experiment, *, pictures: i
             codec=trained.codec,
         )
         whole, rounded = Predictor(run.weights), Predictor(weights)
-        rounding = compare_predictors(whole, rounded, build_dataset(experiment, "val", whole.classes), pictures)
+        rounding = compare_predictors(whole, rounded, build_dataset(experiment, "val", whole.classes), images)
         _refuse_if_far(run, rounding)
         (unfinished / "experiment.yaml").write_text(experiment.to_yaml(), encoding="utf-8")
         (unfinished / "metrics.jsonl").write_text(_thinned(run.metrics()), encoding="utf-8")
@@ -110,14 +110,14 @@ def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: known[id(tensor)] for name, tensor in state.items()}
 
 
-def compare_predictors(first: Predictor, second: Predictor, dataset: CocoDataset, pictures: int) -> Rounding:
-    """How far two versions of one model differ on the first pictures of a data set; an object only one has counts 1."""
+def compare_predictors(first: Predictor, second: Predictor, dataset: CocoDataset, images: int) -> Rounding:
+    """How far two versions of one model differ on the first images of a data set; an object only one has counts 1."""
     score = box = mask = 0.0
     objects = 0
-    shown = range(len(dataset))[:pictures]
+    shown = range(len(dataset))[:images]
     for index in shown:
-        picture = dataset[index][0].permute(1, 2, 0).numpy()
-        sure, found = first.predict(picture).above(SURE), second.predict(picture)
+        image = dataset[index][0].permute(1, 2, 0).numpy()
+        sure, found = first.predict(image).above(SURE), second.predict(image)
         place = {pair: row for row, pair in enumerate(_pairs(found))}
         for row, pair in enumerate(_pairs(sure)):
             objects += 1
@@ -163,7 +163,7 @@ def _refuse_if_far(run: Run, rounding: Rounding) -> None:
 def _thinned(lines: Sequence[dict[str, Any]]) -> str:
     """metrics.jsonl with every n-th line about training steps and all others."""
     training = [number for number, line in enumerate(lines) if line.get("kind") == "train"]
-    kept = set(training[:: -(-len(training) // MOST_TRAIN_LINES) or 1])
+    kept = set(training[:: -(-len(training) // MAX_TRAIN_LINES) or 1])
     left_out = set(training) - kept
     return "".join(json.dumps(line) + "\n" for number, line in enumerate(lines) if number not in left_out)
 

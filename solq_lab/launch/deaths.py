@@ -47,7 +47,7 @@ def advise_on_memory(experiment: Experiment) -> str:
     cures += [f"if it is the host's memory, a smaller data.workers (now {data.workers})"] if data.workers else []
     cures += ["data.cache=false"] if data.cache else []
     return (
-        f"train.batch_size {train.batch_size} puts {share} pictures into a pass (gpus {train.gpus}, accumulate "
+        f"train.batch_size {train.batch_size} puts {share} images into a pass (gpus {train.gpus}, accumulate "
         f"{train.accumulate}); less memory take: {'; '.join(cures)}. The run goes on from its last checkpoint"
     )
 

@@ -30,7 +30,7 @@ def enter_workspace() -> Path:
 
 
 def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
-    """A finished run to look into, with its pictures: drawn shapes appear on first use.
+    """A finished run to look into, with its images: drawn shapes appear on first use.
 
     What is computed from a run that comes with the project goes into a copy of it in `runs_dir`; its own folder is
     only read (`runs.working_copy`).

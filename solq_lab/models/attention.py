@@ -1,6 +1,6 @@
 """The two attentions of the transformer: multi-scale deformable attention, and self-attention among queries.
 
-Paper: section 3.1 (Deformable DETR). A picture of what a layer looks at needs no change here: a forward hook on
+Paper: section 3.1 (Deformable DETR). An image of what a layer looks at needs no change here: a forward hook on
 `MultiScaleDeformableAttention` receives the very arguments that `sampling` takes.
 """
 
@@ -121,7 +121,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among the queries of a picture; parameters are shaped like `nn.MultiheadAttention`'s.
+    """Multi-head attention among the queries of an image; parameters are shaped like `nn.MultiheadAttention`'s.
 
     Args:
         width: C, a multiple of `heads`.

@@ -1,4 +1,4 @@
-"""Backbones: a picture in, the maps C3, C4, C5 out. Paper: sections 3.2 and 4.2 (ResNet), table 1 (Swin).
+"""Backbones: an image in, the maps C3, C4, C5 out. Paper: sections 3.2 and 4.2 (ResNet), table 1 (Swin).
 
 `SmallBackbone` is not in the paper: it lets a CPU train a detector from scratch in minutes.
 Every backbone has `strides` and `channels`, one number per map it returns.

@@ -189,7 +189,7 @@ class SOLQ(Recomputing):
         if memory.tokens.shape[1] < self.num_queries:
             raise ValueError(
                 f"{self.num_queries} queries cannot be chosen from the {memory.tokens.shape[1]} tokens of this "
-                "picture; lower queries or give a larger picture"
+                "image; lower queries or give a larger image"
             )
         sizes = [
             memory.centers.new_full((height * width, 2), PROPOSAL_SIDE * 2.0**level)

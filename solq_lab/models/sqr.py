@@ -1,7 +1,7 @@
 """The paper's baseline, SQR: a mask branch beside the query's other answers. Paper: fig. 1(a), tables 2 and 5.
 
-Where SOLQ's query says a short vector, here it draws: its attention over the coarsest level is a first picture of the
-object, which convolutions sharpen with the backbone's finer maps. The mask covers the whole picture, not a box. The
+Where SOLQ's query says a short vector, here it draws: its attention over the coarsest level is a first image of the
+object, which convolutions sharpen with the backbone's finer maps. The mask covers the whole image, not a box. The
 branch is DETR's, in the form that the released code gave it for Deformable DETR.
 """
 
@@ -131,7 +131,7 @@ class MaskBranch(Recomputing):
         return self.answer(drawn).unflatten(0, (batch, count)).squeeze(2)  # (B*J, 1, h, w) -> (B, J, h, w)
 
     def _sharpen(self, refine: nn.Module, drawn: Tensor, finer: Tensor) -> Tensor:
-        """The masks (B*J, C', h, w) at the size of a finer map (B, C'', 2h, 2w) of their pictures."""
+        """The masks (B*J, C', h, w) at the size of a finer map (B, C'', 2h, 2w) of their images."""
         finer = _for_each_query(finer, len(drawn) // len(finer))
         return refine(finer + F.interpolate(drawn, size=finer.shape[-2:]))  # nearest
 

@@ -2,7 +2,7 @@
 
 Paper: section 3.1 (Deformable DETR, eq. 2). For a query q and a head m the result is the sum over levels l and points
 p of `weight[q, m, l, p] * value_l[m](location[q, m, l, p])`, where `value_l[m](x, y)` interpolates level l bilinearly,
-zero outside the picture.
+zero outside the image.
 
 `solq_lab::ms_deform_attn` is one operator with three implementations: "cuda" and "cpu" in C++ (folder `cuda/`, compiled
 at the first call), and "reference" in plain torch. A tensor is served by its device's compiled one where that can be

@@ -1,4 +1,4 @@
-"""`torch.compile` for training: the layers of the transformer, each kind once and for pictures of any size.
+"""`torch.compile` for training: the layers of the transformer, each kind once and for images of any size.
 
 A layer compiles in a minute or two on a CPU, the whole network in many; and a network that is compiled layer by layer
 still shares its gradients while the backward pass runs, and still recomputes its activations where that is asked.

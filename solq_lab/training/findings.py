@@ -20,14 +20,14 @@ SHOWN_GRADIENTS = 20  # the largest; those that are not finite are all shown
 
 
 def describe_pass(done: Pass, costs: Mapping[str, Tensor], file_name: Callable[[int], str]) -> dict[str, Any]:
-    """Pictures, matching costs and losses of one pass, and what the matcher found wrong with it.
+    """Images, matching costs and losses of one pass, and what the matcher found wrong with it.
 
     Args:
         done: the pass.
         costs: of its matching by term, (K, Z*J) each.
-        file_name: of the picture with an id.
+        file_name: of the image with an id.
     """
-    pictures = [
+    images = [
         {
             "id": target.image_id,
             "file_name": file_name(target.image_id),
@@ -43,7 +43,7 @@ def describe_pass(done: Pass, costs: Mapping[str, Tensor], file_name: Callable[[
         for term, values in costs.items()
     }
     losses = {name: number(value.item()) for name, value in done.losses.items()}
-    return {"pictures": pictures, "fault": done.fault, "losses": losses, "costs": ends}
+    return {"images": images, "fault": done.fault, "losses": losses, "costs": ends}
 
 
 def describe_gradients(model: nn.Module, norm: Tensor) -> dict[str, Any]:

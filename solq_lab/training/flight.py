@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row were not finite; the message names the step, the pictures, the reason and the record."""
+    """Too many steps in a row were not finite; the message names the step, the images, the reason and the record."""
 
 
 class FlightRecorder:
@@ -33,7 +33,7 @@ class FlightRecorder:
         run: the run.
         journal: takes the numbers of steps, and a line for every step that was not taken.
         training_step: what took the steps.
-        dataset: the training pictures.
+        dataset: the training images.
 
     Attributes:
         in_a_row: how many steps were not finite since the last one that was taken.
@@ -78,12 +78,12 @@ class FlightRecorder:
         allowed = self._run.experiment.train.skip_nonfinite
         facts, problem = self._record(outcome, number)
         name = f"flight/step_{number:07d}"
-        pictures = [picture["id"] for share in facts["shares"] for p in share["passes"] for picture in p["pictures"]]
-        line = {"reason": facts["reason"], "image_ids": pictures, "record": None if problem else name}
+        images = [image["id"] for share in facts["shares"] for p in share["passes"] for image in p["images"]]
+        line = {"reason": facts["reason"], "image_ids": images, "record": None if problem else name}
         self._journal.skip_step(number, "nonfinite", line)
         place = self._run.folder / name
         where = f"no record could be written ({problem})" if problem else f"record: {place}"
-        message = f"step {number}: {facts['reason']}. Image ids of this step: {pictures}; {where}"
+        message = f"step {number}: {facts['reason']}. Image ids of this step: {images}; {where}"
         if self.in_a_row <= allowed:
             if distributed.is_main():
                 log.warning("%s; skipped, %d of at most %d in a row", message, self.in_a_row, allowed)

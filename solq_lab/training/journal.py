@@ -135,15 +135,15 @@ class Journal:
             self._told = time.monotonic()
             last_layer = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items() if "/" not in name)
             progress = f"step {step} of {self._total_steps}, epoch {line['epoch']:.2f}"
-            log.info("%s: loss %.3f (%s), %.1f pictures/s", progress, line["total"], last_layer, speed)
+            log.info("%s: loss %.3f (%s), %.1f images/s", progress, line["total"], last_layer, speed)
 
     def _tell_duration(self, step: int) -> None:
         per_step = (self.seconds - self._warm) / (TIMED_STEPS - WARM_STEPS)
         left = describe_duration(per_step * (self._total_steps - step))
         if distributed.is_main():
             speed = self._train.batch_size / per_step
-            log.info("%.1f pictures/s; the remaining %d steps will take %s", speed, self._total_steps - step, left)
+            log.info("%.1f images/s; the remaining %d steps will take %s", speed, self._total_steps - step, left)
 
     def epoch(self, step: int) -> float:
-        """Passes through the training pictures after so many steps."""
+        """Passes through the training images after so many steps."""
         return round(step / self._steps_per_epoch, 4)

@@ -204,7 +204,7 @@ class SetCriterion(nn.Module):
     def _mask_losses(
         self, masks: ImageMasks, matching: Matching, targets: Sequence[Target], count: float
     ) -> dict[str, Tensor]:
-        """Focal and dice loss of the last layer's masks, at the padded size of the pictures, padding included."""
+        """Focal and dice loss of the last layer's masks, at the padded size of the images, padding included."""
         padded_size = masks.padding.shape[-2:]
         truth = _gather_bitmaps(targets, padded_size)[matching.objects[-1]]  # (T, H, W)
         logits = _at_least_float32(masks.logits[matching.images, matching.queries[-1]])  # (T, h, w)
@@ -244,7 +244,7 @@ def soft_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
 def vector_plateau(vectors: Tensor) -> float:
     """Mean L1 loss of the best constant answer to vectors (K, D): each coefficient's median. 0 when K = 0.
 
-    A vector head that has learnt nothing about the picture stalls here; a training curve means something below it.
+    A vector head that has learnt nothing about the image stalls here; a training curve means something below it.
     """
     if len(vectors) == 0:
         return 0.0
@@ -252,7 +252,7 @@ def vector_plateau(vectors: Tensor) -> float:
 
 
 def _gather_bitmaps(targets: Sequence[Target], padded_size: tuple[int, int]) -> Tensor:
-    """(K, H, W) bool: the objects' masks of all images, padded like the pictures.
+    """(K, H, W) bool: the objects' masks of all images, padded like the images.
 
     Raises:
         ValueError: an image has none, or of another size than itself.

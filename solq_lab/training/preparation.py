@@ -13,15 +13,15 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.runs import hash_file
 
 SAMPLED_VECTORS = 2000  # enough for the median of a coefficient to within 3 % of its spread
-SAMPLED_PICTURES = 1000
+SAMPLED_IMAGES = 1000
 
 
 def sample_vectors(dataset: CocoDataset, codec: MaskCodec, *, seed: int) -> Tensor:
-    """Vectors (K, D) of training masks as the network will meet them, from pictures drawn without replacement.
+    """Vectors (K, D) of training masks as the network will meet them, from images drawn without replacement.
 
     K is about `SAMPLED_VECTORS`, or less in a small data set; it may be 0.
     """
-    order = np.random.default_rng(seed).permutation(len(dataset))[:SAMPLED_PICTURES]
+    order = np.random.default_rng(seed).permutation(len(dataset))[:SAMPLED_IMAGES]
     vectors, count = [torch.zeros(0, codec.vector_dim)], 0
     for index in order.tolist():
         masks = dataset[index][1].masks

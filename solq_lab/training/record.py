@@ -3,7 +3,7 @@
 RUN/flight/step_XXXXXXX/
     record.json          what was not finite, every term of every process, learning rates, environment, file hashes
     weights.safetensors  the network as it was before the step, with experiment, classes and mask code inside
-    rank_N.pt            of process N: its pictures, targets, matching costs, and states of the random generators
+    rank_N.pt            of process N: its images, targets, matching costs, and states of the random generators
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from solq_lab.runs import RunError, hash_file, read_json
 from solq_lab.structures import ImageBatch, Target
 from solq_lab.training.step import Batch, Pass
 
-KEPT = 3  # records of a run; each is as large as the weights and the step's pictures
+KEPT = 3  # records of a run; each is as large as the weights and the step's images
 
 
 class Share(NamedTuple):

@@ -62,7 +62,7 @@ class Replay(NamedTuple):
         return all(_is_fault(name, before) == _is_fault(name, now) for name, (before, now) in self.numbers.items())
 
     def report(self) -> str:
-        """All of it as text: the step, its pictures, every number before and now, and the verdict."""
+        """All of it as text: the step, its images, every number before and now, and the verdict."""
         facts = self.facts
         rates = ", ".join(f"{name} {rate:.3g}" for name, rate in facts["learning_rates"].items())
         poisoned = facts["weights_nonfinite"]
@@ -74,8 +74,8 @@ class Replay(NamedTuple):
         ]
         for share in facts["shares"]:
             for number, done in enumerate(share["passes"], start=1):
-                shown = ", ".join(f"{p['id']} ({p['file_name']}, {p['objects']} objects)" for p in done["pictures"])
-                lines.append(f"process {share['rank']}, pass {number}: pictures {shown}")
+                shown = ", ".join(f"{p['id']} ({p['file_name']}, {p['objects']} objects)" for p in done["images"])
+                lines.append(f"process {share['rank']}, pass {number}: images {shown}")
         lines += ["", *self._table(), "", "first value that is not finite"]
         lines += [f"  {way}: {self.firsts.get(way, 'none')}" for way in ("forward", "backward", "parameter")]
         return "\n".join([*lines, "", self._verdict()])
@@ -103,7 +103,7 @@ class Replay(NamedTuple):
 
 
 def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
-    """Repeat a recorded step: its weights, pictures, random numbers and scale, in one process.
+    """Repeat a recorded step: its weights, images, random numbers and scale, in one process.
 
     The shares of several processes are repeated one after the other. On the processor that recorded them the numbers
     are the same bit for bit; gradients of more than two processes, and compiled layers, may be rounded differently.
@@ -161,7 +161,7 @@ def _repeat(record: Record, step: TrainingStep) -> list[list[dict[str, Any]]]:
     means: dict[nn.Parameter, Tensor] = {}
     shares = []
     for share, recorded in zip(record.shares, record.facts["shares"], strict=True):
-        names = {p["id"]: p["file_name"] for done in recorded["passes"] for p in done["pictures"]}
+        names = {p["id"]: p["file_name"] for done in recorded["passes"] for p in done["images"]}
         restore_generators(share.generators, step.device)
         step.optimizer.zero_grad()
         passes = []

@@ -1,7 +1,7 @@
 """Stopping politely: a signal asks, the training answers as soon as it stands well. Loads without torch.
 
 SIGTERM, SIGUSR1 and Ctrl-C let the step under way end; then the training saves and says "preempted". Where there is no
-step to end - in start-up, while waiting for pictures, in an evaluation - it stops at once. A second Ctrl-C, later than
+step to end - in start-up, while waiting for images, in an evaluation - it stops at once. A second Ctrl-C, later than
 `FORWARDED_SECONDS` after the first signal, does not wait for the saving: it costs the steps since the last checkpoint.
 """
 

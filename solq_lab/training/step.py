@@ -127,7 +127,7 @@ class TrainingStep:
         process learns of it from them.
 
         Args:
-            batch: pictures and targets.
+            batch: images and targets.
             num_boxes: what the losses are divided by.
             apart: processes wait with averaging their gradients, for a later pass of the same step.
         """

@@ -22,7 +22,7 @@ from solq_lab.watch import SECONDS_TO_SAVE
 log = logging.getLogger("solq_lab.training")
 
 MEETING_OPTIONS = ("--standalone", "--nnodes", "--rdzv", "--master", "--node")
-LOWEST_PORT, PORTS = 20_000, 10_000  # below those that systems give to connections; two jobs rarely get the same
+MIN_PORT, PORTS = 20_000, 10_000  # below those that systems give to connections; two jobs rarely get the same
 
 
 def main(arguments: list[str]) -> int:
@@ -78,7 +78,7 @@ def meeting_options(options: Sequence[str], environment: Mapping[str, str]) -> l
     expand = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
     first, *_ = subprocess.run(expand, capture_output=True, text=True, check=True).stdout.split()
     job, turn = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
-    port = LOWEST_PORT + int(job) % PORTS
+    port = MIN_PORT + int(job) % PORTS
     return [
         f"--nnodes={nodes}",
         "--rdzv-backend=c10d",

@@ -146,7 +146,7 @@ class Trainer:
         steps_per_epoch = len(self.train_set) // train.batch_size
         self.total_steps = train.steps or train.epochs * steps_per_epoch
         self.evaluate_every = train.evaluate_every * steps_per_epoch
-        self.stream = self._order_pictures()
+        self.stream = self._order_images()
         tensorboard = open_tensorboard(run, step=self.step) if distributed.is_main() else None
         self.journal = Journal(
             run, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch, tensorboard=tensorboard
@@ -236,8 +236,8 @@ class Trainer:
     def _learning_rate_factor(self) -> float:
         return learning_rate_factor(self.experiment.optim, self.step, self.total_steps)
 
-    def _order_pictures(self) -> BatchStream:
-        """Which pictures this process sees, from the next step to the last, `accumulate` batches per step."""
+    def _order_images(self) -> BatchStream:
+        """Which images this process sees, from the next step to the last, `accumulate` batches per step."""
         train = self.experiment.train
         return BatchStream(
             len(self.train_set),
@@ -281,7 +281,7 @@ class Trainer:
             Stopped, EvaluationStopped: by a signal; model and random generators are as before.
         """
         settings = self.experiment.evaluation
-        distributed.copy_from_main(self.model.buffers())  # batch norms saw different pictures in their last step
+        distributed.copy_from_main(self.model.buffers())  # batch norms saw different images in their last step
         averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
         with averaged, as_written(), _random_state_kept(self.device), _interrupted_by(stop):
             _, evaluation = evaluate_model(
@@ -330,7 +330,7 @@ class Trainer:
         generators, processes = checkpoint.state["random"], distributed.world_size()
         if len(generators) == processes:
             restore_random_state(generators[distributed.rank()], self.device)
-        else:  # the pictures and their changes are drawn per picture, and stay what they would have been
+        else:  # the images and their changes are drawn per image, and stay what they would have been
             log.warning("%d processes go on where there were %d: dropout is drawn anew", processes, len(generators))
             _seed_generators(self.experiment.seed + distributed.rank())
         if distributed.is_main():
@@ -405,10 +405,10 @@ class Trainer:
         self.run.record_environment(describe_software() | facts)
         self.run.write_status("training", step=self.step)
         weights = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        log.info("%s: %.2f M trained weights, pictures: %d", self.run.folder, weights / 1e6, len(self.train_set))
+        log.info("%s: %.2f M trained weights, images: %d", self.run.folder, weights / 1e6, len(self.train_set))
         log.info("on %s, threads: %d, deformable attention: %s", facts["device"], torch.get_num_threads(), operator)
         factors = f"{processes} x {self.passes} x {train.batch_size // (processes * self.passes)}"
-        log.info("batch %d = %s (processes x passes x pictures)", train.batch_size, factors)
+        log.info("batch %d = %s (processes x passes x images)", train.batch_size, factors)
         rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in self.optimizer.param_groups)
         log.info("learning rates: %s; schedule %s until step %d", rates, optim.schedule, self.total_steps)
         if train.batch_size != TrainSection().batch_size:
@@ -424,7 +424,7 @@ class Trainer:
 
 
 def _interrupted_by(stop: StopRequest) -> contextlib.AbstractContextManager[None]:
-    """Within: a stop signal ends an evaluation at once where this process is alone; others agree between pictures."""
+    """Within: a stop signal ends an evaluation at once where this process is alone; others agree between images."""
     return stop.at_once() if distributed.world_size() == 1 else contextlib.nullcontext()
 
 

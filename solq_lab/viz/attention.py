@@ -15,14 +15,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from solq_lab.inference.attention import SIZES, AttentionStudy, ObjectView, heat_map
-from solq_lab.viz.pictures import outline_mask
+from solq_lab.viz.images import outline_mask
 from solq_lab.viz.style import GREY, METHOD_COLOURS, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW, new_figure
 
 LEVEL_COLOURS = (SKY, YELLOW, VERMILION, PURPLE, ORANGE, GREY)
 PANEL = 2.75  # side of a panel, inches
-FADED = 0.45  # of a picture behind points: how much of it is left
+FADED = 0.45  # of an image behind points: how much of it is left
 SURROUNDINGS = 2.0  # side of a close-up over the longer side of its box
-LARGEST_POINT = 0.2  # of a panel's side: the diameter of a point that has all the weight
+MAX_POINT = 0.2  # of a panel's side: the diameter of a point that has all the weight
 HEAT_CELLS = 160  # side of a heat map's grid
 HEAT_SPREAD = 0.03  # standard deviation of a point in a heat map, share of the panel's side
 
@@ -36,7 +36,7 @@ def attention_of_object(view: ObjectView, *, title: str = "", close_up: bool = F
     Args:
         view: the object.
         title: what is shown.
-        close_up: show the surroundings of the object instead of the whole picture.
+        close_up: show the surroundings of the object instead of the whole image.
     """
     height, width = view.pixels.shape[:2]
     window = _close_up(view) if close_up else (0.0, 0.0, float(width), float(height))
@@ -145,7 +145,7 @@ def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
     order = looked.weights.argsort(descending=True)
     places = (looked.points[order] * torch.tensor([width, height]) - 0.5).numpy()
     share = looked.weights[order] / max(float(looked.weights.sum()), 1e-12)
-    diameter = LARGEST_POINT * 72 * PANEL  # in points, as marker areas are
+    diameter = MAX_POINT * 72 * PANEL  # in points, as marker areas are
     axes.scatter(
         *places.T,
         s=6 + (diameter**2 * share).numpy(),
@@ -158,7 +158,7 @@ def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
 
 
 def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
-    """The summed weights, bright where there is much, over the darkened picture."""
+    """The summed weights, bright where there is much, over the darkened image."""
     height, width = view.pixels.shape[:2]
     _show(axes, (0.55 * view.pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)).astype(np.uint8), window)
     left, top, right, bottom = window
@@ -258,7 +258,7 @@ def _level_name(level: int) -> str:
 
 
 def _close_up(view: ObjectView) -> Window:
-    """A square around the object's box, moved into the picture where it fits."""
+    """A square around the object's box, moved into the image where it fits."""
     height, width = view.pixels.shape[:2]
     x0, y0, x1, y1 = view.box.tolist()
     side = min(SURROUNDINGS * max(x1 - x0, y1 - y0, 1.0), max(height, width))
@@ -274,7 +274,7 @@ def _square_inside(center: tuple[float, float], side: float, size: tuple[int, in
 
 
 def _largest(windows: Sequence[Window]) -> Window:
-    """The largest of several squares around one object: every run shows the same cut of the picture."""
+    """The largest of several squares around one object: every run shows the same cut of the image."""
     return max(windows, key=lambda window: window[2] - window[0])
 
 

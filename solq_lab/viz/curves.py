@@ -127,7 +127,7 @@ def _plot_rate(axes: Axes, steps: Sequence[int], rates: Sequence[float]) -> None
 
 
 def _plot_precision(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_title("AP on the validation pictures")
+    axes.set_title("AP on the validation images")
     axes.set_ylabel("percent")
     steps = [line["step"] for line in evaluations]
     for kind, colour in KIND_COLOURS.items():

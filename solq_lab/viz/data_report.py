@@ -1,4 +1,4 @@
-"""What is wrong with a data set, as one HTML page: the counts, the classes, and pictures of the worst of every kind."""
+"""What is wrong with a data set, as one HTML page: the counts, the classes, and images of the worst of every kind."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from solq_lab.data.folders import Split
 from solq_lab.data.object_rules import read_mask
 from solq_lab.data.report import Report
 from solq_lab.masks import decode_rle
-from solq_lab.viz.pictures import MASK_OPACITY, outline_mask
+from solq_lab.viz.images import MASK_OPACITY, outline_mask
 from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
 
-ACROSS = 4  # pictures beside each other
-SIDE = 2.6  # inches of a picture
-LARGEST = 640  # pixels of a shown picture's longer side
-CHARACTERS = 46  # of a line below a picture
+ACROSS = 4  # images beside each other
+SIDE = 2.6  # inches of an image
+MAX_SIDE = 640  # pixels of a shown image's longer side
+CHARACTERS = 46  # of a line below an image
 SPLIT_COLOURS = (BLUE, ORANGE)
-MOST_CLASSES = 100  # in the histogram
+MAX_CLASSES = 100  # in the histogram
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -52,7 +52,7 @@ def report_page(report: Report, *, title: str, worst: int = 8) -> str:
     Args:
         report: what was found.
         title: of the page.
-        worst: pictures of each rule and split.
+        worst: images of each rule and split.
     """
     parts = [_summary_table(report)]
     if any(summary.per_class for summary in report.summaries.values()):
@@ -73,7 +73,7 @@ def class_histogram(report: Report) -> Figure:
     summaries = report.summaries
     first = next(iter(summaries.values())).per_class
     every = dict.fromkeys(name for summary in summaries.values() for name in summary.per_class)
-    names = sorted(every, key=lambda name: first.get(name, 0), reverse=True)[:MOST_CLASSES]
+    names = sorted(every, key=lambda name: first.get(name, 0), reverse=True)[:MAX_CLASSES]
     title = "objects per class" + (f", {len(names)} of {len(every)} classes" if len(names) < len(every) else "")
     figure, axes = new_figure(1, 1, size=(9.0, 0.9 + 0.16 * len(names)), title=title)
     place, height = axes[0, 0], 0.8 / len(summaries)
@@ -91,15 +91,15 @@ def class_histogram(report: Report) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def finding_pictures(report: Report, split: Split, findings: Sequence[Finding]) -> Figure:
-    """The pictures that findings of a split are about, with the annotated box and mask of the object."""
+def finding_images(report: Report, split: Split, findings: Sequence[Finding]) -> Figure:
+    """The images that findings of a split are about, with the annotated box and mask of the object."""
     rows = -(-len(findings) // ACROSS)
     figure, axes = new_figure(rows, ACROSS, size=(ACROSS * SIDE, rows * (SIDE + 0.55)))
     for place in axes.flat:
         hide_axes(place)
     for place, finding in zip(axes.flat, findings, strict=False):
         entry = report.entries.get(split.name, {}).get(finding.annotation_id)
-        size = _draw_picture(place, split.images / finding.file_name)
+        size = _draw_image(place, split.images / finding.file_name)
         if entry is not None:
             _draw_object(place, entry, size)
         text = _for_figure(finding.message, 3 * CHARACTERS)
@@ -107,19 +107,19 @@ def finding_pictures(report: Report, split: Split, findings: Sequence[Finding]) 
     return figure
 
 
-def _draw_picture(axes: Axes, path: Path) -> tuple[int, int]:
-    """Show a picture in its own pixels, what can be read of it, or an empty frame; its (height, width)."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = True  # a truncated picture is shown as far as it goes
+def _draw_image(axes: Axes, path: Path) -> tuple[int, int]:
+    """Show an image in its own pixels, what can be read of it, or an empty frame; its (height, width)."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # a truncated image is shown as far as it goes
     try:
         with Image.open(path) as opened:
             width, height = opened.size
-            opened.draft("RGB", (LARGEST, LARGEST))
+            opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
             small = opened.convert("RGB")
-            small.thumbnail((LARGEST, LARGEST))
+            small.thumbnail((MAX_SIDE, MAX_SIDE))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
         axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor=GREY))
-        axes.text(0.5, 0.5, "no picture", horizontalalignment="center", color=GREY)
+        axes.text(0.5, 0.5, "no image", horizontalalignment="center", color=GREY)
         return 1, 1
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -159,9 +159,9 @@ def _rule_section(report: Report, rule: str, worst: int) -> str:
     for split in report.splits:
         findings = report.findings.worst(rule, split.name)
         shown = [finding for finding in findings if finding.file_name is not None][:worst]
-        drawn = about.severity != "note" and rule not in ("picture-missing", "path-leaves-folder")
+        drawn = about.severity != "note" and rule not in ("image-missing", "path-leaves-folder")
         if drawn and shown:
-            parts.append(_image(finding_pictures(report, split, shown), f"{about.title}, {split.name}"))
+            parts.append(_image(finding_images(report, split, shown), f"{about.title}, {split.name}"))
         lines = [f"<li>{html.escape(_plain(finding.message, 400))}" for finding in findings[:20]]
         more = report.findings.counts[rule][split.name] - len(lines)
         if lines:
@@ -174,16 +174,16 @@ def _rule_section(report: Report, rule: str, worst: int) -> str:
 
 def _summary_table(report: Report) -> str:
     rows = [
-        ("pictures", [s.pictures for s in report.summaries.values()]),
+        ("images", [s.images for s in report.summaries.values()]),
         ("without objects", [s.empty for s in report.summaries.values()]),
         ("objects", [s.objects for s in report.summaries.values()]),
         ("crowd regions", [s.crowds for s in report.summaries.values()]),
-        ("objects per picture, median", [f"{s.median:g}" for s in report.summaries.values()]),
-        ("objects per picture, most", [s.most for s in report.summaries.values()]),
+        ("objects per image, median", [f"{s.median:g}" for s in report.summaries.values()]),
+        ("objects per image, most", [s.most for s in report.summaries.values()]),
     ]
     head = "".join(f"<th class=n>{html.escape(split)}" for split in report.summaries)
     body = "".join(f"<tr><td>{name}{''.join(f'<td class=n>{v}' for v in values)}" for name, values in rows)
-    files = "".join(f"<br>{html.escape(f'{s.name}: {s.annotations}, pictures in {s.images}')}" for s in report.splits)
+    files = "".join(f"<br>{html.escape(f'{s.name}: {s.annotations}, images in {s.images}')}" for s in report.splits)
     return f"<table><tr><th>{head}{body}</table><p class=cure>{files.removeprefix('<br>')}</p>"
 
 

@@ -1,4 +1,4 @@
-"""Where AP is lost, as bars, and the worst errors of each type, as pictures. Paper: appendix A.5, fig. 6."""
+"""Where AP is lost, as bars, and the worst errors of each type, as images. Paper: appendix A.5, fig. 6."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from solq_lab.masks import decode_rle
 from solq_lab.structures import Detections
-from solq_lab.viz.pictures import MASK_OPACITY, as_pixels, outline_mask
+from solq_lab.viz.images import MASK_OPACITY, as_pixels, outline_mask
 from solq_lab.viz.style import (
     BLACK,
     GREEN,
@@ -54,7 +54,7 @@ ERROR_TITLES = {
     "codec": "codec truncation",
     "vector": "vector regression",
 }
-_SHORTEST_LABELLED = 4.5  # AP points: a shorter piece of a bar has no room for its number
+_MIN_LABELLED = 4.5  # AP points: a shorter piece of a bar has no room for its number
 _MARGIN = 0.35  # around the boxes of a case, share of their longer side
 _GALLERY_WIDTH = 9.6  # inches, without the names of the types
 
@@ -89,7 +89,7 @@ def failure_gallery(
     """One row per type of error: the detection's mask and box in the type's colour, the true outline in white.
 
     Args:
-        cases: type -> the picture ((H, W, 3) or (3, H, W), uint8), the object that an error is about and the
+        cases: type -> the image ((H, W, 3) or (3, H, W), uint8), the object that an error is about and the
             detection, one or none of each, in its pixels; a type without cases says so.
         title: which model.
     """
@@ -150,7 +150,7 @@ def _draw_groups(axes: Axes, groups: Mapping[str, Losses]) -> None:
         width = 100 * np.nan_to_num(shares)
         colour = METHOD_COLOURS["SOLQ"] if piece == "AP" else ERROR_COLOURS[piece]
         bars = axes.barh(places, width, left=start, height=0.75, color=colour, label=titles[piece])
-        labels = [f"{value:.0f}" if value >= _SHORTEST_LABELLED else "" for value in width]
+        labels = [f"{value:.0f}" if value >= _MIN_LABELLED else "" for value in width]
         axes.bar_label(bars, labels=labels, label_type="center", fontsize=8, color=text_colour(colour))
         start += width
     for place, group in zip(places, groups.values(), strict=True):
@@ -191,7 +191,7 @@ def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detectio
 
 
 def _look_closer(axes: Axes, boxes: Tensor, size: tuple[int, int]) -> None:
-    """Show a square around boxes (K, 4) xyxy, as far as a picture of `size` (height, width) goes."""
+    """Show a square around boxes (K, 4) xyxy, as far as an image of `size` (height, width) goes."""
     height, width = size
     left, top = boxes[:, :2].amin(dim=0).tolist()
     right, bottom = boxes[:, 2:].amax(dim=0).tolist()

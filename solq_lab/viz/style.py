@@ -67,7 +67,7 @@ def save(figure: Figure, path: Path) -> Figure:
 
 
 def hide_axes(axes: Axes) -> None:
-    """No ticks, grid or frame: for pictures and empty places."""
+    """No ticks, grid or frame: for images and empty places."""
     axes.set_axis_off()
 
 
@@ -78,9 +78,9 @@ def text_colour(background: str) -> str:
 
 
 def class_colours(labels: Iterable[int]) -> dict[int, str]:
-    """A colour for each class channel of one picture: the channel's own, or the next free one.
+    """A colour for each class channel of one image: the channel's own, or the next free one.
 
-    Two classes share a colour only where a picture has more classes than there are colours.
+    Two classes share a colour only where an image has more classes than there are colours.
     """
     count = len(OBJECT_COLOURS)
     chosen: dict[int, str] = {}

@@ -20,7 +20,7 @@ ROOM = 0.15  # of a panel's range, above and below its points
 def beside_paper(tables: Sequence[ResultTable], metric: str = "segm.AP", *, title: str = "") -> Figure:
     """One column of panels per table: above the paper's numbers, below ours, row by row of the table.
 
-    The scales of the panels differ: what can be compared between other pictures is which row is ahead, and by how much.
+    The scales of the panels differ: what can be compared between other images is which row is ahead, and by how much.
     Small marks are single seeds, bars their standard deviation.
 
     Args:

@@ -1,4 +1,4 @@
-"""What an ONNX file computes: from pictures to the best detections, decoding included, in plain torch.
+"""What an ONNX file computes: from images to the best detections, decoding included, in plain torch.
 
 Paper: section 3.2, inference. The mask vectors of the kept detections are decoded by the code's own matrix products
 (for the DCT two thin ones per mask), so that whoever runs the file needs neither the code nor its tables.
@@ -24,7 +24,7 @@ class DetectionGraph(nn.Module):
     Args:
         model: the network in evaluation mode; a plain detector, SOLQ or the baseline with a mask branch.
         codec: its mask code, None for models without mask vectors.
-        top_k: K, detections per picture; fewer where J * S is smaller.
+        top_k: K, detections per image; fewer where J * S is smaller.
 
     Attributes:
         outputs: names of what `forward` returns.
@@ -37,17 +37,17 @@ class DetectionGraph(nn.Module):
         self.outputs = (*DETECTIONS, *masks)
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        """The best (query, class) pairs of every picture, best score first.
+        """The best (query, class) pairs of every image, best score first.
 
         Args:
-            pixels: (B, 3, H, W) uint8 RGB; smaller pictures are padded at the right and the bottom, with anything.
-            sizes: (B, 2) int64 (height, width) of each picture without its padding, pixels.
+            pixels: (B, 3, H, W) uint8 RGB; smaller images are padded at the right and the bottom, with anything.
+            sizes: (B, 2) int64 (height, width) of each image without its padding, pixels.
 
         Returns:
             scores (B, K) float32 in 0..1; labels (B, K) int64 class channels; boxes (B, K, 4) float32
-            (x0, y0, x1, y1) as shares of the picture's width and height, not clipped; queries (B, K) int64; then of a
+            (x0, y0, x1, y1) as shares of the image's width and height, not clipped; queries (B, K) int64; then of a
             SOLQ masks (B, K, N, N) bool in the box frame, cut as the code's `binarize` does, or of a model with a mask
-            branch mask_logits (B, K, h, w) float32 over the whole padded picture.
+            branch mask_logits (B, K, h, w) float32 over the whole padded image.
         """
         last = self.model(ImageBatch(pixels, _padding(pixels, sizes)).normalised()).layers[-1]
         classes = last.logits.shape[-1]
@@ -69,7 +69,7 @@ class DetectionGraph(nn.Module):
 
 
 def _padding(pixels: Tensor, sizes: Tensor) -> Tensor:
-    """(B, H, W) bool, True beyond each picture."""
+    """(B, H, W) bool, True beyond each image."""
     height, width = pixels.shape[-2:]
     below = torch.arange(height, device=sizes.device) >= sizes[:, :1]  # (B, H)
     right = torch.arange(width, device=sizes.device) >= sizes[:, 1:]  # (B, W)

@@ -35,8 +35,8 @@ from solq_lab.structures import PIXEL_MEAN, PIXEL_STD
 
 OPSET = 20  # the first with today's GridSample; onnxruntime 1.17 and later know it
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-TRACED = (200, 296)  # of pictures of any size: no side and no number of cells may be 1 on any level, or equal
-DRAWN = 3  # pictures that are drawn to compare with where none are given
+TRACED = (200, 296)  # of images of any size: no side and no number of cells may be 1 on any level, or equal
+DRAWN = 3  # images that are drawn to compare with where none are given
 
 
 class ExportError(RuntimeError):
@@ -80,36 +80,36 @@ def export_onnx(
     Args:
         weights_or_run: as for `Predictor`.
         destination: the file; it must not exist.
-        size: (height, width) of every picture, pixels; None: any.
-        batch: pictures per call; None: any number, but one for Swin and for a model with a mask branch.
-        top_k: detections per picture; None: as many as the experiment evaluates.
-        images: pictures to compare with; none: a few drawn ones.
+        size: (height, width) of every image, pixels; None: any.
+        batch: images per call; None: any number, but one for Swin and for a model with a mask branch.
+        top_k: detections per image; None: as many as the experiment evaluates.
+        images: images to compare with; none: a few drawn ones.
 
     Raises:
         ConfigError: the destination exists, a size or number is not positive, a package is missing, or Swin is to have
             free sizes.
         RunError, WeightMismatch: as for `Predictor`.
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
         ExportError: the model cannot be exported so, or the file finds something else.
     """
     started = time.perf_counter()
     _check(destination, size, batch)
     predictor = Predictor(weights_or_run, device="cpu", top_k=top_k)
-    pictures = [np.asarray(read_upright(path)) for path in images] or _drawn_pictures()
+    arrays = [np.asarray(read_upright(path)) for path in images] or _drawn_images()
     swin = predictor.experiment.model.backbone.startswith("swin")
     if swin and size is None:
         raise ConfigError("Swin's windows cannot be traced for free sizes; give --height and --width")
     graph = _plain_graph(weights_or_run, predictor)
     if swin or "mask_logits" in graph.outputs:
-        batch = batch or 1  # windows, or queries, share an axis with the pictures, whose number the tracer then pins
+        batch = batch or 1  # windows, or queries, share an axis with the images, whose number the tracer then pins
     destination.parent.mkdir(parents=True, exist_ok=True)
     with replacing(destination) as unfinished:
         inputs = _write(graph, unfinished, size, batch, predictor)
         megabytes = unfinished.stat().st_size / 1e6
-        parity = measure_parity(predictor, unfinished, pictures)
+        parity = measure_parity(predictor, unfinished, arrays)
         report = ExportReport(destination, parity, megabytes, time.perf_counter() - started, inputs)
         facts = parity._asdict() | {"agrees": parity.agrees, "tolerance": TOLERANCE, "opset": OPSET, "inputs": inputs}
-        compared = [str(path) for path in images] or f"{DRAWN} drawn pictures"
+        compared = [str(path) for path in images] or f"{DRAWN} drawn images"
         write_json(destination.with_suffix(".parity.json"), facts | {"compared_with": compared})
         if not parity.agrees:
             raise ExportError(f"{destination}: not written, the ONNX file finds something else: {parity}")
@@ -211,7 +211,7 @@ def _metadata(predictor: Predictor, inputs: dict[str, list[int | str]]) -> dict[
     return texts | {"experiment": without_paths(predictor.experiment).to_yaml(), "producer": "solq_lab"}
 
 
-def _drawn_pictures() -> list[np.ndarray]:
-    """Pictures of shapes, (H, W, 3) uint8; one lies and one stands, so that batches are padded."""
-    scenes = [draw_scene(LEVELS["hard"], np.random.default_rng(seed)).picture for seed in range(DRAWN)]
+def _drawn_images() -> list[np.ndarray]:
+    """Images of shapes, (H, W, 3) uint8; one lies and one stands, so that batches are padded."""
+    scenes = [draw_scene(LEVELS["hard"], np.random.default_rng(seed)).image for seed in range(DRAWN)]
     return [scenes[0], scenes[1][: len(scenes[1]) * 3 // 4], scenes[2][:, : len(scenes[2]) * 2 // 3]]

@@ -1,4 +1,4 @@
-"""Whether an ONNX file finds what the model itself finds: the same pictures through onnxruntime and through torch.
+"""Whether an ONNX file finds what the model itself finds: the same images through onnxruntime and through torch.
 
 The model answers on its own way, `Predictor`'s network with its compiled kernels and `postprocess`, so that a mistake
 in the exported graph cannot hide by being made twice.
@@ -22,22 +22,22 @@ from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import paste_to_rle
 from solq_lab.structures import Detections, ImageBatch, ImageMasks
 
-TOLERANCE = {"score": 1e-3, "box": 1e-3, "mask_iou": 0.99}  # score; share of the picture's sides; least mean IoU
+TOLERANCE = {"score": 1e-3, "box": 1e-3, "mask_iou": 0.99}  # score; share of the image's sides; least mean IoU
 FAR = 10.0  # of a pair that cannot be one detection
 
 
 class Parity(NamedTuple):
     """How far two versions of a model differ.
 
-    pictures, detections: how many were compared.
+    images, detections: how many were compared.
     matched: detections that both found: same class, score and box within `TOLERANCE`.
     excused: detections without a partner whose score is that of the last one kept; which of equals is kept is chance.
     score: largest difference of matched scores.
-    box: largest difference of matched box edges, shares of the picture's sides.
-    mask_iou, least_mask_iou: mean and smallest IoU of matched masks, pasted into the picture; None without masks.
+    box: largest difference of matched box edges, shares of the image's sides.
+    mask_iou, least_mask_iou: mean and smallest IoU of matched masks, pasted into the image; None without masks.
     """
 
-    pictures: int
+    images: int
     detections: int
     matched: int
     excused: int
@@ -57,36 +57,36 @@ class Parity(NamedTuple):
         if self.mask_iou is not None:
             masks = f", mask IoU {self.mask_iou:.5f} on average and {self.least_mask_iou:.5f} at least"
         return (
-            f"{self.matched} of {self.detections} detections in {self.pictures} pictures matched ({self.excused} more "
-            f"at the cut-off); scores within {self.score:.1e}, boxes within {self.box:.1e} of the picture{masks}"
+            f"{self.matched} of {self.detections} detections in {self.images} images matched ({self.excused} more "
+            f"at the cut-off); scores within {self.score:.1e}, boxes within {self.box:.1e} of the image{masks}"
         )
 
 
-def measure_parity(predictor: Predictor, path: Path, pictures: Sequence[np.ndarray]) -> Parity:
-    """How far an ONNX file is from its model on RGB pictures (H, W, 3) uint8, each at its test size or in the file's.
+def measure_parity(predictor: Predictor, path: Path, images: Sequence[np.ndarray]) -> Parity:
+    """How far an ONNX file is from its model on RGB images (H, W, 3) uint8, each at its test size or in the file's.
 
     The file keeps `top_k` detections; the model is asked for as many.
     """
     session = Session(path)
     expected, found, sizes = [], [], []
     data = predictor.experiment.data
-    for images in batches(session, pictures, TestResize(data.test_scale, data.max_size)):
-        theirs = detect_in_onnx(session, images, predictor.classes.names)
-        expected += detect_in_torch(predictor, images, len(theirs[0].scores))
+    for batch in batches(session, images, TestResize(data.test_scale, data.max_size)):
+        theirs = detect_in_onnx(session, batch, predictor.classes.names)
+        expected += detect_in_torch(predictor, batch, len(theirs[0].scores))
         found += theirs
-        sizes += [tuple(size) for size in real_sizes(images).tolist()]
-    given = slice(len(pictures))  # a last batch may repeat a picture
+        sizes += [tuple(size) for size in real_sizes(batch).tolist()]
+    given = slice(len(images))  # a last batch may repeat an image
     return compare_detections(expected[given], found[given], sizes[given])
 
 
 def compare_detections(
     expected: Sequence[Detections], found: Sequence[Detections], sizes: Sequence[tuple[int, int]]
 ) -> Parity:
-    """How far the detections found in pictures are from those expected there.
+    """How far the detections found in images are from those expected there.
 
     Args:
-        expected, found: of the same pictures, in the same order.
-        sizes: (height, width) of each picture, pixels.
+        expected, found: of the same images, in the same order.
+        sizes: (height, width) of each image, pixels.
     """
     matched = excused = detections = 0
     scores, boxes, overlaps = [0.0], [0.0], []
@@ -112,7 +112,7 @@ def compare_detections(
 
 
 def detect_in_torch(predictor: Predictor, images: ImageBatch, top_k: int) -> list[Detections]:
-    """What the model finds in uint8 pictures, in their own pixels."""
+    """What the model finds in uint8 images, in their own pixels."""
     sizes = [tuple(size) for size in real_sizes(images).tolist()]
     with torch.inference_mode():
         last = predictor.model(images.normalised()).layers[-1]
@@ -120,7 +120,7 @@ def detect_in_torch(predictor: Predictor, images: ImageBatch, top_k: int) -> lis
 
 
 def detect_in_onnx(session: Session, images: ImageBatch, names: Sequence[str]) -> list[Detections]:
-    """What an ONNX file finds in uint8 pictures, in their own pixels; `names` are those of the class channels."""
+    """What an ONNX file finds in uint8 images, in their own pixels; `names` are those of the class channels."""
     answer = session.run(images)
     detections = []
     for row, (height, width) in enumerate(real_sizes(images).tolist()):

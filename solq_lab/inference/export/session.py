@@ -1,4 +1,4 @@
-"""An ONNX file of ours in onnxruntime, and pictures as it wants them."""
+"""An ONNX file of ours in onnxruntime, and images as it wants them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solq_lab.data.transforms import Resize, TestResize, apply_to_picture
+from solq_lab.data.transforms import Resize, TestResize, apply_to_image
 from solq_lab.structures import ImageBatch
 
-MOST_AT_ONCE = 2  # pictures in one batch where the file takes any number
+MAX_AT_ONCE = 2  # images in one batch where the file takes any number
 
 
 class Session:
@@ -23,8 +23,8 @@ class Session:
 
     Attributes:
         outputs: names of its outputs.
-        size: (height, width) that its pictures must have, pixels; None: any.
-        batch: number of pictures that it takes at once; None: any.
+        size: (height, width) that its images must have, pixels; None: any.
+        batch: number of images that it takes at once; None: any.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,49 +37,49 @@ class Session:
         self.batch = batch if isinstance(batch, int) else None
 
     def run(self, images: ImageBatch) -> dict[str, Tensor]:
-        """The outputs by name for uint8 pictures."""
+        """The outputs by name for uint8 images."""
         given = {"pixels": images.pixels.numpy(), "sizes": real_sizes(images).numpy()}
         answers = self._session.run(None, given)
         return {name: torch.from_numpy(answer) for name, answer in zip(self.outputs, answers, strict=True)}
 
 
 def real_sizes(images: ImageBatch) -> Tensor:
-    """(B, 2) int64 (height, width) of the pictures without their padding, pixels."""
+    """(B, 2) int64 (height, width) of the images without their padding, pixels."""
     real = ~images.padding
     return torch.stack([real[:, :, 0].sum(1), real[:, 0, :].sum(1)], dim=1)
 
 
-def batches(session: Session, pictures: Sequence[np.ndarray], resize: TestResize) -> Iterator[ImageBatch]:
-    """RGB pictures (H, W, 3) uint8 in batches that the file takes, uint8.
+def batches(session: Session, images: Sequence[np.ndarray], resize: TestResize) -> Iterator[ImageBatch]:
+    """RGB images (H, W, 3) uint8 in batches that the file takes, uint8.
 
     Each is resized as `resize` says, or, where the file wants one size, to the largest that fits into it, and padded. A
-    last batch too short for the file repeats its last picture.
+    last batch too short for the file repeats its last image.
     """
-    at_once = session.batch or MOST_AT_ONCE
-    for first in range(0, len(pictures), at_once):
-        some = list(pictures[first : first + at_once])
+    at_once = session.batch or MAX_AT_ONCE
+    for first in range(0, len(images), at_once):
+        some = list(images[first : first + at_once])
         if session.batch is not None:
             some += [some[-1]] * (at_once - len(some))
-        yield _pad_together([_resized(picture, session.size, resize) for picture in some], session.size)
+        yield _pad_together([_resized(image, session.size, resize) for image in some], session.size)
 
 
-def _resized(picture: np.ndarray, room: tuple[int, int] | None, resize: TestResize) -> Tensor:
+def _resized(image: np.ndarray, room: tuple[int, int] | None, resize: TestResize) -> Tensor:
     """(3, h, w) uint8."""
-    pixels = torch.from_numpy(np.array(picture.transpose(2, 0, 1), order="C"))
+    pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
     before = (pixels.shape[1], pixels.shape[2])
     if room is None:
-        return apply_to_picture(resize.plan(before, np.random.default_rng()), pixels)
+        return apply_to_image(resize.plan(before, np.random.default_rng()), pixels)
     share = min(room[0] / before[0], room[1] / before[1])
     after = (max(1, int(before[0] * share)), max(1, int(before[1] * share)))
-    return apply_to_picture([Resize(before, after)], pixels)
+    return apply_to_image([Resize(before, after)], pixels)
 
 
-def _pad_together(pictures: Sequence[Tensor], room: tuple[int, int] | None) -> ImageBatch:
-    """Pictures (3, h, w) as one batch, padded right and bottom to `room`, or to the largest of them."""
-    height, width = room or (max(pixels.shape[1] for pixels in pictures), max(pixels.shape[2] for pixels in pictures))
-    batch = torch.zeros(len(pictures), 3, height, width, dtype=torch.uint8)
-    padding = torch.ones(len(pictures), height, width, dtype=torch.bool)
-    for row, pixels in enumerate(pictures):
+def _pad_together(images: Sequence[Tensor], room: tuple[int, int] | None) -> ImageBatch:
+    """Images (3, h, w) as one batch, padded right and bottom to `room`, or to the largest of them."""
+    height, width = room or (max(pixels.shape[1] for pixels in images), max(pixels.shape[2] for pixels in images))
+    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    for row, pixels in enumerate(images):
         batch[row, :, : pixels.shape[1], : pixels.shape[2]] = pixels
         padding[row, : pixels.shape[1], : pixels.shape[2]] = False
     return ImageBatch(batch, padding)

@@ -18,38 +18,38 @@ from solq_lab.structures import Detections
 from solq_lab.viz.attention import attention_of_object
 from solq_lab.viz.style import class_colours
 from solq_lab.viz.widgets.canvas import as_png
-from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_picture, figure_pixels
+from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_image, figure_pixels
 
-WIDTH = 320  # of the picture, pixels of the screen
+WIDTH = 320  # of the image, pixels of the screen
 ALL = -1  # of a list's options: everything summed up
-NOTHING = "Nothing is found in this picture with that score; lower the score or choose another picture."
+NOTHING = "Nothing is found in this image with that score; lower the score or choose another image."
 
 
 class AttentionExplorer:
-    """A picture whose objects can be clicked, and the attention of the chosen one's query.
+    """An image whose objects can be clicked, and the attention of the chosen one's query.
 
     Attributes:
-        picture, score, object, layer, head, level, close_up: the controls; setting the value of one redraws what
+        image, score, object, layer, head, level, close_up: the controls; setting the value of one redraws what
             depends on it. `layer`, `head` and `level` count from 0, and are `ALL` where they are summed up.
-        stage: the picture; clicking an object chooses it.
+        stage: the image; clicking an object chooses it.
         panels: the drawn attention.
         message: the sentence that is shown where there is nothing to draw, else empty.
         widget: all of it, for JupyterLab to show.
     """
 
     def __init__(self, predictor: Predictor, dataset: CocoDataset, *, score: float = 0.3) -> None:
-        """Show the best object of the first picture.
+        """Show the best object of the first image.
 
         Args:
             predictor: the model, built without `bucket`.
-            dataset: pictures with true masks (`build_pictures`).
+            dataset: images with true masks (`build_images`).
             score: the slider's first value.
 
         Raises:
-            ValueError: the data set has no pictures, or the predictor replays CUDA graphs.
+            ValueError: the data set has no images, or the predictor replays CUDA graphs.
         """
         if len(dataset) == 0:
-            raise ValueError("the data set has no pictures to explore")
+            raise ValueError("the data set has no images to explore")
         self._predictor, self._dataset = predictor, dataset
         self._look = lru_cache(16)(lambda index: predict_with_attention(predictor, self._pixels(index)))
         self._stage_pixels = lru_cache(16)(self._draw_stage)
@@ -62,7 +62,7 @@ class AttentionExplorer:
         )
         self._status = widgets.HTML()
         self.widget = self._lay_out()
-        self._choose_picture()
+        self._choose_image()
 
     @property
     def detections(self) -> Detections:
@@ -73,13 +73,13 @@ class AttentionExplorer:
         """What is shown.
 
         Raises:
-            ValueError: the picture has no object of at least the score.
+            ValueError: the image has no object of at least the score.
         """
         if self.object.value is None:
             raise ValueError(NOTHING)
         which = {name: None if control.value == ALL else control.value for name, control in self._choices.items()}
         return object_view(
-            self._pixels(self.picture.value), self.detections, self._looked()[1], self.object.value, **which
+            self._pixels(self.image.value), self.detections, self._looked()[1], self.object.value, **which
         )
 
     def figure(self) -> Figure:
@@ -96,8 +96,8 @@ class AttentionExplorer:
             return
         found = self.detections
         chosen = -1 if self.object.value is None else self.object.value
-        size = tuple(self._pixels(self.picture.value).shape[:2])
-        self.stage.show(self._stage_pixels(self.picture.value, self.score.value), found, size=size, chosen=chosen)
+        size = tuple(self._pixels(self.image.value).shape[:2])
+        self.stage.show(self._stage_pixels(self.image.value, self.score.value), found, size=size, chosen=chosen)
         try:
             drawn = self.figure()
         except ValueError as reason:
@@ -112,8 +112,8 @@ class AttentionExplorer:
     def _make_controls(self, score: float) -> None:
         model = self._predictor.experiment.model
         narrow = widgets.Layout(width="210px")
-        self.picture = widgets.BoundedIntText(
-            value=0, min=0, max=len(self._dataset) - 1, description="picture", layout=narrow
+        self.image = widgets.BoundedIntText(
+            value=0, min=0, max=len(self._dataset) - 1, description="image", layout=narrow
         )
         self.score = widgets.FloatSlider(
             value=score,
@@ -131,8 +131,8 @@ class AttentionExplorer:
         self.level = self._make_list("level", model.levels, layout=narrow)
         self._choices = {"layer": self.layer, "head": self.head, "level": self.level}
         self.close_up = widgets.Checkbox(value=True, description="close-up", indent=False)
-        for control in (self.picture, self.score):
-            control.observe(lambda _: self._choose_picture(), "value")
+        for control in (self.image, self.score):
+            control.observe(lambda _: self._choose_image(), "value")
         for control in (self.object, *self._choices.values(), self.close_up):
             control.observe(lambda _: self.update(), "value")
 
@@ -141,14 +141,14 @@ class AttentionExplorer:
         return widgets.Dropdown(options=options, value=ALL, description=name, layout=layout)
 
     def _lay_out(self) -> widgets.Widget:
-        chosen = [self.picture, self.score, self.object, *self._choices.values(), self.close_up, self._status]
+        chosen = [self.image, self.score, self.object, *self._choices.values(), self.close_up, self._status]
         controls = widgets.VBox(chosen, layout=widgets.Layout(flex="1 1 auto", min_width="0"))
         top = widgets.HBox([self.stage.widget, controls])
         panels = widgets.VBox([self.panels], layout=widgets.Layout(align_items="flex-start"))  # stretched otherwise
         return widgets.VBox([widgets.HTML(STYLE_SHEET), top, panels])
 
-    def _choose_picture(self) -> None:
-        """Another picture or score: other objects, the best one chosen."""
+    def _choose_image(self) -> None:
+        """Another image or score: other objects, the best one chosen."""
         found = self.detections
         names = zip(found.names, found.scores.tolist(), strict=True)
         self._quiet = True
@@ -161,11 +161,11 @@ class AttentionExplorer:
         self.object.value = row
 
     def _looked(self) -> tuple[Detections, list[LayerAttention]]:
-        return self._look(self.picture.value)
+        return self._look(self.image.value)
 
     def _draw_stage(self, index: int, score: float) -> np.ndarray:
         found = self._look(index)[0].above(score)
-        return draw_picture(self._pixels(index), found, class_colours(found.labels.tolist()), width=WIDTH)
+        return draw_image(self._pixels(index), found, class_colours(found.labels.tolist()), width=WIDTH)
 
     def _describe(self) -> str:
         """What is summed up, in words: "layer 3, all heads, level 1"."""

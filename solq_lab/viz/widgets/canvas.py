@@ -59,20 +59,20 @@ class Panel(ABC):
         return None
 
 
-class PicturePanel(Panel):
-    """A panel of one square picture under a title."""
+class ImagePanel(Panel):
+    """A panel of one square image under a title."""
 
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
         hide_axes(axes)
         axes.set(xlim=(0, 1), ylim=(1, 0))
-        self.picture: AxesImage = axes.imshow(np.full((1, 1, 3), 255, dtype=np.uint8), extent=(0, 1, 1, 0))
+        self.image: AxesImage = axes.imshow(np.full((1, 1, 3), 255, dtype=np.uint8), extent=(0, 1, 1, 0))
         self.title = axes.set_title(" ")
-        self.moving = [self.picture, self.title]
+        self.moving = [self.image, self.title]
 
     def set(self, pixels: np.ndarray, title: str) -> None:
         """Show pixels (H, W, 3) uint8, which are stretched to the square."""
-        self.picture.set_data(pixels)
+        self.image.set_data(pixels)
         self.title.set_text(title)
 
 
@@ -80,7 +80,7 @@ class Canvas:
     """One live panel and the widget that shows it.
 
     Attributes:
-        picture: the widget.
+        image: the widget.
         drawn: how often it was drawn.
     """
 
@@ -94,7 +94,7 @@ class Canvas:
             artist.set_animated(True)  # `draw` leaves them out
         self._backgrounds: dict[Hashable, Any] = {}
         self._shown: Hashable = None
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%", min_width="0"))
+        self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%", min_width="0"))
         self.drawn = 0
 
     def show(self, view: Any) -> None:
@@ -107,7 +107,7 @@ class Canvas:
             self._restore_background()
             for artist in self.panel.moving:
                 self.panel.axes.draw_artist(artist)
-        self.picture.value = as_png(np.asarray(self._agg.buffer_rgba())[..., :3])
+        self.image.value = as_png(np.asarray(self._agg.buffer_rgba())[..., :3])
         self._shown = wanted
         self.drawn += 1
 

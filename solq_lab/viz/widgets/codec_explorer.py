@@ -19,7 +19,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.viz.style import CODEC_COLOURS, GREY, KIND_COLOURS, STYLE, hide_axes, new_figure
 from solq_lab.viz.widgets.canvas import Canvas, as_png, table_figure
 from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS, CodecLab, Reconstructed, object_title
-from solq_lab.viz.widgets.codec_panels import SIDE, TABLE, Setting, View, error_picture, fit_square, grey
+from solq_lab.viz.widgets.codec_panels import SIDE, TABLE, Setting, View, error_image, fit_square, grey
 from solq_lab.viz.widgets.objects import ObjectFolder, Split
 from solq_lab.viz.widgets.shelf import METHODS
 from solq_lab.viz.widgets.trial import RULES
@@ -29,10 +29,10 @@ GALLERY = 10  # objects
 THUMBNAIL = 112  # pixels
 FRAMES = 48  # of the animation, about
 FRAME_MILLISECONDS = 200
-LEAST_SIDES = {"all": 0, "16 pixels and more": 16, "32 pixels and more": 32, "96 pixels and more": 96}
+MIN_SIDES = {"all": 0, "16 pixels and more": 16, "32 pixels and more": 32, "96 pixels and more": 96}
 TOOLTIPS = {
-    "data_set": "whose pictures and objects are shown; PCA and sparse codes are fitted to its masks",
-    "picture": "pictures by rising id, counted from 0",
+    "data_set": "whose images and objects are shown; PCA and sparse codes are fitted to its masks",
+    "image": "images by rising id, counted from 0",
     "object": "class and box, pixels",
     "method": "the mask code: what a vector means",
     "mask_size": "N: the mask is drawn into N x N cells of its box",
@@ -56,7 +56,7 @@ class CodecExplorer:
     """Controls, live panels, and a gallery of the worst.
 
     Attributes:
-        data_set, picture, object, method, mask_size, vector_dim, terms, rule, error: the controls; setting the value of
+        data_set, image, object, method, mask_size, vector_dim, terms, rule, error: the controls; setting the value of
             one redraws what depends on it.
         widget: all of it, for JupyterLab to show.
         message: the sentence that is shown where there is nothing to draw or something takes time; else empty.
@@ -80,7 +80,7 @@ class CodecExplorer:
             method: "dct", "pca", "sparse" or "flatten".
             mask_size: N, cells.
             vector_dim: n_k.
-            boundary_ratio: boundary width over the picture's diagonal.
+            boundary_ratio: boundary width over the image's diagonal.
 
         Raises:
             DataError: there is no data set, or the first cannot be read or has no object.
@@ -112,7 +112,7 @@ class CodecExplorer:
 
     @property
     def setting(self) -> Setting | None:
-        """What the controls say; None where the picture has no object."""
+        """What the controls say; None where the image has no object."""
         if self.object.value is None:
             return None
         return Setting(
@@ -135,7 +135,7 @@ class CodecExplorer:
         self.lab.folder(self.data_set.value)  # it may have been refused
         setting = self.setting
         if setting is None:
-            raise ValueError(f"Picture {self.picture.value} has no object; choose another one.")
+            raise ValueError(f"Image {self.image.value} has no object; choose another one.")
         return self.lab.view(setting)
 
     def update(self) -> None:
@@ -147,7 +147,7 @@ class CodecExplorer:
             return
         for canvas in self._canvases.values():
             canvas.show(view)
-            canvas.picture.layout.visibility = "visible"
+            canvas.image.layout.visibility = "visible"
         empty = not view.trial.bits.any()
         self._report("This object is too small to fill half a cell: its mask is empty." if empty else "")
         self._numbers.value = (
@@ -163,7 +163,7 @@ class CodecExplorer:
         """Fill the gallery with the objects that come back worst from the present code."""
         setting = self.setting
         if setting is None:
-            self._gallery_note.value = "This picture has no object; choose one to say which code is meant."
+            self._gallery_note.value = "This image has no object; choose one to say which code is meant."
             return
         self._gallery_note.value = "Looking ..."
         try:
@@ -183,10 +183,10 @@ class CodecExplorer:
                 self._captions[place].value = self._buttons[place].tooltip = caption
 
     def show_object(self, row: int) -> None:
-        """Go to an object of the present data set, in its picture."""
-        picture = self.lab.folder(self.data_set.value)[row].picture
+        """Go to an object of the present data set, in its image."""
+        image = self.lab.folder(self.data_set.value)[row].image
         with self._together():
-            self.picture.value = picture
+            self.image.value = image
             self._list_objects()
             self.object.value = row
 
@@ -212,7 +212,7 @@ class CodecExplorer:
             trial = self.lab.trial(view.setting._replace(terms=count))
             axes[0, place].imshow(grey(trial.decoded.numpy()))
             axes[0, place].set_title(f"{count}")
-            axes[1, place].imshow(fit_square(error_picture(view.pixels, view.item, trial.rle)[0], sharp=True))
+            axes[1, place].imshow(fit_square(error_image(view.pixels, view.item, trial.rle)[0], sharp=True))
             axes[1, place].set_title(f"IoU {trial.iou:.2f}")
         for place in axes.flat:
             hide_axes(place)
@@ -241,7 +241,7 @@ class CodecExplorer:
         style = {"description_width": "78px"}
         look = {"layout": {"width": "98%"}, "style": style}
         self.data_set = widgets.Dropdown(options=names, description="data set", **look)
-        self.picture = widgets.IntSlider(min=0, max=0, description="picture", **look)
+        self.image = widgets.IntSlider(min=0, max=0, description="image", **look)
         self.object = widgets.Dropdown(options=[], description="object", **look)
         self.method = widgets.Dropdown(options=METHODS, value=method, description="method", **look)
         sizes = sorted({*MASK_SIZES, mask_size})
@@ -255,11 +255,11 @@ class CodecExplorer:
         self._set_frames(vector_dim)
         self.compare = widgets.Button(description="fit all methods", icon="line-chart")
         self.search = widgets.Button(description="find the worst", icon="search")
-        self.least_side = widgets.Dropdown(options=LEAST_SIDES, description="box side", style=style)
+        self.least_side = widgets.Dropdown(options=MIN_SIDES, description="box side", style=style)
         for name, tooltip in TOOLTIPS.items():
             getattr(self, name).tooltip = tooltip
         self.data_set.observe(lambda _: self._choose_data_set(), "value")
-        self.picture.observe(lambda _: self._choose_picture(), "value")
+        self.image.observe(lambda _: self._choose_image(), "value")
         self.vector_dim.observe(lambda _: self._choose_length(), "value")
         for control in (self.object, self.method, self.mask_size, self.terms, self.rule, self.error):
             control.observe(lambda _: self._redraw(), "value")
@@ -270,7 +270,7 @@ class CodecExplorer:
     def _lay_out(self) -> widgets.Widget:
         third = widgets.Layout(width="33.3%", min_width="0")
         columns = (
-            (self.data_set, self.picture, self.object),
+            (self.data_set, self.image, self.object),
             (self.method, self.mask_size, self.vector_dim),
             (self.rule, self.error, self.terms),
         )
@@ -278,8 +278,8 @@ class CodecExplorer:
         panels = []
         for panel, canvas in self._canvases.items():
             row, column = TABLE[panel]
-            canvas.picture.layout.grid_area = f"{row + 1} / {column + 1} / auto / span {panel.columns}"
-            panels.append(canvas.picture)
+            canvas.image.layout.grid_area = f"{row + 1} / {column + 1} / auto / span {panel.columns}"
+            panels.append(canvas.image)
         grid = widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns="repeat(5, 1fr)", width="100%"))
         self._status.layout.min_height = "24px"
         line = widgets.HBox([self.play, self.compare, self._status])
@@ -326,11 +326,11 @@ class CodecExplorer:
     def _choose_data_set(self) -> None:
         folder = self._folder()
         with self._together():
-            self.picture.value = 0
-            self.picture.max = 0 if folder is None else folder.pictures - 1
+            self.image.value = 0
+            self.image.max = 0 if folder is None else folder.images - 1
             self._list_objects()
 
-    def _choose_picture(self) -> None:
+    def _choose_image(self) -> None:
         with self._together():
             self._list_objects()
 
@@ -349,7 +349,7 @@ class CodecExplorer:
 
     def _list_objects(self) -> None:
         folder = self._folder()
-        rows = () if folder is None else folder.rows_of(self.picture.value)
+        rows = () if folder is None else folder.rows_of(self.image.value)
         self.object.options = [(object_title(folder[row], place), row) for place, row in enumerate(rows, start=1)]
         self.object.value = rows[0] if rows else None
 
@@ -370,15 +370,15 @@ class CodecExplorer:
         self._report(reason)
         self._numbers.value = ""
         for canvas in self._canvases.values():
-            canvas.picture.layout.visibility = "hidden"
+            canvas.image.layout.visibility = "hidden"
 
     def _thumbnail(self, setting: Setting, one: Reconstructed, *, side: int = THUMBNAIL) -> tuple[np.ndarray, str]:
         """Pixels (side, side, 3) and caption of an object in the gallery."""
         whole = setting._replace(row=one.row, terms=setting.vector_dim, error=0.0)
         item = self.lab.folder(setting.data_set)[one.row]
-        pixels = self.lab.pixels(setting.data_set, item.picture)
+        pixels = self.lab.pixels(setting.data_set, item.image)
         return (
-            fit_square(error_picture(pixels, item, self.lab.trial(whole).rle)[0], side, sharp=True),
+            fit_square(error_image(pixels, item, self.lab.trial(whole).rle)[0], side, sharp=True),
             f"{item.name} {one.iou:.2f}",
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from solq_lab.viz.widgets.codec_panels import Curve, Setting, View
 from solq_lab.viz.widgets.objects import BoxedObject, ObjectFolder, Split
-from solq_lab.viz.widgets.shelf import METHODS, MOST_COMPONENTS, CodecShelf
+from solq_lab.viz.widgets.shelf import MAX_COMPONENTS, METHODS, CodecShelf
 from solq_lab.viz.widgets.trial import Rule, Trial, decode_ious, decode_trial, term_order
 
 VECTOR_DIMS = (1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 300, 324, 361, 400, 576, 784)
@@ -37,7 +37,7 @@ class CodecLab:
     Args:
         splits: the data sets by name; each is read when it is first looked at.
         cache: folder for fitted codes.
-        boundary_ratio: boundary width over the picture's diagonal.
+        boundary_ratio: boundary width over the image's diagonal.
         report: is given a sentence before something takes seconds.
     """
 
@@ -47,7 +47,7 @@ class CodecLab:
         self._splits, self._cache, self._ratio, self._report = dict(splits), Path(cache), boundary_ratio, report
         self._folders: dict[str, ObjectFolder] = {}
         self._shelves: dict[str, CodecShelf] = {}
-        self._read_picture = lru_cache(8)(lambda name, picture: self.folder(name).pixels(picture))
+        self._read_image = lru_cache(8)(lambda name, image: self.folder(name).pixels(image))
         self._bits = lru_cache(REMEMBERED)(lambda name, row, size: self.folder(name).bits([row], size)[0])
         self._vector = lru_cache(8 * REMEMBERED)(self._encode)
         self._curve = lru_cache(8 * REMEMBERED)(self._measure_curve)
@@ -66,7 +66,7 @@ class CodecLab:
         """All that is shown for a setting.
 
         Raises:
-            ValueError: there is no such code, or the picture cannot be read.
+            ValueError: there is no such code, or the image cannot be read.
         """
         item = self.folder(setting.data_set)[setting.row]
         codec = self._shelf(setting.data_set).codec(setting.method, setting.mask_size, setting.vector_dim)
@@ -74,7 +74,7 @@ class CodecLab:
         return View(
             setting,
             item,
-            self.pixels(setting.data_set, item.picture),
+            self.pixels(setting.data_set, item.image),
             self.trial(setting),
             self._continued(setting, vector),
             term_order(codec, vector),
@@ -97,14 +97,14 @@ class CodecLab:
             boundary_ratio=self._ratio,
         )
 
-    def pixels(self, data_set: str, picture: int) -> np.ndarray:
-        """A picture of a data set, (H, W, 3) uint8. Raises DataError where its file cannot be read."""
-        return self._read_picture(data_set, picture)
+    def pixels(self, data_set: str, image: int) -> np.ndarray:
+        """An image of a data set, (H, W, 3) uint8. Raises DataError where its file cannot be read."""
+        return self._read_image(data_set, image)
 
     def compare_methods(self, setting: Setting) -> None:
         """Fit what the lines of all methods need at this setting's N, so that they are there from now on."""
         shelf = self._shelf(setting.data_set)
-        most = min(MOST_COMPONENTS, len(shelf.rows), setting.mask_size**2)
+        most = min(MAX_COMPONENTS, len(shelf.rows), setting.mask_size**2)
         shelf.codec("pca", setting.mask_size, most)
         for count in SPARSE_DIMS:
             if count <= setting.mask_size**2:
@@ -149,9 +149,7 @@ class CodecLab:
     def _longest(self, setting: Setting) -> int:
         """Length of the longest vector that is shown for a nested code."""
         most = (
-            MOST_COMPONENTS
-            if setting.method == "dct"
-            else min(MOST_COMPONENTS, len(self._shelf(setting.data_set).rows))
+            MAX_COMPONENTS if setting.method == "dct" else min(MAX_COMPONENTS, len(self._shelf(setting.data_set).rows))
         )
         return max(setting.vector_dim, min(most, setting.mask_size**2))
 
@@ -216,6 +214,6 @@ class CodecLab:
 
 
 def object_title(item: BoxedObject, place: int) -> str:
-    """An object's name in a list of its picture's objects."""
+    """An object's name in a list of its image's objects."""
     x0, y0, x1, y1 = item.box.tolist()
     return f"{place}: {item.name}, {x1 - x0:.0f} x {y1 - y0:.0f}"

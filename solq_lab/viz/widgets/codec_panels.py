@@ -16,13 +16,13 @@ from torch import Tensor
 from solq_lab.codecs.dct import zigzag
 from solq_lab.masks import decode_rle
 from solq_lab.viz.style import ADDED, BLUE, CODEC_COLOURS, GREY, MISSED
-from solq_lab.viz.widgets.canvas import Cell, Panel, PicturePanel
+from solq_lab.viz.widgets.canvas import Cell, ImagePanel, Panel
 from solq_lab.viz.widgets.objects import BoxedObject
 from solq_lab.viz.widgets.trial import Trial
 
-SIDE = 226  # of the square pictures, pixels of the screen
+SIDE = 226  # of the square images, pixels of the screen
 MARGIN = 0.12  # around an object, as a share of its larger side
-MOST_BARS = (400, 800)  # ends of the axis of coefficients
+MAX_BARS = (400, 800)  # ends of the axis of coefficients
 VALUES = SymLogNorm(linthresh=1.0, vmin=-128, vmax=128)  # a full mask's first cosine coefficient is N
 PALE = "#D9D9D9"
 ABOVE_LEGEND = 0.5  # an IoU below it has its number above its point, or it would cover the legend
@@ -49,7 +49,7 @@ class Curve(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the panels show: an object, its picture (H, W, 3) uint8, and its way through a code.
+    """What the panels show: an object, its image (H, W, 3) uint8, and its way through a code.
 
     continued: (>= D,) the vector and the entries that follow where the code were longer, for codes where they exist.
     order: (D,) the vector's entries by importance; the first `setting.terms` are kept.
@@ -64,8 +64,8 @@ class View(NamedTuple):
     curves: Mapping[str, Curve]
 
 
-class Picture(PicturePanel):
-    """The whole picture, the object tinted."""
+class Original(ImagePanel):
+    """The whole image, the object tinted."""
 
     def depends_on(self, view: View) -> Hashable:
         return view.setting.data_set, view.setting.row
@@ -76,7 +76,7 @@ class Picture(PicturePanel):
         self.set(pixels, f"{view.item.name}, {x1 - x0:.0f} x {y1 - y0:.0f} pixels")
 
 
-class Target(PicturePanel):
+class Target(ImagePanel):
     """The mask in its box: what is encoded."""
 
     def depends_on(self, view: View) -> Hashable:
@@ -86,7 +86,7 @@ class Target(PicturePanel):
         self.set(grey(view.trial.bits.numpy()), f"in its box: {view.setting.mask_size} x {view.setting.mask_size} bits")
 
 
-class Decoded(PicturePanel):
+class Decoded(ImagePanel):
     """The reconstruction as real numbers."""
 
     def show(self, view: View) -> None:
@@ -95,18 +95,18 @@ class Decoded(PicturePanel):
         self.set(grey(view.trial.decoded.numpy()), f"decoded from {kept}")
 
 
-class Binary(PicturePanel):
+class Binary(ImagePanel):
     """The reconstruction as a mask."""
 
     def show(self, view: View) -> None:
         self.set(grey(view.trial.back.numpy()), f"above the threshold, {view.trial.cut:.2f}")
 
 
-class Errors(PicturePanel):
-    """The reconstruction in the picture: pixels missed and pixels added."""
+class Errors(ImagePanel):
+    """The reconstruction in the image: pixels missed and pixels added."""
 
     def show(self, view: View) -> None:
-        pixels, missed, added = error_picture(view.pixels, view.item, view.trial.rle)
+        pixels, missed, added = error_image(view.pixels, view.item, view.trial.rle)
         self.set(fit_square(pixels, sharp=True), f"missed {missed}, added {added} pixels")
 
 
@@ -132,7 +132,7 @@ class Vector(Panel):
 
     def show(self, view: View) -> None:
         setting, values = view.setting, view.continued.numpy()
-        self.axes.set_xlim(-4, next(end for end in MOST_BARS if len(values) <= end) + 4)
+        self.axes.set_xlim(-4, next(end for end in MAX_BARS if len(values) <= end) + 4)
         kept = np.full(len(values), PALE)
         kept[: setting.vector_dim] = GREY
         kept[view.order[: setting.terms].numpy()] = CODEC_COLOURS[setting.method]
@@ -148,7 +148,7 @@ class Vector(Panel):
         self.axes.title.set_text(f"{setting.vector_dim} {kind}{order[setting.method]}")
 
 
-class HeatMap(PicturePanel):
+class HeatMap(ImagePanel):
     """The same as a map: the corner of the cosine spectrum; other vectors row by row."""
 
     def show(self, view: View) -> None:
@@ -207,7 +207,7 @@ class Curves(Panel):
 
 
 TABLE: dict[type[Panel], Cell] = {
-    Picture: Cell(0, 0),
+    Original: Cell(0, 0),
     Target: Cell(0, 1),
     Decoded: Cell(0, 2),
     Binary: Cell(0, 3),
@@ -232,22 +232,22 @@ def diverging(values: np.ndarray) -> np.ndarray:
 
 
 def tinted(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) whose pixels outside `mask` (H, W) fade, and those inside keep their colour under a tint."""
+    """An image (H, W, 3) whose pixels outside `mask` (H, W) fade, and those inside keep their colour under a tint."""
     faded = (0.45 * pixels + 0.55 * 255).astype(np.uint8)
     inside = (0.62 * pixels + 0.38 * 255 * np.array(to_rgb(BLUE))).astype(np.uint8)
     return np.where(mask[..., None], inside, faded)
 
 
-def error_picture(pixels: np.ndarray, item: BoxedObject, found: dict) -> tuple[np.ndarray, int, int]:
+def error_image(pixels: np.ndarray, item: BoxedObject, found: dict) -> tuple[np.ndarray, int, int]:
     """The surroundings of an object in grey, (h, w, 3) uint8, with the pixels that a mask misses and adds coloured.
 
     Args:
-        pixels: the picture (H, W, 3) uint8.
+        pixels: the image (H, W, 3) uint8.
         item: the object.
-        found: RLE of the mask, of the picture's size.
+        found: RLE of the mask, of the image's size.
 
     Returns:
-        the picture, how many pixels are missed, and how many added.
+        the image, how many pixels are missed, and how many added.
     """
     truth, mask = decode_rle([item.rle, found]).numpy()
     x0, y0, x1, y1 = item.box.tolist()
@@ -263,7 +263,7 @@ def error_picture(pixels: np.ndarray, item: BoxedObject, found: dict) -> tuple[n
 
 
 def fit_square(pixels: np.ndarray, side: int = SIDE, *, sharp: bool = False) -> np.ndarray:
-    """(side, side, 3): a picture as large as fits, centred on white; `sharp` keeps the edges of single pixels."""
+    """(side, side, 3): an image as large as fits, centred on white; `sharp` keeps the edges of single pixels."""
     height, width = pixels.shape[:2]
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))

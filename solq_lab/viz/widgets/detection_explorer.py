@@ -1,4 +1,4 @@
-"""The detection explorer: what one model finds in a picture, or two with a wipe between them. Paper: figures 3 and 5.
+"""The detection explorer: what one model finds in an image, or two with a wipe between them. Paper: figures 3 and 5.
 
 `DetectionExplorer.widget` is for JupyterLab; `figure` is the same view as a plain figure.
 """
@@ -16,49 +16,49 @@ from matplotlib.figure import Figure
 from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
-from solq_lab.viz.pictures import draw_objects
+from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import STYLE, class_colours, new_figure
-from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_picture, pick
+from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_image, pick
 
-WIDTH = 460  # of the picture, pixels of the screen
-LEAST_SCORE = 0.05  # below it are hundreds of guesses; the slider starts here
+WIDTH = 460  # of the image, pixels of the screen
+MIN_SCORE = 0.05  # below it are hundreds of guesses; the slider starts here
 SEAM = 2  # width of the line of the wipe, pixels
 NAMED = widgets.Layout(width="auto")
 WIPE_NAMES = '<div style="display:flex;justify-content:space-between;line-height:1.2"><b>{}</b><b>{}</b></div>'
 
 
 class DetectionExplorer:
-    """A picture with its detections, a score slider, a switch per object, and with two models a wipe.
+    """An image with its detections, a score slider, a switch per object, and with two models a wipe.
 
     Attributes:
-        picture, score, truth, wipe: the controls; setting the value of one redraws the picture. Left of the wipe, a
+        image, score, truth, wipe: the controls; setting the value of one redraws the image. Left of the wipe, a
             share of the width, the first model is shown, right of it the second.
         switches: model -> one switch per object of at least the score, best first; clicking an object turns it off.
-        stage: the picture.
+        stage: the image.
         widget: all of it, for JupyterLab to show.
     """
 
     def __init__(self, predictors: Mapping[str, Predictor], dataset: CocoDataset, *, score: float = 0.3) -> None:
-        """Show the first picture.
+        """Show the first image.
 
         Args:
             predictors: one model or two, by name.
-            dataset: pictures with true masks (`build_pictures`).
+            dataset: images with true masks (`build_images`).
             score: the slider's first value.
 
         Raises:
-            ValueError: another number of models, or no pictures.
+            ValueError: another number of models, or no images.
         """
         if len(predictors) not in (1, 2):
             raise ValueError(f"{len(predictors)} models: allowed are one, or two with a wipe between them")
         if len(dataset) == 0:
-            raise ValueError("the data set has no pictures to explore")
+            raise ValueError("the data set has no images to explore")
         self._predictors, self._dataset = dict(predictors), dataset
         self._find = lru_cache(64)(self._predict)
         self._draw = lru_cache(64)(self._draw_objects)
-        self.picture = widgets.BoundedIntText(value=0, min=0, max=len(dataset) - 1, description="picture")
+        self.image = widgets.BoundedIntText(value=0, min=0, max=len(dataset) - 1, description="image")
         self.score = widgets.FloatSlider(
-            value=score, min=LEAST_SCORE, max=0.95, step=0.05, description="score", readout_format=".2f"
+            value=score, min=MIN_SCORE, max=0.95, step=0.05, description="score", readout_format=".2f"
         )
         self.truth = widgets.Checkbox(value=False, description="ground truth", indent=False, layout=NAMED)
         wide = widgets.Layout(width=f"{WIDTH}px", margin="0")
@@ -68,7 +68,7 @@ class DetectionExplorer:
         self.stage = Stage(WIDTH, self._turn_off)
         self._columns = {name: widgets.VBox(layout=widgets.Layout(min_width="170px")) for name in predictors}
         self.widget = self._lay_out()
-        for control in (self.picture, self.score):
+        for control in (self.image, self.score):
             control.observe(lambda _: self._choose(), "value")
         for control in (self.truth, self.wipe):
             control.observe(lambda _: self.update(), "value")
@@ -80,14 +80,14 @@ class DetectionExplorer:
         return list(self._predictors)
 
     def shown(self, name: str) -> Detections:
-        """A model's objects in the picture that are switched on."""
+        """A model's objects in the image that are switched on."""
         found = self._found(name)
         return pick(found, [row for row, switch in enumerate(self.switches[name]) if switch.value])
 
     def composed(self) -> np.ndarray:
-        """(h, w, 3) uint8: the picture as the stage shows it."""
+        """(h, w, 3) uint8: the image as the stage shows it."""
         if self.truth.value:
-            return self._draw("", self.picture.value, ())
+            return self._draw("", self.image.value, ())
         sides = [self._drawn(name) for name in self.names]
         if len(sides) == 1:
             return sides[0]
@@ -98,18 +98,18 @@ class DetectionExplorer:
         return pixels
 
     def update(self) -> None:
-        """Show the picture for the controls' present values."""
-        size = self._dataset[self.picture.value][0].shape[1:]
+        """Show the image for the controls' present values."""
+        size = self._dataset[self.image.value][0].shape[1:]
         boxes = None if self.truth.value else self.shown(self._clickable())
         self.stage.show(self.composed(), boxes, size=tuple(size))
 
     @mpl.rc_context(STYLE)
     def figure(self) -> Figure:
         """Ground truth and each model's shown objects, side by side."""
-        index, pixels = self.picture.value, self._pixels(self.picture.value)
+        index, pixels = self.image.value, self._pixels(self.image.value)
         panels = {"ground truth": self._dataset.objects(index)}
         panels |= {f"{name}: {len(self.shown(name).labels)} shown": self.shown(name) for name in self.names}
-        title = f"picture {index} (id {self._dataset.image_ids[index]}), scores of at least {self.score.value:.2f}"
+        title = f"image {index} (id {self._dataset.image_ids[index]}), scores of at least {self.score.value:.2f}"
         size = 3.6 * len(panels), 0.7 + 3.6 * pixels.shape[0] / pixels.shape[1]
         figure, axes = new_figure(1, len(panels), size=size, title=title)
         for place, (heading, objects) in zip(axes[0], panels.items(), strict=True):
@@ -118,14 +118,14 @@ class DetectionExplorer:
         return figure
 
     def _lay_out(self) -> widgets.Widget:
-        controls = widgets.HBox([self.picture, self.score, self.truth])
-        # No description: the slider is as wide as the picture, so that its handle stays under the line.
+        controls = widgets.HBox([self.image, self.score, self.truth])
+        # No description: the slider is as wide as the image, so that its handle stays under the line.
         under = [self.wipe, widgets.HTML(WIPE_NAMES.format(*self.names))] if len(self._predictors) == 2 else []
-        picture = widgets.VBox([self.stage.widget, *under])
-        return widgets.VBox([widgets.HTML(STYLE_SHEET), controls, widgets.HBox([picture, *self._columns.values()])])
+        image = widgets.VBox([self.stage.widget, *under])
+        return widgets.VBox([widgets.HTML(STYLE_SHEET), controls, widgets.HBox([image, *self._columns.values()])])
 
     def _choose(self) -> None:
-        """Another picture or score: new switches, all on."""
+        """Another image or score: new switches, all on."""
         for name, column in self._columns.items():
             found = self._found(name)
             captions = zip(found.names, found.scores.tolist(), strict=True)
@@ -145,11 +145,11 @@ class DetectionExplorer:
         on[row].value = False
 
     def _clickable(self) -> str:
-        """The model whose objects can be clicked: the one with the larger part of the picture."""
+        """The model whose objects can be clicked: the one with the larger part of the image."""
         return self.names[0 if len(self.names) == 1 or self.wipe.value >= 0.5 else 1]
 
     def _found(self, name: str) -> Detections:
-        return self._find(name, self.picture.value).above(self.score.value)
+        return self._find(name, self.image.value).above(self.score.value)
 
     def _predict(self, name: str, index: int) -> Detections:
         return self._predictors[name].predict(self._pixels(index))
@@ -157,16 +157,16 @@ class DetectionExplorer:
     def _drawn(self, name: str) -> np.ndarray:
         found = self._found(name)
         on = tuple(row for row, switch in enumerate(self.switches[name]) if switch.value)
-        return self._draw(name, self.picture.value, on if len(found.labels) else ())
+        return self._draw(name, self.image.value, on if len(found.labels) else ())
 
     def _draw_objects(self, name: str, index: int, rows: Sequence[int]) -> np.ndarray:
-        """The picture with some of a model's objects, best first; with the true ones where there is no name."""
+        """The image with some of a model's objects, best first; with the true ones where there is no name."""
         objects = pick(self._find(name, index), rows) if name else self._dataset.objects(index)
-        return draw_picture(self._pixels(index), objects, self._colours(index), width=WIDTH)
+        return draw_image(self._pixels(index), objects, self._colours(index), width=WIDTH)
 
     def _colours(self, index: int) -> dict[int, str]:
         """One colour per class, the same for every model."""
-        found = [self._find(name, index).above(LEAST_SCORE) for name in self.names]
+        found = [self._find(name, index).above(MIN_SCORE) for name in self.names]
         everything = [self._dataset.objects(index), *found]
         return class_colours(label for objects in everything for label in objects.labels.tolist())
 

@@ -1,4 +1,4 @@
-"""The pictures and objects of a COCO folder, for looking at one after the other."""
+"""The images and objects of a COCO folder, for looking at one after the other."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from solq_lab import masks
 from solq_lab.data.annotations import DataError, read_annotations
 from solq_lab.data.classes import ClassMap
+from solq_lab.data.image_files import read_image
 from solq_lab.data.objects import ObjectMasks
-from solq_lab.data.pictures import read_picture
 from solq_lab.data.shapes import write_shapes
 
 
 class Split(NamedTuple):
-    """Where the pictures and the annotations of a data set are."""
+    """Where the images and the annotations of a data set are."""
 
-    pictures: Path
+    images: Path
     annotations: Path
 
 
@@ -30,15 +30,15 @@ class BoxedObject(NamedTuple):
     """One object of a data set.
 
     row: its place in the data set.
-    picture: place of its picture.
+    image: place of its image.
     name: of its class.
     box: (4,) float64 xyxy, image pixels.
-    size: (height, width) of the picture, pixels.
-    rle: its mask, as a compressed RLE of the picture's size.
+    size: (height, width) of the image, pixels.
+    rle: its mask, as a compressed RLE of the image's size.
     """
 
     row: int
-    picture: int
+    image: int
     name: str
     box: Tensor
     size: tuple[int, int]
@@ -46,7 +46,7 @@ class BoxedObject(NamedTuple):
 
 
 def find_splits(root: Path | str) -> dict[str, Split]:
-    """The data sets of a folder laid out like COCO: annotations/instances_NAME.json beside a folder NAME of pictures.
+    """The data sets of a folder laid out like COCO: annotations/instances_NAME.json beside a folder NAME of images.
 
     Raises:
         DataError: there is none.
@@ -60,17 +60,17 @@ def find_splits(root: Path | str) -> dict[str, Split]:
     if not found:
         raise DataError(
             f"{root}: no data set in COCO's layout; needed are annotations/instances_NAME.json and a folder NAME "
-            "with the pictures"
+            "with the images"
         )
     return found
 
 
 class ObjectFolder:
-    """All objects of a data set that are no crowd, by picture. Pictures and masks are read when they are asked for.
+    """All objects of a data set that are no crowd, by image. Images and masks are read when they are asked for.
 
     Attributes:
         annotations: path of the annotation file.
-        pictures: how many pictures there are, with objects or without.
+        images: how many images there are, with objects or without.
     """
 
     def __init__(self, split: Split) -> None:
@@ -83,10 +83,10 @@ class ObjectFolder:
         document = read_annotations(self.annotations)
         self._masks = ObjectMasks(document, mask_size=1)
         self._classes = ClassMap.from_annotations(document)
-        self.pictures = len(self._masks.pictures.ids)
+        self.images = len(self._masks.images.ids)
         if len(self) == 0:
             raise DataError(
-                f"{self.annotations}: none of the {self.pictures} pictures has an object (crowds do not count); "
+                f"{self.annotations}: none of the {self.images} images has an object (crowds do not count); "
                 "a mask code needs masks to show: choose another data set"
             )
 
@@ -94,30 +94,30 @@ class ObjectFolder:
         return len(self._masks)
 
     def __getitem__(self, row: int) -> BoxedObject:
-        objects, size = self._masks.objects, self._masks.picture_size(row)
+        objects, size = self._masks.objects, self._masks.image_size(row)
         return BoxedObject(
             row,
-            picture=int(np.searchsorted(objects.starts, row, side="right")) - 1,
+            image=int(np.searchsorted(objects.starts, row, side="right")) - 1,
             name=self._classes.names[self._classes.channel_of(int(objects.categories[row]))],
             box=torch.from_numpy(objects.boxes[row]),
             size=size,
             rle=masks.segmentation_to_rle(self._masks.segmentation(row), size),
         )
 
-    def rows_of(self, picture: int) -> range:
-        """The rows of a picture's objects."""
-        return range(*self._masks.objects.starts[picture : picture + 2].tolist())
+    def rows_of(self, image: int) -> range:
+        """The rows of an image's objects."""
+        return range(*self._masks.objects.starts[image : image + 2].tolist())
 
-    def pixels(self, picture: int) -> np.ndarray:
-        """A picture, (H, W, 3) uint8.
+    def pixels(self, image: int) -> np.ndarray:
+        """An image, (H, W, 3) uint8.
 
         Raises:
             DataError: its file is missing or cannot be read.
         """
-        pictures = self._masks.pictures
-        size = tuple(pictures.sizes[picture].tolist())
-        image = read_picture(self._folder / pictures.names[picture], int(pictures.ids[picture]), size)
-        return image.permute(1, 2, 0).numpy()
+        images = self._masks.images
+        size = tuple(images.sizes[image].tolist())
+        pixels = read_image(self._folder / images.names[image], int(images.ids[image]), size)
+        return pixels.permute(1, 2, 0).numpy()
 
     def sides(self) -> np.ndarray:
         """(A,) the square roots of all objects' box areas, pixels."""
@@ -134,7 +134,7 @@ class ObjectFolder:
         return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int)).tolist()
 
 
-def draw_splits(root: Path | str, *, pictures: int = 200) -> dict[str, Split]:
+def draw_splits(root: Path | str, *, images: int = 200) -> dict[str, Split]:
     """Two data sets of shapes, easy and hard ones, drawn into a folder where they are missing.
 
     Raises:
@@ -143,6 +143,6 @@ def draw_splits(root: Path | str, *, pictures: int = 200) -> dict[str, Split]:
     splits = {}
     for level in ("easy", "hard"):
         folder = Path(root) / level
-        write_shapes(folder, level=level, train=1, val=pictures)
+        write_shapes(folder, level=level, train=1, val=images)
         splits[f"{level} shapes"] = find_splits(folder)["val"]
     return splits

@@ -23,8 +23,8 @@ from solq_lab.viz.widgets.objects import ObjectFolder
 logger = logging.getLogger(__name__)
 
 METHODS = ("dct", "pca", "sparse", "flatten")
-MOST_COMPONENTS = 400  # of one principal component analysis; shorter vectors are its first entries
-MOST_MASKS = 512  # that a code is fitted to: seconds, not minutes
+MAX_COMPONENTS = 400  # of one principal component analysis; shorter vectors are its first entries
+MAX_MASKS = 512  # that a code is fitted to: seconds, not minutes
 
 
 class CodecShelf:
@@ -46,7 +46,7 @@ class CodecShelf:
         self._samples: dict[int, Tensor] = {}
         self._vectors: dict[tuple[str, int, int], Tensor] = {}
         self._fingerprint = hashlib.sha256(objects.annotations.read_bytes()).hexdigest()[:12]
-        self.rows = objects.spread(MOST_MASKS)
+        self.rows = objects.spread(MAX_MASKS)
         self.places = {row: place for place, row in enumerate(self.rows)}
 
     def codec(self, method: str, mask_size: int, vector_dim: int) -> MaskCodec:
@@ -66,7 +66,7 @@ class CodecShelf:
         return method in ("dct", "flatten") or needed in self._codecs or self._file(*needed).exists()
 
     def sample(self, mask_size: int) -> Tensor:
-        """(K, N, N) bool masks of at most `MOST_MASKS` objects, those in `rows`."""
+        """(K, N, N) bool masks of at most `MAX_MASKS` objects, those in `rows`."""
         if mask_size not in self._samples:
             self._samples[mask_size] = self._objects.bits(self.rows, mask_size)
         return self._samples[mask_size]
@@ -100,7 +100,7 @@ class CodecShelf:
         if codec.vector_dim > most:
             raise ValueError(
                 f"PCA: n_k = {codec.vector_dim} asks for more components than there are: {len(self.rows)} masks of "
-                f"{codec.mask_size} x {codec.mask_size} cells were looked at, and at most {MOST_COMPONENTS} components "
+                f"{codec.mask_size} x {codec.mask_size} cells were looked at, and at most {MAX_COMPONENTS} components "
                 f"are kept. Lower n_k to {most}"
             )
         key = ("pca", codec.mask_size, most)
@@ -135,7 +135,7 @@ class CodecShelf:
         return (method, mask_size, self._components(mask_size) if method == "pca" else vector_dim)
 
     def _components(self, mask_size: int) -> int:
-        return min(MOST_COMPONENTS, len(self.rows), mask_size**2)
+        return min(MAX_COMPONENTS, len(self.rows), mask_size**2)
 
     def _file(self, method: str, mask_size: int, vector_dim: int) -> Path:
         """Its name tells the masks apart: tables of another data set are other tables."""

@@ -1,4 +1,4 @@
-"""A picture whose objects can be clicked: invisible buttons lie over their boxes. No script runs in the browser."""
+"""An image whose objects can be clicked: invisible buttons lie over their boxes. No script runs in the browser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from solq_lab.structures import Detections
-from solq_lab.viz.pictures import draw_objects
+from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import STYLE
 from solq_lab.viz.widgets.canvas import DPI, as_png
 
@@ -25,18 +25,18 @@ STYLE_SHEET = """<style>
 
 
 class Stage:
-    """The picture and its buttons.
+    """The image and its buttons.
 
     Attributes:
         widget: for an explorer to show.
-        picture: the widget of the pixels.
+        image: the widget of the pixels.
         buttons: one per object, in the order of the detections.
     """
 
     def __init__(self, width: int, on_click: Callable[[int], None]) -> None:
         """A stage `width` pixels of the screen wide; `on_click` is given the row of the object that was clicked."""
         self._width, self._on_click = width, on_click
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%", margin="0"))
+        self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%", margin="0"))
         self.buttons: list[widgets.Button] = []
         self.widget = widgets.Box(layout=widgets.Layout(width=f"{width}px", flex="0 0 auto"))
         self.widget.add_class("solq-stage")
@@ -44,20 +44,20 @@ class Stage:
     def show(
         self, pixels: np.ndarray, detections: Detections | None, *, size: tuple[int, int], chosen: int = -1
     ) -> None:
-        """Show a drawn picture, and let its objects be clicked.
+        """Show a drawn image, and let its objects be clicked.
 
         Args:
             pixels: (h, w, 3) uint8 to show.
             detections: whose boxes become buttons; None: no buttons.
-            size: (H, W) of the picture that the boxes are in pixels of.
+            size: (H, W) of the image that the boxes are in pixels of.
             chosen: the row of the object that is marked.
         """
-        self.picture.value = as_png(pixels)
+        self.image.value = as_png(pixels)
         self.widget.layout.height = f"{round(self._width * pixels.shape[0] / pixels.shape[1])}px"
         self.buttons = [] if detections is None else self._make_buttons(detections, size, chosen)
         boxes = [] if detections is None else detections.boxes.tolist()
         largest_first = sorted(range(len(boxes)), key=lambda row: -_area(boxes[row]))  # small objects stay within reach
-        self.widget.children = [self.picture, *(self.buttons[row] for row in largest_first)]
+        self.widget.children = [self.image, *(self.buttons[row] for row in largest_first)]
 
     def _make_buttons(self, detections: Detections, size: tuple[int, int], chosen: int) -> list[widgets.Button]:
         height, width = size
@@ -78,8 +78,8 @@ class Stage:
 
 
 @mpl.rc_context(STYLE)
-def draw_picture(pixels: np.ndarray, objects: Detections, colours: Mapping[int, str], *, width: int) -> np.ndarray:
-    """(h, width, 3) uint8: a picture (H, W, 3) with its objects drawn in, without any margin."""
+def draw_image(pixels: np.ndarray, objects: Detections, colours: Mapping[int, str], *, width: int) -> np.ndarray:
+    """(h, width, 3) uint8: an image (H, W, 3) with its objects drawn in, without any margin."""
     height = max(round(width * pixels.shape[0] / pixels.shape[1]), 1)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     draw_objects(figure.add_axes((0, 0, 1, 1)), pixels, objects, colours, font_size=8)

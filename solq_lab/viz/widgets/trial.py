@@ -31,8 +31,8 @@ class Trial(NamedTuple):
     decoded: (N, N) float32.
     cut: cells above it belong to the mask.
     back: (N, N) bool.
-    rle: `back` pasted into the box, in pixels of the picture.
-    iou, boundary_iou: with the true mask in the picture, 0 where both are empty.
+    rle: `back` pasted into the box, in pixels of the image.
+    iou, boundary_iou: with the true mask in the image, 0 where both are empty.
     """
 
     bits: Tensor
@@ -69,7 +69,7 @@ def decode_trial(
             sparse code, whose atoms have no order. None: all.
         rule: the threshold.
         error: (D,) what is added to the vector; None: nothing.
-        boundary_ratio: boundary width over the picture's diagonal.
+        boundary_ratio: boundary width over the image's diagonal.
     """
     received = vector if error is None else vector + error
     if terms is not None and terms < len(vector):

@@ -1,4 +1,4 @@
-"""Pictures with objects drawn into them: translucent masks, outlines, labels. Paper: figures 3, 5 and 6."""
+"""Images with objects drawn into them: translucent masks, outlines, labels. Paper: figures 3, 5 and 6."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from solq_lab.viz.style import FIGURE_WIDTH, STYLE, class_colours, hide_axes, ne
 
 MASK_OPACITY = 0.45
 LABEL_PAD = 0.6  # around a label's text, points
-MOST_OBJECTS = 40  # drawn in one picture, the best ones; more would hide it
+MAX_OBJECTS = 40  # drawn in one image, the best ones; more would hide it
 
 
 def ground_truth(target: Target, class_names: Sequence[str]) -> Detections:
@@ -43,22 +43,22 @@ def ground_truth(target: Target, class_names: Sequence[str]) -> Detections:
 def predicted_examples(
     predictor: Predictor, dataset: CocoDataset, indices: Iterable[int], *, score: float = 0.3
 ) -> list[tuple[Tensor, Detections, Detections]]:
-    """Pictures (3, H, W) uint8 of a data set, their ground truth, and what a model finds in them with at least `score`.
+    """Images (3, H, W) uint8 of a data set, their ground truth, and what a model finds in them with at least `score`.
 
-    Boxes and masks are in pixels of the picture as the data set's transform leaves it. A data set whose targets carry
+    Boxes and masks are in pixels of the image as the data set's transform leaves it. A data set whose targets carry
     no masks shows boxes as ground truth.
     """
     examples = []
     for index in indices:
-        picture, target = dataset[index]
-        found = predictor.predict(picture.permute(1, 2, 0).numpy()).above(score)
-        examples.append((picture, ground_truth(target, dataset.classes.names), found))
+        image, target = dataset[index]
+        found = predictor.predict(image.permute(1, 2, 0).numpy()).above(score)
+        examples.append((image, ground_truth(target, dataset.classes.names), found))
     return examples
 
 
 @mpl.rc_context(STYLE)
 def draw_detections(image: np.ndarray | Tensor, detections: Detections, *, title: str = "") -> Figure:
-    """One picture with its objects.
+    """One image with its objects.
 
     Args:
         image: (H, W, 3) uint8, or a tensor (3, H, W) uint8.
@@ -82,25 +82,25 @@ def prediction_grid(
     examples_per_row: int = 2,
     title: str = "",
 ) -> Figure:
-    """Picture, ground truth and prediction side by side.
+    """Image, ground truth and prediction side by side.
 
     Args:
-        examples: picture ((H, W, 3) or (3, H, W), uint8), ground truth and prediction in its pixels.
+        examples: image ((H, W, 3) or (3, H, W), uint8), ground truth and prediction in its pixels.
         examples_per_row: so many times three columns.
         title: what is shown.
     """
     across = min(examples_per_row, max(len(examples), 1))
-    pictures = [as_pixels(image) for image, _, _ in examples]
-    aspects = [height / width for height, width, _ in (pixels.shape for pixels in pictures)] or [1.0]
+    images = [as_pixels(image) for image, _, _ in examples]
+    aspects = [height / width for height, width, _ in (pixels.shape for pixels in images)] or [1.0]
     heights = [max(aspects[first : first + across]) for first in range(0, len(aspects), across)]
     size = (FIGURE_WIDTH, 0.7 + FIGURE_WIDTH / (3 * across) * sum(heights))
     figure, axes = new_figure(len(heights), 3 * across, size=size, title=title, height_ratios=heights)
     for place in axes.flat:
         hide_axes(place)
-    for number, (pixels, (_, truth, prediction)) in enumerate(zip(pictures, examples, strict=True)):
+    for number, (pixels, (_, truth, prediction)) in enumerate(zip(images, examples, strict=True)):
         row, first = number // across, 3 * (number % across)
         colours = class_colours(truth.labels.tolist() + prediction.labels.tolist())
-        columns = (("picture", truth.above(math.inf)), ("ground truth", truth), ("prediction", prediction))
+        columns = (("image", truth.above(math.inf)), ("ground truth", truth), ("prediction", prediction))
         for place, (name, objects) in zip(axes[row, first:], columns, strict=False):
             draw_objects(place, pixels, objects, colours, font_size=6.5)
             place.set_anchor("N")
@@ -112,10 +112,10 @@ def prediction_grid(
 def draw_objects(
     axes: Axes, pixels: np.ndarray, detections: Detections, colours: Mapping[int, str], *, font_size: float
 ) -> None:
-    """A picture and its best objects, the best on top; an object without a mask is drawn as its box."""
+    """An image and its best objects, the best on top; an object without a mask is drawn as its box."""
     height, width = pixels.shape[:2]
     masks = None if detections.masks is None else decode_rle(detections.masks).numpy()
-    objects = list(enumerate(detections.labels.tolist()))[MOST_OBJECTS - 1 :: -1]
+    objects = list(enumerate(detections.labels.tolist()))[MAX_OBJECTS - 1 :: -1]
     axes.imshow(_blend(pixels, masks, [(row, colours[label]) for row, label in objects]))
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)
@@ -136,7 +136,7 @@ def draw_objects(
 
 
 def outline_mask(axes: Axes, mask: np.ndarray, colour: str, *, edge: str = "white") -> None:
-    """Draw the outline of a mask (H, W) bool, edged in another colour; it closes at the picture's border too."""
+    """Draw the outline of a mask (H, W) bool, edged in another colour; it closes at the image's border too."""
     padded = np.pad(mask, 1).astype(float)
     across, down = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
     for line, width in ((edge, 2.2), (colour, 1.2)):
@@ -174,7 +174,7 @@ class _Label(Text):
 
 
 def _blend(pixels: np.ndarray, masks: np.ndarray | None, objects: Sequence[tuple[int, str]]) -> np.ndarray:
-    """The picture (H, W, 3) in 0..1 with masks (K, H, W) laid over it, given as (row, colour), the last on top."""
+    """The image (H, W, 3) in 0..1 with masks (K, H, W) laid over it, given as (row, colour), the last on top."""
     blended = pixels.astype(np.float32) / 255
     if masks is not None:
         for row, colour in objects:
@@ -184,7 +184,7 @@ def _blend(pixels: np.ndarray, masks: np.ndarray | None, objects: Sequence[tuple
 
 
 def as_pixels(image: np.ndarray | Tensor) -> np.ndarray:
-    """(H, W, 3) uint8 of a picture.
+    """(H, W, 3) uint8 of an image.
 
     Raises:
         ValueError: neither an array (H, W, 3) nor a tensor (3, H, W) of uint8.
@@ -194,6 +194,6 @@ def as_pixels(image: np.ndarray | Tensor) -> np.ndarray:
     )
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(
-            f"a picture is an array (H, W, 3) or a tensor (3, H, W) of uint8, found {tuple(image.shape)} {image.dtype}"
+            f"an image is an array (H, W, 3) or a tensor (3, H, W) of uint8, found {tuple(image.shape)} {image.dtype}"
         )
     return pixels

@@ -1,0 +1,67 @@
+"""Reading image files into uint8 RGB tensors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from solq_lab.data.annotations import DataError
+
+
+def read_image(path: Path, image_id: int, size: tuple[int, int]) -> Tensor:
+    """The image in a file as (3, H, W) uint8 RGB: grey is repeated, CMYK converted, transparency dropped.
+
+    The EXIF rotation is ignored, as in COCO, whose boxes refer to the pixels as they are stored.
+
+    Args:
+        path: JPEG, PNG, GIF or WebP file.
+        image_id: the id in the annotation file, for messages.
+        size: (height, width) that the annotation file gives, pixels.
+
+    Raises:
+        DataError: the file is missing, truncated, no image, or of another size.
+    """
+    name = f"image id {image_id}: {path}"
+    image = decode_bytes(read_file(path, name), name)
+    check_size(image, size, name)
+    return image
+
+
+def read_file(path: Path, name: str) -> Tensor:
+    """The bytes of a file (n,) uint8; `name` is what a message calls it. Raises DataError where it cannot be read."""
+    try:
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def decode_bytes(data: Tensor, name: str) -> Tensor:
+    """The image (3, H, W) uint8 RGB in the bytes (n,) uint8 of a file. Raises DataError where it is not whole."""
+    try:
+        image = decode_image(data, mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        reason = re.sub(r"^\S+, \S+\.cpp:\d+, ", "", str(error).splitlines()[0]) if str(error) else "empty"
+        raise DataError(
+            f"{name}: not a whole image ({len(data)} bytes; {reason}); JPEG, PNG, GIF and WebP are read; "
+            "fetch the file again or remove the image from the annotations"
+        ) from None
+    if image.ndim == 4:  # an animation: its first frame
+        image = image[0]
+    if image.dtype == torch.uint16:
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    return image
+
+
+def check_size(image: Tensor, size: tuple[int, int], name: str) -> None:
+    """Raise DataError where an image (3, H, W) is not of the size (height, width) that the annotations give."""
+    if tuple(image.shape[1:]) != size:
+        found = f"{image.shape[1]} x {image.shape[2]}"
+        raise DataError(
+            f"{name}: the image is {found} pixels (height x width), the annotations say {size[0]} x {size[1]}; "
+            "correct the annotations or the file"
+        )
