@@ -1,5 +1,5 @@
 """The command line as `python -m solq_lab`, for places that know an interpreter but not where scripts are installed."""
 
-from solq_lab.cli import main
+from solq_lab.workbench.cli import main
 
 main()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from solq_lab.watch import RankWatch
+from solq_lab.heartbeat import RankWatch
 
 EXCHANGE_TIMEOUT = datetime.timedelta(hours=2)  # an evaluation on rank 0 may keep the others waiting for long
 
@@ -48,7 +48,7 @@ def process_group(*, rank_timeout: float, last_words: Callable[[str], None]) -> 
     """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, watch over them, and leave in order.
 
     Args:
-        rank_timeout: seconds without a sign of life after which a process counts as lost (`solq_lab.watch`).
+        rank_timeout: seconds without a sign of life after which a process counts as lost (`solq_lab.heartbeat`).
         last_words: told the loss, on one process, before that ends although it still waits for another one.
     """
     global _watch

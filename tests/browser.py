@@ -19,7 +19,7 @@ from pathlib import Path
 from conftest import REPOSITORY
 from playwright.sync_api import ConsoleMessage, Locator, Page, sync_playwright
 
-from solq_lab.launch.workspace import WORKSPACE
+from solq_lab.workbench.workspace import WORKSPACE
 
 TOKEN = "t"
 STARTING_SECONDS = 90

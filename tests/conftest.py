@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from solq_lab import cli
+from solq_lab.workbench import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

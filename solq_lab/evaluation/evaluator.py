@@ -20,7 +20,6 @@ from solq_lab.codecs.base import MaskCodec, describe_codec
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.loader import BatchLoader
-from solq_lab.evaluation.ceiling import codec_ceiling
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import detections_to_results, write_results
@@ -31,6 +30,7 @@ from solq_lab.models.sqr import SQRDetector
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run, RunError, hash_file, read_json, write_json
 from solq_lab.structures import Detections
+from solq_lab.studies.ceiling import codec_ceiling
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from solq_lab.allocation import keep_freed_memory
-from solq_lab.launch.errors import EXPLAINED, REFUSALS
 from solq_lab.runs import Run, load_run
 from solq_lab.training.signals import Stopped, StopRequest, adopt_orphans, end_children
+from solq_lab.workbench.errors import EXPLAINED, REFUSALS
 
 log = logging.getLogger("solq_lab.training")
 

@@ -7,8 +7,8 @@ import shutil
 
 import torch
 
-from solq_lab.launch.deaths import advise_on_memory
 from solq_lab.runs import Run
+from solq_lab.workbench.deaths import advise_on_memory
 
 MEGABYTE = 2**20
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "std::bad_alloc")  # torch on the CPU

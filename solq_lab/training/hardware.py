@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from solq_lab.doctor import processor_name
+from solq_lab.workbench.doctor import processor_name
 
 
 def describe_hardware() -> dict[str, Any]:

@@ -15,9 +15,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from solq_lab.heartbeat import SECONDS_TO_SAVE
 from solq_lab.runs import RunError, load_run
 from solq_lab.training.command import FAILED, REFUSED
-from solq_lab.watch import SECONDS_TO_SAVE
 
 log = logging.getLogger("solq_lab.training")
 

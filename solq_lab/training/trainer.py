@@ -24,11 +24,11 @@ from solq_lab.codecs.base import describe_codec
 from solq_lab.config import TrainSection
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
 from solq_lab.data.order import BatchStream
+from solq_lab.data_folder import prepare_data
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.files import flush_to_disk
 from solq_lab.fitting import check_fitted_data
-from solq_lab.launch.data_folder import prepare_data
 from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for

@@ -17,13 +17,13 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageFile
 
 from solq_lab.data.annotations import DataError, clamped_box
-from solq_lab.data.findings import HEADINGS, RULES, SEVERITIES, Finding
 from solq_lab.data.folders import Split
-from solq_lab.data.object_rules import read_mask
-from solq_lab.data.report import Report
 from solq_lab.masks import decode_rle
 from solq_lab.viz.images import MASK_OPACITY, outline_mask
 from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
+from solq_lab.workbench.check.findings import HEADINGS, RULES, SEVERITIES, Finding
+from solq_lab.workbench.check.object_rules import read_mask
+from solq_lab.workbench.check.report import Report
 
 ACROSS = 4  # images beside each other
 SIDE = 2.6  # inches of an image

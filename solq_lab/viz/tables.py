@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from solq_lab.paper import PaperTable
-from solq_lab.tables import ResultTable, TableRow
 from solq_lab.viz.style import BLACK, BLUE, FIGURE_WIDTH, GREY, KIND_COLOURS, STYLE, VERMILION, new_figure
+from solq_lab.workbench.paper import PaperTable
+from solq_lab.workbench.tables import ResultTable, TableRow
 
 ROOM = 0.15  # of a panel's range, above and below its points
 

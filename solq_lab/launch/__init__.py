@@ -1,1 +1,0 @@
-"""Starting work and watching it: notebooks by papermill, trainings as detached processes. Loads without torch."""

@@ -1,0 +1,1 @@
+"""Measurements that no training needs: ceilings of codecs, error types, bootstrap intervals, attention, efficiency."""

@@ -1,0 +1,225 @@
+"""What decoder attention lies on, measured: the outline of the object, its extremities, or anything. Paper: figure 4.
+
+The paper shows that SOLQ's queries attend to the outline of objects; a detector, which only answers a box, is known to
+attend to the extremities, the points where an object touches its box. Both are counted here, object by object and layer
+by layer, beside two measures of chance: looking evenly over the box, and the points of *another* object's query,
+stretched into this object's box. Only what exceeds the second follows the shape of this very object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_rle
+from scipy.ndimage import distance_transform_edt
+from tqdm.auto import tqdm
+
+from solq_lab.data.coco import CocoDataset
+from solq_lab.inference.attention import (
+    SIZES,
+    AttentionStudy,
+    LayerAttention,
+    ObjectView,
+    object_view,
+    predict_with_attention,
+    query_points,
+)
+from solq_lab.inference.predictor import Predictor
+from solq_lab.masks import decode_rle
+from solq_lab.studies.pairing import UNMATCHED, pair_objects
+
+FULL = 0.65  # share of its box that an object covers at most whose outline is far from its box
+
+
+class Zones(NamedTuple):
+    """Where "near" is, for one object: bitmaps (h, w) of a window of the image.
+
+    corner: (x, y) of the window's first pixel; it may lie outside the image.
+    outline, tips, box: near the outline, near the extremities, in the box.
+    """
+
+    corner: tuple[int, int]
+    outline: np.ndarray
+    tips: np.ndarray
+    box: np.ndarray
+
+
+class _Look(NamedTuple):
+    """Where one query looks: points (layers, n, 2) in units of its box, from its centre, and weights (layers, n)."""
+
+    points: np.ndarray
+    weights: np.ndarray
+
+
+def study_attention(
+    predictor: Predictor,
+    dataset: CocoDataset,
+    *,
+    band: float,
+    area_sides: tuple[float, float],
+    score: float = 0.3,
+    max_images: int | None = None,
+) -> AttentionStudy:
+    """Measure the queries of all true objects that a model finds (right class, box IoU of at least 0.5).
+
+    Args:
+        predictor: the model.
+        dataset: images with true masks (`build_images`).
+        band: pixels of the original images.
+        area_sides: sides of the squares below whose areas an object is small, and medium; pixels.
+        score: less certain detections are left out.
+        max_images: only the first so many images. None: all.
+
+    Raises:
+        ValueError: a band that is not positive.
+    """
+    if not band > 0:
+        raise ValueError(f"band {band}: allowed are positive numbers of pixels")
+    rows: list[list] = []
+    before: dict[int, _Look] = {}  # the last query that found an object of this size
+    for index in tqdm(range(len(dataset))[:max_images], desc="attention", unit="img"):
+        truth, image = dataset.objects(index), dataset[index][0]
+        found, layers = predict_with_attention(predictor, image.permute(1, 2, 0).numpy())
+        found = found.above(score)
+        partners, _ = pair_objects(found, truth)
+        scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
+        for mask, partner in zip(decode_rle(truth.masks).numpy(), partners.tolist(), strict=True):
+            if partner == UNMATCHED or not mask.any():
+                continue
+            query = int(found.queries[partner])
+            box = (layers[-1].boxes[query] * scale).numpy()
+            look = _look_from(layers, query, box, scale[:2].numpy())
+            size = _size_of(int(mask.sum()), area_sides)
+            rows.append([size, *_measure(near_zones(mask, band), box, look, before.get(size), mask.shape)])
+            before[size] = look
+    return _collect(band, predictor.experiment.model.decoder_layers, rows)
+
+
+def _size_of(area: int, area_sides: tuple[float, float]) -> int:
+    return int(np.searchsorted(np.square(area_sides), area, side="right"))
+
+
+def _look_from(layers: Sequence[LayerAttention], query: int, box: np.ndarray, scale: np.ndarray) -> _Look:
+    looked = [query_points(layers, query, layer=layer) for layer in range(len(layers))]
+    points = np.stack([one.points.numpy() for one in looked]) * scale
+    return _Look((points - box[:2]) / box[2:], np.stack([one.weights.numpy() for one in looked]))
+
+
+def _measure(
+    zones: Zones, box: np.ndarray, look: _Look, other: _Look | None, image_size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """For outline and extremities in turn: (layers,) share of the query, share of the box, (layers,) of the other."""
+    for near in (zones.outline, zones.tips):
+        yield _share(near, zones.corner, box, look, image_size)
+        yield (near & zones.box).sum() / zones.box.sum()
+        if other is None:
+            yield np.full(len(look.weights), np.nan)
+        else:
+            yield _share(near, zones.corner, box, other, image_size)
+
+
+def _share(
+    near: np.ndarray, corner: tuple[int, int], box: np.ndarray, look: _Look, image_size: tuple[int, int]
+) -> np.ndarray:
+    """(layers,) weight of the points that lie on a bitmap, and in the image: outside it they find nothing."""
+    across, down = np.moveaxis(np.floor(look.points * box[2:] + box[:2]).astype(int), -1, 0)  # (layers, n), pixels
+    seen = (across >= 0) & (across < image_size[1]) & (down >= 0) & (down < image_size[0])
+    across, down = across - corner[0], down - corner[1]
+    seen &= (across >= 0) & (across < near.shape[1]) & (down >= 0) & (down < near.shape[0])
+    seen[seen] = near[down[seen], across[seen]]
+    return (look.weights * seen).sum(axis=-1)
+
+
+def examples_by_size(
+    predictors: Sequence[Predictor],
+    dataset: CocoDataset,
+    *,
+    area_sides: tuple[float, float],
+    score: float = 0.3,
+    max_images: int | None = None,
+) -> dict[str, tuple[int, int]]:
+    """For each size the object that the models find best: "small" -> (index of its image, row of its true object).
+
+    Best is the object whose box every model meets closely (largest smallest IoU), among those that leave a good part of
+    their box empty where there are any: only there outline and box are different places. A size of which no object is
+    found by all models is left out.
+
+    Args:
+        predictors: one model or several, that see the same images.
+        dataset, area_sides, score, max_images: as for `study_attention`.
+    """
+    best: dict[int, tuple[bool, float, int, int]] = {}
+    for index in range(len(dataset))[:max_images]:
+        truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
+        paired = [pair_objects(predictor.predict(image).above(score), truth)[1] for predictor in predictors]
+        for row, iou in enumerate(np.min(paired, axis=0).tolist()):
+            area, (_, _, width, height) = int(coco_rle.area(truth.masks[row])), coco_rle.toBbox(truth.masks[row])
+            candidate = (area < FULL * width * height, iou, index, row)
+            size = _size_of(area, area_sides)
+            if iou > 0:
+                best[size] = max(best.get(size, candidate), candidate)
+    return {SIZES[size]: best[size][2:] for size in sorted(best)}
+
+
+def view_of_true_object(
+    predictor: Predictor,
+    dataset: CocoDataset,
+    place: tuple[int, int],
+    *,
+    layer: int | None = -1,
+    head: int | None = None,
+    level: int | None = None,
+) -> ObjectView:
+    """Where the query looks that found a true object; a plain detector's view shows the true mask.
+
+    Args:
+        predictor: the model.
+        dataset: images with true masks.
+        place: index of the image and row of its true object (`examples_by_size`).
+        layer, head, level: as for `query_points`.
+
+    Raises:
+        ValueError: the model does not find the object; no such layer, head or level.
+    """
+    index, row = place
+    truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
+    found, layers = predict_with_attention(predictor, image)
+    partner = int(pair_objects(found, truth)[0][row])
+    if partner == UNMATCHED:
+        raise ValueError(f"object {row} of image {dataset.image_ids[index]} is not found; choose another object")
+    view = object_view(image, found, layers, partner, layer=layer, head=head, level=level)
+    return view if view.mask is not None else view._replace(mask=decode_rle([truth.masks[row]])[0].numpy())
+
+
+def near_zones(mask: np.ndarray, band: float) -> Zones:
+    """Pixels near the outline and the extremities of a mask (H, W) bool that is not empty, and its box.
+
+    The outline runs between pixels, half a pixel from the centres on both sides, and along the image's edge where the
+    object is cut there. Extremities are the object's pixels in the outermost rows and columns. The box is grown by the
+    band, rounded up.
+    """
+    margin = math.ceil(band) + 1
+    down, across = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    cut = mask[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+    inside = np.pad(cut, margin)
+    extreme = np.zeros_like(cut)
+    extreme[[0, -1]] = cut[[0, -1]]
+    extreme[:, [0, -1]] = cut[:, [0, -1]]
+    to_outline = np.where(inside, distance_transform_edt(inside), distance_transform_edt(~inside)) - 0.5
+    to_tips = distance_transform_edt(~np.pad(extreme, margin)) - 0.5
+    box = np.zeros_like(inside)
+    grown = margin - math.ceil(band)
+    box[grown:-grown, grown:-grown] = True
+    return Zones((int(across[0]) - margin, int(down[0]) - margin), to_outline <= band, to_tips <= band, box)
+
+
+def _collect(band: float, layers: int, rows: list[list]) -> AttentionStudy:
+    """Of each row: size, then outline, its even share, that of the other, and the same three of the extremities."""
+    columns = list(zip(*rows, strict=True)) or [()] * 7
+    sizes, *shares = (np.array(column, dtype=float) for column in columns)
+    outline, tips, other_outline, other_tips = (shares[column].reshape(-1, layers) for column in (0, 3, 2, 5))
+    return AttentionStudy(band, sizes.astype(int), outline, tips, shares[1], shares[4], other_outline, other_tips)

@@ -1,0 +1,293 @@
+"""Is one run better than another, or lucky with its images? A paired bootstrap over images.
+
+Images are drawn with replacement, as many as there are, the same ones for both runs; on every draw both APs are
+computed anew, with the precision-recall curve of that draw. Where the interval of the difference excludes 0, other
+images of the same kind would have said the same. It knows nothing of what another seed of the training would give.
+
+Matching happens inside an image, so it is done once; a draw only changes how often each image counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from solq_lab.data.annotations import read_annotations
+from solq_lab.evaluation.coco import DEFAULTS, Candidates, measure_candidates
+from solq_lab.evaluation.results import read_results
+from solq_lab.runs import Run, RunError, read_json
+from solq_lab.studies.rules import UNMATCHED, match_detections
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+NUMBERS = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}  # thresholds that are averaged
+_RECALLS = np.linspace(0, 1, 101)
+_DRAWS_AT_ONCE = 250  # bounds the memory on COCO
+
+
+class Difference(NamedTuple):
+    """One number of two runs, in 0..1, and the interval of its change.
+
+    metric: for example "segm.AP".
+    first, second: on all images.
+    low, high: the interval of second - first.
+    better: share of draws on which the second is better.
+    """
+
+    metric: str
+    first: float
+    second: float
+    low: float
+    high: float
+    better: float
+
+    @property
+    def change(self) -> float:
+        """What the second has more than the first."""
+        return self.second - self.first
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of results on the same images.
+
+    names: of the two.
+    differences: one per number.
+    images: images looked at.
+    draws: of the bootstrap.
+    confidence: of the intervals.
+    """
+
+    names: tuple[str, str]
+    differences: tuple[Difference, ...]
+    images: int
+    draws: int
+    confidence: float
+
+    @property
+    def changes(self) -> dict[str, tuple[float, float, float]]:
+        """Number -> change, low and high end of its interval, in 0..1."""
+        return {row.metric: (row.change, row.low, row.high) for row in self.differences}
+
+    def table(self) -> str:
+        """The numbers in percent as aligned text."""
+        percent = f"{100 * self.confidence:g} %"
+        rows = [["", *self.names, "change", f"{percent} interval", ""]]
+        for row in self.differences:
+            shown = [f"{100 * value:.1f}" for value in (row.first, row.second)]
+            interval = f"{100 * row.low:+.1f} .. {100 * row.high:+.1f}"
+            verdict = "clear" if row.is_clear else "may be chance"
+            rows.append([row.metric, *shown, f"{100 * row.change:+.1f}", interval, verdict])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        return "\n".join([*lines, f"percent; {self.draws} draws of {self.images} images, the same for both"])
+
+
+def compare_runs(first: Run, second: Run, *, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> Comparison:
+    """Compare two finished runs on the images that both were evaluated on.
+
+    Args:
+        first, second: evaluated runs; the change is the second's.
+        draws, confidence, seed: of the bootstrap.
+
+    Raises:
+        RunError: a run has no results, or they are of different images or settings.
+        DataError: the annotations or detections cannot be read.
+    """
+    settings = [_scored_on(run) for run in (first, second)]
+    for what in settings[0]:
+        if settings[0][what] != settings[1][what]:
+            raise RunError(
+                f"{first.folder} and {second.folder} were scored on different {what}: {settings[0][what]} and "
+                f"{settings[1][what]}; only runs on the same images can be compared"
+            )
+    metrics = [read_json(run.results)["metrics"] for run in (first, second)]
+    data, settings = first.experiment.data, first.experiment.evaluation
+    annotations = read_annotations(Path(data.root) / data.val_annotations)
+    return compare_results(
+        annotations,
+        read_results(first.detections),
+        read_results(second.detections),
+        names=(first.name, second.name),
+        kinds=[kind for kind in ("box", "segm") if all(f"{kind}.AP" in numbers for numbers in metrics)],
+        draws=draws,
+        confidence=confidence,
+        seed=seed,
+        image_ids=sorted(image["id"] for image in annotations["images"])[: settings.max_images],
+    )
+
+
+def compare_results(
+    annotations: str | Path | dict,
+    first: Sequence[dict],
+    second: Sequence[dict],
+    *,
+    names: tuple[str, str] = ("first", "second"),
+    kinds: Collection[str] = ("box", "segm"),
+    draws: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    boundary_ratio: float = DEFAULTS.boundary_ratio,
+    image_ids: Collection[int] | None = None,
+) -> Comparison:
+    """Compare two lists of COCO results on the same ground truth.
+
+    Args:
+        annotations: COCO instances file, or its parsed content.
+        first, second: results, as `evaluate_results` takes them.
+        names: what the table calls them.
+        kinds: which of "box", "segm", "boundary".
+        draws: number of draws.
+        confidence: of the interval, for example 0.95.
+        seed: of the draws.
+        boundary_ratio: boundary width over the image's diagonal.
+        image_ids: images to look at. None: all.
+
+    Raises:
+        DataError: the annotations or a result cannot be used.
+        ValueError: draws or confidence out of range.
+    """
+    if draws < 1 or not 0 < confidence < 1:
+        raise ValueError(f"draws {draws}, confidence {confidence}: allowed are 1 or more, and a share between 0 and 1")
+    differences, images = [], 0
+    for kind in kinds:
+        matches = [
+            match_results(annotations, results, kind=kind, boundary_ratio=boundary_ratio, image_ids=image_ids)
+            for results in (first, second)
+        ]
+        images = matches[0].objects.shape[1]
+        counts = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / max(images, 1)), size=draws)
+        everything = [precision_on_draws(one, np.ones((1, images))) for one in matches]
+        drawn = [precision_on_draws(one, counts) for one in matches]  # 2 x (draws, 10)
+        for name, thresholds in NUMBERS.items():
+            values = [float(one[0, thresholds].mean()) for one in everything]
+            change = (drawn[1] - drawn[0])[:, thresholds].mean(axis=1)
+            tail = (1 - confidence) / 2
+            low, high = np.nanquantile(change, [tail, 1 - tail]) if not np.isnan(change).all() else (np.nan, np.nan)
+            better = float((change > 0).mean())
+            differences.append(Difference(f"{kind}.{name}", *values, float(low), float(high), better))
+    return Comparison(names, tuple(differences), images, draws, confidence)
+
+
+class Matches(NamedTuple):
+    """Who is right at which threshold: F detections by falling score, S classes, I images.
+
+    images, classes: (F,) rows of the detection's image and class.
+    right, wrong: (10, F) bool at each threshold; neither for a detection on a crowd region.
+    objects: (S, I) objects to find.
+    """
+
+    images: np.ndarray
+    classes: np.ndarray
+    right: np.ndarray
+    wrong: np.ndarray
+    objects: np.ndarray
+
+
+def match_results(
+    annotations: str | Path | dict,
+    results: Sequence[dict],
+    *,
+    kind: str,
+    boundary_ratio: float = DEFAULTS.boundary_ratio,
+    image_ids: Collection[int] | None = None,
+) -> Matches:
+    """Match results with ground truth at COCO's ten thresholds.
+
+    Args:
+        annotations, results, kind, boundary_ratio, image_ids: as in `measure_candidates`.
+    """
+    found = measure_candidates(annotations, results, kind=kind, boundary_ratio=boundary_ratio, image_ids=image_ids)
+    close = found.overlap >= THRESHOLDS[0]
+    matched = match_detections(
+        found.detections[close],
+        found.objects[close],
+        found.overlap[close],
+        count=len(found.detection_images),
+        crowd=found.crowd,
+        ignored=found.crowd,
+        thresholds=THRESHOLDS,
+    )
+    wrong = matched == UNMATCHED
+    right = ~wrong & ~np.append(found.crowd, True)[matched]  # UNMATCHED, -1, reads the appended place
+    return Matches(found.detection_images, found.detection_classes, right, wrong, _objects_to_find(found))
+
+
+def precision_on_draws(matches: Matches, counts: np.ndarray) -> np.ndarray:
+    """AP at each threshold, mean over the classes that have objects, for every draw of images.
+
+    Args:
+        matches: of all images.
+        counts: (B, I) how often each image counts in each of B draws.
+
+    Returns:
+        (B, 10) in 0..1, NaN for a draw without any object.
+    """
+    parts = [counts[start : start + _DRAWS_AT_ONCE] for start in range(0, len(counts), _DRAWS_AT_ONCE)]
+    return np.concatenate([_precision(matches, part.astype(np.float64)) for part in parts])
+
+
+def _precision(matches: Matches, counts: np.ndarray) -> np.ndarray:
+    total, classes = np.zeros((len(counts), len(THRESHOLDS))), np.zeros((len(counts), 1))
+    for row, objects in enumerate(matches.objects):
+        to_find = counts @ objects  # (B,)
+        if not to_find.any():
+            continue
+        mine = matches.classes == row
+        images, present = matches.images[mine], to_find > 0
+        for column, (right, wrong) in enumerate(zip(matches.right[:, mine], matches.wrong[:, mine], strict=True)):
+            total[present, column] += _class_precision(images, right, wrong, counts[present], to_find[present])
+        classes[present] += 1
+    return np.divide(total, classes, out=np.full_like(total, np.nan), where=classes > 0)
+
+
+def _class_precision(
+    images: np.ndarray, right: np.ndarray, wrong: np.ndarray, counts: np.ndarray, to_find: np.ndarray
+) -> np.ndarray:
+    """(B,) AP of one class at one threshold; `images`, `right`, `wrong` (F,) are its detections by falling score.
+
+    The curve only has to be known where a right detection is: between two of them precision falls and recall stands.
+    """
+    places = np.flatnonzero(right)  # (R,)
+    before = np.zeros((counts.shape[1], len(places) + 1))  # (I, R + 1) wrong ones of each image after each right one
+    np.add.at(before, (images[wrong], np.searchsorted(places, np.flatnonzero(wrong))), 1.0)
+    wrong_so_far = counts @ np.cumsum(before, axis=1)[:, :-1]  # (B, R)
+    right_so_far = np.cumsum(counts[:, images[places]], axis=1)
+    seen = right_so_far + wrong_so_far
+    precision = np.divide(right_so_far, seen, out=np.zeros_like(seen), where=seen > 0)
+    best_after = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    recall = right_so_far / to_find[:, None]
+    reached = np.searchsorted(_RECALLS, recall.ravel(), side="right").reshape(recall.shape)  # recalls read so far
+    return (best_after * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(_RECALLS)
+
+
+def _objects_to_find(found: Candidates) -> np.ndarray:
+    """(S, I) how many objects that are no crowd each class has in each image."""
+    objects = np.zeros((len(found.class_names), len(found.image_ids)))
+    np.add.at(objects, (found.object_classes[~found.crowd], found.object_images[~found.crowd]), 1.0)
+    return objects
+
+
+def _scored_on(run: Run) -> dict[str, object]:
+    """What has to be equal for two runs to be compared, by its name.
+
+    Raises:
+        RunError: the run has no results yet.
+    """
+    if not (run.results.is_file() and run.detections.is_file()):
+        raise RunError(f"{run.folder}: no results yet; `solq-lab evaluate {run.folder}` makes them")
+    stored = read_json(run.results)
+    settings = stored.get("settings", {})
+    return {
+        "annotations (SHA-256)": stored.get("annotations"),
+        "number of images": stored.get("images"),
+        "detections per image": settings.get("top_k"),
+    }

@@ -1,0 +1,66 @@
+"""The worst errors of a model with their images: what a gallery of failures shows. Paper: appendix A.5, fig. 6."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from solq_lab.data.annotations import read_annotations
+from solq_lab.data.classes import ClassMap
+from solq_lab.data.coco import CocoDataset
+from solq_lab.data.image_files import read_image
+from solq_lab.masks import segmentation_to_rle
+from solq_lab.structures import Detections
+from solq_lab.studies.errors import ERRORS, ErrorAnalysis
+
+
+def worst_cases(
+    analysis: ErrorAnalysis, results: Sequence[dict], dataset: CocoDataset, *, count: int = 5
+) -> dict[str, list[tuple[Tensor, Detections, Detections]]]:
+    """The worst cases of every type of error.
+
+    Args:
+        analysis: of these results.
+        results: the COCO results that were analysed.
+        dataset: the data set they were found in.
+        count: cases per type, at most.
+
+    Returns:
+        type -> cases, the worst first: the image (3, H, W) uint8 as in its file, the object it is about (none for
+        background) and the detection (none for a missed object), in pixels of the file.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    document = read_annotations(dataset.annotations)
+    images = {image["id"]: image for image in document["images"]}
+    objects = {entry["id"]: entry for entry in document["annotations"]}
+    cases: dict[str, list[tuple[Tensor, Detections, Detections]]] = {}
+    for error in ERRORS:
+        cases[error] = []
+        for case in analysis.worst(error, count):
+            entry = images[case.image_id]
+            size = (entry["height"], entry["width"])
+            image = read_image(dataset.images / entry["file_name"], case.image_id, size)
+            true = [] if case.object_id is None else [objects[case.object_id] | {"score": 1.0}]
+            found = [] if case.result is None else [results[case.result]]
+            both = (_as_detections(entries, size, dataset.classes) for entries in (true, found))
+            cases[error].append((image, *both))
+    return cases
+
+
+def _as_detections(entries: Sequence[dict], size: tuple[int, int], classes: ClassMap) -> Detections:
+    """COCO entries with a score, of one image of `size` (height, width), as detections."""
+    labels = [classes.channel_of(entry["category_id"]) for entry in entries]
+    corners = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]  # (x, y, w, h) to (x0, y0, x1, y1)
+    return Detections(
+        scores=torch.tensor([entry["score"] for entry in entries], dtype=torch.float32),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        boxes=corners,
+        queries=torch.full((len(entries),), -1),  # results do not say which query spoke
+        masks=[segmentation_to_rle(entry["segmentation"], size) for entry in entries],
+        names=[classes.names[label] for label in labels],
+    )

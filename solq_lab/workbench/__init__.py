@@ -1,0 +1,1 @@
+"""What runs the library: notebooks, training processes, sweeps, tables and the command line."""

@@ -1,0 +1,1 @@
+"""Checks a COCO data set before anything trains on it."""

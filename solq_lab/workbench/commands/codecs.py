@@ -1,0 +1,192 @@
+"""Commands around mask codes: fit-codec, codec-ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from solq_lab.workbench.commands.arguments import ExperimentFile, Overrides, file_to_write, folder_to_write
+from solq_lab.workbench.commands.runs import Split
+
+Number = TypeVar("Number", int, float)
+
+
+class Threshold(StrEnum):
+    """How a reconstruction becomes a mask."""
+
+    own = "own"
+    middle = "middle"
+    half = "half"
+
+
+class PCAVariant(StrEnum):
+    """Which PCA."""
+
+    plain = "plain"
+    released = "released"
+
+
+def fit_codec(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    objects: Annotated[
+        int | None, typer.Option(min=1, help="Fit to so many objects, drawn at random; by default all.")
+    ] = None,
+) -> None:
+    """Fit a PCA or sparse code to the training masks. Writes codec.artifact; goes on after an interruption."""
+    from solq_lab.config import load_experiment
+    from solq_lab.data_folder import prepare_data
+    from solq_lab.fitting import fit_codec as fit
+    from solq_lab.workbench.errors import Interrupted
+
+    resolved = load_experiment(experiment, overrides or [])
+    if resolved.data.generate != "none":  # of a given folder only the annotations are needed
+        prepare_data(resolved)
+    try:
+        about = fit(resolved, max_objects=objects)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{resolved.codec.artifact}: not fitted yet; the same command goes on") from None
+    quality, dataset = about.quality, about.dataset
+    typer.echo(
+        f"{resolved.codec.artifact}: {about.method}, {about.mask_size} x {about.mask_size} cells in {about.vector_dim} "
+        f"numbers, fitted to {dataset['used']} of {dataset['objects']} objects of {dataset['annotations']}"
+    )
+    typer.echo(
+        f"on {quality['masks']} of them: {100 * quality['explained_variance']:.2f} % of the variance, "
+        f"mean IoU {quality['mean_iou']:.4f}"
+    )
+
+
+def codec_ceiling(
+    data: Annotated[Path, typer.Argument(help="COCO-format folder, annotation file, or experiment file (.yaml).")],
+    overrides: Overrides = None,
+    codec: Annotated[
+        str, typer.Option(help="dct, pca, sparse, flatten; several with commas, as in all lists.")
+    ] = "dct",
+    mask_size: Annotated[str, typer.Option(help="N: cells per side.")] = "128",
+    vector_dim: Annotated[str, typer.Option(help="n_k: numbers per mask.")] = "256",
+    box_noise: Annotated[str, typer.Option(help="Standard error of each box edge, in sides of the box.")] = "0",
+    vector_noise: Annotated[
+        str, typer.Option(help="Standard error of each entry, in its spread over all objects.")
+    ] = "0",
+    threshold: Annotated[
+        Threshold, typer.Option(help="The code's own, the middle of the range, or 0.5.")
+    ] = Threshold.own,
+    pca: Annotated[PCAVariant, typer.Option(help="The paper's eq. 4, or as released.")] = PCAVariant.plain,
+    beta: Annotated[float, typer.Option(min=1e-9, help="Sparse coding: price of a coefficient.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of errors and fits.")] = 0,
+    split: Annotated[Split, typer.Option(help="Images of the folder to measure on.")] = Split.val,
+    fit_on: Annotated[
+        Path | None, typer.Option(help="Annotations to fit pca and sparse to; by default the folder's training split.")
+    ] = None,
+    fit_objects: Annotated[int | None, typer.Option(min=1, help="Fit to so many objects; by default all.")] = None,
+    area_sides: Annotated[
+        str, typer.Option(help="Small below, medium below, pixels; by default as the data says, or 32,96.")
+    ] = "",
+    boundary_ratio: Annotated[
+        float | None, typer.Option(min=1e-4, max=1.0, help="Boundary width over the diagonal; by default 0.02.")
+    ] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 2,
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder of results; what it holds already is not measured again.", callback=folder_to_write),
+    ] = Path("runs/ceilings"),
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
+    ] = None,
+) -> None:
+    """Send ground truth through mask codes and score it. This is what a network without mistakes would reach."""
+    from solq_lab.runs import write_json
+    from solq_lab.studies.laboratory import Laboratory, ceiling_table, make_grid, write_csv
+    from solq_lab.viz.ceilings import ceiling_curves
+    from solq_lab.viz.style import save
+    from solq_lab.workbench.errors import Interrupted
+
+    settings = make_grid(
+        [kind.strip() for kind in codec.split(",")],
+        _numbers("--mask-size", mask_size, int),
+        _numbers("--vector-dim", vector_dim, int),
+        box_noises=_numbers("--box-noise", box_noise, float),
+        vector_noises=_numbers("--vector-noise", vector_noise, float),
+        threshold=None if threshold is Threshold.own else threshold.value,
+        pca=pca.value,
+        beta=beta,
+        seed=seed,
+    )
+    sides = _area_sides(area_sides) if area_sides else None
+    scene = _scene(data, overrides or [], split, fit_on)
+    if sides is not None:
+        scene["area_sides"] = sides
+    if boundary_ratio is not None:
+        scene["boundary_ratio"] = boundary_ratio
+    laboratory = Laboratory(**scene, folder=output, fit_objects=fit_objects, max_images=max_images, processes=processes)
+    typer.echo(laboratory)
+    try:
+        ceilings = laboratory.measure(settings)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; finished settings are kept in {output}, the same command goes on") from None
+    typer.echo(ceiling_table(ceilings))
+    rows = [ceiling.row() for ceiling in ceilings]
+    write_csv(output / "ceilings.csv", ceilings)
+    varied = [key for key in ("box_noise", "vector_noise") if len({row[key] for row in rows}) > 1]
+    over = varied[0] if varied and len({row["vector_dim"] for row in rows}) == 1 else "vector_dim"
+    save(ceiling_curves(rows, over=over, title=f"{data}: what the mask code allows"), output / "ceilings.png")
+    if json_path is not None:
+        write_json(json_path, {"data": str(laboratory), "ceilings": rows})
+    typer.echo(f"\ntable     {output / 'ceilings.csv'}\nfigure    {output / 'ceilings.png'}")
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"found {text!r}, allowed are numbers with commas between them", param_hint=option
+        ) from None
+
+
+def _area_sides(text: str) -> tuple[float, ...]:
+    sides = tuple(_numbers("--area-sides", text, float))
+    if len(sides) != 2 or not 0 < sides[0] < sides[1]:
+        raise typer.BadParameter(
+            f"found {text!r}, allowed are two rising sides in pixels, as in 32,96", param_hint="--area-sides"
+        )
+    return sides
+
+
+def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:
+    """Which annotations to measure on and to fit to, and how to score, as arguments of `Laboratory`."""
+    from solq_lab.data.annotations import DataError
+    from solq_lab.data.folders import find_annotations
+
+    if data.suffix in (".yaml", ".yml"):
+        return _scene_of_experiment(data, overrides, split, fit_on)
+    if overrides:
+        raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
+    if fit_on is None and data.is_dir():
+        try:
+            fit_on = find_annotations(data, "train")
+        except DataError:  # a folder of validation images only: fitted codes will ask for --fit-on
+            fit_on = None
+    return {"annotations": find_annotations(data, split.value), "fit_annotations": fit_on}
+
+
+def _scene_of_experiment(path: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:
+    from solq_lab.config import load_experiment
+    from solq_lab.data_folder import prepare_data
+
+    experiment = load_experiment(path, overrides)
+    prepare_data(experiment)
+    data, evaluation = experiment.data, experiment.evaluation
+    root = Path(data.root)
+    return {
+        "annotations": root / (data.val_annotations if split is Split.val else data.train_annotations),
+        "fit_annotations": root / data.train_annotations if fit_on is None else fit_on,
+        "area_sides": evaluation.area_sides,
+        "boundary_ratio": evaluation.boundary_ratio,
+    }

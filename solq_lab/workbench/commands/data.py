@@ -1,0 +1,214 @@
+"""Commands around data sets: make-shapes, download-coco, check-data, convert-data."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from solq_lab.workbench.commands.arguments import FAILED, Overrides, folder_to_write
+
+if TYPE_CHECKING:
+    from solq_lab.data.folders import Split
+    from solq_lab.workbench.check.report import Options
+
+
+class Level(StrEnum):
+    """How hard the drawn shapes are."""
+
+    easy = "easy"
+    hard = "hard"
+
+
+def make_shapes(
+    root: Annotated[
+        Path, typer.Argument(help="Folder to write: images and COCO annotations.", callback=folder_to_write)
+    ],
+    level: Annotated[Level, typer.Option(help="Small upright shapes, or any size and rotation.")] = Level.easy,
+    train_images: Annotated[int, typer.Option("--train", min=1, help="Training images.")] = 6000,
+    val_images: Annotated[int, typer.Option("--val", min=1, help="Validation images.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Drawing processes.")] = 2,
+) -> None:
+    """Draw overlapping, textured shapes as a COCO-format folder."""
+    from solq_lab.data.shapes import write_shapes
+
+    write_shapes(root, level=level.value, train=train_images, val=val_images, seed=seed, processes=processes)
+    typer.echo(f"{train_images} + {val_images} images in {root}")
+
+
+class CocoSplit(StrEnum):
+    """Parts of COCO 2017."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+def download_coco(
+    folder: Annotated[Path, typer.Argument(help="Data folder to fill.", callback=folder_to_write)],
+    split: Annotated[
+        list[CocoSplit] | None,
+        typer.Option(help="Images to fetch, several times for more; by default train and val."),
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="Another server with COCO's archives, http or https.")] = None,
+    sums: Annotated[
+        Path | None, typer.Option(help="File of MD5 or SHA-256 sums, for a server with other archives than COCO's.")
+    ] = None,
+    keep_archives: Annotated[bool, typer.Option("--keep-archives", help="Leave the zip files in .download.")] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Attempts in a row that may bring nothing new.")] = 8,
+) -> None:
+    """Fetch COCO 2017, verify and unpack it. Goes on after any interruption, and skips what is complete."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from solq_lab.workbench.download import coco as download
+    from solq_lab.workbench.errors import Interrupted
+
+    splits = list(dict.fromkeys(part.value for part in split or (CocoSplit.train, CocoSplit.val)))
+    try:
+        with logging_redirect_tqdm():  # a broken connection is told above its bar, not in the middle of it
+            download.download_coco(
+                folder,
+                splits,
+                base_url=base_url or download.BASE_URL,
+                sums=None if sums is None else download.read_sums(sums),
+                keep_archives=keep_archives,
+                retries=retries,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(f"{folder}: stopped; what has arrived is kept, and the same command goes on") from None
+    typer.echo(f"{' and '.join(splits)} of COCO 2017 in {folder}\ncheck it:  solq-lab check-data {folder}")
+
+
+class Part(StrEnum):
+    """Parts of a data set."""
+
+    train = "train"
+    val = "val"
+
+
+def convert_data(
+    source: Annotated[Path, typer.Argument(help="LVIS file (.json), or YOLO segmentation folder with a data.yaml.")],
+    target: Annotated[
+        Path, typer.Argument(help="COCO-format folder to write; it may hold the other split.", callback=folder_to_write)
+    ],
+    images: Annotated[Path | None, typer.Option(help="LVIS: folder of COCO's train2017 and val2017.")] = None,
+    split: Annotated[Part | None, typer.Option(help="LVIS: by default as the file's name says.")] = None,
+    link: Annotated[bool, typer.Option("--link/--no-link", help="Link the images into the folder.")] = True,
+) -> None:
+    """Make a COCO-format folder of LVIS or YOLO segmentation. Images stay where they are."""
+    from solq_lab.workbench.convert.converter import convert_data as convert
+
+    splits = convert(source, target, images=images, split=None if split is None else split.value, link=link)
+    settings = [f"data.root={target}"]
+    for part in splits:
+        settings.append(f"data.{part.name}_images={part.name if link else part.images}")
+        settings.append(f"data.{part.name}_annotations={part.annotations.relative_to(target)}")
+    typer.echo(f"check it:  solq-lab check-data {target}\nuse it:    {' '.join(settings)}")
+
+
+class Look(StrEnum):
+    """How closely images are looked at."""
+
+    decode = "decode"
+    header = "header"
+    names = "names"
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    refused = "refused"
+    harmful = "harmful"
+    note = "note"
+
+
+def check_data(
+    data: Annotated[Path, typer.Argument(help="COCO-format folder, annotation file, or experiment file (.yaml).")],
+    overrides: Overrides = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, where it is not found.")] = None,
+    look: Annotated[Look, typer.Option(help="Decode every image, read its header only, or not open it.")] = Look.decode,
+    queries: Annotated[int | None, typer.Option(min=1, help="J: objects found per image; by default 300.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 2,
+    fail_on: Annotated[
+        Severity, typer.Option(help="Exit with 1 for what stops a training, harms it too, or any note.")
+    ] = Severity.harmful,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A rule that may be broken, so often at most.", metavar="RULE[=COUNT]")
+    ] = None,
+    worst: Annotated[int, typer.Option(min=0, help="Images of each rule in the report.")] = 8,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of report.html and report.json; by default runs/data_checks/NAME.", callback=folder_to_write
+        ),
+    ] = None,
+) -> None:
+    """Look through a data set before training on it. Exit status: 0 clean, 1 with problems, 2 cannot be read."""
+    from solq_lab.files import replacing, write_json
+    from solq_lab.viz.data_report import report_page
+    from solq_lab.workbench.check.checker import check_data as check
+
+    allowed = _allowed(allow or [])
+    splits, options, name = _splits_of(data, overrides or [], images)
+    changes = {"look": look.value} | ({"queries": queries} if queries else {})
+    report = check(splits, options._replace(**changes), processes=processes)
+    typer.echo(report.table(str(data)))
+    folder = output or Path("runs/data_checks") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", report.to_dict() | {"allowed": allowed})
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(report_page(report, title=f"Check of {data}", worst=worst), "utf-8", errors="replace")
+    typer.echo(f"\nreport  {folder / 'report.html'}\nnumbers {folder / 'report.json'}")
+    failing = report.findings.failing(fail_on.value, allowed)
+    if failing:
+        allowing = " ".join(f"--allow {rule}" for rule in failing)
+        typer.echo(f"problems: {', '.join(failing)}\nmend them, or let them pass with {allowing}")
+        raise typer.Exit(FAILED)
+
+
+def _allowed(texts: list[str]) -> dict[str, int | None]:
+    """How often each rule may be broken; None: without limit."""
+    from solq_lab.workbench.check.findings import RULES
+
+    allowed: dict[str, int | None] = {}
+    for text in texts:
+        rule, equals, count = text.partition("=")
+        if rule not in RULES or (equals and not count.isdecimal()):
+            rules = ", ".join(RULES)
+            raise typer.BadParameter(
+                f"found {text!r}, allowed is RULE or RULE=COUNT; rules: {rules}", param_hint="--allow"
+            )
+        allowed[rule] = int(count) if equals else None
+    return allowed
+
+
+def _splits_of(data: Path, overrides: list[str], images: Path | None) -> tuple[tuple[Split, ...], Options, str]:
+    """What to check, what the training will be like, and what to call the report."""
+    from solq_lab.data.folders import Split, find_splits
+    from solq_lab.workbench.check.report import Options
+
+    if data.suffix not in (".yaml", ".yml"):
+        if overrides:
+            raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
+        return find_splits(data, images), Options(), data.resolve().stem
+    from solq_lab.config import load_experiment
+    from solq_lab.data_folder import prepare_data
+
+    experiment = load_experiment(data, overrides)
+    prepare_data(experiment)
+    section, root = experiment.data, Path(experiment.data.root)
+    splits = (
+        Split("train", root / section.train_images, root / section.train_annotations),
+        Split("val", root / section.val_images, root / section.val_annotations),
+    )
+    options = Options(
+        queries=experiment.model.queries,
+        detections=experiment.evaluation.top_k,
+        with_masks=experiment.codec.kind != "none" or experiment.model.mask_branch != "none",
+        class_ids=section.class_ids,
+        num_classes=section.num_classes,
+    )
+    return splits, options, experiment.name

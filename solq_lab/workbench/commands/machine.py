@@ -1,0 +1,43 @@
+"""Commands about this machine: doctor, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from solq_lab.workbench.commands.arguments import FAILED, file_to_write
+
+
+def doctor() -> None:
+    """Show what this machine offers, and check the operators. All implementations have to give the same numbers."""
+    from solq_lab.workbench.doctor import examine
+
+    report = examine()
+    typer.echo(str(report))
+    if not report.healthy:
+        raise typer.Exit(FAILED)
+
+
+def bench(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="op, codec, targets, postprocess, matcher, loader, eval, infer, train; by default all, and gpu where "
+            "there is one. And memory."
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read images.")] = None,
+) -> None:
+    """Measure each part against the plain way of doing it. Both are run side by side, and have to agree."""
+    from solq_lab.bench import runner
+
+    try:
+        runner.check_parts(parts or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(runner.run(parts or [], json_path, data=data).table())

@@ -1,0 +1,169 @@
+"""Commands that make or read run folders: run, train, evaluate, status."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
+from solq_lab.data_folder import check_data_folder, prepare_data
+from solq_lab.runs import Run, create_run, list_runs, load_run, read_json
+from solq_lab.workbench.cluster import Cluster, follow_job, submit_training
+from solq_lab.workbench.commands.arguments import (
+    ClusterOptions,
+    ExperimentFile,
+    Notebook,
+    Overrides,
+    RunFolder,
+    RunsDir,
+    Where,
+    cluster_options,
+)
+from solq_lab.workbench.errors import Interrupted
+from solq_lab.workbench.notebooks import run_notebook, run_report
+from solq_lab.workbench.parameters import NotebookError, read_parameters
+from solq_lab.workbench.trainings import describe_trainings, follow_training, start_training, stop_training
+from solq_lab.workbench.workspace import open_run
+
+if TYPE_CHECKING:
+    from solq_lab.evaluation.summary import Evaluation
+
+
+class Split(StrEnum):
+    """Which images to evaluate on."""
+
+    val = "val"
+    train = "train"
+
+
+def run(
+    notebook: Notebook,
+    experiment: Annotated[
+        Path | None, typer.Argument(help="Experiment, a YAML file; by default the one that the notebook names.")
+    ] = None,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="A further parameter of the notebook, name=value.")
+    ] = None,
+) -> None:
+    """Execute a notebook for an experiment. The report appears in the run folder."""
+    given = dict(_split_parameter(text) for text in parameter or [])
+    if experiment is not None and "=" in experiment.name and not experiment.exists():
+        raise ConfigError(f"{experiment}: is a change to an experiment; name the experiment's file before it")
+    declared = read_parameters(notebook).get("experiment")
+    if experiment is None and declared is None:
+        executed = run_report(notebook, runs_dir, parameters=given)
+    else:
+        path = declared.default if experiment is None else experiment
+        executed = run_notebook(notebook, path, overrides or [], runs_dir, parameters=given)
+        _print_results(load_run(executed.parent))
+    typer.echo(f"\nnotebook  {executed}\nHTML      {executed.with_suffix('.html')}")
+
+
+def train(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    cluster: Annotated[Where, typer.Option(help="Submit it by submitit; local tries that here.")] = Where.none,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, on SLURM.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Training processes per machine; by default, train.gpus in all.")
+    ] = None,
+    cluster_option: ClusterOptions = None,
+) -> None:
+    """Train an experiment without a notebook, or resume it. Ctrl-C saves and stops."""
+    options = cluster_options(cluster_option, cluster)
+    if nodes > 1 and cluster is not Where.slurm:
+        raise ConfigError(f"--nodes {nodes}: needs --cluster slurm, or solq_lab.training.torchrun on each of them")
+    resolved = load_experiment(experiment, overrides or [])
+    if gpus_per_node is not None:
+        resolved = _with_processes(resolved, nodes * gpus_per_node, runs_dir)
+    elif resolved.train.gpus % nodes:
+        raise ConfigError(
+            f"--nodes {nodes}: train.gpus={resolved.train.gpus} does not divide by it; add --gpus-per-node"
+        )
+    per_node = gpus_per_node or resolved.train.gpus // nodes
+    check_data_folder(resolved)
+    trained = create_run(resolved, runs_dir)
+    prepare_data(resolved)
+    if cluster is Where.none:
+        _train_here(trained, per_node)
+    elif trained.status()["state"] != "finished":
+        submitter = Cluster(cluster.value, trained.folder / "submitit", options)
+        follow_job(submit_training(submitter, trained, nodes=nodes, gpus_per_node=per_node), trained)
+    _print_results(trained)
+    typer.echo(f"\nweights   {trained.weights}")
+
+
+def _train_here(run: Run, processes: int) -> None:
+    start_training(run.folder, processes)
+    try:
+        follow_training(run.folder)
+    except KeyboardInterrupt:
+        raise Interrupted(stop_training(run.folder)) from None
+
+
+def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> Experiment:
+    """The experiment for so many processes; a run that has begun stays what it is, and shares its passes out anew."""
+    folder = runs_dir / experiment.name
+    begun = (folder / "experiment.yaml").is_file()
+    gpus = load_run(folder).experiment.train.gpus if begun else processes
+    values = experiment.model_dump(mode="json")
+    values["train"]["gpus"] = gpus
+    return validate_experiment(values, source=f"--gpus-per-node ({processes} processes)")
+
+
+def evaluate(
+    run_folder: RunFolder,
+    split: Annotated[Split, typer.Option(help="Images: validation, or those it was trained on.")] = Split.val,
+    classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
+) -> None:
+    """Evaluate a finished run. Numbers that are there already are only printed."""
+    evaluated = open_run(run_folder)  # before torch is loaded: a mistake is told at once
+    from solq_lab.evaluation.evaluator import evaluate_run, run_ceiling
+
+    evaluation = evaluate_run(evaluated, split=split.value)
+    ceiling = run_ceiling(evaluated, split=split.value)
+    typer.echo(f"\n{evaluated.name}, {split.value} images\n{evaluation.table(ceiling=ceiling)}")
+    if classes:
+        typer.echo("\n" + evaluation.class_table("segm" if "segm" in evaluation.kinds else "box"))
+
+
+def status(runs_dir: RunsDir = Path("runs")) -> None:
+    """List the runs: state, step, AP and training processes."""
+    from solq_lab.workbench.tables import summarise_runs
+
+    runs = list_runs(runs_dir)
+    typer.echo(summarise_runs(runs))
+    if trainings := describe_trainings(runs):
+        typer.echo(f"\n{trainings}")
+
+
+def _split_parameter(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise NotebookError(f"--parameter {text!r}: allowed is name=value, for example -p images=6")
+    return name, value
+
+
+def _print_results(run: Run) -> None:
+    """The AP table of a run beside its mask code's ceiling; nothing where the run has no results."""
+    from solq_lab.evaluation.summary import Evaluation
+
+    if not run.results.exists():
+        return
+    results = read_json(run.results)
+    table = Evaluation.from_dict(results).table(ceiling=_stored_ceiling(run, results))
+    typer.echo(f"\n{run.name}, validation images\n{table}")
+
+
+def _stored_ceiling(run: Run, results: dict) -> Evaluation | None:
+    """The code's ceiling as the training measured it; None for a plain detector."""
+    from solq_lab.evaluation.summary import Evaluation
+
+    measured = [line["ceiling"] for line in run.metrics("start") if line["ceiling"]]
+    return Evaluation.from_dict(results | {"metrics": measured[-1], "per_class": {}}) if measured else None

@@ -1,0 +1,83 @@
+"""Commands around sweeps: sweep, table."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from solq_lab.config import load_sweep
+from solq_lab.runs import load_run, replacing, write_json
+from solq_lab.workbench.commands.arguments import (
+    FAILED,
+    ClusterOptions,
+    Overrides,
+    RunsDir,
+    Where,
+    cluster_options,
+    file_to_write,
+)
+from solq_lab.workbench.sweeps import SWEEPS, ClusterStarter, Job, check, find_sweep, plan, run_sweep
+from solq_lab.workbench.tables import RESULTS, read_table
+
+SweepFile = Annotated[Path, typer.Argument(help=f"Sweep: a YAML file, or the name of one in {SWEEPS}.")]
+
+
+def sweep(
+    sweep_file: SweepFile,
+    overrides: Overrides = None,
+    runs_dir: RunsDir = Path("runs"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at the same time; by default 1, on SLURM all.")] = None,
+    cluster: Annotated[Where, typer.Option(help="Submit the runs by submitit; local tries that here.")] = Where.none,
+    cluster_option: ClusterOptions = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and where each stands.")] = False,
+) -> None:
+    """Run the rows and seeds of a sweep that are not finished. The same command resumes it."""
+    planned = plan(load_sweep(find_sweep(sweep_file)), overrides or [], runs_dir)
+    check(planned)
+    if dry_run:
+        for job in planned:
+            typer.echo(f"{_standing(job):<20} solq-lab {shlex.join(job.arguments)}")
+        return
+    options = cluster_options(cluster_option, cluster)
+    start = None if cluster is Where.none else ClusterStarter(cluster.value, runs_dir, options)
+    outcomes = run_sweep(planned, start=start, at_once=jobs or (len(planned) if cluster is Where.slurm else 1))
+    typer.echo(read_table(sweep_file, runs_dir=runs_dir).text())
+    failed = [outcome.job.run for outcome in outcomes if outcome.status != 0]
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def table(
+    sweep_file: SweepFile,
+    runs_dir: RunsDir = Path("runs"),
+    results_dir: Annotated[Path, typer.Option(help="Folder of the results that the project carries.")] = RESULTS,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="File for the runs' numbers.", callback=file_to_write)
+    ] = None,
+    csv_path: Annotated[
+        Path | None, typer.Option("--csv", help="File for means and spreads.", callback=file_to_write)
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print as Markdown.")] = False,
+) -> None:
+    """Print a sweep's results beside the paper's numbers. They are means and spreads over its seeds."""
+    results = read_table(sweep_file, runs_dir=runs_dir, results_dir=results_dir)
+    typer.echo(results.markdown() if markdown else results.text())
+    if json_path is not None:
+        write_json(json_path, results.to_dict())
+    if csv_path is not None:
+        with replacing(csv_path) as temporary:
+            temporary.write_text(results.csv(), encoding="utf-8")
+
+
+def _standing(job: Job) -> str:
+    """Where a run stands, in two words at most."""
+    if job.is_finished():
+        return "finished"
+    if not job.folder.exists():
+        return "new"
+    status = load_run(job.folder).status()
+    return f"at step {status['step']}" if status["step"] else "started"

@@ -1,0 +1,169 @@
+"""Commands around weights: predict with them, import the released ones, export and ship trained ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from solq_lab.workbench.commands.arguments import (
+    FAILED,
+    Overrides,
+    RunFolder,
+    existing_files,
+    file_to_write,
+    file_with_its_folder,
+    folder_to_write,
+)
+
+if TYPE_CHECKING:
+    from solq_lab.data.classes import ClassMap
+
+
+def predict(
+    weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
+    images: Annotated[list[Path], typer.Argument(help="Images.", callback=existing_files)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the images with their objects drawn in.", callback=folder_to_write)
+    ] = Path("predictions"),
+    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Objects below this score are left out.")] = 0.3,
+) -> None:
+    """Find the objects in images, draw and list them. A line has class, score and box (x0 y0 x1 y1, pixels)."""
+    import numpy as np
+
+    from solq_lab.inference.predictor import Predictor, read_upright
+    from solq_lab.viz.images import draw_detections
+
+    predictor = Predictor(weights)
+    for path in images:
+        image = read_upright(path)
+        everything = predictor.predict(image)
+        found = everything.above(score)
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = out / f"{path.stem}.png"
+        draw_detections(np.asarray(image), found, title=path.name).savefig(drawn)
+        count = len(found.names)
+        typer.echo(f"{path}: {count} {'object' if count == 1 else 'objects'}, drawn in {drawn}")
+        if count == 0:
+            best = everything.scores.max().item()
+            typer.echo(f"  none with a score of at least {score:g}; the best has {best:.2f}, a lower --score shows it")
+        for name, value, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True):
+            typer.echo(f"  {value:.2f}  {name:<20} " + " ".join(f"{edge:7.1f}" for edge in box))
+
+
+def import_weights(
+    source: Annotated[Path, typer.Argument(help="Released checkpoint (.pth); with --to-official, weights of ours.")],
+    destination: Annotated[Path, typer.Argument(help="File to write; it must not exist.", callback=file_to_write)],
+    to_official: Annotated[
+        bool, typer.Option("--to-official", help="The way back: from ours to the released names.")
+    ] = False,
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO annotations that name the classes; by default COCO's own names.")
+    ] = None,
+) -> None:
+    """Turn released weights into ours. SOLQ's, SQR's or Deformable DETR's; nothing in the file is executed."""
+    from solq_lab.models.weights import WeightMismatch, export_official, import_official
+
+    if destination.exists():
+        raise WeightMismatch(f"{destination}: exists already and is not written over; remove it or name another file")
+    if to_official:
+        export_official(source, destination)
+        typer.echo(f"{destination}: written under the released names")
+        return
+    report = import_official(source, destination, _describer(destination.stem, annotations))
+    typer.echo(str(report))
+    for section, values in report.architecture.items():
+        typer.echo(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    typer.echo(f"{destination}: written; `solq-lab predict {destination} IMAGE` uses it")
+
+
+def export(
+    weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
+    destination: Annotated[
+        Path, typer.Argument(help="File to write: .onnx, or .safetensors to share.", callback=file_with_its_folder)
+    ],
+    height: Annotated[
+        int | None, typer.Option(min=1, help="ONNX: height of every image, pixels; without: any.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="ONNX: width of every image, pixels.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="ONNX: images per call; without: any number.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="ONNX: detections per image; without: the experiment's.")
+    ] = None,
+    images: Annotated[list[Path] | None, typer.Option(help="ONNX: images to compare with; repeatable.")] = None,
+) -> None:
+    """Write a model as ONNX, or as one file to share. ONNX is compared with the original on images."""
+    from solq_lab.config import ConfigError
+    from solq_lab.inference.export.onnx_file import ExportError, export_onnx
+    from solq_lab.inference.export.sharing import share
+
+    if (height is None) != (width is None):
+        raise ConfigError(f"--height {height} with --width {width}: give both, or neither for images of any size")
+    size = None if height is None or width is None else (height, width)
+    match destination.suffix:
+        case ".onnx":
+            try:
+                report = export_onnx(weights, destination, size=size, batch=batch, top_k=top_k, images=images or ())
+            except ExportError as error:
+                typer.echo(str(error), err=True)
+                raise typer.Exit(FAILED) from None
+            typer.echo(f"{report}\nthe whole comparison is in {destination.with_suffix('.parity.json')}")
+        case ".safetensors":
+            classes = [name for name in share(weights, destination).classes.names if name]
+            typer.echo(f"{destination}: {destination.stat().st_size / 1e6:.1f} MB, {len(classes)} classes, ", nl=False)
+            typer.echo(f"code and experiment inside; `solq-lab predict {destination} IMAGE` uses it")
+        case suffix:
+            raise ConfigError(f"{destination}: ending {suffix!r}: allowed are .onnx and .safetensors")
+
+
+def ship(
+    run_folder: RunFolder,
+    destination: Annotated[
+        Path, typer.Argument(help="Folder to write; an earlier shipped run is replaced.", callback=folder_to_write)
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Make a finished run small. It keeps half-precision weights and its record; the detections are compared."""
+    from solq_lab.config import load_experiment
+    from solq_lab.data_folder import prepare_data
+    from solq_lab.inference.shipping import ship_run
+    from solq_lab.runs import load_run
+
+    run = load_run(run_folder)
+    changes = [*(overrides or []), f"name={destination.name}"]
+    experiment = load_experiment(run.folder / "experiment.yaml", changes)
+    prepare_data(experiment)
+    typer.echo(str(ship_run(run, destination, experiment)))
+    size = sum(path.stat().st_size for path in destination.iterdir())
+    typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {destination} IMAGE` uses it")
+
+
+def _describer(name: str, annotations: Path | None) -> Callable[[dict[str, dict]], tuple[str, str]]:
+    """From the sections inferred of released weights to their experiment (YAML) and class map (JSON)."""
+
+    def describe(architecture: dict[str, dict]) -> tuple[str, str]:
+        from solq_lab.config import validate_experiment
+
+        plain = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "imported"
+        experiment = validate_experiment({"name": plain} | architecture, source="the imported experiment")
+        return experiment.to_yaml(), _released_classes(architecture["data"]["num_classes"], annotations).to_json()
+
+    return describe
+
+
+def _released_classes(count: int, annotations: Path | None) -> ClassMap:
+    """The class map of released weights, whose channels are category ids: COCO's own where there are 91 of them."""
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    from solq_lab.data.classes import UNUSED, ClassMap
+
+    if annotations is not None:
+        return ClassMap.from_annotations(annotations, "raw", count)
+    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id, with gaps
+    names = ["" if name in ("N/A", "__background__") else name for name in coco]
+    if len(names) != count:
+        names = [f"category {channel}" for channel in range(count)]
+    return ClassMap(tuple(names), tuple(channel if name else UNUSED for channel, name in enumerate(names)))

@@ -1,0 +1,1 @@
+"""Converts LVIS and YOLO data sets to COCO format."""

@@ -1,0 +1,1 @@
+"""Downloads COCO 2017: resumed transfers, checksums, safe unpacking."""

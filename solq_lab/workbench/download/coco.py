@@ -1,0 +1,249 @@
+"""COCO 2017 from its server into the folder that the experiments expect: fetched, verified, unpacked, once.
+
+Sizes and MD5 sums are those of the files that the COCO server gives out. The server lists none itself; these are the
+ones that the download scripts of many public projects agree on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from solq_lab.data.annotations import DataError
+from solq_lab.files import write_json
+from solq_lab.workbench.download.transfer import describe_size, fetch, require_space
+from solq_lab.workbench.download.unpacking import lacking, unpack
+
+logger = logging.getLogger(__name__)
+
+BASE_URL = "http://images.cocodataset.org"  # its certificate does not fit its name, so no https; the sums protect
+WORKSHOP = ".download"  # folder inside the data folder: unfinished files, the lock, what is complete
+CHUNK = 1 << 20
+ALGORITHMS = {32: "md5", 64: "sha256"}  # by the number of hexadecimal digits
+
+
+class Archive(NamedTuple):
+    """A zip file of COCO 2017.
+
+    path: below the base URL.
+    size: bytes; None where it is not known.
+    digest: MD5, hexadecimal.
+    growth: about how many bytes one byte unpacks to; JSON packs well, JPEG not at all.
+    """
+
+    path: str
+    size: int | None
+    digest: str
+    growth: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The file's name without folders."""
+        return PurePosixPath(self.path).name
+
+
+ANNOTATIONS = Archive(
+    "annotations/annotations_trainval2017.zip", 252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c", growth=3.5
+)
+TEST_INFO = Archive("annotations/image_info_test2017.zip", None, "85da7065e5e600ebfee8af1edb634eb5", growth=10.0)
+TRAIN = Archive("zips/train2017.zip", 19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2")
+VAL = Archive("zips/val2017.zip", 815_585_330, "442b8da7639aecaf257c1dceb8ba8c80")
+TEST = Archive("zips/test2017.zip", 6_646_970_404, "77ad2c53ac5d0aea611d422c0938fb35")
+SPLITS = {"train": (ANNOTATIONS, TRAIN), "val": (ANNOTATIONS, VAL), "test": (TEST_INFO, TEST)}
+
+
+def download_coco(
+    folder: Path | str,
+    splits: Sequence[str] = ("train", "val"),
+    *,
+    base_url: str = BASE_URL,
+    sums: Mapping[str, str] | None = None,
+    keep_archives: bool = False,
+    retries: int = 8,
+    backoff: float = 1.0,
+    timeout: float = 60.0,
+) -> None:
+    """Fill a folder with `annotations/`, `train2017/`, `val2017/`, `test2017/`; what is complete is not touched.
+
+    One archive after the other, small ones first: fetched into `.download/`, its sum compared, unpacked, removed. It
+    may be interrupted at any time; the same call goes on.
+
+    Args:
+        folder: data folder, made if it is missing.
+        splits: of "train", "val", "test".
+        base_url: server, http or https, that has the archives under COCO's own paths.
+        sums: MD5 or SHA-256 by file name, for a server with other archives under these names; None: COCO's own.
+        keep_archives: leave the zip files in `.download/`.
+        retries, backoff, timeout: see `transfer.fetch`.
+
+    Raises:
+        DataError: an argument is of no use, another process downloads into the folder, the disk is too small, the
+            server refuses or stays away, or an archive is damaged or unsafe.
+    """
+    if not base_url.startswith(("http://", "https://")):
+        raise DataError(f"base URL {base_url!r}: allowed are http:// and https:// addresses")
+    unknown = sorted(set(splits) - set(SPLITS))
+    if unknown or not splits:
+        raise DataError(f"split {', '.join(unknown) or 'none'}: allowed are {', '.join(SPLITS)}")
+    archives = _wanted(splits, sums)
+    workshop = Path(folder) / WORKSHOP
+    workshop.mkdir(parents=True, exist_ok=True)
+    with _alone_in(workshop):
+        missing = [archive for archive in archives if not _is_complete(archive, workshop)]
+        _require_space(missing, workshop, keep_archives=keep_archives)
+        for archive in missing:
+            target = workshop / archive.name
+            _fetch_verified(archive, target, base_url, retries=retries, backoff=backoff, timeout=timeout)
+            _unpack(archive, target)
+            if not keep_archives:
+                target.unlink()
+
+
+def read_sums(path: Path | str) -> dict[str, str]:
+    """Sums by file name from a file as `md5sum` or `sha256sum` write it.
+
+    Raises:
+        DataError: it cannot be read, or a line is something else.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    sums = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        digest, _, name = line.partition(" ")
+        name = PurePosixPath(name.lstrip(" *")).name
+        if len(digest) not in ALGORITHMS or set(digest.lower()) - set("0123456789abcdef") or not name:
+            raise DataError(f"{path}: line {number}: found {line!r}; allowed is an MD5 or SHA-256 sum and a file name")
+        sums[name] = digest.lower()
+    return sums
+
+
+def _wanted(splits: Sequence[str], sums: Mapping[str, str] | None) -> list[Archive]:
+    """The archives of some splits, small ones first, with the sums that are asked for."""
+    archives = list(dict.fromkeys(archive for split in SPLITS if split in splits for archive in SPLITS[split]))
+    archives.sort(key=lambda archive: archive.size or 0)
+    if sums is None:
+        return archives
+    for archive in archives:
+        if archive.name not in sums:
+            raise DataError(f"no sum of {archive.name}; found are those of {', '.join(sorted(sums)) or 'no file'}")
+    return [archive._replace(size=None, digest=sums[archive.name]) for archive in archives]
+
+
+@contextlib.contextmanager
+def _alone_in(workshop: Path) -> Iterator[None]:
+    """Hold a folder against other processes; the kernel frees the lock however this one ends."""
+    with (workshop / "lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise DataError(
+                f"{workshop.parent}: {file.read().strip() or 'another process'} downloads into this folder; "
+                "wait for it or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _stamp(archive: Archive, workshop: Path) -> Path:
+    """The file that says what an archive was unpacked to; written last."""
+    return workshop / f"{archive.name}.json"
+
+
+def _is_complete(archive: Archive, workshop: Path) -> bool:
+    """Whether an archive was unpacked here and all its files are still there."""
+    stamp = _read_stamp(_stamp(archive, workshop))
+    if stamp.get("digest") != archive.digest:
+        return False
+    gone = lacking(workshop.parent, stamp["members"])
+    if gone:
+        logger.info(
+            "%s: %d of %d files are missing or changed, the first is %s; fetched again",
+            archive.name,
+            len(gone),
+            len(stamp["members"]),
+            gone[0],
+        )
+        return False
+    logger.info("%s: complete, %d files", archive.name, len(stamp["members"]))
+    return True
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _require_space(archives: Sequence[Archive], workshop: Path, *, keep_archives: bool) -> None:
+    """Refuse at once what does not fit: the fullest moment of the whole download, by the published sizes."""
+    held, peak = 0, 0
+    for archive in archives:
+        size = archive.size or 0
+        arrived = sum(path.stat().st_size for path in workshop.glob(f"{archive.name}*") if path.suffix != ".json")
+        peak = max(peak, held + size - min(arrived, size) + int(size * archive.growth))
+        held += int(size * archive.growth) + (size if keep_archives else -min(arrived, size))
+    names = ", ".join(archive.name for archive in archives)
+    require_space(workshop, peak, f"fetching and unpacking {names}")
+
+
+def _fetch_verified(archive: Archive, target: Path, base_url: str, **patience: Any) -> None:
+    """Fetch an archive and compare its sum; one that is wrong is fetched once more from the start."""
+    url = f"{base_url.rstrip('/')}/{archive.path}"
+    for _ in range(2):
+        if not target.exists():
+            with tqdm(desc=archive.name, unit="B", unit_scale=True, total=archive.size) as bar:
+                fetch(url, target, size=archive.size, show=partial(_move, bar), **patience)
+        found = _digest(target, ALGORITHMS[len(archive.digest)])
+        if found == archive.digest:
+            return
+        target.unlink()
+        logger.warning("%s: its sum is %s instead of %s; removed", archive.name, found, archive.digest)
+    raise DataError(
+        f"{url}: the sum is {found}, {archive.digest} is expected; the server has another file, or something on the "
+        "way changes it: check the address (--base-url), and for other archives give their --sums"
+    )
+
+
+def _move(bar: tqdm, done: int, total: int | None) -> None:
+    """Show on a bar that `done` bytes of `total` are done with."""
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with (
+        path.open("rb") as file,
+        tqdm(desc=f"verifying {path.name}", unit="B", unit_scale=True, total=path.stat().st_size) as bar,
+    ):
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _unpack(archive: Archive, path: Path) -> None:
+    folder = path.parent.parent
+    with tqdm(desc=f"unpacking {archive.name}", unit="B", unit_scale=True) as bar:
+        members = unpack(path, folder, show=partial(_move, bar))
+    write_json(_stamp(archive, path.parent), {"digest": archive.digest, "members": members})
+    logger.info("%s: %d files, %s, in %s", archive.name, len(members), describe_size(sum(members.values())), folder)

@@ -1,0 +1,194 @@
+"""Notebooks executed by papermill into run folders, with what can be checked checked first. Loads without torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from solq_lab.config import load_experiment
+from solq_lab.data_folder import check_data_folder
+from solq_lab.files import replacing
+from solq_lab.progress import Progress, status_line
+from solq_lab.runs import Run, create_run
+from solq_lab.workbench.errors import REFUSALS, Interrupted, NotebookFailed
+from solq_lab.workbench.parameters import check_parameters
+from solq_lab.workbench.processes import is_alive
+from solq_lab.workbench.trainings import stop_training
+from solq_lab.workbench.workspace import WORKSPACE
+
+QUIET_KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it reports unencrypted local sockets, and its own shutdown
+
+
+def run_notebook(
+    notebook: str | Path,
+    experiment_path: str | Path,
+    overrides: Sequence[str] = (),
+    runs_dir: str | Path = "runs",
+    *,
+    parameters: Mapping[str, Any] | None = None,
+) -> Path:
+    """Execute a notebook for an experiment; it is written into the run folder cell by cell, and as HTML at the end.
+
+    Everything that can be checked without work is checked first: the parameters, the experiment, the data folder.
+
+    Args:
+        notebook: a notebook with one cell tagged `parameters` that declares experiment, overrides and runs_dir.
+        experiment_path: the experiment's YAML file.
+        overrides: `section.key=value` changes to it.
+        runs_dir: folder of run folders.
+        parameters: further parameters of the notebook; text is converted to the declared type.
+
+    Returns:
+        The executed notebook, in the run folder; the HTML lies beside it.
+
+    Raises:
+        NotebookError: the notebook or a parameter cannot be used.
+        ConfigError: the experiment cannot be used, or its data folder is missing.
+        RunError: the run folder belongs to another experiment.
+        NotebookFailed: a cell raised; the full traceback is in the executed notebook.
+        Interrupted: Ctrl-C; a training of this run has been asked to save and to stop.
+    """
+    notebook = Path(notebook)
+    shared = {
+        "experiment": str(Path(experiment_path).absolute()),
+        "overrides": list(overrides),
+        "runs_dir": str(Path(runs_dir).absolute()),
+    }
+    values = check_parameters(notebook, dict(parameters or {}) | shared)
+    experiment = load_experiment(experiment_path, list(overrides))
+    check_data_folder(experiment)
+    run = create_run(experiment, runs_dir)
+    execution = _Execution(notebook, run.folder / notebook.name, values)
+    try:
+        execution.start()
+        _watch(execution, run)
+    except KeyboardInterrupt:
+        was_training = is_alive(run)
+        message = stop_training(run.folder)
+        if was_training:  # the cell that followed it ends by itself, and papermill saves the notebook
+            execution.join(timeout=30.0)
+        raise Interrupted(message) from None
+    return execution.finish()
+
+
+def run_report(
+    notebook: str | Path, runs_dir: str | Path = "runs", *, parameters: Mapping[str, Any] | None = None
+) -> Path:
+    """Execute a notebook about several runs, one that declares no experiment; it is written into `runs_dir`/_reports.
+
+    Args:
+        notebook: a notebook with one cell tagged `parameters` that declares runs_dir.
+        runs_dir: folder of run folders.
+        parameters: further parameters of the notebook; text is converted to the declared type.
+
+    Returns:
+        The executed notebook; the HTML lies beside it.
+
+    Raises:
+        NotebookError: the notebook or a parameter cannot be used.
+        NotebookFailed: a cell raised; the full traceback is in the executed notebook.
+        Interrupted: Ctrl-C.
+    """
+    notebook, folder = Path(notebook), Path(runs_dir) / "_reports"
+    values = check_parameters(notebook, dict(parameters or {}) | {"runs_dir": str(Path(runs_dir).absolute())})
+    folder.mkdir(parents=True, exist_ok=True)
+    execution = _Execution(notebook, folder / notebook.name, values)
+    try:
+        execution.start()
+        _watch(execution)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{notebook}: interrupted; the same command starts it again") from None
+    return execution.finish()
+
+
+def export_html(notebook: Path) -> Path:
+    """Write an executed notebook as one HTML file beside it, and return that file's path."""
+    from nbconvert import HTMLExporter
+
+    logging.getLogger("traitlets").setLevel(logging.ERROR)  # it warns about figures without a description
+    html, _ = HTMLExporter().from_filename(str(notebook))
+    target = notebook.with_suffix(".html")
+    with replacing(target) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return target
+
+
+class _Execution(threading.Thread):
+    """Papermill in a thread, so that Ctrl-C reaches the main thread and not papermill's event loop."""
+
+    def __init__(self, notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        os.environ[WORKSPACE] = str(Path.cwd())  # the kernel inherits it
+        self.notebook, self.executed, self._parameters = notebook, executed, parameters
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        import papermill
+
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        try:
+            papermill.execute_notebook(
+                str(self.notebook),
+                str(self.executed),
+                self._parameters,
+                progress_bar=False,
+                extra_arguments=QUIET_KERNEL,
+            )
+        except Exception as error:  # handed to the main thread, which explains it
+            self.error = error
+
+    def finish(self) -> Path:
+        """Write the HTML of the executed notebook and return the notebook's path; raise what a cell has raised."""
+        if self.executed.exists():
+            export_html(self.executed)
+        if self.error is not None:
+            raise _explain_failure(self.notebook, self.executed, self.error)
+        return self.executed
+
+
+def _watch(execution: _Execution, run: Run | None = None) -> None:
+    """Show in the terminal how the training of a notebook goes, or how many cells are done, until the notebook ends."""
+    progress = None if run is None else Progress(run)
+    with status_line() as show:
+        while execution.is_alive():
+            execution.join(timeout=1.0)
+            show(progress.read() if progress and run.is_training() else _describe_cells(execution.executed))
+
+
+def _describe_cells(executed: Path) -> str:
+    """How far papermill has come, by the marks it leaves in the notebook that it writes."""
+    try:
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError):  # not there yet, or being written
+        return f"{executed.name}: starting"
+    done = sum(cell["metadata"].get("papermill", {}).get("status") == "completed" for cell in cells)
+    return f"{executed.name}: {done} of {len(cells)} cells done"
+
+
+def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Exception:
+    """What to raise for an error of papermill: failed cell and dead kernel in a few lines, anything else as it is."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, DeadKernelError):
+        cure = "a training it followed goes on; the same command takes it up again"
+        return NotebookFailed(f"{notebook}: its kernel was killed (often: out of memory); {cure}", refused=False)
+    if not isinstance(error, PapermillExecutionError):
+        return error
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    arrow = re.search(r"^-+> *\d+ (.*)$", plain, re.MULTILINE)  # IPython points at the line of the cell that failed
+    where = f" at: {arrow.group(1).strip()}" if arrow else ""
+    message = "\n".join(
+        [
+            f"{notebook}: cell {error.exec_count} failed{where}",
+            f"{error.ename}: {error.evalue}",
+            f"The full traceback is in {executed}",
+        ]
+    )
+    return NotebookFailed(message, refused=error.ename in REFUSALS)

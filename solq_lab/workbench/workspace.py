@@ -1,0 +1,71 @@
+"""Where a notebook stands: the folder that relative paths start from, and the trained runs to look into."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from solq_lab.config import load_experiment
+from solq_lab.data_folder import prepare_data
+from solq_lab.runs import Run, RunError, load_run, working_copy
+
+# Environment variable: the folder that relative paths of a launched notebook start from.
+WORKSPACE = "SOLQ_LAB_WORKSPACE"
+CHECKOUT = ("experiments", "notebooks")  # the folders that a checkout is known by
+
+
+def enter_workspace() -> Path:
+    """Go to the folder that relative paths start from, and return it.
+
+    That is the folder `solq-lab run` was called in; for a notebook opened in JupyterLab, whose kernel starts beside it,
+    the nearest folder above that holds `experiments` and `notebooks`.
+    """
+    here = Path.cwd()
+    checkouts = (folder for folder in (here, *here.parents) if all((folder / name).is_dir() for name in CHECKOUT))
+    launched = os.environ.get(WORKSPACE)
+    workspace = Path(launched) if launched else next(checkouts, here)
+    os.chdir(workspace)
+    return workspace
+
+
+def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
+    """A finished run to look into, with its images: drawn shapes appear on first use.
+
+    What is computed from a run that comes with the project goes into a copy of it in `runs_dir`; its own folder is
+    only read (`runs.working_copy`).
+
+    Raises:
+        RunError: no such run, or one without trained weights.
+        ConfigError: its data folder is missing.
+        DataError: its data folder holds shapes of other settings.
+    """
+    run = load_run(folder)
+    if not run.weights.is_file():
+        raise RunError(f"{run.folder}: no {run.weights.name} ({run.status()['state']}); finish the training first")
+    prepare_data(run.experiment)
+    return working_copy(run, runs_dir)
+
+
+def run_folder(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Path:
+    """The folder of an experiment's run, whether it is there yet or not.
+
+    It is the folder that the experiment file lies in where that holds trained weights, as one that comes with the
+    project does; otherwise the experiment's folder in `runs_dir`.
+
+    Raises:
+        ConfigError: the experiment cannot be used.
+    """
+    experiment, beside = load_experiment(experiment_path, list(overrides)), Path(experiment_path).parent
+    shipped = (beside / "weights.safetensors").is_file()
+    return beside if shipped else Path(runs_dir) / experiment.name
+
+
+def trained_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:
+    """The finished run of an experiment (`run_folder`), opened to look into (`open_run`).
+
+    Raises:
+        ConfigError: the experiment cannot be used, or its data folder is missing.
+        RunError: no such run, or one without trained weights.
+    """
+    return open_run(run_folder(experiment_path, overrides, runs_dir), runs_dir)

@@ -1,0 +1,89 @@
+"""The counts of table 5 are the paper's, and speeds come from predictions that were made."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import REPOSITORY
+
+from solq_lab.config import ConfigError, Experiment, load_experiment
+from solq_lab.studies.efficiency import Cost, count_costs, efficiency_table, measure_costs
+from solq_lab.workbench.paper import paper_table
+
+TINY = {
+    "name": "tiny",
+    "model": {
+        "backbone": "small",
+        "pretrained": "none",
+        "levels": 3,
+        "width": 32,
+        "heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "feedforward": 32,
+        "vector_hidden": 64,
+        "queries": 8,
+    },
+    "codec": {"mask_size": 16, "vector_dim": 20},
+}
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, Cost]:
+    """At the sizes of the paper's table 5: ResNet-50, width 256, 512 x 852."""
+    return count_costs(load_experiment(REPOSITORY / "experiments" / "solq_r50.yaml"))
+
+
+def test_parameters_at_width_256_are_the_papers(costs):
+    assert costs["SQR"].mask_parameters == 26_108_057
+    assert costs["UQR"].mask_parameters == 1_575_168
+    assert costs["SQR"].detector_parameters == costs["UQR"].detector_parameters == 40_627_260
+
+
+def test_the_mask_branches_multiply_and_add_as_often_as_the_paper_says(costs):
+    assert costs["UQR"].mask_multiply_adds / 1e9 == pytest.approx(0.47, abs=0.005)
+    assert costs["SQR"].mask_multiply_adds / 1e9 == pytest.approx(44.88, rel=1e-3)
+
+
+def test_decoding_is_a_thousandth_of_the_mask_branch(costs):
+    # Of the spectrum of N = 128, the first 256 coefficients lie in 23 rows and 22 columns.
+    assert costs["UQR"].decoding_multiply_adds == 23 * 22 * 128 + 128 * 23 * 128
+    assert costs["UQR"].decoding_multiply_adds / 1e9 == pytest.approx(0.0005, abs=1e-4)  # the paper's, one digit
+    assert costs["SQR"].decoding_multiply_adds is None
+
+
+def test_a_vector_costs_what_its_three_layers_cost():
+    width, hidden, dim, queries = 32, 64, 20, 8
+    found = count_costs(Experiment.model_validate(TINY), num_classes=3, image_size=(64, 96))["UQR"]
+    weights = width * hidden + hidden * hidden + hidden * dim
+    assert found.mask_multiply_adds == queries * weights
+    assert found.mask_parameters == weights + hidden + hidden + dim
+
+
+def test_speed_is_measured_for_both_and_changes_no_count():
+    experiment = Experiment.model_validate(TINY)
+    counted = count_costs(experiment, num_classes=3, image_size=(64, 96))
+    measured = measure_costs(experiment, num_classes=3, image_size=(64, 96), device="cpu", repeats=1)
+    assert {name: cost._replace(images_per_second=None) for name, cost in measured.items()} == counted
+    assert all(0 < cost.images_per_second < 1e5 for cost in measured.values())
+
+
+def test_the_table_shows_ours_beside_the_papers(costs):
+    paper = {name: paper_table("table5", REPOSITORY / "experiments" / "paper_results.yaml").row(name) for name in costs}
+    rows = {line[:36].strip(): line[36:].split() for line in efficiency_table(costs, paper).splitlines()}
+    assert rows["mask branch, M parameters"] == ["26.11", "26.11", "1.58", "1.58"]
+    assert rows["decoding one mask, G multiply-adds"] == ["-", "-", "0.0004", "0.0005"]
+    assert rows["images per second"] == ["-", "19.30", "-", "24.10"]
+    assert rows["images per second, UQR over SQR"] == ["-", "-", "-", "1.25"]
+    twice = {"SQR": costs["SQR"]._replace(images_per_second=2.0), "UQR": costs["UQR"]._replace(images_per_second=5.0)}
+    assert efficiency_table(twice, {}).splitlines()[-1].split()[-4:] == ["-", "-", "2.50", "-"]
+
+
+def test_an_experiment_without_mask_vectors_is_refused():
+    plain = Experiment.model_validate(TINY | {"codec": {"kind": "none"}})
+    with pytest.raises(ConfigError, match=r"tiny: codec.kind none has no mask vectors to measure; give an experiment"):
+        count_costs(plain)
+
+
+def test_no_repeat_is_refused():
+    with pytest.raises(ValueError, match="repeats 0"):
+        measure_costs(Experiment.model_validate(TINY), repeats=0)

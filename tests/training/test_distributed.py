@@ -1,0 +1,381 @@
+"""Several processes: they train as one does, miss whoever is lost, stop together, and leave nobody behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import write_tiny_dataset
+from training_runs import ENVIRONMENT, TESTS, new_run
+
+from solq_lab import distributed
+from solq_lab.heartbeat import ProcessLost, RankWatch, Sign
+from solq_lab.training import torchrun
+from solq_lab.training.checkpoint import list_checkpoints
+from solq_lab.training.trainer import train_run
+from solq_lab.workbench.trainings import training_command
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
+
+
+def wait_for(condition, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------------------------------------------- the same numbers
+
+
+def several_steps(run, *, processes=1):
+    """What tests/several_steps.py finds, in processes of its own."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = [TESTS / "several_steps.py", run.folder, run.folder / "found.pt"]
+    command = [sys.executable, *(several if processes > 1 else []), *script]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(run.folder / "found.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained_alone(data_root, tmp_path_factory):
+    """Losses and weights of one process that takes each batch whole."""
+    folder = tmp_path_factory.mktemp("alone")
+    return several_steps(new_run(data_root, folder, model={"dropout": 0.0}, train={"batch_size": 8}))
+
+
+@pytest.mark.parametrize(
+    ("processes", "passes"),
+    [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow)],
+)
+def test_several_processes_train_as_one_even_where_a_batch_has_no_object(
+    data_root, tmp_path, trained_alone, processes, passes
+):
+    train = {"gpus": processes, "accumulate": passes, "batch_size": 8}
+    found = several_steps(new_run(data_root, tmp_path, model={"dropout": 0.0}, train=train), processes=processes)
+    if processes * passes == 4:
+        assert any(0 in share for step in found["objects"] for share in step)
+    for step, alone in zip(found["losses"], trained_alone["losses"], strict=True):
+        assert step == pytest.approx(alone, rel=1e-12)  # float64, summed in another order
+    for name, weights in trained_alone["weights"].items():
+        assert torch.allclose(found["weights"][name], weights, rtol=0, atol=1e-10), name
+
+
+# ------------------------------------------------------------------------------------------------ the watch by itself
+
+TIMEOUT = 3.0
+
+
+@pytest.fixture
+def store():
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+@contextlib.contextmanager
+def watching(store, rank, *, world_size=2, timeout=TIMEOUT):
+    own = dist.TCPStore("localhost", store.port, is_master=False, timeout=timedelta(seconds=timeout))
+    with RankWatch(own, rank=rank, world_size=world_size, timeout=timeout, last_words=pytest.fail) as watch:
+        yield watch
+
+
+def sign_of(store, rank, pid, *, node=None, left=False):
+    """Leave a sign of a rank that has no watch; its node is this machine's launcher unless another one is given."""
+    host = socket.gethostname()
+    store.set(f"watch/0/{rank}", json.dumps(Sign(host, pid, node or f"{host} None", 17, 1, left)))
+
+
+def verdict_of(watch):
+    wait_for(lambda: watch._verdict is not None, seconds=20)
+    return watch._verdict
+
+
+def test_whoever_gives_signs_is_not_missed_however_long_it_works(store):
+    with watching(store, 0) as first, watching(store, 1) as second:
+        time.sleep(2 * TIMEOUT)
+        assert first._verdict is None
+        assert second._verdict is None
+
+
+def test_a_process_that_died_is_named_with_its_step(store):
+    dead = subprocess.Popen(["true"])
+    with watching(store, 0) as watch:
+        sign_of(store, 1, os.getpid())
+        wait_for(lambda: watch._seen)
+        sign_of(store, 1, dead.pid)
+        wait_for(lambda: watch._seen[1][0].pid == dead.pid)
+        dead.wait()
+        verdict = verdict_of(watch)
+        who = f"rank 1 of 2 ({socket.gethostname()}, process {dead.pid})"
+        assert verdict.text == f"{who} died, killed from outside or for want of memory; it had done 17 steps"
+        assert isinstance(watch.blame(dist.DistBackendError("connection closed")), ProcessLost)
+
+
+def test_a_process_that_left_in_order_is_not_missed(store):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with watching(store, 0) as watch:
+        sign_of(store, 1, gone.pid, left=True)
+        time.sleep(2 * TIMEOUT)
+        assert watch._verdict is None
+
+
+@pytest.mark.parametrize(("node", "killed"), [(None, True), ("another machine", False)])
+def test_a_silent_process_is_named_and_killed_where_it_is_on_this_node(store, node, killed):
+    silent = subprocess.Popen(["sleep", "60"])
+    try:
+        with watching(store, 0) as watch:
+            sign_of(store, 1, silent.pid, node=node)
+            assert "gave no sign of life for" in verdict_of(watch).text
+            wait_for(watch._heard.is_set)
+            if killed:
+                assert silent.wait(10) == -signal.SIGKILL
+            else:
+                assert silent.poll() is None
+    finally:
+        silent.kill()
+        silent.wait()
+
+
+def test_an_error_of_its_own_stays_an_error_and_the_others_hear_of_it(store):
+    with watching(store, 0) as first, watching(store, 1) as second:
+        error = ValueError("an image is missing")
+        assert second.blame(error) is error
+        verdict = verdict_of(first)
+        assert verdict.rank == 1
+        assert "failed: ValueError: an image is missing" in verdict.text
+        assert first.speaks_last()
+        assert not second.speaks_last()
+        assert str(first.blame(dist.DistBackendError("connection closed"))) == verdict.text
+
+
+def test_where_the_main_process_is_lost_the_one_who_missed_it_speaks_for_all(store):
+    with watching(store, 1, world_size=3) as second, watching(store, 2, world_size=3) as third:
+        sign_of(store, 0, os.getpid(), node="another machine")
+        verdicts = verdict_of(second), verdict_of(third)
+        assert verdicts[0] == verdicts[1]
+        assert [second.speaks_last(), third.speaks_last()].count(True) == 1
+
+
+def test_a_watch_that_was_itself_stopped_accuses_nobody(store):
+    with watching(store, 0, timeout=60.0) as watch:
+        sign_of(store, 1, os.getpid(), node="another machine")
+        wait_for(lambda: watch._seen)
+        watch._seen[1] = (watch._seen[1][0], time.monotonic() - 100.0)
+        watch._looked = time.monotonic() - 100.0
+        time.sleep(3.0)
+        assert watch._verdict is None
+
+
+# -------------------------------------------------------------------------------------------------- where they meet
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("nccl", [1]), ("gloo", None)])
+def test_processes_wait_for_each_other_on_the_gpu_that_is_their_own(backend, devices, monkeypatch):
+    waited = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(dist, "barrier", lambda device_ids: waited.append(device_ids))
+    distributed.wait_for_all()
+    assert waited == [devices]
+
+
+def test_processes_meet_on_a_free_port_here_unless_told_otherwise():
+    assert torchrun.meeting_options(["--nproc-per-node=2"], {}) == ["--standalone"]
+    assert torchrun.meeting_options(["--nproc-per-node=2"], {"SLURM_STEP_NUM_NODES": "1"}) == ["--standalone"]
+    assert torchrun.meeting_options(["--nnodes=2", "--rdzv_endpoint=a:1"], {"SLURM_STEP_NUM_NODES": "2"}) == []
+
+
+def test_processes_of_a_slurm_step_meet_on_its_first_machine(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "1234567"}
+    here = torchrun.meeting_options(["--nproc-per-node=8"], step)
+    assert here == ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=1234567.0", "--rdzv-endpoint=gpu07:24567"]
+    again = torchrun.meeting_options([], step | {"SLURM_RESTART_COUNT": "3"})
+    assert "--rdzv-id=1234567.3" in again
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_open(port):
+    with socket.socket() as visitor:
+        return visitor.connect_ex(("localhost", port)) == 0
+
+
+def rank_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
+
+
+class Started:
+    """A training of several processes that has done some steps."""
+
+    def __init__(self, run, processes, *, until):
+        self.run = run
+        with run.log_file.open("ab") as output:
+            self.launcher = subprocess.Popen(
+                training_command(run, processes), env=ENVIRONMENT, stderr=output, start_new_session=True
+            )
+        wait_for(lambda: self.launcher.poll() is not None or until(run))
+        assert self.launcher.poll() is None, run.log_file.read_text()
+        self.ranks = sorted(children_of(self.launcher.pid), key=rank_of)
+        assert len(self.ranks) == processes
+
+    def wait(self, seconds=60.0):
+        """The launcher's exit status, once it and all processes are gone; within a minute."""
+        deadline = time.monotonic() + seconds
+        status = self.launcher.wait(seconds)
+        while any(Path(f"/proc/{pid}").exists() for pid in self.ranks):
+            assert time.monotonic() < deadline, "processes were left behind"
+            time.sleep(0.05)
+        return status
+
+
+def newest_checkpoint(run):
+    return max((int(path.name.removeprefix("step_")) for path in list_checkpoints(run.checkpoints)), default=0)
+
+
+@pytest.fixture
+def start(data_root, tmp_path):
+    started = []
+
+    def start_training(processes, *, until=lambda run: newest_checkpoint(run) >= 5, data_root=data_root, **train):
+        settings = {"gpus": processes, "steps": 5000, "save_every": 5, "rank_timeout": 8.0} | train
+        run = new_run(data_root, tmp_path / "parts", model={"dropout": 0.0}, train=settings)
+        started.append(Started(run, processes, until=until))
+        return started[-1]
+
+    yield start_training
+    for one in started:
+        for pid in (one.launcher.pid, *one.ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        one.launcher.wait()
+
+
+@pytest.mark.slow
+def test_kill_9_of_one_of_four_ends_the_others_and_the_run_goes_on(start):
+    training = start(4, steps=40)
+    os.kill(training.ranks[2], signal.SIGKILL)
+    assert training.wait() == 1
+    run, status = training.run, training.run.status()
+    assert status["state"] == "failed"
+    assert f"ProcessLost: rank 2 of 4 ({socket.gethostname()}, process {training.ranks[2]}) died" in status["message"]
+    assert newest_checkpoint(run) >= 5
+    assert train_run(run) == "finished"  # one process that takes all four passes
+    assert [line["step"] for line in run.metrics("train")] == list(range(1, 41))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_is_missed_named_and_killed(start, rank):
+    training = start(2)
+    os.kill(training.ranks[rank], signal.SIGSTOP)
+    assert training.wait() == 1
+    status = training.run.status()
+    assert status["state"] == "failed"
+    assert (
+        f"rank {rank} of 2 ({socket.gethostname()}, process {training.ranks[rank]}) gave no sign" in status["message"]
+    )
+    assert newest_checkpoint(training.run) >= 5
+
+
+@pytest.mark.slow
+def test_without_their_launcher_the_processes_save_and_stop(start):
+    training = start(2)
+    os.kill(training.launcher.pid, signal.SIGKILL)
+    assert training.wait() == -signal.SIGKILL
+    status = training.run.status()
+    assert status["state"] == "preempted"
+    assert newest_checkpoint(training.run) == status["step"]
+    said = f"the launcher, process {training.launcher.pid} on {socket.gethostname()}, is gone"
+    assert said in training.run.log_file.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["the first machine", "the second machine"])
+def test_a_lost_machine_ends_the_training_on_the_other_with_a_message(data_root, tmp_path, lost):
+    run = new_run(data_root, tmp_path, train={"gpus": 2, "steps": 5000, "save_every": 5, "rank_timeout": 8.0})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = f"--rdzv-endpoint=localhost:{port}"
+    command = [*training_command(run, 1, nodes=2)[:-1], "--nnodes=2", "--rdzv-backend=c10d", meeting, str(run.folder)]
+    with run.log_file.open("ab") as output:
+        launchers = [subprocess.Popen(command, env=ENVIRONMENT, stderr=output)]
+        wait_for(lambda: is_open(port))  # the first machine is where they meet
+        launchers.append(subprocess.Popen(command, env=ENVIRONMENT, stderr=output))
+    try:
+        wait_for(lambda: newest_checkpoint(run) >= 5)
+        gone, left = launchers if lost == "the first machine" else reversed(launchers)
+        for pid in (gone.pid, *children_of(gone.pid)):
+            os.kill(pid, signal.SIGKILL)
+        assert left.wait(60) == 1
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+            launcher.wait()
+    assert run.status()["state"] == "failed"
+    assert run.status()["message"].startswith("ProcessLost: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_lets_all_save_and_end_well(start, number):
+    with socket.socket() as taken, contextlib.suppress(OSError):
+        taken.bind(("localhost", 29500))  # torchrun's usual port is not needed
+    training = start(2)
+    os.kill(training.launcher.pid, number)
+    assert training.wait() == 0
+    status = training.run.status()
+    assert (status["state"], status["message"]) == ("preempted", number.name)
+    assert newest_checkpoint(training.run) == status["step"]
+
+
+@pytest.mark.slow
+def test_a_stop_of_one_process_stops_all_and_fewer_go_on_to_the_same_end(start, data_root, tmp_path):
+    training = start(2, steps=40)
+    os.kill(training.ranks[1], signal.SIGTERM)
+    assert training.wait() == 0
+    run = training.run
+    assert (run.status()["state"], run.status()["message"]) == ("preempted", "another process was stopped")
+    assert run.status()["step"] < 40
+    assert train_run(run) == "finished"  # one process, two passes per step
+    whole = new_run(data_root, tmp_path / "whole", model={"dropout": 0.0}, train={"gpus": 2, "steps": 40})
+    train_run(whole)
+    for line, expected in zip(run.metrics("train"), whole.metrics("train"), strict=True):
+        assert line["total"] == pytest.approx(expected["total"], rel=0.02)  # float32, and AdamW enlarges rounding
+
+
+@pytest.mark.slow
+def test_a_stop_during_an_evaluation_of_two_processes_ends_it_and_saves(start, tmp_path):
+    many = write_tiny_dataset(tmp_path / "many", val=600)
+    training = start(2, until=lambda run: newest_checkpoint(run) == 3, data_root=many, evaluate_every=1)
+    os.kill(training.launcher.pid, signal.SIGTERM)
+    assert training.wait() == 0
+    status = training.run.status()
+    assert (status["state"], status["step"], status["message"]) == ("preempted", 3, "SIGTERM")
+    assert training.run.metrics("evaluation") == []

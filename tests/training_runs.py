@@ -1,0 +1,44 @@
+"""Tiny trainings: made in a folder, stopped by a signal, started as several processes, and compared."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tiny import tiny_experiment
+
+from solq_lab.models.weights import read_weights
+from solq_lab.runs import create_run
+from solq_lab.training.trainer import Trainer
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def new_run(data_root, folder, **sections):
+    return create_run(tiny_experiment(data_root, **sections), folder)
+
+
+def what_was_learned(run):
+    """Everything of the metrics but the time it took, and the trained weights."""
+    lines = [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in run.metrics()]
+    return lines, {name: value.tolist() for name, value in read_weights(run.weights).state.items()}
+
+
+def signal_after(monkeypatch, steps, number=signal.SIGTERM):
+    """Sends this process a signal while it takes that step."""
+    take_step, taken = Trainer._take_step, []
+
+    def take_step_and_signal(self, batches):
+        taken.append(take_step(self, batches))
+        if len(taken) == steps:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_take_step", take_step_and_signal)
+
+
+def torchrun(*arguments):
+    """The command that starts two processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, arguments)]

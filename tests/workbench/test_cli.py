@@ -1,0 +1,540 @@
+"""The command line: a user's mistake is one message and exit status 2, without a traceback, nothing written over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from notebook import write_notebook
+from PIL import Image
+from tiny import tiny_experiment, write_tiny_dataset
+
+from solq_lab.build import build_model
+from solq_lab.config import Experiment, load_experiment
+from solq_lab.data.classes import ClassMap
+from solq_lab.data.loader import LoaderError
+from solq_lab.models.weights import read_weights, save_weights, to_official_state
+from solq_lab.runs import load_run
+from solq_lab.workbench.commands import runs
+from solq_lab.workbench.workspace import WORKSPACE
+
+CLASSES = ClassMap(("triangle", "diamond"), (1, 2)).to_json()
+
+
+@pytest.fixture
+def command(command_line, monkeypatch, tmp_path):
+    """Run `solq-lab ARGUMENTS` in this process, in a fresh folder, its workspace: exit status and all it wrote."""
+    monkeypatch.setenv(WORKSPACE, str(tmp_path))
+    return command_line
+
+
+@pytest.fixture
+def refused(command):
+    """Run a command that has to be refused; its message."""
+
+    def run(*arguments: object) -> str:
+        status, output = command(*arguments)
+        assert status == 2, output
+        return output
+
+    return run
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    return write_tiny_dataset(tmp_path / "images")
+
+
+@pytest.fixture
+def experiment(tmp_path, data_root):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_experiment(data_root).to_yaml())
+    return path
+
+
+@pytest.fixture
+def weights(tmp_path, data_root):
+    """An untrained model in a weights file."""
+    settings = tiny_experiment(data_root)
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, build_model(settings, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
+    return path
+
+
+@pytest.fixture
+def train_here(monkeypatch):
+    """Let `solq-lab train` run its training in this process, which saves the seconds that importing torch takes."""
+    from solq_lab.training import command as training
+
+    monkeypatch.setattr(runs, "start_training", lambda folder, processes: training.main([str(folder)]))
+    yield
+    for handler in logging.getLogger().handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+# ---- help
+
+
+def test_help_lists_every_command(command):
+    status, output = command("--help")
+    assert status == 0
+    for name in ("run", "train", "evaluate", "predict", "make-shapes", "import-weights", "doctor", "bench"):
+        assert f"  {name} " in output
+
+
+def test_help_says_what_each_command_does_in_a_whole_sentence(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, output = command("--help")
+    assert "..." not in output.partition("Commands:")[2]
+
+
+def test_an_unknown_command_is_refused(refused):
+    assert "No such command 'trian'" in refused("trian")
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv = ['solq-lab', '--help']\nfrom solq_lab import cli\n"
+    code += "try: cli.main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# ---- experiments and data
+
+
+def test_a_misspelt_key_is_refused(refused, experiment):
+    assert "unknown key train.stpes; did you mean steps?" in refused("train", experiment, "train.stpes=3")
+
+
+def test_a_wrong_type_is_refused(refused, experiment):
+    message = refused("train", experiment, "train.steps=many")
+    assert "train.steps" in message
+    assert "'many'" in message
+
+
+def test_sizes_that_do_not_fit_are_refused(refused, experiment):
+    message = refused("train", experiment, "codec.mask_size=4")
+    assert "vector_dim 20 exceeds mask_size squared (16)" in message
+
+
+def test_a_missing_data_folder_is_refused(refused, experiment, data_root):
+    message = refused("train", experiment, f"data.root={data_root}s")
+    assert f"data.root: found {data_root}s, which does not exist; did you mean {data_root}?" in message
+
+
+def test_an_experiment_that_wants_its_folder_given_says_so(refused):
+    message = refused("train", REPOSITORY / "experiments" / "coco_small.yaml")
+    assert "data.root=FOLDER" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.root=nowhere", "data.root: found nowhere, which does not exist"),
+        ("model.pretrained=nowhere.pth", "model.pretrained: found nowhere.pth, which does not exist"),
+        (
+            "train.finetune_from=nowhere.safetensors",
+            "train.finetune_from: found nowhere.safetensors, which does not exist",
+        ),
+    ],
+)
+def test_refused_experiments_leave_no_run_behind(refused, experiment, tmp_path, change, said):
+    assert said in refused("train", experiment, change)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tables_that_nobody_has_fitted_are_refused_with_the_command_that_fits_them(refused, experiment, tmp_path):
+    message = refused("train", experiment, "codec.kind=pca", "codec.artifact=nowhere.safetensors")
+    assert (
+        "codec.artifact: found nowhere.safetensors, which does not exist; `solq-lab fit-codec EXPERIMENT` writes it"
+        in message
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_change_in_the_experiments_place_is_named(refused):
+    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", "train.steps=3")
+    assert "train.steps=3: is a change to an experiment; name the experiment's file before it" in message
+
+
+def change_annotations(data_root: Path, change) -> None:
+    path = data_root / "train.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_an_annotation_file_that_is_not_coco_is_refused(refused, experiment, data_root, train_here):
+    (data_root / "train.json").write_text('{"images": []}')
+    message = refused("train", experiment)
+    assert "train.json" in message
+    assert "images" in message
+
+
+def test_an_annotation_file_that_is_not_json_is_refused(refused, experiment, data_root, train_here):
+    (data_root / "train.json").write_text("<xml/>")
+    assert "train.json" in refused("train", experiment)
+
+
+def test_a_category_outside_the_map_is_refused_by_its_ids(refused, experiment, data_root, train_here):
+    change_annotations(data_root, lambda document: document["annotations"][0].update(category_id=77))
+    message = refused("train", experiment)
+    assert "category id 77" in message
+    assert "annotation id 1" in message
+
+
+def test_a_box_without_area_is_named(command, experiment, data_root, train_here, caplog):
+    change_annotations(data_root, lambda document: document["annotations"][0].update(bbox=[5, 5, 0, 3]))
+    with caplog.at_level(logging.INFO):
+        _, output = command("train", experiment, "train.steps=1")
+    assert "1" in (said := next(line for line in (caplog.text + output).splitlines() if "area" in line)), said
+
+
+def test_a_missing_image_is_refused_by_name_and_id(refused, experiment, data_root, train_here):
+    (data_root / "train" / "2.png").unlink()
+    message = refused("train", experiment)
+    assert "'2.png' (image id 2)" in message
+
+
+def test_a_truncated_image_is_refused_by_name(refused, experiment, data_root, train_here):
+    image = data_root / "train" / "2.png"
+    image.write_bytes(image.read_bytes()[:60])
+    message = refused("train", experiment)
+    assert "2.png" in message
+
+
+def test_a_refusal_in_the_training_process_reaches_the_terminal(refused, experiment, data_root):
+    (data_root / "train" / "2.png").unlink()
+    message = refused("train", experiment)
+    assert "'2.png' (image id 2)" in message
+
+
+def test_another_experiment_of_the_same_name_is_refused_and_the_run_left_alone(
+    command, refused, experiment, tmp_path, train_here
+):
+    assert command("train", experiment, "train.steps=1")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    message = refused("train", experiment, "train.steps=2")
+    assert "train.steps (there 1, asked 2)" in message
+    assert before == {path: path.read_bytes() for path in before}
+
+
+# ---- notebooks
+
+
+def test_an_unknown_notebook_parameter_is_refused(refused, experiment):
+    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "image=3")
+    assert "unknown parameter image; did you mean images?" in message
+
+
+def test_a_parameter_without_a_value_is_refused(refused, experiment):
+    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "images")
+    assert "allowed is name=value" in message
+
+
+def test_a_missing_notebook_is_refused(refused, experiment):
+    message = refused("run", REPOSITORY / "notebooks" / "trian.ipynb", experiment)
+    assert "train.ipynb?" in message
+
+
+def test_a_cell_that_fails_ends_in_status_1_and_a_users_mistake_in_a_cell_in_2(command, experiment, tmp_path):
+    status, output = command("run", write_notebook(tmp_path / "a.ipynb", "1 / 0"), experiment)
+    assert status == 1
+    assert "ZeroDivisionError" in output
+    cell = "from solq_lab.runs import load_run\nload_run('nowhere')"
+    status, output = command("run", write_notebook(tmp_path / "b.ipynb", cell), experiment)
+    assert status == 2
+    assert "nowhere: not a run folder" in output
+
+
+def test_a_run_ends_with_the_paths_of_its_report(command, experiment, tmp_path):
+    status, output = command("run", write_notebook(tmp_path / "a.ipynb", "1"), experiment)
+    assert status == 0
+    assert f"notebook  {Path('runs/tiny/a.ipynb')}" in output
+    assert f"HTML      {Path('runs/tiny/a.html')}" in output
+
+
+# ---- training and evaluation
+
+
+def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_again(command, experiment, train_here):
+    status, output = command("train", experiment, "train.steps=2")
+    assert status == 0
+    assert "weights   runs/tiny/weights.safetensors" in output
+    rows = [line.split()[0] for line in output.splitlines() if line.strip()]
+    for kind in ("segm", "boundary"):
+        assert rows[rows.index(kind) + 1] == "ceiling"
+    status, again = command("evaluate", "runs/tiny", "--classes")
+    assert status == 0
+    assert output[output.index("box ") : output.index("weights   ")].strip() in again
+    assert "segm, class" in again
+
+
+def test_evaluating_an_untrained_run_is_refused(refused, experiment):
+    from solq_lab.runs import create_run
+
+    create_run(load_experiment(experiment), "runs")
+    assert "finish the training first" in refused("evaluate", "runs/tiny")
+
+
+def test_evaluating_what_is_no_run_is_refused(refused):
+    assert "not a run folder" in refused("evaluate", "runs/none")
+
+
+def test_what_goes_wrong_outside_ends_in_status_1_and_its_message(command, monkeypatch):
+    def lose_a_worker(*_, **__):
+        raise LoaderError("a loader process was killed")
+
+    monkeypatch.setattr(runs, "open_run", lose_a_worker)
+    status, output = command("evaluate", "runs/tiny")
+    assert status == 1
+    assert output.strip() == "a loader process was killed"
+
+
+# ---- prediction
+
+
+def test_predict_lists_and_draws_the_objects(command, weights, data_root, tmp_path):
+    status, output = command("predict", weights, data_root / "val" / "1.png", "--score", 0.0, "--out", "drawn")
+    assert status == 0
+    assert "16 objects, drawn in drawn/1.png" in output  # 8 queries x 2 classes
+    assert ("triangle" in output) or ("diamond" in output)
+    assert Image.open(tmp_path / "drawn" / "1.png").size[0] > 100
+
+
+def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights, data_root):
+    status, output = command("predict", weights, data_root / "val" / "1.png", "--score", 1)
+    assert status == 0
+    assert "1.png: 0 objects, drawn in predictions/1.png" in output
+    assert "none with a score of at least 1; the best has 0.0" in output  # of an untrained model
+
+
+def test_an_image_that_does_not_exist_is_refused_before_another_is_looked_at(refused, weights, data_root, tmp_path):
+    message = refused("predict", weights, data_root / "val" / "1.png", "nowhere.jpg")
+    assert "nowhere.jpg: no such file" in message
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_a_folder_in_the_place_of_an_image_is_refused_with_the_way_to_name_its_files(refused, weights, data_root):
+    assert f"{data_root}: is a folder; name the files in it" in refused("predict", weights, data_root)
+
+
+def test_a_truncated_image_is_refused_in_prediction_too(refused, weights, data_root):
+    image = data_root / "val" / "1.png"
+    image.write_bytes(image.read_bytes()[:60])
+    assert "1.png: not an image that can be read" in refused("predict", weights, image)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(refused, data_root):
+    message = refused("predict", data_root / "train.json", data_root / "val" / "1.png")
+    assert "train.json: not a safetensors file" in message
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(refused, tmp_path, data_root):
+    settings = tiny_experiment(data_root)
+    wider = tiny_experiment(data_root, model={"width": 64})
+    path = tmp_path / "other.safetensors"
+    save_weights(path, build_model(wider, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
+    message = refused("predict", path, data_root / "val" / "1.png")
+    assert "other.safetensors" in message
+
+
+# ---- weights
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A small model's checkpoint under the released names, with 91 class channels."""
+    small = {
+        "width": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "feedforward": 32,
+        "vector_hidden": 32,
+        "queries": 5,
+    }
+    settings = Experiment(name="small", model=small, codec={"vector_dim": 9})
+    model = build_model(settings, 91)
+    path = tmp_path_factory.mktemp("official") / "official.pth"
+    torch.save({"model": to_official_state(model.state_dict())}, path)
+    return path
+
+
+def test_import_reports_infers_and_names_cocos_classes_and_the_way_back_is_exact(command, official):
+    status, output = command("import-weights", official, "ours.safetensors")
+    assert status == 0
+    assert "0 missing, 0 left over" in output
+    assert "width 32" in output
+    stored = read_weights(Path("ours.safetensors"))
+    classes = ClassMap.from_json(stored.classes)
+    assert (len(classes), classes.names[1], classes.names[90]) == (91, "person", "toothbrush")
+    assert sum(1 for name in classes.names if name) == 80
+    assert classes.channel_of(90) == 90
+    assert command("import-weights", "ours.safetensors", "back.pth", "--to-official")[0] == 0
+    before = torch.load(official, weights_only=True)["model"]
+    after = torch.load("back.pth", weights_only=True)["model"]
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_imported_weights_predict(command, official, data_root):
+    command("import-weights", official, "ours.safetensors")
+    status, output = command("predict", "ours.safetensors", data_root / "val" / "1.png")
+    assert status == 0
+    assert "1.png: " in output
+
+
+def test_annotations_name_the_classes_of_imported_weights(command, official, data_root):
+    assert command("import-weights", official, "ours.safetensors", "--annotations", data_root / "val.json")[0] == 0
+    assert ClassMap.from_json(read_weights(Path("ours.safetensors")).classes).names[:3] == ("", "triangle", "diamond")
+
+
+def test_an_existing_file_is_not_written_over(refused, official, tmp_path):
+    (tmp_path / "mine.safetensors").write_text("precious")
+    assert "is not written over" in refused("import-weights", official, "mine.safetensors")
+    assert (tmp_path / "mine.safetensors").read_text() == "precious"
+
+
+class Touch:
+    """Pickles to a call that would leave a file behind."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_executed(refused, tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}, "args": Touch()}, tmp_path / "evil.pth")
+    message = refused("import-weights", "evil.pth", "out.safetensors")
+    assert "nothing in it was executed" in message
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_text_file_is_no_checkpoint(refused, tmp_path):
+    (tmp_path / "notes.pth").write_text("not weights")
+    assert "notes.pth" in refused("import-weights", "notes.pth", "out.safetensors")
+
+
+# ---- places to write to
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("make-shapes", "notes.txt/shapes"),
+        ("download-coco", "notes.txt"),
+        ("convert-data", "yolo", "notes.txt"),
+        ("check-data", "images", "--output", "notes.txt"),
+        ("codec-ceiling", "images", "--output", "notes.txt/ceilings"),
+        ("predict", "weights.safetensors", "notes.txt", "--out", "notes.txt"),
+        ("train", "tiny.yaml", "--runs-dir", "notes.txt"),
+        ("status", "--runs-dir", "notes.txt"),
+        ("ship", "runs/tiny", "notes.txt"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(refused, tmp_path, arguments):
+    (tmp_path / "notes.txt").write_text("precious")
+    assert "name a folder" in refused(*arguments)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("table", "shapes_table2", "--json"),
+        ("table", "shapes_table2", "--csv"),
+        ("codec-ceiling", "images", "--json"),
+        ("bench", "matcher", "--json"),
+        ("import-weights", "official.pth"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_and_a_missing_folder_are_refused_before_any_work(refused, tmp_path, arguments):
+    (tmp_path / "folder").mkdir()
+    assert "folder: is a folder; name a file in it" in refused(*arguments, "folder")
+    assert "nowhere/x.onnx: there is no folder nowhere" in refused(*arguments, "nowhere/x.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_export_makes_its_folder_and_is_refused_one_that_cannot_be_made(command, refused, weights, tmp_path):
+    assert command("export", weights, "exports/mine.safetensors")[0] == 0
+    assert "is a folder; name a file in it" in refused("export", weights, "exports")
+    assert "weights.safetensors: is a file; name a folder" in refused("export", weights, f"{weights}/mine.safetensors")
+
+
+def test_a_place_that_may_not_be_written_to_is_refused_before_any_work(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "cannot be written to; name another place" in refused("make-shapes", "shapes")
+    assert "cannot be written to; name another place" in refused("bench", "matcher", "--json", "bench.json")
+
+
+def test_what_the_operating_system_refuses_is_told_with_the_place_and_without_a_traceback(refused, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "runs/tiny")
+
+    monkeypatch.setattr(runs, "open_run", refuse)
+    assert refused("evaluate", "runs/tiny").strip() == "runs/tiny: Permission denied"
+
+
+# ---- the rest
+
+
+def test_an_export_of_no_detections_is_refused(refused):
+    assert "Invalid value for '--top-k'" in refused("export", "weights.safetensors", "a.onnx", "--top-k", 0)
+
+
+@pytest.mark.parametrize("sides", ["5", "96,32", "0,32", "1,2,3", "big"])
+def test_sizes_that_do_not_rise_are_refused(refused, sides):
+    assert "Invalid value for --area-sides: found" in refused("codec-ceiling", "images", "--area-sides", sides)
+
+
+def test_make_shapes_writes_a_folder_and_refuses_to_change_one(command, refused, tmp_path):
+    assert command("make-shapes", "s", "--train", 2, "--val", 1, "--processes", 1)[0] == 0
+    assert len(list((tmp_path / "s" / "train").iterdir())) == 2
+    before = (tmp_path / "s" / "annotations" / "instances_train.json").read_bytes()
+    message = refused("make-shapes", "s", "--train", 3, "--val", 1, "--processes", 1)
+    assert "s" in message
+    assert (tmp_path / "s" / "annotations" / "instances_train.json").read_bytes() == before
+
+
+def test_an_unknown_level_is_refused_with_those_that_exist(refused):
+    message = refused("make-shapes", "s", "--level", "medium")
+    assert "easy" in message
+    assert "hard" in message
+
+
+def test_bench_refuses_an_unknown_part(refused):
+    message = refused("bench", "opp")
+    assert "opp" in message
+    assert "postprocess" in message
+
+
+def test_bench_prints_a_table_and_writes_its_file(command):
+    status, output = command("bench", "matcher", "--json", "bench.json")
+    assert status == 0
+    assert "ratio" in output
+    assert {row["part"] for row in json.loads(Path("bench.json").read_text())["rows"]} == {"matcher"}
+
+
+def test_doctor_tells_what_the_machine_offers(command):
+    status, output = command("doctor")
+    assert status == 0
+    assert "reference" in output
+
+
+def test_the_package_offers_the_names_a_user_types():
+    import solq_lab
+
+    assert solq_lab.load_experiment is load_experiment
+    assert solq_lab.load_run is load_run
+    assert solq_lab.Predictor.__name__ == "Predictor"
+    with pytest.raises(AttributeError, match="it offers Predictor, load_experiment, load_run"):
+        solq_lab.predictor_of_the_future  # noqa: B018

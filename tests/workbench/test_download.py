@@ -1,0 +1,528 @@
+"""COCO from a server that breaks: what arrives is right, kept, verified, and never leaves its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from server import PIECE, Server, archive_of, offer_coco, serve
+
+from solq_lab.data.annotations import DataError
+from solq_lab.workbench import cli
+from solq_lab.workbench.download import coco as download
+from solq_lab.workbench.download import transfer
+from solq_lab.workbench.download.coco import WORKSHOP, download_coco, read_sums
+from solq_lab.workbench.download.transfer import PartFile, fetch
+from solq_lab.workbench.download.unpacking import lacking, unpack
+
+BODY = np.random.default_rng(0).bytes(300_000)
+QUICK = {"backoff": 0.0, "timeout": 2.0}
+
+
+@pytest.fixture
+def server():
+    with serve() as serving:
+        yield serving
+
+
+@pytest.fixture
+def target(tmp_path, server):
+    server.files["/a"] = BODY
+    return tmp_path / "a"
+
+
+def start_of(target: Path, server: Server, count: int) -> None:
+    """Fetch only the first `count` bytes: the attempt breaks off, the next one brings nothing, and that is enough."""
+    server.breaks += [count, 0]
+    with pytest.raises(DataError, match="given up"):
+        fetch(f"{server.url}/a", target, retries=0, **QUICK)
+    server.asked.clear()
+
+
+# ---- one file over HTTP
+
+
+def test_a_file_arrives_whole_and_leaves_nothing_beside_it(server, target):
+    seen = []
+    fetch(f"{server.url}/a", target, show=lambda done, total: seen.append((done, total)))
+    assert target.read_bytes() == BODY
+    assert [path.name for path in target.parent.iterdir()] == ["a"]
+    assert seen[-1] == (len(BODY), len(BODY))
+
+
+def test_an_empty_file_arrives_too(server, target):
+    server.files["/a"] = b""
+    fetch(f"{server.url}/a", target, retries=0)
+    assert target.read_bytes() == b""
+
+
+def test_a_connection_that_breaks_again_and_again_costs_no_byte_twice(server, target):
+    server.breaks = [10_000, 50_000, 0, 100_000]
+    fetch(f"{server.url}/a", target, retries=1, **QUICK)
+    assert target.read_bytes() == BODY
+    assert server.asked == [None, "bytes=10000-", "bytes=60000-", "bytes=60000-", "bytes=160000-"]
+
+
+def test_a_later_call_goes_on_where_the_first_one_broke_off(server, target):
+    start_of(target, server, 123_456)
+    assert PartFile(target).size == 123_456
+    assert not target.exists()
+    fetch(f"{server.url}/a", target, **QUICK)
+    assert target.read_bytes() == BODY
+    assert server.asked == ["bytes=123456-"]
+
+
+def test_a_server_that_ignores_ranges_is_read_past_what_is_there(server, target):
+    server.knows_ranges = False
+    server.breaks = [100_000, 50_000, None]
+    fetch(f"{server.url}/a", target, retries=2, **QUICK)
+    assert target.read_bytes() == BODY
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_a_file_that_has_changed_is_fetched_from_the_start(server, target, knows_ranges):
+    start_of(target, server, 100_000)
+    server.knows_ranges = knows_ranges
+    server.files["/a"] = changed = BODY[::-1] + b"more"
+    fetch(f"{server.url}/a", target, **QUICK)
+    assert target.read_bytes() == changed
+
+
+def test_without_a_version_a_file_of_another_length_is_fetched_from_the_start(server, target):
+    server.versions = False
+    start_of(target, server, 100_000)
+    server.files["/a"] = changed = BODY[::-1] + b"more"
+    fetch(f"{server.url}/a", target, **QUICK)
+    assert target.read_bytes() == changed
+
+
+def test_a_file_that_has_shrunk_below_what_is_there_is_fetched_from_the_start(server, target):
+    server.versions = False
+    start_of(target, server, 100_000)
+    server.files["/a"] = BODY[:5_000]
+    fetch(f"{server.url}/a", target, **QUICK)
+    assert target.read_bytes() == BODY[:5_000]
+
+
+def test_a_file_that_was_whole_but_not_named_yet_is_only_named(server, target):
+    start_of(target, server, 100_000)
+    PartFile(target).path.write_bytes(BODY)
+    fetch(f"{server.url}/a", target, retries=0, **QUICK)
+    assert target.read_bytes() == BODY
+    server.asked.clear()
+    PartFile(target).path.write_bytes(BODY)
+    fetch(f"{server.url}/a", target, size=len(BODY), retries=0, **QUICK)
+    assert server.asked == []
+
+
+def test_more_bytes_than_the_file_has_are_thrown_away(server, target):
+    PartFile(target).path.write_bytes(BODY + b"more")
+    fetch(f"{server.url}/a", target, size=len(BODY), **QUICK)
+    assert target.read_bytes() == BODY
+
+
+def test_a_server_that_promises_more_than_it_sends_is_believed_when_it_says_so_again(server, target):
+    server.claims = 1_000
+    fetch(f"{server.url}/a", target, retries=2, **QUICK)
+    assert target.read_bytes() == BODY  # it answers the next range with the true end
+
+
+def test_a_server_that_always_breaks_is_given_up_with_what_is_kept_and_how_to_go_on(server, target):
+    server.breaks = [20_000, 0, 0, 0]
+    with pytest.raises(DataError) as refusal:
+        fetch(f"{server.url}/a", target, retries=2, **QUICK)
+    message = str(refusal.value)
+    assert "given up after 3 attempts" in message
+    assert "ended at 20.0 kB of 300.0 kB" in message
+    assert "20.0 kB are kept, and the same command goes on from there" in message
+
+
+def test_a_busy_server_is_asked_again_after_the_time_it_names(server, target, monkeypatch):
+    server.answers = [(503, {}), (429, {"Retry-After": "7"}), (500, {})]
+    waits = []
+    monkeypatch.setattr(transfer, "time", SimpleNamespace(sleep=waits.append))
+    fetch(f"{server.url}/a", target, retries=3, backoff=1.0)
+    assert target.read_bytes() == BODY
+    assert waits == [2.0, 7.0, 8.0]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_refusal_is_final(server, target, status):
+    server.answers = [(status, {})]
+    with pytest.raises(DataError, match=rf"/a: the server answers {status} .*check the address \(--base-url\)"):
+        fetch(f"{server.url}/a", target, **QUICK)
+    assert len(server.asked) == 1
+
+
+def test_a_file_of_another_size_is_refused_before_its_first_byte(server, target):
+    with pytest.raises(DataError, match="offers 300000 bytes, the file has 300001"):
+        fetch(f"{server.url}/a", target, size=300_001, **QUICK)
+    assert PartFile(target).size == 0
+
+
+def test_a_server_that_falls_silent_is_asked_for_the_rest(server, target):
+    server.files["/a"] = BODY[: 2 * PIECE + 1]
+    server.pause = 0.6
+    fetch(f"{server.url}/a", target, retries=0, backoff=0.0, timeout=0.3)
+    assert target.read_bytes() == BODY[: 2 * PIECE + 1]
+    assert server.asked == [None, "bytes=4096-", "bytes=8192-"]
+
+
+def test_a_server_that_is_not_there_is_named(target):
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:1/a: given up .*refused.*nothing has arrived: check"):
+        fetch("http://127.0.0.1:1/a", target, retries=0, **QUICK)
+
+
+def test_an_address_that_is_none_is_not_asked_twice(target):
+    with pytest.raises(DataError, match="given up"):
+        fetch("http://a b/c", target, retries=100, backoff=100.0)
+
+
+def test_a_full_disk_keeps_what_has_arrived_and_says_so(server, target, monkeypatch):
+    start_of(target, server, 100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
+    with pytest.raises(DataError, match=r"the rest of a needs 200\.0 kB, 10 bytes are free; make room for 200\.0 kB"):
+        fetch(f"{server.url}/a", target, **QUICK)
+    assert PartFile(target).size == 100_000
+
+
+def test_a_disk_that_fills_up_while_writing_is_told_from_a_broken_connection(server, target):
+    PartFile(target).path.symlink_to("/dev/full")
+    with pytest.raises(
+        DataError, match=r"a\.part: cannot be written: No space left on device; what has arrived is kept"
+    ):
+        fetch(f"{server.url}/a", target, retries=100, backoff=100.0)
+    assert len(server.asked) == 1
+
+
+# ---- zip files
+
+
+def test_an_archive_is_unpacked_with_its_folders(tmp_path):
+    (tmp_path / "a.zip").write_bytes(archive_of({"val2017/": "", "val2017/1.jpg": b"one", "notes/deep/2.txt": b""}))
+    members = unpack(tmp_path / "a.zip", tmp_path / "data")
+    assert members == {"val2017/1.jpg": 3, "notes/deep/2.txt": 0}
+    assert (tmp_path / "data" / "val2017" / "1.jpg").read_bytes() == b"one"
+    assert lacking(tmp_path / "data", members) == []
+    (tmp_path / "data" / "val2017" / "1.jpg").write_bytes(b"on")
+    assert lacking(tmp_path / "data", members | {"gone": 1}) == ["val2017/1.jpg", "gone"]
+
+
+NAMES_THAT_LEAVE = [
+    "../x.jpg",
+    "a/../../x.jpg",
+    "/etc/x.jpg",
+    "C:/x.jpg",
+    "c:x.jpg",
+    "..\\x.jpg",
+    "a/..",
+    "./x.jpg",
+    "//host/x.jpg",
+    "a//x.jpg",
+    "x\x00.jpg",
+    "x\n.jpg",
+]
+
+
+@pytest.mark.parametrize("name", NAMES_THAT_LEAVE)
+def test_a_member_that_leaves_the_folder_is_refused_before_anything_is_written(tmp_path, name):
+    inside = tmp_path / "deep" / "data"
+    info = zipfile.ZipInfo("placeholder")
+    info.filename = name
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("good.jpg", b"good")
+        file.writestr(info, b"bad")
+    with pytest.raises(DataError, match=r"leaves the folder; nothing was unpacked") as refusal:
+        unpack(tmp_path / "a.zip", inside)
+    assert repr(name) in str(refusal.value)
+    assert not inside.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip"]
+
+
+def test_a_link_in_an_archive_is_refused(tmp_path):
+    info = zipfile.ZipInfo("val2017")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr(info, "/etc")
+        file.writestr("val2017/passwd", "mine")
+    with pytest.raises(DataError, match="member 'val2017' is a link or a device"):
+        unpack(tmp_path / "a.zip", tmp_path / "data")
+
+
+def test_a_member_that_comes_twice_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("1.jpg", b"one")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("1.jpg", b"two")
+    with pytest.raises(DataError, match=r"member '1\.jpg' comes twice"):
+        unpack(tmp_path / "a.zip", tmp_path / "data")
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "a.zip").write_bytes(archive_of({"val2017/1.jpg": b"one"}))
+    (tmp_path / "val2017").write_text("a file")
+    with pytest.raises(DataError, match=r"val2017.* cannot be written: "):
+        unpack(tmp_path / "a.zip", tmp_path)
+
+
+@pytest.mark.parametrize("place", [60, -30, "half"])
+def test_a_damaged_archive_is_refused(tmp_path, place):
+    content = bytearray(archive_of({"val2017/1.jpg": BODY[:1000]}))
+    if place == "half":
+        del content[len(content) // 2 :]
+    else:
+        content[place] ^= 0xFF
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.zip: "):
+        unpack(tmp_path / "a.zip", tmp_path / "data")
+    assert not list(tmp_path.rglob("*.jpg*"))
+
+
+def test_an_interrupted_unpacking_goes_on_and_mends_what_is_wrong(tmp_path):
+    names = [f"{number}.jpg" for number in range(6)]
+    (tmp_path / "a.zip").write_bytes(archive_of({name: name * 50 for name in names}))
+
+    def stop_at_the_third(done: int, total: int) -> None:
+        if done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unpack(tmp_path / "a.zip", tmp_path / "data", show=stop_at_the_third)
+    assert len(list((tmp_path / "data").iterdir())) == 3
+    kept = (tmp_path / "data" / "0.jpg").stat()
+    (tmp_path / "data" / "1.jpg").write_text("2.jpg" * 50)  # right size, wrong bytes: as after a loss of power
+    unpack(tmp_path / "a.zip", tmp_path / "data")
+    assert {path.name: path.read_text() for path in (tmp_path / "data").iterdir()} == {n: n * 50 for n in names}
+    assert (tmp_path / "data" / "0.jpg").stat().st_ino == kept.st_ino
+
+
+def test_an_archive_that_unpacks_to_more_than_the_disk_holds_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.zip").write_bytes(archive_of({"bomb": bytes(10**6)}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 0, 10**5))
+    with pytest.raises(DataError, match=r"unpacking a\.zip needs 1\.0 MB, 100\.0 kB are free"):
+        unpack(tmp_path / "a.zip", tmp_path / "data")
+
+
+# ---- COCO
+
+
+@pytest.fixture
+def coco(server, tmp_path):
+    """A server with a tiny COCO; arguments of `download_coco` that fit it."""
+    contents = {
+        "/annotations/annotations_trainval2017.zip": {
+            "annotations/instances_train2017.json": "{}",
+            "annotations/instances_val2017.json": "{ }",
+        },
+        "/annotations/image_info_test2017.zip": {"annotations/image_info_test2017.json": "{  }"},
+        "/zips/train2017.zip": {f"train2017/{n}.jpg": BODY[n : 20_000 + n] for n in range(5)},
+        "/zips/val2017.zip": {"val2017/9.jpg": BODY[:10_000]},
+        "/zips/test2017.zip": {"test2017/7.jpg": BODY[:5_000]},
+    }
+    server.files = {path: archive_of(members) for path, members in contents.items()}
+    sums = {path.rpartition("/")[2]: hashlib.md5(body).hexdigest() for path, body in server.files.items()}
+    return {"folder": tmp_path / "coco", "base_url": server.url, "sums": sums, **QUICK}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.*") if WORKSHOP not in path.parts}
+
+
+def test_train_and_val_appear_as_the_experiments_expect_them(coco, server):
+    from solq_lab.config import Experiment
+
+    server.breaks = [100, 3_000]
+    download_coco(**coco)
+    data = Experiment(name="any").data
+    for path in (data.train_images, data.train_annotations, data.val_images, data.val_annotations):
+        assert (coco["folder"] / path).exists()
+    assert (coco["folder"] / "train2017" / "3.jpg").read_bytes() == BODY[3:20_003]
+    assert not list(coco["folder"].rglob("*.zip"))
+    assert not (coco["folder"] / "test2017").exists()
+
+
+def test_a_second_run_asks_the_server_for_nothing_and_a_third_split_only_for_its_own(coco, server):
+    download_coco(**coco)
+    server.asked.clear()
+    download_coco(**coco)
+    assert server.asked == []
+    download_coco(splits=["test", "val"], **coco)
+    assert len(server.asked) == 2
+    assert "annotations/image_info_test2017.json" in names_in(coco["folder"])
+
+
+def test_a_lost_file_brings_its_archive_back(coco, server):
+    download_coco(**coco)
+    (coco["folder"] / "train2017" / "3.jpg").unlink()
+    server.asked.clear()
+    download_coco(**coco)
+    assert len(server.asked) == 1
+    assert (coco["folder"] / "train2017" / "3.jpg").read_bytes() == BODY[3:20_003]
+
+
+def test_a_kept_archive_mends_a_lost_file_without_the_server(coco, server):
+    download_coco(keep_archives=True, **coco)
+    (coco["folder"] / "train2017" / "3.jpg").unlink()
+    server.asked.clear()
+    download_coco(keep_archives=True, **coco)
+    assert server.asked == []
+    assert (coco["folder"] / "train2017" / "3.jpg").exists()
+
+
+def test_a_wrong_sum_is_fetched_once_more_and_then_refused(coco, server):
+    coco["sums"]["val2017.zip"] = "0" * 32
+    with pytest.raises(DataError, match=r"val2017\.zip: the sum is [0-9a-f]{32}, 0{32} is expected"):
+        download_coco(splits=["val"], **coco)
+    assert len(server.asked) == 3  # annotations, and the images twice
+    assert not (coco["folder"] / "val2017").exists()
+    assert not (coco["folder"] / WORKSHOP / "val2017.zip").exists()
+
+
+def test_bytes_of_two_versions_are_never_joined(coco, server):
+    """A server without ranges' guard (no ETag, same length) cannot be told apart; the sum can."""
+    server.versions = False
+    path = coco["folder"] / WORKSHOP / "val2017.zip"
+    path.parent.mkdir(parents=True)
+    PartFile(path).path.write_bytes(bytes(500))
+    download_coco(splits=["val"], **coco)
+    assert (coco["folder"] / "val2017" / "9.jpg").read_bytes() == BODY[:10_000]
+
+
+def test_cocos_own_archives_are_known_by_their_published_size(coco, monkeypatch):
+    """Without other sums a small archive under COCO's name is not COCO."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 10**12))
+    coco["sums"] = None
+    with pytest.raises(DataError, match=r"the file has 252907541; it is another file"):
+        download_coco(**coco)
+
+
+def test_the_disk_is_measured_before_anything_is_fetched(coco, server, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 0, 30 * 10**9))
+    coco["sums"] = None
+    with pytest.raises(DataError) as refusal:
+        download_coco(**coco)
+    assert server.asked == []
+    # both unpacked splits, the annotations, and the largest archive
+    needed = (2 * 19_336_861_798 + 815_585_330 + int(3.5 * 252_907_541)) / 1e9
+    assert f"needs {needed:.1f} GB, 30.0 GB are free" in str(refusal.value)
+    assert "make room for" in str(refusal.value)
+
+
+def test_two_at_once_are_refused_with_the_name_of_the_first(coco):
+    workshop = coco["folder"] / WORKSHOP
+    workshop.mkdir(parents=True)
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+    other = fork.Process(target=_hold, args=(workshop, held))
+    other.start()
+    try:
+        assert held.wait(20)
+        with pytest.raises(DataError, match=rf"process {other.pid} on .* downloads into this folder"):
+            download_coco(**coco)
+    finally:
+        other.kill()
+        other.join()
+    download_coco(**coco)  # a kill frees the lock
+
+
+@pytest.mark.parametrize(("ending", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_kill_or_ctrl_c_in_the_middle_of_the_download_loses_nothing(coco, server, tmp_path, ending, status):
+    server.pause = 0.05
+    (tmp_path / "sums").write_text("".join(f"{digest}  {name}\n" for name, digest in coco["sums"].items()))
+    program = "import sys; from solq_lab.workbench.cli import main; main()"
+    command = [sys.executable, "-c", program, "download-coco", str(coco["folder"])]
+    command += ["--base-url", server.url, "--sums", str(tmp_path / "sums")]
+    part = PartFile(coco["folder"] / WORKSHOP / "train2017.zip")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + 60
+        while part.size < 20_000 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        child.send_signal(ending)
+    assert child.returncode == status
+    arrived = part.size
+    assert arrived >= 20_000
+    server.pause = 0.0
+    server.asked.clear()
+    download_coco(**coco)
+    assert f"bytes={arrived}-" in server.asked
+    assert len(list((coco["folder"] / "train2017").iterdir())) == 5
+
+
+def _hold(workshop: Path, held: Event) -> None:
+    with download._alone_in(workshop):
+        held.set()
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": "file:///etc"}, "base URL 'file:///etc': allowed are http:// and https://"),
+        ({"splits": ["training"]}, "split training: allowed are train, val, test"),
+        ({"splits": []}, "split none: allowed are"),
+        ({"sums": {"val2017.zip": "0" * 32}}, "no sum of annotations_trainval2017.zip; found are those of val2017.zip"),
+    ],
+)
+def test_a_bad_argument_is_refused_before_anything_is_written(coco, changes, message):
+    with pytest.raises(DataError, match=message.replace(".", r"\.").replace("(", r"\(")):
+        download_coco(**coco | changes)
+    assert not coco["folder"].exists()
+
+
+def test_sums_are_read_as_the_tools_write_them(tmp_path):
+    path = tmp_path / "sums"
+    path.write_text(f"# made by hand\n{'a' * 32}  zips/val2017.zip\n{'B' * 64} *train2017.zip\n\n")
+    assert read_sums(path) == {"val2017.zip": "a" * 32, "train2017.zip": "b" * 64}
+    path.write_text("abc  val2017.zip\n")
+    with pytest.raises(DataError, match=r"sums: line 1: found 'abc  val2017\.zip'; allowed is an MD5 or SHA-256"):
+        read_sums(path)
+    with pytest.raises(DataError, match="none: cannot be read"):
+        read_sums(tmp_path / "none")
+
+
+def test_published_sums_are_md5_and_every_archive_has_its_own():
+    archives = {archive for split in download.SPLITS.values() for archive in split}
+    assert len(archives) == 5
+    assert len({archive.digest for archive in archives}) == 5
+    assert all(len(archive.digest) == 32 for archive in archives)
+
+
+def test_the_stamp_survives_nonsense(coco):
+    download_coco(**coco)
+    stamp = coco["folder"] / WORKSHOP / "val2017.zip.json"
+    assert json.loads(stamp.read_text())["members"] == {"val2017/9.jpg": 10_000}
+    stamp.write_text("[")
+    download_coco(**coco)
+    assert json.loads(stamp.read_text())["members"] == {"val2017/9.jpg": 10_000}
+
+
+def test_real_images_go_from_the_server_through_the_check(server, tmp_path, coco_tiny, monkeypatch, capsys):
+    """The README's way, on a small part of COCO: download-coco, then check-data."""
+    offer_coco(server, coco_tiny, tmp_path / "sums")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    server.breaks = [1_000_000, 2_000_000]
+
+    def command(*arguments: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["solq-lab", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code
+
+    assert not command("download-coco", "coco", "--base-url", server.url, "--sums", "sums")
+    assert command("check-data", "coco", "--worst", "0") == 1  # 50 images do not have every class
+    assert "problems: class-not-trained\n" in capsys.readouterr().out
+    assert not command("check-data", "coco", "--worst", "0", "--allow", "class-not-trained")
