@@ -88,7 +88,7 @@ def test_equal_runs_differ_by_nothing_at_all():
 
 
 def test_a_clearly_better_run_has_its_interval_above_zero_and_the_worse_one_below():
-    truth, worse = scene(5, noise=4.0, images=40)
+    truth, worse = scene(5, noise=4.0, num_images=40)
     better = [result_of(o["image_id"], o["category_id"], tuple(o["bbox"])) for o in truth["annotations"]]
     for row in compare_results(truth, worse, better, draws=200).differences:
         assert 0 < row.low <= row.change <= row.high
@@ -109,7 +109,7 @@ def test_two_runs_of_the_same_quality_are_called_chance():
 
 
 def test_pairing_makes_the_interval_narrower_than_drawing_for_each_run():
-    truth, first = scene(8, noise=1.5, images=30)
+    truth, first = scene(8, noise=1.5, num_images=30)
     second = [result | {"score": result["score"] * 0.99} for result in first[:-3]]  # nearly the same run
     matches = [match_results(truth, results, kind="segm") for results in (first, second)]
     random = np.random.default_rng(0)
