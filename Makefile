@@ -7,16 +7,25 @@ STAMP := .venv/installed
 # The compiled operators look for ninja on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow test-browser lab bench lint install clean
+# Every worker keeps one core busy; tests of one file stay together, for they share what they made.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
-demo: install  ## train and evaluate a small SOLQ on generated shapes, on the CPU
+.PHONY: help demo test test-slow test-v3 test-browser lab bench lint install clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: install  ## train and evaluate a small SOLQ on drawn shapes, on the CPU
 	$(BIN)/solq-lab run notebooks/train.ipynb experiments/shapes.yaml
 
 test: install  ## the quick tests
-	$(BIN)/pytest tests
+	$(PYTEST)
 
 test-slow: install  ## the long ones
-	$(BIN)/pytest tests -m slow
+	$(PYTEST) -m slow
+
+test-v3: install  ## operators, codecs and masks as a processor with AVX2 alone runs them
+	SOLQ_CPU_ARCH=x86-64-v3 $(PYTEST) tests/ops tests/codecs
 
 test-browser: install  ## drive the explorers in JupyterLab with Chromium
 	$(BIN)/pytest tests -m browser
@@ -27,13 +36,14 @@ lab: install  ## open JupyterLab on the notebooks
 bench: install  ## side-by-side speed ratios
 	$(BIN)/solq-lab bench --json bench.json
 
-lint: install  ## style, floors, clean notebooks
+lint: install  ## style, types, import contracts, clean notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
-install: $(STAMP)
+install: $(STAMP)  ## .venv with everything, in the pinned versions
 
 $(STAMP): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "solq_lab needs Python 3.11 or newer; none was found. Install one, or name it: make PYTHON=/path/to/python3"; exit 1; fi

@@ -13,6 +13,8 @@ import pytest
 from solq_lab.workbench import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def golden_folder() -> Path:
