@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_dataset
 from solq_lab.codecs.base import MaskCodec, describe_codec
-from solq_lab.config import Experiment
+from solq_lab.config import EvaluationSection, Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.loader import BatchLoader
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
@@ -41,11 +41,9 @@ def predict_dataset(
     model: nn.Module,
     codec: MaskCodec | None,
     dataset: CocoDataset,
+    settings: EvaluationSection = DEFAULTS,
     *,
-    batch_size: int = DEFAULTS.batch_size,
-    top_k: int = DEFAULTS.top_k,
     device: torch.device | str = "cpu",
-    max_images: int | None = None,
     workers: int = 0,
 ) -> Iterator[tuple[int, Detections]]:
     """Image id and detections of every image, one after the other; only one batch is in memory.
@@ -57,14 +55,13 @@ def predict_dataset(
         model: the network, on `device`; it predicts in evaluation mode and is left in the mode it came in.
         codec: its mask code, on `device`, or None where it has no mask vectors.
         dataset: the images, with and without objects.
-        batch_size: images per forward pass.
-        top_k: detections kept per image.
+        settings: its `batch_size`, `top_k` and `max_images`.
         device: where the network is.
-        max_images: only the first so many images. None: all.
         workers: processes that read images; 0 reads them here.
     """
-    indices = list(range(len(dataset))[:max_images])
-    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    indices = list(range(len(dataset))[: settings.max_images])
+    size = settings.batch_size
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     share = batches[distributed.rank() :: distributed.world_size()]
     was_training = model.training
     model.eval()
@@ -74,7 +71,9 @@ def predict_dataset(
                 sizes = [target.original_size for target in targets]
                 with torch.inference_mode():  # not around the yield: the caller's code would run in it too
                     prediction = model(images.to(device).normalised()).layers[-1]
-                    found = postprocess(prediction, sizes, codec, top_k=top_k, class_names=dataset.classes.names)
+                    found = postprocess(
+                        prediction, sizes, codec, top_k=settings.top_k, class_names=dataset.classes.names
+                    )
                 for target, detections in zip(targets, found, strict=True):
                     yield target.image_id, detections
                 progress.update(len(targets))
@@ -86,13 +85,9 @@ def evaluate_model(
     model: nn.Module,
     codec: MaskCodec | None,
     dataset: CocoDataset,
+    settings: EvaluationSection = DEFAULTS,
     *,
-    batch_size: int = DEFAULTS.batch_size,
-    top_k: int = DEFAULTS.top_k,
-    area_sides: tuple[float, float] = DEFAULTS.area_sides,
-    boundary_ratio: float = DEFAULTS.boundary_ratio,
     device: torch.device | str = "cpu",
-    max_images: int | None = None,
     workers: int = 0,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[list[dict], Evaluation]:
@@ -102,8 +97,8 @@ def evaluate_model(
     scores. An error in one of them reaches all.
 
     Args:
-        model, codec, dataset, batch_size, top_k, device, max_images, workers: as in `predict_dataset`.
-        area_sides, boundary_ratio: as in `evaluate_results`.
+        model, codec, dataset, device, workers: as in `predict_dataset`.
+        settings: images per pass, detections per image, how many images, and what counts as small and as boundary.
         should_stop: asked between images; True in any process stops all of them. None: never.
 
     Returns:
@@ -114,16 +109,7 @@ def evaluate_model(
         EvaluationStopped: a process was asked to stop.
         ProcessFailed: another process failed.
     """
-    predicted = predict_dataset(
-        model,
-        codec,
-        dataset,
-        batch_size=batch_size,
-        top_k=top_k,
-        device=device,
-        max_images=max_images,
-        workers=workers,
-    )
+    predicted = predict_dataset(model, codec, dataset, settings, device=device, workers=workers)
     with closing(predicted):
         share = (detections_to_results(detections, image_id, dataset.classes) for image_id, detections in predicted)
         results = [result for of_one_image in stream_to_main(share, should_stop) for result in of_one_image]
@@ -134,9 +120,9 @@ def evaluate_model(
             dataset.annotations,
             results,
             kinds=KINDS if codec is not None or isinstance(model, SQRDetector) else ("box",),
-            area_sides=area_sides,
-            boundary_ratio=boundary_ratio,
-            image_ids=list(dataset.image_ids[:max_images]),
+            area_sides=settings.area_sides,
+            boundary_ratio=settings.boundary_ratio,
+            image_ids=list(dataset.image_ids[: settings.max_images]),
             should_stop=should_stop,
         )
 
@@ -184,17 +170,12 @@ def evaluate_run(
     device = distributed.device() if device is None else torch.device(device)
     predictor = Predictor(run.weights, device=device)
     started = time.perf_counter()
-    settings = experiment.evaluation
     results, evaluation = evaluate_model(
         predictor.model,
         predictor.codec,
         build_dataset(experiment, "val", classes=predictor.classes),
-        batch_size=settings.batch_size,
-        top_k=settings.top_k,
-        area_sides=settings.area_sides,
-        boundary_ratio=settings.boundary_ratio,
+        experiment.evaluation,
         device=device,
-        max_images=settings.max_images,
         workers=experiment.data.workers,
         should_stop=should_stop,
     )

@@ -280,7 +280,6 @@ class Trainer:
         Raises:
             Stopped, EvaluationStopped: by a signal; model and random generators are as before.
         """
-        settings = self.experiment.evaluation
         distributed.copy_from_main(self.model.buffers())  # batch norms saw different images in their last step
         averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
         with averaged, as_written(), _random_state_kept(self.device), _interrupted_by(stop):
@@ -288,12 +287,8 @@ class Trainer:
                 self.model,
                 self.criterion.codec,
                 self.val_set,
-                batch_size=settings.batch_size,
-                top_k=settings.top_k,
-                area_sides=settings.area_sides,
-                boundary_ratio=settings.boundary_ratio,
+                self.experiment.evaluation,
                 device=self.device,
-                max_images=settings.max_images,
                 workers=self.experiment.data.workers,
                 should_stop=lambda: stop.received is not None,
             )

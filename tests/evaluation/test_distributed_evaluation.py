@@ -13,6 +13,7 @@ import torch.distributed as dist
 from clairvoyant import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
 
 from solq_lab.codecs.dct import DCTCodec
+from solq_lab.config import EvaluationSection
 from solq_lab.evaluation import gathering
 from solq_lab.evaluation.evaluator import evaluate_model
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
@@ -21,11 +22,13 @@ from solq_lab.evaluation.results import read_results, write_results
 BATCH_SIZES = (1, 2, NUM_IMAGES)  # the last one leaves all but one process without an image
 
 
-def evaluate(root: Path, **settings) -> dict:
+def evaluate(root: Path, *, batch_size: int = 1, should_stop: Callable[[], bool] | None = None) -> dict:
     """What an evaluation gives in this process, as JSON types."""
     dataset, codec = open_dataset(root), DCTCodec(MASK_SIZE, VECTOR_DIM)
     model = Clairvoyant(dataset, codec)
-    results, evaluation = evaluate_model(model, codec, dataset, **settings)
+    results, evaluation = evaluate_model(
+        model, codec, dataset, EvaluationSection(batch_size=batch_size), should_stop=should_stop
+    )
     return {"results": results, "evaluation": evaluation.to_dict(), "batches": len(model.modes)}
 
 
