@@ -10,15 +10,12 @@ from torch import Tensor, nn
 
 from solq_lab.codecs.artifact import ArtifactError, load_tables
 from solq_lab.codecs.base import FittedCodec, MaskCodec
-from solq_lab.codecs.dct import DCTCodec
-from solq_lab.codecs.flatten import FlattenCodec
-from solq_lab.codecs.pca import PCACodec
-from solq_lab.codecs.sparse import SparseCodingCodec
+from solq_lab.codecs.kinds import CODECS
 from solq_lab.config import ConfigError, DataSection, Experiment, ModelSection
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
-from solq_lab.models.backbone import ResNetBackbone, SmallBackbone, SwinBackbone
+from solq_lab.models.kinds import BACKBONES
 from solq_lab.models.official import is_official
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.sqr import SQRDetector
@@ -58,19 +55,9 @@ def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None =
 def new_codec(experiment: Experiment) -> MaskCodec | None:
     """The mask code without tables, where it has to be fitted; None for a plain detector."""
     section = experiment.codec
-    match section.kind:
-        case "dct":
-            codec = DCTCodec(section.mask_size, section.vector_dim)
-        case "pca" if section.pca == "released":
-            codec = PCACodec.released(section.mask_size, section.vector_dim)
-        case "pca":
-            codec = PCACodec(section.mask_size, section.vector_dim)
-        case "sparse":
-            codec = SparseCodingCodec(section.mask_size, section.vector_dim, beta=section.beta)
-        case "flatten":
-            codec = FlattenCodec(section.mask_size, section.vector_dim)
-        case "none":
-            return None
+    if section.kind == "none":
+        return None
+    codec = CODECS[section.kind].build(**section.model_dump(exclude={"kind", "artifact", "threshold"}))
     if section.threshold is not None:
         codec.threshold = section.threshold
     return codec
@@ -78,14 +65,9 @@ def new_codec(experiment: Experiment) -> MaskCodec | None:
 
 def build_backbone(model: ModelSection, *, imagenet: bool = False) -> nn.Module:
     """The backbone, fresh or with ImageNet weights; C5 alone where the network has one level."""
-    pretrained, c5_only = "imagenet" if imagenet else "none", model.levels == 1
-    match model.backbone:
-        case "resnet50" | "resnet101":
-            return ResNetBackbone(model.backbone, pretrained=pretrained, dilation=model.dilation, c5_only=c5_only)
-        case "swin_t" | "swin_s" | "swin_b" | "swin_l":
-            return SwinBackbone(model.backbone, pretrained=pretrained, c5_only=c5_only)
-        case "small":
-            return SmallBackbone(pretrained=pretrained, c5_only=c5_only)
+    return BACKBONES[model.backbone].build(
+        pretrained="imagenet" if imagenet else "none", dilation=model.dilation, c5_only=model.levels == 1
+    )
 
 
 def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = False) -> SOLQ:

@@ -7,18 +7,28 @@ This module loads without torch, so that the command line answers at once.
 from __future__ import annotations
 
 import difflib
-import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from solq_lab.codecs.kinds import CODECS
+from solq_lab.models.kinds import BACKBONES
 from solq_lab.plain_yaml import load_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, sweeps and their rows: folders and files are called so
-BackboneName = Literal["resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "small"]
 
 
 class ConfigError(ValueError):
@@ -34,10 +44,17 @@ class Section(BaseModel):
 Schema = TypeVar("Schema", bound=Section)
 
 
+def _one_of(name: str, known: Iterable[str]) -> str:
+    """`name`, where it is known. Raises ValueError with the names that are."""
+    if name not in known:
+        raise ValueError(f"allowed are {', '.join(map(repr, known))}")
+    return name
+
+
 class ModelSection(Section):
     """The network (paper, section 3.2)."""
 
-    backbone: BackboneName = "resnet50"
+    backbone: str = "resnet50"
     pretrained: str = Field("imagenet", description="'imagenet', 'none', or the path of a safetensors or .pth file")
     dilation: bool = Field(False, description="DC5: stride 16 instead of 32 in the last ResNet stage")
     levels: int = Field(4, ge=1, le=6, description="1: C5 alone; 3: C3-C5; more: stride-2 convolutions on top")
@@ -57,6 +74,11 @@ class ModelSection(Section):
     standardise_vectors: bool = Field(False, description="vectors in units of their spread in training")
     mask_branch: Literal["none", "sqr"] = Field("none", description="sqr: the paper's baseline draws masks (table 2)")
 
+    @field_validator("backbone")
+    @classmethod
+    def _backbone_exists(cls, name: str) -> str:
+        return _one_of(name, BACKBONES)
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelSection:
         if self.width % self.heads:
@@ -69,17 +91,16 @@ class ModelSection(Section):
             raise ValueError("mask_branch sqr needs the maps C3-C5: give levels 3 or more, or mask_branch: none")
         if self.two_stage and not self.refine_boxes:
             raise ValueError("two_stage needs refine_boxes: true; proposals are refined layer by layer")
-        if self.dilation and not self.backbone.startswith("resnet"):
-            raise ValueError(f"dilation is for ResNet backbones, not {self.backbone}")
+        if self.dilation and not BACKBONES[self.backbone].dilates:
+            dilating = ", ".join(name for name, spec in BACKBONES.items() if spec.dilates)
+            raise ValueError(f"dilation is for {dilating}, not {self.backbone}")
         return self
 
 
 class CodecSection(Section):
     """The mask code (paper, section 3.2, Mask Compression Coding)."""
 
-    kind: Literal["dct", "pca", "sparse", "flatten", "none"] = Field(
-        "dct", description="'none' trains a plain detector"
-    )
+    kind: str = Field("dct", description="a name in codecs/kinds.py, or 'none', which trains a plain detector")
     mask_size: int = Field(128, gt=0, description="N, cells")
     vector_dim: int = Field(256, gt=0, description="n_k, kept coefficients")
     artifact: str = Field("", description="pca, sparse: file of the fitted tables, written by solq-lab fit-codec")
@@ -91,13 +112,25 @@ class CodecSection(Section):
         None, description="masks are cells above the middle of a reconstruction's range, or 0.5; None: the code's own"
     )
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the codec's tables are read from `artifact`."""
+        return self.kind in CODECS and CODECS[self.kind].fitted
+
+    @field_validator("kind")
+    @classmethod
+    def _kind_exists(cls, name: str) -> str:
+        return _one_of(name, [*CODECS, "none"])
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> CodecSection:
         if self.vector_dim > self.mask_size**2:
             raise ValueError(f"vector_dim {self.vector_dim} exceeds mask_size squared ({self.mask_size**2})")
-        if self.kind == "flatten" and math.isqrt(self.vector_dim) ** 2 != self.vector_dim:
-            raise ValueError(f"kind 'flatten' needs a square number (784: 28 x 28), not vector_dim {self.vector_dim}")
-        if self.kind in ("pca", "sparse") and not self.artifact:
+        if self.kind in CODECS and CODECS[self.kind].allowed_length(self.vector_dim) != self.vector_dim:
+            raise ValueError(
+                f"kind {self.kind!r} needs a square number (784: 28 x 28), not vector_dim {self.vector_dim}"
+            )
+        if self.is_fitted and not self.artifact:
             raise ValueError(
                 f"kind {self.kind!r} needs fitted tables: name their file (codec.artifact=FILE.safetensors), which "
                 "`solq-lab fit-codec EXPERIMENT` writes"

@@ -23,6 +23,7 @@ from solq_lab.codecs.artifact import (
     write_tensors,
 )
 from solq_lab.codecs.base import CodecFit, FittedCodec, MaskCodec
+from solq_lab.codecs.kinds import fitted_kinds
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.objects import DataError, ObjectMasks
 from solq_lab.runs import hash_file
@@ -56,7 +57,7 @@ def fit_codec(
     """
     codec, path = new_codec(experiment), Path(experiment.codec.artifact)
     if not isinstance(codec, FittedCodec):
-        raise ConfigError(f"codec.kind={experiment.codec.kind}: nothing to fit; 'pca' and 'sparse' are fitted")
+        raise ConfigError(f"codec.kind={experiment.codec.kind}: nothing to fit; {fitted_kinds()} are fitted")
     annotations = _train_annotations(experiment)
     if not annotations.is_file():
         raise DataError(f"{annotations}: no such annotation file; check data.root and data.train_annotations")

@@ -263,7 +263,7 @@ def _require_starting_files(experiment: Experiment) -> None:
     named = {
         "train.finetune_from": train.finetune_from,
         "model.pretrained": "" if model.pretrained in ("imagenet", "none") else model.pretrained,
-        "codec.artifact": codec.artifact if codec.kind in ("pca", "sparse") else "",
+        "codec.artifact": codec.artifact if codec.is_fitted else "",
     }
     for key, file in named.items():
         if file and not Path(file).exists():  # a run's folder serves too

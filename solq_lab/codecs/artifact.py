@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from solq_lab.codecs.base import FittedCodec
-from solq_lab.codecs.pca import PCACodec
-from solq_lab.codecs.sparse import SparseCodingCodec
+from solq_lab.codecs.kinds import CODECS, fitted_kinds
 from solq_lab.files import replacing, write_json
 
 FORMAT = 1  # rises when older readers could misread a file
@@ -32,7 +31,7 @@ class Description(NamedTuple):
     """What a codec file says of itself.
 
     format: version of the file's layout.
-    method: "pca" or "sparse".
+    method: kind of the codec (`codecs.kinds.CODECS`).
     mask_size, vector_dim: N and D.
     settings: further arguments that the tables depend on.
     loss, threshold: as in `MaskCodec`.
@@ -83,13 +82,10 @@ def load_codec(path: str | Path) -> FittedCodec:
     """
     about, tensors = _read(Path(path))
     try:
-        match about.method:
-            case "pca":
-                codec = PCACodec(about.mask_size, about.vector_dim, **about.settings)
-            case "sparse":
-                codec = SparseCodingCodec(about.mask_size, about.vector_dim, **about.settings)
-            case _:
-                raise ArtifactError(f"{path}: method {about.method!r}: allowed are 'pca' and 'sparse'")
+        spec = CODECS.get(about.method)
+        if spec is None or not spec.fitted:
+            raise ArtifactError(f"{path}: method {about.method!r}: allowed are {fitted_kinds()}")
+        codec = spec.load()(about.mask_size, about.vector_dim, **about.settings)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}; fit the code anew with `solq-lab fit-codec`") from None
     codec.loss, codec.threshold = about.loss, about.threshold

@@ -39,6 +39,11 @@ class MaskCodec(nn.Module, ABC):
         self.mask_size = mask_size
         self.vector_dim = vector_dim
 
+    @classmethod
+    def from_options(cls, mask_size: int, vector_dim: int, **options: Any) -> MaskCodec:
+        """A codec built from the keys of an experiment's section `codec` (`CodecSpec.options`)."""
+        return cls(mask_size, vector_dim, **options)
+
     def fit(self, masks: Iterable[Tensor], *, seed: int = 0) -> None:
         """Learn the code's tables from batches of masks (K, N, N) bool. Analytic codes ignore it."""
 

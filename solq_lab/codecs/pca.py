@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,6 +54,10 @@ class PCACodec(FittedCodec):
         codec = cls(mask_size, vector_dim, centered=True, whitened=True, inverse_sigmoid=True)
         codec.loss, codec.threshold = "l2_dice", "half"
         return codec
+
+    @classmethod
+    def from_options(cls, mask_size: int, vector_dim: int, *, pca: Literal["plain", "released"] = "plain") -> PCACodec:
+        return cls.released(mask_size, vector_dim) if pca == "released" else cls(mask_size, vector_dim)
 
     @property
     def settings(self) -> dict[str, bool]:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.kinds import CODECS
 from solq_lab.config import ConfigError, Experiment, validate_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.evaluation.coco import DEFAULTS
@@ -27,10 +28,6 @@ from solq_lab.studies.ceiling import Noise, codec_ceiling, of_size, read_ground_
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["dct", "pca", "sparse", "flatten"]
-
-KINDS: tuple[Kind, ...] = ("dct", "pca", "sparse", "flatten")
-FITTED = ("pca", "sparse")
 NUMBERS = tuple(f"{kind}{size}" for kind in ("segm.IoU", "segm.AP", "boundary.AP") for size in ("", "s", "m", "l"))
 
 _VERSION = 1  # of the measurement: another number, and nothing kept from before is used
@@ -48,7 +45,7 @@ class Setting:
     seed: of the errors, and of the fit.
     """
 
-    kind: Kind
+    kind: str
     mask_size: int
     vector_dim: int
     pca: Literal["plain", "released"] = "plain"
@@ -85,7 +82,7 @@ class Ceiling:
 
 
 def make_grid(
-    kinds: Sequence[Kind],
+    kinds: Sequence[str],
     mask_sizes: Sequence[int],
     vector_dims: Sequence[int],
     *,
@@ -98,15 +95,15 @@ def make_grid(
 ) -> list[Setting]:
     """Every combination, in the order of the arguments.
 
-    A flattened grid has s x s cells: "flatten" takes the largest square number up to each of `vector_dims`.
+    A kind that needs a square number takes the largest one up to each of `vector_dims`.
 
     Raises:
         ConfigError: an unknown kind, or a value that does not fit; the message names it.
     """
     settings = []
     for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(f"codec {kind!r}: allowed are {', '.join(KINDS)}")
+        if kind not in CODECS:
+            raise ConfigError(f"codec {kind!r}: allowed are {', '.join(CODECS)}")
         for side in mask_sizes:
             for length in vector_dims:
                 if side < 1 or not 1 <= length <= side**2:
@@ -117,9 +114,9 @@ def make_grid(
                 code = Setting(
                     kind,
                     side,
-                    math.isqrt(length) ** 2 if kind == "flatten" else length,
-                    pca=pca if kind == "pca" else "plain",
-                    beta=beta if kind == "sparse" else 1.0,
+                    CODECS[kind].allowed_length(length),
+                    pca=pca if "pca" in CODECS[kind].options else "plain",
+                    beta=beta if "beta" in CODECS[kind].options else 1.0,
                     threshold=threshold,
                     seed=seed,
                 )
@@ -208,7 +205,7 @@ class Laboratory:
     def codec(self, setting: Setting) -> MaskCodec:
         """The code of a setting on the CPU, fitted where that is needed and has not been done yet."""
         experiment = self._experiment(setting)
-        if setting.kind in FITTED and not Path(experiment.codec.artifact).exists():
+        if CODECS[setting.kind].fitted and not Path(experiment.codec.artifact).exists():
             fit_codec(experiment, max_objects=self.fit_objects)
         return build_codec(experiment)
 
@@ -238,7 +235,7 @@ class Laboratory:
         code = {"kind": setting.kind, "mask_size": setting.mask_size, "vector_dim": setting.vector_dim}
         code |= {"pca": setting.pca, "beta": setting.beta, "threshold": setting.threshold}
         data = {}
-        if setting.kind in FITTED:
+        if CODECS[setting.kind].fitted:
             if self.fit_annotations is None:
                 raise ConfigError(
                     f"codec {setting.kind!r} has to be fitted, and no training annotations are named to fit it to; "
@@ -259,7 +256,7 @@ class Laboratory:
             "version": _VERSION,
             "setting": dataclasses.asdict(setting),
             "annotations": self._sha256,
-            "fit": self._fit(setting) if setting.kind in FITTED else None,
+            "fit": self._fit(setting) if CODECS[setting.kind].fitted else None,
             "area_sides": list(self.area_sides),
             "boundary_ratio": self.boundary_ratio,
             "max_images": self.max_images,

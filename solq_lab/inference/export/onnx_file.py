@@ -28,6 +28,7 @@ from solq_lab.inference.export.parity import TOLERANCE, Parity, measure_parity
 from solq_lab.inference.export.sharing import without_paths
 from solq_lab.inference.folding import fold
 from solq_lab.inference.predictor import Predictor, find_weights, read_trained, read_upright
+from solq_lab.models.kinds import BACKBONES
 from solq_lab.models.weights import load_state
 from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
 from solq_lab.runs import Run, write_json
@@ -96,11 +97,11 @@ def export_onnx(
     _check(destination, size, batch)
     predictor = Predictor(weights_or_run, device="cpu", top_k=top_k)
     arrays = [np.asarray(read_upright(path)) for path in images] or _drawn_images()
-    swin = predictor.experiment.model.backbone.startswith("swin")
-    if swin and size is None:
+    fixed = not BACKBONES[predictor.experiment.model.backbone].any_size
+    if fixed and size is None:
         raise ConfigError("Swin's windows cannot be traced for free sizes; give --height and --width")
     graph = _plain_graph(weights_or_run, predictor)
-    if swin or "mask_logits" in graph.outputs:
+    if fixed or "mask_logits" in graph.outputs:
         batch = batch or 1  # windows, or queries, share an axis with the images, whose number the tracer then pins
     destination.parent.mkdir(parents=True, exist_ok=True)
     with replacing(destination) as unfinished:

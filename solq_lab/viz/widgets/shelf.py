@@ -13,16 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from solq_lab.codecs.base import FittedCodec, MaskCodec
-from solq_lab.codecs.dct import DCTCodec
-from solq_lab.codecs.flatten import FlattenCodec
+from solq_lab.codecs.kinds import CODECS
 from solq_lab.codecs.pca import PCACodec
-from solq_lab.codecs.sparse import SparseCodingCodec
 from solq_lab.runs import replacing
 from solq_lab.viz.widgets.objects import ObjectFolder
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("dct", "pca", "sparse", "flatten")
+METHODS = tuple(CODECS)
 MAX_COMPONENTS = 400  # of one principal component analysis; shorter vectors are its first entries
 MAX_MASKS = 512  # that a code is fitted to: seconds, not minutes
 
@@ -63,7 +61,7 @@ class CodecShelf:
     def has(self, method: str, mask_size: int, vector_dim: int) -> bool:
         """Whether the code can be had without fitting it."""
         needed = self._tables_key(method, mask_size, vector_dim)
-        return method in ("dct", "flatten") or needed in self._codecs or self._file(*needed).exists()
+        return not CODECS[method].fitted or needed in self._codecs or self._file(*needed).exists()
 
     def sample(self, mask_size: int) -> Tensor:
         """(K, N, N) bool masks of at most `MAX_MASKS` objects, those in `rows`."""
@@ -83,16 +81,12 @@ class CodecShelf:
         return self._vectors[key]
 
     def _make(self, method: str, mask_size: int, vector_dim: int) -> MaskCodec:
-        match method:
-            case "dct":
-                return DCTCodec(mask_size, vector_dim)
-            case "flatten":
-                return FlattenCodec(mask_size, vector_dim)
-            case "sparse":
-                return self._fitted(SparseCodingCodec(mask_size, vector_dim), "sparse")
-            case "pca":
-                return self._first_components(PCACodec(mask_size, vector_dim))
-        raise ValueError(f"method {method!r}: allowed are {', '.join(METHODS)}")
+        if method not in CODECS:
+            raise ValueError(f"method {method!r}: allowed are {', '.join(METHODS)}")
+        codec = CODECS[method].build(mask_size, vector_dim)
+        if isinstance(codec, PCACodec):
+            return self._first_components(codec)
+        return self._fitted(codec, method) if isinstance(codec, FittedCodec) else codec
 
     def _first_components(self, codec: PCACodec) -> PCACodec:
         """The first rows of one analysis with as many components as can be had."""

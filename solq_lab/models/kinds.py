@@ -1,0 +1,52 @@
+"""The backbones by the names that experiments give them. A new backbone is one class or function and one entry here.
+
+The module loads without torch: `config` reads names and properties, and `BackboneSpec.build` imports the class.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class BackboneSpec(NamedTuple):
+    """A backbone.
+
+    path: "module:name" of a class or function; it takes `arguments`, and `pretrained` and `c5_only` by name, and
+        returns a module with `strides` and `channels` (see `models.backbone`).
+    arguments: its positional arguments.
+    dilates: whether it takes `dilation` by name.
+    any_size: whether it can be traced for images of any size.
+    """
+
+    path: str
+    arguments: tuple[str, ...] = ()
+    dilates: bool = False
+    any_size: bool = True
+
+    def build(self, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> nn.Module:
+        """The backbone.
+
+        Args:
+            pretrained: "imagenet", "none", or a safetensors or .pth file.
+            dilation: keep stride 16 in the last stage, where the backbone can; ignored elsewhere.
+            c5_only: return C5 alone.
+
+        Raises:
+            ImportError: a package is not installed.
+            WeightMismatch: the weights cannot be had or do not fit.
+        """
+        options = {"dilation": dilation} if self.dilates else {}
+        return pkgutil.resolve_name(self.path)(*self.arguments, pretrained=pretrained, c5_only=c5_only, **options)
+
+
+_RESNET, _SWIN = "solq_lab.models.backbone:ResNetBackbone", "solq_lab.models.backbone:SwinBackbone"
+
+BACKBONES: dict[str, BackboneSpec] = {
+    **{name: BackboneSpec(_RESNET, (name,), dilates=True) for name in ("resnet50", "resnet101")},
+    **{name: BackboneSpec(_SWIN, (name,), any_size=False) for name in ("swin_t", "swin_s", "swin_b", "swin_l")},
+    "small": BackboneSpec("solq_lab.models.backbone:SmallBackbone"),
+}

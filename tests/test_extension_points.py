@@ -1,0 +1,68 @@
+"""What a researcher adds goes through one table each: a mask codec and a backbone are one class and one entry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_experiment, write_tiny_dataset
+from torch import Tensor, nn
+
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.kinds import CODECS, CodecSpec
+from solq_lab.inference.predictor import Predictor
+from solq_lab.models.kinds import BACKBONES, BackboneSpec
+from solq_lab.runs import create_run
+from solq_lab.training.trainer import train_run
+
+
+class RowSums(MaskCodec):
+    """A toy codec: the mask as the product of its row and column profiles."""
+
+    def encode(self, masks: Tensor) -> Tensor:
+        self.check_masks(masks)
+        pixels = masks.float()
+        return torch.cat([pixels.mean(2), pixels.mean(1)], dim=1)
+
+    def decode(self, vectors: Tensor) -> Tensor:
+        self.check_vectors(vectors)
+        rows, columns = vectors.split(self.mask_size, dim=1)
+        return rows.unsqueeze(2) * columns.unsqueeze(1)
+
+
+class Patches(nn.Module):
+    """A toy backbone: strided convolutions."""
+
+    strides, channels = (8, 16, 32), (8, 8, 8)
+
+    def __init__(self, *, pretrained: str, c5_only: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, kernel_size=8, stride=8)
+        self.halve = nn.Conv2d(8, 8, kernel_size=2, stride=2)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        maps = [self.stem(F.pad(pixels, (0, -pixels.shape[3] % 32, 0, -pixels.shape[2] % 32)))]
+        for _ in range(2):
+            maps.append(self.halve(maps[-1]))
+        return maps
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    monkeypatch.setitem(CODECS, "toy", CodecSpec(f"{__name__}:RowSums"))
+    monkeypatch.setitem(BACKBONES, "toy", BackboneSpec(f"{__name__}:Patches"))
+
+
+def test_a_codec_and_a_backbone_of_ones_own_train_and_predict(toys, tmp_path):
+    experiment = tiny_experiment(
+        write_tiny_dataset(tmp_path / "data"),
+        model={"backbone": "toy"},
+        codec={"kind": "toy", "mask_size": 16, "vector_dim": 32},
+        train={"steps": 3},
+    )
+    run = create_run(experiment, tmp_path / "runs")
+    assert train_run(run) == "finished"
+    assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == [1, 2, 3]
+    predictor = Predictor(run)
+    assert isinstance(predictor.codec, RowSums)
+    assert len(predictor.predict(tmp_path / "data" / "val" / "1.png").masks) > 0
