@@ -60,7 +60,7 @@ def download_coco(
     keep_archives: Annotated[bool, typer.Option("--keep-archives", help="Leave the zip files in .download.")] = False,
     retries: Annotated[int, typer.Option(min=0, help="Attempts in a row that may bring nothing new.")] = 8,
 ) -> None:
-    """Fetch COCO 2017, verify and unpack it. Goes on after any interruption, and skips what is complete."""
+    """Fetch COCO 2017, verify and unpack it. Re-running resumes, and skips what is complete."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from solq_lab.workbench.download import coco as download
@@ -68,7 +68,7 @@ def download_coco(
 
     splits = list(dict.fromkeys(part.value for part in split or (CocoSplit.train, CocoSplit.val)))
     try:
-        with logging_redirect_tqdm():  # a broken connection is told above its bar, not in the middle of it
+        with logging_redirect_tqdm():  # messages appear above the bar, not in the middle of it
             download.download_coco(
                 folder,
                 splits,
@@ -78,7 +78,7 @@ def download_coco(
                 retries=retries,
             )
     except KeyboardInterrupt:
-        raise Interrupted(f"{folder}: stopped; what has arrived is kept, and the same command goes on") from None
+        raise Interrupted(f"{folder}: stopped; what has arrived is kept, re-running resumes") from None
     typer.echo(f"{' and '.join(splits)} of COCO 2017 in {folder}\ncheck it:  solq-lab check-data {folder}")
 
 

@@ -1,4 +1,4 @@
-"""COCO 2017 from its server into the folder that the experiments expect: fetched, verified, unpacked, once.
+"""COCO 2017 from its server into the folder that the experiments expect: fetched, verified and unpacked once.
 
 Sizes and MD5 sums are those of the files that the COCO server gives out. The server lists none itself; these are the
 ones that the download scripts of many public projects agree on.
@@ -7,17 +7,17 @@ ones that the download scripts of many public projects agree on.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from solq_lab.data.annotations import DataError
@@ -38,7 +38,7 @@ class Archive(NamedTuple):
 
     path: below the base URL.
     size: bytes; None where it is not known.
-    digest: MD5, hexadecimal.
+    digest: MD5 or SHA-256, hexadecimal.
     growth: about how many bytes one byte unpacks to; JSON packs well, JPEG not at all.
     """
 
@@ -77,7 +77,7 @@ def download_coco(
     """Fill a folder with `annotations/`, `train2017/`, `val2017/`, `test2017/`; what is complete is not touched.
 
     One archive after the other, small ones first: fetched into `.download/`, its sum compared, unpacked, removed. It
-    may be interrupted at any time; the same call goes on.
+    may be interrupted at any time; re-running resumes.
 
     Args:
         folder: data folder, made if it is missing.
@@ -88,26 +88,29 @@ def download_coco(
         retries, backoff, timeout: see `transfer.fetch`.
 
     Raises:
-        DataError: an argument is of no use, another process downloads into the folder, the disk is too small, the
-            server refuses or stays away, or an archive is damaged or unsafe.
+        DataError: an argument cannot be used, another process downloads into the folder, the disk is too small, the
+            server rejects the request or is not reached, or an archive is damaged or unsafe.
     """
     if not base_url.startswith(("http://", "https://")):
         raise DataError(f"base URL {base_url!r}: allowed are http:// and https:// addresses")
-    unknown = sorted(set(splits) - set(SPLITS))
-    if unknown or not splits:
-        raise DataError(f"split {', '.join(unknown) or 'none'}: allowed are {', '.join(SPLITS)}")
-    archives = _wanted(splits, sums)
+    archives = _archives_of(splits, sums)
     workshop = Path(folder) / WORKSHOP
     workshop.mkdir(parents=True, exist_ok=True)
-    with _alone_in(workshop):
+
+    with _locked(workshop):
         missing = [archive for archive in archives if not _is_complete(archive, workshop)]
         _require_space(missing, workshop, keep_archives=keep_archives)
+
         for archive in missing:
-            target = workshop / archive.name
-            _fetch_verified(archive, target, base_url, retries=retries, backoff=backoff, timeout=timeout)
-            _unpack(archive, target)
+            file = workshop / archive.name
+            _fetch_verified(archive, file, base_url, retries=retries, backoff=backoff, timeout=timeout)
+            sizes = unpack(file, Path(folder))
+            # Written last: an archive with a stamp is complete.
+            write_json(_stamp(archive, workshop), {"digest": archive.digest, "members": sizes})
+            total = describe_size(sum(sizes.values()))
+            logger.info("%s: %d files, %s, in %s", archive.name, len(sizes), total, folder)
             if not keep_archives:
-                target.unlink()
+                file.unlink()
 
 
 def read_sums(path: Path | str) -> dict[str, str]:
@@ -120,24 +123,27 @@ def read_sums(path: Path | str) -> dict[str, str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
     sums = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        digest, _, name = line.partition(" ")
-        name = PurePosixPath(name.lstrip(" *")).name
-        if len(digest) not in ALGORITHMS or set(digest.lower()) - set("0123456789abcdef") or not name:
+        match = re.fullmatch(r"([0-9a-fA-F]{32}|[0-9a-fA-F]{64}) [ *]?(.*[^/ ])", line)
+        if match is None:
             raise DataError(f"{path}: line {number}: found {line!r}; allowed is an MD5 or SHA-256 sum and a file name")
-        sums[name] = digest.lower()
+        sums[PurePosixPath(match[2]).name] = match[1].lower()
     return sums
 
 
-def _wanted(splits: Sequence[str], sums: Mapping[str, str] | None) -> list[Archive]:
-    """The archives of some splits, small ones first, with the sums that are asked for."""
-    archives = list(dict.fromkeys(archive for split in SPLITS if split in splits for archive in SPLITS[split]))
-    archives.sort(key=lambda archive: archive.size or 0)
+def _archives_of(splits: Sequence[str], sums: Mapping[str, str] | None) -> list[Archive]:
+    """The archives of some splits, small ones first; `sums` replaces COCO's own."""
+    unknown = sorted(set(splits) - set(SPLITS))
+    if unknown or not splits:
+        raise DataError(f"split {', '.join(unknown) or 'none'}: allowed are {', '.join(SPLITS)}")
+    archives = sorted({archive for split in splits for archive in SPLITS[split]}, key=lambda archive: archive.size or 0)
     if sums is None:
         return archives
+
     for archive in archives:
         if archive.name not in sums:
             raise DataError(f"no sum of {archive.name}; found are those of {', '.join(sorted(sums)) or 'no file'}")
@@ -145,105 +151,75 @@ def _wanted(splits: Sequence[str], sums: Mapping[str, str] | None) -> list[Archi
 
 
 @contextlib.contextmanager
-def _alone_in(workshop: Path) -> Iterator[None]:
-    """Hold a folder against other processes; the kernel frees the lock however this one ends."""
-    with (workshop / "lock").open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise DataError(
-                f"{workshop.parent}: {file.read().strip() or 'another process'} downloads into this folder; "
-                "wait for it or stop it"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+def _locked(workshop: Path) -> Iterator[None]:
+    """Lock a folder against other processes; the kernel frees the lock however this one ends."""
+    owner = workshop / "owner"
+    try:
+        with FileLock(workshop / "lock", timeout=0):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+    except Timeout:
+        other = owner.read_text() if owner.exists() else "another process"
+        raise DataError(f"{workshop.parent}: {other} downloads into this folder; wait for it or stop it") from None
 
 
 def _stamp(archive: Archive, workshop: Path) -> Path:
-    """The file that says what an archive was unpacked to; written last."""
     return workshop / f"{archive.name}.json"
 
 
 def _is_complete(archive: Archive, workshop: Path) -> bool:
     """Whether an archive was unpacked here and all its files are still there."""
-    stamp = _read_stamp(_stamp(archive, workshop))
+    try:
+        stamp = json.loads(_stamp(archive, workshop).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
     if stamp.get("digest") != archive.digest:
         return False
-    gone = lacking(workshop.parent, stamp["members"])
+
+    name, sizes = archive.name, stamp["members"]
+    gone = lacking(workshop.parent, sizes)
     if gone:
-        logger.info(
-            "%s: %d of %d files are missing or changed, the first is %s; fetched again",
-            archive.name,
-            len(gone),
-            len(stamp["members"]),
-            gone[0],
-        )
+        message = "%s: %d of %d files are missing or changed, the first is %s; fetched again"
+        logger.info(message, name, len(gone), len(sizes), gone[0])
         return False
-    logger.info("%s: complete, %d files", archive.name, len(stamp["members"]))
+    logger.info("%s: complete, %d files", name, len(sizes))
     return True
 
 
-def _read_stamp(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def _require_space(archives: Sequence[Archive], workshop: Path, *, keep_archives: bool) -> None:
-    """Refuse at once what does not fit: the fullest moment of the whole download, by the published sizes."""
+    """Check the fullest moment of the whole download, by the published sizes, before it begins."""
     held, peak = 0, 0
     for archive in archives:
         size = archive.size or 0
         arrived = sum(path.stat().st_size for path in workshop.glob(f"{archive.name}*") if path.suffix != ".json")
-        peak = max(peak, held + size - min(arrived, size) + int(size * archive.growth))
-        held += int(size * archive.growth) + (size if keep_archives else -min(arrived, size))
-    names = ", ".join(archive.name for archive in archives)
-    require_space(workshop, peak, f"fetching and unpacking {names}")
+        unpacked = int(size * archive.growth)
+        peak = max(peak, held + size - min(arrived, size) + unpacked)
+        held += unpacked + (size if keep_archives else -min(arrived, size))
+    require_space(workshop, peak, f"fetching and unpacking {', '.join(archive.name for archive in archives)}")
 
 
-def _fetch_verified(archive: Archive, target: Path, base_url: str, **patience: Any) -> None:
-    """Fetch an archive and compare its sum; one that is wrong is fetched once more from the start."""
+def _fetch_verified(archive: Archive, file: Path, base_url: str, **patience: Any) -> None:
+    """Fetch an archive and compare its sum; a wrong one is fetched once more from the start."""
     url = f"{base_url.rstrip('/')}/{archive.path}"
     for _ in range(2):
-        if not target.exists():
-            with tqdm(desc=archive.name, unit="B", unit_scale=True, total=archive.size) as bar:
-                fetch(url, target, size=archive.size, show=partial(_move, bar), **patience)
-        found = _digest(target, ALGORITHMS[len(archive.digest)])
+        if not file.exists():
+            fetch(url, file, size=archive.size, **patience)
+        found = _digest(file, ALGORITHMS[len(archive.digest)])
         if found == archive.digest:
             return
-        target.unlink()
+        file.unlink()
         logger.warning("%s: its sum is %s instead of %s; removed", archive.name, found, archive.digest)
     raise DataError(
-        f"{url}: the sum is {found}, {archive.digest} is expected; the server has another file, or something on the "
-        "way changes it: check the address (--base-url), and for other archives give their --sums"
+        f"{url}: the sum is {found}, {archive.digest} is expected; the server has another file, or it is changed on "
+        "the way: check the address (--base-url), and for other archives give their --sums"
     )
-
-
-def _move(bar: tqdm, done: int, total: int | None) -> None:
-    """Show on a bar that `done` bytes of `total` are done with."""
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _digest(path: Path, algorithm: str) -> str:
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    with (
-        path.open("rb") as file,
-        tqdm(desc=f"verifying {path.name}", unit="B", unit_scale=True, total=path.stat().st_size) as bar,
-    ):
+    bar = tqdm(desc=f"verifying {path.name}", unit="B", unit_scale=True, total=path.stat().st_size)
+    with path.open("rb") as file, bar:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             bar.update(len(chunk))
     return digest.hexdigest()
-
-
-def _unpack(archive: Archive, path: Path) -> None:
-    folder = path.parent.parent
-    with tqdm(desc=f"unpacking {archive.name}", unit="B", unit_scale=True) as bar:
-        members = unpack(path, folder, show=partial(_move, bar))
-    write_json(_stamp(archive, path.parent), {"digest": archive.digest, "members": members})
-    logger.info("%s: %d files, %s, in %s", archive.name, len(members), describe_size(sum(members.values())), folder)
