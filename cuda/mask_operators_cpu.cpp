@@ -4,9 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "masks_cpu.h"
@@ -104,27 +102,6 @@ Codes read_codes(const at::Tensor& texts, const at::Tensor& ends) {
   return {reinterpret_cast<const char*>(texts.const_data_ptr<uint8_t>()), places, ends.numel()};
 }
 
-std::tuple<at::Tensor, at::Tensor> overlap(const at::Tensor& texts, const at::Tensor& ends, const at::Tensor& first,
-                                           const at::Tensor& second, const at::Tensor& crowd) {
-  const Codes codes = read_codes(texts, ends);
-  check_type(first, at::kLong, "first");
-  check_type(second, at::kLong, "second");
-  check_type(crowd, at::kBool, "crowd");
-  TORCH_CHECK_VALUE(first.numel() == second.numel() && first.numel() == crowd.numel(), "pairs must be as many, got ",
-                    first.numel(), ", ", second.numel(), " and ", crowd.numel());
-  for (const auto& numbers : {first, second}) {
-    const int64_t* const number = numbers.const_data_ptr<int64_t>();
-    const auto is_known = [&](int64_t k) { return 0 <= k && k < codes.count; };
-    const bool known = std::all_of(number, number + numbers.numel(), is_known);
-    TORCH_CHECK_VALUE(known, "a pair names a mask that is not among the ", codes.count);
-  }
-  at::Tensor areas = at::empty({codes.count}, ends.options());
-  at::Tensor ious = at::empty({first.numel()}, ends.options().dtype(at::kDouble));
-  rle_ious(codes, first.const_data_ptr<int64_t>(), second.const_data_ptr<int64_t>(), crowd.const_data_ptr<bool>(),
-           first.numel(), areas.mutable_data_ptr<int64_t>(), ious.mutable_data_ptr<double>());
-  return {areas, ious};
-}
-
 at::Tensor crop(const at::Tensor& texts, const at::Tensor& ends, const at::Tensor& heights, const at::Tensor& corners,
                 const at::Tensor& boxes, int64_t height, int64_t width, int64_t mask_size) {
   const Codes codes = read_codes(texts, ends);
@@ -155,8 +132,6 @@ TORCH_LIBRARY_FRAGMENT(solq_lab, library) {
   define("dct_decode_bits(Tensor vectors, Tensor row_basis, Tensor column_basis, Tensor kept) -> Tensor",
          &solq::decode_bits);
   define("paste_to_rle(Tensor masks, Tensor boxes, int height, int width) -> str[]", &solq::paste);
-  define("rle_overlap(Tensor texts, Tensor ends, Tensor first, Tensor second, Tensor crowd) -> (Tensor, Tensor)",
-         &solq::overlap);
   define(
       "crop_codes(Tensor texts, Tensor ends, Tensor heights, Tensor corners, Tensor boxes, int height, int width,"
       " int mask_size) -> Tensor",

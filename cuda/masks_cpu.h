@@ -35,11 +35,6 @@ struct Codes {
   int64_t count;
 };
 
-// How much masks overlap. Pairs are (first, second) numbers of masks; areas (codes.count,), ious (pairs,).
-// Where `crowd`, the share of the first mask that lies in the second one counts instead of the IoU.
-void rle_ious(const Codes& codes, const int64_t* first, const int64_t* second, const bool* crowd, int64_t pairs,
-              int64_t* areas, double* ious);
-
 // Objects as box-frame masks. The code of object k is of an image part of heights[k] rows whose first pixel is at
 // corners[2 * k] (x), corners[2 * k + 1] (y) of the image. masks: (codes.count, N, N).
 void crop_codes(const Codes& codes, const int64_t* heights, const int64_t* corners, const float* boxes, int64_t height,

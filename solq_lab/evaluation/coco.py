@@ -1,8 +1,7 @@
 """COCO evaluation of boxes, masks and mask boundaries. Paper: section 4.1 and table 4.
 
-The matching and the precision-recall curves are faster-coco-eval's (pycocotools' numbers, in C++); `matching` hands the
-results over. A segmentation result is scored without its box, so that its area, which decides between small, medium and
-large, is the mask's.
+Matching and precision-recall curves are faster-coco-eval's (pycocotools' numbers, in C++). A segmentation result is
+scored without its box, so that its area, which decides between small, medium and large, is the mask's.
 Boundary AP replaces the IoU of a pair by min(mask IoU, boundary IoU); the boundary of a mask is the mask minus its
 erosion by a 3 x 3 square, repeated round(ratio * diagonal) times but at least once, the outside of the image counting
 as background. Against a crowd region a pair keeps its mask IoU.
@@ -38,7 +37,6 @@ from solq_lab.data.annotations import (
 )
 from solq_lab.data.classes import name_of_category
 from solq_lab.evaluation.gathering import EvaluationStopped
-from solq_lab.evaluation.matching import Curves, match
 from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
 from solq_lab.masks import segmentation_to_rle
 
@@ -98,13 +96,18 @@ def evaluate_results(
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {name: {} for name in truth.class_names}
     for kind in (kind for kind in KINDS if kind in kinds):
-        curves = []
+        precisions, recalls = [], []
         for share in shares:
             if should_stop is not None and should_stop():
                 raise EvaluationStopped("the scoring was asked to stop")
-            curves.append(_curves(truth, share, kind, ranges, boundary_ratio))
-        precision = np.concatenate([part.precision for part in curves], axis=2)
-        recall = np.concatenate([part.recall for part in curves], axis=1)
+            part = truth.of_classes(share.category_ids)
+            found = part.detections(share.numbered, masks=kind != "box")
+            evaluator = _evaluate(part, found, kind, boundary_ratio, ranges=ranges)
+            evaluator.accumulate()
+            precisions.append(evaluator.eval["precision"])
+            recalls.append(evaluator.eval["recall"])
+
+        precision, recall = np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
         metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall).items()}
         for channel, name in enumerate(truth.class_names):
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
@@ -123,24 +126,18 @@ class _Share(NamedTuple):
     numbered: list[tuple[int, dict]]
 
 
-def _curves(
-    truth: _GroundTruth, share: _Share, kind: str, ranges: dict[str, list[float]], boundary_ratio: float
-) -> Curves:
-    truth = truth.of_classes(share.category_ids)
-    if kind != "boundary":
-        objects, found = truth.copied_objects(), truth.entries(share.numbered, masks=kind == "segm")
-        return match(objects, found, truth.images, share.category_ids, kind=kind, area_ranges=ranges)
+def _evaluate(truth: _GroundTruth, found: COCO, kind: str, boundary_ratio: float, **ranges: object) -> COCOeval_faster:
+    """faster-coco-eval after its matching."""
     evaluator = COCOeval_faster(
         truth.index(),
-        truth.detections(share.numbered, masks=True),
+        found,
         _IOU_TYPE[kind],
-        ranges=ranges,
         boundary_dilation_ratio=boundary_ratio,
         print_function=logger.debug,
+        **ranges,
     )
     evaluator.evaluate()
-    evaluator.accumulate()
-    return Curves(evaluator.eval["precision"], evaluator.eval["recall"])
+    return evaluator
 
 
 class Candidates(NamedTuple):
@@ -187,14 +184,7 @@ def measure_candidates(
     """
     truth = _GroundTruth(annotations, image_ids, masks_wanted=kind != "box")
     found = truth.detections(truth.counted(results), masks=kind != "box")
-    evaluator = COCOeval_faster(
-        truth.index(),
-        found,
-        _IOU_TYPE[kind],
-        boundary_dilation_ratio=boundary_ratio,
-        print_function=logger.debug,
-    )
-    evaluator.evaluate()
+    evaluator = _evaluate(truth, found, kind, boundary_ratio)
     images = np.array(sorted(truth.images), dtype=np.int64)
     image_rows = {key: row for row, key in enumerate(images.tolist())}
     class_rows = {category["id"]: row for row, category in enumerate(truth.categories)}
@@ -248,11 +238,7 @@ class _GroundTruth:
 
     def index(self) -> COCO:
         """The ground truth, indexed; a fresh copy, because an evaluation writes into it."""
-        return self._indexed(self.copied_objects())
-
-    def copied_objects(self) -> list[dict]:
-        """The objects, each a fresh copy."""
-        return [dict(entry) for entry in self.objects]
+        return self._indexed([dict(entry) for entry in self.objects])
 
     def of_classes(self, category_ids: Collection[int]) -> _GroundTruth:
         """The same images with some of the classes."""
@@ -283,16 +269,12 @@ class _GroundTruth:
 
     def detections(self, numbered: Iterable[tuple[int, dict]], *, masks: bool) -> COCO:
         """Counted results, indexed, without box where `masks` are scored and without mask where they are not."""
-        entries = self.entries(numbered, masks=masks)
+        entries = [self._detection(number, result, masks) for number, result in numbered]
         if masks and entries:
             areas = rle_api.area([entry["segmentation"] for entry in entries])
             for entry, area in zip(entries, areas.tolist(), strict=True):
                 entry["area"] = area
         return self._indexed(entries)
-
-    def entries(self, numbered: Iterable[tuple[int, dict]], *, masks: bool) -> list[dict]:
-        """Counted results as faster-coco-eval reads them; those with masks lack their area."""
-        return [self._detection(number, result, masks) for number, result in numbered]
 
     def _indexed(self, entries: list[dict]) -> COCO:
         index = COCO()
