@@ -50,7 +50,9 @@ def test_a_stopped_run_resumes_to_the_end_of_the_uninterrupted_one(old_files):
     expected = read_weights(old_files / "finished" / "weights.safetensors").state
     for name, weights in read_weights(run.weights).state.items():
         assert torch.allclose(weights, expected[name], rtol=1e-3, atol=1e-5), name  # another CPU rounds otherwise
-    totals = [[line["total"] for line in load_run(old_files / name).metrics("train")] for name in ("stopped", "finished")]
+    totals = [
+        [line["total"] for line in load_run(old_files / name).metrics("train")] for name in ("stopped", "finished")
+    ]
     assert totals[0] == pytest.approx(totals[1], rel=1e-3)
 
 
