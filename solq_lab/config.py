@@ -25,13 +25,14 @@ from pydantic import (
 )
 
 from solq_lab.codecs.kinds import CODECS
+from solq_lab.errors import UserError
 from solq_lab.models.kinds import BACKBONES
 from solq_lab.plain_yaml import load_yaml
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, sweeps and their rows: folders and files are called so
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """An experiment that cannot be used: the message names file and key, what was found and what is allowed."""
 
 

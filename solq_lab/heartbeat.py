@@ -24,6 +24,8 @@ from typing import NamedTuple, Self
 
 import torch.distributed as dist
 
+from solq_lab.errors import ExplainedError
+
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SIGNS = 1.0
@@ -33,7 +35,7 @@ SECONDS_TO_END = 20.0  # after a loss, to end in order; a main thread that waits
 SECONDS_TO_SAVE = 600.0  # after the launcher was lost, to save and to stop
 
 
-class ProcessLost(RuntimeError):
+class ProcessLost(ExplainedError):
     """Another process of the training died, hangs or failed; the message names its rank, host, process id and step."""
 
 

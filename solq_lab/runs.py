@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experiment
+from solq_lab.errors import UserError
 from solq_lab.files import replacing, write_json
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ _CORE_PACKAGES = ("solq-lab", "torch", "torchvision", "timm", "numpy", "scipy", 
 _COCO_PACKAGES = ("pycocotools", "faster-coco-eval")
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run folder that cannot be used as asked: the message names the folder, what was found and the cure."""
 
 
@@ -165,10 +166,13 @@ class Run:
         path = self.folder / "status.json"
         return read_json(path) if path.exists() else {"state": "created", "step": 0, "message": ""}
 
-    def write_status(self, state: State, *, step: int, message: str = "") -> None:
-        """Say what the training is doing."""
-        about = {"state": state, "step": step, "message": message, "time": time.time()}
-        write_json(self.folder / "status.json", about | {"pid": os.getpid(), "host": socket.gethostname()})
+    def write_status(self, state: State, *, step: int, message: str = "", exit_status: int | None = None) -> None:
+        """Write what the training is doing; `exit_status` tells a user's mistake (2) from another failure."""
+        status = {"state": state, "step": step, "message": message, "time": time.time()}
+        status |= {"pid": os.getpid(), "host": socket.gethostname()}
+        if exit_status is not None:
+            status["exit_status"] = exit_status
+        write_json(self.folder / "status.json", status)
 
     def differences(self, experiment: Experiment) -> list[str]:
         """Every setting that another experiment changes, with both values; empty when it is the run's own."""

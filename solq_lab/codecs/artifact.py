@@ -17,13 +17,14 @@ from torch import Tensor
 
 from solq_lab.codecs.base import FittedCodec
 from solq_lab.codecs.kinds import CODECS, fitted_kinds
+from solq_lab.errors import UserError
 from solq_lab.files import replacing, write_json
 
 FORMAT = 1  # rises when older readers could misread a file
 _HEADER = "description"  # the header's key
 
 
-class ArtifactError(ValueError):
+class ArtifactError(UserError):
     """A codec file that cannot be used: the message names the file, what was found, what is allowed, the cure."""
 
 

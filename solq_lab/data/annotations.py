@@ -20,6 +20,7 @@ import numpy as np
 
 from solq_lab import masks
 from solq_lab.data.entries import Entries, parse_document
+from solq_lab.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ FIRST_FEW = 5  # ids named in a message that concerns many
 MAX_SIDE = 2**16 - 1  # pixels: of a JPEG; and RLEs count the pixels of an image in 32 bits
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data set that cannot be used: the message names the file, the id, what was found, what is allowed, the cure."""
 
 

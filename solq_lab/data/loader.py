@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from solq_lab.data.annotations import DataError
+from solq_lab.errors import ExplainedError
 from solq_lab.structures import ImageBatch, Target
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ Sample = tuple[Tensor, Target]
 Batch = tuple[ImageBatch, list[Target]]
 
 
-class LoaderError(RuntimeError):
+class LoaderError(ExplainedError):
     """A loader process died or does not answer; the message names it and the cure."""
 
 

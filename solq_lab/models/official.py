@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from solq_lab.errors import UserError
+
 RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 SWIN_BLOCKS = {"swin_t": (2, 2, 6, 2), "swin_s": (2, 2, 18, 2), "swin_b": (2, 2, 18, 2), "swin_l": (2, 2, 18, 2)}
 SWIN_WIDTHS = {"swin_t": 96, "swin_s": 96, "swin_b": 128, "swin_l": 192}
@@ -26,7 +28,7 @@ DETECTOR = "detr."  # before a released detector's names where it has a mask bra
 MASK_BRANCH = ("bbox_attention.", "mask_head.", "seg_input_proj.")  # how the released names of the branch itself begin
 
 
-class WeightMismatch(ValueError):
+class WeightMismatch(UserError):
     """Weights that do not fit: the message names the file, the tensor, what was found, what is expected, the cure."""
 
 

@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
+from solq_lab.errors import UserError
 from solq_lab.ops.toolkit import CudaToolkit, cuda_version_of_torch, find_compiler, find_cuda_toolkits, find_ninja
 
 Kind = Literal["cpu", "cuda"]
@@ -48,7 +49,7 @@ _loaded: dict[str, Path | None] = {}
 _failed: dict[str, ExtensionBuildError] = {}
 
 
-class ExtensionBuildError(RuntimeError):
+class ExtensionBuildError(UserError):
     """The compiled operators cannot be had here. `reason` is one sentence with the cause and the cure."""
 
     def __init__(self, reason: str, compiler_output: str = "") -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from solq_lab.errors import ExplainedError
 from solq_lab.files import flush_to_disk, write_json
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.runs import RunError, hash_file, read_json
@@ -28,7 +29,7 @@ MEGABYTE = 2**20
 DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
-class SaveError(RuntimeError):
+class SaveError(ExplainedError):
     """A checkpoint could not be written; the message names the reason, the room on the disk and what stands."""
 
 

@@ -13,13 +13,11 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from solq_lab.allocation import keep_freed_memory
+from solq_lab.errors import ExplainedError, Interrupted, UserError
 from solq_lab.runs import Run, load_run
 from solq_lab.training.signals import Stopped, StopRequest, adopt_orphans, end_children
-from solq_lab.workbench.errors import EXPLAINED, REFUSALS
 
 log = logging.getLogger("solq_lab.training")
-
-FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +31,7 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if len(arguments) != 1:
         log.error("usage: python -m solq_lab.training RUN_FOLDER")
-        return REFUSED
+        return UserError.exit_status
     adopt_orphans()
     with StopRequest() as stop:
         try:
@@ -42,14 +40,13 @@ def main(arguments: list[str]) -> int:
             return _train(run, stop)
         except KeyboardInterrupt:
             log.error("a second Ctrl-C: ended without saving; the same command goes on from the last checkpoint")
-            return INTERRUPTED
-        except Exception as error:
-            kinds = {kind.__name__ for kind in type(error).__mro__}
-            if not kinds & (REFUSALS | EXPLAINED):
-                log.exception("the training failed")
-                return FAILED
+            return Interrupted.exit_status
+        except ExplainedError as error:
             log.error("%s", error)
-            return REFUSED if kinds & REFUSALS else FAILED
+            return error.exit_status
+        except Exception:
+            log.exception("the training failed")
+            return 1
         finally:
             end_children()
 

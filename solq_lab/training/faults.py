@@ -1,25 +1,24 @@
-"""Errors of the machine, not of the training: the memory or the disk is at its end. What they mean and what helps."""
+"""Errors of the machine, not of the training: memory or disk is full. Loads without torch."""
 
 from __future__ import annotations
 
 import errno
 import shutil
 
-import torch
-
+from solq_lab.config import Experiment
+from solq_lab.errors import ExplainedError
 from solq_lab.runs import Run
-from solq_lab.workbench.deaths import advise_on_memory
 
 MEGABYTE = 2**20
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "std::bad_alloc")  # torch on the CPU
 _NO_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(ExplainedError):
     """Host or GPU have no more memory; the message says what takes less."""
 
 
-class DiskFull(RuntimeError):
+class DiskFull(ExplainedError):
     """A file of the run could not be written; the message says how much room is left."""
 
 
@@ -35,7 +34,26 @@ def name_fault(error: Exception, run: Run) -> Exception:
     return error
 
 
+def advise_on_memory(experiment: Experiment) -> str:
+    """What to change when host or GPU have no more memory, by its settings here."""
+    train, data = experiment.train, experiment.data
+    per_process = train.batch_size // train.gpus
+    share = per_process // train.accumulate
+    more = next((parts for parts in range(train.accumulate + 1, per_process + 1) if per_process % parts == 0), None)
+    cures = [] if more is None else [f"train.accumulate={more} (the same batch in smaller passes)"]
+    cures += [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    cures += [f"a smaller data.max_size (now {data.max_size})"]
+    cures += [f"if it is the host's memory, a smaller data.workers (now {data.workers})"] if data.workers else []
+    cures += ["data.cache=false"] if data.cache else []
+    return (
+        f"train.batch_size {train.batch_size} puts {share} images into a pass (gpus {train.gpus}, accumulate "
+        f"{train.accumulate}); less memory take: {'; '.join(cures)}. Re-running resumes from the last checkpoint"
+    )
+
+
 def _is_memory(error: Exception, said: str) -> bool:
+    import torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):

@@ -12,6 +12,7 @@ import torch
 
 from solq_lab import distributed
 from solq_lab.data.coco import CocoDataset
+from solq_lab.errors import ExplainedError
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.runs import Run, describe_software
 from solq_lab.training.findings import describe_gradients, describe_pass, explain, name_first, nonfinite_tensors
@@ -22,7 +23,7 @@ from solq_lab.training.step import Outcome, TrainingStep
 log = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ExplainedError):
     """Too many steps in a row were not finite; the message names the step, the images, the reason and the record."""
 
 

@@ -25,6 +25,7 @@ from solq_lab.config import TrainSection
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
 from solq_lab.data.order import BatchStream
 from solq_lab.data_folder import prepare_data
+from solq_lab.errors import ExplainedError
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.files import flush_to_disk
@@ -105,14 +106,15 @@ def _train_locked(run: Run, stop: StopRequest) -> State:
     except Exception as error:
         cause = name_fault(distributed.blame(error), run)
         if distributed.speaks_last():
-            _write_last_status(run, "failed", f"{type(cause).__name__}: {cause}")
+            exit_status = cause.exit_status if isinstance(cause, ExplainedError) else 1
+            _write_last_status(run, "failed", f"{type(cause).__name__}: {cause}", exit_status)
         raise cause from (None if cause is error else error)
 
 
-def _write_last_status(run: Run, state: State, message: str) -> None:
+def _write_last_status(run: Run, state: State, message: str, exit_status: int | None = None) -> None:
     """Say how the training ended, if the disk still takes it; the step is that of the last checkpoint."""
     try:
-        run.write_status(state, step=run.status()["step"], message=message)
+        run.write_status(state, step=run.status()["step"], message=message, exit_status=exit_status)
     except OSError as error:
         log.error("%s: %s could not be written: %s", run.folder, state, error)
 

@@ -10,9 +10,8 @@ import sys
 
 import typer
 
+from solq_lab.errors import ExplainedError, UserError
 from solq_lab.workbench.commands import codecs, data, flight, machine, runs, sweeps, weights
-from solq_lab.workbench.commands.arguments import FAILED, INTERRUPTED, REFUSED
-from solq_lab.workbench.errors import EXPLAINED, REFUSALS, Interrupted, NotebookFailed, TrainingFailed
 
 app = typer.Typer(
     help="Segment objects by learning queries: train, evaluate and look into SOLQ.",
@@ -48,19 +47,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()
-    except Interrupted as stop:
-        _exit(str(stop), INTERRUPTED)
-    except NotebookFailed as failure:
-        _exit(str(failure), REFUSED if failure.refused else FAILED)
-    except TrainingFailed as failure:
-        _exit(str(failure), FAILED)
-    except Exception as error:
-        kinds = {base.__name__ for base in type(error).__mro__}
-        if kinds & (REFUSALS | EXPLAINED):
-            _exit(str(error), REFUSED if kinds & REFUSALS else FAILED)
-        if not isinstance(error, OSError) or error.filename is None:
+    except ExplainedError as error:
+        _exit(str(error), error.exit_status)
+    except OSError as error:
+        if error.filename is None:
             raise
-        _exit(f"{error.filename2 or error.filename}: {error.strerror}", REFUSED)  # a place that the user named
+        _exit(f"{error.filename2 or error.filename}: {error.strerror}", UserError.exit_status)  # named by the user
 
 
 def _exit(message: str, status: int) -> None:

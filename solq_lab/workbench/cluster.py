@@ -18,10 +18,11 @@ from types import FrameType
 from typing import Any, Literal
 
 from solq_lab.config import ConfigError
+from solq_lab.errors import Interrupted
 from solq_lab.files import write_json
 from solq_lab.progress import Progress, status_line
 from solq_lab.runs import Run, read_json
-from solq_lab.workbench.errors import Interrupted, TrainingFailed
+from solq_lab.workbench.deaths import TrainingFailed
 from solq_lab.workbench.trainings import training_command
 
 log = logging.getLogger(__name__)

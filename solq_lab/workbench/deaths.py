@@ -5,21 +5,28 @@ from __future__ import annotations
 import shutil
 import signal
 
-from solq_lab.config import Experiment
-from solq_lab.runs import Run
-from solq_lab.workbench.errors import REFUSALS, TrainingFailed, TrainingRefused
+from solq_lab.errors import ExplainedError, UserError
+from solq_lab.runs import Run, RunError
+from solq_lab.training.faults import advise_on_memory
 from solq_lab.workbench.processes import exit_status
 
 LOG_LINES_SHOWN = 15
 NO_ROOM = 2**20  # bytes: with less left, a disk is the likely cause of a training's death
 
 
+class TrainingFailed(ExplainedError):
+    """The training process ended without a trained model; the message holds how, and the last lines of its log."""
+
+
+class TrainingRefused(RunError):
+    """The training stopped at a mistake of the user before it began."""
+
+
 def explain_death(run: Run) -> TrainingRefused | TrainingFailed:
     """What to raise for a training that ended without finishing."""
     status = run.status()
-    kind, _, message = status["message"].partition(": ")
-    if status["state"] == "failed" and kind in REFUSALS:
-        return TrainingRefused(message)
+    if status["state"] == "failed" and status.get("exit_status") == UserError.exit_status:
+        return TrainingRefused(status["message"].partition(": ")[2])
     if status["state"] == "preempted":
         return TrainingFailed(f"{run.folder}: stopped at step {status['step']}; run again to resume it there")
     how = status["message"] if status["state"] == "failed" else _describe_exit(run)
@@ -33,23 +40,6 @@ def explain_death(run: Run) -> TrainingRefused | TrainingFailed:
         *(f"  {line}" for line in lines[-LOG_LINES_SHOWN:]),
     ]
     return TrainingFailed("\n".join(message))
-
-
-def advise_on_memory(experiment: Experiment) -> str:
-    """What to change when host or GPU have no more memory, by its settings here."""
-    train, data = experiment.train, experiment.data
-    per_process = train.batch_size // train.gpus
-    share = per_process // train.accumulate
-    more = next((parts for parts in range(train.accumulate + 1, per_process + 1) if per_process % parts == 0), None)
-    cures = [] if more is None else [f"train.accumulate={more} (the same batch in smaller passes)"]
-    cures += [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
-    cures += [f"a smaller data.max_size (now {data.max_size})"]
-    cures += [f"if it is the host's memory, a smaller data.workers (now {data.workers})"] if data.workers else []
-    cures += ["data.cache=false"] if data.cache else []
-    return (
-        f"train.batch_size {train.batch_size} puts {share} images into a pass (gpus {train.gpus}, accumulate "
-        f"{train.accumulate}); less memory take: {'; '.join(cures)}. The run goes on from its last checkpoint"
-    )
 
 
 def _describe_exit(run: Run) -> str:

@@ -13,16 +13,24 @@ from typing import Any
 
 from solq_lab.config import load_experiment
 from solq_lab.data_folder import check_data_folder
+from solq_lab.errors import ExplainedError, Interrupted, UserError
 from solq_lab.files import replacing
 from solq_lab.progress import Progress, status_line
 from solq_lab.runs import Run, create_run
-from solq_lab.workbench.errors import REFUSALS, Interrupted, NotebookFailed
 from solq_lab.workbench.parameters import check_parameters
 from solq_lab.workbench.processes import is_alive
 from solq_lab.workbench.trainings import stop_training
 from solq_lab.workbench.workspace import WORKSPACE
 
 QUIET_KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it reports unencrypted local sockets, and its own shutdown
+
+
+class NotebookFailed(ExplainedError):
+    """A cell of an executed notebook raised; the exit status is that of a user's mistake where the cell named one."""
+
+    def __init__(self, message: str, exit_status: int = ExplainedError.exit_status) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 def run_notebook(
@@ -178,7 +186,7 @@ def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Except
 
     if isinstance(error, DeadKernelError):
         cure = "a training it followed goes on; the same command takes it up again"
-        return NotebookFailed(f"{notebook}: its kernel was killed (often: out of memory); {cure}", refused=False)
+        return NotebookFailed(f"{notebook}: its kernel was killed (often: out of memory); {cure}")
     if not isinstance(error, PapermillExecutionError):
         return error
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
@@ -191,4 +199,16 @@ def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Except
             f"The full traceback is in {executed}",
         ]
     )
-    return NotebookFailed(message, refused=error.ename in REFUSALS)
+    kind = UserError if _is_user_error(error.ename) else ExplainedError
+    return NotebookFailed(message, kind.exit_status)
+
+
+def _is_user_error(name: str) -> bool:
+    """Whether the library has a `UserError` of this class name; papermill hands over the name alone."""
+    if name not in _class_names(UserError):
+        import solq_lab.build  # noqa: F401  # defines those of data, codecs, models and operators; loads torch
+    return name in _class_names(UserError)
+
+
+def _class_names(kind: type[Exception]) -> set[str]:
+    return {kind.__name__}.union(*map(_class_names, kind.__subclasses__()))

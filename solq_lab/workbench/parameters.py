@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from solq_lab.errors import UserError
 from solq_lab.plain_yaml import load_yaml
 
 TAG = "parameters"
@@ -34,7 +35,7 @@ _TYPES: dict[str, Any] = {
 }
 
 
-class NotebookError(ValueError):
+class NotebookError(UserError):
     """A notebook or a parameter that cannot be used: the message names the file, what was found, what is allowed."""
 
 

@@ -20,10 +20,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from solq_lab.config import ConfigError, Experiment, Sweep, load_experiment
 from solq_lab.data_folder import check_data_folder, prepare_data
+from solq_lab.errors import Interrupted
 from solq_lab.progress import Progress, describe_duration, status_line
 from solq_lab.runs import RunError, load_run, read_json
 from solq_lab.workbench.cluster import Cluster, Command
-from solq_lab.workbench.errors import Interrupted
 from solq_lab.workbench.parameters import check_parameters
 
 log = logging.getLogger(__name__)

@@ -33,13 +33,13 @@ from solq_lab.codecs.pca import PCACodec
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.data.objects import ObjectMasks
+from solq_lab.errors import Interrupted
 from solq_lab.evaluation.evaluator import run_ceiling
 from solq_lab.fitting import check_fitted_data, fit_codec, measure_quality
 from solq_lab.inference.predictor import Predictor
 from solq_lab.runs import create_run, hash_file, read_json
 from solq_lab.training.trainer import train_run
 from solq_lab.workbench.cli import app
-from solq_lab.workbench.errors import Interrupted
 
 CELLS = 16 * 16  # of the tiny experiment's masks
 KINDS = [{"kind": "pca"}, {"kind": "pca", "pca": "released"}, {"kind": "sparse", "beta": 0.5}]

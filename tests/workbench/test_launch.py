@@ -27,8 +27,8 @@ from solq_lab.data_folder import check_data_folder
 from solq_lab.runs import RunError, create_run, load_run, read_json, write_json
 from solq_lab.workbench import processes, trainings
 from solq_lab.workbench.cli import app
-from solq_lab.workbench.errors import NotebookFailed, TrainingFailed, TrainingRefused
-from solq_lab.workbench.notebooks import run_notebook, run_report
+from solq_lab.workbench.deaths import TrainingFailed, TrainingRefused
+from solq_lab.workbench.notebooks import NotebookFailed, run_notebook, run_report
 from solq_lab.workbench.parameters import NotebookError
 from solq_lab.workbench.processes import find_trainer, is_alive
 from solq_lab.workbench.trainings import describe_trainings, follow_training, start_training, stop_training
@@ -248,7 +248,9 @@ def test_a_training_that_somebody_else_started_and_that_died_is_reported_too(run
 
 
 def test_a_refused_training_is_the_users_mistake_and_nothing_else(run, stand_in):
-    stand_in('run.write_status("failed", step=0, message="DataError: train.json: not COCO"); sys.exit(2)')
+    stand_in(
+        'run.write_status("failed", step=0, message="DataError: train.json: not COCO", exit_status=2); sys.exit(2)'
+    )
     start_training(run.folder)
     with pytest.raises(TrainingRefused) as caught:
         follow_training(run.folder, interval=0.05)
@@ -377,7 +379,7 @@ def test_a_failing_cell_is_told_in_a_few_lines_and_its_traceback_kept_in_the_not
     assert "failed at: seen / 0" in message
     assert "ZeroDivisionError: division by zero" in message
     assert len(message.splitlines()) == 3
-    assert not caught.value.refused
+    assert caught.value.exit_status == 1
     executed = tmp_path / "runs" / "mine" / "look.ipynb"
     assert "Traceback" in executed.read_text()
     assert "ZeroDivisionError" in executed.with_suffix(".html").read_text()
@@ -387,7 +389,7 @@ def test_a_users_mistake_found_in_a_cell_counts_as_one(tmp_path, experiment):
     cell = "from solq_lab.runs import load_run\nload_run('nowhere')"
     with pytest.raises(NotebookFailed, match="RunError: nowhere: not a run folder") as caught:
         run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
-    assert caught.value.refused
+    assert caught.value.exit_status == 2
 
 
 def test_a_killed_kernel_is_named_and_does_not_look_like_a_crash_of_ours(tmp_path, experiment):

@@ -22,9 +22,9 @@ from notebook import SHARED, write_notebook
 from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.config import ConfigError, Experiment, load_experiment, load_sweep
+from solq_lab.errors import Interrupted
 from solq_lab.runs import RunError, create_run, read_json, write_json
 from solq_lab.workbench import cli, sweeps
-from solq_lab.workbench.errors import Interrupted
 from solq_lab.workbench.paper import paper_table
 from solq_lab.workbench.sweeps import ClusterStarter, check, find_sweep, plan, run_sweep
 from solq_lab.workbench.tables import read_table

@@ -22,6 +22,7 @@ from solq_lab.build import build_model
 from solq_lab.codecs.base import describe_codec
 from solq_lab.config import ConfigError
 from solq_lab.data.scene import LEVELS, draw_scene
+from solq_lab.errors import ExplainedError
 from solq_lab.files import replacing
 from solq_lab.inference.export.graph import INPUTS, DetectionGraph
 from solq_lab.inference.export.parity import TOLERANCE, Parity, measure_parity
@@ -40,7 +41,7 @@ TRACED = (200, 296)  # of images of any size: no side and no number of cells may
 DRAWN = 3  # images that are drawn to compare with where none are given
 
 
-class ExportError(RuntimeError):
+class ExportError(ExplainedError):
     """A model that cannot be exported, or whose ONNX file finds something else; the message says what."""
 
 

@@ -13,7 +13,7 @@ import yaml
 from solq_lab.config import ConfigError
 from solq_lab.plain_yaml import load_yaml
 
-FAILED, REFUSED, INTERRUPTED = 1, 2, 130  # exit statuses
+FAILED = 1  # exit status
 
 
 def existing_files(paths: list[Path]) -> list[Path]:

@@ -40,8 +40,8 @@ def fit_codec(
     """Fit a PCA or sparse code to the training masks. Writes codec.artifact; goes on after an interruption."""
     from solq_lab.config import load_experiment
     from solq_lab.data_folder import prepare_data
+    from solq_lab.errors import Interrupted
     from solq_lab.fitting import fit_codec as fit
-    from solq_lab.workbench.errors import Interrupted
 
     resolved = load_experiment(experiment, overrides or [])
     if resolved.data.generate != "none":  # of a given folder only the annotations are needed
@@ -101,11 +101,11 @@ def codec_ceiling(
     ] = None,
 ) -> None:
     """Send ground truth through mask codes and score it. This is what a network without mistakes would reach."""
+    from solq_lab.errors import Interrupted
     from solq_lab.runs import write_json
     from solq_lab.studies.laboratory import Laboratory, ceiling_table, make_grid, write_csv
     from solq_lab.viz.ceilings import ceiling_curves
     from solq_lab.viz.style import save
-    from solq_lab.workbench.errors import Interrupted
 
     settings = make_grid(
         [kind.strip() for kind in codec.split(",")],

@@ -63,8 +63,8 @@ def download_coco(
     """Fetch COCO 2017, verify and unpack it. Re-running resumes, and skips what is complete."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    from solq_lab.errors import Interrupted
     from solq_lab.workbench.download import coco as download
-    from solq_lab.workbench.errors import Interrupted
 
     splits = list(dict.fromkeys(part.value for part in split or (CocoSplit.train, CocoSplit.val)))
     try:

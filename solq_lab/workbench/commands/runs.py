@@ -10,6 +10,7 @@ import typer
 
 from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
 from solq_lab.data_folder import check_data_folder, prepare_data
+from solq_lab.errors import Interrupted
 from solq_lab.runs import Run, create_run, list_runs, load_run, read_json
 from solq_lab.workbench.cluster import Cluster, follow_job, submit_training
 from solq_lab.workbench.commands.arguments import (
@@ -22,7 +23,6 @@ from solq_lab.workbench.commands.arguments import (
     Where,
     cluster_options,
 )
-from solq_lab.workbench.errors import Interrupted
 from solq_lab.workbench.notebooks import run_notebook, run_report
 from solq_lab.workbench.parameters import NotebookError, read_parameters
 from solq_lab.workbench.trainings import describe_trainings, follow_training, start_training, stop_training

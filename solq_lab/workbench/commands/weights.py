@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from solq_lab.workbench.commands.arguments import (
-    FAILED,
     Overrides,
     RunFolder,
     existing_files,
@@ -97,7 +96,7 @@ def export(
 ) -> None:
     """Write a model as ONNX, or as one file to share. ONNX is compared with the original on images."""
     from solq_lab.config import ConfigError
-    from solq_lab.inference.export.onnx_file import ExportError, export_onnx
+    from solq_lab.inference.export.onnx_file import export_onnx
     from solq_lab.inference.export.sharing import share
 
     if (height is None) != (width is None):
@@ -105,11 +104,7 @@ def export(
     size = None if height is None or width is None else (height, width)
     match destination.suffix:
         case ".onnx":
-            try:
-                report = export_onnx(weights, destination, size=size, batch=batch, top_k=top_k, images=images or ())
-            except ExportError as error:
-                typer.echo(str(error), err=True)
-                raise typer.Exit(FAILED) from None
+            report = export_onnx(weights, destination, size=size, batch=batch, top_k=top_k, images=images or ())
             typer.echo(f"{report}\nthe whole comparison is in {destination.with_suffix('.parity.json')}")
         case ".safetensors":
             classes = [name for name in share(weights, destination).classes.names if name]
