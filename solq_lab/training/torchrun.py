@@ -15,9 +15,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from solq_lab.errors import ExplainedError, UserError
 from solq_lab.heartbeat import SECONDS_TO_SAVE
 from solq_lab.runs import RunError, load_run
-from solq_lab.training.command import FAILED, REFUSED
 
 log = logging.getLogger("solq_lab.training")
 
@@ -34,13 +34,13 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if not arguments:
         log.error("usage: python -m solq_lab.training.torchrun [OPTIONS OF TORCHRUN] RUN_FOLDER")
-        return REFUSED
+        return UserError.exit_status
     *options, folder = arguments
     try:
         run = load_run(folder)
     except RunError as error:
         log.error("%s", error)
-        return REFUSED
+        return UserError.exit_status
     # Read by torchrun; a torch that does not know them yet has its own values.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(SECONDS_TO_SAVE)))
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1")
@@ -54,12 +54,12 @@ def main(arguments: list[str]) -> int:
     except SignalException as stopped:
         state = run.status()["state"]
         log.warning("%s: the processes have ended, the run is %s", stopped, state)
-        return 0 if state in ("preempted", "finished") else FAILED
+        return 0 if state in ("preempted", "finished") else ExplainedError.exit_status
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         how = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
         log.error("rank %d, process %d, ended first, with %s", rank, failure.pid, how)
-        return REFUSED if failure.exitcode == REFUSED else FAILED
+        return UserError.exit_status if failure.exitcode == UserError.exit_status else ExplainedError.exit_status
     return 0
 
 
