@@ -25,7 +25,7 @@ from solq_lab.codecs.artifact import (
 from solq_lab.codecs.base import CodecFit, FittedCodec, MaskCodec
 from solq_lab.codecs.kinds import fitted_kinds
 from solq_lab.config import ConfigError, Experiment
-from solq_lab.data.objects import DataError, ObjectMasks
+from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.runs import hash_file
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def fit_codec(
     except ValueError as error:  # no scikit-learn
         raise ConfigError(f"codec.kind={experiment.codec.kind}: {error}") from None
 
-    objects = ObjectMasks(annotations, codec.mask_size)
+    objects = GroundTruth(annotations)
     if len(objects) == 0:
         raise DataError(f"{annotations}: holds no object to fit a code to (crowds do not count)")
     order = np.random.default_rng(experiment.seed).permutation(len(objects))[:max_objects]
@@ -77,11 +77,10 @@ def fit_codec(
     work = {"method": codec.method, "mask_size": codec.mask_size, "vector_dim": codec.vector_dim, **codec.settings}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _PartialFit(path.with_suffix(".partial"), work | dataset | {"seed": experiment.seed})
-    _learn(fit, objects, order, partial, seconds_between_saves)
+    _learn(fit, objects, order, codec.mask_size, partial, seconds_between_saves)
     codec.load_state_dict(fit.tables())
-    save_codec(
-        path, codec, dataset=dataset, quality=measure_quality(codec.eval(), objects.masks(order[:SAMPLED_MASKS]))
-    )
+    quality = measure_quality(codec.eval(), objects.box_masks(order[:SAMPLED_MASKS], codec.mask_size))
+    save_codec(path, codec, dataset=dataset, quality=quality)
     partial.path.unlink(missing_ok=True)
     return read_description(path)
 
@@ -156,14 +155,20 @@ class _PartialFit:
 
 
 def _learn(
-    fit: CodecFit, objects: ObjectMasks, order: np.ndarray, partial: _PartialFit, seconds_between_saves: float
+    fit: CodecFit,
+    objects: GroundTruth,
+    order: np.ndarray,
+    mask_size: int,
+    partial: _PartialFit,
+    seconds_between_saves: float,
 ) -> None:
     """Show the fit all masks in `order`; batches lie the same wherever an earlier process stopped."""
     seen = partial.restore(fit)
     saved = time.monotonic()
     interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
     with tqdm(total=len(order), initial=seen, desc="fitting", unit="mask", mininterval=interval) as progress:
-        for batch in objects.batches(fit.batch_size, order=order[seen:]):
+        for start in range(seen, len(order), fit.batch_size):
+            batch = objects.box_masks(order[start : start + fit.batch_size], mask_size)
             fit.update(batch)
             seen += len(batch)
             progress.update(len(batch))

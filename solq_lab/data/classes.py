@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
-from solq_lab.data.annotations import DataError, is_id, read_annotations, shorten
+from solq_lab.data.annotations import DataError, is_id, shorten
 
 UNUSED = -1  # category id of a channel that no category uses; its name is empty
 MAX_RAW_CHANNELS = 10_000
@@ -41,30 +41,28 @@ class ClassMap:
         return len(self.names)
 
     @classmethod
-    def from_annotations(
+    def from_categories(
         cls,
-        annotations: Path | str | dict[str, Any],
+        categories: Sequence[Any],
         class_ids: Literal["contiguous", "raw"] = "contiguous",
         num_classes: int | None = None,
         *,
         source: str = "annotations",
     ) -> ClassMap:
-        """The map of an annotation file, or of its document.
+        """The map of the list `categories` of a COCO annotation file.
 
         Args:
-            annotations: path of a COCO annotation file, or what was read from it.
+            categories: the list.
             class_ids: "contiguous": channels 0, 1, ... by rising category id; "raw": the category id is the channel, as
                 in the released models (91 channels for COCO, eleven of them unused).
             num_classes: number of channels, the rest unused; None: as many as needed.
-            source: what messages call the document; a path speaks for itself.
+            source: name of the file in messages.
 
         Raises:
             DataError: unusable categories, or more of them than `num_classes`.
         """
-        source = source if isinstance(annotations, dict) else str(annotations)
-        document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
         channels: dict[int, tuple[str, int]] = {}
-        for place, category in enumerate(document["categories"]):
+        for place, category in enumerate(categories):
             category_id = category.get("id") if isinstance(category, dict) else None
             if not is_id(category_id) or category_id < 0:
                 raise DataError(f"{source}: categories[{place}]: found {shorten(category)}; needed is an 'id' >= 0")

@@ -10,7 +10,7 @@ from torch import Tensor
 from solq_lab.data.annotations import read_annotations
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
-from solq_lab.data.image_files import read_image
+from solq_lab.data.images import read_image
 from solq_lab.masks import segmentation_to_rle
 from solq_lab.structures import Detections
 from solq_lab.studies.errors import ERRORS, ErrorAnalysis

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from solq_lab import masks
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.data.annotations import Images, Objects, read_annotations, tabulate_images, tabulate_objects
+from solq_lab.data.annotations import read_annotations
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.workers import in_processes
@@ -43,36 +44,15 @@ class Noise(NamedTuple):
     seed: int = 0
 
 
-class GroundTruth(NamedTuple):
+class Annotated(NamedTuple):
     """An annotation file that was read and checked, for several ceilings on the same objects.
 
-    source: where it was read, for messages.
-    document: its content.
-    images, objects: the content in flat arrays; objects with masks, without crowds.
+    document: its content, which scores are computed from.
+    truth: its learnable objects, with masks.
     """
 
-    source: Path
     document: dict[str, Any]
-    images: Images
-    objects: Objects
-
-    def rows_in(self, image_ids: Collection[int]) -> np.ndarray:
-        """The objects in these images, rows of `objects`."""
-        owners = np.repeat(np.arange(len(self.images.ids)), np.diff(self.objects.starts))
-        return np.flatnonzero(np.isin(self.images.ids[owners], list(image_ids)))
-
-    def areas(self, rows: np.ndarray) -> np.ndarray:
-        """(k,) float64 areas of objects, pixels: as annotated, or of the mask where the file gives none."""
-        annotated = {entry["id"]: entry.get("area") for entry in self.document["annotations"]}
-        owners = np.searchsorted(self.objects.starts, rows, side="right") - 1
-        areas = []
-        for row, owner in zip(rows.tolist(), owners.tolist(), strict=True):
-            area = annotated[int(self.objects.ids[row])]
-            if area is None:
-                segmentation = self.objects.segmentations[self.objects.order[row]]
-                area = rle_api.area(masks.segmentation_to_rle(segmentation, tuple(self.images.sizes[owner].tolist())))
-            areas.append(float(area))
-        return np.array(areas, dtype=np.float64)
+    truth: GroundTruth
 
 
 class Reconstructions(NamedTuple):
@@ -91,7 +71,7 @@ class Reconstructions(NamedTuple):
 
 
 def codec_ceiling(
-    annotations: str | Path | dict | GroundTruth,
+    annotations: str | Path | dict | Annotated,
     codec: MaskCodec,
     *,
     area_sides: tuple[float, float] = DEFAULTS.area_sides,
@@ -136,7 +116,7 @@ def codec_ceiling(
 
 
 def reconstruct_objects(
-    annotations: str | Path | dict | GroundTruth,
+    annotations: str | Path | dict | Annotated,
     codec: MaskCodec,
     *,
     image_ids: Collection[int] | None = None,
@@ -148,7 +128,7 @@ def reconstruct_objects(
     return _reconstruct(_read_scene(annotations, codec, image_ids, max_images, noise), processes)
 
 
-def read_ground_truth(annotations: str | Path | dict) -> GroundTruth:
+def read_ground_truth(annotations: str | Path | dict) -> Annotated:
     """Reads and checks COCO annotations with masks.
 
     Args:
@@ -157,10 +137,9 @@ def read_ground_truth(annotations: str | Path | dict) -> GroundTruth:
     Raises:
         DataError: they cannot be used; the message names the entry and the cure.
     """
-    source = Path("annotations") if isinstance(annotations, dict) else Path(annotations)
-    document = annotations if isinstance(annotations, dict) else read_annotations(source)
-    images = tabulate_images(document, source)
-    return GroundTruth(source, document, images, tabulate_objects(document, source, images, with_masks=True))
+    source = "annotations" if isinstance(annotations, dict) else annotations
+    document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
+    return Annotated(document, GroundTruth(document, source=source))
 
 
 def of_size(areas: np.ndarray, area_sides: tuple[float, float]) -> dict[str, np.ndarray]:
@@ -175,6 +154,7 @@ def of_size(areas: np.ndarray, area_sides: tuple[float, float]) -> dict[str, np.
 class _Scene(NamedTuple):
     """What all pieces of work share; `rows` are the objects in the chosen images."""
 
+    document: dict[str, Any]
     truth: GroundTruth
     rows: np.ndarray
     image_ids: list[int]
@@ -190,7 +170,7 @@ class _Scoring(NamedTuple):
 
 
 def _read_scene(
-    annotations: str | Path | dict | GroundTruth,
+    annotations: str | Path | dict | Annotated,
     codec: MaskCodec,
     image_ids: Collection[int] | None,
     max_images: int | None,
@@ -198,9 +178,9 @@ def _read_scene(
 ) -> _Scene:
     if not (0 <= noise.box < math.inf and 0 <= noise.vector < math.inf and noise.seed >= 0):
         raise ValueError(f"{noise}: allowed are finite standard deviations from 0 on and seeds from 0 on")
-    truth = annotations if isinstance(annotations, GroundTruth) else read_ground_truth(annotations)
-    chosen = sorted(truth.images.ids.tolist() if image_ids is None else image_ids)[:max_images]
-    return _Scene(truth, truth.rows_in(chosen), chosen, codec, noise)
+    document, truth = annotations if isinstance(annotations, Annotated) else read_ground_truth(annotations)
+    chosen = sorted(truth.image_ids.tolist() if image_ids is None else image_ids)[:max_images]
+    return _Scene(document, truth, truth.rows(chosen), chosen, codec, noise)
 
 
 def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
@@ -217,7 +197,7 @@ def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
     for received in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
         ious += received.ious
         results += received.results
-    ids, areas = scene.truth.objects.ids[scene.rows], scene.truth.areas(scene.rows)
+    ids, areas = scene.truth.ids[scene.rows], scene.truth.areas_of(scene.rows)
     return Reconstructions(ids, areas, np.array(ious, dtype=np.float64), results)
 
 
@@ -237,7 +217,7 @@ class _Received(NamedTuple):
 
 @torch.inference_mode()
 def _send_through(scene: _Scene, piece: _Piece) -> _Received:
-    codec, objects, noise = scene.codec, scene.truth.objects, scene.noise
+    codec, objects, noise = scene.codec, scene.truth, scene.noise
     vectors = _encode(scene, piece.rows)  # (k, D)
     boxes = objects.boxes[piece.rows].copy()  # (k, 4)
     for place, key in enumerate(objects.ids[piece.rows].tolist()):
@@ -248,15 +228,15 @@ def _send_through(scene: _Scene, piece: _Piece) -> _Received:
             vectors[place] += error.to(vectors)
     bits = codec.binarize(codec.decode(vectors))  # (k, N, N)
     ious, results = [], []
-    for image, places in _by_image(scene, piece.rows):
-        image_id, size = int(scene.truth.images.ids[image]), tuple(scene.truth.images.sizes[image].tolist())
+    for image, places in objects.by_image(piece.rows):
+        image_id, size = int(objects.image_ids[image]), objects.size(image)
         rows = piece.rows[places]
-        truth = [masks.segmentation_to_rle(objects.segmentations[row], size) for row in objects.order[rows]]
+        truth = [objects.rle(row) for row in rows.tolist()]
         found = masks.paste_to_rle(bits[places], torch.from_numpy(boxes[places]), size)
         ious += [_iou(one, other) for one, other in zip(truth, found, strict=True)]
         results += [
             {"image_id": image_id, "category_id": category_id, "score": 1.0, "segmentation": rle}
-            for category_id, rle in zip(objects.categories[rows].tolist(), found, strict=True)
+            for category_id, rle in zip(objects.category_ids[rows].tolist(), found, strict=True)
         ]
     return _Received(ious, results)
 
@@ -277,25 +257,7 @@ def _spread(sums: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
 
 def _encode(scene: _Scene, rows: np.ndarray) -> Tensor:
     """Vectors (k, D) of objects, on the codec's device."""
-    objects, side = scene.truth.objects, scene.codec.mask_size
-    bits = [
-        masks.rasterize_in_box(
-            [objects.segmentations[row] for row in objects.order[rows[places]]],
-            torch.from_numpy(objects.boxes[rows[places]]),
-            tuple(scene.truth.images.sizes[image].tolist()),
-            side,
-        )
-        for image, places in _by_image(scene, rows)
-    ]  # (·, N, N) each
-    return scene.codec.encode(torch.cat(bits).to(_device(scene.codec)))
-
-
-def _by_image(scene: _Scene, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """Each image that has some of the objects, and which of `rows` they are."""
-    owners = np.searchsorted(scene.truth.objects.starts, rows, side="right") - 1
-    cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(rows)]
-    for start, stop in pairwise(cuts):
-        yield int(owners[start]), slice(start, stop)
+    return scene.codec.encode(scene.truth.box_masks(rows, scene.codec.mask_size).to(_device(scene.codec)))
 
 
 def _moved(box: np.ndarray, error: np.ndarray) -> np.ndarray:
@@ -318,7 +280,7 @@ def _device(codec: MaskCodec) -> torch.device:
 
 def _score(scoring: _Scoring, kind: str) -> Evaluation:
     return evaluate_results(
-        scoring.scene.truth.document,
+        scoring.scene.document,
         scoring.results,
         kinds=(kind,),
         area_sides=scoring.area_sides,

@@ -166,27 +166,28 @@ class Laboratory:
         Raises:
             DataError: the annotations cannot be used, or there is no object in the images looked at.
         """
-        self.truth = read_ground_truth(Path(annotations))
+        self._annotated = read_ground_truth(Path(annotations))
+        truth = self._annotated.truth
         self.folder = Path(folder)
         self.fit_annotations = None if fit_annotations is None else Path(fit_annotations)
         self.fit_objects, self.processes = fit_objects, processes
-        self.area_sides = _area_sides(self.truth.document) if area_sides is None else area_sides
+        self.area_sides = _area_sides(self._annotated.document) if area_sides is None else area_sides
         self.boundary_ratio, self.max_images = boundary_ratio, max_images
-        self._image_ids = sorted(self.truth.images.ids.tolist())[:max_images]
-        rows = self.truth.rows_in(self._image_ids)
+        self._image_ids = truth.image_ids.tolist()[:max_images]
+        rows = truth.rows(self._image_ids)
         if len(rows) == 0:
             raise DataError(
                 f"{annotations}: no object in the {len(self._image_ids)} images looked at (crowds and objects "
                 "without area do not count), so there is nothing to measure; check the split, or look at more images"
             )
-        self._areas = self.truth.areas(rows)
-        self._sha256 = hash_file(self.truth.source)
+        self._areas = truth.areas_of(rows)
+        self._sha256 = hash_file(truth.source)
         self._fit_sha256 = None if self.fit_annotations is None else hash_file(_existing(self.fit_annotations))
 
     def __str__(self) -> str:
         counts = {size: int(which.sum()) for size, which in of_size(self._areas, self.area_sides).items()}
         return (
-            f"{self.truth.source}: {len(self._image_ids)} images, {len(self._areas)} objects, "
+            f"{self._annotated.truth.source}: {len(self._image_ids)} images, {len(self._areas)} objects, "
             f"{counts['s']} small, {counts['m']} medium, {counts['l']} large"
         )
 
@@ -218,7 +219,7 @@ class Laboratory:
                 return Ceiling(setting, Evaluation.from_dict(stored), stored["seconds"])
         codec, started = self.codec(setting), time.perf_counter()
         evaluation = codec_ceiling(
-            self.truth,
+            self._annotated,
             codec,
             area_sides=self.area_sides,
             boundary_ratio=self.boundary_ratio,

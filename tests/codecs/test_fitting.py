@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from rectangles import HEIGHT, WIDTH, truth_of
+from rectangles import truth_of
 from safetensors.torch import load_file
 from tiny import tiny_experiment, write_tiny_dataset
 from typer.testing import CliRunner
@@ -32,7 +31,7 @@ from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.codecs.pca import PCACodec
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.annotations import DataError
-from solq_lab.data.objects import ObjectMasks
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.errors import Interrupted
 from solq_lab.evaluation.evaluator import run_ceiling
 from solq_lab.fitting import check_fitted_data, fit_codec, measure_quality
@@ -63,7 +62,7 @@ def test_a_fit_leaves_a_file_that_says_what_it_holds_and_a_copy_to_read(annotate
     experiment = experiment_for(annotated, tmp_path / "new" / "code.safetensors", codec)
     about = fit_codec(experiment)
     path = Path(experiment.codec.artifact)
-    objects = len(ObjectMasks(annotated / "train.json", 16))
+    objects = len(GroundTruth(annotated / "train.json"))
     assert about == read_description(path)
     assert (about.method, about.mask_size, about.vector_dim) == (codec["kind"], 16, 20)
     assert about.dataset["sha256"] == hash_file(annotated / "train.json")
@@ -73,7 +72,7 @@ def test_a_fit_leaves_a_file_that_says_what_it_holds_and_a_copy_to_read(annotate
     assert json.loads(path.with_suffix(".json").read_text()) == about._asdict()
     assert sorted(file.name for file in path.parent.iterdir()) == ["code.json", "code.safetensors"]
 
-    masks = ObjectMasks(annotated / "train.json", 16).masks(range(10))
+    masks = GroundTruth(annotated / "train.json").box_masks(range(10), 16)
     of_experiment, of_file = build_codec(experiment), load_codec(path)
     assert torch.equal(of_experiment.encode(masks), of_file.encode(masks))
     assert (of_experiment.loss, of_experiment.threshold) == (of_file.loss, of_file.threshold)
@@ -82,7 +81,8 @@ def test_a_fit_leaves_a_file_that_says_what_it_holds_and_a_copy_to_read(annotate
 def test_the_file_holds_what_fitting_to_all_masks_at_once_gives(annotated, tmp_path):
     experiment = experiment_for(annotated, tmp_path / "code.safetensors", {"kind": "pca"})
     fit_codec(experiment)
-    masks = torch.cat(list(ObjectMasks(annotated / "train.json", 16).batches(50)))
+    objects = GroundTruth(annotated / "train.json")
+    masks = objects.box_masks(objects.rows(), 16)
     whole = PCACodec(16, 20)
     whole.fit([masks])
     torch.testing.assert_close(
@@ -271,35 +271,7 @@ def test_writing_is_all_or_nothing(artifact, monkeypatch):
     assert sorted(path.name for path in artifact.parent.iterdir()) == ["code.json", "code.safetensors"]
 
 
-# Objects and quality
-
-
-def test_objects_come_in_any_order_and_without_crowds():
-    document = truth_of([(2, 1, (4, 4, 8, 8)), (1, 2, (0, 0, 20, 10)), (1, 1, (30, 30, 2, 2)), (1, 1, (9, 9, 5, 5))])
-    document["annotations"][3]["iscrowd"] = 1
-    objects = ObjectMasks(document, 12)
-    assert [objects.image_id(row) for row in range(len(objects))] == [1, 1, 2]
-    assert objects.image_size(0) == (HEIGHT, WIDTH)
-    drawn = objects.masks([2, 0, 1])
-    assert torch.equal(drawn, torch.cat([objects.masks([row]) for row in (2, 0, 1)]))
-    assert drawn[:, 3:9, 3:9].all()  # rectangles fill their boxes, but for rounding at the border
-    assert objects.masks([]).shape == (0, 12, 12)
-    assert [len(batch) for batch in objects.batches(2)] == [2, 1]
-    assert [len(batch) for batch in objects.batches(2, order=[2])] == [1]
-
-
-def test_an_object_that_lies_outside_its_box_has_an_empty_mask():
-    document = truth_of([(1, 1, (4, 4, 8, 8))])
-    document["annotations"][0]["bbox"] = [30, 30, 8, 8]
-    assert not ObjectMasks(document, 12).masks([0]).any()
-
-
-def test_batches_are_the_masks_that_a_training_sees(coco_tiny):
-    objects = ObjectMasks(coco_tiny / "annotations" / "instances_val2017.json", 28)
-    some = np.random.default_rng(0).permutation(len(objects))[:20]
-    drawn = next(objects.batches(20, order=some))
-    assert torch.equal(drawn, torch.cat([objects.masks([row]) for row in some]))
-    assert drawn.flatten(1).any(dim=1).all()
+# Quality
 
 
 def test_a_code_that_cuts_nothing_has_perfect_quality_and_equal_masks_no_variance():

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.data.classes import UNUSED, ClassMap
 from solq_lab.data.coco import CocoDataset, DataError
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.data.transforms import (
     Crop,
     FlipOnly,
@@ -31,7 +32,7 @@ from solq_lab.data.transforms import (
     TestResize,
     apply_to_bitmaps,
 )
-from solq_lab.masks import decode_rle, runs_of_rle, segmentation_to_rle
+from solq_lab.masks import decode_rle, runs_of_rle
 
 SQUARE = [10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]
 RELEASED = ReleasedAugmentation(
@@ -119,10 +120,7 @@ def test_targets_are_those_of_the_released_implementation(golden_root, coco_tiny
         assert target.original_size == tuple(image["orig_size"])
         assert target.image_size == tuple(image["resized"])
         torch.testing.assert_close(target.boxes, torch.tensor(expected["boxes_cxcywh"]), rtol=0, atol=1e-6)
-        original = [
-            segmentation_to_rle(item, target.original_size)
-            for item in dataset._segmentations(index, np.arange(len(target.labels)))
-        ]
+        original = dataset.objects(index).masks
         bitmaps = apply_to_bitmaps([Resize(target.original_size, target.image_size)], decode_rle(original))
         assert torch.equal(bitmaps, decode_rle(expected["masks"]))
         compared += 1
@@ -130,7 +128,8 @@ def test_targets_are_those_of_the_released_implementation(golden_root, coco_tiny
 
 
 def test_raw_ids_of_coco_have_91_channels(coco_tiny):
-    classes = ClassMap.from_annotations(coco_tiny / "annotations" / "instances_val2017.json", "raw")
+    truth = GroundTruth(coco_tiny / "annotations" / "instances_val2017.json")
+    classes = ClassMap.from_categories(truth.categories, "raw")
     assert len(classes) == 91
     assert classes.category_ids.count(UNUSED) == 11
     assert classes.names[1] == "person"
@@ -542,47 +541,47 @@ def test_an_image_of_another_size_is_refused(tmp_path):
 # Class maps
 
 
-def categories(*ids: int) -> dict[str, Any]:
-    return {"images": [], "annotations": [], "categories": [{"id": number, "name": f"c{number}"} for number in ids]}
+def categories(*ids: int) -> list[dict[str, Any]]:
+    return [{"id": number, "name": f"c{number}"} for number in ids]
 
 
 def test_contiguous_channels_follow_the_category_ids():
-    classes = ClassMap.from_annotations(categories(7, 2, 90))
+    classes = ClassMap.from_categories(categories(7, 2, 90))
     assert classes.category_ids == (2, 7, 90)
     assert classes.names == ("c2", "c7", "c90")
     assert [classes.channel_of(category_id) for category_id in classes.category_ids] == [0, 1, 2]
 
 
 def test_raw_channels_are_the_category_ids():
-    classes = ClassMap.from_annotations(categories(3, 1), "raw", num_classes=6)
+    classes = ClassMap.from_categories(categories(3, 1), "raw", num_classes=6)
     assert classes.names == ("", "c1", "", "c3", "", "")
     assert classes.category_ids == (UNUSED, 1, UNUSED, 3, UNUSED, UNUSED)
     assert classes.channel_of(3) == 3
 
 
 def test_a_class_map_survives_json():
-    classes = ClassMap.from_annotations(categories(3, 1), "raw")
+    classes = ClassMap.from_categories(categories(3, 1), "raw")
     assert ClassMap.from_json(classes.to_json()) == classes
 
 
 def test_no_categories_are_no_channels():
-    assert len(ClassMap.from_annotations(categories(), "raw")) == 0
-    assert len(ClassMap.from_annotations(categories())) == 0
+    assert len(ClassMap.from_categories(categories(), "raw")) == 0
+    assert len(ClassMap.from_categories(categories())) == 0
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda: ClassMap.from_annotations(categories(1, 2), num_classes=1),
+            lambda: ClassMap.from_categories(categories(1, 2), num_classes=1),
             r"2 class channels \(contiguous ids\) do not fit num_classes 1; raise data\.num_classes",
         ),
         (
-            lambda: ClassMap.from_annotations(categories(1, 1)),
+            lambda: ClassMap.from_categories(categories(1, 1)),
             "category id 1 comes more than once; ids have to be unique",
         ),
-        (lambda: ClassMap.from_annotations(categories(-1)), r"categories\[0\]: found .*needed is an 'id' >= 0"),
-        (lambda: ClassMap.from_annotations(categories(1)).channel_of(UNUSED), "category id -1 is not in the class map"),
+        (lambda: ClassMap.from_categories(categories(-1)), r"categories\[0\]: found .*needed is an 'id' >= 0"),
+        (lambda: ClassMap.from_categories(categories(1)).channel_of(UNUSED), "category id -1 is not in the class map"),
         (lambda: ClassMap(("a",), (1, 2)), "a class map of 1 names has 2 category ids"),
         (lambda: ClassMap(("a", "b"), (1, 1)), "category id 1 has more than one class channel"),
         (lambda: ClassMap.from_json('{"names": []}'), "not a class map: .*category_ids"),

@@ -98,8 +98,8 @@ def test_an_area_on_a_bound_is_of_both_sizes_and_a_missing_one_is_the_masks(docu
     assert [which[size].tolist() for size in "sml"] == [[True, False, False], [True, True, True], [False, False, True]]
     without = truth_of([(1, 1, (4, 4, 16, 10))])
     del without["annotations"][0]["area"]
-    truth = read_ground_truth(without)
-    assert truth.areas(truth.rows_in([1])).tolist() == [160.0]
+    truth = read_ground_truth(without).truth
+    assert truth.areas_of(truth.rows([1])).tolist() == [160.0]
 
 
 def test_processes_change_no_bit(annotations):

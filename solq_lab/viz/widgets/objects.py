@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solq_lab import masks
-from solq_lab.data.annotations import DataError, read_annotations
 from solq_lab.data.classes import ClassMap
-from solq_lab.data.image_files import read_image
-from solq_lab.data.objects import ObjectMasks
+from solq_lab.data.ground_truth import DataError, GroundTruth
+from solq_lab.data.images import read_image
 from solq_lab.data.shapes import write_shapes
 
 
@@ -80,10 +78,9 @@ class ObjectFolder:
             DataError: the file cannot be used, or holds no object.
         """
         self._folder, self.annotations = split
-        document = read_annotations(self.annotations)
-        self._masks = ObjectMasks(document, mask_size=1)
-        self._classes = ClassMap.from_annotations(document)
-        self.images = len(self._masks.images.ids)
+        self._truth = GroundTruth(self.annotations)
+        self._classes = ClassMap.from_categories(self._truth.categories)
+        self.images = len(self._truth.image_ids)
         if len(self) == 0:
             raise DataError(
                 f"{self.annotations}: none of the {self.images} images has an object (crowds do not count); "
@@ -91,22 +88,22 @@ class ObjectFolder:
             )
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self._truth)
 
     def __getitem__(self, row: int) -> BoxedObject:
-        objects, size = self._masks.objects, self._masks.image_size(row)
+        truth, image = self._truth, int(self._truth.image_rows[row])
         return BoxedObject(
             row,
-            image=int(np.searchsorted(objects.starts, row, side="right")) - 1,
-            name=self._classes.names[self._classes.channel_of(int(objects.categories[row]))],
-            box=torch.from_numpy(objects.boxes[row]),
-            size=size,
-            rle=masks.segmentation_to_rle(self._masks.segmentation(row), size),
+            image=image,
+            name=self._classes.names[self._classes.channel_of(int(truth.category_ids[row]))],
+            box=torch.from_numpy(truth.boxes[row]),
+            size=truth.size(image),
+            rle=truth.rle(row),
         )
 
     def rows_of(self, image: int) -> range:
         """The rows of an image's objects."""
-        return range(*self._masks.objects.starts[image : image + 2].tolist())
+        return range(*self._truth.starts[image : image + 2].tolist())
 
     def pixels(self, image: int) -> np.ndarray:
         """An image, (H, W, 3) uint8.
@@ -114,20 +111,19 @@ class ObjectFolder:
         Raises:
             DataError: its file is missing or cannot be read.
         """
-        images = self._masks.images
-        size = tuple(images.sizes[image].tolist())
-        pixels = read_image(self._folder / images.names[image], int(images.ids[image]), size)
+        truth = self._truth
+        path = self._folder / truth.file_names[image]
+        pixels = read_image(path, int(truth.image_ids[image]), truth.size(image))
         return pixels.permute(1, 2, 0).numpy()
 
     def sides(self) -> np.ndarray:
         """(A,) the square roots of all objects' box areas, pixels."""
-        x0, y0, x1, y1 = self._masks.objects.boxes.T
+        x0, y0, x1, y1 = self._truth.boxes.T
         return np.sqrt((x1 - x0) * (y1 - y0))
 
     def bits(self, rows: Sequence[int], mask_size: int) -> Tensor:
         """Masks (K, N, N) bool of objects, box frame."""
-        self._masks.mask_size = mask_size
-        return self._masks.masks(rows)
+        return self._truth.box_masks(rows, mask_size)
 
     def spread(self, most: int) -> list[int]:
         """At most `most` rows, evenly over the data set."""

@@ -29,7 +29,7 @@ from solq_lab.data.annotations import (
 )
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.folders import Split
-from solq_lab.data.image_files import check_size, decode_bytes, read_file
+from solq_lab.data.images import check_size, decode_bytes, read_file
 from solq_lab.workbench.check.findings import RULES, Finding, Findings
 from solq_lab.workbench.check.object_rules import check_object
 from solq_lab.workbench.check.report import DEFAULTS, Options, Report, Summary
@@ -118,7 +118,7 @@ def _entries_of(findings: Findings, split: Split, document: dict) -> dict[int, d
 
 def _read_classes(document: dict, options: Options, split: Split, findings: Findings) -> ClassMap | None:
     try:
-        return ClassMap.from_annotations(document, options.class_ids, options.num_classes)
+        return ClassMap.from_categories(document["categories"], options.class_ids, options.num_classes)
     except DataError as error:
         findings.add(split.name, [Finding("categories", str(error))])
         return None

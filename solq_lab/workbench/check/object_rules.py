@@ -9,18 +9,16 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from pycocotools import mask as coco_rle
 
 from solq_lab import masks
 from solq_lab.data.annotations import (
     DataError,
-    PackedSegmentations,
+    checked_segmentation,
     clamped_box,
     is_crowd,
     is_measure,
     name_of,
-    pack_segmentation,
     shorten,
 )
 from solq_lab.data.classes import ClassMap
@@ -107,13 +105,8 @@ def read_mask(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict |
     Raises:
         DataError: the loader would refuse it.
     """
-    packed = PackedSegmentations()
-    if not pack_segmentation(entry.get("segmentation"), packed, size, name):
-        return None
-    packed.freeze()
-    if packed.objects_far_outside(np.array([max(size)])):
-        raise DataError(f"{name}: a polygon has a coordinate that is no finite number, or far outside its image")
-    return masks.segmentation_to_rle(packed[0], size)
+    segmentation = checked_segmentation(entry.get("segmentation"), size, name)
+    return masks.segmentation_to_rle(segmentation, size) if segmentation else None
 
 
 def _mask_faults(entry: dict[str, Any], size: tuple[int, int], name: str) -> tuple[list[Fault], bool]:

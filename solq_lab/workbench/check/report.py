@@ -21,7 +21,7 @@ class Options(NamedTuple):
     queries: J, objects that the model can find in an image.
     detections: per image that evaluation scores.
     with_masks: masks are learnt.
-    class_ids, num_classes: see `ClassMap.from_annotations`.
+    class_ids, num_classes: see `ClassMap.from_categories`.
     """
 
     look: Look = "decode"

@@ -153,10 +153,12 @@ def _released_classes(count: int, annotations: Path | None) -> ClassMap:
     """The class map of released weights, whose channels are category ids: COCO's own where there are 91 of them."""
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+    from solq_lab.data.annotations import read_annotations
     from solq_lab.data.classes import UNUSED, ClassMap
 
     if annotations is not None:
-        return ClassMap.from_annotations(annotations, "raw", count)
+        categories = read_annotations(annotations)["categories"]
+        return ClassMap.from_categories(categories, "raw", count, source=str(annotations))
     coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id, with gaps
     names = ["" if name in ("N/A", "__background__") else name for name in coco]
     if len(names) != count:

@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from solq_lab.data.annotations import DataError, tabulate_images, tabulate_objects
+from solq_lab.data.annotations import DataError
 from solq_lab.data.folders import Split
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.files import replacing
 from solq_lab.workbench.convert.lvis import read_lvis
 from solq_lab.workbench.convert.yolo import read_yolo
@@ -77,8 +78,7 @@ def _check(document: dict[str, Any], source: Path, place: Split, folder: Path) -
     linked = place.images.exists() and place.images.resolve() == folder.resolve()
     if (place.images.exists() or place.images.is_symlink()) and not linked:
         raise DataError(f"{place.images}: exists and does not lead to {folder}; remove it or give another folder")
-    images = tabulate_images(document, source)
-    tabulate_objects(document, source, images, with_masks=True)
+    GroundTruth(document, source=source)
 
 
 def _write(document: dict[str, Any], place: Split) -> None:

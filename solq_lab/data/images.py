@@ -1,8 +1,10 @@
-"""Reading image files into uint8 RGB tensors."""
+"""Image files: which are there, and reading them into uint8 RGB tensors."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from solq_lab.data.annotations import DataError
+from solq_lab.data.annotations import DataError, first_few, shorten
 
 
 def read_image(path: Path, image_id: int, size: tuple[int, int]) -> Tensor:
@@ -64,4 +66,58 @@ def check_size(image: Tensor, size: tuple[int, int], name: str) -> None:
         raise DataError(
             f"{name}: the image is {found} pixels (height x width), the annotations say {size[0]} x {size[1]}; "
             "correct the annotations or the file"
+        )
+
+
+def check_files(image_folder: Path, names: Sequence[str], image_ids: Sequence[int]) -> None:
+    """Check that images are in their folder; each folder is listed once, no file is opened.
+
+    Args:
+        image_folder: folder that the names are relative to.
+        names, image_ids: of I images.
+
+    Raises:
+        DataError: images are missing, or a name is a link that leads out of the folder.
+    """
+    root = image_folder.resolve()
+    links: dict[str, dict[str, bool]] = {}  # folder -> its files, and whether each is a link
+    missing = []
+    for name, image_id in zip(names, image_ids, strict=True):
+        image = f"{shorten(name)} (image id {image_id})"
+        folder, file = os.path.split(name)
+        if folder not in links:
+            links[folder] = _list_files(image_folder / folder)
+            _check_inside(image_folder / folder, root, image)
+        if file not in links[folder]:
+            missing.append(image)
+        elif links[folder][file]:
+            _check_inside(image_folder / name, root, image)
+
+    if missing:
+        cure = "fetch them or remove their entries"
+        if len(missing) == len(names):
+            cure = "do folder and annotations belong together?"
+        count = f"{len(missing)} of the {len(names)} annotated images are missing"
+        raise DataError(f"{image_folder}: {count}: {first_few(missing)}; {cure}")
+
+
+def _list_files(folder: Path) -> dict[str, bool]:
+    """The names in a folder, and whether each is a link; nothing where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_symlink() for entry in entries}
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return {}
+
+
+def _check_inside(path: Path, root: Path, image: str) -> None:
+    """Raise DataError where the links of a path of `image` lead out of the image folder `root`."""
+    try:
+        inside = path.resolve().is_relative_to(root)
+    except (OSError, ValueError, RuntimeError):  # no such name, or links in a circle: missing, not elsewhere
+        return
+    if not inside:
+        raise DataError(
+            f"{root}: file_name {image} is a link that leaves the image folder; put the file itself there, or name "
+            "the folder where it lies"
         )

@@ -1,0 +1,252 @@
+"""Ground truth of a COCO annotation file, read and checked once and kept as a few flat arrays.
+
+COCO's 860 000 objects as Python lists cost gigabytes, and every forked loader process would copy them by merely
+counting references. Flat arrays are shared instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_rle
+from torch import Tensor
+
+from solq_lab import masks
+from solq_lab.data.annotations import (
+    DataError,
+    check_image_entry,
+    checked_area,
+    checked_segmentation,
+    clamped_box,
+    first_few,
+    is_crowd,
+    is_measure,
+    name_of,
+    owner_of,
+    read_annotations,
+)
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["DataError", "GroundTruth"]
+
+
+class GroundTruth:
+    """I images by rising id, and A objects grouped by image, in file order within each.
+
+    Attributes:
+        source: the file, for messages.
+        categories: the entries of `categories`, unchecked.
+        image_ids: (I,) int64.
+        file_names: I names relative to the image folder.
+        sizes: (I, 2) int64 height and width, pixels.
+        starts: (I + 1,) int64; the objects of image i are rows starts[i] .. starts[i + 1].
+        ids: (A,) int64 annotation ids.
+        category_ids: (A,) int64.
+        boxes: (A, 4) float64 (x0, y0, x1, y1), original image pixels, clamped to the image.
+        coco_boxes: (A, 4) float64 (x, y, width, height) as annotated.
+        areas: (A,) float64 as annotated, pixels; NaN where the file gives none.
+        crowd: (A,) bool.
+        learnable: (A,) bool: no crowd, and box and mask have an area.
+        has_masks: whether segmentations were read.
+    """
+
+    def __init__(
+        self,
+        annotations: str | Path | dict[str, Any],
+        *,
+        with_masks: bool = True,
+        keep: Literal["learnable", "all"] = "learnable",
+        source: str | Path = "annotations",
+    ) -> None:
+        """Read and check a file.
+
+        Args:
+            annotations: COCO instances file, or its parsed content.
+            with_masks: read the segmentations too.
+            keep: "learnable" leaves out crowds, and objects without area with one log line. "all" keeps every object,
+                and therefore checks the masks of crowds and all areas too.
+            source: name of a parsed document in messages.
+
+        Raises:
+            DataError: an entry that is incomplete, an id that comes twice, an object of an unknown image, a box that is
+                not four finite numbers, a crowd mark other than 0 and 1, or, `with_masks`, a segmentation that is
+                neither polygons nor an RLE of the image's size. The message names the entry and the cure.
+        """
+        document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
+        self.source = Path(source if isinstance(annotations, dict) else annotations)
+        self.categories: list[Any] = list(document["categories"])
+        self.has_masks = with_masks
+        self._read_images(document["images"])
+        self._read_objects(document["annotations"], keep)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, image_ids: Collection[int] | None = None) -> np.ndarray:
+        """The learnable objects in these images (None: in all), ascending."""
+        if image_ids is None:
+            return np.flatnonzero(self.learnable)
+        return np.flatnonzero(self.learnable & np.isin(self.image_ids[self.image_rows], list(image_ids)))
+
+    def rows_of(self, image: int) -> slice:
+        """The objects of the image in row `image`."""
+        return slice(*self.starts[image : image + 2].tolist())
+
+    def size(self, image: int) -> tuple[int, int]:
+        """(height, width) of the image in row `image`, pixels."""
+        height, width = self.sizes[image].tolist()
+        return height, width
+
+    def by_image(self, rows: np.ndarray) -> Iterator[tuple[int, slice]]:
+        """Runs of objects of one image: the image's row, and which of `rows` they are."""
+        images = self.image_rows[rows]
+        cuts = np.flatnonzero(np.diff(images, prepend=-1, append=-1))
+        for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            yield int(images[start]), slice(start, stop)
+
+    def segmentations(self, rows: np.ndarray | slice) -> list[masks.Segmentation]:
+        """What COCO wrote for objects: polygons in image pixels, or a compressed RLE."""
+        return [self._packed[place] for place in self._places[rows].tolist()]
+
+    def rle(self, row: int) -> dict:
+        """The mask of an object as a compressed RLE of its image's size."""
+        return masks.segmentation_to_rle(self._packed[self._places[row]], self.size(self.image_rows[row]))
+
+    def box_masks(self, rows: Sequence[int] | np.ndarray, mask_size: int) -> Tensor:
+        """Masks (K, N, N) bool of objects in their boxes; one too small to fill half a cell is empty."""
+        rows = np.asarray(rows, dtype=np.int64)
+        drawn = [
+            masks.rasterize_in_box(
+                self.segmentations(rows[run]), torch.from_numpy(self.boxes[rows[run]]), self.size(image), mask_size
+            )
+            for image, run in self.by_image(rows)
+        ]
+        return torch.cat(drawn) if drawn else torch.zeros(0, mask_size, mask_size, dtype=torch.bool)
+
+    def areas_of(self, rows: np.ndarray) -> np.ndarray:
+        """(k,) float64 areas of objects, pixels: as annotated, or of the mask where the file gives none."""
+        areas = self.areas[rows]
+        missing = np.flatnonzero(np.isnan(areas))
+        areas[missing] = [coco_rle.area(self.rle(row)) for row in rows[missing].tolist()]
+        return areas
+
+    def _read_images(self, entries: Sequence[Any]) -> None:
+        for place, entry in enumerate(entries):
+            check_image_entry(entry, place, self.source)
+        ids = np.array([entry["id"] for entry in entries], dtype=np.int64)
+        _check_distinct(ids, f"{self.source}: image id")
+        order = np.argsort(ids, kind="stable")
+        sizes = np.array([(entry["height"], entry["width"]) for entry in entries], dtype=np.int64).reshape(-1, 2)
+        self.image_ids, self.sizes = ids[order], sizes[order]
+        self.file_names: list[str] = [entries[place]["file_name"] for place in order.tolist()]
+
+    def _read_objects(self, entries: Sequence[Any], keep: Literal["learnable", "all"]) -> None:
+        image_of = {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
+        sizes = self.sizes.tolist()
+        packed = _PackedSegmentations()
+        all_ids, ids, images, category_ids = array("q"), array("q"), array("q"), array("q")
+        boxes, coco_boxes, areas = array("d"), array("d"), array("d")
+        crowd, learnable, without_area = array("b"), array("b"), []
+
+        for place, entry in enumerate(entries):
+            name = f"{self.source}: {name_of(entry, place)}"
+            image = owner_of(entry, image_of, name)
+            all_ids.append(entry["id"])
+            of_many = is_crowd(entry, name)
+            if of_many and keep == "learnable":
+                continue
+
+            box = clamped_box(entry.get("bbox"), *sizes[image], name)
+            has_area = box[2] > box[0] and box[3] > box[1]
+            # What is left out by its box is not looked at further: its mask may be anything.
+            if self.has_masks and (has_area or keep == "all"):
+                segmentation = checked_segmentation(entry.get("segmentation"), tuple(sizes[image]), name)
+                has_area = has_area and bool(segmentation)
+            if not has_area and keep == "learnable":
+                without_area.append(entry["id"])
+                continue
+
+            if self.has_masks:
+                packed.append(segmentation)
+            ids.append(entry["id"])
+            images.append(image)
+            category_ids.append(entry["category_id"])
+            boxes.extend(box)
+            coco_boxes.extend(entry["bbox"])
+            areas.append(checked_area(entry, name) if keep == "all" else _area_or_nan(entry))
+            crowd.append(of_many)
+            learnable.append(has_area and not of_many)
+
+        _check_distinct(np.array(all_ids, dtype=np.int64), f"{self.source}: annotation id")
+        if without_area:
+            count, first = f"{len(without_area)} of {len(entries)}", first_few(without_area)
+            logger.warning("%s: %s objects have no area and are left out: annotation ids %s", self.source, count, first)
+
+        packed.freeze()
+        owners = np.array(images, dtype=np.int64)
+        order = np.argsort(owners, kind="stable")
+        self._packed, self._places = packed, order
+        self.image_rows = owners[order]
+        self.starts = np.searchsorted(self.image_rows, np.arange(len(sizes) + 1))
+        self.ids = np.array(ids, dtype=np.int64)[order]
+        self.category_ids = np.array(category_ids, dtype=np.int64)[order]
+        self.boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)[order]
+        self.coco_boxes = np.array(coco_boxes, dtype=np.float64).reshape(-1, 4)[order]
+        self.areas = np.array(areas, dtype=np.float64)[order]
+        self.crowd = np.array(crowd, dtype=bool)[order]
+        self.learnable = np.array(learnable, dtype=bool)[order]
+
+
+class _PackedSegmentations:
+    """Segmentations of many objects: polygon coordinates end to end in one array, the RLEs beside it."""
+
+    def __init__(self) -> None:
+        self._coordinates: array | np.ndarray = array("d")
+        self._polygon_ends: array | np.ndarray = array("q")  # per polygon, where it ends in `_coordinates`
+        self._object_ends: array | np.ndarray = array("q")  # per object, where it ends in `_polygon_ends`
+        self._rles: dict[int, dict] = {}
+
+    def __getitem__(self, place: int) -> list[np.ndarray] | dict:
+        if place in self._rles:
+            return self._rles[place]
+        first, last = (self._object_ends[place - 1] if place else 0), self._object_ends[place]
+        if first == last:
+            return []
+        ends = self._polygon_ends[first:last]
+        start = self._polygon_ends[first - 1] if first else 0
+        return np.split(self._coordinates[start : ends[-1]], ends[:-1] - start)
+
+    def append(self, segmentation: list[array] | dict) -> None:
+        if isinstance(segmentation, dict):
+            self._rles[len(self._object_ends)] = segmentation
+        else:
+            for polygon in segmentation:
+                self._coordinates.extend(polygon)
+                self._polygon_ends.append(len(self._coordinates))
+        self._object_ends.append(len(self._polygon_ends))
+
+    def freeze(self) -> None:
+        """Make the arrays numpy's; nothing can be appended afterwards."""
+        self._coordinates = np.frombuffer(self._coordinates, dtype=np.float64)
+        self._polygon_ends = np.frombuffer(self._polygon_ends, dtype=np.int64)
+        self._object_ends = np.frombuffer(self._object_ends, dtype=np.int64)
+
+
+def _check_distinct(ids: np.ndarray, name: str) -> None:
+    """Raise DataError where an id, int64, comes twice; `name` is what the message calls them."""
+    ordered = np.sort(ids)
+    repeated = ordered[1:][np.diff(ordered) == 0]
+    if len(repeated):
+        raise DataError(f"{name} {repeated[0]} comes more than once; ids have to be unique: give every entry its own")
+
+
+def _area_or_nan(entry: dict[str, Any]) -> float:
+    area = entry.get("area")
+    return float(area) if is_measure(area) else np.nan

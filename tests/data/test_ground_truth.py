@@ -1,0 +1,96 @@
+"""Ground truth of annotation files: filters, order, areas and masks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+
+from solq_lab.data.ground_truth import DataError, GroundTruth
+
+HEIGHT, WIDTH = 30, 40
+
+
+def document(*boxes: tuple[int, tuple[float, float, float, float]], **changes: Any) -> dict[str, Any]:
+    """Rectangles that fill their boxes, given as image id and (x, y, w, h); `changes` are of the last object."""
+    annotations = []
+    for number, (image_id, (x, y, w, h)) in enumerate(boxes, start=1):
+        outline = [x, y, x + w, y, x + w, y + h, x, y + h]
+        entry = {"id": number, "image_id": image_id, "category_id": 1, "bbox": [x, y, w, h], "segmentation": [outline]}
+        annotations.append(entry)
+    annotations[-1] |= changes
+    images = [{"id": key, "file_name": f"{key}.png", "height": HEIGHT, "width": WIDTH} for key in (2, 1)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "box"}]}
+
+
+THREE = ((2, (4, 4, 8, 8)), (1, (0, 0, 20, 10)), (1, (30, 20, 2, 2)))
+
+
+def test_objects_come_by_image_and_without_crowds():
+    truth = GroundTruth(document(*THREE, (1, (9, 9, 5, 5)), iscrowd=1))
+    assert truth.image_ids.tolist() == [1, 2]
+    assert truth.ids.tolist() == [2, 3, 1]
+    assert [truth.rows_of(image) for image in (0, 1)] == [slice(0, 2), slice(2, 3)]
+    assert truth.rows([2]).tolist() == [2]
+    assert truth.size(0) == (HEIGHT, WIDTH)
+
+
+def test_all_objects_are_kept_on_demand_and_marked():
+    content = document(*THREE, (1, (9, 9, 0, 5)))
+    content["annotations"][0]["iscrowd"] = 1
+    truth = GroundTruth(content, keep="all")
+    assert truth.ids.tolist() == [2, 3, 4, 1]
+    assert truth.crowd.tolist() == [False, False, False, True]
+    assert truth.learnable.tolist() == [True, True, False, False]
+    assert truth.rows().tolist() == [0, 1]
+    assert truth.coco_boxes[2].tolist() == [9, 9, 0, 5]
+
+
+def test_a_polygon_of_two_corners_is_kept_as_an_empty_mask():
+    truth = GroundTruth(document(*THREE, segmentation=[[1, 1, 5, 5]]), keep="all")
+    assert truth.segmentations(np.array([1])) == [[]]
+    assert truth.areas_of(np.array([1])).tolist() == [0]
+    assert not truth.box_masks([1], 8).any()
+
+
+def test_masks_of_any_rows_are_those_of_single_ones():
+    truth = GroundTruth(document(*THREE))
+    drawn = truth.box_masks([2, 0, 1], 12)
+    assert torch.equal(drawn, torch.cat([truth.box_masks([row], 12) for row in (2, 0, 1)]))
+    assert drawn[:, 3:9, 3:9].all()  # rectangles fill their boxes, but for rounding at the border
+    assert truth.box_masks([], 12).shape == (0, 12, 12)
+
+
+def test_an_object_that_lies_outside_its_box_has_an_empty_mask():
+    assert not GroundTruth(document((1, (4, 4, 8, 8)), bbox=[30, 20, 8, 8])).box_masks([0], 12).any()
+
+
+def test_a_missing_area_is_the_masks():
+    content = document(*THREE, area=7.5)
+    truth = GroundTruth(content, keep="all")
+    assert math.isnan(truth.areas[0])
+    assert truth.areas_of(truth.rows()).tolist() == [200, 7.5, 64]
+
+
+@pytest.mark.parametrize("area", [math.nan, "12", True])
+def test_an_area_is_checked_where_all_objects_count(area):
+    content = document(*THREE, area=area)
+    assert math.isnan(GroundTruth(content).areas[1])
+    with pytest.raises(DataError, match=r"annotation id 3: area .*needed is a finite number of pixels, or none"):
+        GroundTruth(content, keep="all")
+
+
+def test_all_objects_of_coco_are_those_of_pycocotools(coco_tiny, capsys):
+    path = coco_tiny / "annotations" / "instances_val2017.json"
+    truth, coco = GroundTruth(path, keep="all"), COCO(str(path))
+    assert sorted(truth.ids.tolist()) == sorted(coco.getAnnIds())
+    for row, key in enumerate(truth.ids.tolist()):
+        (entry,) = coco.loadAnns(key)
+        assert truth.image_ids[truth.image_rows[row]] == entry["image_id"]
+        assert truth.rle(row) == coco.annToRLE(entry)
+        assert (truth.areas[row], truth.crowd[row]) == (entry["area"], entry["iscrowd"])
+        assert truth.coco_boxes[row].tolist() == entry["bbox"]
