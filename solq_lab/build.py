@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from solq_lab.codecs.artifact import ArtifactError, load_tables
 from solq_lab.codecs.base import FittedCodec, MaskCodec
 from solq_lab.codecs.kinds import CODECS
-from solq_lab.config import ConfigError, DataSection, Experiment, ModelSection
+from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
@@ -26,6 +26,7 @@ from solq_lab.models.weights import (
     read_backbone_weights,
     read_official,
 )
+from solq_lab.schema import DataSection, ModelSection
 
 
 def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None = None) -> MaskCodec | None:
@@ -95,23 +96,7 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
         backbone = build_backbone(model, imagenet=imagenet)
     except (ValueError, ImportError) as error:  # no network to fetch weights, no timm
         raise ConfigError(f"model.backbone={model.backbone}, model.pretrained={model.pretrained}: {error}") from None
-    sizes = {
-        "width": model.width,
-        "heads": model.heads,
-        "levels": model.levels,
-        "encoder_layers": model.encoder_layers,
-        "decoder_layers": model.decoder_layers,
-        "encoder_points": model.encoder_points,
-        "decoder_points": model.decoder_points,
-        "feedforward": model.feedforward,
-        "vector_hidden": model.vector_hidden,
-        "queries": model.queries,
-        "dropout": model.dropout,
-        "activation": model.activation,
-        "refine_boxes": model.refine_boxes,
-        "two_stage": model.two_stage,
-        "standardise_vectors": model.standardise_vectors,
-    }
+    sizes = model.model_dump(exclude={"backbone", "pretrained", "dilation", "mask_branch"})
     match model.mask_branch:
         case "sqr":
             return SQRDetector(backbone, num_classes, freeze_detector=experiment.train.freeze_detector, **sizes)

@@ -1,7 +1,7 @@
 """Run folders: everything one experiment leaves behind, readable while it is still being written. Loads without torch.
 
 runs/<name>/
-    experiment.yaml      the resolved experiment; a run never changes it, but for what concerns the machine (MAY_CHANGE)
+    experiment.yaml      the resolved experiment; only keys of Role.MAY_CHANGE ever change
     environment.json     versions, git commit, operator implementation, fingerprints of data set and codec, command
     status.json          what the training is doing: created, training, preempted, failed, finished
     metrics.jsonl        one JSON object per line: "start", "train" and "evaluation" lines
@@ -38,25 +38,13 @@ from typing import Any, BinaryIO, Literal
 from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experiment
 from solq_lab.errors import UserError
 from solq_lab.files import replacing, write_json
+from solq_lab.schema import Role, keys_with
 
 log = logging.getLogger(__name__)
 
 State = Literal["created", "training", "preempted", "failed", "finished"]
 
 SHIPPED = "shipped.json"
-MAY_CHANGE = frozenset(  # of a run that is not finished: what a training costs the machine, not what it learns
-    [
-        "data.cache",
-        "data.workers",
-        "train.accumulate",
-        "train.gradient_checkpointing",
-        "train.rank_timeout",
-        "train.save_every",
-        "train.skip_nonfinite",  # or a run could never pass over one bad step
-        "train.threads",
-    ]
-)
-
 _CORE_PACKAGES = ("solq-lab", "torch", "torchvision", "timm", "numpy", "scipy", "safetensors")
 _COCO_PACKAGES = ("pycocotools", "faster-coco-eval")
 
@@ -227,7 +215,7 @@ class Run:
 def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
     """The run folder of an experiment, made if it is missing, opened if it holds the very same experiment.
 
-    As long as it is not finished, settings of `MAY_CHANGE` may differ: the next process takes the new ones.
+    As long as it is not finished, keys with `Role.MAY_CHANGE` may differ: the next process takes the new ones.
 
     Raises:
         RunError: the folder exists and belongs to a different experiment, or to something else; nothing is written.
@@ -239,7 +227,7 @@ def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
         run = Run(folder)
         differences = run.differences(experiment)
         finished = run.status()["state"] == "finished"
-        refused = [found for found in differences if finished or found.split()[0] not in MAY_CHANGE]
+        refused = [found for found in differences if finished or found.split()[0] not in keys_with(Role.MAY_CHANGE)]
         if refused:
             raise RunError(
                 f"{folder}: this run belongs to another experiment; it differs in {'; '.join(refused)}. "
@@ -252,27 +240,16 @@ def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
         return Run(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists but is not a run folder (no experiment.yaml); choose another name=...")
-    _require_starting_files(experiment)
+    for key, file in experiment.starting_files.items():
+        if not Path(file).exists():  # a file, or the folder of a run
+            cure = "; `solq-lab fit-codec EXPERIMENT` writes it" if key == "codec.artifact" else ""
+            raise ConfigError(f"{key}: found {file}, which does not exist{cure}")
     folder.mkdir(parents=True, exist_ok=True)
     _write_experiment(path, experiment)
     run = Run(folder)
     run.record_environment(describe_software())
     run.write_status("created", step=0)
     return run
-
-
-def _require_starting_files(experiment: Experiment) -> None:
-    """Refuse what the training would refuse a minute later: weights or tables to start from that are not there."""
-    model, codec, train = experiment.model, experiment.codec, experiment.train
-    named = {
-        "train.finetune_from": train.finetune_from,
-        "model.pretrained": "" if model.pretrained in ("imagenet", "none") else model.pretrained,
-        "codec.artifact": codec.artifact if codec.is_fitted else "",
-    }
-    for key, file in named.items():
-        if file and not Path(file).exists():  # a run's folder serves too
-            cure = "; `solq-lab fit-codec EXPERIMENT` writes it" if key == "codec.artifact" else ""
-            raise ConfigError(f"{key}: found {file}, which does not exist{cure}")
 
 
 def load_run(folder: str | Path) -> Run:

@@ -11,7 +11,7 @@ from torchvision.ops import generalized_box_iou
 
 from solq_lab.bench.timing import Row, compare
 from solq_lab.boxes import cxcywh_to_xyxy
-from solq_lab.config import LossSection, MatcherSection
+from solq_lab.schema import LossSection, MatcherSection
 from solq_lab.structures import LayerPrediction, Predictions, Target
 from solq_lab.training.matcher import HungarianMatcher, Matches
 

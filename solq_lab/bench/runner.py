@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from solq_lab.bench import codecs, evaluation, gpu, loader, matcher, memory, network, op, postprocess, targets
 from solq_lab.bench.memory import MemoryRow
 from solq_lab.bench.timing import Row
-from solq_lab.config import DataSection
 from solq_lab.data.annotations import DataError
 from solq_lab.runs import describe_software, write_json
+from solq_lab.schema import DataSection
 
 PARTS = ("op", "codec", "targets", "postprocess", "matcher", "loader", "eval", "infer", "train")
 ON_GPU = ("gpu",)  # runs where there is one

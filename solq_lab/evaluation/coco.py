@@ -21,7 +21,6 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_api
 
-from solq_lab.config import EvaluationSection
 from solq_lab.data.annotations import (
     MAX_SIDE,
     DataError,
@@ -39,6 +38,7 @@ from solq_lab.data.classes import name_of_category
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
 from solq_lab.masks import segmentation_to_rle
+from solq_lab.schema import EvaluationSection
 
 logger = logging.getLogger(__name__)
 

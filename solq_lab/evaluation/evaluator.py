@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_dataset
 from solq_lab.codecs.base import MaskCodec, describe_codec
-from solq_lab.config import EvaluationSection, Experiment
+from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.loader import BatchLoader
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
@@ -29,6 +29,7 @@ from solq_lab.inference.predictor import Predictor
 from solq_lab.models.sqr import SQRDetector
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run, RunError, hash_file, read_json, write_json
+from solq_lab.schema import EvaluationSection
 from solq_lab.structures import Detections
 from solq_lab.studies.ceiling import codec_ceiling
 

@@ -13,31 +13,14 @@ from torch import Tensor
 from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec, zigzag
-from solq_lab.config import Experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.inference.predictor import find_weights, read_trained
 from solq_lab.models.adapt import SharedCoefficients, adapt_weights
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import WeightFile, WeightMismatch
+from solq_lab.schema import Experiment, ModelSection, Role, keys_with
 
 log = logging.getLogger(__name__)
-
-# Settings of the network that trained weights depend on; the others are adapted, or concern the training alone.
-FIXED = (
-    "backbone",
-    "dilation",
-    "levels",
-    "width",
-    "heads",
-    "encoder_layers",
-    "decoder_layers",
-    "encoder_points",
-    "decoder_points",
-    "feedforward",
-    "activation",
-    "refine_boxes",
-    "two_stage",
-)
 
 
 class TrainedModel(NamedTuple):
@@ -133,7 +116,7 @@ def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 
 
 def _check_settings(experiment: Experiment, trained: Experiment, path: Path) -> None:
-    keys = [*FIXED]
+    keys = [key for key in ModelSection.model_fields if f"model.{key}" not in keys_with(Role.ADAPTED)]
     if experiment.codec.kind != "none" and trained.codec.kind != "none":
         keys.append("vector_hidden")
     differing = [

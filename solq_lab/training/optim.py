@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from solq_lab.config import OptimSection, TrainSection
+from solq_lab.schema import OptimSection, TrainSection
 
 
 def parameter_group(name: str) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from solq_lab.config import ConfigError, TrainSection
+from solq_lab.config import ConfigError
 from solq_lab.runs import Run
+from solq_lab.schema import TrainSection
 
 log = logging.getLogger(__name__)
 

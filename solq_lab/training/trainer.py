@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_dataset, build_model
 from solq_lab.codecs.base import describe_codec
-from solq_lab.config import TrainSection
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
 from solq_lab.data.order import BatchStream
 from solq_lab.data_folder import prepare_data
@@ -35,6 +34,7 @@ from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import Run, RunError, State, describe_software
+from solq_lab.schema import TrainSection
 from solq_lab.training.checkpoint import (
     Checkpoint,
     load_newest_checkpoint,

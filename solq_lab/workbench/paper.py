@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
-from solq_lab.config import ConfigError, Section, read_yaml
+from solq_lab.config import ConfigError, read_yaml
+from solq_lab.schema import Section
 
 PAPER_RESULTS = Path("experiments/paper_results.yaml")
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from solq_lab.config import load_sweep
 from solq_lab.runs import Run, RunError, load_run, read_json
+from solq_lab.schema import Role, keys_with
 from solq_lab.workbench.paper import PAPER_RESULTS, PaperTable, paper_table
 from solq_lab.workbench.sweeps import Job, find_sweep, plan
 
 RESULTS = Path("experiments/results")
-OF_THE_MACHINE = ("data.root", "data.workers", "train.gpus", "train.threads", "train.accumulate")  # not of the result
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _finished_run(job: Job, notes: list[str]) -> RunNumbers | None:
         return None
     run = load_run(job.folder)
     found = run.differences(job.experiment())
-    differences = [difference for difference in found if difference.split()[0] not in OF_THE_MACHINE]
+    differences = [difference for difference in found if difference.split()[0] not in keys_with(Role.MACHINE)]
     if differences:
         notes.append(f"{run.folder}: differs from the sweep in {'; '.join(differences)}")
     results, environment = read_json(run.results), read_json(run.environment)

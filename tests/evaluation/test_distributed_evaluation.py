@@ -13,11 +13,11 @@ import torch.distributed as dist
 from clairvoyant import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
 
 from solq_lab.codecs.dct import DCTCodec
-from solq_lab.config import EvaluationSection
 from solq_lab.evaluation import gathering
 from solq_lab.evaluation.evaluator import evaluate_model
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import read_results, write_results
+from solq_lab.schema import EvaluationSection
 
 BATCH_SIZES = (1, 2, NUM_IMAGES)  # the last one leaves all but one process without an image
 

@@ -12,7 +12,7 @@ from clairvoyant import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, Clairvoyant, open_dat
 
 from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
-from solq_lab.config import EvaluationSection, Experiment
+from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.evaluation import evaluator
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, predict_dataset, run_ceiling
@@ -21,6 +21,7 @@ from solq_lab.evaluation.results import read_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.models.weights import save_weights
 from solq_lab.runs import Run, RunError, create_run
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.ceiling import codec_ceiling
 
 

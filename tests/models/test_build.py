@@ -9,10 +9,11 @@ from torchvision.models import resnet50
 
 from solq_lab.build import build_augmentation, build_backbone, build_codec, build_dataset, build_images, build_model
 from solq_lab.codecs.dct import DCTCodec
-from solq_lab.config import ConfigError, DataSection, ModelSection
+from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
 from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
 from solq_lab.models.weights import WeightMismatch, save_weights
+from solq_lab.schema import DataSection, ModelSection
 from solq_lab.structures import ImageBatch
 
 

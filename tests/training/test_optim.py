@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from solq_lab.build import build_model
-from solq_lab.config import OptimSection, validate_experiment
+from solq_lab.config import validate_experiment
 from solq_lab.models.official import Layout, name_table
+from solq_lab.schema import OptimSection
 from solq_lab.training.optim import (
     build_optimizer,
     clip_gradients,

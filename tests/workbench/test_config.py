@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
+from solq_lab.schema import Role, keys_with
 
 
 @pytest.fixture
@@ -147,6 +149,43 @@ def test_a_file_that_is_no_mapping_is_refused_and_runs_nothing(write, text):
 def test_a_file_that_extends_itself_is_refused(write):
     write("extends: b.yaml", "a.yaml")
     assert "extends itself" in refusal(write("extends: a.yaml", "b.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("name=007", "007"),
+        ("name=2e5", "2e5"),
+        ("name=2024-01-01", "2024-01-01"),
+        ("data.root=1_000", "1_000"),
+        ("data.root=run #2", "run #2"),
+        ("data.root=my: set", "my: set"),
+        ("data.root=", ""),
+        ("data.train_images=2017", "2017"),
+        ("model.pretrained=none", "none"),
+        ("data.root=~/coco", str(Path.home() / "coco")),
+        ("codec.threshold=null", None),
+        ("data.crop_size=[3, 4]", (3, 4)),
+        ("optim.lr=2e-5", 2e-5),
+    ],
+)
+def test_an_override_of_a_text_is_taken_as_typed_and_any_other_as_yaml(write, override, found):
+    key = override.partition("=")[0]
+    experiment = load_experiment(write(""), [override])
+    assert (experiment.name if key == "name" else experiment.value(key)) == found
+
+
+def test_a_choice_that_yaml_takes_for_another_type_is_refused_as_typed(write):
+    assert "(found 'no')" in refusal(write(""), ["train.autocast=no"])
+
+
+def test_keys_have_the_roles_that_runs_sweeps_and_shared_models_rely_on():
+    assert keys_with(Role.START) == {"codec.artifact", "model.pretrained", "train.finetune_from"}
+    assert {"data.workers", "train.skip_nonfinite"} < keys_with(Role.MAY_CHANGE)
+    assert "data.root" in keys_with(Role.MACHINE)
+    assert not keys_with(Role.MAY_CHANGE) & {"optim.lr", "train.gpus", "train.batch_size", "train.autocast"}
+    experiment = Experiment(name="x", codec={"kind": "pca", "artifact": "a/pca.safetensors"})
+    assert experiment.starting_files == {"codec.artifact": "a/pca.safetensors"}
 
 
 @pytest.mark.parametrize("override", ["train.batch_size", "=3", "train.batch_size.more=3", "train.steps=[1"])

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from solq_lab.build import build_codec
 from solq_lab.codecs.base import FittedCodec
-from solq_lab.config import ConfigError, Experiment
+from solq_lab.config import ConfigError, Experiment, change_experiment
 from solq_lab.files import replacing
 from solq_lab.inference.predictor import Predictor, find_weights, read_trained
 from solq_lab.models.weights import save_weights
 from solq_lab.runs import Run
+from solq_lab.schema import Role, keys_with
 
 
 def share(weights_or_run: str | Path | Run, destination: Path) -> Predictor:
@@ -45,8 +46,5 @@ def share(weights_or_run: str | Path | Run, destination: Path) -> Predictor:
 
 def without_paths(experiment: Experiment) -> Experiment:
     """The same experiment without the folders of the machine that trained it."""
-    data = experiment.data.model_copy(update={"root": ""})
-    model = experiment.model.model_copy(update={"pretrained": Path(experiment.model.pretrained).name})
-    codec = experiment.codec.model_copy(update={"artifact": Path(experiment.codec.artifact).name})
-    train = experiment.train.model_copy(update={"finetune_from": Path(experiment.train.finetune_from).name})
-    return experiment.model_copy(update={"data": data, "model": model, "codec": codec, "train": train})
+    names = {key: Path(experiment.value(key)).name for key in keys_with(Role.START)}
+    return change_experiment(experiment, names | {"data.root": ""}, source=experiment.name)

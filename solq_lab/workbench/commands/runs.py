@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
+from solq_lab.config import ConfigError, Experiment, change_experiment, load_experiment
 from solq_lab.data_folder import check_data_folder, prepare_data
 from solq_lab.errors import Interrupted
 from solq_lab.runs import Run, create_run, list_runs, load_run, read_json
@@ -112,9 +112,7 @@ def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> E
     folder = runs_dir / experiment.name
     begun = (folder / "experiment.yaml").is_file()
     gpus = load_run(folder).experiment.train.gpus if begun else processes
-    values = experiment.model_dump(mode="json")
-    values["train"]["gpus"] = gpus
-    return validate_experiment(values, source=f"--gpus-per-node ({processes} processes)")
+    return change_experiment(experiment, {"train.gpus": gpus}, source=f"--gpus-per-node ({processes} processes)")
 
 
 def evaluate(
