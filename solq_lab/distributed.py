@@ -1,4 +1,4 @@
-"""The processes of one training: who am I, how many are we, sum this over all of us, and who is missing.
+"""Rank, world size and collective operations of the processes of one training.
 
 `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process and every function is a no-op.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from solq_lab.heartbeat import RankWatch
+from solq_lab.heartbeat import HeartbeatMonitor
 
-EXCHANGE_TIMEOUT = datetime.timedelta(hours=2)  # an evaluation on rank 0 may keep the others waiting for long
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # an evaluation on rank 0 may keep the others waiting for long
 
-_watch: RankWatch | None = None  # of this process, as the process group is torch's
+_monitor: HeartbeatMonitor | None = None  # one per process, as torch's process group is
 
 
 def rank() -> int:
@@ -44,59 +44,52 @@ def device() -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(*, rank_timeout: float, last_words: Callable[[str], None]) -> Iterator[None]:
-    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, watch over them, and leave in order.
+def process_group(*, rank_timeout: float, on_fatal: Callable[[str], None]) -> Iterator[None]:
+    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs, monitor them, and leave in order.
 
     Args:
-        rank_timeout: seconds without a sign of life after which a process counts as lost (`solq_lab.heartbeat`).
-        last_words: told the loss, on one process, before that ends although it still waits for another one.
+        rank_timeout: seconds without a heartbeat after which a process counts as lost (`solq_lab.heartbeat`).
+        on_fatal: receives the failure, on one rank, where that is ended while its main thread is blocked.
     """
-    global _watch
+    global _monitor
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=EXCHANGE_TIMEOUT)
-    watch = RankWatch(
-        _connect_to_store(rank_timeout),
-        rank=rank(),
-        world_size=world_size(),
-        timeout=rank_timeout,
-        last_words=last_words,
-    )
-    with watch:
-        _watch = watch
+    dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+
+    # A second connection to the process group's store: on the first one the main thread may block for long.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=rank_timeout))
+    with HeartbeatMonitor(
+        store, rank=rank(), world_size=world_size(), timeout=rank_timeout, on_fatal=on_fatal
+    ) as _monitor:
         yield
         wait_for_all()  # leaving while another process is still in its last exchange aborts that one
-    _watch = None
+    _monitor = None
     dist.destroy_process_group()  # not after an error: it may wait for a process that is lost
 
 
-def _connect_to_store(timeout: float) -> dist.TCPStore:
-    """A second connection to the store of the process group: on the first one this process may wait for long."""
-    patience = datetime.timedelta(seconds=timeout)
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)
-
-
 def report_step(step: int) -> None:
-    """Let the other processes know how many optimiser steps this one has done."""
-    if _watch is not None:
-        _watch.step = step
+    """Put the number of optimiser steps done into this process's heartbeat."""
+    if _monitor is not None:
+        _monitor.step = step
 
 
-def blame(error: BaseException) -> BaseException:
-    """What an error comes from: a `ProcessLost` where another process died or hangs, else the error itself.
+def diagnose(error: BaseException) -> BaseException:
+    """The cause of an error: a `ProcessLost` where another process died or hangs, else the error itself.
 
-    The other processes hear of an error of this one's own.
+    An error of this process itself is published to the others.
     """
-    return error if _watch is None else _watch.blame(error)
+    return error if _monitor is None else _monitor.diagnose(error)
 
 
-def speaks_last() -> bool:
-    """Whether this process writes how a broken-off training ended: the main one, or who found that one lost."""
-    return is_main() if _watch is None else _watch.speaks_last()
+def is_reporting_rank() -> bool:
+    """Whether this process writes how an aborted training ended: rank 0, or the one that reported it lost."""
+    return is_main() if _monitor is None else _monitor.is_reporting_rank()
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -111,12 +104,9 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 def sum_of_numbers(number: float, here: torch.device) -> float:
     """The sum of a number of the host over all processes, on every one of them.
 
-    A process that is alone knows it already: a round trip to a GPU would wait for all that the GPU has yet to do.
-
-    Args:
-        number: of this process.
-        here: this process's device.
+    `here` is this process's device.
     """
+    # With one process, skip the all-reduce: it would force a GPU sync.
     if world_size() == 1:
         return float(number)
     return sum_over_processes(torch.tensor(float(number), device=here)).item()
@@ -144,7 +134,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def wait_for_all() -> None:
-    """Return when every process is here."""
+    """Barrier: return when every process has reached it."""
     if world_size() > 1:
-        # NCCL waits on a GPU, and would have to guess which one is this process's.
+        # NCCL's barrier runs on a GPU, and would have to guess which one is this process's.
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)

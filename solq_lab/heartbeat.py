@@ -1,10 +1,9 @@
-"""Watching over the processes of one training: who died, who hangs, and that nobody waits for them in vain.
+"""Detects dead or hung ranks and aborts the job.
 
-Every process (rank) has a thread that leaves a sign of life in the store that torchrun's processes share, and looks at
-those of the others. A thread, because the main one may compile, evaluate or write for long: whoever has a running
-thread is alive, whatever else it does. A process that died is missed within two seconds by those of its machine; one
-that is stopped, or on a machine that is cut off, after `timeout` seconds without a sign. Whoever misses a process
-first posts its name, and all end. Without their launcher they save and stop, as at a signal.
+A thread of every process writes a heartbeat to torchrun's store and reads those of the others; it runs on while the main
+thread compiles, evaluates or writes. Processes of the same machine notice a dead one within two seconds; one that is
+stopped, or on a machine that is cut off, is noticed after `timeout` seconds without a heartbeat. The first rank to
+notice publishes the failure, and all processes end. Without its launcher a process saves and stops, as after a signal.
 """
 
 from __future__ import annotations
@@ -22,31 +21,35 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import psutil
 import torch.distributed as dist
 
 from solq_lab.errors import ExplainedError
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_SIGNS = 1.0
-SECONDS_ASLEEP = 5.0  # a watch that did not look for so long was itself stopped, and can say nothing about others
-SECONDS_OF_SUSPICION = 5.0  # instead of `timeout`, once an exchange with some process has failed
-SECONDS_TO_END = 20.0  # after a loss, to end in order; a main thread that waits on a GPU for the lost one never would
+INTERVAL = 1.0  # seconds between heartbeats
+MAX_PAUSE = 5.0  # seconds; a monitor that did not run for longer was itself stopped, and cannot judge others
+SECONDS_AFTER_ERROR = 5.0  # instead of `timeout`, once a collective operation has failed
+SECONDS_TO_END = 20.0  # after a failure, to end in order; a main thread that waits on a GPU for a lost rank never would
 SECONDS_TO_SAVE = 600.0  # after the launcher was lost, to save and to stop
+
+_PREFIX = f"heartbeat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # restarts share one store
+_FAILURE_KEY = f"{_PREFIX}/failure"
 
 
 class ProcessLost(ExplainedError):
     """Another process of the training died, hangs or failed; the message names its rank, host, process id and step."""
 
 
-class Sign(NamedTuple):
-    """A process's sign of life.
+class Heartbeat(NamedTuple):
+    """The latest sign of life of a process.
 
-    host, pid: where it is.
+    host, pid: where it runs.
     node: machine and launcher; the processes of one node see each other's ids.
     step: optimiser steps done.
-    count: signs given.
-    left: whether it left in order.
+    count: heartbeats so far.
+    finished: whether it has left in order.
     """
 
     host: str
@@ -54,207 +57,187 @@ class Sign(NamedTuple):
     node: str
     step: int
     count: int
-    left: bool
+    finished: bool
 
 
-class Verdict(NamedTuple):
-    """The one loss that ends a training.
-
-    rank: whose.
-    text: who that is, and what happened.
-    hangs: whether its process still exists.
-    teller: the rank that posted it.
-    """
+class Failure(NamedTuple):
+    """The failure that ends the job: of which rank, a message that names it, and the rank that reported it."""
 
     rank: int
-    text: str
-    hangs: bool
-    teller: int
+    message: str
+    reporter: int
 
 
-class RankWatch(threading.Thread):
-    """The watch of one process over all others.
+class HeartbeatMonitor(threading.Thread):
+    """Monitors all other ranks on behalf of one; used as a context manager.
+
+    Args:
+        store: the processes' common store, over a connection of its own: the training's may block.
+        rank, world_size: which of how many processes this is.
+        timeout: seconds without a heartbeat after which a process counts as lost.
+        on_fatal: receives the failure, on one rank, where the main thread is still blocked as the process is ended.
 
     Attributes:
-        step: optimiser steps done, for the others to know; the training sets it.
+        step: optimiser steps done, part of the heartbeat; the training sets it.
+        failure: what ends the job, once that is known.
     """
 
     def __init__(
-        self, store: dist.Store, *, rank: int, world_size: int, timeout: float, last_words: Callable[[str], None]
+        self, store: dist.Store, *, rank: int, world_size: int, timeout: float, on_fatal: Callable[[str], None]
     ) -> None:
-        """Prepare the watch; `with` runs it.
-
-        Args:
-            store: the processes' common store, over a connection of its own: on the training's others may wait.
-            rank, world_size: which of how many processes this is.
-            timeout: seconds without a sign of life after which a process counts as lost.
-            last_words: told the loss before this process ends although its main thread still waits for something.
-        """
-        super().__init__(name="rank watch", daemon=True)
+        super().__init__(name="heartbeat monitor", daemon=True)
         self.step = 0
+        self.failure: Failure | None = None
         self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
-        self._last_words = last_words
-        self._launcher = os.getppid()
-        self._host = socket.gethostname()
+        self._on_fatal = on_fatal
+        self._launcher, self._host = os.getppid(), socket.gethostname()
         self._node = f"{self._host} {os.environ.get('GROUP_RANK')}"  # torchrun's number of its launcher
-        self._signs_given = 0
-        self._seen: dict[int, tuple[Sign, float]] = {}  # by rank: its newest sign, and when it came
-        self._looked = time.monotonic()
-        self._verdict: Verdict | None = None
-        self._heard, self._left = threading.Event(), threading.Event()
-        self._suspicious = self._told = False
-        self._alone = ""  # why nobody can be watched any more
-        self._deadline = math.inf  # when to end at the latest, once something is lost
+        self._count = 0
+        self._seen: dict[int, tuple[Heartbeat, float]] = {}  # by rank: its newest heartbeat, and when it came
+        self._last_check = time.monotonic()
+        self._failed, self._finished = threading.Event(), threading.Event()
+        self._suspicious = self._diagnosed = False
+        self._disconnected = ""  # why no rank can be monitored any more
+        self._deadline = math.inf  # when to abort, once something has failed
 
     def __enter__(self) -> Self:
-        self._give_sign()
+        self._beat()
         self.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            self.blame(error)  # the thread stays: the way out may lead past a lost process
+            self.diagnose(error)  # the thread stays: the way out may block on a lost process
             return
-        self._left.set()
+        self._finished.set()
         self.join()
-        if not self._alone:
-            with contextlib.suppress(RuntimeError):  # the store is gone, and so is everybody who would read this
-                self._give_sign(left=True)
+        if not self._disconnected:
+            with contextlib.suppress(RuntimeError):  # the store is gone, and so are its readers
+                self._beat(finished=True)
 
-    def blame(self, error: BaseException) -> BaseException:
-        """What an error of this process comes from: the loss of another one, or itself, which the others then hear of.
-
-        Returns:
-            A `ProcessLost`, or `error`.
-        """
-        if isinstance(error, ProcessLost) or self._told:
+    def diagnose(self, error: BaseException) -> BaseException:
+        """The cause of an error of this process: a `ProcessLost`, or `error` itself, which is then published."""
+        if isinstance(error, ProcessLost) or self._diagnosed:
             return error
-        self._told = True
-        if not _is_failed_exchange(error):
-            with contextlib.suppress(RuntimeError):  # the store is gone: the others learn it from failed exchanges
+        self._diagnosed = True
+
+        if not _is_failed_collective(error):
+            with contextlib.suppress(RuntimeError):  # without the store, others see failed collective operations
                 ended = "failed" if isinstance(error, Exception) else "was stopped"
-                self._post(self._rank, f"{ended}: {type(error).__name__}: {error}")
+                self._publish(self._rank, f"{ended}: {type(error).__name__}: {error}")
             return error
+
+        # A collective operation fails as soon as a peer is gone, before the peer's heartbeat is missed.
         self._suspicious = True
-        self._heard.wait(SECONDS_OF_SUSPICION + 5 * SECONDS_BETWEEN_SIGNS)
-        lost = self._alone if self._verdict is None else self._verdict.text
+        self._failed.wait(SECONDS_AFTER_ERROR + 5 * INTERVAL)
+        lost = self.failure.message if self.failure else self._disconnected
         return ProcessLost(lost) if lost else error
 
-    def speaks_last(self) -> bool:
-        """Whether this process writes how the training ended: the main one, or who found that one lost.
+    def is_reporting_rank(self) -> bool:
+        """Whether this process writes how the training ended: rank 0, or the reporter of rank 0's failure.
 
-        Where the store is gone too, nobody knows who is left, and all say the same.
+        Where the store is gone, nothing is known about the others, and every rank reports the same.
         """
-        if self._alone:
-            return True
-        speaker = 0 if self._verdict is None or self._verdict.rank != 0 else self._verdict.teller
-        return self._rank == speaker
+        reporter = self.failure.reporter if self.failure and self.failure.rank == 0 else 0
+        return self._rank == reporter or bool(self._disconnected)
 
     def run(self) -> None:
-        """Give signs and look around until the process leaves."""
-        while not self._left.wait(SECONDS_BETWEEN_SIGNS):
-            if not self._alone:
-                self._watch_once()
+        """Write heartbeats and check the others' until the process leaves."""
+        while not self._finished.wait(INTERVAL):
+            if not self._disconnected:
+                self._check()
             if time.monotonic() > self._deadline:
-                self._end()
+                self._abort()
 
-    def _watch_once(self) -> None:
+    def _check(self) -> None:
         if os.getppid() != self._launcher:
-            self._stop_politely(f"the launcher, process {self._launcher} on {self._host}, is gone")
+            self._save_and_stop(f"the launcher, process {self._launcher} on {self._host}, is gone")
             return
         try:
-            self._give_sign()
-            self._look_around()
-        except RuntimeError as error:  # it has waited for `timeout` seconds, or the connection is broken for good
-            self._stop_politely(f"the first launcher cannot be reached, {str(error).splitlines()[0]}")
+            self._beat()
+            if self.failure is None and self._store.check([_FAILURE_KEY]):
+                self._handle(Failure(*json.loads(self._store.get(_FAILURE_KEY))))
+            if self.failure is None:
+                self._check_others()
+        except RuntimeError as error:  # after waiting for `timeout` seconds, or as the connection is broken for good
+            self._save_and_stop(f"the first launcher cannot be reached, {str(error).splitlines()[0]}")
 
-    def _give_sign(self, *, left: bool = False) -> None:
-        self._signs_given += 1
-        sign = Sign(self._host, os.getpid(), self._node, self.step, self._signs_given, left)
-        self._store.set(_key(self._rank), json.dumps(sign))
+    def _beat(self, *, finished: bool = False) -> None:
+        self._count += 1
+        heartbeat = Heartbeat(self._host, os.getpid(), self._node, self.step, self._count, finished)
+        self._store.set(_key(self._rank), json.dumps(heartbeat))
 
-    def _look_around(self) -> None:
-        """Read the others' signs, and post the first loss that shows."""
-        if self._verdict is None and self._store.check([_VERDICT]):
-            self._heed(Verdict(*json.loads(self._store.get(_VERDICT))))
-        if self._verdict is not None:
-            return
-        ranks = [rank for rank in range(self._world_size) if rank != self._rank]
-        if len(self._seen) < len(ranks):
-            ranks = [rank for rank in ranks if self._store.check([_key(rank)])]
-        # Before the signs are read: whoever leaves in order says so first, and is gone only then.
-        gone = {rank for rank in ranks if rank in self._seen and self._is_gone(self._seen[rank][0])}
-        signs = [Sign(*json.loads(text)) for text in self._store.multi_get([_key(rank) for rank in ranks])]
+    def _check_others(self) -> None:
+        """Read the others' heartbeats, and publish the first failure found."""
+        # Before the heartbeats are read: a process that leaves in order says so first, and is gone only then.
+        seen = {rank: heartbeat for rank, (heartbeat, _) in self._seen.items()}
+        gone = {rank for rank, beat in seen.items() if beat.node == self._node and not psutil.pid_exists(beat.pid)}
+
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        started = [rank for rank in others if rank in seen or self._store.check([_key(rank)])]
+        texts = self._store.multi_get([_key(rank) for rank in started])
         now = time.monotonic()
-        asleep, self._looked = now - self._looked > SECONDS_ASLEEP, now
-        patience = min(self._timeout, SECONDS_OF_SUSPICION) if self._suspicious else self._timeout
-        for rank, sign in zip(ranks, signs, strict=True):
-            if asleep or rank not in self._seen or sign != self._seen[rank][0]:
-                self._seen[rank] = (sign, now)
+        paused, self._last_check = now - self._last_check > MAX_PAUSE, now
+        timeout = min(self._timeout, SECONDS_AFTER_ERROR) if self._suspicious else self._timeout
+
+        for rank, text in zip(started, texts, strict=True):
+            heartbeat = Heartbeat(*json.loads(text))
+            if paused or heartbeat != seen.get(rank):
+                self._seen[rank] = (heartbeat, now)
             silent = now - self._seen[rank][1]
-            if rank in gone and not sign.left:
-                self._post(rank, "died, killed from outside or for want of memory")
-            elif silent > patience and not sign.left:
-                self._post(rank, f"gave no sign of life for {silent:.0f} s, stopped or cut off", hangs=True)
+            if rank in gone and not heartbeat.finished:
+                self._publish(rank, "died, killed from outside or out of memory")
+            elif silent > timeout and not heartbeat.finished:
+                self._publish(rank, f"sent no heartbeat for {silent:.0f} s, stopped or cut off")
 
-    def _is_gone(self, sign: Sign) -> bool:
-        """Whether a process of this machine exists no more; of others nobody here can say."""
-        if sign.node != self._node:
-            return False
-        try:
-            os.kill(sign.pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
-
-    def _post(self, rank: int, what: str, *, hangs: bool = False) -> None:
-        """Tell everybody of a loss; where another one was posted first, that counts."""
+    def _publish(self, rank: int, what: str) -> None:
+        """Publish a failure to all ranks; where another one was published first, that counts."""
         step, host, pid = self.step, self._host, os.getpid()
         if rank != self._rank:
-            sign, _ = self._seen[rank]
-            step, host, pid = sign.step, sign.host, sign.pid
-        text = f"rank {rank} of {self._world_size} ({host}, process {pid}) {what}; it had done {step} steps"
-        posted = self._store.compare_set(_VERDICT, "", json.dumps(Verdict(rank, text, hangs, self._rank)))
-        self._heed(Verdict(*json.loads(posted)))
+            heartbeat, _ = self._seen[rank]
+            step, host, pid = heartbeat.step, heartbeat.host, heartbeat.pid
+        message = f"rank {rank} of {self._world_size} ({host}, process {pid}) {what}; it had done {step} steps"
+        first = self._store.compare_set(_FAILURE_KEY, "", json.dumps(Failure(rank, message, self._rank)))
+        self._handle(Failure(*json.loads(first)))
 
-    def _heed(self, verdict: Verdict) -> None:
-        """Take note of the loss that ends the training, and give the main thread a while to end in order."""
-        if self._verdict is not None:
+    def _handle(self, failure: Failure) -> None:
+        """Take over the failure that ends the job, and give the main thread a while to end in order."""
+        if self.failure is not None:
             return
-        self._verdict = verdict
+        self.failure = failure
         self._deadline = time.monotonic() + SECONDS_TO_END
-        if verdict.rank != self._rank:
-            log.error("rank %d: %s", self._rank, verdict.text)
-        if verdict.hangs and verdict.rank in self._seen and self._seen[verdict.rank][0].node == self._node:
-            with contextlib.suppress(ProcessLookupError):  # a stopped process hears no other signal
-                os.kill(self._seen[verdict.rank][0].pid, signal.SIGKILL)
-        self._heard.set()
+        if failure.rank != self._rank:
+            log.error("rank %d: %s", self._rank, failure.message)
 
-    def _stop_politely(self, why: str) -> None:
-        """Let this process ask for a stop, as if somebody had sent the signal: all agree, save and end."""
+        # A rank that another one reported is dead or hangs; a stopped process reacts to SIGKILL only.
+        if failure.reporter != failure.rank and failure.rank in self._seen:
+            heartbeat, _ = self._seen[failure.rank]
+            if heartbeat.node == self._node:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(heartbeat.pid, signal.SIGKILL)
+        self._failed.set()
+
+    def _save_and_stop(self, why: str) -> None:
+        """Stop this process as a signal does: all ranks agree on a step, save and end."""
         log.error("rank %d: %s; saving and stopping", self._rank, why)
-        self._alone = why
+        self._disconnected = why
         self._deadline = time.monotonic() + SECONDS_TO_SAVE
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _end(self) -> None:
-        """End this process while its main thread waits for something that will not come."""
-        text = self._alone if self._verdict is None else self._verdict.text
-        if self.speaks_last() and not self._told:
-            self._last_words(f"{ProcessLost.__name__}: {text}")
-        log.error("rank %d: ends without waiting any longer: %s", self._rank, text)
+    def _abort(self) -> None:
+        """End this process although its main thread is blocked."""
+        message = self.failure.message if self.failure else self._disconnected
+        if self.is_reporting_rank() and not self._diagnosed:
+            self._on_fatal(f"{ProcessLost.__name__}: {message}")
+        log.error("rank %d: aborted: %s", self._rank, message)
         logging.shutdown()
         os._exit(1)
 
 
-_RESTART = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a restarted training shares the store of the one before
-_VERDICT = f"watch/{_RESTART}/verdict"
-
-
 def _key(rank: int) -> str:
-    return f"watch/{_RESTART}/{rank}"
+    return f"{_PREFIX}/{rank}"
 
 
-def _is_failed_exchange(error: BaseException) -> bool:
-    """Whether an error came out of an exchange with other processes; gloo's are plain runtime errors."""
+def _is_failed_collective(error: BaseException) -> bool:
+    """Whether an error came out of a collective operation; gloo's are plain runtime errors."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

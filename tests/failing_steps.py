@@ -35,5 +35,5 @@ def take_steps(run_folder: Path) -> dict[str, list]:
 
 
 if __name__ == "__main__":
-    with distributed.process_group(rank_timeout=60.0, last_words=print):
+    with distributed.process_group(rank_timeout=60.0, on_fatal=print):
         torch.save(take_steps(Path(sys.argv[1])), Path(sys.argv[2]) / f"rank_{distributed.rank()}.pt")

@@ -27,7 +27,7 @@ def losses_and_gradients(run_folder: Path) -> dict[str, dict[str, torch.Tensor]]
 
 
 if __name__ == "__main__":
-    with distributed.process_group(rank_timeout=60.0, last_words=print):
+    with distributed.process_group(rank_timeout=60.0, on_fatal=print):
         found = losses_and_gradients(Path(sys.argv[1]))
         if distributed.is_main():
             torch.save(found, sys.argv[2])

@@ -38,7 +38,7 @@ def _in_double_precision(model: torch.nn.Module, inputs: tuple[ImageBatch]) -> t
 
 
 if __name__ == "__main__":
-    with distributed.process_group(rank_timeout=60.0, last_words=print):
+    with distributed.process_group(rank_timeout=60.0, on_fatal=print):
         found = losses_and_weights(Path(sys.argv[1]))
         if distributed.is_main():
             torch.save(found, sys.argv[2])

@@ -1,10 +1,10 @@
 """torchrun for a run: `python -m solq_lab.training.torchrun [OPTIONS OF TORCHRUN] RUN_FOLDER`, once on every machine.
 
-Where the processes meet follows from where it is called: in a SLURM step over several machines (`srun`, one task on
-each) on the first of them, else on this machine, on a port that is free. Options of torchrun's own can say otherwise.
+Unless the options name a rendezvous, it is the first machine of a SLURM step over several machines (`srun`, one task on
+each), else a free port of this machine.
 
-What differs from torchrun itself, under which a training works as well: a stop signal leaves the processes time to save
-(torchrun kills after 30 s), SIGUSR1 is passed on too, and a training that was stopped and has saved ends with status 0.
+A training works under torchrun itself as well. This adds: a stop signal leaves the processes time to save (torchrun
+kills after 30 s), SIGUSR1 is passed on too, and a training that was stopped and has saved ends with status 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from solq_lab.runs import RunError, load_run
 
 log = logging.getLogger("solq_lab.training")
 
-MEETING_OPTIONS = ("--standalone", "--nnodes", "--rdzv", "--master", "--node")
+RENDEZVOUS_OPTIONS = ("--standalone", "--nnodes", "--rdzv", "--master", "--node")
 MIN_PORT, PORTS = 20_000, 10_000  # below those that systems give to connections; two jobs rarely get the same
 
 
@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> int:
     except RunError as error:
         log.error("%s", error)
         return UserError.exit_status
-    # Read by torchrun; a torch that does not know them yet has its own values.
+
+    # Read by torchrun as it is imported; a torch that does not know them has its own values.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(SECONDS_TO_SAVE)))
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's value too, without its banner
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        torchrun.main([*meeting_options(options, os.environ), *options, "-m", "solq_lab.training", folder])
+        torchrun.main([*rendezvous_options(options, os.environ), *options, "-m", "solq_lab.training", folder])
     except SignalException as stopped:
         state = run.status()["state"]
         log.warning("%s: the processes have ended, the run is %s", stopped, state)
@@ -63,28 +64,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def meeting_options(options: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The options that tell torchrun where the processes meet, unless `options` do.
+def rendezvous_options(options: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The rendezvous options for torchrun; none where `options` give one.
 
     Args:
         options: torchrun's, as given.
         environment: variables of this process; SLURM's say on which machines its step runs.
     """
-    if any(option.replace("_", "-").startswith(MEETING_OPTIONS) for option in options):
+    if any(option.replace("_", "-").startswith(RENDEZVOUS_OPTIONS) for option in options):
         return []
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     if nodes == 1:
         return ["--standalone"]
+
     expand = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
     first, *_ = subprocess.run(expand, capture_output=True, text=True, check=True).stdout.split()
-    job, turn = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
-    port = MIN_PORT + int(job) % PORTS
-    return [
-        f"--nnodes={nodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-id={job}.{turn}",
-        f"--rdzv-endpoint={first}:{port}",
-    ]
+    job, restart = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
+    endpoint = f"{first}:{MIN_PORT + int(job) % PORTS}"
+    return [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-id={job}.{restart}", f"--rdzv-endpoint={endpoint}"]
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def train_run(run: Run, stop: StopRequest | None = None) -> State:
         with StopRequest() as stop:
             return train_run(run, stop)
     _check_gpus()
-    last_words = partial(_write_last_status, run, "failed")
-    group = distributed.process_group(rank_timeout=run.experiment.train.rank_timeout, last_words=last_words)
+    on_fatal = partial(_write_last_status, run, "failed")
+    group = distributed.process_group(rank_timeout=run.experiment.train.rank_timeout, on_fatal=on_fatal)
     try:
         with group, run.locked() if distributed.is_main() else contextlib.nullcontext():
             return _train_locked(run, stop)
@@ -104,8 +104,8 @@ def _train_locked(run: Run, stop: StopRequest) -> State:
             _write_last_status(run, "preempted", str(end) or "a second Ctrl-C, without saving")
         raise
     except Exception as error:
-        cause = name_fault(distributed.blame(error), run)
-        if distributed.speaks_last():
+        cause = name_fault(distributed.diagnose(error), run)
+        if distributed.is_reporting_rank():
             exit_status = cause.exit_status if isinstance(cause, ExplainedError) else 1
             _write_last_status(run, "failed", f"{type(cause).__name__}: {cause}", exit_status)
         raise cause from (None if cause is error else error)

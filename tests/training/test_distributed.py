@@ -1,4 +1,4 @@
-"""Several processes: they train as one does, miss whoever is lost, stop together, and leave nobody behind."""
+"""Several processes train as one does, detect lost ranks, and stop together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny import write_tiny_dataset
 from training_runs import ENVIRONMENT, TESTS, new_run
 
 from solq_lab import distributed
-from solq_lab.heartbeat import ProcessLost, RankWatch, Sign
+from solq_lab.heartbeat import Failure, Heartbeat, HeartbeatMonitor, ProcessLost
 from solq_lab.training import torchrun
 from solq_lab.training.checkpoint import list_checkpoints
 from solq_lab.training.trainer import train_run
@@ -76,7 +76,7 @@ def test_several_processes_train_as_one_even_where_a_batch_has_no_object(
         assert torch.allclose(found["weights"][name], weights, rtol=0, atol=1e-10), name
 
 
-# ------------------------------------------------------------------------------------------------ the watch by itself
+# ------------------------------------------------------------------------------------------------ the monitor by itself
 
 TIMEOUT = 3.0
 
@@ -87,61 +87,61 @@ def store():
 
 
 @contextlib.contextmanager
-def watching(store, rank, *, world_size=2, timeout=TIMEOUT):
+def monitoring(store, rank, *, world_size=2, timeout=TIMEOUT):
     own = dist.TCPStore("localhost", store.port, is_master=False, timeout=timedelta(seconds=timeout))
-    with RankWatch(own, rank=rank, world_size=world_size, timeout=timeout, last_words=pytest.fail) as watch:
-        yield watch
+    with HeartbeatMonitor(own, rank=rank, world_size=world_size, timeout=timeout, on_fatal=pytest.fail) as monitor:
+        yield monitor
 
 
-def sign_of(store, rank, pid, *, node=None, left=False):
-    """Leave a sign of a rank that has no watch; its node is this machine's launcher unless another one is given."""
+def beat(store, rank, pid, *, node=None, finished=False):
+    """Write a heartbeat of a rank without a monitor; its node is this machine's launcher unless another one is given."""
     host = socket.gethostname()
-    store.set(f"watch/0/{rank}", json.dumps(Sign(host, pid, node or f"{host} None", 17, 1, left)))
+    store.set(f"heartbeat/0/{rank}", json.dumps(Heartbeat(host, pid, node or f"{host} None", 17, 1, finished)))
 
 
-def verdict_of(watch):
-    wait_for(lambda: watch._verdict is not None, seconds=20)
-    return watch._verdict
+def failure_of(monitor) -> Failure:
+    wait_for(lambda: monitor.failure is not None, seconds=20)
+    return monitor.failure
 
 
-def test_whoever_gives_signs_is_not_missed_however_long_it_works(store):
-    with watching(store, 0) as first, watching(store, 1) as second:
+def test_a_rank_with_heartbeats_is_never_lost_however_long_it_works(store):
+    with monitoring(store, 0) as first, monitoring(store, 1) as second:
         time.sleep(2 * TIMEOUT)
-        assert first._verdict is None
-        assert second._verdict is None
+        assert first.failure is None
+        assert second.failure is None
 
 
 def test_a_process_that_died_is_named_with_its_step(store):
     dead = subprocess.Popen(["true"])
-    with watching(store, 0) as watch:
-        sign_of(store, 1, os.getpid())
-        wait_for(lambda: watch._seen)
-        sign_of(store, 1, dead.pid)
-        wait_for(lambda: watch._seen[1][0].pid == dead.pid)
+    with monitoring(store, 0) as monitor:
+        beat(store, 1, os.getpid())
+        wait_for(lambda: monitor._seen)
+        beat(store, 1, dead.pid)
+        wait_for(lambda: monitor._seen[1][0].pid == dead.pid)
         dead.wait()
-        verdict = verdict_of(watch)
+        failure = failure_of(monitor)
         who = f"rank 1 of 2 ({socket.gethostname()}, process {dead.pid})"
-        assert verdict.text == f"{who} died, killed from outside or for want of memory; it had done 17 steps"
-        assert isinstance(watch.blame(dist.DistBackendError("connection closed")), ProcessLost)
+        assert failure.message == f"{who} died, killed from outside or out of memory; it had done 17 steps"
+        assert isinstance(monitor.diagnose(dist.DistBackendError("connection closed")), ProcessLost)
 
 
-def test_a_process_that_left_in_order_is_not_missed(store):
+def test_a_process_that_left_in_order_is_not_lost(store):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    with watching(store, 0) as watch:
-        sign_of(store, 1, gone.pid, left=True)
+    with monitoring(store, 0) as monitor:
+        beat(store, 1, gone.pid, finished=True)
         time.sleep(2 * TIMEOUT)
-        assert watch._verdict is None
+        assert monitor.failure is None
 
 
 @pytest.mark.parametrize(("node", "killed"), [(None, True), ("another machine", False)])
 def test_a_silent_process_is_named_and_killed_where_it_is_on_this_node(store, node, killed):
     silent = subprocess.Popen(["sleep", "60"])
     try:
-        with watching(store, 0) as watch:
-            sign_of(store, 1, silent.pid, node=node)
-            assert "gave no sign of life for" in verdict_of(watch).text
-            wait_for(watch._heard.is_set)
+        with monitoring(store, 0) as monitor:
+            beat(store, 1, silent.pid, node=node)
+            assert "sent no heartbeat for" in failure_of(monitor).message
+            wait_for(monitor._failed.is_set)
             if killed:
                 assert silent.wait(10) == -signal.SIGKILL
             else:
@@ -151,37 +151,37 @@ def test_a_silent_process_is_named_and_killed_where_it_is_on_this_node(store, no
         silent.wait()
 
 
-def test_an_error_of_its_own_stays_an_error_and_the_others_hear_of_it(store):
-    with watching(store, 0) as first, watching(store, 1) as second:
+def test_an_error_of_one_rank_stays_an_error_and_is_published_to_the_others(store):
+    with monitoring(store, 0) as first, monitoring(store, 1) as second:
         error = ValueError("an image is missing")
-        assert second.blame(error) is error
-        verdict = verdict_of(first)
-        assert verdict.rank == 1
-        assert "failed: ValueError: an image is missing" in verdict.text
-        assert first.speaks_last()
-        assert not second.speaks_last()
-        assert str(first.blame(dist.DistBackendError("connection closed"))) == verdict.text
+        assert second.diagnose(error) is error
+        failure = failure_of(first)
+        assert failure.rank == 1
+        assert "failed: ValueError: an image is missing" in failure.message
+        assert first.is_reporting_rank()
+        assert not second.is_reporting_rank()
+        assert str(first.diagnose(dist.DistBackendError("connection closed"))) == failure.message
 
 
-def test_where_the_main_process_is_lost_the_one_who_missed_it_speaks_for_all(store):
-    with watching(store, 1, world_size=3) as second, watching(store, 2, world_size=3) as third:
-        sign_of(store, 0, os.getpid(), node="another machine")
-        verdicts = verdict_of(second), verdict_of(third)
-        assert verdicts[0] == verdicts[1]
-        assert [second.speaks_last(), third.speaks_last()].count(True) == 1
+def test_where_rank_0_is_lost_its_reporter_writes_the_status(store):
+    with monitoring(store, 1, world_size=3) as second, monitoring(store, 2, world_size=3) as third:
+        beat(store, 0, os.getpid(), node="another machine")
+        failures = failure_of(second), failure_of(third)
+        assert failures[0] == failures[1]
+        assert [second.is_reporting_rank(), third.is_reporting_rank()].count(True) == 1
 
 
-def test_a_watch_that_was_itself_stopped_accuses_nobody(store):
-    with watching(store, 0, timeout=60.0) as watch:
-        sign_of(store, 1, os.getpid(), node="another machine")
-        wait_for(lambda: watch._seen)
-        watch._seen[1] = (watch._seen[1][0], time.monotonic() - 100.0)
-        watch._looked = time.monotonic() - 100.0
+def test_a_monitor_that_was_itself_stopped_reports_no_failure(store):
+    with monitoring(store, 0, timeout=60.0) as monitor:
+        beat(store, 1, os.getpid(), node="another machine")
+        wait_for(lambda: monitor._seen)
+        monitor._seen[1] = (monitor._seen[1][0], time.monotonic() - 100.0)
+        monitor._last_check = time.monotonic() - 100.0
         time.sleep(3.0)
-        assert watch._verdict is None
+        assert monitor.failure is None
 
 
-# -------------------------------------------------------------------------------------------------- where they meet
+# -------------------------------------------------------------------------------------------------- the rendezvous
 
 
 @pytest.mark.parametrize(("backend", "devices"), [("nccl", [1]), ("gloo", None)])
@@ -195,21 +195,21 @@ def test_processes_wait_for_each_other_on_the_gpu_that_is_their_own(backend, dev
     assert waited == [devices]
 
 
-def test_processes_meet_on_a_free_port_here_unless_told_otherwise():
-    assert torchrun.meeting_options(["--nproc-per-node=2"], {}) == ["--standalone"]
-    assert torchrun.meeting_options(["--nproc-per-node=2"], {"SLURM_STEP_NUM_NODES": "1"}) == ["--standalone"]
-    assert torchrun.meeting_options(["--nnodes=2", "--rdzv_endpoint=a:1"], {"SLURM_STEP_NUM_NODES": "2"}) == []
+def test_the_rendezvous_is_a_free_port_here_unless_given():
+    assert torchrun.rendezvous_options(["--nproc-per-node=2"], {}) == ["--standalone"]
+    assert torchrun.rendezvous_options(["--nproc-per-node=2"], {"SLURM_STEP_NUM_NODES": "1"}) == ["--standalone"]
+    assert torchrun.rendezvous_options(["--nnodes=2", "--rdzv_endpoint=a:1"], {"SLURM_STEP_NUM_NODES": "2"}) == []
 
 
-def test_processes_of_a_slurm_step_meet_on_its_first_machine(tmp_path, monkeypatch):
+def test_the_rendezvous_of_a_slurm_step_is_on_its_first_machine(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "1234567"}
-    here = torchrun.meeting_options(["--nproc-per-node=8"], step)
+    here = torchrun.rendezvous_options(["--nproc-per-node=8"], step)
     assert here == ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=1234567.0", "--rdzv-endpoint=gpu07:24567"]
-    again = torchrun.meeting_options([], step | {"SLURM_RESTART_COUNT": "3"})
+    again = torchrun.rendezvous_options([], step | {"SLURM_RESTART_COUNT": "3"})
     assert "--rdzv-id=1234567.3" in again
 
 
@@ -291,14 +291,15 @@ def test_kill_9_of_one_of_four_ends_the_others_and_the_run_goes_on(start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_process_is_missed_named_and_killed(start, rank):
+def test_a_stopped_process_is_detected_named_and_killed(start, rank):
     training = start(2)
     os.kill(training.ranks[rank], signal.SIGSTOP)
     assert training.wait() == 1
     status = training.run.status()
     assert status["state"] == "failed"
     assert (
-        f"rank {rank} of 2 ({socket.gethostname()}, process {training.ranks[rank]}) gave no sign" in status["message"]
+        f"rank {rank} of 2 ({socket.gethostname()}, process {training.ranks[rank]}) sent no heartbeat"
+        in status["message"]
     )
     assert newest_checkpoint(training.run) >= 5
 
@@ -326,7 +327,7 @@ def test_a_lost_machine_ends_the_training_on_the_other_with_a_message(data_root,
     command = [*training_command(run, 1, nodes=2)[:-1], "--nnodes=2", "--rdzv-backend=c10d", meeting, str(run.folder)]
     with run.log_file.open("ab") as output:
         launchers = [subprocess.Popen(command, env=ENVIRONMENT, stderr=output)]
-        wait_for(lambda: is_open(port))  # the first machine is where they meet
+        wait_for(lambda: is_open(port))  # the first machine is the rendezvous
         launchers.append(subprocess.Popen(command, env=ENVIRONMENT, stderr=output))
     try:
         wait_for(lambda: newest_checkpoint(run) >= 5)
