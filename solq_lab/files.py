@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,28 @@ def replacing(path: Path) -> Iterator[Path]:
         flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; on leaving without an error it takes the place of `path`, on disk.
+
+    An error removes it. A kill leaves it behind; the next call in the same parent folder removes it.
+    """
+    for abandoned in path.parent.glob(".*.part"):
+        shutil.rmtree(abandoned)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for written in (*sorted(temporary.iterdir()), temporary):
+            flush_to_disk(written)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        flush_to_disk(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def flush_to_disk(path: Path) -> None:

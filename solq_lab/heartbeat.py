@@ -1,9 +1,9 @@
 """Detects dead or hung ranks and aborts the job.
 
-A thread of every process writes a heartbeat to torchrun's store and reads those of the others; it runs on while the main
-thread compiles, evaluates or writes. Processes of the same machine notice a dead one within two seconds; one that is
-stopped, or on a machine that is cut off, is noticed after `timeout` seconds without a heartbeat. The first rank to
-notice publishes the failure, and all processes end. Without its launcher a process saves and stops, as after a signal.
+A thread of every process writes a heartbeat to torchrun's store and reads those of the others; it keeps running while
+the main thread compiles, evaluates or writes. A dead process is detected within two seconds on its own machine, a
+stopped or cut off one after `timeout` seconds without a heartbeat. The first rank to detect it publishes the failure,
+and all processes end. A process that loses its launcher saves and stops, as after a signal.
 """
 
 from __future__ import annotations

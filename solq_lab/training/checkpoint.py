@@ -1,4 +1,4 @@
-"""Checkpoints: the weights and everything else a training needs to go on as if it had never stopped."""
+"""Checkpoints: the weights and all other state that a resumed training needs to continue bit for bit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from solq_lab.errors import ExplainedError
-from solq_lab.files import flush_to_disk, write_json
+from solq_lab.files import replacing_folder, write_json
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.runs import RunError, hash_file, read_json
 
 log = logging.getLogger(__name__)
 
 FILES = ("weights.safetensors", "state.pt")
-FINGERPRINTS = "sha256.json"  # of both files: neither format notices a changed bit
+FINGERPRINTS = "sha256.json"  # of both files: neither format detects a changed bit
 KEPT = 2  # the newest, and one before it in case the newest is damaged
 MEGABYTE = 2**20
 DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError)
@@ -34,12 +34,12 @@ class SaveError(ExplainedError):
 
 
 class Checkpoint(NamedTuple):
-    """What one checkpoint folder holds.
+    """The content of one checkpoint folder.
 
     step: optimiser steps done.
     weights: the model's state dict.
     state: the training's other state, plain containers of tensors, numbers and strings.
-    codec: state dict of the mask code; None or empty where its tables follow from its sizes.
+    codec: state dict of the mask codec; None or empty where its tables follow from its sizes.
     """
 
     step: int
@@ -49,10 +49,10 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, classes: str) -> None:
-    """Write a checkpoint under `folder`, and forget all but the last `KEPT`.
+    """Write a checkpoint under `folder`, and remove all but the last `KEPT`.
 
-    The files are complete and on the disk before their folder gets its name: a kill or a power cut at any moment
-    leaves the older checkpoints and at most a `.part` folder, which the next save removes.
+    Crash-safe: the files are complete and on the disk before their folder gets its name. A kill or a power cut at any
+    moment leaves the older checkpoints and at most a `.part` folder, which the next save removes.
 
     Args:
         folder: the run's folder of checkpoints.
@@ -65,25 +65,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, cl
     """
     final = folder / f"step_{checkpoint.step:07d}"
     if not final.exists():
-        for abandoned in folder.glob(".step_*.part"):
-            shutil.rmtree(abandoned)
-        partial = folder / f".{final.name}.part"
-        weights, state = (partial / name for name in FILES)
         try:
-            partial.mkdir(parents=True)
-            save_weights(weights, checkpoint.weights, experiment=experiment, classes=classes, codec=checkpoint.codec)
-            torch.save({"step": checkpoint.step, **checkpoint.state}, state)
-            write_json(partial / FINGERPRINTS, {name: hash_file(partial / name) for name in FILES})
-            for path in (weights, state, partial):
-                flush_to_disk(path)
-            partial.rename(final)
-            flush_to_disk(folder)
+            with replacing_folder(final) as partial:
+                weights, state = (partial / name for name in FILES)
+                save_weights(
+                    weights, checkpoint.weights, experiment=experiment, classes=classes, codec=checkpoint.codec
+                )
+                torch.save({"step": checkpoint.step, **checkpoint.state}, state)
+                write_json(partial / FINGERPRINTS, {name: hash_file(partial / name) for name in FILES})
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)  # before looking how much room there is
             raise SaveError(_explain_failed_save(final, error)) from error
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+
     for old in list_checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
 
@@ -95,7 +87,7 @@ def _explain_failed_save(final: Path, error: Exception) -> str:
         size = sum(path.stat().st_size for path in earlier.iterdir()) / MEGABYTE
         room += f"; {earlier.name} stands, it takes {size:.1f} MB"
     reason = " ".join(str(error).split())
-    return f"{final} could not be written ({reason}); {room}. Make room, and the same command goes on from what stands"
+    return f"{final} could not be written ({reason}); {room}. Make room; re-running resumes from the last checkpoint"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -106,8 +98,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that can be read, or None where there is none.
 
-    Damaged ones that are newer are named in a log line and renamed to `damaged_step_XXXXXXX`, so that they neither
-    count as one of those that are kept nor stand in the way of their step's next checkpoint.
+    Damaged ones that are newer are logged and renamed to `damaged_step_XXXXXXX`: they must neither count towards
+    `KEPT` nor block the name of their step's next checkpoint.
 
     Raises:
         RunError: there are checkpoints, and all of them are damaged; nothing is renamed.

@@ -45,7 +45,7 @@ from solq_lab.training.checkpoint import (
 from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.ema import AveragedWeights
-from solq_lab.training.faults import name_fault
+from solq_lab.training.faults import explain_fault
 from solq_lab.training.finetuning import TrainedModel, open_trained, start_from_trained
 from solq_lab.training.flight import FlightRecorder
 from solq_lab.training.hardware import describe_hardware
@@ -104,7 +104,7 @@ def _train_locked(run: Run, stop: StopRequest) -> State:
             _write_last_status(run, "preempted", str(end) or "a second Ctrl-C, without saving")
         raise
     except Exception as error:
-        cause = name_fault(distributed.diagnose(error), run)
+        cause = explain_fault(distributed.diagnose(error), run)
         if distributed.is_reporting_rank():
             exit_status = cause.exit_status if isinstance(cause, ExplainedError) else 1
             _write_last_status(run, "failed", f"{type(cause).__name__}: {cause}", exit_status)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from solq_lab import files
 from solq_lab.runs import RunError
 from solq_lab.training import checkpoint as module
 from solq_lab.training.checkpoint import (
@@ -140,14 +141,14 @@ def test_files_and_folders_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_
         flushed.append("renamed")
         return rename(path, target)
 
-    monkeypatch.setattr(module, "flush_to_disk", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(files, "flush_to_disk", lambda path: flushed.append(path.name))
     monkeypatch.setattr(Path, "rename", note_and_rename)
     save(tmp_path / "checkpoints", 5)
     partial = ".step_0000005.part"
-    assert flushed == ["weights.safetensors", "state.pt", partial, "renamed", "checkpoints"]
+    assert flushed[-6:] == ["sha256.json", "state.pt", "weights.safetensors", partial, "renamed", "checkpoints"]
 
 
-def test_when_all_are_damaged_nobody_starts_anew_unasked(tmp_path):
+def test_when_all_are_damaged_the_training_does_not_start_anew(tmp_path):
     for step in (5, 10):
         save(tmp_path, step)
         (tmp_path / f"step_{step:07d}" / "state.pt").write_bytes(b"")
@@ -191,7 +192,7 @@ def test_code_in_a_state_file_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_random_generators_go_on_where_they_stood(tmp_path):
+def test_random_generators_are_restored(tmp_path):
     def draw():
         return torch.randn(3).tolist(), np.random.standard_normal(3).tolist(), random.gauss(0, 1)  # noqa: NPY002
 
@@ -202,7 +203,7 @@ def test_random_generators_go_on_where_they_stood(tmp_path):
     assert draw() == expected
 
 
-def test_averaged_weights_follow_and_step_in_for_the_model():
+def test_averaged_weights_are_updated_and_swapped_into_the_model():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
     start = model[0].weight.detach().clone()
     average = AveragedWeights(model, 0.75)

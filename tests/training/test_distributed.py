@@ -94,7 +94,7 @@ def monitoring(store, rank, *, world_size=2, timeout=TIMEOUT):
 
 
 def beat(store, rank, pid, *, node=None, finished=False):
-    """Write a heartbeat of a rank without a monitor; its node is this machine's launcher unless another one is given."""
+    """Write a heartbeat of a rank without a monitor; its node is this machine's unless another one is given."""
     host = socket.gethostname()
     store.set(f"heartbeat/0/{rank}", json.dumps(Heartbeat(host, pid, node or f"{host} None", 17, 1, finished)))
 
@@ -277,7 +277,7 @@ def start(data_root, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_9_of_one_of_four_ends_the_others_and_the_run_goes_on(start):
+def test_kill_9_of_one_of_four_ends_the_others_and_the_run_resumes(start):
     training = start(4, steps=40)
     os.kill(training.ranks[2], signal.SIGKILL)
     assert training.wait() == 1
@@ -345,7 +345,7 @@ def test_a_lost_machine_ends_the_training_on_the_other_with_a_message(data_root,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_launcher_lets_all_save_and_end_well(start, number):
+def test_a_signal_to_the_launcher_lets_all_save_and_end_with_status_0(start, number):
     with socket.socket() as taken, contextlib.suppress(OSError):
         taken.bind(("localhost", 29500))  # torchrun's usual port is not needed
     training = start(2)
@@ -357,7 +357,7 @@ def test_a_signal_to_the_launcher_lets_all_save_and_end_well(start, number):
 
 
 @pytest.mark.slow
-def test_a_stop_of_one_process_stops_all_and_fewer_go_on_to_the_same_end(start, data_root, tmp_path):
+def test_a_stop_of_one_process_stops_all_and_fewer_resume_to_the_same_end(start, data_root, tmp_path):
     training = start(2, steps=40)
     os.kill(training.ranks[1], signal.SIGTERM)
     assert training.wait() == 0

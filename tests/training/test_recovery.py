@@ -1,4 +1,4 @@
-"""Trainings that something happens to: stopped, killed, out of room or memory. They say so, and lose nothing."""
+"""Trainings that are stopped, killed, or out of disk or memory: the cause is named and nothing is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from solq_lab.runs import RunError, create_run
 from solq_lab.training import signals
 from solq_lab.training import trainer as module
 from solq_lab.training.checkpoint import SaveError, list_checkpoints
-from solq_lab.training.faults import DiskFull, OutOfMemory, name_fault
+from solq_lab.training.faults import DiskFull, OutOfMemory, explain_fault
 from solq_lab.training.trainer import Trainer, train_run
 from solq_lab.workbench.trainings import follow_training, start_training
 
@@ -66,13 +66,13 @@ def what_was_learned(run):
 
 
 def interrupt(number=signal.SIGTERM):
-    """Send this process a signal, then be slow: whoever waits for the end of this waits for a minute."""
+    """Send this process a signal, then block for a minute."""
     os.kill(os.getpid(), number)
     time.sleep(60)
 
 
 def stopped_within(seconds, run):
-    """Train a run that stops itself, and let it be quick."""
+    """The status of a run that stops itself, within some seconds."""
     started = time.monotonic()
     assert train_run(run) == "preempted"
     assert time.monotonic() - started < seconds
@@ -105,7 +105,7 @@ def test_a_stop_while_resuming_leaves_the_checkpoint_for_the_next_time(run, whol
     assert what_was_learned(run) == whole
 
 
-def test_a_stop_in_an_evaluation_is_heard_and_the_evaluation_done_anew(run, whole, monkeypatch):
+def test_a_stop_in_an_evaluation_saves_and_resuming_repeats_the_evaluation(run, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "evaluate_model", lambda *_, **__: interrupt())
         assert stopped_within(30, run)["step"] == 6
@@ -226,7 +226,7 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(data_root, small_disk, who
         with pytest.raises(SaveError, match=r"step_0000006 could not be written .* 0\.1 MB are free; step_0000003"):
             train_run(run)
     assert run.status()["state"] == "failed"
-    assert "Make room, and the same command goes on from what stands" in run.status()["message"]
+    assert "Make room; re-running resumes from the last checkpoint" in run.status()["message"]
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_0000003"]
     fillers[0].unlink()
     assert train_run(run) == "finished"
@@ -256,13 +256,13 @@ def test_on_a_disk_without_any_room_not_even_the_status_can_be_written_and_nothi
     assert what_was_learned(run) == whole
 
 
-def test_a_file_without_room_is_told_from_other_errors(run):
-    full = name_fault(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), run)
+def test_a_full_disk_is_distinguished_from_other_errors(run):
+    full = explain_fault(OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), run)
     assert isinstance(full, DiskFull)
     assert f"{run.folder}: the disk is full ([Errno 28] No space left on device: 'metrics.jsonl'; " in str(full)
-    assert "make room, and the same command goes on from the last checkpoint" in str(full)
+    assert "make room; re-running resumes from the last checkpoint" in str(full)
     for other in (OSError(errno.EIO, "Input/output error"), RuntimeError("shapes differ"), ValueError("out of memory")):
-        assert name_fault(other, run) is other
+        assert explain_fault(other, run) is other
 
 
 def test_a_file_that_may_not_grow_is_a_disk_without_room(tmp_path):
@@ -279,7 +279,7 @@ def test_a_file_that_may_not_grow_is_a_disk_without_room(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, env=ENVIRONMENT)
     assert "step_0000002 could not be written" in done.stdout, done.stderr
-    assert done.stdout.endswith("goes on from what stands 1\n")
+    assert done.stdout.endswith("resumes from the last checkpoint 1\n")
     assert [path.name for path in tmp_path.iterdir()] == ["step_0000001"]
 
 
@@ -288,7 +288,7 @@ def ask_a_gpu_for_too_much():
 
 
 @pytest.mark.parametrize("exhaust", [lambda: bytearray(2**62), lambda: torch.empty(2**45), ask_a_gpu_for_too_much])
-def test_want_of_memory_is_told_with_the_settings_that_take_less(run, whole, monkeypatch, exhaust):
+def test_out_of_memory_names_the_settings_that_take_less(run, whole, monkeypatch, exhaust):
     take_step = Trainer._take_step
 
     def take_step_or_fail(self, batches):
@@ -302,14 +302,14 @@ def test_want_of_memory_is_told_with_the_settings_that_take_less(run, whole, mon
             train_run(run)
     message = str(caught.value)
     assert message.startswith("out of memory (")
-    assert "train.batch_size 4 puts 2 images into a pass (gpus 1, accumulate 2)" in message
-    assert "train.accumulate=4 (the same batch in smaller passes); train.gradient_checkpointing=true" in message
+    assert "train.batch_size 4 gives micro-batches of 2 images (gpus 1, accumulate 2)" in message
+    assert "train.accumulate=4 (the same batch in smaller micro-batches); train.gradient_checkpointing=true" in message
     assert run.status()["message"] == f"OutOfMemory: {message}"
     assert train_run(run) == "finished"
     assert what_was_learned(run) == whole
 
 
-def test_after_want_of_memory_a_run_goes_on_in_smaller_passes(data_root, run, tmp_path, monkeypatch):
+def test_after_out_of_memory_a_run_resumes_with_smaller_micro_batches(data_root, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signal_after_step(patch, 4, signal.SIGTERM)
         train_run(run)
@@ -322,7 +322,7 @@ def test_after_want_of_memory_a_run_goes_on_in_smaller_passes(data_root, run, tm
         create_run(tiny_experiment(data_root, train=WITH_EVERY_STATE), tmp_path / "runs")
 
 
-def test_a_damaged_line_of_metrics_is_named_and_the_training_goes_on(run, whole, monkeypatch, caplog):
+def test_a_damaged_line_of_metrics_is_named_and_the_training_resumes(run, whole, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         signal_after_step(patch, 4, signal.SIGTERM)
         train_run(run)
@@ -392,7 +392,7 @@ def wait_for(condition, process, seconds=90.0):
         time.sleep(0.01)
 
 
-def hears(pid, number):
+def handles(pid, number):
     """Whether a process has a handler for a signal."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
     return bool(int(line.split()[1], 16) >> (number - 1) & 1)
@@ -419,32 +419,32 @@ def name_of(pid):
 
 
 def live(pid):
-    """Whether a process exists and is more than an entry that nobody has collected."""
+    """Whether a process exists and is is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
 
-def test_a_stop_while_torch_is_imported_is_heard(run):
+def test_a_stop_while_torch_is_imported_is_handled(run):
     with training(run) as process:
-        wait_for(lambda: hears(process.pid, signal.SIGTERM), process)
+        wait_for(lambda: handles(process.pid, signal.SIGTERM), process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert run.status()["state"] == "preempted"
     assert run.metrics() == []
 
 
-def test_a_second_trainer_is_refused_with_the_first_ones_process_and_host(run):
+def test_a_second_trainer_is_rejected_with_the_first_ones_process_and_host(run):
     with run.locked(), training(run) as process:
         assert process.wait(60) == 2
         said = process.stderr.read()
     assert f"process {os.getpid()} on {os.uname().nodename} is training here" in said
     assert "Traceback" not in said
-    assert run.status()["state"] == "created"  # the refused one has written nothing
+    assert run.status()["state"] == "created"  # the rejected one has written nothing
 
 
-def test_a_lock_file_of_a_dead_process_hinders_nobody(run):
+def test_a_lock_file_of_a_dead_process_locks_nothing(run):
     (run.folder / "trainer.lock").write_text(json.dumps({"pid": 1, "host": os.uname().nodename}))  # 1 always lives
     assert not run.is_training()
     with run.locked():
@@ -530,7 +530,7 @@ def interrupted_at(run, steps, numbers):
 
 
 def assert_five_interruptions_change_nothing(experiment, folder):
-    """Two kill -9 and each of the polite signals, at random steps: the same bytes in the end."""
+    """Two kill -9 and each of the stop signals, at random steps: the same bytes in the end."""
     whole, parts = create_run(experiment, folder / "whole"), create_run(experiment, folder / "parts")
     with training(whole) as process:
         assert process.wait(180) == 0, process.stderr.read()

@@ -215,8 +215,8 @@ def test_a_killed_training_is_reported_with_its_signal_and_its_last_words(run, s
         follow_training(run.folder, interval=0.05)
     message = str(caught.value)
     assert "SIGKILL" in message
-    assert "often: out of memory. train.batch_size 32 puts 32 images into a pass" in message
-    assert "train.accumulate=2 (the same batch in smaller passes)" in message
+    assert "often: out of memory. train.batch_size 32 gives micro-batches of 32 images" in message
+    assert "train.accumulate=2 (the same batch in smaller micro-batches)" in message
     assert "a line of the log" in message
 
 
