@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -214,12 +215,12 @@ def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolki
         variables["CUDA_HOME"] = str(toolkit.home)
         # The runtime among the Python packages has no libcudart.so, the name that the linker looks for.
         (build_folder / "libcudart.so").symlink_to(toolkit.runtime)
-        ld_flags = [f"-L{build_folder}"]
+        ld_flags = [f"-L{shlex.quote(str(build_folder))}"]
     with _environment(**variables):
         from torch.utils import cpp_extension  # slow to import, and only a build needs it
 
         try:
-            with _cuda_home(cpp_extension, toolkit):
+            with _paths_for_torch(cpp_extension, toolkit):
                 cpp_extension.load(
                     name=name,
                     sources=[str(path) for path in recipe.sources],
@@ -282,11 +283,16 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 @contextmanager
-def _cuda_home(cpp_extension: ModuleType, toolkit: CudaToolkit | None) -> Iterator[None]:
-    """torch guesses the toolkit when the module is imported, and may have found a wrapper of nvcc instead."""
-    before = cpp_extension.CUDA_HOME
-    cpp_extension.CUDA_HOME = str(toolkit.home) if toolkit else before
+def _paths_for_torch(cpp_extension: ModuleType, toolkit: CudaToolkit | None) -> Iterator[None]:
+    """Within: torch's builder knows the toolkit, and hands its library folder to the linker in quotes.
+
+    It guesses the toolkit when it is imported, and may have found a wrapper of nvcc instead. A library folder with a
+    space in its path would reach the linker as two.
+    """
+    before = cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH
+    cpp_extension.CUDA_HOME = str(toolkit.home) if toolkit else before[0]
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(before[1])
     try:
         yield
     finally:
-        cpp_extension.CUDA_HOME = before
+        cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH = before
