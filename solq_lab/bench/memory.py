@@ -31,8 +31,8 @@ from solq_lab.config import Experiment
 from solq_lab.evaluation.coco import KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import write_results
+from solq_lab.models.onednn import use_onednn
 from solq_lab.models.recomputing import recompute_activations
-from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
 
 NUM_IMAGES = 5000  # of COCO's validation split
@@ -134,7 +134,7 @@ def train(activations: str, height: int, width: int) -> dict:
     """One optimiser step that keeps its activations or recomputes them: loss and gradient norm."""
     keep_freed_memory(keep=activations == "keep")  # as the training process does, and the layers below
     model = network.build_network(EXPERIMENT).train()
-    arrange_for_cpu(model)
+    use_onednn(model, training=True)
     if activations == "recompute":
         recompute_activations(model)
     criterion = network.build_criterion(EXPERIMENT)

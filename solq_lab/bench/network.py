@@ -21,9 +21,9 @@ from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.postprocess import postprocess
+from solq_lab.models.onednn import use_onednn
 from solq_lab.ops.ms_deform_attn import use_implementation
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction, Target
-from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
@@ -86,7 +86,7 @@ def train_rows() -> Iterator[Row]:
         return step
 
     plain_step = stepper(copy.deepcopy(model))
-    arrange_for_cpu(model)
+    use_onednn(model, training=True)
     step = stepper(model)
 
     def plainly() -> tuple[float, float]:

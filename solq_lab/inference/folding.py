@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from solq_lab.inference.packed_layers import pack_weights
 from solq_lab.models.backbone import FrozenBatchNorm2d
+from solq_lab.models.onednn import use_onednn
 from solq_lab.models.solq import SOLQ
 
 
@@ -24,7 +24,7 @@ def prepare_for_inference(model: SOLQ) -> SOLQ:
         model: on the device where it will predict; stays as it is. Its copy's `state_dict` has other names and values.
     """
     prepared = fold(model).to(memory_format=torch.channels_last)
-    pack_weights(prepared)
+    use_onednn(prepared, training=False)
     return prepared
 
 

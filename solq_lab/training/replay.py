@@ -15,11 +15,11 @@ from solq_lab import distributed
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment, parse_experiment
 from solq_lab.data.classes import ClassMap
+from solq_lab.models.onednn import use_onednn
 from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import load_state
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import RunError
-from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.findings import SHOWN_GRADIENTS, count_nonfinite, describe_gradients, describe_pass
 from solq_lab.training.optim import build_optimizer, gradient_norm
 from solq_lab.training.record import Record, load_record
@@ -140,7 +140,7 @@ def _rebuild(record: Record, source: str, autocast: str, device: torch.device) -
     load_state(model, record.weights.state, source=f"{source}/weights.safetensors")
     model.to(device)
     if not experiment.train.compile:
-        arrange_for_cpu(model)
+        use_onednn(model, training=True)
     if experiment.train.gradient_checkpointing:
         recompute_activations(model)
     criterion = build_criterion(experiment, build_codec(experiment, tables=record.weights.codec)).to(device)

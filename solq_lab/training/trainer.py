@@ -29,6 +29,7 @@ from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceil
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.files import flush_to_disk
 from solq_lab.fitting import check_fitted_data
+from solq_lab.models.onednn import use_onednn
 from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
@@ -43,7 +44,6 @@ from solq_lab.training.checkpoint import (
     save_checkpoint,
 )
 from solq_lab.training.compilation import as_written, compile_layers
-from solq_lab.training.cpu_layers import arrange_for_cpu
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.faults import explain_fault
 from solq_lab.training.finetuning import TrainedModel, open_trained, start_from_trained
@@ -164,7 +164,7 @@ class Trainer:
         if train.gradient_checkpointing:
             recompute_activations(self.model)
         if not (train.compile and compile_layers(self.model, self.device)):
-            arrange_for_cpu(self.model)
+            use_onednn(self.model, training=True)
         self.parallel = _share_gradients(self.model, self.device, passes=self.passes)
 
         self.criterion = build_criterion(experiment, self.codec).to(self.device)

@@ -1,0 +1,214 @@
+"""Layers in oneDNN compute and learn what the plain ones do, and leave to those what the kernels do not serve."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from decoder_inputs import LAYER, draw_memory
+from torch import Tensor, nn
+
+from solq_lab.models.decoder import DecoderLayer
+from solq_lab.models.encoder import FeedForward
+from solq_lab.models.onednn import (
+    TOKENS_PER_CHUNK,
+    OneDNNFeedForward,
+    OneDNNLinear,
+    SampleFirstAttention,
+    use_onednn,
+)
+
+SHAPES = [(7, 24), (2, 5, 24), (2, 0, 24)]
+CHUNKED_SHAPES = [(2, 5, 24), (1, 2 * TOKENS_PER_CHUNK + 1, 24), (1, 0, 24)]
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False).eval()
+
+
+def packed(plain: nn.Linear) -> OneDNNLinear:
+    return OneDNNLinear(frozen(plain), packed=True)
+
+
+def decoder_layer() -> DecoderLayer:
+    """Random numbers in place of zeros, so that samples differ, fall beyond the map, and biases count."""
+    layer = DecoderLayer(**LAYER, activation="relu")
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def gradients(module: nn.Module, *inputs: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Output, and gradients of a weighted sum of it with respect to inputs and parameters."""
+    inputs = [features.clone().requires_grad_() for features in inputs]
+    module.zero_grad()
+    output = module(*inputs)
+    (output * weights).sum().backward()
+    found = {f"input {place}": features.grad for place, features in enumerate(inputs)}
+    return found | {name: parameter.grad for name, parameter in module.named_parameters()} | {"output": output.detach()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, numbers in expected.items():
+        torch.testing.assert_close(
+            found[name], numbers, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_linear_layer_equals_the_plain_one(shape: tuple[int, ...], bias: bool):
+    plain, features = nn.Linear(24, 40, bias=bias), torch.randn(shape)
+    torch.testing.assert_close(packed(plain)(features), plain(features), atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_inside_autocast_takes_the_plain_way():
+    plain, features = nn.Linear(24, 40), torch.randn(3, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = packed(plain)(features)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, plain(features))
+
+
+def test_a_copy_of_a_packed_layer_has_its_own_weights():
+    layer, features = packed(nn.Linear(24, 40)), torch.randn(3, 24)
+    twin = copy.deepcopy(layer)
+    assert twin.weight.data_ptr() != layer.weight.data_ptr()
+    assert torch.equal(twin(features), layer(features))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("shape", CHUNKED_SHAPES)
+def test_a_packed_feed_forward_block_equals_the_plain_one(activation: str, shape: tuple[int, ...]):
+    layers = frozen(nn.Sequential(FeedForward(24, 48, 0.1, activation)))
+    tokens = torch.randn(shape)
+    expected, before = layers(tokens), tokens.clone()
+    use_onednn(layers, training=False)
+    assert isinstance(layers[0], OneDNNFeedForward)
+    torch.testing.assert_close(layers(tokens), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(tokens, before)
+
+
+def test_a_packed_feed_forward_block_takes_the_plain_way_under_autocast():
+    layers, tokens = frozen(nn.Sequential(FeedForward(24, 48, 0.0, "relu"))), torch.randn(2, 5, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = layers(tokens)
+        use_onednn(layers, training=False)
+        assert torch.equal(layers(tokens), expected)
+
+
+def test_layers_that_learn_are_not_packed_and_other_number_types_are_left_alone():
+    learning, double = nn.Sequential(nn.Linear(4, 4)), frozen(nn.Sequential(nn.Linear(4, 4)).double())
+    for model in (learning, double):
+        use_onednn(model, training=False)
+        assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("corners", [2, 4])
+@pytest.mark.parametrize("queries", [5, 0])
+def test_projecting_after_sampling_equals_projecting_before(batch: int, padded: bool, corners: int, queries: int):
+    layer = frozen(decoder_layer())
+    memory = draw_memory(batch, ((20, 30), (10, 15)), padded=padded)
+    given = (torch.randn(batch, queries, LAYER["width"]), torch.randn(batch, queries, LAYER["width"]))
+    reference = torch.rand(batch, queries, corners)
+    expected = layer(*given, reference, memory)
+    use_onednn(layer, training=False)
+    assert isinstance(layer.cross_attention, SampleFirstAttention)
+    assert layer.cross_attention._is_less_work(given[0], memory)
+    torch.testing.assert_close(layer(*given, reference, memory), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(copy.deepcopy(layer)(*given, reference, memory), layer(*given, reference, memory))
+
+
+def test_many_queries_on_a_small_map_keep_the_order_of_the_paper(monkeypatch):
+    layer = frozen(decoder_layer())
+    memory, queries = draw_memory(1, ((4, 4), (2, 2)), padded=False), torch.randn(1, 40, LAYER["width"])
+    use_onednn(layer, training=False)
+    monkeypatch.delattr(SampleFirstAttention, "_sample")
+    assert layer(queries, queries, torch.rand(1, 40, 4), memory).shape == queries.shape
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_learns_as_the_plain_one(shape: tuple[int, ...], bias: bool):
+    layers = nn.Sequential(nn.Linear(24, 40, bias=bias))
+    features, weights = torch.randn(shape), torch.randn(*shape[:-1], 40)
+    expected = gradients(copy.deepcopy(layers), features, weights=weights)
+    use_onednn(layers, training=True)
+    assert isinstance(layers[0], OneDNNLinear)
+    assert_same(gradients(layers, features, weights=weights), expected)
+
+
+@pytest.mark.parametrize("shape", CHUNKED_SHAPES)
+def test_a_feed_forward_block_learns_as_the_plain_one(shape: tuple[int, ...]):
+    blocks = nn.Sequential(FeedForward(24, 48, 0.0, "relu"))
+    tokens, weights = torch.randn(shape), torch.randn(shape)
+    expected = gradients(copy.deepcopy(blocks), tokens, weights=weights)
+    use_onednn(blocks, training=True)
+    assert isinstance(blocks[0], OneDNNFeedForward)
+    found = gradients(blocks, tokens, weights=weights)
+    scale = max(1.0, shape[0] * shape[1] / 10)  # sums over tokens, in another order
+    assert_same({name: value / scale for name, value in found.items()}, {k: v / scale for k, v in expected.items()})
+
+
+@pytest.mark.parametrize(("dropout", "activation"), [(0.5, "relu"), (0.0, "gelu")])
+def test_dropout_and_other_activations_are_those_of_the_plain_block(dropout: float, activation: str):
+    blocks = nn.Sequential(FeedForward(24, 48, dropout, activation))
+    plain, tokens = copy.deepcopy(blocks), torch.randn(2, 5, 24)
+    use_onednn(blocks, training=True)
+    torch.manual_seed(0)
+    expected = plain(tokens)
+    torch.manual_seed(0)
+    torch.testing.assert_close(blocks(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_decoder_layer_that_samples_first_learns_as_the_plain_one(padded: bool):
+    layer = decoder_layer()
+    memory, reference = draw_memory(2, ((20, 30), (10, 15)), padded=padded), torch.rand(2, 5, 4)
+
+    class Around(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, queries: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+            return self.inner(queries, positions, reference, memory._replace(tokens=tokens))
+
+    given, weights = (torch.randn(2, 5, 24), torch.randn(2, 5, 24), memory.tokens), torch.randn(2, 5, 24)
+    expected = gradients(Around(copy.deepcopy(layer)), *given, weights=weights)
+    use_onednn(layer, training=True)
+    assert isinstance(layer.cross_attention, SampleFirstAttention)
+    assert_same(gradients(Around(layer), *given, weights=weights), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_names_and_parameters_stay(training: bool):
+    layer = DecoderLayer(**LAYER, activation="relu").requires_grad_(training)
+    before = dict(layer.named_parameters())
+    use_onednn(layer, training=training)
+    after = dict(layer.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_layers_that_do_not_learn_in_training_use_the_plain_kernels():
+    plain, features = nn.Linear(24, 40), torch.randn(7, 24)
+    layer = OneDNNLinear(plain, packed=False)
+    with torch.no_grad():
+        assert torch.equal(layer(features), plain(features))
+    layer.requires_grad_(False)
+    assert torch.equal(layer(features), plain(features))
+    double = OneDNNLinear(plain.double().requires_grad_(True), packed=False)
+    assert torch.equal(double(features.double()), plain(features.double()))
+
+
+def test_a_replaced_layer_compiles_as_a_whole():
+    layers = nn.Sequential(nn.Linear(24, 40))
+    use_onednn(layers, training=True)
+    features = torch.randn(7, 24)
+    compiled = torch.compile(layers, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(features), layers(features), atol=1e-5, rtol=1e-5)
