@@ -27,6 +27,22 @@ class ImageBatch(NamedTuple):
     pixels: Tensor
     padding: Tensor
 
+    @classmethod
+    def from_list(cls, images: Sequence[Tensor], size: tuple[int, int] | None = None) -> ImageBatch:
+        """Pad images (3, h, w) uint8 with zeros to `size` (height, width), by default their largest sides."""
+        height, width = size or (max(image.shape[1] for image in images), max(image.shape[2] for image in images))
+        pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+        padding = torch.ones(len(images), height, width, dtype=torch.bool)
+        for row, image in enumerate(images):
+            pixels[row, :, : image.shape[1], : image.shape[2]] = image
+            padding[row, : image.shape[1], : image.shape[2]] = False
+        return cls(pixels, padding)
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B, 2) int64 (height, width) of the images without their padding, pixels."""
+        return unpadded_sizes(self.padding)
+
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same batch on `device`; the copy does not block when the memory is pinned."""
         return ImageBatch(self.pixels.to(device, non_blocking=True), self.padding.to(device, non_blocking=True))
@@ -132,6 +148,12 @@ class Detections(NamedTuple):
         masks = None if self.masks is None else [self.masks[row] for row in rows]
         tensors = (self.scores[keep], self.labels[keep], self.boxes[keep], self.queries[keep])
         return Detections(*tensors, masks, [self.names[row] for row in rows])
+
+
+def unpadded_sizes(padding: Tensor) -> Tensor:
+    """(B, 2) int64 (height, width) of the unpadded parts; `padding` is (B, H, W) bool, bottom and right."""
+    real = ~padding
+    return torch.stack([real[:, :, 0].sum(1), real[:, 0, :].sum(1)], dim=1)
 
 
 def filled(values: Sequence[float], *, dtype: torch.dtype, device: torch.device) -> Tensor:

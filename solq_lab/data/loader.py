@@ -44,15 +44,7 @@ class LoaderError(ExplainedError):
 
 def collate(samples: list[Sample]) -> Batch:
     """One batch of samples (image (3, H, W) uint8, target), padded bottom and right to the largest sides."""
-    height = max(image.shape[1] for image, _ in samples)
-    width = max(image.shape[2] for image, _ in samples)
-    pixels = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
-    padding = torch.ones(len(samples), height, width, dtype=torch.bool)
-    for row, (image, _) in enumerate(samples):
-        _, image_height, image_width = image.shape
-        pixels[row, :, :image_height, :image_width] = image
-        padding[row, :image_height, :image_width] = False
-    return ImageBatch(pixels, padding), [target for _, target in samples]
+    return ImageBatch.from_list([image for image, _ in samples]), [target for _, target in samples]
 
 
 class BatchLoader:

@@ -14,7 +14,7 @@ from torch import Tensor
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.masks import encode_rle, paste_to_rle
-from solq_lab.structures import Detections, ImageMasks, LayerPrediction
+from solq_lab.structures import Detections, ImageMasks, LayerPrediction, unpadded_sizes
 
 CELLS_PER_CHUNK = 2**22  # mask cells decoded at once: 256 masks of 128 x 128, 16 MiB in float32
 
@@ -98,13 +98,13 @@ def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[in
     As released: raised to the padded image, thresholded, cut to the image, and only then brought to `size`.
     """
     distinct, place = queries.unique(return_inverse=True)
-    real = ~masks.padding[image]
-    height, width = torch.stack([real[:, 0].sum(), real[0].sum()]).tolist()
+    padding = masks.padding[image]
+    ((height, width),) = unpadded_sizes(padding.unsqueeze(0)).tolist()
     logits = masks.logits[image, distinct.to(masks.logits.device, non_blocking=True)].unsqueeze(1)  # (k, 1, h, w)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rles = []
-    for some in logits.split(max(1, CELLS_PER_CHUNK // real.numel())):
-        raised = F.interpolate(some, size=real.shape, mode="bilinear")
+    for some in logits.split(max(1, CELLS_PER_CHUNK // padding.numel())):
+        raised = F.interpolate(some, size=padding.shape, mode="bilinear")
         inside = (raised[..., :height, :width] > 0).byte()  # a sigmoid above one half
         rles += encode_rle(F.interpolate(inside, size=size).squeeze(1).bool())  # nearest
     return [dict(rles[row]) for row in place.tolist()]

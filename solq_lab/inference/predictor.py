@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -102,7 +101,10 @@ class Predictor:
         height, width = pixels.shape[1:]
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
         steps = resize.plan((height, width), np.random.default_rng())
-        batch = _pad_to_multiple(apply_to_image(steps, pixels), self.bucket or 1).to(self.device)
+        image, multiple = apply_to_image(steps, pixels), self.bucket or 1
+        padded = tuple(-(-side // multiple) * multiple for side in image.shape[1:])
+        batch = ImageBatch.from_list([image], padded).to(self.device)
+
         if self._graphed is not None:
             last = self._graphed(batch)
         else:
@@ -124,14 +126,6 @@ def read_upright(path: str | Path) -> Image.Image:
     except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # what PIL's readers raise
         reason = "a format unknown to Pillow" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{path}: not an image that can be read ({reason}); JPEG, PNG and the like are") from None
-
-
-def _pad_to_multiple(image: Tensor, multiple: int) -> ImageBatch:
-    """A batch of one image (3, H, W), padded right and bottom until its sides are multiples of `multiple`."""
-    _, height, width = image.shape
-    missing = (0, -width % multiple, 0, -height % multiple)
-    padding = F.pad(torch.zeros(1, height, width, dtype=torch.bool), missing, value=True)
-    return ImageBatch(F.pad(image.unsqueeze(0), missing), padding)
 
 
 def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:

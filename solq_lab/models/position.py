@@ -49,18 +49,12 @@ def sine_encoding(padding: Tensor, width: int) -> Tensor:
     return sine_features(torch.stack([y, x], dim=-1), width // 2).flatten(-2)  # (B, H, W, 2, width/2)
 
 
-def valid_sizes(padding: Tensor) -> Tensor:
-    """(B, 2) float32 (width, height) of the unpadded part of one level, in cells; `padding` is (B, H, W) bool."""
-    real = ~padding
-    return torch.stack([real[:, 0, :].sum(1), real[:, :, 0].sum(1)], dim=-1).float()
-
-
 def cell_centers(shape: tuple[int, int], valid: Tensor) -> Tensor:
     """Centres of one level's cells, row by row, in the normalised image.
 
     Args:
         shape: (H, W) of the level, cells.
-        valid: (B, 2) its `valid_sizes`.
+        valid: (B, 2) float32 (width, height) of its unpadded part, cells.
 
     Returns:
         (B, H*W, 2) float32 (x, y); beyond 1 on padded cells.

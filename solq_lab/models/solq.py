@@ -15,9 +15,9 @@ from solq_lab.models.attention import Memory
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
-from solq_lab.models.position import cell_centers, sine_encoding, sine_features, valid_sizes
+from solq_lab.models.position import cell_centers, sine_encoding, sine_features
 from solq_lab.models.recomputing import Recomputing
-from solq_lab.structures import ImageBatch, LayerPrediction, Predictions, filled
+from solq_lab.structures import ImageBatch, LayerPrediction, Predictions, filled, unpadded_sizes
 
 GROUPS = 32  # of the group norm after each projection
 PROPOSAL_SIDE = 0.05  # of a proposal on the finest level, share of the image; doubles from level to level
@@ -156,7 +156,7 @@ class SOLQ(Recomputing):
             ],
             dim=1,
         )
-        valid = [valid_sizes(level_padding) for level_padding in paddings]
+        valid = [unpadded_sizes(level_padding).flip(-1).float() for level_padding in paddings]  # (width, height)
         sides = [side for height, width in shapes for side in (width, height)]
         level_sizes = filled(sides, dtype=torch.float32, device=tokens.device).view(-1, 2)
         return Memory(

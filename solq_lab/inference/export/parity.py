@@ -16,7 +16,7 @@ from pycocotools import mask as coco_rle
 from scipy.optimize import linear_sum_assignment
 
 from solq_lab.data.transforms import TestResize
-from solq_lab.inference.export.session import Session, batches, real_sizes
+from solq_lab.inference.export.session import Session, batches
 from solq_lab.inference.postprocess import cut_out_masks, postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import paste_to_rle
@@ -74,7 +74,7 @@ def measure_parity(predictor: Predictor, path: Path, images: Sequence[np.ndarray
         theirs = detect_in_onnx(session, batch, predictor.classes.names)
         expected += detect_in_torch(predictor, batch, len(theirs[0].scores))
         found += theirs
-        sizes += [tuple(size) for size in real_sizes(batch).tolist()]
+        sizes += [tuple(size) for size in batch.sizes.tolist()]
     given = slice(len(images))  # a last batch may repeat an image
     return compare_detections(expected[given], found[given], sizes[given])
 
@@ -113,7 +113,7 @@ def compare_detections(
 
 def detect_in_torch(predictor: Predictor, images: ImageBatch, top_k: int) -> list[Detections]:
     """What the model finds in uint8 images, in their own pixels."""
-    sizes = [tuple(size) for size in real_sizes(images).tolist()]
+    sizes = [tuple(size) for size in images.sizes.tolist()]
     with torch.inference_mode():
         last = predictor.model(images.normalised()).layers[-1]
         return postprocess(last, sizes, predictor.codec, top_k=top_k, class_names=predictor.classes.names)
@@ -123,7 +123,7 @@ def detect_in_onnx(session: Session, images: ImageBatch, names: Sequence[str]) -
     """What an ONNX file finds in uint8 images, in their own pixels; `names` are those of the class channels."""
     answer = session.run(images)
     detections = []
-    for row, (height, width) in enumerate(real_sizes(images).tolist()):
+    for row, (height, width) in enumerate(images.sizes.tolist()):
         boxes = answer["boxes"][row] * torch.tensor([width, height, width, height])
         masks = None
         if "masks" in answer:

@@ -38,15 +38,9 @@ class Session:
 
     def run(self, images: ImageBatch) -> dict[str, Tensor]:
         """The outputs by name for uint8 images."""
-        given = {"pixels": images.pixels.numpy(), "sizes": real_sizes(images).numpy()}
+        given = {"pixels": images.pixels.numpy(), "sizes": images.sizes.numpy()}
         answers = self._session.run(None, given)
         return {name: torch.from_numpy(answer) for name, answer in zip(self.outputs, answers, strict=True)}
-
-
-def real_sizes(images: ImageBatch) -> Tensor:
-    """(B, 2) int64 (height, width) of the images without their padding, pixels."""
-    real = ~images.padding
-    return torch.stack([real[:, :, 0].sum(1), real[:, 0, :].sum(1)], dim=1)
 
 
 def batches(session: Session, images: Sequence[np.ndarray], resize: TestResize) -> Iterator[ImageBatch]:
@@ -60,7 +54,7 @@ def batches(session: Session, images: Sequence[np.ndarray], resize: TestResize) 
         some = list(images[first : first + at_once])
         if session.batch is not None:
             some += [some[-1]] * (at_once - len(some))
-        yield _pad_together([_resized(image, session.size, resize) for image in some], session.size)
+        yield ImageBatch.from_list([_resized(image, session.size, resize) for image in some], session.size)
 
 
 def _resized(image: np.ndarray, room: tuple[int, int] | None, resize: TestResize) -> Tensor:
@@ -72,14 +66,3 @@ def _resized(image: np.ndarray, room: tuple[int, int] | None, resize: TestResize
     share = min(room[0] / before[0], room[1] / before[1])
     after = (max(1, int(before[0] * share)), max(1, int(before[1] * share)))
     return apply_to_image([Resize(before, after)], pixels)
-
-
-def _pad_together(images: Sequence[Tensor], room: tuple[int, int] | None) -> ImageBatch:
-    """Images (3, h, w) as one batch, padded right and bottom to `room`, or to the largest of them."""
-    height, width = room or (max(pixels.shape[1] for pixels in images), max(pixels.shape[2] for pixels in images))
-    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    padding = torch.ones(len(images), height, width, dtype=torch.bool)
-    for row, pixels in enumerate(images):
-        batch[row, :, : pixels.shape[1], : pixels.shape[2]] = pixels
-        padding[row, : pixels.shape[1], : pixels.shape[2]] = False
-    return ImageBatch(batch, padding)
