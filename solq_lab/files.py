@@ -1,8 +1,9 @@
-"""Writing files so that a reader, or a machine that lost power, finds the old content or the new, never half of it."""
+"""Files that are replaced as a whole, so that a reader or a power cut never leaves half of one; JSON and hashes."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -10,23 +11,48 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from solq_lab.errors import UserError
+
+
+class FileError(UserError):
+    """A file that cannot be read as what it should be."""
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: not readable as JSON: {error}") from None
+
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file in one piece: a reader, or a machine that lost power, has the old content or the new."""
+    """Replace a JSON file."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str, *, errors: str = "strict") -> None:
+    """Replace a text file; `errors` as in `str.encode`."""
     with replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=errors)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; on leaving without an error it takes the place of `path`, on disk."""
+    """A temporary path beside `path` to write to; without an error it then replaces `path`, on disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        # safetensors makes files that only their owner may read: note the usual mode, and restore it.
         temporary.touch()
         usual_mode = temporary.stat().st_mode
         temporary.unlink()
+
         yield temporary
-        temporary.chmod(usual_mode)  # safetensors makes files that nobody but their owner may read
+        temporary.chmod(usual_mode)
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)
@@ -57,9 +83,15 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of names, are on the disk."""
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

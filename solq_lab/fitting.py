@@ -26,7 +26,7 @@ from solq_lab.codecs.base import CodecFit, FittedCodec, MaskCodec
 from solq_lab.codecs.kinds import fitted_kinds
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.ground_truth import DataError, GroundTruth
-from solq_lab.runs import hash_file
+from solq_lab.files import hash_file
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -37,7 +36,7 @@ from typing import Any, BinaryIO, Literal
 
 from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experiment
 from solq_lab.errors import UserError
-from solq_lab.files import replacing, write_json
+from solq_lab.files import read_json, write_json, write_text
 from solq_lab.schema import Role, keys_with
 
 log = logging.getLogger(__name__)
@@ -142,8 +141,7 @@ class Run:
         if unreadable or len(kept) < len(lines):
             forgotten = len(lines) - len(kept)
             log.info("%s: %d lines after step %d will be written again", self.metrics_file, forgotten, step)
-            with replacing(self.metrics_file) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def status(self) -> dict[str, Any]:
         """What the training is doing: "state", "step", "message", "pid", "host", "time" (seconds since 1970).
@@ -236,7 +234,7 @@ def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
         if not differences:
             return run
         log.info("%s: goes on with other settings: %s", folder, "; ".join(differences))
-        _write_experiment(path, experiment)
+        write_text(path, experiment.to_yaml())
         return Run(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists but is not a run folder (no experiment.yaml); choose another name=...")
@@ -245,7 +243,7 @@ def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
             cure = "; `solq-lab fit-codec EXPERIMENT` writes it" if key == "codec.artifact" else ""
             raise ConfigError(f"{key}: found {file}, which does not exist{cure}")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_experiment(path, experiment)
+    write_text(path, experiment.to_yaml())
     run = Run(folder)
     run.record_environment(describe_software())
     run.write_status("created", step=0)
@@ -311,29 +309,6 @@ def describe_software() -> dict[str, Any]:
         "command": sys.argv,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def hash_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        RunError: the file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not readable as JSON: {error}") from None
-
-
-def _write_experiment(path: Path, experiment: Experiment) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(experiment.to_yaml(), encoding="utf-8")
 
 
 def _read_experiment(folder: Path) -> Experiment:

@@ -15,7 +15,8 @@ from solq_lab.bench import codecs, evaluation, gpu, loader, matcher, memory, net
 from solq_lab.bench.memory import MemoryRow
 from solq_lab.bench.timing import Row
 from solq_lab.data.annotations import DataError
-from solq_lab.runs import describe_software, write_json
+from solq_lab.files import write_json
+from solq_lab.runs import describe_software
 from solq_lab.schema import DataSection
 
 PARTS = ("op", "codec", "targets", "postprocess", "matcher", "loader", "eval", "infer", "train")

@@ -24,11 +24,12 @@ from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import detections_to_results, write_results
 from solq_lab.evaluation.summary import Evaluation
+from solq_lab.files import hash_file, read_json, write_json
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.sqr import SQRDetector
 from solq_lab.models.weights import read_weights
-from solq_lab.runs import Run, RunError, hash_file, read_json, write_json
+from solq_lab.runs import Run, RunError
 from solq_lab.schema import EvaluationSection
 from solq_lab.structures import Detections
 from solq_lab.studies.ceiling import codec_ceiling

@@ -11,7 +11,7 @@ from typing import BinaryIO, Literal
 
 from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import UNUSED, ClassMap
-from solq_lab.runs import replacing
+from solq_lab.files import replacing
 from solq_lab.structures import Detections
 
 _NEEDED = ("image_id", "category_id", "score")

@@ -19,9 +19,10 @@ from torch import Tensor
 from solq_lab.build import build_dataset
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
+from solq_lab.files import hash_file, read_json, write_json
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
-from solq_lab.runs import SHIPPED, Run, RunError, hash_file, read_json, write_json
+from solq_lab.runs import SHIPPED, Run, RunError
 from solq_lab.structures import Detections
 
 SURE = 0.3  # objects below this score are not compared

@@ -19,7 +19,8 @@ import numpy as np
 from solq_lab.data.annotations import read_annotations
 from solq_lab.evaluation.coco import DEFAULTS, Candidates, measure_candidates
 from solq_lab.evaluation.results import read_results
-from solq_lab.runs import Run, RunError, read_json
+from solq_lab.files import read_json
+from solq_lab.runs import Run, RunError
 from solq_lab.studies.rules import UNMATCHED, match_detections
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from solq_lab.build import build_images
 from solq_lab.data.coco import CocoDataset
+from solq_lab.files import hash_file
 from solq_lab.inference.predictor import Predictor
-from solq_lab.runs import Run, RunError, hash_file
+from solq_lab.runs import Run, RunError
 from solq_lab.structures import Detections
 from solq_lab.studies.pairing import UNMATCHED, overlaps, pair_objects
 from solq_lab.workbench.workspace import trained_run

@@ -22,8 +22,8 @@ from solq_lab.config import ConfigError, Experiment, validate_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.evaluation.coco import DEFAULTS
 from solq_lab.evaluation.summary import Evaluation, aligned, percent
+from solq_lab.files import hash_file, read_json, replacing, write_json
 from solq_lab.fitting import fit_codec
-from solq_lab.runs import hash_file, read_json, replacing, write_json
 from solq_lab.studies.ceiling import Noise, codec_ceiling, of_size, read_ground_truth
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from solq_lab.errors import ExplainedError
-from solq_lab.files import replacing_folder, write_json
+from solq_lab.files import hash_file, read_json, replacing_folder, write_json
 from solq_lab.models.weights import read_weights, save_weights
-from solq_lab.runs import RunError, hash_file, read_json
+from solq_lab.runs import RunError
 
 log = logging.getLogger(__name__)
 

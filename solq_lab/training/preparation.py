@@ -10,7 +10,7 @@ from torch import Tensor
 
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.coco import CocoDataset
-from solq_lab.runs import hash_file
+from solq_lab.files import hash_file
 
 SAMPLED_VECTORS = 2000  # enough for the median of a coefficient to within 3 % of its spread
 SAMPLED_IMAGES = 1000

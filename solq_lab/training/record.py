@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from solq_lab import distributed
-from solq_lab.files import flush_to_disk
+from solq_lab.files import flush_to_disk, hash_file, read_json
 from solq_lab.models.weights import WeightFile, WeightMismatch, read_weights, save_weights
-from solq_lab.runs import RunError, hash_file, read_json
+from solq_lab.runs import RunError
 from solq_lab.structures import ImageBatch, Target
 from solq_lab.training.step import Batch, Pass
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from solq_lab.config import ConfigError
 from solq_lab.errors import Interrupted
-from solq_lab.files import write_json
+from solq_lab.files import read_json, write_json
 from solq_lab.progress import Progress, status_line
-from solq_lab.runs import Run, read_json
+from solq_lab.runs import Run
 from solq_lab.workbench.deaths import TrainingFailed
 from solq_lab.workbench.trainings import training_command
 

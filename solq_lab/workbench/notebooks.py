@@ -14,7 +14,7 @@ from typing import Any
 from solq_lab.config import load_experiment
 from solq_lab.data_folder import check_data_folder
 from solq_lab.errors import ExplainedError, Interrupted, UserError
-from solq_lab.files import replacing
+from solq_lab.files import write_text
 from solq_lab.progress import Progress, status_line
 from solq_lab.runs import Run, create_run
 from solq_lab.workbench.parameters import check_parameters
@@ -122,8 +122,7 @@ def export_html(notebook: Path) -> Path:
     logging.getLogger("traitlets").setLevel(logging.ERROR)  # it warns about figures without a description
     html, _ = HTMLExporter().from_filename(str(notebook))
     target = notebook.with_suffix(".html")
-    with replacing(target) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_text(target, html)
     return target
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from solq_lab.files import write_json
-from solq_lab.runs import Run, RunError, read_json
+from solq_lab.files import FileError, read_json, write_json
+from solq_lab.runs import Run
 
 _children: dict[int, subprocess.Popen[bytes]] = {}  # trainings that this process started: their exit status is ours
 
@@ -54,7 +54,7 @@ def _recorded(run: Run) -> dict[str, Any]:
     """The process that was recorded last ("pid", "host", "birth"); empty where there is none."""
     try:
         recorded = read_json(_pid_file(run))
-    except RunError:
+    except FileError:
         return {}
     return recorded if isinstance(recorded, dict) else {}  # older versions wrote the process id alone
 

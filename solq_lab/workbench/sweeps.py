@@ -21,8 +21,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 from solq_lab.config import ConfigError, Experiment, Sweep, load_experiment
 from solq_lab.data_folder import check_data_folder, prepare_data
 from solq_lab.errors import Interrupted
+from solq_lab.files import FileError, read_json
 from solq_lab.progress import Progress, describe_duration, status_line
-from solq_lab.runs import RunError, load_run, read_json
+from solq_lab.runs import RunError, load_run
 from solq_lab.workbench.cluster import Cluster, Command
 from solq_lab.workbench.parameters import check_parameters
 
@@ -80,7 +81,7 @@ class Job(NamedTuple):
         """Whether the notebook has been executed to its end for this run, without an error."""
         try:
             executed = read_json(self.folder / self.notebook.name)
-        except RunError:  # not there, or torn by a kill
+        except FileError:  # not there, or torn by a kill
             return False
         papermill = executed["metadata"].get("papermill", {})
         # Where a kernel was killed, papermill notes an end all the same, but of a cell that was not executed it knows

@@ -23,6 +23,7 @@ from solq_lab.build import build_dataset, build_model
 from solq_lab.config import ConfigError
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import ReleasedAugmentation
+from solq_lab.files import read_json
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import crop_and_resize, decode_rle
@@ -30,7 +31,7 @@ from solq_lab.models.attention import Memory
 from solq_lab.models.heads import VectorMLP
 from solq_lab.models.sqr import AttentionMaps, MaskBranch, SQRDetector
 from solq_lab.models.weights import WeightMismatch, export_official, import_official, read_weights
-from solq_lab.runs import create_run, read_json
+from solq_lab.runs import create_run
 from solq_lab.structures import ImageBatch, ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher

@@ -12,7 +12,8 @@ from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.evaluation.coco import evaluate_results, measure_candidates
 from solq_lab.evaluation.results import write_results
-from solq_lab.runs import RunError, create_run, hash_file, write_json
+from solq_lab.files import hash_file, write_json
+from solq_lab.runs import RunError, create_run
 from solq_lab.studies.bootstrap import compare_results, compare_runs, match_results, precision_on_draws
 
 NUM_IMAGES = 12

@@ -14,10 +14,11 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.classes import ClassMap
+from solq_lab.files import read_json
 from solq_lab.models.adapt import SharedCoefficients, adapt_weights
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
-from solq_lab.runs import RunError, create_run, read_json
+from solq_lab.runs import RunError, create_run
 from solq_lab.structures import ImageBatch, LayerPrediction
 from solq_lab.training import trainer
 from solq_lab.training.finetuning import open_trained, shared_coefficients, start_from_trained

@@ -15,6 +15,7 @@ from tiny import write_tiny_dataset
 from training_runs import ENVIRONMENT, TESTS, new_run, signal_after, torchrun, what_was_learned
 
 from solq_lab import precision
+from solq_lab.files import FileError
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError
 from solq_lab.training import record as record_module
@@ -409,7 +410,7 @@ def test_what_is_no_record_is_refused_with_those_there_are(stopped, tmp_path, mo
     with pytest.raises(RunError, match=r"not a flight record .*; records there: .*/flight/step_0000003"):
         replay_record(run.folder)
     (tmp_path / "record.json").write_text('{"step": 3')
-    with pytest.raises(RunError, match="not readable as JSON"):
+    with pytest.raises(FileError, match="not readable as JSON"):
         replay_record(tmp_path)
     (tmp_path / "record.json").write_text('{"step": 3}')
     with pytest.raises(RunError, match="not the JSON of a flight record"):

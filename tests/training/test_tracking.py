@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.config import ConfigError
-from solq_lab.runs import Run, create_run, read_json
+from solq_lab.files import read_json
+from solq_lab.runs import Run, create_run
 from solq_lab.training import tracking
 from solq_lab.training.tracking import FOLDER, TensorBoard, scalars
 from solq_lab.training.trainer import Trainer, train_run

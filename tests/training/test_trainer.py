@@ -18,8 +18,9 @@ from training_runs import ENVIRONMENT, TESTS, new_run, signal_after, torchrun, w
 
 from solq_lab import distributed
 from solq_lab.data.annotations import DataError
+from solq_lab.files import read_json
 from solq_lab.models.weights import read_weights
-from solq_lab.runs import RunError, load_run, read_json
+from solq_lab.runs import RunError, load_run
 from solq_lab.training import trainer as module
 from solq_lab.training.checkpoint import list_checkpoints
 from solq_lab.training.flight import NonFiniteError

@@ -8,7 +8,8 @@ from conftest import REPOSITORY
 from matplotlib.figure import Figure
 from tiny import tiny_experiment
 
-from solq_lab.runs import create_run, write_json
+from solq_lab.files import write_json
+from solq_lab.runs import create_run
 from solq_lab.viz.overview import change_intervals, learning_curves
 from solq_lab.viz.style import BLUE, GREY
 from solq_lab.viz.tables import among_methods, beside_paper

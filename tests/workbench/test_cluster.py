@@ -14,7 +14,8 @@ from tiny import tiny_experiment, write_tiny_dataset
 from training_runs import ENVIRONMENT, what_was_learned
 from typer.testing import CliRunner
 
-from solq_lab.runs import create_run, load_run, read_json
+from solq_lab.files import read_json
+from solq_lab.runs import create_run, load_run
 from solq_lab.workbench import cli
 from solq_lab.workbench.cluster import Cluster, Command
 from solq_lab.workbench.trainings import training_command

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.data_folder import check_data_folder
-from solq_lab.runs import RunError, create_run, load_run, read_json, write_json
+from solq_lab.files import read_json, write_json
+from solq_lab.runs import RunError, create_run, load_run
 from solq_lab.workbench import processes, trainings
 from solq_lab.workbench.cli import app
 from solq_lab.workbench.deaths import TrainingFailed, TrainingRefused

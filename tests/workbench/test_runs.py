@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from solq_lab.config import Experiment, validate_experiment
-from solq_lab.runs import Run, RunError, create_run, list_runs, load_run, replacing, write_json
+from solq_lab.files import replacing, write_json
+from solq_lab.runs import Run, RunError, create_run, list_runs, load_run
 
 
 def experiment(**values) -> Experiment:

@@ -23,7 +23,8 @@ from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.config import ConfigError, Experiment, load_experiment, load_sweep
 from solq_lab.errors import Interrupted
-from solq_lab.runs import RunError, create_run, read_json, write_json
+from solq_lab.files import read_json, write_json
+from solq_lab.runs import RunError, create_run
 from solq_lab.workbench import cli, sweeps
 from solq_lab.workbench.paper import paper_table
 from solq_lab.workbench.sweeps import ClusterStarter, check, find_sweep, plan, run_sweep
@@ -476,7 +477,8 @@ def test_mistakes_are_refused(command, arguments, said):
 
 def test_a_real_notebook_is_run_for_each_row_and_only_the_failed_one_again(workspace, command):
     cells = (
-        "from solq_lab.runs import create_run, write_json\nfrom solq_lab.config import load_experiment",
+        "from solq_lab.files import write_json\nfrom solq_lab.runs import create_run\n"
+        "from solq_lab.config import load_experiment",
         "run = create_run(load_experiment(experiment, overrides), runs_dir)",
         "open('executions', 'a').write(run.name + '\\n')\nrun.experiment.loss.vector_weight / fuel(run)",
         "numbers = {'metrics': {'segm.AP': 0.5}, 'per_class': {}, 'area_sides': [1, 2], 'boundary_ratio': 0.02}",

@@ -23,7 +23,7 @@ from solq_lab.codecs.base import describe_codec
 from solq_lab.config import ConfigError
 from solq_lab.data.scene import LEVELS, draw_scene
 from solq_lab.errors import ExplainedError
-from solq_lab.files import replacing
+from solq_lab.files import replacing, write_json
 from solq_lab.inference.export.graph import INPUTS, DetectionGraph
 from solq_lab.inference.export.parity import TOLERANCE, Parity, measure_parity
 from solq_lab.inference.export.sharing import without_paths
@@ -32,7 +32,7 @@ from solq_lab.inference.predictor import Predictor, find_weights, read_trained, 
 from solq_lab.models.kinds import BACKBONES
 from solq_lab.models.weights import load_state
 from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
-from solq_lab.runs import Run, write_json
+from solq_lab.runs import Run
 from solq_lab.structures import PIXEL_MEAN, PIXEL_STD
 
 OPSET = 20  # the first with today's GridSample; onnxruntime 1.17 and later know it

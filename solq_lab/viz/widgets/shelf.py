@@ -15,7 +15,7 @@ from torch import Tensor
 from solq_lab.codecs.base import FittedCodec, MaskCodec
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.codecs.pca import PCACodec
-from solq_lab.runs import replacing
+from solq_lab.files import replacing
 from solq_lab.viz.widgets.objects import ObjectFolder
 
 logger = logging.getLogger(__name__)

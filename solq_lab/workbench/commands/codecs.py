@@ -102,7 +102,7 @@ def codec_ceiling(
 ) -> None:
     """Send ground truth through mask codes and score it. This is what a network without mistakes would reach."""
     from solq_lab.errors import Interrupted
-    from solq_lab.runs import write_json
+    from solq_lab.files import write_json
     from solq_lab.studies.laboratory import Laboratory, ceiling_table, make_grid, write_csv
     from solq_lab.viz.ceilings import ceiling_curves
     from solq_lab.viz.style import save

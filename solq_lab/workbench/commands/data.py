@@ -147,7 +147,7 @@ def check_data(
     ] = None,
 ) -> None:
     """Look through a data set before training on it. Exit status: 0 clean, 1 with problems, 2 cannot be read."""
-    from solq_lab.files import replacing, write_json
+    from solq_lab.files import write_json, write_text
     from solq_lab.viz.data_report import report_page
     from solq_lab.workbench.check.checker import check_data as check
 
@@ -159,8 +159,7 @@ def check_data(
     folder = output or Path("runs/data_checks") / name
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report.to_dict() | {"allowed": allowed})
-    with replacing(folder / "report.html") as temporary:
-        temporary.write_text(report_page(report, title=f"Check of {data}", worst=worst), "utf-8", errors="replace")
+    write_text(folder / "report.html", report_page(report, title=f"Check of {data}", worst=worst), errors="replace")
     typer.echo(f"\nreport  {folder / 'report.html'}\nnumbers {folder / 'report.json'}")
     failing = report.findings.failing(fail_on.value, allowed)
     if failing:

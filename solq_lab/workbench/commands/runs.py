@@ -11,7 +11,8 @@ import typer
 from solq_lab.config import ConfigError, Experiment, change_experiment, load_experiment
 from solq_lab.data_folder import check_data_folder, prepare_data
 from solq_lab.errors import Interrupted
-from solq_lab.runs import Run, create_run, list_runs, load_run, read_json
+from solq_lab.files import read_json
+from solq_lab.runs import Run, create_run, list_runs, load_run
 from solq_lab.workbench.cluster import Cluster, follow_job, submit_training
 from solq_lab.workbench.commands.arguments import (
     ClusterOptions,

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from solq_lab.config import load_sweep
-from solq_lab.runs import load_run, replacing, write_json
+from solq_lab.files import write_json, write_text
+from solq_lab.runs import load_run
 from solq_lab.workbench.commands.arguments import (
     FAILED,
     ClusterOptions,
@@ -69,8 +70,7 @@ def table(
     if json_path is not None:
         write_json(json_path, results.to_dict())
     if csv_path is not None:
-        with replacing(csv_path) as temporary:
-            temporary.write_text(results.csv(), encoding="utf-8")
+        write_text(csv_path, results.csv())
 
 
 def _standing(job: Job) -> str:

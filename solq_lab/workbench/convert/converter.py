@@ -10,7 +10,7 @@ from typing import Any, Literal
 from solq_lab.data.annotations import DataError
 from solq_lab.data.folders import Split
 from solq_lab.data.ground_truth import GroundTruth
-from solq_lab.files import replacing
+from solq_lab.files import write_text
 from solq_lab.workbench.convert.lvis import read_lvis
 from solq_lab.workbench.convert.yolo import read_yolo
 
@@ -83,7 +83,6 @@ def _check(document: dict[str, Any], source: Path, place: Split, folder: Path) -
 
 def _write(document: dict[str, Any], place: Split) -> None:
     place.annotations.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(place.annotations) as temporary:
-        temporary.write_text(json.dumps(document), encoding="utf-8")
+    write_text(place.annotations, json.dumps(document))
     counts = len(document["images"]), len(document["annotations"]), len(document["categories"])
     logger.info("%s: %d images, %d objects, %d classes", place.annotations, *counts)
