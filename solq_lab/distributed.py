@@ -133,6 +133,15 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def gather_on_main(value: Any) -> list[Any]:
+    """`value` of every process, by rank, on the main one; an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, gathered)
+    return gathered or []
+
+
 def wait_for_all() -> None:
     """Barrier: return when every process has reached it."""
     if world_size() > 1:

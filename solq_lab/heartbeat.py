@@ -48,7 +48,7 @@ class Heartbeat(NamedTuple):
     host, pid: where it runs.
     node: machine and launcher; the processes of one node see each other's ids.
     step: optimiser steps done.
-    count: heartbeats so far.
+    number: of this heartbeat, from 1.
     finished: whether it has left in order.
     """
 
@@ -56,7 +56,7 @@ class Heartbeat(NamedTuple):
     pid: int
     node: str
     step: int
-    count: int
+    number: int
     finished: bool
 
 

@@ -1,4 +1,4 @@
-"""Several processes evaluate like one: nothing twice, nothing lost, and a stop or an error anywhere reaches all."""
+"""Several processes evaluate like one: no image twice or lost, and a stop or an error in one reaches all."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def evaluate(root: Path, *, batch_size: int = 1, should_stop: Callable[[], bool]
     return {"results": results, "evaluation": evaluation.to_dict(), "batches": len(model.modes)}
 
 
-def stumble(pieces: list[int], at: int):
-    for piece in pieces:
-        if piece == at:
-            raise ValueError(f"piece {piece} is rotten")
-        yield piece
+def failing_at(items: list[int], at: int):
+    for item in items:
+        if item == at:
+            raise ValueError(f"item {item} cannot be computed")
+        yield item
 
 
 def outcome(act: Callable[[], object]) -> object:
@@ -47,42 +47,42 @@ def outcome(act: Callable[[], object]) -> object:
         return f"{type(error).__name__}: {error}"
 
 
-def work_through_everything(rank: int, processes: int, root: Path) -> None:
+def run_all_cases(rank: int, processes: int, root: Path) -> None:
     """One process of a group: its outcomes go into a file."""
     torch.set_num_threads(1)
-    meeting = f"file://{root}/meeting{processes}"
-    patience = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes, timeout=patience)
-    gathering.PIECES_PER_MEETING = 2
+    rendezvous = f"file://{root}/rendezvous{processes}"
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes, timeout=timeout)
+    gathering.CHUNK_SIZE = 2
     last = processes - 1
-    pieces = list(range(100 * rank, 100 * rank + 3 + 4 * rank))  # the shares differ in length
-    said = {
+    items = list(range(100 * rank, 100 * rank + 3 + 4 * rank))  # the shares differ in length
+    outcomes = {
         "evaluations": [evaluate(root, batch_size=size) for size in BATCH_SIZES],
-        "pieces": outcome(lambda: list(stream_to_main(pieces))),
+        "items": outcome(lambda: list(stream_to_main(items))),
         "nothing": outcome(lambda: list(stream_to_main([]))),
         "stopped": outcome(lambda: evaluate(root, should_stop=lambda: rank == last)),
-        "failed": outcome(lambda: list(stream_to_main(stumble(pieces, at=100 * last + 5)))),
+        "failed": outcome(lambda: list(stream_to_main(failing_at(items, at=100 * last + 5)))),
         "shared": outcome(lambda: share_from_main(lambda: f"from process {rank}")),
         "main failed": outcome(lambda: share_from_main(lambda: 1 // 0)),
         "all are still together": outcome(lambda: list(stream_to_main([rank]))),
     }
-    (root / f"process{rank}_of_{processes}.json").write_text(json.dumps(said))
+    (root / f"process{rank}_of_{processes}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def said(request, tmp_path_factory) -> list[dict]:
+def outcomes(request, tmp_path_factory) -> list[dict]:
     """The outcomes of each of two, and of three processes."""
     root = write_coco_folder(tmp_path_factory.mktemp("coco"))
-    torch.multiprocessing.spawn(work_through_everything, args=(request.param, root), nprocs=request.param)
-    outcomes = [json.loads((root / f"process{n}_of_{request.param}.json").read_text()) for n in range(request.param)]
-    return [{"root": root} | outcome for outcome in outcomes]
+    torch.multiprocessing.spawn(run_all_cases, args=(request.param, root), nprocs=request.param)
+    found = [json.loads((root / f"process{n}_of_{request.param}.json").read_text()) for n in range(request.param)]
+    return [{"root": root} | outcome for outcome in found]
 
 
 @pytest.mark.parametrize("place", range(len(BATCH_SIZES)))
-def test_several_processes_find_and_score_what_one_does(said, place, tmp_path):
-    alone = evaluate(said[0]["root"], batch_size=BATCH_SIZES[place])
-    main, *others = (process["evaluations"][place] for process in said)
+def test_several_processes_find_and_score_what_one_does(outcomes, place, tmp_path):
+    alone = evaluate(outcomes[0]["root"], batch_size=BATCH_SIZES[place])
+    main, *others = (process["evaluations"][place] for process in outcomes)
     write_results(tmp_path / "alone.json.gz", alone["results"])
     write_results(tmp_path / "together.json.gz", main["results"])
     assert (tmp_path / "together.json.gz").read_bytes() == (tmp_path / "alone.json.gz").read_bytes()
@@ -93,36 +93,36 @@ def test_several_processes_find_and_score_what_one_does(said, place, tmp_path):
     assert all(other["evaluation"] == alone["evaluation"] and other["results"] == [] for other in others)
 
 
-def test_the_images_are_shared_out(said):
-    of_each = [process["evaluations"][0]["batches"] for process in said]
+def test_the_images_are_shared_out(outcomes):
+    of_each = [process["evaluations"][0]["batches"] for process in outcomes]
     assert sum(of_each) == NUM_IMAGES
     assert max(of_each) - min(of_each) <= 1
 
 
-def test_the_main_process_receives_every_piece_once(said):
-    expected = [100 * rank + piece for rank in range(len(said)) for piece in range(3 + 4 * rank)]
-    assert sorted(said[0]["pieces"]) == expected
-    assert all(process["pieces"] == [] for process in said[1:])
-    assert all(process["nothing"] == [] for process in said)
+def test_the_main_process_receives_every_item_once(outcomes):
+    expected = [100 * rank + item for rank in range(len(outcomes)) for item in range(3 + 4 * rank)]
+    assert sorted(outcomes[0]["items"]) == expected
+    assert all(process["items"] == [] for process in outcomes[1:])
+    assert all(process["nothing"] == [] for process in outcomes)
 
 
-def test_a_stop_in_one_process_stops_all(said):
-    assert [process["stopped"] for process in said] == ["EvaluationStopped: a process was asked to stop"] * len(said)
+def test_a_stop_in_one_process_stops_all(outcomes):
+    assert [process["stopped"] for process in outcomes] == ["EvaluationStopped: a process was stopped"] * len(outcomes)
 
 
-def test_an_error_in_one_process_reaches_all_by_name(said):
-    *others, last = (process["failed"] for process in said)
-    error = f"ValueError: piece {100 * (len(said) - 1) + 5} is rotten"
+def test_an_error_in_one_process_reaches_all_by_name(outcomes):
+    *others, last = (process["failed"] for process in outcomes)
+    error = f"ValueError: item {100 * (len(outcomes) - 1) + 5} cannot be computed"
     assert last == error
-    assert others == [f"ProcessFailed: process {len(said) - 1} failed: {error}"] * len(others)
+    assert others == [f"ProcessFailed: process {len(outcomes) - 1} failed: {error}"] * len(others)
 
 
-def test_what_the_main_process_computes_or_fails_to_compute_is_known_to_all(said):
-    assert [process["shared"] for process in said] == ["from process 0"] * len(said)
-    main, *others = (process["main failed"] for process in said)
+def test_what_the_main_process_computes_or_fails_to_compute_is_known_to_all(outcomes):
+    assert [process["shared"] for process in outcomes] == ["from process 0"] * len(outcomes)
+    main, *others = (process["main failed"] for process in outcomes)
     assert main == "ZeroDivisionError: integer division or modulo by zero"
     assert others == [f"ProcessFailed: process 0 failed: {main}"] * len(others)
 
 
-def test_a_group_that_stopped_and_failed_can_go_on(said):
-    assert sorted(said[0]["all are still together"]) == list(range(len(said)))
+def test_a_group_is_usable_after_a_stop_and_a_failure(outcomes):
+    assert sorted(outcomes[0]["all are still together"]) == list(range(len(outcomes)))

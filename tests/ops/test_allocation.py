@@ -1,4 +1,4 @@
-"""The C library is asked to keep freed memory where it can be asked, and left alone elsewhere."""
+"""glibc keeps freed memory; another C library is left alone."""
 
 from __future__ import annotations
 
