@@ -19,15 +19,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,6 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experiment
+from solq_lab.environment import describe_software
 from solq_lab.errors import UserError
 from solq_lab.files import read_json, write_json, write_text
 from solq_lab.schema import Role, keys_with
@@ -44,8 +41,6 @@ log = logging.getLogger(__name__)
 State = Literal["created", "training", "preempted", "failed", "finished"]
 
 SHIPPED = "shipped.json"
-_CORE_PACKAGES = ("solq-lab", "torch", "torchvision", "timm", "numpy", "scipy", "safetensors")
-_COCO_PACKAGES = ("pycocotools", "faster-coco-eval")
 
 
 class RunError(UserError):
@@ -295,22 +290,6 @@ def working_copy(run: Run, runs_dir: str | Path = "runs") -> Run:
     return Run(copy)
 
 
-def describe_software() -> dict[str, Any]:
-    """What this process runs with: Python, packages, the repository's git commit, machine and command."""
-    versions = {"python": platform.python_version()}
-    for package in _CORE_PACKAGES + _COCO_PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "versions": versions,
-        "git": _git_commit(),
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "command": sys.argv,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
 def _read_experiment(folder: Path) -> Experiment:
     path = folder / "experiment.yaml"
     if not path.is_file():
@@ -382,17 +361,3 @@ def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = ""
         elif before != after:
             found.append(f"{prefix}{key} (there {before!r}, asked {after!r})")
     return found
-
-
-def _git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that this package lies in and whether it has changes; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "modified": bool(changes)}

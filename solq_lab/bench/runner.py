@@ -15,8 +15,8 @@ from solq_lab.bench import codecs, evaluation, gpu, loader, matcher, memory, net
 from solq_lab.bench.memory import MemoryRow
 from solq_lab.bench.timing import Row
 from solq_lab.data.annotations import DataError
+from solq_lab.environment import describe_software, processor_name
 from solq_lab.files import write_json
-from solq_lab.runs import describe_software
 from solq_lab.schema import DataSection
 
 PARTS = ("op", "codec", "targets", "postprocess", "matcher", "loader", "eval", "infer", "train")
@@ -128,19 +128,9 @@ def _validation_split(root: Path) -> tuple[Path, Path]:
 
 def _describe_machine() -> dict[str, str | int]:
     return {
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": os.cpu_count() or 1,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def _processor_name() -> str:
-    """What Linux calls the processor; elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
+from solq_lab.environment import processor_features
 from solq_lab.errors import UserError
 from solq_lab.ops.toolkit import CudaToolkit, cuda_version_of_torch, find_compiler, find_cuda_toolkits, find_ninja
 
@@ -126,20 +127,9 @@ def _recipe(kind: Kind) -> Recipe:
     digest = hashlib.sha256()
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.name.encode() + path.read_bytes())
-    environment = (torch.__version__, sys.implementation.cache_tag, platform.machine(), _processor())
+    environment = (torch.__version__, sys.implementation.cache_tag, platform.machine(), processor_features())
     digest.update(repr((flags, cuda_flags, environment)).encode())
     return Recipe(kind, sources, flags, cuda_flags, cache_folder() / f"{kind}-{digest.hexdigest()[:16]}.so")
-
-
-def _processor() -> str:
-    """Model and instruction sets of the processor: what -march=native stands for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )
 
 
 def _architecture_flags() -> tuple[str, ...]:

@@ -12,9 +12,10 @@ import torch
 
 from solq_lab import distributed
 from solq_lab.data.coco import CocoDataset
+from solq_lab.environment import describe_software
 from solq_lab.errors import ExplainedError
 from solq_lab.ops.ms_deform_attn import implementation_for
-from solq_lab.runs import Run, describe_software
+from solq_lab.runs import Run
 from solq_lab.training.findings import describe_gradients, describe_pass, explain, name_first, nonfinite_tensors
 from solq_lab.training.journal import Journal
 from solq_lab.training.record import save_record, share_of

@@ -24,6 +24,7 @@ from solq_lab.codecs.base import describe_codec
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
 from solq_lab.data.order import BatchStream
 from solq_lab.data_folder import prepare_data
+from solq_lab.environment import describe_hardware, describe_software
 from solq_lab.errors import ExplainedError
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
 from solq_lab.evaluation.gathering import EvaluationStopped
@@ -34,7 +35,7 @@ from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.precision import TRAINING, check_autocast
-from solq_lab.runs import Run, RunError, State, describe_software
+from solq_lab.runs import Run, RunError, State
 from solq_lab.schema import TrainSection
 from solq_lab.training.checkpoint import (
     Checkpoint,
@@ -48,7 +49,6 @@ from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.faults import explain_fault
 from solq_lab.training.finetuning import TrainedModel, open_trained, start_from_trained
 from solq_lab.training.flight import FlightRecorder
-from solq_lab.training.hardware import describe_hardware
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import vector_plateau
 from solq_lab.training.optim import build_optimizer, learning_rate_factor, set_learning_rate, square_root_rule

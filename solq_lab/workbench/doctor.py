@@ -8,15 +8,14 @@ from __future__ import annotations
 import platform
 import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from solq_lab.environment import first_line, processor_name
 from solq_lab.ops.extension import ExtensionBuildError, cache_folder, load_extension
 from solq_lab.ops.ms_deform_attn import (
     COMPILED,
@@ -101,7 +100,10 @@ def _machine() -> list[tuple[str, str]]:
         ("torch", f"{torch.__version__}, {built_for}, Python {platform.python_version()}"),
         ("processor", f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"),
         ("GPU", "; ".join(map(_gpu, range(torch.cuda.device_count()))) or "none"),
-        ("C++ compiler", f"{compiler}, {_first_line(compiler)}" if compiler else "none"),
+        (
+            "C++ compiler",
+            f"{compiler}, {first_line([compiler, '--version']) or 'unknown version'}" if compiler else "none",
+        ),
         ("ninja", find_ninja() or "none"),
         ("CUDA toolkits", toolkits),
         ("kept libraries", f"{kept} in {folder}"),
@@ -176,18 +178,3 @@ def _gpu(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     memory = properties.total_memory / 2**30
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
-
-
-def processor_name() -> str:
-    """The processor's name; on Linux as /proc/cpuinfo has it, which `platform` does not read."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _first_line(compiler: str) -> str:
-    answer = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60)
-    return (answer.stdout.splitlines() or ["says no version"])[0]
