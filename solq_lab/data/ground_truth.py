@@ -55,6 +55,7 @@ class GroundTruth:
         crowd: (A,) bool.
         learnable: (A,) bool: no crowd, and box and mask have an area.
         has_masks: whether segmentations were read.
+        keep: which objects are here.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class GroundTruth:
         document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
         self.source = Path(source if isinstance(annotations, dict) else annotations)
         self.categories: list[Any] = list(document["categories"])
-        self.has_masks = with_masks
+        self.has_masks, self.keep = with_masks, keep
         self._read_images(document["images"])
-        self._read_objects(document["annotations"], keep)
+        self._read_objects(document["annotations"])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -147,7 +148,8 @@ class GroundTruth:
         self.image_ids, self.sizes = ids[order], sizes[order]
         self.file_names: list[str] = [entries[place]["file_name"] for place in order.tolist()]
 
-    def _read_objects(self, entries: Sequence[Any], keep: Literal["learnable", "all"]) -> None:
+    def _read_objects(self, entries: Sequence[Any]) -> None:
+        keep_all = self.keep == "all"
         image_of = {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
         sizes = self.sizes.tolist()
         packed = _PackedSegmentations()
@@ -160,16 +162,16 @@ class GroundTruth:
             image = owner_of(entry, image_of, name)
             all_ids.append(entry["id"])
             of_many = is_crowd(entry, name)
-            if of_many and keep == "learnable":
+            if of_many and not keep_all:
                 continue
 
             box = clamped_box(entry.get("bbox"), *sizes[image], name)
             has_area = box[2] > box[0] and box[3] > box[1]
             # What is left out by its box is not looked at further: its mask may be anything.
-            if self.has_masks and (has_area or keep == "all"):
+            if self.has_masks and (has_area or keep_all):
                 segmentation = checked_segmentation(entry.get("segmentation"), tuple(sizes[image]), name)
                 has_area = has_area and bool(segmentation)
-            if not has_area and keep == "learnable":
+            if not (has_area or keep_all):
                 without_area.append(entry["id"])
                 continue
 
@@ -180,7 +182,7 @@ class GroundTruth:
             category_ids.append(entry["category_id"])
             boxes.extend(box)
             coco_boxes.extend(entry["bbox"])
-            areas.append(checked_area(entry, name) if keep == "all" else _area_or_nan(entry))
+            areas.append(checked_area(entry, name) if keep_all else _area_or_nan(entry))
             crowd.append(of_many)
             learnable.append(has_area and not of_many)
 

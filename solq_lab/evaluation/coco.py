@@ -21,23 +21,11 @@ import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_api
 
-from solq_lab.data.annotations import (
-    MAX_SIDE,
-    DataError,
-    checked_segmentation,
-    clamped_box,
-    is_crowd,
-    is_id,
-    is_measure,
-    name_of,
-    owner_of,
-    read_annotations,
-    shorten,
-)
-from solq_lab.data.classes import name_of_category
+from solq_lab.data.annotations import DataError
+from solq_lab.data.classes import ClassMap
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
-from solq_lab.masks import segmentation_to_rle
 from solq_lab.schema import EvaluationSection
 
 logger = logging.getLogger(__name__)
@@ -53,7 +41,7 @@ _AP50, _AP75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55, ... 0.95
 
 
 def evaluate_results(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
     *,
     kinds: Collection[str] = KINDS,
@@ -65,7 +53,7 @@ def evaluate_results(
     """Scores results in COCO's format against ground truth.
 
     Args:
-        annotations: COCO instances file, or its parsed content; left unchanged.
+        annotations: COCO instances file, its parsed content (left unchanged), or its `GroundTruth` with all objects.
         results: one dictionary per detection: "image_id", "category_id", "score", "bbox" (x, y, w, h) in image pixels
             where boxes are scored, "segmentation" (compressed RLE at image size) where masks are. May be empty; left
             unchanged.
@@ -90,7 +78,7 @@ def evaluate_results(
     if not 0 < area_sides[0] < area_sides[1]:
         raise ValueError(f"area_sides {area_sides}: allowed are two ascending positive sides in pixels")
     masks_wanted = any(kind != "box" for kind in kinds)
-    truth = _GroundTruth(annotations, image_ids, masks_wanted=masks_wanted)
+    truth = _ScoredTruth(annotations, image_ids, masks_wanted=masks_wanted)
     shares = truth.shares(results)
     ranges = _area_ranges(area_sides)
     metrics: dict[str, float] = {}
@@ -126,7 +114,7 @@ class _Share(NamedTuple):
     numbered: list[tuple[int, dict]]
 
 
-def _evaluate(truth: _GroundTruth, found: COCO, kind: str, boundary_ratio: float, **ranges: object) -> COCOeval_faster:
+def _evaluate(truth: _ScoredTruth, found: COCO, kind: str, boundary_ratio: float, **ranges: object) -> COCOeval_faster:
     """faster-coco-eval after its matching."""
     evaluator = COCOeval_faster(
         truth.index(),
@@ -166,7 +154,7 @@ class Candidates(NamedTuple):
 
 
 def measure_candidates(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
     *,
     kind: str,
@@ -182,12 +170,12 @@ def measure_candidates(
     Raises:
         DataError: the annotations or a result cannot be used; the message names the entry and the cure.
     """
-    truth = _GroundTruth(annotations, image_ids, masks_wanted=kind != "box")
+    truth = _ScoredTruth(annotations, image_ids, masks_wanted=kind != "box")
     found = truth.detections(truth.counted(results), masks=kind != "box")
     evaluator = _evaluate(truth, found, kind, boundary_ratio)
     images = np.array(sorted(truth.images), dtype=np.int64)
     image_rows = {key: row for row, key in enumerate(images.tolist())}
-    class_rows = {category["id"]: row for row, category in enumerate(truth.categories)}
+    class_rows = {category_id: row for row, category_id in enumerate(truth.category_ids)}
     detections = _best_detections(found.dataset["annotations"], evaluator.params.maxDets[-1])
     detection_places, object_places = _places(detections), _places(truth.objects)
     pairs = [np.zeros((0, 3))]
@@ -211,39 +199,42 @@ def measure_candidates(
     )
 
 
-class _GroundTruth:
+class _ScoredTruth:
     """The images, classes and objects that count, in the form faster-coco-eval reads."""
 
     def __init__(
-        self, annotations: str | Path | dict, image_ids: Collection[int] | None, *, masks_wanted: bool
+        self, annotations: str | Path | dict | GroundTruth, image_ids: Collection[int] | None, *, masks_wanted: bool
     ) -> None:
-        self.source = "annotations" if isinstance(annotations, dict) else str(annotations)
-        document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
-        self.known = _by_id(document["images"], f"{self.source}: images")
-        self.categories = sorted(
-            _by_id(document["categories"], f"{self.source}: categories").values(), key=lambda category: category["id"]
-        )
-        self.category_ids = {category["id"] for category in self.categories}
-        self.class_names = _distinct_names(self.categories, self.source)
-        try:
-            self.images = {key: self.known[key] for key in (self.known if image_ids is None else image_ids)}
-        except KeyError as error:
-            raise DataError(f"{self.source}: no image of id {error}; image_ids are those of this file") from None
-        self.objects: list[dict] = []
-        for place, entry in enumerate(document["annotations"]):
-            name = f"{self.source}: {name_of(entry, place)}"
-            owner_of(entry, self.known, name)
-            if entry["image_id"] in self.images:
-                self.objects.append(self._object(entry, len(self.objects) + 1, name, masks_wanted))
+        truth = annotations
+        if not isinstance(truth, GroundTruth):
+            truth = GroundTruth(truth, with_masks=masks_wanted, keep="all")
+        if truth.keep != "all" or (masks_wanted and not truth.has_masks):
+            raise ValueError('scoring needs GroundTruth(..., keep="all"), with masks where masks are scored')
+        self.source = truth.source
+        classes = ClassMap.from_categories(truth.categories, source=str(self.source))
+        self.class_names = _distinct_names(classes)
+        self.category_ids: Collection[int] = classes.category_ids
+
+        self.sizes = {
+            key: tuple(size) for key, size in zip(truth.image_ids.tolist(), truth.sizes.tolist(), strict=True)
+        }
+        self.images = set(self.sizes if image_ids is None else image_ids)
+        unknown = sorted(self.images - self.sizes.keys())
+        if unknown:
+            raise DataError(f"{self.source}: no image of id {unknown[0]}; image_ids are those of this file")
+        rows = np.flatnonzero(np.isin(truth.image_ids[truth.image_rows], list(self.images)))
+        self.objects = [self._object(truth, row, masks_wanted) for row in rows.tolist()]
+        for number, entry in enumerate(self.objects, start=1):
+            entry["id"] = number  # faster-coco-eval takes id 0 for "not matched"
 
     def index(self) -> COCO:
         """The ground truth, indexed; a fresh copy, because an evaluation writes into it."""
         return self._indexed([dict(entry) for entry in self.objects])
 
-    def of_classes(self, category_ids: Collection[int]) -> _GroundTruth:
+    def of_classes(self, category_ids: Collection[int]) -> _ScoredTruth:
         """The same images with some of the classes."""
         part = copy.copy(self)
-        part.categories = [category for category in self.categories if category["id"] in category_ids]
+        part.category_ids = category_ids
         part.objects = [entry for entry in self.objects if entry["category_id"] in category_ids]
         return part
 
@@ -256,7 +247,7 @@ class _GroundTruth:
 
     def shares(self, results: Sequence[dict]) -> list[_Share]:
         """The results that count by class, in shares of about `DETECTIONS_AT_ONCE`; at least one share."""
-        by_class: dict[int, list[tuple[int, dict]]] = {category["id"]: [] for category in self.categories}
+        by_class: dict[int, list[tuple[int, dict]]] = {category_id: [] for category_id in self.category_ids}
         for number, result in self.counted(results):
             by_class[result["category_id"]].append((number, result))
         shares = [_Share([], [])]
@@ -278,37 +269,26 @@ class _GroundTruth:
 
     def _indexed(self, entries: list[dict]) -> COCO:
         index = COCO()
-        index.dataset = {"images": list(self.images.values()), "categories": self.categories, "annotations": entries}
+        images = [{"id": key, "height": self.sizes[key][0], "width": self.sizes[key][1]} for key in sorted(self.images)]
+        categories = [{"id": category_id} for category_id in self.category_ids]
+        index.dataset = {"images": images, "categories": categories, "annotations": entries}
         index.createIndex()
         return index
 
-    def _object(self, entry: dict, number: int, name: str, masks_wanted: bool) -> dict:
-        """One ground-truth entry, renumbered from 1: faster-coco-eval takes id 0 for "not matched"."""
-        try:
-            image, category_id, box = self.images[entry["image_id"]], entry["category_id"], entry["bbox"]
-            segmentation = entry["segmentation"] if masks_wanted else None
-            size = image["height"], image["width"]
-        except KeyError as error:
-            raise DataError(
-                f"{name}: no {error}, in the entry or in its image; scoring boxes needs 'bbox', masks 'segmentation' "
-                "and the image's 'height' and 'width'"
-            ) from None
-        if not all(is_id(side) and 0 < side <= MAX_SIDE for side in size):
-            raise DataError(f"{name}: its image has height and width {shorten(size)}; needed are whole numbers from 1")
+    def _object(self, truth: GroundTruth, row: int, masks_wanted: bool) -> dict:
+        category_id, area = int(truth.category_ids[row]), float(truth.areas[row])
         if category_id not in self.category_ids:
-            raise DataError(f"{name}: category_id {shorten(category_id)} is not in 'categories'; add or correct it")
-        clamped_box(box, *size, name)
-        kept = {"image_id": entry["image_id"], "category_id": category_id, "bbox": box}
+            raise DataError(
+                f"{self.source}: annotation id {truth.ids[row]}: category_id {category_id} is not in 'categories'; "
+                "add or correct it"
+            )
+        entry = {"image_id": int(truth.image_ids[truth.image_rows[row]]), "category_id": category_id}
+        entry |= {"bbox": truth.coco_boxes[row].tolist(), "iscrowd": int(truth.crowd[row])}
         if masks_wanted:
-            kept["segmentation"] = segmentation_to_rle(checked_segmentation(segmentation, size, name), size)
-        area = entry.get("area")
-        if area is None and masks_wanted:
-            area = int(rle_api.area(kept["segmentation"]))
-        elif area is None:
-            area = box[2] * box[3]
-        if not is_measure(area):
-            raise DataError(f"{name}: area {shorten(area)}; needed is a finite number of pixels, or none")
-        return kept | {"id": number, "area": float(area), "iscrowd": int(is_crowd(entry, name))}
+            entry["segmentation"] = truth.rle(row)
+        if math.isnan(area):
+            area = float(rle_api.area(entry["segmentation"])) if masks_wanted else math.prod(entry["bbox"][2:])
+        return entry | {"area": area}
 
     def _check(self, number: int, result: dict) -> None:
         """Refuse a result whose image, class or score cannot be used; `number` is its place in the list, from 0."""
@@ -316,7 +296,7 @@ class _GroundTruth:
             image_id, category_id, score = result["image_id"], result["category_id"], result["score"]
         except (KeyError, TypeError) as error:
             raise _incomplete(number, result, error) from None
-        if image_id not in self.known:
+        if image_id not in self.sizes:
             raise DataError(f"result {number}: image {image_id!r} is not in {self.source}; score it with its file")
         if category_id not in self.category_ids:
             raise DataError(
@@ -339,11 +319,11 @@ class _GroundTruth:
             return entry | {"bbox": shape, "area": shape[2] * shape[3]}
         if not isinstance(shape, dict) or not isinstance(shape.get("counts"), str | bytes):
             raise DataError(f"result {number}: segmentation {_shortened(shape)}; allowed is a compressed RLE")
-        image = self.known[image_id]
-        if list(shape["size"]) != [image["height"], image["width"]]:
+        height, width = self.sizes[image_id]
+        if list(shape["size"]) != [height, width]:
             raise DataError(
                 f"result {number}: a mask of size {list(shape['size'])}, but image {image_id} has height and width "
-                f"{image['height']}, {image['width']}; masks are scored at the original size"
+                f"{height}, {width}; masks are scored at the original size"
             )
         return entry | {"segmentation": shape}
 
@@ -355,25 +335,12 @@ def _incomplete(number: int, result: object, error: Exception) -> DataError:
     )
 
 
-def _by_id(entries: list, name: str) -> dict[int, dict]:
-    """The entries of a list of the file by their 'id'."""
-    found: dict[int, dict] = {}
-    for place, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not is_id(entry.get("id")):
-            raise DataError(f"{name}[{place}]: found {shorten(entry)}; needed is a whole number 'id'")
-        if entry["id"] in found:
-            raise DataError(f"{name}[{place}]: id {entry['id']} comes more than once; ids have to be unique")
-        found[entry["id"]] = entry
-    return found
-
-
-def _distinct_names(categories: list[dict], source: str) -> list[str]:
+def _distinct_names(classes: ClassMap) -> list[str]:
     """Names of the categories; where one comes more than once, its id is added."""
-    names = [name_of_category(category, source) for category in categories]
-    counts = Counter(names)
+    counts = Counter(classes.names)
     return [
-        name if counts[name] == 1 else f"{name} ({category['id']})"
-        for name, category in zip(names, categories, strict=True)
+        name if counts[name] == 1 else f"{name} ({category_id})"
+        for name, category_id in zip(classes.names, classes.category_ids, strict=True)
     ]
 
 
