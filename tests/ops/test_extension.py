@@ -243,7 +243,7 @@ def test_a_library_is_known_by_all_that_it_depends_on(sources, cache, monkeypatc
         patch.setattr(torch, "__version__", "9.9")
         assert name() != first
     with monkeypatch.context() as patch:
-        patch.setattr(extension, "_processor", lambda: "another")
+        patch.setattr(extension, "processor_features", lambda: "another")
         assert name() != first
     with monkeypatch.context() as patch:
         patch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
