@@ -47,7 +47,7 @@ from solq_lab.training.checkpoint import (
 from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.faults import explain_fault
-from solq_lab.training.finetuning import TrainedModel, open_trained, start_from_trained
+from solq_lab.training.finetune import TrainedModel, open_trained, start_from_trained
 from solq_lab.training.flight import FlightRecorder
 from solq_lab.training.journal import Journal
 from solq_lab.training.losses import vector_plateau

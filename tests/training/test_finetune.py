@@ -1,4 +1,4 @@
-"""A training that starts from a trained model takes over what means the same, and says what it did with the rest."""
+"""Fine-tuning copies what fits of a trained model, and lists what became of the rest."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.files import read_json
-from solq_lab.models.adapt import SharedCoefficients, adapt_weights
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
 from solq_lab.runs import RunError, create_run
 from solq_lab.structures import ImageBatch, LayerPrediction
 from solq_lab.training import trainer
-from solq_lab.training.finetuning import open_trained, shared_coefficients, start_from_trained
+from solq_lab.training.finetune import (
+    SharedCoefficients,
+    adapt_weights,
+    open_trained,
+    shared_coefficients,
+    start_from_trained,
+)
 from solq_lab.training.optim import build_optimizer
 from solq_lab.training.trainer import train_run
 
@@ -60,17 +65,17 @@ def start(path: Path, names: tuple[str, ...] = ANIMALS, **sections) -> tuple[SOL
     return model, start_from_trained(model, new_codec(experiment), names, open_trained(experiment))
 
 
-def answer(model: SOLQ) -> LayerPrediction:
+def predict(model: SOLQ) -> LayerPrediction:
     torch.manual_seed(2)
     with torch.no_grad():
         return model(ImageBatch(torch.randn(1, 3, 48, 48), torch.zeros(1, 48, 48, dtype=torch.bool))).layers[-1]
 
 
-def test_the_same_sizes_give_the_same_answers_in_other_units(tmp_path):
+def test_the_same_sizes_give_the_same_predictions_in_other_units(tmp_path):
     """Everything is copied; only the vectors' units, which follow the new data, differ."""
     path, trained = write_trained(tmp_path)
     model, lines = start(path)
-    for ours, theirs in zip(answer(model)[:3], answer(trained)[:3], strict=True):
+    for ours, theirs in zip(predict(model)[:3], predict(trained)[:3], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     own = model.state_dict()
     differing = {name for name, tensor in trained.state_dict().items() if not torch.equal(own[name], tensor)}
@@ -88,7 +93,7 @@ def test_classes_go_by_name_and_new_ones_start_from_the_prior(tmp_path):
     assert torch.equal(here.bias[[1, 2]], there.bias[[1, 0]])
     assert here.bias[[0, 3]].sigmoid().tolist() == pytest.approx([0.01, 0.01])
     assert "classes  2 copied by name (Dog, cat), 1 fresh (horse), 1 dropped (cow)" in lines
-    torch.testing.assert_close(answer(model).boxes, answer(trained).boxes)
+    torch.testing.assert_close(predict(model).boxes, predict(trained).boxes)
 
 
 def test_queries_are_cut_or_grown_from_trained_ones(tmp_path):
@@ -105,19 +110,21 @@ def test_queries_are_cut_or_grown_from_trained_ones(tmp_path):
 
 
 @pytest.mark.parametrize(("there", "here"), [(True, True), (True, False), (False, True), (False, False)])
-def test_the_common_low_frequencies_answer_as_before_whoever_standardises(there: bool, here: bool, tmp_path):
+def test_the_common_low_frequencies_are_predicted_as_before_with_and_without_standardising(
+    there: bool, here: bool, tmp_path
+):
     path, trained = write_trained(tmp_path, model={"standardise_vectors": there})
     longer, lines = start(path, model={"standardise_vectors": here}, codec={"vector_dim": 30})
-    torch.testing.assert_close(answer(longer).vectors[..., :20], answer(trained).vectors, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predict(longer).vectors[..., :20], predict(trained).vectors, atol=1e-5, rtol=1e-4)
     assert "vectors  20 coefficients copied, 10 fresh" in lines
     assert not longer.heads[0].vector.layers[2].weight[20:].any()
     shorter, lines = start(path, model={"standardise_vectors": here}, codec={"vector_dim": 6})
-    torch.testing.assert_close(answer(shorter).vectors, answer(trained).vectors[..., :6], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(predict(shorter).vectors, predict(trained).vectors[..., :6], atol=1e-5, rtol=1e-4)
     assert "vectors  6 coefficients copied, 14 dropped" in lines
 
 
 def test_another_mask_size_scales_the_coefficients_and_another_kind_shares_none(tmp_path):
-    """The independent witness: one blob, drawn on both grids."""
+    """Independent check: one blob, drawn at both mask sizes."""
     small, large = DCTCodec(32, 40), DCTCodec(64, 50)
     shared = shared_coefficients(small, large)
     assert shared == SharedCoefficients(40, 2.0)
@@ -143,11 +150,11 @@ def test_a_branch_that_only_one_model_has_starts_fresh_or_is_dropped(tmp_path):
     path, trained = write_trained(tmp_path)
     model, lines = start(path, **sqr)
     assert {"fresh    mask branch: the file has none", "dropped  mask vectors: this model has none"} <= set(lines)
-    torch.testing.assert_close(answer(model).boxes, answer(trained).boxes)
+    torch.testing.assert_close(predict(model).boxes, predict(trained).boxes)
     path, trained = write_trained(tmp_path, **plain)
     model, lines = start(path)
     assert "fresh    mask vectors: the file has none" in lines
-    torch.testing.assert_close(answer(model).logits, answer(trained).logits)
+    torch.testing.assert_close(predict(model).logits, predict(trained).logits)
 
 
 def test_a_two_stage_model_keeps_its_proposals_whatever_the_classes(tmp_path):
@@ -166,7 +173,7 @@ def test_weights_in_half_precision_are_taken_too(tmp_path):
     torch.testing.assert_close(model.query_embedding[:8], trained.query_embedding, atol=1e-3, rtol=1e-3)
 
 
-def test_another_network_is_refused_by_its_settings(tmp_path):
+def test_another_network_is_rejected_by_its_settings(tmp_path):
     path, _ = write_trained(tmp_path)
     with pytest.raises(
         WeightMismatch, match=r"another network: model\.width=32 there, 64 here\. .*set these to the val"
@@ -190,14 +197,14 @@ def test_missing_and_unknown_tensors_are_named_with_the_nearest(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
 
 
-def test_two_sources_of_weights_are_refused(tmp_path):
+def test_two_sources_of_weights_are_rejected(tmp_path):
     with pytest.raises(
         ConfigError, match=r"finetune_from a\.safetensors and model\.pretrained b\.pth both name weights"
     ):
         tiny_experiment(tmp_path, model={"pretrained": "b.pth"}, train={"finetune_from": "a.safetensors"})
 
 
-def test_a_training_starts_from_it_learns_and_resumes_without_looking_at_it_again(tmp_path, caplog):
+def test_a_training_starts_from_it_and_resumes_without_the_file(tmp_path, caplog):
     """Own data of two classes, from a run of three classes, fewer queries and a shorter code."""
     images = write_tiny_dataset(tmp_path / "images", train=8, val=2)
     (tmp_path / "base").mkdir()
@@ -219,19 +226,19 @@ def test_a_training_starts_from_it_learns_and_resumes_without_looking_at_it_agai
 
 
 @pytest.mark.parametrize(
-    ("sections", "file", "error", "said"),
+    ("sections", "file", "error", "message"),
     [
         ({}, "train.json", WeightMismatch, "not a safetensors file"),
         ({}, ".", RunError, "not a run folder"),
         ({"width": 64}, "trained.safetensors", WeightMismatch, r"another network: model\.width=32 there, 64 here"),
     ],
 )
-def test_a_wrong_file_is_refused_before_any_work(tmp_path, monkeypatch, sections, file, error, said):
+def test_a_wrong_file_is_rejected_before_any_work(tmp_path, monkeypatch, sections, file, error, message):
     write_trained(tmp_path)
     (tmp_path / "train.json").write_text("{}")
-    monkeypatch.setattr(trainer, "prepare_data", lambda _: pytest.fail("the data are looked at first"))
+    monkeypatch.setattr(trainer, "prepare_data", lambda _: pytest.fail("the data are prepared first"))
     settings = {"model": sections, "train": {"finetune_from": str(tmp_path / file)}}
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         train_run(create_run(tiny_experiment(tmp_path, **settings), tmp_path / "runs"))
 
 
