@@ -42,7 +42,7 @@ class GroundTruth:
 
     Attributes:
         source: the file, for messages.
-        categories: the entries of `categories`, unchecked.
+        categories, info: those of the document, unchecked.
         image_ids: (I,) int64.
         file_names: I names relative to the image folder.
         sizes: (I, 2) int64 height and width, pixels.
@@ -71,8 +71,8 @@ class GroundTruth:
         Args:
             annotations: COCO instances file, or its parsed content.
             with_masks: read the segmentations too.
-            keep: "learnable" leaves out crowds, and objects without area with one log line. "all" keeps every object,
-                and therefore checks the masks of crowds and all areas too.
+            keep: "learnable" leaves out crowds and objects without area. "all" keeps every object, and therefore
+                checks the masks of crowds and all areas too. One log line counts the objects without area.
             source: name of a parsed document in messages.
 
         Raises:
@@ -83,6 +83,7 @@ class GroundTruth:
         document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
         self.source = Path(source if isinstance(annotations, dict) else annotations)
         self.categories: list[Any] = list(document["categories"])
+        self.info: Any = document.get("info")
         self.has_masks, self.keep = with_masks, keep
         self._read_images(document["images"])
         self._read_objects(document["annotations"])
@@ -171,8 +172,9 @@ class GroundTruth:
             if self.has_masks and (has_area or keep_all):
                 segmentation = checked_segmentation(entry.get("segmentation"), tuple(sizes[image]), name)
                 has_area = has_area and bool(segmentation)
-            if not (has_area or keep_all):
+            if not (has_area or of_many):
                 without_area.append(entry["id"])
+            if not (has_area or keep_all):
                 continue
 
             if self.has_masks:
@@ -189,7 +191,8 @@ class GroundTruth:
         _check_distinct(np.array(all_ids, dtype=np.int64), f"{self.source}: annotation id")
         if without_area:
             count, first = f"{len(without_area)} of {len(entries)}", first_few(without_area)
-            logger.warning("%s: %s objects have no area and are left out: annotation ids %s", self.source, count, first)
+            left_out = "" if keep_all else " and are left out"
+            logger.warning("%s: %s objects have no area%s: annotation ids %s", self.source, count, left_out, first)
 
         packed.freeze()
         owners = np.array(images, dtype=np.int64)

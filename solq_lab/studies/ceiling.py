@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from solq_lab import masks
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.data.annotations import read_annotations
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.summary import Evaluation
@@ -44,17 +43,6 @@ class Noise(NamedTuple):
     seed: int = 0
 
 
-class Annotated(NamedTuple):
-    """An annotation file that was read and checked, for several ceilings on the same objects.
-
-    document: its content, which scores are computed from.
-    truth: its learnable objects, with masks.
-    """
-
-    document: dict[str, Any]
-    truth: GroundTruth
-
-
 class Reconstructions(NamedTuple):
     """Objects of a data set after the way through a code, in the order of their images.
 
@@ -71,7 +59,7 @@ class Reconstructions(NamedTuple):
 
 
 def codec_ceiling(
-    annotations: str | Path | dict | Annotated,
+    annotations: str | Path | dict | GroundTruth,
     codec: MaskCodec,
     *,
     area_sides: tuple[float, float] = DEFAULTS.area_sides,
@@ -87,7 +75,7 @@ def codec_ceiling(
     with score 1, on the codec's device.
 
     Args:
-        annotations: COCO instances file, its parsed content, or what `read_ground_truth` made of either.
+        annotations: COCO instances file, its parsed content, or `GroundTruth` with all of its objects.
         codec: the mask code.
         area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
         boundary_ratio: boundary width over the image's diagonal.
@@ -116,7 +104,7 @@ def codec_ceiling(
 
 
 def reconstruct_objects(
-    annotations: str | Path | dict | Annotated,
+    annotations: str | Path | dict | GroundTruth,
     codec: MaskCodec,
     *,
     image_ids: Collection[int] | None = None,
@@ -126,20 +114,6 @@ def reconstruct_objects(
 ) -> Reconstructions:
     """Every object that is no crowd after the way through the code; arguments and errors as in `codec_ceiling`."""
     return _reconstruct(_read_scene(annotations, codec, image_ids, max_images, noise), processes)
-
-
-def read_ground_truth(annotations: str | Path | dict) -> Annotated:
-    """Reads and checks COCO annotations with masks.
-
-    Args:
-        annotations: COCO instances file, or its parsed content.
-
-    Raises:
-        DataError: they cannot be used; the message names the entry and the cure.
-    """
-    source = "annotations" if isinstance(annotations, dict) else annotations
-    document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
-    return Annotated(document, GroundTruth(document, source=source))
 
 
 def of_size(areas: np.ndarray, area_sides: tuple[float, float]) -> dict[str, np.ndarray]:
@@ -154,7 +128,6 @@ def of_size(areas: np.ndarray, area_sides: tuple[float, float]) -> dict[str, np.
 class _Scene(NamedTuple):
     """What all pieces of work share; `rows` are the objects in the chosen images."""
 
-    document: dict[str, Any]
     truth: GroundTruth
     rows: np.ndarray
     image_ids: list[int]
@@ -170,7 +143,7 @@ class _Scoring(NamedTuple):
 
 
 def _read_scene(
-    annotations: str | Path | dict | Annotated,
+    annotations: str | Path | dict | GroundTruth,
     codec: MaskCodec,
     image_ids: Collection[int] | None,
     max_images: int | None,
@@ -178,9 +151,9 @@ def _read_scene(
 ) -> _Scene:
     if not (0 <= noise.box < math.inf and 0 <= noise.vector < math.inf and noise.seed >= 0):
         raise ValueError(f"{noise}: allowed are finite standard deviations from 0 on and seeds from 0 on")
-    document, truth = annotations if isinstance(annotations, Annotated) else read_ground_truth(annotations)
+    truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
     chosen = sorted(truth.image_ids.tolist() if image_ids is None else image_ids)[:max_images]
-    return _Scene(document, truth, truth.rows(chosen), chosen, codec, noise)
+    return _Scene(truth, truth.rows(chosen), chosen, codec, noise)
 
 
 def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
@@ -280,7 +253,7 @@ def _device(codec: MaskCodec) -> torch.device:
 
 def _score(scoring: _Scoring, kind: str) -> Evaluation:
     return evaluate_results(
-        scoring.scene.document,
+        scoring.scene.truth,
         scoring.results,
         kinds=(kind,),
         area_sides=scoring.area_sides,

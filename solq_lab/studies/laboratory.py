@@ -20,11 +20,12 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.config import ConfigError, Experiment, validate_experiment
 from solq_lab.data.annotations import DataError
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS
 from solq_lab.evaluation.summary import Evaluation, aligned, percent
 from solq_lab.files import hash_file, read_json, replacing, write_json
 from solq_lab.fitting import fit_codec
-from solq_lab.studies.ceiling import Noise, codec_ceiling, of_size, read_ground_truth
+from solq_lab.studies.ceiling import Noise, codec_ceiling, of_size
 
 logger = logging.getLogger(__name__)
 
@@ -166,12 +167,11 @@ class Laboratory:
         Raises:
             DataError: the annotations cannot be used, or there is no object in the images looked at.
         """
-        self._annotated = read_ground_truth(Path(annotations))
-        truth = self._annotated.truth
+        self.truth = truth = GroundTruth(annotations, keep="all")
         self.folder = Path(folder)
         self.fit_annotations = None if fit_annotations is None else Path(fit_annotations)
         self.fit_objects, self.processes = fit_objects, processes
-        self.area_sides = _area_sides(self._annotated.document) if area_sides is None else area_sides
+        self.area_sides = _area_sides(truth.info) if area_sides is None else area_sides
         self.boundary_ratio, self.max_images = boundary_ratio, max_images
         self._image_ids = truth.image_ids.tolist()[:max_images]
         rows = truth.rows(self._image_ids)
@@ -187,7 +187,7 @@ class Laboratory:
     def __str__(self) -> str:
         counts = {size: int(which.sum()) for size, which in of_size(self._areas, self.area_sides).items()}
         return (
-            f"{self._annotated.truth.source}: {len(self._image_ids)} images, {len(self._areas)} objects, "
+            f"{self.truth.source}: {len(self._image_ids)} images, {len(self._areas)} objects, "
             f"{counts['s']} small, {counts['m']} medium, {counts['l']} large"
         )
 
@@ -219,7 +219,7 @@ class Laboratory:
                 return Ceiling(setting, Evaluation.from_dict(stored), stored["seconds"])
         codec, started = self.codec(setting), time.perf_counter()
         evaluation = codec_ceiling(
-            self._annotated,
+            self.truth,
             codec,
             area_sides=self.area_sides,
             boundary_ratio=self.boundary_ratio,
@@ -338,9 +338,8 @@ def write_csv(path: Path, ceilings: Sequence[Ceiling]) -> None:
         writer.writerows(rows)
 
 
-def _area_sides(document: dict[str, Any]) -> tuple[float, float]:
+def _area_sides(info: Any) -> tuple[float, float]:
     """What the file itself calls small and medium, as drawn shapes do; COCO's sides otherwise."""
-    info = document.get("info")
     sides = info.get("area_sides") if isinstance(info, dict) else None
     return DEFAULTS.area_sides if sides is None else (float(sides[0]), float(sides[1]))
 
