@@ -25,6 +25,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.gathering import EvaluationStopped
+from solq_lab.evaluation.sizes import area_ranges
 from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
 from solq_lab.schema import EvaluationSection
 
@@ -36,7 +37,6 @@ DETECTIONS_AT_ONCE = 50_000  # matched at once, or one class where it has more: 
 
 _IOU_TYPE = {"box": "bbox", "segm": "segm", "boundary": "boundary"}
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # area ranges, in the order of faster-coco-eval's arrays
-_MAX_AREA = 1e10  # pixels; COCO's own upper end
 _AP50, _AP75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55, ... 0.95
 
 
@@ -80,7 +80,7 @@ def evaluate_results(
     masks_wanted = any(kind != "box" for kind in kinds)
     truth = _ScoredTruth(annotations, image_ids, masks_wanted=masks_wanted)
     shares = truth.shares(results)
-    ranges = _area_ranges(area_sides)
+    ranges = {size: list(bounds) for size, bounds in area_ranges(area_sides).items()}
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {name: {} for name in truth.class_names}
     for kind in (kind for kind in KINDS if kind in kinds):
@@ -368,11 +368,6 @@ def _rows(entries: list[dict], images: dict[int, int], classes: dict[int, int]) 
     """Image row and class row of every entry."""
     rows = [images[entry["image_id"]] for entry in entries]
     return np.array(rows, dtype=np.int64), np.array([classes[e["category_id"]] for e in entries], dtype=np.int64)
-
-
-def _area_ranges(sides: tuple[float, float]) -> dict[str, list[float]]:
-    small, medium = (side**2 for side in sides)
-    return {"small": [0.0, small], "medium": [small, medium], "large": [medium, _MAX_AREA]}
 
 
 def _summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:

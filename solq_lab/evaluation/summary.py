@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
+
+import pandas as pd
+
+from solq_lab.evaluation.sizes import describe_sizes
 
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 AR_COLUMNS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -13,7 +16,7 @@ _SHOWN = (*AP_COLUMNS, "AR100")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What COCO evaluation says about one set of results.
+    """The numbers of COCO evaluation for one set of results.
 
     metrics: "<kind>.<number>" -> share in 0..1, kinds "box", "segm", "boundary", numbers AP_COLUMNS and AR_COLUMNS;
         NaN where no ground truth could have been found (for example no small object in any image). A codec's ceiling
@@ -21,7 +24,7 @@ class Evaluation:
     per_class: class name -> "<kind>.<AP number>" -> share; NaN for a class without ground truth.
     area_sides: side in pixels below which an object is small, and below which it is medium (square roots of areas).
     boundary_ratio: boundary width over the image's diagonal.
-    images: number of images looked at.
+    images: number of images evaluated.
     """
 
     metrics: dict[str, float]
@@ -35,37 +38,43 @@ class Evaluation:
         """The kinds of overlap that were evaluated, in the order of the table."""
         return tuple(dict.fromkeys(name.partition(".")[0] for name in self.metrics))
 
-    def table(self, *, ceiling: Evaluation | None = None) -> str:
-        """The numbers in percent as aligned text, one row per kind; "-" where there is no ground truth.
+    def frame(self, *, ceiling: Evaluation | None = None) -> pd.DataFrame:
+        """The numbers in percent, one row per kind; NaN where there is no ground truth.
 
         Args:
-            ceiling: another evaluation, shown row by row below this one: what the mask code alone would allow.
+            ceiling: the evaluation of a codec alone, whose rows "<kind> ceiling" are put below the ones they bound.
         """
-        rows = [["", *_SHOWN]]
+        rows = {}
         for kind in self.kinds:
-            rows.append([kind, *(percent(self.metrics.get(f"{kind}.{column}")) for column in _SHOWN)])
+            rows[kind] = _percents(self.metrics, kind, _SHOWN)
             if ceiling is not None and kind in ceiling.kinds:
-                rows.append(["  ceiling", *(percent(ceiling.metrics.get(f"{kind}.{column}")) for column in _SHOWN)])
-        return "\n".join([*aligned(rows), self.legend])
+                rows[f"{kind} ceiling"] = _percents(ceiling.metrics, kind, _SHOWN)
+        return pd.DataFrame.from_dict(rows, orient="index", columns=list(_SHOWN))
 
-    def class_table(self, kind: str = "segm") -> str:
-        """AP of every class that has ground truth, in percent as aligned text, best class first.
+    def class_frame(self, kind: str = "segm") -> pd.DataFrame:
+        """AP of every class that has ground truth, in percent, best class first.
 
         Raises:
             ValueError: this kind was not evaluated.
         """
         if kind not in self.kinds:
             raise ValueError(f"no {kind!r} in this evaluation; it has {', '.join(self.kinds) or 'nothing'}")
-        present = {name: row for name, row in self.per_class.items() if not math.isnan(row[f"{kind}.AP"])}
-        order = sorted(present, key=lambda name: -present[name][f"{kind}.AP"])
-        body = [[name, *(percent(present[name][f"{kind}.{column}"]) for column in AP_COLUMNS)] for name in order]
-        return "\n".join(aligned([[f"{kind}, class", *AP_COLUMNS], *body]))
+        rows = {name: _percents(row, kind, AP_COLUMNS) for name, row in self.per_class.items()}
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(AP_COLUMNS)).rename_axis(columns=f"{kind}, class")
+        return frame.dropna(subset="AP").sort_values("AP", ascending=False, kind="stable")
+
+    def table(self, *, ceiling: Evaluation | None = None) -> str:
+        """`frame` as text, with its legend."""
+        return f"{to_text(self.frame(ceiling=ceiling))}\n{self.legend}"
+
+    def class_table(self, kind: str = "segm") -> str:
+        """`class_frame` as text."""
+        return to_text(self.class_frame(kind))
 
     @property
     def legend(self) -> str:
-        """One line that says what s, m, l and the boundary are."""
-        small, medium = self.area_sides
-        sizes = f"s: below {small:.4g}x{small:.4g} pixels, m: below {medium:.4g}x{medium:.4g}, l: the rest"
+        """One line that explains the sizes and the boundary."""
+        sizes = describe_sizes(self.area_sides, "sml")
         boundary = f"; boundary: {100 * self.boundary_ratio:g} % of the diagonal" if "boundary" in self.kinds else ""
         return f"{self.images} images, percent; {sizes}{boundary}"
 
@@ -79,13 +88,9 @@ class Evaluation:
             "images": self.images,
         }
 
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
-
     @classmethod
     def from_dict(cls, values: dict) -> Evaluation:
-        """The evaluation that `to_dict` was taken of."""
+        """The evaluation that `to_dict` described."""
         return cls(
             metrics=_with_nan(values["metrics"]),
             per_class={name: _with_nan(row) for name, row in values["per_class"].items()},
@@ -95,15 +100,13 @@ class Evaluation:
         )
 
 
-def percent(share: float | None) -> str:
-    """A share in percent with one digit; "-" where it is not defined."""
-    return "-" if share is None or math.isnan(share) else f"{100 * share:.1f}"
+def to_text(frame: pd.DataFrame) -> str:
+    """A frame of percentages as aligned text with one digit; "-" where a number is not defined."""
+    return frame.to_string(float_format="{:.1f}".format, na_rep="-")
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a text table: the first column is aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in rows]
+def _percents(numbers: dict[str, float], kind: str, columns: tuple[str, ...]) -> list[float]:
+    return [100 * numbers.get(f"{kind}.{column}", math.nan) for column in columns]
 
 
 def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:

@@ -19,8 +19,8 @@ from scipy.ndimage import distance_transform_edt
 from tqdm.auto import tqdm
 
 from solq_lab.data.coco import CocoDataset
+from solq_lab.evaluation.sizes import SIZES, size_of
 from solq_lab.inference.attention import (
-    SIZES,
     AttentionStudy,
     LayerAttention,
     ObjectView,
@@ -93,14 +93,10 @@ def study_attention(
             query = int(found.queries[partner])
             box = (layers[-1].boxes[query] * scale).numpy()
             look = _look_from(layers, query, box, scale[:2].numpy())
-            size = _size_of(int(mask.sum()), area_sides)
+            size = size_of(int(mask.sum()), area_sides)
             rows.append([size, *_measure(near_zones(mask, band), box, look, before.get(size), mask.shape)])
             before[size] = look
     return _collect(band, predictor.experiment.model.decoder_layers, rows)
-
-
-def _size_of(area: int, area_sides: tuple[float, float]) -> int:
-    return int(np.searchsorted(np.square(area_sides), area, side="right"))
 
 
 def _look_from(layers: Sequence[LayerAttention], query: int, box: np.ndarray, scale: np.ndarray) -> _Look:
@@ -159,7 +155,7 @@ def examples_by_size(
         for row, iou in enumerate(np.min(paired, axis=0).tolist()):
             area, (_, _, width, height) = int(coco_rle.area(truth.masks[row])), coco_rle.toBbox(truth.masks[row])
             candidate = (area < FULL * width * height, iou, index, row)
-            size = _size_of(area, area_sides)
+            size = size_of(area, area_sides)
             if iou > 0:
                 best[size] = max(best.get(size, candidate), candidate)
     return {SIZES[size]: best[size][2:] for size in sorted(best)}

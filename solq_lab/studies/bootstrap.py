@@ -21,11 +21,9 @@ from solq_lab.evaluation.coco import DEFAULTS, Candidates, measure_candidates
 from solq_lab.evaluation.results import read_results
 from solq_lab.files import read_json
 from solq_lab.runs import Run, RunError
-from solq_lab.studies.rules import UNMATCHED, match_detections
+from solq_lab.studies.rules import RECALLS, THRESHOLDS, UNMATCHED, match_detections
 
-THRESHOLDS = np.linspace(0.5, 0.95, 10)
 NUMBERS = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}  # thresholds that are averaged
-_RECALLS = np.linspace(0, 1, 101)
 _DRAWS_AT_ONCE = 250  # bounds the memory on COCO
 
 
@@ -266,8 +264,8 @@ def _class_precision(
     precision = np.divide(right_so_far, seen, out=np.zeros_like(seen), where=seen > 0)
     best_after = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     recall = right_so_far / to_find[:, None]
-    reached = np.searchsorted(_RECALLS, recall.ravel(), side="right").reshape(recall.shape)  # recalls read so far
-    return (best_after * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(_RECALLS)
+    reached = np.searchsorted(RECALLS, recall.ravel(), side="right").reshape(recall.shape)  # recalls read so far
+    return (best_after * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(RECALLS)
 
 
 def _objects_to_find(found: Candidates) -> np.ndarray:

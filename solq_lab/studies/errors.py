@@ -41,10 +41,9 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.studies.overlaps import Overlaps, measure_overlaps
-from solq_lab.studies.rules import UNMATCHED, average_precision, match_detections
+from solq_lab.studies.rules import THRESHOLDS, UNMATCHED, average_precision, match_detections
 
 ERRORS = ("missed", "background", "class", "duplicate", "box", "siamese", "codec", "vector")  # repaired in this order
-THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of mask IoU
 SIAMESE_LEAK = 0.2
 OCCLUSIONS = (0.05, 0.2)  # bounds between free, touched and crowded objects: share of the box on other objects
 

@@ -12,8 +12,7 @@ from pycocotools import mask as coco_rle
 from scipy.optimize import linear_sum_assignment
 
 from solq_lab.structures import Detections
-
-UNMATCHED = -1
+from solq_lab.studies.rules import UNMATCHED
 
 
 def pair_objects(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-UNMATCHED = -1
-
-_RECALLS = np.linspace(0, 1, 101)  # at which precision is read
+UNMATCHED = -1  # in place of the row of an object or of a detection
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
+RECALLS = np.linspace(0, 1, 101)  # at which precision is read
 
 
 def match_detections(
@@ -81,8 +81,8 @@ def average_precision(right: np.ndarray, wrong: np.ndarray, classes: np.ndarray,
     # One running maximum from the end does all classes: each starts 2 above everything of the class after it.
     lift = 2.0 * (len(objects) - row)
     best_after = np.maximum.accumulate((precision + lift)[::-1])[::-1] - lift
-    needed = np.ceil(_RECALLS * objects[:, None] - 1e-9).astype(np.int64)  # (S, 101) right ones for each recall
-    needed += needed / np.maximum(objects, 1)[:, None] < _RECALLS  # as COCO compares: in floats
+    needed = np.ceil(RECALLS * objects[:, None] - 1e-9).astype(np.int64)  # (S, 101) right ones for each recall
+    needed += needed / np.maximum(objects, 1)[:, None] < RECALLS  # as COCO compares: in floats
     place = np.searchsorted(hits[1:], hits[starts[:-1], None] + needed)
     place = np.maximum(place, starts[:-1, None])  # recall 0 is reached by the first detection of the class
     reached = place < starts[1:, None]
