@@ -32,5 +32,5 @@ def size_of(area: float, area_sides: tuple[float, float]) -> int:
 
 def describe_sizes(area_sides: tuple[float, float], names: Sequence[str] = SIZES) -> str:
     """What the three names of sizes stand for, for people."""
-    small, medium = area_sides
-    return f"{names[0]}: below {small:.4g}x{small:.4g} pixels, {names[1]}: below {medium:.4g}x{medium:.4g}, {names[2]}: the rest"
+    small, medium = (f"{side:.4g}x{side:.4g}" for side in area_sides)
+    return f"{names[0]}: below {small} pixels, {names[1]}: below {medium}, {names[2]}: the rest"

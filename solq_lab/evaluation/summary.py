@@ -60,8 +60,8 @@ class Evaluation:
         if kind not in self.kinds:
             raise ValueError(f"no {kind!r} in this evaluation; it has {', '.join(self.kinds) or 'nothing'}")
         rows = {name: _percents(row, kind, AP_COLUMNS) for name, row in self.per_class.items()}
-        frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(AP_COLUMNS)).rename_axis(columns=f"{kind}, class")
-        return frame.dropna(subset="AP").sort_values("AP", ascending=False, kind="stable")
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(AP_COLUMNS)).dropna(subset="AP")
+        return frame.sort_values("AP", ascending=False, kind="stable").rename_axis(columns=f"{kind}, class")
 
     def table(self, *, ceiling: Evaluation | None = None) -> str:
         """`frame` as text, with its legend."""
