@@ -148,8 +148,8 @@ def _window_rle(
     polygons = _checked_polygons(segmentation)
     if not polygons:
         return segmentation_to_rle([], image_size), 0, 0
-    # COCO's rasteriser first rounds vertices to fifths of a pixel; coordinates of one decimal are ties. Rounded here,
-    # in the image, they survive a shift by whole pixels, whose own rounding would break the ties otherwise.
+    # COCO's rasteriser first rounds vertices to fifths of a pixel, where coordinates of one decimal are ties. Rounding
+    # them here, before the shift by whole pixels, keeps the ties.
     fifths = [np.trunc(5 * polygon + 0.5) for polygon in polygons]
     low = np.min([polygon.min(axis=0) for polygon in fifths], axis=0) // 5
     x_shift, y_shift = shift = np.maximum(np.minimum(low, (left, top)), 0).astype(int)
@@ -243,13 +243,11 @@ def paste_to_rle(masks: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> l
         height, width = image_size
         codes = compiled(masks, boxes, height, width)
         return [{"size": [height, width], "counts": counts.encode()} for counts in codes]
-    return [_paste_one_to_rle(mask, box, image_size) for mask, box in zip(masks, boxes, strict=True)]
-
-
-def _paste_one_to_rle(mask: Tensor, box: Tensor, image_size: tuple[int, int]) -> dict:
-    """The same in plain torch, for one mask (N, N) and its box (4,)."""
-    window = _paste_window(box, image_size)
-    return _rle_of_window(_paste_inside(mask, box, window).numpy(), window[:2], image_size)
+    rles = []
+    for mask, box in zip(masks, boxes, strict=True):
+        window = _paste_window(box, image_size)
+        rles.append(_rle_of_window(_paste_inside(mask, box, window).numpy(), window[:2], image_size))
+    return rles
 
 
 def _paste_window(box: Tensor, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -336,10 +334,19 @@ def decode_rle(rles: Sequence[dict]) -> Tensor:
     return torch.from_numpy(coco_rle.decode(list(rles))).permute(2, 0, 1).bool()  # (H, W, K) -> (K, H, W)
 
 
+def rle_iou(first: Sequence[dict], second: Sequence[dict], *, both_empty: float = 1.0) -> np.ndarray:
+    """(K,) float64 IoU of mask k of two lists of K compressed RLEs; `both_empty` where neither has a pixel."""
+    ious = np.zeros(len(first))
+    for row, (one, other) in enumerate(zip(first, second, strict=True)):
+        empty = not coco_rle.area(one) and not coco_rle.area(other)
+        ious[row] = both_empty if empty else coco_rle.iou([one], [other], [0])[0, 0]
+    return ious
+
+
 def runs_of_rle(counts: bytes | str) -> np.ndarray:
     """The lengths (R,) int64 of a compressed RLE's runs, pixels: background, object, background, ... down the columns.
 
-    A run is written in groups of five bits, lowest first, one character each from "0" on; the sixth bit says that more
+    A run is written in groups of five bits, lowest first, one character each from "0" on; the sixth bit marks that more
     follow, the fifth of the last one is the sign. From the fourth run on it is the difference to the last but one.
 
     Raises:

@@ -9,19 +9,18 @@ as background. Against a crowd region a pair keeps its mask IoU.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_api
 
-from solq_lab.data.annotations import DataError
+from solq_lab.data.annotations import DataError, shorten
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.gathering import EvaluationStopped
@@ -53,15 +52,15 @@ def evaluate_results(
     """Scores results in COCO's format against ground truth.
 
     Args:
-        annotations: COCO instances file, its parsed content (left unchanged), or its `GroundTruth` with all objects.
+        annotations: COCO instances file, its parsed content (left unchanged), or a `GroundTruth` that kept all objects.
         results: one dictionary per detection: "image_id", "category_id", "score", "bbox" (x, y, w, h) in image pixels
             where boxes are scored, "segmentation" (compressed RLE at image size) where masks are. May be empty; left
             unchanged.
         kinds: which of "box", "segm", "boundary".
-        area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
+        area_sides: square roots of the areas, pixels, between small and medium and between medium and large objects.
         boundary_ratio: boundary width over the image's diagonal.
-        image_ids: images to look at; results elsewhere are left out. None: all images of the file.
-        should_stop: asked every few classes. None: never.
+        image_ids: images to evaluate; results elsewhere are left out. None: all images of the file.
+        should_stop: called every few classes. None: never.
 
     Returns:
         The twelve COCO numbers of each kind and the six APs per class. Without results they are 0; where nothing could
@@ -70,62 +69,36 @@ def evaluate_results(
     Raises:
         DataError: the annotations or a result cannot be used; the message names the entry and the cure.
         ValueError: an unknown kind, or sizes that do not ascend.
-        EvaluationStopped: `should_stop` said so.
+        EvaluationStopped: `should_stop` returned True.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"evaluation kinds {unknown or list(kinds)}: allowed are {', '.join(KINDS)}")
     if not 0 < area_sides[0] < area_sides[1]:
         raise ValueError(f"area_sides {area_sides}: allowed are two ascending positive sides in pixels")
-    masks_wanted = any(kind != "box" for kind in kinds)
-    truth = _ScoredTruth(annotations, image_ids, masks_wanted=masks_wanted)
-    shares = truth.shares(results)
+    scene = _Scene(annotations, image_ids, with_masks=any(kind != "box" for kind in kinds))
+    shares = scene.shares(results)
     ranges = {size: list(bounds) for size, bounds in area_ranges(area_sides).items()}
     metrics: dict[str, float] = {}
-    per_class: dict[str, dict[str, float]] = {name: {} for name in truth.class_names}
+    per_class: dict[str, dict[str, float]] = {name: {} for name in scene.class_names}
+
     for kind in (kind for kind in KINDS if kind in kinds):
+        # Classes are independent, so a few of them at a time bound the memory.
         precisions, recalls = [], []
         for share in shares:
             if should_stop is not None and should_stop():
                 raise EvaluationStopped("the scoring was asked to stop")
-            part = truth.of_classes(share.category_ids)
-            found = part.detections(share.numbered, masks=kind != "box")
-            evaluator = _evaluate(part, found, kind, boundary_ratio, ranges=ranges)
+            evaluator = scene.match(share, kind, boundary_ratio, ranges)
             evaluator.accumulate()
             precisions.append(evaluator.eval["precision"])
             recalls.append(evaluator.eval["recall"])
 
         precision, recall = np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
         metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall).items()}
-        for channel, name in enumerate(truth.class_names):
+        for channel, name in enumerate(scene.class_names):
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
             per_class[name] |= {f"{kind}.{number}": value for number, value in numbers.items()}
-    return Evaluation(metrics, per_class, tuple(area_sides), boundary_ratio, len(truth.images))
-
-
-class _Share(NamedTuple):
-    """Some of the classes, and what was found of them: classes are scored one by one, so their curves can be joined.
-
-    category_ids: ascending.
-    numbered: results, each with its place in the list.
-    """
-
-    category_ids: list[int]
-    numbered: list[tuple[int, dict]]
-
-
-def _evaluate(truth: _ScoredTruth, found: COCO, kind: str, boundary_ratio: float, **ranges: object) -> COCOeval_faster:
-    """faster-coco-eval after its matching."""
-    evaluator = COCOeval_faster(
-        truth.index(),
-        found,
-        _IOU_TYPE[kind],
-        boundary_dilation_ratio=boundary_ratio,
-        print_function=logger.debug,
-        **ranges,
-    )
-    evaluator.evaluate()
-    return evaluator
+    return Evaluation(metrics, per_class, tuple(area_sides), boundary_ratio, len(scene.images))
 
 
 class Candidates(NamedTuple):
@@ -170,73 +143,99 @@ def measure_candidates(
     Raises:
         DataError: the annotations or a result cannot be used; the message names the entry and the cure.
     """
-    truth = _ScoredTruth(annotations, image_ids, masks_wanted=kind != "box")
-    found = truth.detections(truth.counted(results), masks=kind != "box")
-    evaluator = _evaluate(truth, found, kind, boundary_ratio)
-    images = np.array(sorted(truth.images), dtype=np.int64)
-    image_rows = {key: row for row, key in enumerate(images.tolist())}
-    class_rows = {category_id: row for row, category_id in enumerate(truth.category_ids)}
-    detections = _best_detections(found.dataset["annotations"], evaluator.params.maxDets[-1])
-    detection_places, object_places = _places(detections), _places(truth.objects)
+    scene = _Scene(annotations, image_ids, with_masks=kind != "box")
+    everything = _Share(scene.category_ids, list(scene.counted(results)))
+    evaluator = scene.match(everything, kind, boundary_ratio)
+    detections = _best_detections(evaluator.cocoDt.dataset["annotations"], evaluator.params.maxDets[-1])
+    detection_places, object_places = _places(detections), _places(scene.objects)
+
+    # faster-coco-eval's table of an image and a class: (detections by falling score, objects).
     pairs = [np.zeros((0, 3))]
-    for key, places in detection_places.items():
-        others = object_places.get(key)
-        if others:
-            overlap = np.asarray(evaluator.ious[key])  # (detections by falling score, objects)
-            rows, columns = np.meshgrid(places, others, indexing="ij")
-            pairs.append(np.stack([rows.ravel(), columns.ravel(), overlap.ravel()], axis=1))
+    for key, rows in detection_places.items():
+        columns = object_places.get(key)
+        if columns:
+            overlap = np.asarray(evaluator.ious[key])
+            pairs.append(np.column_stack([np.repeat(rows, len(columns)), np.tile(columns, len(rows)), overlap.ravel()]))
     joined = np.concatenate(pairs)
     joined = joined[np.argsort(joined[:, 0], kind="stable")]
+
+    images = np.array(sorted(scene.images), dtype=np.int64)
     return Candidates(
         images,
-        truth.class_names,
-        *_rows(detections, image_rows, class_rows),
-        *_rows(truth.objects, image_rows, class_rows),
-        crowd=np.array([entry["iscrowd"] for entry in truth.objects], dtype=bool),
+        scene.class_names,
+        *_rows(detections, images, scene.category_ids),
+        *_rows(scene.objects, images, scene.category_ids),
+        crowd=np.array([entry["iscrowd"] for entry in scene.objects], dtype=bool),
         detections=joined[:, 0].astype(np.int64),
         objects=joined[:, 1].astype(np.int64),
         overlap=joined[:, 2],
     )
 
 
-class _ScoredTruth:
-    """The images, classes and objects that count, in the form faster-coco-eval reads."""
+class _Share(NamedTuple):
+    """Some of the classes, by rising category id, and their results, each with its place in the list."""
+
+    category_ids: list[int]
+    numbered: list[tuple[int, dict]]
+
+
+class _Scene:
+    """The images, classes and objects that count, in the form faster-coco-eval reads.
+
+    source: the annotation file, for messages.
+    sizes: image id -> (height, width), pixels, of all images of the file.
+    images: image id -> entry, of the images to evaluate.
+    category_ids, class_names: of all classes, by rising id.
+    objects: entries of the images to evaluate, numbered from 1: faster-coco-eval takes id 0 for "not matched".
+    """
 
     def __init__(
-        self, annotations: str | Path | dict | GroundTruth, image_ids: Collection[int] | None, *, masks_wanted: bool
+        self, annotations: str | Path | dict | GroundTruth, image_ids: Collection[int] | None, *, with_masks: bool
     ) -> None:
         truth = annotations
         if not isinstance(truth, GroundTruth):
-            truth = GroundTruth(truth, with_masks=masks_wanted, keep="all")
-        if truth.keep != "all" or (masks_wanted and not truth.has_masks):
+            truth = GroundTruth(truth, with_masks=with_masks, keep="all")
+        if truth.keep != "all" or (with_masks and not truth.has_masks):
             raise ValueError('scoring needs GroundTruth(..., keep="all"), with masks where masks are scored')
-        self.source = truth.source
-        classes = ClassMap.from_categories(truth.categories, source=str(self.source))
-        self.class_names = _distinct_names(classes)
-        self.category_ids: Collection[int] = classes.category_ids
+        self.source = str(truth.source)
+        self.sizes = dict(zip(truth.image_ids.tolist(), map(tuple, truth.sizes.tolist()), strict=True))
+        try:
+            chosen = {key: self.sizes[key] for key in (self.sizes if image_ids is None else image_ids)}
+        except KeyError as error:
+            raise DataError(f"{self.source}: no image of id {error}; image_ids are those of this file") from None
+        self.images = {key: {"id": key, "height": size[0], "width": size[1]} for key, size in chosen.items()}
 
-        self.sizes = {
-            key: tuple(size) for key, size in zip(truth.image_ids.tolist(), truth.sizes.tolist(), strict=True)
-        }
-        self.images = set(self.sizes if image_ids is None else image_ids)
-        unknown = sorted(self.images - self.sizes.keys())
-        if unknown:
-            raise DataError(f"{self.source}: no image of id {unknown[0]}; image_ids are those of this file")
-        rows = np.flatnonzero(np.isin(truth.image_ids[truth.image_rows], list(self.images)))
-        self.objects = [self._object(truth, row, masks_wanted) for row in rows.tolist()]
-        for number, entry in enumerate(self.objects, start=1):
-            entry["id"] = number  # faster-coco-eval takes id 0 for "not matched"
+        classes = ClassMap.from_categories(truth.categories, source=self.source)
+        self.category_ids = list(classes.category_ids)
+        self._known = set(self.category_ids)
+        counts = Counter(classes.names)
+        self.class_names = [
+            name if counts[name] == 1 else f"{name} ({category_id})"
+            for name, category_id in zip(classes.names, classes.category_ids, strict=True)
+        ]
+        self.objects = self._read_objects(truth, with_masks)
 
-    def index(self) -> COCO:
-        """The ground truth, indexed; a fresh copy, because an evaluation writes into it."""
-        return self._indexed([dict(entry) for entry in self.objects])
-
-    def of_classes(self, category_ids: Collection[int]) -> _ScoredTruth:
-        """The same images with some of the classes."""
-        part = copy.copy(self)
-        part.category_ids = category_ids
-        part.objects = [entry for entry in self.objects if entry["category_id"] in category_ids]
-        return part
+    def _read_objects(self, truth: GroundTruth, with_masks: bool) -> list[dict]:
+        objects: list[dict] = []
+        columns = (truth.image_ids[truth.image_rows], truth.ids, truth.category_ids, truth.coco_boxes, truth.crowd)
+        for row, (image_id, key, category_id, box, crowd) in enumerate(
+            zip(*(c.tolist() for c in columns), strict=True)
+        ):
+            if image_id not in self.images:
+                continue
+            if category_id not in self._known:
+                raise DataError(
+                    f"{self.source}: annotation id {key}: category_id {category_id} is not in 'categories'; "
+                    "add or correct it"
+                )
+            entry = {"id": len(objects) + 1, "image_id": image_id, "category_id": category_id, "bbox": box}
+            if with_masks:
+                entry["segmentation"] = truth.rle(row)
+            area = float(truth.areas[row])
+            if math.isnan(area):
+                area = float(rle_api.area(entry["segmentation"])) if with_masks else box[2] * box[3]
+            objects.append(entry | {"area": area, "iscrowd": int(crowd)})
+        return objects
 
     def counted(self, results: Sequence[dict]) -> Iterator[tuple[int, dict]]:
         """The results that count, checked but for their shapes, each with its place in the list."""
@@ -258,56 +257,55 @@ class _ScoredTruth:
             shares[-1].numbered.extend(numbered)
         return shares
 
-    def detections(self, numbered: Iterable[tuple[int, dict]], *, masks: bool) -> COCO:
-        """Counted results, indexed, without box where `masks` are scored and without mask where they are not."""
-        entries = [self._detection(number, result, masks) for number, result in numbered]
-        if masks and entries:
-            areas = rle_api.area([entry["segmentation"] for entry in entries])
-            for entry, area in zip(entries, areas.tolist(), strict=True):
+    def match(
+        self, share: _Share, kind: str, boundary_ratio: float, ranges: dict[str, list[float]] | None = None
+    ) -> COCOeval_faster:
+        """faster-coco-eval after matching the results of some classes; `ranges` are its areas by size."""
+        category_ids = set(share.category_ids)
+        # Copies, because an evaluation writes into the entries.
+        objects = [dict(entry) for entry in self.objects if entry["category_id"] in category_ids]
+        detections = [self._detection(number, result, masks=kind != "box") for number, result in share.numbered]
+        if kind != "box" and detections:
+            areas = rle_api.area([entry["segmentation"] for entry in detections])
+            for entry, area in zip(detections, areas.tolist(), strict=True):
                 entry["area"] = area
-        return self._indexed(entries)
 
-    def _indexed(self, entries: list[dict]) -> COCO:
+        evaluator = COCOeval_faster(
+            self._index(objects, share.category_ids),
+            self._index(detections, share.category_ids),
+            _IOU_TYPE[kind],
+            boundary_dilation_ratio=boundary_ratio,
+            print_function=logger.debug,
+            ranges=ranges,
+        )
+        evaluator.evaluate()
+        return evaluator
+
+    def _index(self, entries: list[dict], category_ids: list[int]) -> COCO:
         index = COCO()
-        images = [{"id": key, "height": self.sizes[key][0], "width": self.sizes[key][1]} for key in sorted(self.images)]
-        categories = [{"id": category_id} for category_id in self.category_ids]
-        index.dataset = {"images": images, "categories": categories, "annotations": entries}
+        categories = [{"id": category_id} for category_id in category_ids]
+        index.dataset = {"images": list(self.images.values()), "categories": categories, "annotations": entries}
         index.createIndex()
         return index
 
-    def _object(self, truth: GroundTruth, row: int, masks_wanted: bool) -> dict:
-        category_id, area = int(truth.category_ids[row]), float(truth.areas[row])
-        if category_id not in self.category_ids:
-            raise DataError(
-                f"{self.source}: annotation id {truth.ids[row]}: category_id {category_id} is not in 'categories'; "
-                "add or correct it"
-            )
-        entry = {"image_id": int(truth.image_ids[truth.image_rows[row]]), "category_id": category_id}
-        entry |= {"bbox": truth.coco_boxes[row].tolist(), "iscrowd": int(truth.crowd[row])}
-        if masks_wanted:
-            entry["segmentation"] = truth.rle(row)
-        if math.isnan(area):
-            area = float(rle_api.area(entry["segmentation"])) if masks_wanted else math.prod(entry["bbox"][2:])
-        return entry | {"area": area}
-
     def _check(self, number: int, result: dict) -> None:
-        """Refuse a result whose image, class or score cannot be used; `number` is its place in the list, from 0."""
+        """Reject a result whose image, class or score cannot be used; `number` is its place in the list, from 0."""
         try:
             image_id, category_id, score = result["image_id"], result["category_id"], result["score"]
         except (KeyError, TypeError) as error:
             raise _incomplete(number, result, error) from None
         if image_id not in self.sizes:
             raise DataError(f"result {number}: image {image_id!r} is not in {self.source}; score it with its file")
-        if category_id not in self.category_ids:
+        if category_id not in self._known:
             raise DataError(
                 f"result {number}: category_id {category_id!r} is not in {self.source}; allowed are "
-                f"{_shortened(sorted(self.category_ids))}. Were class channels written instead of category ids?"
+                f"{shorten(self.category_ids)}. Were class channels written instead of category ids?"
             )
         if not math.isfinite(score):
             raise DataError(f"result {number}: score {score} (image {image_id}); allowed are finite numbers")
 
-    def _detection(self, number: int, result: dict, masks: bool) -> dict:
-        """One checked result: result `number` of the list becomes detection `number` + 1."""
+    def _detection(self, number: int, result: dict, *, masks: bool) -> dict[str, Any]:
+        """One checked result with its box or its mask; result `number` of the list becomes detection `number` + 1."""
         try:
             shape = result["segmentation"] if masks else result["bbox"]
         except KeyError as error:
@@ -317,8 +315,9 @@ class _ScoredTruth:
         entry |= {"score": result["score"], "iscrowd": 0}
         if not masks:
             return entry | {"bbox": shape, "area": shape[2] * shape[3]}
+
         if not isinstance(shape, dict) or not isinstance(shape.get("counts"), str | bytes):
-            raise DataError(f"result {number}: segmentation {_shortened(shape)}; allowed is a compressed RLE")
+            raise DataError(f"result {number}: segmentation {shorten(shape)}; allowed is a compressed RLE")
         height, width = self.sizes[image_id]
         if list(shape["size"]) != [height, width]:
             raise DataError(
@@ -330,23 +329,14 @@ class _ScoredTruth:
 
 def _incomplete(number: int, result: object, error: Exception) -> DataError:
     return DataError(
-        f"result {number}: no {error} ({_shortened(result)}); scoring boxes needs 'bbox', scoring masks "
+        f"result {number}: no {error} ({shorten(result)}); scoring boxes needs 'bbox', scoring masks "
         "'segmentation', both 'image_id', 'category_id' and 'score'. Leave out kinds that were not predicted"
     )
 
 
-def _distinct_names(classes: ClassMap) -> list[str]:
-    """Names of the categories; where one comes more than once, its id is added."""
-    counts = Counter(classes.names)
-    return [
-        name if counts[name] == 1 else f"{name} ({category_id})"
-        for name, category_id in zip(classes.names, classes.category_ids, strict=True)
-    ]
-
-
 def _best_detections(entries: list[dict], most: int) -> list[dict]:
     """Detections by falling score (equal ones by image), at most so many of a class in an image."""
-    counts: Counter = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
     best = []
     for entry in sorted(entries, key=lambda entry: (-entry["score"], entry["image_id"])):
         key = entry["image_id"], entry["category_id"]
@@ -364,10 +354,11 @@ def _places(entries: list[dict]) -> dict[tuple[int, int], list[int]]:
     return places
 
 
-def _rows(entries: list[dict], images: dict[int, int], classes: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Image row and class row of every entry."""
-    rows = [images[entry["image_id"]] for entry in entries]
-    return np.array(rows, dtype=np.int64), np.array([classes[e["category_id"]] for e in entries], dtype=np.int64)
+def _rows(entries: list[dict], image_ids: np.ndarray, category_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Image row and class row of every entry; both lists of ids ascend."""
+    images = np.array([entry["image_id"] for entry in entries], dtype=np.int64)
+    classes = np.array([entry["category_id"] for entry in entries], dtype=np.int64)
+    return np.searchsorted(image_ids, images), np.searchsorted(category_ids, classes)
 
 
 def _summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
@@ -392,8 +383,3 @@ def _average_precisions(precision: np.ndarray) -> dict[str, float]:
 def _mean(values: np.ndarray) -> float:
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else math.nan
-
-
-def _shortened(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

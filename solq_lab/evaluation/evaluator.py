@@ -15,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from solq_lab import distributed
-from solq_lab.build import build_codec, build_dataset
-from solq_lab.codecs.base import MaskCodec, describe_codec
+from solq_lab.build import build_dataset
+from solq_lab.codecs.base import MaskCodec
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.loader import BatchLoader
@@ -28,11 +28,9 @@ from solq_lab.files import hash_file, read_json, write_json
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.sqr import SQRDetector
-from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run, RunError
 from solq_lab.schema import EvaluationSection
 from solq_lab.structures import Detections
-from solq_lab.studies.ceiling import codec_ceiling
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +157,11 @@ def evaluate_run(
     if not run.weights.exists():
         raise RunError(f"{run.folder}: no {run.weights.name} yet ({run.status()['state']}); finish the training first")
     experiment = run.experiment.evaluated_on(split)
-    results_file, detections_file = _for_split(run.results, split), _for_split(run.detections, split)
+    results_file, detections_file = file_of_split(run.results, split), file_of_split(run.detections, split)
     about = _what_is_evaluated(experiment, run.weights)
 
     def look_up() -> Evaluation | None:  # by one process: a shared disk may show another one something else
-        return _finished_results(results_file, about) if detections_file.exists() else None
+        return stored_evaluation(results_file, about) if detections_file.exists() else None
 
     finished = share_from_main(look_up)
     if finished is not None:
@@ -190,38 +188,13 @@ def evaluate_run(
     return evaluation
 
 
-def run_ceiling(run: Run, *, split: Literal["val", "train"] = "val") -> Evaluation | None:
-    """What the run's mask code allows on the images of a split (`codec_ceiling`); None for a plain detector.
-
-    Kept in `ceiling.json` of the run folder (`ceiling_train.json`), and read from there while code, annotations and
-    settings are the same: training, notebooks and command line share one measurement.
-    """
-    experiment = run.experiment.evaluated_on(split)
-    codec = build_codec(experiment, tables=read_weights(run.weights).codec if run.weights.exists() else None)
-    if codec is None:
-        return None
-    settings, ceiling_file = experiment.evaluation, _for_split(run.folder / "ceiling.json", split)
-    about = _what_is_scored(experiment) | {"codec": describe_codec(codec)}
-    ceiling = _finished_results(ceiling_file, about)
-    if ceiling is None:
-        ceiling = codec_ceiling(
-            _validation_annotations(experiment),
-            codec,
-            area_sides=settings.area_sides,
-            boundary_ratio=settings.boundary_ratio,
-            max_images=settings.max_images,
-        )
-        write_json(ceiling_file, ceiling.to_dict() | about)
-    return ceiling
-
-
-def _validation_annotations(experiment: Experiment) -> Path:
+def validation_annotations(experiment: Experiment) -> Path:
     return Path(experiment.data.root) / experiment.data.val_annotations
 
 
-def _what_is_scored(experiment: Experiment) -> dict:
+def inputs_of_scoring(experiment: Experiment) -> dict:
     """The part of what numbers depend on that no model changes, as JSON types."""
-    annotations = _validation_annotations(experiment)
+    annotations = validation_annotations(experiment)
     return {
         "settings": experiment.evaluation.model_dump(mode="json"),
         "annotations": hash_file(annotations) if annotations.is_file() else None,
@@ -231,16 +204,16 @@ def _what_is_scored(experiment: Experiment) -> dict:
 def _what_is_evaluated(experiment: Experiment, weights: Path) -> dict:
     """Everything the numbers of a model depend on, as JSON types."""
     scale = [experiment.data.test_scale, experiment.data.max_size]
-    return _what_is_scored(experiment) | {"scale": scale, "weights": hash_file(weights)}
+    return inputs_of_scoring(experiment) | {"scale": scale, "weights": hash_file(weights)}
 
 
-def _for_split(path: Path, split: str) -> Path:
+def file_of_split(path: Path, split: str) -> Path:
     """The file itself for the validation split; beside it, with the split in its name, for another."""
     stem, dot, suffixes = path.name.partition(".")
     return path if split == "val" else path.with_name(f"{stem}_{split}{dot}{suffixes}")
 
 
-def _finished_results(results_file: Path, about: dict) -> Evaluation | None:
+def stored_evaluation(results_file: Path, about: dict) -> Evaluation | None:
     if not results_file.exists():
         return None
     stored = read_json(results_file)

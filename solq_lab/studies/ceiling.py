@@ -1,28 +1,32 @@
-"""The best a mask code allows: ground truth sent through the code. Paper: section 3.2, table 3.
+"""The upper bound a codec sets: ground truth encoded, decoded and scored. Paper: section 3.2, table 3.
 
-And what errors cost: the same with a normal error added to every box, or to every vector, as a network would make it.
+Noise adds normal errors to every box or mask vector, as a network would make them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable
-from itertools import pairwise
+from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as rle_api
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from solq_lab import masks
-from solq_lab.codecs.base import MaskCodec
+from solq_lab.build import build_codec
+from solq_lab.codecs.base import MaskCodec, describe_codec
+from solq_lab.codecs.reconstruct import device_of, paste_and_compare, reconstruct
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
+from solq_lab.evaluation.evaluator import file_of_split, inputs_of_scoring, stored_evaluation, validation_annotations
+from solq_lab.evaluation.sizes import select_by_size
 from solq_lab.evaluation.summary import Evaluation
+from solq_lab.files import write_json
+from solq_lab.models.weights import read_weights
+from solq_lab.runs import Run
 from solq_lab.workers import in_processes
 
 _KINDS = ("segm", "boundary")
@@ -30,11 +34,11 @@ _MASKS_AT_ONCE = 64  # a piece of work; at N = 256 its reconstructions are 16 MB
 
 
 class Noise(NamedTuple):
-    """Errors given to a network that makes none.
+    """Errors of a network that otherwise makes none.
 
     box: standard deviation of the error of each edge, over the side of the box.
-    vector: standard deviation of the error of each entry, over that entry's spread (standard deviation) among the
-        objects of the data set: 1 is about as wrong as always giving the mean vector.
+    vector: standard deviation of the error of each entry, over that entry's standard deviation among the objects of
+        the data set: 1 is about as wrong as always predicting the mean vector.
     seed: of the errors. An object's errors depend on this and its annotation id only, and grow in proportion.
     """
 
@@ -44,7 +48,7 @@ class Noise(NamedTuple):
 
 
 class Reconstructions(NamedTuple):
-    """Objects of a data set after the way through a code, in the order of their images.
+    """Objects of a data set after encoding and decoding, in the order of their images.
 
     ids: (A,) int64 annotation ids.
     areas: (A,) float64 areas as annotated, pixels; the mask's where the file gives none.
@@ -69,17 +73,17 @@ def codec_ceiling(
     noise: Noise = Noise(),  # noqa: B008 - a constant
     processes: int = 1,
 ) -> Evaluation:
-    """Mask and boundary AP of a network that finds every object, its box and its vector without fault.
+    """Mask and boundary AP of a network that predicts every object, its box and its vector without error.
 
     Every object that is no crowd is rasterised in its box, encoded, decoded, binarised and pasted back into the box
     with score 1, on the codec's device.
 
     Args:
-        annotations: COCO instances file, its parsed content, or `GroundTruth` with all of its objects.
-        codec: the mask code.
-        area_sides: square roots of the areas, pixels, that part small from medium and medium from large objects.
+        annotations: COCO instances file, its parsed content, or a `GroundTruth` with masks that kept all objects.
+        codec: the codec.
+        area_sides: square roots of the areas, pixels, between small and medium and between medium and large objects.
         boundary_ratio: boundary width over the image's diagonal.
-        image_ids: images to look at. None: all.
+        image_ids: images to evaluate. None: all.
         max_images: only the first so many of them, by rising id. None: all.
         noise: errors of boxes and vectors.
         processes: how many work on the images; the numbers do not depend on it.
@@ -95,12 +99,43 @@ def codec_ceiling(
     scene = _read_scene(annotations, codec, image_ids, max_images, noise)
     found = _reconstruct(scene, processes)
     scoring = _Scoring(scene, found.results, area_sides, boundary_ratio)
-    scores = list(in_processes(_score, scoring, _KINDS, min(processes, len(_KINDS))))
+    segm, boundary = in_processes(_score, scoring, _KINDS, min(processes, len(_KINDS)))
+
+    chosen = {"": np.ones(len(found.ious), dtype=bool)} | select_by_size(found.areas, area_sides)
+    ious = {
+        f"segm.IoU{size[:1]}": float(found.ious[which].mean()) if which.any() else math.nan
+        for size, which in chosen.items()
+    }
     return dataclasses.replace(
-        scores[0],
-        metrics=_joined(score.metrics for score in scores) | _mean_ious(found, area_sides),
-        per_class={name: _joined(score.per_class[name] for score in scores) for name in scores[0].per_class},
+        segm,
+        metrics=segm.metrics | boundary.metrics | ious,
+        per_class={name: row | boundary.per_class[name] for name, row in segm.per_class.items()},
     )
+
+
+def run_ceiling(run: Run, *, split: Literal["val", "train"] = "val") -> Evaluation | None:
+    """The upper bound of the run's codec on the images of a split (`codec_ceiling`); None for a plain detector.
+
+    Stored as `ceiling.json` in the run folder (`ceiling_train.json`), and read from there while codec, annotations and
+    settings are the same: training, notebooks and command line share one measurement.
+    """
+    experiment = run.experiment.evaluated_on(split)
+    codec = build_codec(experiment, tables=read_weights(run.weights).codec if run.weights.exists() else None)
+    if codec is None:
+        return None
+    settings, ceiling_file = experiment.evaluation, file_of_split(run.folder / "ceiling.json", split)
+    inputs = inputs_of_scoring(experiment) | {"codec": describe_codec(codec)}
+    ceiling = stored_evaluation(ceiling_file, inputs)
+    if ceiling is None:
+        ceiling = codec_ceiling(
+            validation_annotations(experiment),
+            codec,
+            area_sides=settings.area_sides,
+            boundary_ratio=settings.boundary_ratio,
+            max_images=settings.max_images,
+        )
+        write_json(ceiling_file, ceiling.to_dict() | inputs)
+    return ceiling
 
 
 def reconstruct_objects(
@@ -112,17 +147,8 @@ def reconstruct_objects(
     noise: Noise = Noise(),  # noqa: B008 - a constant
     processes: int = 1,
 ) -> Reconstructions:
-    """Every object that is no crowd after the way through the code; arguments and errors as in `codec_ceiling`."""
+    """Every object that is no crowd, encoded and decoded; arguments and errors as in `codec_ceiling`."""
     return _reconstruct(_read_scene(annotations, codec, image_ids, max_images, noise), processes)
-
-
-def of_size(areas: np.ndarray, area_sides: tuple[float, float]) -> dict[str, np.ndarray]:
-    """Which of the areas (A,), pixels, are small "s", medium "m" and large "l": (A,) bool each.
-
-    As in COCO's numbers, an area on a bound belongs to both sizes that it parts.
-    """
-    bounds = (0.0, area_sides[0] ** 2, area_sides[1] ** 2, math.inf)
-    return {size: (areas >= low) & (areas <= high) for size, (low, high) in zip("sml", pairwise(bounds), strict=True)}
 
 
 class _Scene(NamedTuple):
@@ -157,98 +183,79 @@ def _read_scene(
 
 
 def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
-    device = _device(scene.codec)
+    device = device_of(scene.codec)
     if processes > 1 and device.type != "cpu":
         raise ValueError(f"{processes} processes cannot share a codec on {device}; use one, or a codec on the cpu")
     pieces = [scene.rows[start : start + _MASKS_AT_ONCE] for start in range(0, len(scene.rows), _MASKS_AT_ONCE)]
-    spread = None
+    std = None
     if scene.noise.vector > 0 and pieces:
-        spread = _spread(list(in_processes(_vector_sums, scene, pieces, processes)))
+        std = _vector_std(list(in_processes(_vector_sums, scene, pieces, processes)))
+
     masks.paste_to_rle(torch.zeros(0, 1, 1, dtype=torch.bool), torch.zeros(0, 4), (1, 1))  # compile once, before a fork
-    ious, results = [], []
-    work = in_processes(_send_through, scene, [_Piece(rows, spread) for rows in pieces], processes)
-    for received in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
-        ious += received.ious
-        results += received.results
-    ids, areas = scene.truth.ids[scene.rows], scene.truth.areas_of(scene.rows)
-    return Reconstructions(ids, areas, np.array(ious, dtype=np.float64), results)
+    ious, results = [np.zeros(0)], []
+    work = in_processes(_reconstruct_piece, scene, [_Piece(rows, std) for rows in pieces], processes)
+    for piece_ious, piece_results in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
+        ious.append(piece_ious)
+        results += piece_results
+    return Reconstructions(scene.truth.ids[scene.rows], scene.truth.areas_of(scene.rows), np.concatenate(ious), results)
 
 
 class _Piece(NamedTuple):
-    """rows: (k,) of the scene's objects. spread: (D,) float64 of the vectors, or None where they get no error."""
+    """rows: (k,) of the scene's objects. std: (D,) float64 of the vectors, or None where they get no error."""
 
     rows: np.ndarray
-    spread: np.ndarray | None
+    std: np.ndarray | None
 
 
-class _Received(NamedTuple):
-    """What comes out of one piece, object by object."""
-
-    ious: list[float]
-    results: list[dict]
-
-
-@torch.inference_mode()
-def _send_through(scene: _Scene, piece: _Piece) -> _Received:
-    codec, objects, noise = scene.codec, scene.truth, scene.noise
-    vectors = _encode(scene, piece.rows)  # (k, D)
-    boxes = objects.boxes[piece.rows].copy()  # (k, 4)
-    for place, key in enumerate(objects.ids[piece.rows].tolist()):
+def _reconstruct_piece(scene: _Scene, piece: _Piece) -> tuple[np.ndarray, list[dict]]:
+    """IoU (k,) and COCO results of some objects."""
+    codec, truth, noise = scene.codec, scene.truth, scene.noise
+    boxes = truth.boxes[piece.rows].copy()  # (k, 4)
+    errors = None if piece.std is None else np.zeros((len(boxes), codec.vector_dim))
+    for place, key in enumerate(truth.ids[piece.rows].tolist()):
         random = np.random.default_rng((noise.seed, key % 2**64))
-        boxes[place] = _moved(boxes[place], noise.box * random.standard_normal(4))
-        if piece.spread is not None:
-            error = torch.from_numpy(noise.vector * piece.spread * random.standard_normal(codec.vector_dim))
-            vectors[place] += error.to(vectors)
-    bits = codec.binarize(codec.decode(vectors))  # (k, N, N)
-    ious, results = [], []
-    for image, places in objects.by_image(piece.rows):
-        image_id, size = int(objects.image_ids[image]), objects.size(image)
+        boxes[place] = _move_edges(boxes[place], noise.box * random.standard_normal(4))
+        if errors is not None:
+            errors[place] = noise.vector * piece.std * random.standard_normal(codec.vector_dim)
+
+    true_masks = truth.box_masks(piece.rows, codec.mask_size)
+    decoded = reconstruct(codec, true_masks, vector_error=None if errors is None else torch.from_numpy(errors)).masks
+
+    ious, results = [np.zeros(0)], []
+    for image, places in truth.by_image(piece.rows):
         rows = piece.rows[places]
-        truth = [objects.rle(row) for row in rows.tolist()]
-        found = masks.paste_to_rle(bits[places], torch.from_numpy(boxes[places]), size)
-        ious += [_iou(one, other) for one, other in zip(truth, found, strict=True)]
+        true_rles = [truth.rle(row) for row in rows.tolist()]
+        rles, image_ious = paste_and_compare(
+            decoded[places], torch.from_numpy(boxes[places]), truth.size(image), true_rles
+        )
+        ious.append(image_ious)
         results += [
-            {"image_id": image_id, "category_id": category_id, "score": 1.0, "segmentation": rle}
-            for category_id, rle in zip(objects.category_ids[rows].tolist(), found, strict=True)
+            {"image_id": int(truth.image_ids[image]), "category_id": category_id, "score": 1.0, "segmentation": rle}
+            for category_id, rle in zip(truth.category_ids[rows].tolist(), rles, strict=True)
         ]
-    return _Received(ious, results)
+    return np.concatenate(ious), results
 
 
 @torch.inference_mode()
 def _vector_sums(scene: _Scene, rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """How many vectors, their sum (D,) and the sum of their squares (D,)."""
-    vectors = _encode(scene, rows).double().cpu().numpy()
+    true_masks = scene.truth.box_masks(rows, scene.codec.mask_size).to(device_of(scene.codec))
+    vectors = scene.codec.encode(true_masks).double().cpu().numpy()
     return len(vectors), vectors.sum(axis=0), (vectors**2).sum(axis=0)
 
 
-def _spread(sums: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
+def _vector_std(sums: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
     """The standard deviation (D,) of each entry of all vectors."""
     counts, firsts, seconds = zip(*sums, strict=True)
     mean = sum(firsts) / sum(counts)
     return np.sqrt(np.maximum(sum(seconds) / sum(counts) - mean**2, 0.0))
 
 
-def _encode(scene: _Scene, rows: np.ndarray) -> Tensor:
-    """Vectors (k, D) of objects, on the codec's device."""
-    return scene.codec.encode(scene.truth.box_masks(rows, scene.codec.mask_size).to(_device(scene.codec)))
-
-
-def _moved(box: np.ndarray, error: np.ndarray) -> np.ndarray:
+def _move_edges(box: np.ndarray, error: np.ndarray) -> np.ndarray:
     """A box (x0, y0, x1, y1) whose edges are wrong by shares of its sides; edges that pass each other change places."""
     sides = np.tile(box[2:] - box[:2], 2)
     corners = (box + error * sides).reshape(2, 2)
     return np.concatenate([corners.min(axis=0), corners.max(axis=0)])
-
-
-def _iou(one: dict, other: dict) -> float:
-    if not rle_api.area([one, other]).any():
-        return 1.0
-    return float(rle_api.iou([one], [other], [0])[0][0])
-
-
-def _device(codec: MaskCodec) -> torch.device:
-    table = next(codec.buffers(), None)
-    return torch.device("cpu") if table is None else table.device
 
 
 def _score(scoring: _Scoring, kind: str) -> Evaluation:
@@ -260,15 +267,3 @@ def _score(scoring: _Scoring, kind: str) -> Evaluation:
         boundary_ratio=scoring.boundary_ratio,
         image_ids=scoring.scene.image_ids,
     )
-
-
-def _joined(parts: Iterable[dict[str, float]]) -> dict[str, float]:
-    return {name: value for part in parts for name, value in part.items()}
-
-
-def _mean_ious(found: Reconstructions, area_sides: tuple[float, float]) -> dict[str, float]:
-    chosen = {"": np.ones(len(found.ious), dtype=bool)} | of_size(found.areas, area_sides)
-    return {
-        f"segm.IoU{size}": float(found.ious[which].mean()) if which.any() else math.nan
-        for size, which in chosen.items()
-    }

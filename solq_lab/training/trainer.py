@@ -26,7 +26,7 @@ from solq_lab.data.order import BatchStream
 from solq_lab.data_folder import prepare_data
 from solq_lab.environment import describe_hardware, describe_software
 from solq_lab.errors import ExplainedError
-from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, run_ceiling
+from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.files import flush_to_disk
 from solq_lab.fitting import check_fitted_data
@@ -37,6 +37,7 @@ from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import Run, RunError, State
 from solq_lab.schema import TrainSection
+from solq_lab.studies.ceiling import run_ceiling
 from solq_lab.training.checkpoint import (
     Checkpoint,
     load_newest_checkpoint,

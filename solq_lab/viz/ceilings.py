@@ -30,7 +30,7 @@ def ceiling_curves(rows: Sequence[Row], *, over: str = "vector_dim", title: str 
     """Mean IoU, mask AP and boundary AP of codes with nothing else in the way: colour is the code, line style its N.
 
     Args:
-        rows: as `Ceiling.row` gives them; numbers are shares in 0..1.
+        rows: as `UpperBound.row` gives them; numbers are shares in 0..1.
         over: what runs along the axis: "vector_dim", "box_noise" or "vector_noise". Rows that differ in another of
             these are drawn as lines of their own.
         title: which data.
@@ -49,7 +49,7 @@ def ceilings_by_size(rows: Sequence[Row], *, number: str = "segm.IoU", title: st
     """One number of codes over the length of their vectors, for small, medium and large objects on one scale.
 
     Args:
-        rows: as `Ceiling.row` gives them.
+        rows: as `UpperBound.row` gives them.
         number: "segm.IoU", "segm.AP" or "boundary.AP".
         title: which data.
     """

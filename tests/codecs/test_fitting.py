@@ -33,11 +33,11 @@ from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.errors import Interrupted
-from solq_lab.evaluation.evaluator import run_ceiling
 from solq_lab.files import hash_file, read_json
 from solq_lab.fitting import check_fitted_data, fit_codec, measure_quality
 from solq_lab.inference.predictor import Predictor
 from solq_lab.runs import create_run
+from solq_lab.studies.ceiling import run_ceiling
 from solq_lab.training.trainer import train_run
 from solq_lab.workbench.cli import app
 

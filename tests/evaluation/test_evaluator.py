@@ -15,14 +15,15 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.evaluation import evaluator
-from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, predict_dataset, run_ceiling
+from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, predict_dataset
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.results import read_results
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.models.weights import save_weights
 from solq_lab.runs import Run, RunError, create_run
 from solq_lab.schema import EvaluationSection
-from solq_lab.studies.ceiling import codec_ceiling
+from solq_lab.studies import ceiling as ceiling_module
+from solq_lab.studies.ceiling import codec_ceiling, run_ceiling
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +202,9 @@ def test_the_ceiling_of_a_run_is_that_of_its_code_on_its_validation_images(run, 
 def test_the_ceiling_is_measured_once_and_again_only_when_what_it_depends_on_changes(run, monkeypatch):
     measured = []
     monkeypatch.setattr(
-        evaluator,
+        ceiling_module,
         "codec_ceiling",
-        lambda *args, _real=evaluator.codec_ceiling, **settings: measured.append(1) or _real(*args, **settings),
+        lambda *args, _real=codec_ceiling, **settings: measured.append(1) or _real(*args, **settings),
     )
     first = run_ceiling(run)
     assert run_ceiling(run).to_dict() == first.to_dict()

@@ -103,7 +103,7 @@ def codec_ceiling(
     """Send ground truth through mask codes and score it. This is what a network without mistakes would reach."""
     from solq_lab.errors import Interrupted
     from solq_lab.files import write_json
-    from solq_lab.studies.laboratory import Laboratory, ceiling_table, make_grid, write_csv
+    from solq_lab.studies.codec_benchmark import CodecBenchmark, ceiling_table, make_grid, write_csv
     from solq_lab.viz.ceilings import ceiling_curves
     from solq_lab.viz.style import save
 
@@ -124,20 +124,22 @@ def codec_ceiling(
         scene["area_sides"] = sides
     if boundary_ratio is not None:
         scene["boundary_ratio"] = boundary_ratio
-    laboratory = Laboratory(**scene, folder=output, fit_objects=fit_objects, max_images=max_images, processes=processes)
-    typer.echo(laboratory)
+    benchmark = CodecBenchmark(
+        **scene, folder=output, fit_objects=fit_objects, max_images=max_images, processes=processes
+    )
+    typer.echo(benchmark)
     try:
-        ceilings = laboratory.measure(settings)
+        bounds = benchmark.measure(settings)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; finished settings are kept in {output}, the same command goes on") from None
-    typer.echo(ceiling_table(ceilings))
-    rows = [ceiling.row() for ceiling in ceilings]
-    write_csv(output / "ceilings.csv", ceilings)
+    typer.echo(ceiling_table(bounds))
+    rows = [bound.row() for bound in bounds]
+    write_csv(output / "ceilings.csv", bounds)
     varied = [key for key in ("box_noise", "vector_noise") if len({row[key] for row in rows}) > 1]
     over = varied[0] if varied and len({row["vector_dim"] for row in rows}) == 1 else "vector_dim"
     save(ceiling_curves(rows, over=over, title=f"{data}: what the mask code allows"), output / "ceilings.png")
     if json_path is not None:
-        write_json(json_path, {"data": str(laboratory), "ceilings": rows})
+        write_json(json_path, {"data": str(benchmark), "ceilings": rows})
     typer.echo(f"\ntable     {output / 'ceilings.csv'}\nfigure    {output / 'ceilings.png'}")
 
 
@@ -160,7 +162,7 @@ def _area_sides(text: str) -> tuple[float, ...]:
 
 
 def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:
-    """Which annotations to measure on and to fit to, and how to score, as arguments of `Laboratory`."""
+    """Which annotations to measure on and to fit to, and how to score, as arguments of `CodecBenchmark`."""
     from solq_lab.data.annotations import DataError
     from solq_lab.data.folders import find_annotations
 

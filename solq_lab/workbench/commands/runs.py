@@ -123,7 +123,8 @@ def evaluate(
 ) -> None:
     """Evaluate a finished run. Numbers that are there already are only printed."""
     evaluated = open_run(run_folder)  # before torch is loaded: a mistake is told at once
-    from solq_lab.evaluation.evaluator import evaluate_run, run_ceiling
+    from solq_lab.evaluation.evaluator import evaluate_run
+    from solq_lab.studies.ceiling import run_ceiling
 
     evaluation = evaluate_run(evaluated, split=split.value)
     ceiling = run_ceiling(evaluated, split=split.value)

@@ -1,18 +1,18 @@
-"""Ceilings of many mask codes on one data set: a grid of settings, each measured once. Paper: table 3(a), (d), (e)."""
+"""Upper bounds of many codecs on one data set: a grid of settings, each measured once. Paper: table 3(a), (d), (e)."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 from tqdm.auto import tqdm
 
 from solq_lab.build import build_codec
@@ -22,26 +22,25 @@ from solq_lab.config import ConfigError, Experiment, validate_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS
-from solq_lab.evaluation.summary import Evaluation, aligned, percent
+from solq_lab.evaluation.sizes import select_by_size
+from solq_lab.evaluation.summary import Evaluation, percent
 from solq_lab.files import hash_file, read_json, replacing, write_json
 from solq_lab.fitting import fit_codec
-from solq_lab.studies.ceiling import Noise, codec_ceiling, of_size
-
-logger = logging.getLogger(__name__)
+from solq_lab.studies.ceiling import Noise, codec_ceiling
 
 NUMBERS = tuple(f"{kind}{size}" for kind in ("segm.IoU", "segm.AP", "boundary.AP") for size in ("", "s", "m", "l"))
 
-_VERSION = 1  # of the measurement: another number, and nothing kept from before is used
+_VERSION = 1  # of the measurement: with another number, no stored result is used
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """One mask code and the errors it has to bear.
+class CodecSetting:
+    """A codec and the errors added to its boxes and vectors.
 
-    kind, mask_size, vector_dim: the code, its N and its n_k.
+    kind, mask_size, vector_dim: a name in `CODECS`, N and n_k.
     pca: "plain" or "released", for kind "pca" only.
     beta: price of a coefficient, for kind "sparse" only.
-    threshold: "middle", "half", or None: the code's own.
+    threshold: "middle", "half", or None: the codec's own.
     box_noise, vector_noise: as in `Noise`.
     seed: of the errors, and of the fit.
     """
@@ -58,7 +57,7 @@ class Setting:
 
     @property
     def method(self) -> str:
-        """The code's name for people, with what its numbers depend on besides the sizes."""
+        """The codec's name for people, with what its numbers depend on besides the sizes."""
         match self.kind:
             case "pca" if self.pca == "released":
                 return "pca, released"
@@ -68,10 +67,10 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ceiling:
-    """A setting and what came out; seconds: how long it took, without the fit."""
+class UpperBound:
+    """The numbers of a setting; seconds: how long they took, without the fit."""
 
-    setting: Setting
+    setting: CodecSetting
     evaluation: Evaluation
     seconds: float
 
@@ -93,53 +92,50 @@ def make_grid(
     pca: Literal["plain", "released"] = "plain",
     beta: float = 1.0,
     seed: int = 0,
-) -> list[Setting]:
+) -> list[CodecSetting]:
     """Every combination, in the order of the arguments.
 
-    A kind that needs a square number takes the largest one up to each of `vector_dims`.
+    A codec whose vectors have square lengths takes the largest square number up to each of `vector_dims`.
 
     Raises:
         ConfigError: an unknown kind, or a value that does not fit; the message names it.
     """
+    for noises in product(box_noises, vector_noises):
+        if not all(0 <= noise < math.inf for noise in noises):
+            raise ConfigError(f"noise {noises[0]}, {noises[1]}: allowed are finite numbers from 0 on")
     settings = []
     for kind in kinds:
         if kind not in CODECS:
             raise ConfigError(f"codec {kind!r}: allowed are {', '.join(CODECS)}")
-        for side in mask_sizes:
-            for length in vector_dims:
-                if side < 1 or not 1 <= length <= side**2:
-                    raise ConfigError(
-                        f"vector_dim {length} does not fit mask_size {side}: allowed are 1..{max(side, 1) ** 2} "
-                        "(mask_size squared); lower vector_dim or raise mask_size"
-                    )
-                code = Setting(
+        codec = CODECS[kind]
+        for side, length, box, vector in product(mask_sizes, vector_dims, box_noises, vector_noises):
+            if side < 1 or not 1 <= length <= side**2:
+                raise ConfigError(
+                    f"vector_dim {length} does not fit mask_size {side}: allowed are 1..{max(side, 1) ** 2} "
+                    "(mask_size squared); lower vector_dim or raise mask_size"
+                )
+            settings.append(
+                CodecSetting(
                     kind,
                     side,
-                    CODECS[kind].allowed_length(length),
-                    pca=pca if "pca" in CODECS[kind].options else "plain",
-                    beta=beta if "beta" in CODECS[kind].options else 1.0,
+                    codec.allowed_length(length),
+                    pca=pca if "pca" in codec.options else "plain",
+                    beta=beta if "beta" in codec.options else 1.0,
                     threshold=threshold,
+                    box_noise=box,
+                    vector_noise=vector,
                     seed=seed,
                 )
-                settings += [
-                    dataclasses.replace(code, box_noise=box, vector_noise=vector)
-                    for box in box_noises
-                    for vector in vector_noises
-                ]
-    for setting in settings:
-        if not (0 <= setting.box_noise < math.inf and 0 <= setting.vector_noise < math.inf):
-            raise ConfigError(
-                f"noise {setting.box_noise}, {setting.vector_noise}: allowed are finite numbers from 0 on"
             )
     return list(dict.fromkeys(settings))
 
 
-class Laboratory:
-    """A data set to measure codes on, and the folder that keeps what was measured.
+class CodecBenchmark:
+    """A data set to measure codecs on, and the folder that stores the results.
 
     Every finished setting is written at once, to `settings/` of the folder, under a name made from all that the numbers
-    depend on; fitted codes are kept in `codecs/`. Who asks again, after an interruption or with a larger grid, gets
-    what is there and waits only for the rest.
+    depend on; fitted codecs are stored in `codecs/`. Re-running, after an interruption or with a larger grid, reads
+    what is stored and measures the rest.
     """
 
     def __init__(
@@ -157,66 +153,71 @@ class Laboratory:
         """Read and check the annotations.
 
         Args:
-            annotations: COCO instances file whose objects are sent through the codes.
-            folder: where results are kept; made when it is missing.
-            fit_annotations: instances file that PCA and sparse coding are fitted to. None: they are refused.
+            annotations: COCO instances file whose objects are encoded and decoded.
+            folder: where results are stored; made when it is missing.
+            fit_annotations: instances file that PCA and sparse coding are fitted to. None: they are rejected.
             fit_objects: fit to so many of its objects, drawn at random. None: all.
             area_sides: as in `codec_ceiling`. None: as the file says in info.area_sides, otherwise COCO's 32 and 96.
             boundary_ratio, max_images, processes: as in `codec_ceiling`.
 
         Raises:
-            DataError: the annotations cannot be used, or there is no object in the images looked at.
+            DataError: the annotations cannot be used, or there is no object in the images.
         """
-        self.truth = truth = GroundTruth(annotations, keep="all")
+        self.truth = GroundTruth(annotations, keep="all")
         self.folder = Path(folder)
         self.fit_annotations = None if fit_annotations is None else Path(fit_annotations)
         self.fit_objects, self.processes = fit_objects, processes
-        self.area_sides = _area_sides(truth.info) if area_sides is None else area_sides
+        self.area_sides = _area_sides(self.truth.info) if area_sides is None else area_sides
         self.boundary_ratio, self.max_images = boundary_ratio, max_images
-        self._image_ids = truth.image_ids.tolist()[:max_images]
-        rows = truth.rows(self._image_ids)
+
+        self._image_ids = self.truth.image_ids.tolist()[:max_images]
+        rows = self.truth.rows(self._image_ids)
         if len(rows) == 0:
             raise DataError(
                 f"{annotations}: no object in the {len(self._image_ids)} images looked at (crowds and objects "
                 "without area do not count), so there is nothing to measure; check the split, or look at more images"
             )
-        self._areas = truth.areas_of(rows)
-        self._sha256 = hash_file(truth.source)
-        self._fit_sha256 = None if self.fit_annotations is None else hash_file(_existing(self.fit_annotations))
+        self._areas = self.truth.areas_of(rows)
+
+        if self.fit_annotations is not None and not self.fit_annotations.is_file():
+            raise DataError(
+                f"{self.fit_annotations}: no such annotation file to fit PCA and sparse coding to; "
+                "name another (--fit-on)"
+            )
+        self._sha256 = hash_file(self.truth.source)
+        self._fit_sha256 = None if self.fit_annotations is None else hash_file(self.fit_annotations)
 
     def __str__(self) -> str:
-        counts = {size: int(which.sum()) for size, which in of_size(self._areas, self.area_sides).items()}
-        return (
-            f"{self.truth.source}: {len(self._image_ids)} images, {len(self._areas)} objects, "
-            f"{counts['s']} small, {counts['m']} medium, {counts['l']} large"
-        )
+        counts = [f"{which.sum()} {size}" for size, which in select_by_size(self._areas, self.area_sides).items()]
+        return f"{self.truth.source}: {len(self._image_ids)} images, {len(self._areas)} objects, {', '.join(counts)}"
 
-    def measure(self, settings: Iterable[Setting]) -> list[Ceiling]:
-        """The ceiling of each setting, in order; what is there already is only read.
+    def measure(self, settings: Iterable[CodecSetting]) -> list[UpperBound]:
+        """The upper bound of each setting, in order; stored ones are only read.
 
         Raises:
-            ConfigError: a setting does not fit, or its code has to be fitted and there is nothing to fit it to.
+            ConfigError: a setting does not fit, or its codec has to be fitted and there is nothing to fit it to.
         """
         settings = list(settings)
         for setting in settings:
-            self._experiment(setting)  # refuse a wrong one before the work on the first
+            self._experiment(setting)  # reject a wrong one before the work on the first
         (self.folder / "settings").mkdir(parents=True, exist_ok=True)
-        return [self._measured(setting) for setting in tqdm(settings, desc="settings", unit="setting", delay=2)]
+        return [self._measure_one(setting) for setting in tqdm(settings, desc="settings", unit="setting", delay=2)]
 
-    def codec(self, setting: Setting) -> MaskCodec:
-        """The code of a setting on the CPU, fitted where that is needed and has not been done yet."""
+    def codec(self, setting: CodecSetting) -> MaskCodec:
+        """The codec of a setting on the CPU, fitted where that is needed and has not been done yet."""
         experiment = self._experiment(setting)
-        if CODECS[setting.kind].fitted and not Path(experiment.codec.artifact).exists():
+        if experiment.codec.is_fitted and not Path(experiment.codec.artifact).exists():
             fit_codec(experiment, max_objects=self.fit_objects)
         return build_codec(experiment)
 
-    def _measured(self, setting: Setting) -> Ceiling:
+    def _measure_one(self, setting: CodecSetting) -> UpperBound:
         about = self._about(setting)
         path = self.folder / "settings" / f"{_file_name(setting)}-{_digest(about)}.json"
         if path.exists():
             stored = read_json(path)
             if stored["about"] == about:
-                return Ceiling(setting, Evaluation.from_dict(stored), stored["seconds"])
+                return UpperBound(setting, Evaluation.from_dict(stored), stored["seconds"])
+
         codec, started = self.codec(setting), time.perf_counter()
         evaluation = codec_ceiling(
             self.truth,
@@ -229,10 +230,10 @@ class Laboratory:
         )
         seconds = time.perf_counter() - started
         write_json(path, {"about": about, "seconds": seconds} | evaluation.to_dict())
-        return Ceiling(setting, evaluation, seconds)
+        return UpperBound(setting, evaluation, seconds)
 
-    def _experiment(self, setting: Setting) -> Experiment:
-        """What the builder and the fitting understand."""
+    def _experiment(self, setting: CodecSetting) -> Experiment:
+        """The setting as the experiment that builds and fits its codec."""
         code = {"kind": setting.kind, "mask_size": setting.mask_size, "vector_dim": setting.vector_dim}
         code |= {"pca": setting.pca, "beta": setting.beta, "threshold": setting.threshold}
         data = {}
@@ -240,7 +241,7 @@ class Laboratory:
             if self.fit_annotations is None:
                 raise ConfigError(
                     f"codec {setting.kind!r} has to be fitted, and no training annotations are named to fit it to; "
-                    "name them (--fit-on FILE), or leave this code out"
+                    "name them (--fit-on FILE), or leave this codec out"
                 )
             tables = _digest({"fit": self._fit(setting), "pca": setting.pca, "beta": setting.beta})
             code["artifact"] = str(self.folder / "codecs" / f"{_file_name(setting)}-{tables}.safetensors")
@@ -248,10 +249,10 @@ class Laboratory:
         values = {"name": "ceiling", "seed": setting.seed, "codec": code, "data": data}
         return validate_experiment(values, source=f"setting {setting.method}")
 
-    def _fit(self, setting: Setting) -> dict[str, Any]:
+    def _fit(self, setting: CodecSetting) -> dict[str, Any]:
         return {"sha256": self._fit_sha256, "objects": self.fit_objects, "seed": setting.seed}
 
-    def _about(self, setting: Setting) -> dict[str, Any]:
+    def _about(self, setting: CodecSetting) -> dict[str, Any]:
         """All that the numbers depend on, as JSON types."""
         return {
             "version": _VERSION,
@@ -264,36 +265,41 @@ class Laboratory:
         }
 
 
-def ceiling_table(ceilings: Sequence[Ceiling]) -> str:
-    """Ceilings as aligned text in percent: mean IoU, mask AP and boundary AP, each overall and by object size.
+def ceiling_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:
+    """Mean IoU, mask AP and boundary AP in percent, each overall and by object size, one row per setting.
 
-    Errors have a column only where one is given.
+    Errors have a column only where one is added.
     """
-    varied = [name for name in ("box_noise", "vector_noise") if any(getattr(c.setting, name) for c in ceilings)]
-    sizes = ["s", "m", "l"]
-    rows = [["method", "N", "n_k", *(name.replace("_", " ") for name in varied)]]
-    rows[0] += ["IoU", *sizes, "segm AP", *sizes, "boundary AP", *sizes]
-    for ceiling in ceilings:
-        setting, metrics = ceiling.setting, ceiling.evaluation.metrics
-        noise = [f"{getattr(setting, name):g}" for name in varied]
-        numbers = [percent(metrics[name]) for name in NUMBERS]
-        rows.append([setting.method, str(setting.mask_size), str(setting.vector_dim), *noise, *numbers])
-    return "\n".join([*aligned(rows), *(ceilings[0].evaluation.legend for _ in ceilings[:1])])
+    varied = [name for name in ("box_noise", "vector_noise") if any(getattr(bound.setting, name) for bound in bounds)]
+    rows = []
+    for bound in bounds:
+        setting = bound.setting
+        row = {"method": setting.method, "N": setting.mask_size, "n_k": setting.vector_dim}
+        row |= {name.replace("_", " "): getattr(setting, name) for name in varied}
+        rows.append(row | {_heading(name): 100 * bound.evaluation.metrics[name] for name in NUMBERS})
+    return pd.DataFrame(rows, columns=None if rows else ["method", "N", "n_k", *map(_heading, NUMBERS)])
 
 
-def length_for(ceilings: Sequence[Ceiling], number: str, share: float) -> float:
+def ceiling_table(bounds: Sequence[UpperBound]) -> str:
+    """`ceiling_frame` as text, with its legend."""
+    shares = dict.fromkeys(("box noise", "vector noise"), "{:g}".format)
+    text = ceiling_frame(bounds).to_string(index=False, float_format="{:.1f}".format, na_rep="-", formatters=shares)
+    return "\n".join([text, *(bound.evaluation.legend for bound in bounds[:1])])
+
+
+def length_for(bounds: Sequence[UpperBound], number: str, share: float) -> float:
     """The vector length n_k at which a number reaches a share, between measured lengths by interpolation.
 
     Args:
-        ceilings: one code at rising lengths.
+        bounds: one codec at rising lengths.
         number: "segm.IoU", "segm.IoUl", ...
         share: in 0..1.
 
     Returns:
         n_k; NaN where the longest vector does not reach it, or there is no such object.
     """
-    lengths = [ceiling.setting.vector_dim for ceiling in ceilings]
-    values = [ceiling.evaluation.metrics[number] for ceiling in ceilings]
+    lengths = [bound.setting.vector_dim for bound in bounds]
+    values = [bound.evaluation.metrics[number] for bound in bounds]
     for place, value in enumerate(values):
         if value >= share and place == 0:
             return float(lengths[0])
@@ -303,39 +309,41 @@ def length_for(ceilings: Sequence[Ceiling], number: str, share: float) -> float:
     return math.nan
 
 
-def describe_size_gap(ceilings: Sequence[Ceiling]) -> str:
+def describe_size_gap(bounds: Sequence[UpperBound]) -> str:
     """What a fixed vector length costs large objects more than small ones, one line per length. Paper: appendix A.1.
 
     Args:
-        ceilings: one code at rising lengths, without errors.
+        bounds: one codec at rising lengths, without errors.
     """
     lines = []
-    for ceiling in ceilings:
-        small, large = (ceiling.evaluation.metrics[f"segm.IoU{size}"] for size in "sl")
-        needed = length_for(ceilings, "segm.IoUl", small)
+    for bound in bounds:
+        small, large = (bound.evaluation.metrics[f"segm.IoU{size}"] for size in "sl")
+        needed = length_for(bounds, "segm.IoUl", small)
         if math.isnan(small) or math.isnan(large):
             verdict = "no objects of both sizes to compare"
         elif large >= small:
             verdict = "large objects are kept as well"
         elif math.isnan(needed):
-            verdict = f"to be kept as well, large ones need more than {ceilings[-1].setting.vector_dim} numbers"
+            verdict = f"to be kept as well, large ones need more than {bounds[-1].setting.vector_dim} numbers"
         else:
             verdict = f"to be kept as well, large ones need about {needed:.0f} numbers"
-        length = ceiling.setting.vector_dim
+        length = bound.setting.vector_dim
         lines.append(
             f"n_k = {length:>4}: IoU of small objects {percent(small)}, of large ones {percent(large)}; {verdict}"
         )
     return "\n".join(lines)
 
 
-def write_csv(path: Path, ceilings: Sequence[Ceiling]) -> None:
-    """Ceilings as a table for other programs: one line each, shares in 0..1, empty where there is no such object."""
+def write_csv(path: Path, bounds: Sequence[UpperBound]) -> None:
+    """Write the rows of upper bounds for other programs: shares in 0..1, empty where there is no such object."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [ceiling.row() for ceiling in ceilings]
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ["kind"])
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [bound.row() for bound in bounds]
+    with replacing(path) as temporary:
+        pd.DataFrame(rows, columns=None if rows else ["kind"]).to_csv(temporary, index=False)
+
+
+def _heading(name: str) -> str:
+    return name.removeprefix("segm.") if "IoU" in name else name.replace(".", " ")
 
 
 def _area_sides(info: Any) -> tuple[float, float]:
@@ -344,13 +352,7 @@ def _area_sides(info: Any) -> tuple[float, float]:
     return DEFAULTS.area_sides if sides is None else (float(sides[0]), float(sides[1]))
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise DataError(f"{path}: no such annotation file to fit PCA and sparse coding to; name another (--fit-on)")
-    return path
-
-
-def _file_name(setting: Setting) -> str:
+def _file_name(setting: CodecSetting) -> str:
     variant = "_released" if setting.pca == "released" else ""
     return f"{setting.kind}{variant}-N{setting.mask_size}-D{setting.vector_dim}"
 
