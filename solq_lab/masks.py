@@ -93,7 +93,6 @@ def crop_and_resize(masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 class _AxisSampling(NamedTuple):
     """ROI-align along one axis: cell i of the box averages, over `samples`, weights[i] @ pixels[start:stop].
 
-    start, stop: the pixels that any sample touches.
     weights: (N, stop - start) float32, the summed bilinear weights of each cell's samples.
     samples: how many samples a cell has along this axis.
     """
@@ -350,7 +349,7 @@ def runs_of_rle(counts: bytes | str) -> np.ndarray:
     follow, the fifth of the last one is the sign. From the fourth run on it is the difference to the last but one.
 
     Raises:
-        ValueError: the code is empty, breaks off, or is made of other characters. Lengths may be negative all the same.
+        ValueError: the text is empty, breaks off, or has other characters. Lengths may be negative all the same.
     """
     code = counts.encode() if isinstance(counts, str) else counts
     characters = np.frombuffer(code, dtype=np.uint8).astype(np.int64) - ord("0")  # (bytes,)
