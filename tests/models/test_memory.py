@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from one_pass import SIZES, random_batch, small_backbone, train_once
+from small_network import SIZES, random_batch, small_backbone, train_once
 from tiny import tiny_experiment, write_tiny_dataset
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

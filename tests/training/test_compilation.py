@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from one_pass import SIZES, random_batch, small_backbone, train_once
+from small_network import SIZES, random_batch, small_backbone, train_once
 from tiny import tiny_experiment, write_tiny_dataset
 from torch._dynamo.utils import counters
 

@@ -1,4 +1,4 @@
-"""One training pass of a small network: its loss, gradients and statistics, for comparisons between ways to train."""
+"""A small network's parts, a random batch, and the loss, gradients and buffers of one training pass."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def random_batch(dtype: torch.dtype = torch.float64, side: int = SIDE) -> ImageB
 
 
 def some_loss(predictions: Predictions) -> Tensor:
-    """A number that every output has a part in."""
+    """A scalar that depends on every output."""
     layers = [*predictions.layers, *([predictions.proposals] if predictions.proposals else [])]
     parts = [tensor for layer in layers for tensor in layer[:3] if tensor is not None]
     parts += [layer.masks.logits for layer in layers if layer.masks is not None]
