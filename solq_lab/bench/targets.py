@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
 from solq_lab import masks
-from solq_lab.bench.scenes import HEIGHT, WIDTH, coco_document
+from solq_lab.bench.scenes import coco_document
 from solq_lab.bench.timing import Row, compare
-from solq_lab.data.annotations import read_annotations
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.data.transforms import resized_size
 
 MASK_SIZE = 128
@@ -32,10 +32,10 @@ def rows(annotations: Path | None = None) -> Iterator[Row]:
     Args:
         annotations: COCO annotation file; its image with the most objects is taken. None: a generated one.
     """
-    document = (
-        coco_document(0, num_images=20, objects=CROWDED) if annotations is None else read_annotations(annotations)
-    )
-    size, segmentations, boxes = _most_crowded(document)
+    truth = GroundTruth(coco_document(0, num_images=20, objects=CROWDED) if annotations is None else annotations)
+    crowded = int(np.diff(truth.starts).argmax())
+    size, objects = truth.size(crowded), truth.rows_of(crowded)
+    segmentations, boxes = truth.segmentations(objects), torch.from_numpy(truth.boxes[objects]).float()
     bitmaps = torch.stack([masks.decode_rle([masks.segmentation_to_rle(one, size)])[0] for one in segmentations])
     exact = masks.crop_and_resize(bitmaps, boxes, MASK_SIZE) >= 0.5
     yield compare(
@@ -60,14 +60,3 @@ def mean_iou(one: Tensor, other: Tensor) -> float:
     """Mean IoU of masks (K, N, N) bool, pair by pair; two empty ones agree."""
     intersection, union = (one & other).sum((1, 2)), (one | other).sum((1, 2))
     return torch.where(union > 0, intersection / union.clamp(min=1), torch.ones(len(union))).mean().item()
-
-
-def _most_crowded(document: dict) -> tuple[tuple[int, int], list, Tensor]:
-    """Size, segmentations and boxes (K, 4) xyxy of the image with the most objects."""
-    objects = [entry for entry in document["annotations"] if not entry.get("iscrowd", 0)]
-    by_image = groupby(sorted(objects, key=lambda entry: entry["image_id"]), key=lambda entry: entry["image_id"])
-    image_id, chosen = max(((key, list(group)) for key, group in by_image), key=lambda pair: len(pair[1]))
-    sizes = {image["id"]: (image["height"], image["width"]) for image in document["images"]}
-    boxes = torch.tensor([entry["bbox"] for entry in chosen], dtype=torch.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    return sizes.get(image_id, (HEIGHT, WIDTH)), [entry["segmentation"] for entry in chosen], boxes

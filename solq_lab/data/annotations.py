@@ -147,7 +147,8 @@ def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, fl
             f"{name}: bbox {shorten(box)} has a value that is not finite, or larger than any image; correct or "
             "remove the object"
         )
-    return min(max(x, 0), width), min(max(y, 0), height), min(max(x + w, 0), width), min(max(y + h, 0), height)
+    x1, y1 = x + max(w, 0), y + max(h, 0)
+    return min(max(x, 0), width), min(max(y, 0), height), min(max(x1, 0), width), min(max(y1, 0), height)
 
 
 def checked_area(entry: dict[str, Any], name: str) -> float:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from solq_lab.data.annotations import read_annotations
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, Candidates, measure_candidates
 from solq_lab.evaluation.results import read_results
 from solq_lab.files import read_json
@@ -110,22 +110,23 @@ def compare_runs(first: Run, second: Run, *, draws: int = 1000, confidence: floa
             )
     metrics = [read_json(run.results)["metrics"] for run in (first, second)]
     data, settings = first.experiment.data, first.experiment.evaluation
-    annotations = read_annotations(Path(data.root) / data.val_annotations)
+    kinds = [kind for kind in ("box", "segm") if all(f"{kind}.AP" in numbers for numbers in metrics)]
+    truth = GroundTruth(Path(data.root) / data.val_annotations, with_masks="segm" in kinds, keep="all")
     return compare_results(
-        annotations,
+        truth,
         read_results(first.detections),
         read_results(second.detections),
         names=(first.name, second.name),
-        kinds=[kind for kind in ("box", "segm") if all(f"{kind}.AP" in numbers for numbers in metrics)],
+        kinds=kinds,
         draws=draws,
         confidence=confidence,
         seed=seed,
-        image_ids=sorted(image["id"] for image in annotations["images"])[: settings.max_images],
+        image_ids=truth.image_ids[: settings.max_images].tolist(),
     )
 
 
 def compare_results(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     first: Sequence[dict],
     second: Sequence[dict],
     *,
@@ -140,7 +141,7 @@ def compare_results(
     """Compare two lists of COCO results on the same ground truth.
 
     Args:
-        annotations: COCO instances file, or its parsed content.
+        annotations: COCO instances file, its parsed content, or its `GroundTruth` with all objects.
         first, second: results, as `evaluate_results` takes them.
         names: what the table calls them.
         kinds: which of "box", "segm", "boundary".
@@ -192,7 +193,7 @@ class Matches(NamedTuple):
 
 
 def match_results(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
     *,
     kind: str,

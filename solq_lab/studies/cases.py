@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from solq_lab.data.annotations import read_annotations
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.data.images import read_image
 from solq_lab.masks import segmentation_to_rle
 from solq_lab.structures import Detections
@@ -34,21 +34,27 @@ def worst_cases(
     Raises:
         DataError: an image cannot be read.
     """
-    document = read_annotations(dataset.annotations)
-    images = {image["id"]: image for image in document["images"]}
-    objects = {entry["id"]: entry for entry in document["annotations"]}
+    truth = GroundTruth(dataset.annotations, keep="all")
+    image_rows = {image_id: row for row, image_id in enumerate(truth.image_ids.tolist())}
+    object_rows = {object_id: row for row, object_id in enumerate(truth.ids.tolist())}
     cases: dict[str, list[tuple[Tensor, Detections, Detections]]] = {}
     for error in ERRORS:
         cases[error] = []
         for case in analysis.worst(error, count):
-            entry = images[case.image_id]
-            size = (entry["height"], entry["width"])
-            image = read_image(dataset.images / entry["file_name"], case.image_id, size)
-            true = [] if case.object_id is None else [objects[case.object_id] | {"score": 1.0}]
+            row = image_rows[case.image_id]
+            size = truth.size(row)
+            image = read_image(dataset.images / truth.file_names[row], case.image_id, size)
+            true = [] if case.object_id is None else [_as_result(truth, object_rows[case.object_id])]
             found = [] if case.result is None else [results[case.result]]
             both = (_as_detections(entries, size, dataset.classes) for entries in (true, found))
             cases[error].append((image, *both))
     return cases
+
+
+def _as_result(truth: GroundTruth, row: int) -> dict:
+    """An object as a COCO result of score 1."""
+    box, category_id = truth.coco_boxes[row].tolist(), int(truth.category_ids[row])
+    return {"bbox": box, "category_id": category_id, "score": 1.0, "segmentation": truth.rle(row)}
 
 
 def _as_detections(entries: Sequence[dict], size: tuple[int, int], classes: ClassMap) -> Detections:

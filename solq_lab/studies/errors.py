@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.data.annotations import DataError
+from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.studies.overlaps import Overlaps, measure_overlaps
 from solq_lab.studies.rules import THRESHOLDS, UNMATCHED, average_precision, match_detections
@@ -147,7 +147,7 @@ class ErrorAnalysis:
 
 
 def analyse_errors(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
     codec: MaskCodec | None,
     *,
@@ -158,7 +158,7 @@ def analyse_errors(
     """Types every error of a model's results, and says how much mask AP each type costs.
 
     Args:
-        annotations: COCO instances file, or its parsed content.
+        annotations: COCO instances file, its parsed content, or its `GroundTruth` with all objects.
         results: COCO results with boxes and masks; may be empty.
         codec: the mask code of the model; None for one whose masks do not come from codes (SQR): then no error is
             "codec", and "box" ones are those whose boxes have an IoU below t.
@@ -170,6 +170,8 @@ def analyse_errors(
         DataError: annotations or results cannot be used, or a result has no box or no mask.
     """
     _check_shapes(results)
+    if not isinstance(annotations, GroundTruth):
+        annotations = GroundTruth(annotations, keep="all")
     evaluate_results(annotations, results, kinds=("segm",), area_sides=area_sides, image_ids=image_ids)  # checks both
     overlaps = measure_overlaps(annotations, results, codec, image_ids=image_ids)
     truth, found = overlaps.truth, overlaps.found

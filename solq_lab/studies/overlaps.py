@@ -19,7 +19,8 @@ from torchvision.ops import box_iou
 
 from solq_lab import masks
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.data.annotations import read_annotations
+from solq_lab.data.classes import ClassMap
+from solq_lab.data.ground_truth import GroundTruth
 
 MIN_THRESHOLD = 0.5  # mask IoU below which COCO never calls a detection right
 SAME_OBJECT = 0.1  # box IoU from which a detection is about an object of its class
@@ -101,7 +102,7 @@ class Overlaps(NamedTuple):
 
 
 def measure_overlaps(
-    annotations: str | Path | dict,
+    annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
     codec: MaskCodec | None,
     *,
@@ -110,28 +111,27 @@ def measure_overlaps(
     """Overlaps of results with ground truth, and what the code and the predicted boxes would have allowed.
 
     Args:
-        annotations: COCO instances file, or its parsed content, that `evaluate_results` accepts.
+        annotations: COCO instances file, its parsed content, or its `GroundTruth` with all objects, that
+            `evaluate_results` accepts.
         results: COCO results with "bbox" and "segmentation", that it accepts too.
         codec: the mask code of the model, on any device; None for a model without one.
         image_ids: images to look at. None: all.
     """
-    document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
-    categories = sorted(document["categories"], key=lambda category: category["id"])
-    class_rows = {category["id"]: row for row, category in enumerate(categories)}
-    chosen = {image["id"] for image in document["images"]} if image_ids is None else set(image_ids)
-    objects_of, results_of = defaultdict(list), defaultdict(list)
-    for entry in document["annotations"]:
-        objects_of[entry["image_id"]].append(entry)
+    truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
+    classes = ClassMap.from_categories(truth.categories, source=str(truth.source))
+    results_of = defaultdict(list)
     for place, result in enumerate(results):
         results_of[result["image_id"]].append(place)
 
-    parts = [_measure_image(0, (1, 1), [], [], results, class_rows, codec)]  # gives empty columns their types
-    for image in sorted(document["images"], key=lambda image: image["id"]):
-        if image["id"] in chosen:
-            size, key = (image["height"], image["width"]), image["id"]
+    parts = [
+        _measure_image(truth, np.arange(0), 0, (1, 1), [], results, classes, codec)
+    ]  # gives empty columns their types
+    for image, key in enumerate(truth.image_ids.tolist()):
+        if image_ids is None or key in image_ids:
             places = _best_of_each_class(results, results_of[key])
-            parts.append(_measure_image(key, size, objects_of[key], places, results, class_rows, codec))
-    return Overlaps(*_joined(parts), [category["name"] for category in categories])
+            rows, size = np.arange(*truth.starts[image : image + 2]), truth.size(image)
+            parts.append(_measure_image(truth, rows, key, size, places, results, classes, codec))
+    return Overlaps(*_joined(parts), list(classes.names))
 
 
 def _best_of_each_class(results: Sequence[dict], places: list[int]) -> list[int]:
@@ -147,65 +147,64 @@ def _best_of_each_class(results: Sequence[dict], places: list[int]) -> list[int]
 
 @torch.inference_mode()
 def _measure_image(
+    truth: GroundTruth,
+    rows: np.ndarray,
     image_id: int,
     size: tuple[int, int],
-    entries: Sequence[dict],
     places: Sequence[int],
     results: Sequence[dict],
-    class_rows: dict[int, int],
+    classes: ClassMap,
     codec: MaskCodec | None,
 ) -> tuple[Truth, Found, Pairs]:
-    """The tables of one image of `size` (height, width): its objects, and its detections at `places` of `results`.
+    """The tables of one image of `size` (height, width).
 
-    Rows of objects and detections count from 0.
+    Its objects are `rows` of the ground truth, its detections stand at `places` of `results`. Rows of objects and detections count from 0.
     """
     found = [results[place] for place in places]
-    object_rles = [masks.segmentation_to_rle(entry["segmentation"], size) for entry in entries]
     rles = [masks.segmentation_to_rle(result["segmentation"], size) for result in found]
-    object_boxes, boxes = _clipped(_corners(entries), size), _corners(found)
-    crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries], dtype=bool)
-    object_classes = np.array([class_rows[entry["category_id"]] for entry in entries], dtype=np.int64)
-    classes = np.array([class_rows[result["category_id"]] for result in found], dtype=np.int64)
+    boxes = _corners(found)
+    found_classes = np.array([classes.channel_of(result["category_id"]) for result in found], dtype=np.int64)
+
+    count, crowd = len(rows), truth.crowd[rows]
+    object_rles = [truth.rle(row) for row in rows.tolist()]
+    object_boxes = torch.from_numpy(truth.boxes[rows])
+    object_classes = np.array([classes.channel_of(key) for key in truth.category_ids[rows].tolist()], dtype=np.int64)
 
     overlap = _iou(rles, object_rles, crowd)  # (F, A)
     box_overlap = np.where(crowd, 0.0, box_iou(boxes, object_boxes).numpy())  # (F, A)
-    same_class = classes[:, None] == object_classes
+    same_class = found_classes[:, None] == object_classes
     about = _choose_objects(box_overlap, same_class)
     row = np.arange(len(found))
     known = about >= 0
 
     neighbours = _neighbours(object_rles, object_boxes, crowd, size)  # A + 1: the last, row -1, for no object
-    ceiling, reach = np.ones(len(entries)), np.where(known, box_overlap[row, about], 0.0) if len(entries) else row * 0.0
-    if codec is not None and entries:
-        received = _send_through(codec, [entry["segmentation"] for entry in entries], object_boxes, size)
-        ceiling = _iou_of_each(masks.paste_to_rle(received, object_boxes, size), object_rles, np.arange(len(entries)))
+    ceiling, reach = np.ones(count), np.where(known, box_overlap[row, about], 0.0) if count else row * 0.0
+    if codec is not None and count:
+        received = _send_through(codec, truth.segmentations(rows), object_boxes, size)
+        ceiling = _iou_of_each(masks.paste_to_rle(received, object_boxes, size), object_rles, np.arange(count))
         pasted = masks.paste_to_rle(received[about[known]], boxes[known], size)
         reach[known] = _iou_of_each(pasted, object_rles, about[known])
 
     partners = np.nonzero(same_class & (overlap >= MIN_THRESHOLD))
-    object_areas = [float(area) for area in coco_rle.area(object_rles)] if entries else []
-    given = [entry.get("area") for entry in entries]
     return (
         Truth(
-            ids=np.array([entry["id"] for entry in entries], dtype=np.int64),
-            image_ids=np.full(len(entries), image_id),
+            ids=truth.ids[rows],
+            image_ids=np.full(count, image_id),
             classes=object_classes,
-            areas=np.array(
-                [drawn if area is None else area for area, drawn in zip(given, object_areas, strict=True)], float
-            ),
+            areas=truth.areas_of(rows),
             crowd=crowd,
-            occlusion=_share_on(_box_rles(object_boxes, size), neighbours, np.arange(len(entries))),
+            occlusion=_share_on(_box_rles(object_boxes, size), neighbours, np.arange(count)),
             ceiling=ceiling,
         ),
         Found(
             results=np.array(places, dtype=np.int64),
             image_ids=np.full(len(found), image_id),
-            classes=classes,
+            classes=found_classes,
             scores=np.array([result["score"] for result in found], dtype=np.float64),
             areas=np.asarray(coco_rle.area(rles), dtype=np.float64) if found else np.zeros(0),
             occlusion=_share_on(_box_rles(boxes, size), neighbours, about),
             about=about,
-            overlap=np.where(known, overlap[row, about], 0.0) if entries else np.zeros(len(found)),
+            overlap=np.where(known, overlap[row, about], 0.0) if count else np.zeros(len(found)),
             leak=_share_on(rles, neighbours, about),
             reach=reach,
         ),
