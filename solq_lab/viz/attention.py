@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from solq_lab.inference.attention import SIZES, AttentionStudy, ObjectView, heat_map
-from solq_lab.viz.images import outline_mask
+from solq_lab.viz.images import MaskWindow, outline_mask
 from solq_lab.viz.style import GREY, METHOD_COLOURS, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW, new_figure
 
 LEVEL_COLOURS = (SKY, YELLOW, VERMILION, PURPLE, ORANGE, GREY)
@@ -205,7 +205,7 @@ def _draw_outline(axes: Axes, view: ObjectView) -> None:
     if view.mask is None or not view.mask.any():
         _draw_box(axes, view.box, "-")
         return
-    outline_mask(axes, view.mask, "white", edge="black")
+    outline_mask(axes, MaskWindow.of_bitmap(view.mask), "white", edge="black")
 
 
 def _draw_box(axes: Axes, box: np.ndarray, style: str) -> None:

@@ -1,10 +1,7 @@
-"""What is wrong with a data set, as one HTML page: the counts, the classes, and images of the worst of every kind."""
+"""Figures of a data set's check: objects per class and by size, and images of what is wrong."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,57 +15,23 @@ from PIL import Image, ImageFile
 
 from solq_lab.data.annotations import DataError, clamped_box
 from solq_lab.data.folders import Split
-from solq_lab.masks import decode_rle
-from solq_lab.viz.images import MASK_OPACITY, outline_mask
+from solq_lab.viz.images import MaskWindow, outline_mask
 from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
-from solq_lab.workbench.check.findings import HEADINGS, RULES, SEVERITIES, Finding
-from solq_lab.workbench.check.object_rules import read_mask
+from solq_lab.workbench.check.findings import RULES, Finding
 from solq_lab.workbench.check.report import Report
+from solq_lab.workbench.check.rules import read_mask
 
 ACROSS = 4  # images beside each other
 SIDE = 2.6  # inches of an image
-MAX_SIDE = 640  # pixels of a shown image's longer side
-CHARACTERS = 46  # of a line below an image
+MAX_PIXELS = 640  # of a shown image's longer side
+CHARACTERS = 46  # of a line above an image
 SPLIT_COLOURS = (BLUE, ORANGE)
-MAX_CLASSES = 100  # in the histogram
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.45 sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse }} td, th {{ padding: .15em .9em .15em 0; text-align: left; vertical-align: top }}
-td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums }}
-img {{ max-width: 100% }} h2 {{ margin-top: 2em }} code, li {{ overflow-wrap: anywhere }} .cure {{ color: #666 }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
-
-
-def report_page(report: Report, *, title: str, worst: int = 8) -> str:
-    """The page of a report, complete in itself.
-
-    Args:
-        report: what was found.
-        title: of the page.
-        worst: images of each rule and split.
-    """
-    parts = [_summary_table(report)]
-    if any(summary.per_class for summary in report.summaries.values()):
-        parts.append(_image(class_histogram(report), "objects per class"))
-    for severity in SEVERITIES:
-        rules = list(report.findings.found(severity))
-        if rules:
-            parts.append(f"<h2>{html.escape(HEADINGS[severity].capitalize())}</h2>")
-            parts += [_rule_section(report, rule, worst) for rule in rules]
-    if report.is_clean:
-        parts.insert(0, "<p><b>Nothing that would stop or harm a training.</b></p>")
-    return PAGE.format(title=html.escape(title), body="\n".join(parts))
+MAX_CLASSES = 100  # in the chart
+AREA_SIDES = (32, 96)  # pixels: COCO's small, medium and large
 
 
 @mpl.rc_context(STYLE)
-def class_histogram(report: Report) -> Figure:
+def class_distribution(report: Report) -> Figure:
     """Objects per class and split, the class that the first split has most objects of on top."""
     summaries = report.summaries
     first = next(iter(summaries.values())).per_class
@@ -76,35 +39,69 @@ def class_histogram(report: Report) -> Figure:
     names = sorted(every, key=lambda name: first.get(name, 0), reverse=True)[:MAX_CLASSES]
     title = "objects per class" + (f", {len(names)} of {len(every)} classes" if len(names) < len(every) else "")
     figure, axes = new_figure(1, 1, size=(9.0, 0.9 + 0.16 * len(names)), title=title)
-    place, height = axes[0, 0], 0.8 / len(summaries)
+
+    panel, height = axes[0, 0], 0.8 / len(summaries)
     for row, (split, summary) in enumerate(summaries.items()):
         counts = [summary.per_class.get(name, 0) for name in names]
         offsets = np.arange(len(names)) + (row - (len(summaries) - 1) / 2) * height
-        place.barh(offsets, counts, height, color=SPLIT_COLOURS[row % 2], label=f"{split} ({sum(counts)})")
-    place.set_yticks(range(len(names)), [_for_figure(name, 30) for name in names], fontsize=7)
-    place.set_ylim(len(names) - 0.5, -0.5)
-    place.set_xscale("symlog", linthresh=1)
-    place.set_xlabel("objects")
-    place.grid(axis="y", visible=False)
-    place.legend(loc="lower right")
+        panel.barh(offsets, counts, height, color=SPLIT_COLOURS[row % 2], label=f"{split} ({sum(counts)})")
+    panel.set_yticks(range(len(names)), [_printable(name, 30) for name in names], fontsize=7)
+    panel.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    panel.set_xscale("symlog", linthresh=1)
+    panel.set_xlabel("objects")
+    panel.grid(axis="y", visible=False)
+    panel.legend(loc="lower right")
     return figure
 
 
 @mpl.rc_context(STYLE)
-def finding_images(report: Report, split: Split, findings: Sequence[Finding]) -> Figure:
-    """The images that findings of a split are about, with the annotated box and mask of the object."""
-    rows = -(-len(findings) // ACROSS)
-    figure, axes = new_figure(rows, ACROSS, size=(ACROSS * SIDE, rows * (SIDE + 0.55)))
-    for place in axes.flat:
-        hide_axes(place)
-    for place, finding in zip(axes.flat, findings, strict=False):
-        entry = report.entries.get(split.name, {}).get(finding.annotation_id)
-        size = _draw_image(place, split.images / finding.file_name)
-        if entry is not None:
-            _draw_object(place, entry, size)
-        text = _for_figure(finding.message, 3 * CHARACTERS)
-        place.set_title("\n".join(textwrap.wrap(text, CHARACTERS)), fontsize=6.5, loc="left")
+def size_distribution(report: Report) -> Figure:
+    """Share of a split's objects by the side of their box, beside the limits of small, medium and large objects."""
+    figure, axes = new_figure(1, 1, size=(9.0, 3.0), title="objects by size")
+    panel = axes[0, 0]
+    for colour, (split, sides) in zip(SPLIT_COLOURS, report.sides.items(), strict=False):
+        if len(sides):
+            weights = np.full(len(sides), 100 / len(sides))
+            edges = np.geomspace(1, 2048, 45)
+            panel.hist(np.maximum(sides, 1), edges, weights=weights, histtype="step", color=colour, label=split)
+    for side in AREA_SIDES:
+        panel.axvline(side, color=GREY, linestyle=":")
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("square root of the box's area, pixels")
+    panel.set_ylabel("objects, percent")
+    if panel.patches:
+        panel.legend(loc="upper right")
     return figure
+
+
+@mpl.rc_context(STYLE)
+def finding_images(report: Report, split: Split, findings: Sequence[Finding], *, title: str = "") -> Figure:
+    """The images of some findings, with the box (vermilion) and the mask (blue) that each is about."""
+    rows = -(-len(findings) // ACROSS)
+    figure, axes = new_figure(rows, ACROSS, size=(SIDE * ACROSS, 0.4 + (SIDE + 0.6) * rows), title=title)
+    for panel in axes.flat:
+        hide_axes(panel)
+    for panel, finding in zip(axes.flat, findings, strict=False):
+        entry = report.entries.get(split.name, {}).get(finding.annotation_id)
+        size = _draw_image(panel, split.images / finding.file_name)
+        if entry is not None:
+            _draw_object(panel, entry, size)
+        text = _printable(finding.message, 3 * CHARACTERS)
+        panel.set_title("\n".join(textwrap.wrap(text, CHARACTERS)), fontsize=6.5, loc="left")
+    return figure
+
+
+def worst_images(report: Report, *, count: int = 8) -> dict[str, Figure]:
+    """The worst findings of each broken rule that images can show, by rule and split; notes are left out."""
+    figures = {}
+    for rule in report.findings.failing("harmful"):
+        for split in report.splits:
+            findings = report.findings.worst(rule, split.name)
+            shown = [finding for finding in findings if finding.file_name is not None][:count]
+            if shown and rule not in ("image-missing", "path-leaves-folder"):
+                title = f"{RULES[rule].title}, {split.name}"
+                figures[f"{rule} {split.name}"] = finding_images(report, split, shown, title=title)
+    return figures
 
 
 def _draw_image(axes: Axes, path: Path) -> tuple[int, int]:
@@ -113,9 +110,9 @@ def _draw_image(axes: Axes, path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as opened:
             width, height = opened.size
-            opened.draft("RGB", (MAX_SIDE, MAX_SIDE))
+            opened.draft("RGB", (MAX_PIXELS, MAX_PIXELS))
             small = opened.convert("RGB")
-            small.thumbnail((MAX_SIDE, MAX_SIDE))
+            small.thumbnail((MAX_PIXELS, MAX_PIXELS))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
         axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, edgecolor=GREY))
@@ -123,7 +120,7 @@ def _draw_image(axes: Axes, path: Path) -> tuple[int, int]:
         return 1, 1
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
-    axes.imshow(np.asarray(small), extent=(0, width, height, 0))
+    axes.imshow(small, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     return height, width
 
 
@@ -131,74 +128,27 @@ def _draw_object(axes: Axes, entry: dict, size: tuple[int, int]) -> None:
     """An object's mask and its box as annotated, as far as they can be read; the view grows to a box outside."""
     height, width = size
     try:
-        mask = read_mask(entry, size, "mask")
+        rle = read_mask(entry, size, "mask")
     except DataError:
-        mask = None
-    if mask is not None and (pixels := decode_rle([mask])[0].numpy()).any():
-        paint = np.zeros((*pixels.shape, 4))
-        paint[pixels] = (*mpl.colors.to_rgb(SKY), MASK_OPACITY)
-        axes.imshow(paint, extent=(0, width, height, 0))
-        outline_mask(axes, pixels, SKY)
+        rle = None
+    window = None if rle is None else MaskWindow.of_rle(rle)
+    if window is not None and window.bitmap.size:
+        outline_mask(axes, window, SKY)
+
     try:
         clamped_box(entry.get("bbox"), height, width, "box")
     except DataError:
         return
     x, y, w, h = entry["bbox"]
-    axes.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=VERMILION, linewidth=1.6))
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor=VERMILION, linewidth=1.6))
     reach = 2 * max(size)
     left, right = max(min(0, x, x + w), -reach), min(max(width, x, x + w), reach)
     top, bottom = max(min(0, y, y + h), -reach), min(max(height, y, y + h), reach)
-    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
 
 
-def _rule_section(report: Report, rule: str, worst: int) -> str:
-    about = RULES[rule]
-    counts = ", ".join(f"{count} in {split}" for split, count in report.findings.counts[rule].items())
-    parts = [f"<h3>{html.escape(about.title)}: {html.escape(counts)}</h3>"]
-    parts.append(f"<p class=cure><code>{rule}</code>{': ' + html.escape(about.cure) if about.cure else ''}</p>")
-    for split in report.splits:
-        findings = report.findings.worst(rule, split.name)
-        shown = [finding for finding in findings if finding.file_name is not None][:worst]
-        drawn = about.severity != "note" and rule not in ("image-missing", "path-leaves-folder")
-        if drawn and shown:
-            parts.append(_image(finding_images(report, split, shown), f"{about.title}, {split.name}"))
-        lines = [f"<li>{html.escape(_plain(finding.message, 400))}" for finding in findings[:20]]
-        more = report.findings.counts[rule][split.name] - len(lines)
-        if lines:
-            rest = f"<li>and {more} more" if more else ""
-            parts.append(
-                f"<details><summary>{html.escape(split.name)}</summary><ul>{''.join(lines)}{rest}</ul></details>"
-            )
-    return "\n".join(parts)
-
-
-def _summary_table(report: Report) -> str:
-    rows = [
-        ("images", [s.images for s in report.summaries.values()]),
-        ("without objects", [s.empty for s in report.summaries.values()]),
-        ("objects", [s.objects for s in report.summaries.values()]),
-        ("crowd regions", [s.crowds for s in report.summaries.values()]),
-        ("objects per image, median", [f"{s.median:g}" for s in report.summaries.values()]),
-        ("objects per image, most", [s.most for s in report.summaries.values()]),
-    ]
-    head = "".join(f"<th class=n>{html.escape(split)}" for split in report.summaries)
-    body = "".join(f"<tr><td>{name}{''.join(f'<td class=n>{v}' for v in values)}" for name, values in rows)
-    files = "".join(f"<br>{html.escape(f'{s.name}: {s.annotations}, images in {s.images}')}" for s in report.splits)
-    return f"<table><tr><th>{head}{body}</table><p class=cure>{files.removeprefix('<br>')}</p>"
-
-
-def _image(figure: Figure, description: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<p><img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
-
-
-def _plain(text: str, longest: int) -> str:
-    """A text from an annotation file, printable and not too long."""
+def _printable(text: str, longest: int) -> str:
+    """A text from an annotation file for a figure; a pair of dollar signs would be a formula."""
     printable = "".join(character if character.isprintable() else "?" for character in text)
-    return printable if len(printable) <= longest else printable[: longest - 3] + "..."
-
-
-def _for_figure(text: str, longest: int) -> str:
-    return _plain(text, longest).replace("$", r"\$")  # a pair of them would be a formula
+    shown = printable if len(printable) <= longest else printable[: longest - 3] + "..."
+    return shown.replace("$", r"\$")

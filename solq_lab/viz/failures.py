@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
+from pycocotools import mask as coco_rle
 from torch import Tensor
 
-from solq_lab.masks import decode_rle
 from solq_lab.structures import Detections
-from solq_lab.viz.images import MASK_OPACITY, as_pixels, outline_mask
+from solq_lab.viz.images import MaskWindow, as_pixels, outline_mask
 from solq_lab.viz.style import (
     BLACK,
     GREEN,
@@ -168,25 +169,25 @@ def _draw_groups(axes: Axes, groups: Mapping[str, Losses]) -> None:
 
 def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detections, colour: str) -> None:
     """The surroundings of an error, titled with class, score and the IoU of the masks."""
-    shown = pixels.astype(np.float32) / 255
-    found_masks, true_masks = (decode_rle(objects.masks).numpy() for objects in (found, true))
-    for mask in found_masks:
-        shown[mask] = (1 - MASK_OPACITY) * shown[mask] + MASK_OPACITY * np.array(to_rgb(colour), dtype=np.float32)
-    axes.imshow(shown)
+    true_window, found_window = (
+        MaskWindow.of_rle(objects.masks[0]) if objects.masks else None for objects in (true, found)
+    )
+    painted = Image.fromarray(pixels)
+    if found_window:
+        found_window.paint(painted, colour)
+    axes.imshow(painted)
     for x0, y0, x1, y1 in found.boxes.tolist():
         line = {"fill": False, "edgecolor": colour, "linewidth": 1.0, "linestyle": ":"}
         axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **line))
-    for masks, line in ((true_masks, "white"), (found_masks, colour)):
-        for mask in masks:
-            if mask.any():
-                outline_mask(axes, mask, line)
+    for window, line in ((true_window, "white"), (found_window, colour)):
+        if window and window.bitmap.size:
+            outline_mask(axes, window, line)
     _look_closer(axes, torch.cat([true.boxes, found.boxes]), pixels.shape[:2])
     words = [*(found.names or true.names), *(f"{score:.2f}" for score in found.scores.tolist())]
     if found.names and true.names and found.names != true.names:
         words += [f"({true.names[0]})"]
-    if len(found_masks) and len(true_masks):
-        union = (found_masks[0] | true_masks[0]).sum()
-        words += [f"IoU {(found_masks[0] & true_masks[0]).sum() / max(union, 1):.2f}"]
+    if found.masks and true.masks:
+        words += [f"IoU {coco_rle.iou(found.masks, true.masks, [0])[0, 0]:.2f}"]
     axes.set_title(" ".join(words), fontsize=7.5, pad=3)
 
 

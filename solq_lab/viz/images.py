@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import torch
+from contourpy import contour_generator
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
-from matplotlib.colors import to_rgb
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
+from PIL import Image
+from pycocotools import mask as coco_rle
 from torch import Tensor
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
-from solq_lab.masks import decode_rle, encode_rle, paste_to_rle
+from solq_lab.masks import encode_rle, paste_to_rle, runs_of_rle
 from solq_lab.structures import Detections, Target
 from solq_lab.viz.style import FIGURE_WIDTH, STYLE, class_colours, hide_axes, new_figure, text_colour
 
 MASK_OPACITY = 0.45
 LABEL_PAD = 0.6  # around a label's text, points
-MAX_OBJECTS = 40  # drawn in one image, the best ones; more would hide it
+MAX_OBJECTS = 100  # drawn in one image, the best ones; more would hide it
+PAINTED_SIDE = 8.0  # inches that the longer side of a large image counts as, beside lines and labels in points
+MAX_OUTLINE = 1000  # pixels of a mask's longer side that its outline is found in; larger masks are thinned out
 
 
 def ground_truth(target: Target, class_names: Sequence[str]) -> Detections:
@@ -114,33 +123,102 @@ def draw_objects(
 ) -> None:
     """An image and its best objects, the best on top; an object without a mask is drawn as its box."""
     height, width = pixels.shape[:2]
-    masks = None if detections.masks is None else decode_rle(detections.masks).numpy()
-    objects = list(enumerate(detections.labels.tolist()))[MAX_OBJECTS - 1 :: -1]
-    axes.imshow(_blend(pixels, masks, [(row, colours[label]) for row, label in objects]))
-    axes.set_xlim(-0.5, width - 0.5)
-    axes.set_ylim(height - 0.5, -0.5)
+    painted = Image.fromarray(pixels)
+    _add_objects(axes, painted, detections, colours, font_size=font_size)
+    # No more pixels than the figure has: matplotlib would need a gigabyte for a photograph.
+    shrink = int(min(painted.size) / max(axes.figure.bbox.size)) or 1
+    axes.imshow(painted.reduce(shrink), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     hide_axes(axes)
-    for row, label in objects:
+
+
+@mpl.rc_context(STYLE)
+def paint_detections(image: np.ndarray | Tensor, detections: Detections) -> Image.Image:
+    """An image with its objects, of the image's own size; lines and labels grow with it."""
+    pixels = as_pixels(image)
+    height, width = pixels.shape[:2]
+    dpi = max(100.0, max(height, width) / PAINTED_SIDE)
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="none")
+    painted = Image.fromarray(pixels)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    hide_axes(axes)
+    _add_objects(axes, painted, detections, class_colours(detections.labels.tolist()), font_size=9)
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    lines = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    painted.paste(lines, (0, 0), lines)
+    return painted
+
+
+def _add_objects(
+    axes: Axes, painted: Image.Image, detections: Detections, colours: Mapping[int, str], *, font_size: float
+) -> None:
+    """Lay the masks over an image, in place, and draw their outlines and labels into axes."""
+    for row in reversed(range(min(len(detections.labels), MAX_OBJECTS))):
+        colour = colours[int(detections.labels[row])]
         x0, y0, x1, y1 = detections.boxes[row].tolist()
         anchor = (x0 + x1) / 2, y0
-        if masks is not None and masks[row].any():
-            outline_mask(axes, masks[row], colours[label])
-            top = masks[row].any(axis=1).argmax()
-            anchor = float(masks[row][top].nonzero()[0].mean()), float(top)
+        # One mask at a time, and only its window: bitmaps of the whole image would fill the memory.
+        window = None if detections.masks is None else MaskWindow.of_rle(detections.masks[row])
+        if window is not None and window.bitmap.size:
+            window.paint(painted, colour)
+            outline_mask(axes, window, colour)
+            anchor = float(window.left + window.bitmap[0].nonzero()[0].mean()), float(window.top)
         else:
-            outline = {"fill": False, "edgecolor": colours[label], "linewidth": 1.5}
+            outline = {"fill": False, "edgecolor": colour, "linewidth": 1.5}
             axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
         score = float(detections.scores[row])
         text = detections.names[row] + ("" if score == 1 else f" {score:.2f}")
-        axes.add_artist(_Label(text, anchor, colours[label], font_size))
+        axes.add_artist(_Label(text, anchor, colour, font_size))
 
 
-def outline_mask(axes: Axes, mask: np.ndarray, colour: str, *, edge: str = "white") -> None:
-    """Draw the outline of a mask (H, W) bool, edged in another colour; it closes at the image's border too."""
-    padded = np.pad(mask, 1).astype(float)
-    across, down = np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1)
-    for line, width in ((edge, 2.2), (colour, 1.2)):
-        axes.contour(across, down, padded, levels=[0.5], colors=[line], linewidths=width)
+class MaskWindow(NamedTuple):
+    """A mask inside its tight box.
+
+    bitmap: (h, w) bool; (0, 0) or so for an empty mask.
+    left, top: the image pixel of its first entry.
+    """
+
+    bitmap: np.ndarray
+    left: int
+    top: int
+
+    @classmethod
+    def of_rle(cls, rle: dict) -> MaskWindow:
+        """Decode a compressed COCO RLE inside its box only."""
+        left, top, width, height = map(int, coco_rle.toBbox(rle))
+        image_height = rle["size"][0]
+        # RLEs run down the columns: keep the runs of the columns in the box, then cut its rows.
+        ends = np.clip(np.cumsum(runs_of_rle(rle["counts"])) - left * image_height, 0, width * image_height)
+        runs = np.diff(ends, prepend=0)
+        columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, image_height)
+        return cls(columns[:, top : top + height].T, left, top)
+
+    @classmethod
+    def of_bitmap(cls, mask: np.ndarray) -> MaskWindow:
+        """Cut the tight box out of a mask (H, W) bool of the whole image."""
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            return cls(mask[:0, :0], 0, 0)
+        return cls(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], int(columns[0]), int(rows[0]))
+
+    def paint(self, image: Image.Image, colour: str) -> None:
+        """Lay the mask over an image, in place, translucent."""
+        opacity = Image.fromarray(self.bitmap * np.uint8(round(255 * MASK_OPACITY)))
+        image.paste(to_hex(colour), (self.left, self.top), opacity)
+
+
+def outline_mask(axes: Axes, window: MaskWindow, colour: str, *, edge: str = "white") -> None:
+    """Draw the outline of a mask, edged in another colour; it closes at the image's border too."""
+    height, width = window.bitmap.shape
+    step = max(1, math.ceil(max(height, width) / MAX_OUTLINE))
+    padded = np.pad(window.bitmap[::step, ::step], 1).astype(np.float32)
+    across = window.left + step * np.arange(-1, padded.shape[1] - 1)
+    down = window.top + step * np.arange(-1, padded.shape[0] - 1)
+    # Not `axes.contour`, which keeps its grids as long as the figure lives.
+    lines = contour_generator(across, down, padded).lines(0.5)
+    halo = [withStroke(linewidth=2.2, foreground=edge)]
+    axes.add_collection(LineCollection(lines, colors=colour, linewidths=1.2, path_effects=halo), autolim=False)
 
 
 class _Label(Text):
@@ -171,16 +249,6 @@ class _Label(Text):
             place = to_display.inverted().transform(to_display.transform(self.get_position()) + over)
             self.set_position(tuple(place))
         super().draw(renderer)
-
-
-def _blend(pixels: np.ndarray, masks: np.ndarray | None, objects: Sequence[tuple[int, str]]) -> np.ndarray:
-    """The image (H, W, 3) in 0..1 with masks (K, H, W) laid over it, given as (row, colour), the last on top."""
-    blended = pixels.astype(np.float32) / 255
-    if masks is not None:
-        for row, colour in objects:
-            paint = MASK_OPACITY * np.array(to_rgb(colour), dtype=np.float32)
-            blended[masks[row]] = (1 - MASK_OPACITY) * blended[masks[row]] + paint
-    return blended
 
 
 def as_pixels(image: np.ndarray | Tensor) -> np.ndarray:

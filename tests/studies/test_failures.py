@@ -16,6 +16,7 @@ from solq_lab.masks import decode_rle
 from solq_lab.studies.cases import worst_cases
 from solq_lab.studies.errors import ERRORS, analyse_errors
 from solq_lab.viz.failures import ERROR_COLOURS, ERROR_TITLES, failure_gallery, lost_ap
+from solq_lab.viz.images import MASK_OPACITY
 
 CAT, DOG = 1, 2
 PLACE, ELSEWHERE = (4, 8, 20, 24), (40, 4, 12, 12)
@@ -63,10 +64,8 @@ def test_the_gallery_has_a_row_per_type_and_names_what_it_shows(dataset, results
     assert titles == {"missed": "dog", "background": "dog 0.40", "vector": "cat 0.90 IoU 0.46"}
     assert [text.get_text() for text in rows["siamese"].texts] == ["siamese\nmask", "none"]
     painted = rows["vector"].images[0].get_array()[12, 10]
-    assert (
-        np.abs(painted - np.array(to_rgb(ERROR_COLOURS["vector"]))).sum()
-        < np.abs(128 / 255 - np.array(to_rgb(ERROR_COLOURS["vector"]))).sum()
-    )
+    colour = 255 * np.array(to_rgb(ERROR_COLOURS["vector"]))
+    np.testing.assert_allclose(painted, (1 - MASK_OPACITY) * 128 + MASK_OPACITY * colour, atol=0.5)
 
 
 def test_bars_of_a_group_reach_a_hundred(dataset, results):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from pycocotools import mask as coco_rle
 
 from solq_lab.boxes import xyxy_to_cxcywh
 from solq_lab.codecs.dct import DCTCodec
@@ -17,7 +19,7 @@ from solq_lab.masks import decode_rle, encode_rle
 from solq_lab.structures import Detections, Target
 from solq_lab.viz.codes import reconstructions
 from solq_lab.viz.curves import ap_by_class, ap_by_size, training_curves
-from solq_lab.viz.images import MASK_OPACITY, draw_detections, ground_truth, prediction_grid
+from solq_lab.viz.images import MASK_OPACITY, MaskWindow, draw_detections, ground_truth, prediction_grid
 from solq_lab.viz.style import GREY, METHOD_COLOURS, OBJECT_COLOURS, class_colours, save
 
 SIDE = 40
@@ -80,8 +82,8 @@ def test_a_mask_is_a_translucent_fill_of_its_classs_colour():
     figure = draw_detections(grey_image(), detections((10, 10, 30, 30)))
     shown = figure.axes[0].images[0].get_array()
     colour = np.array(to_rgb(OBJECT_COLOURS[0]))
-    np.testing.assert_allclose(shown[20, 20], (1 - MASK_OPACITY) * 200 / 255 + MASK_OPACITY * colour, atol=1e-6)
-    np.testing.assert_allclose(shown[5, 5], 200 / 255, atol=1e-6)
+    np.testing.assert_allclose(shown[20, 20], (1 - MASK_OPACITY) * 200 + MASK_OPACITY * 255 * colour, atol=0.5)
+    np.testing.assert_array_equal(shown[5, 5], 200)
 
 
 def test_labels_give_class_and_score_and_titles_are_shown():
@@ -114,10 +116,37 @@ def test_a_label_too_long_for_its_image_begins_inside():
 def test_the_best_score_lies_on_top():
     figure = draw_detections(grey_image(), detections((5, 5, 25, 25), (5, 5, 25, 25)))
     shown = figure.axes[0].images[0].get_array()[15, 15]
-    below = (1 - MASK_OPACITY) * 200 / 255 + MASK_OPACITY * np.array(to_rgb(OBJECT_COLOURS[1]))
-    np.testing.assert_allclose(
-        shown, (1 - MASK_OPACITY) * below + MASK_OPACITY * np.array(to_rgb(OBJECT_COLOURS[0])), atol=1e-6
-    )
+    below, above = (255 * np.array(to_rgb(colour)) for colour in OBJECT_COLOURS[1::-1])
+    below = (1 - MASK_OPACITY) * 200 + MASK_OPACITY * below
+    np.testing.assert_allclose(shown, (1 - MASK_OPACITY) * below + MASK_OPACITY * above, atol=1)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 0, 0), (0, 0, SIDE, SIDE), (3, 0, 4, SIDE), (0, 5, SIDE, 6), (7, 9, 20, 11)])
+def test_a_window_is_the_part_of_the_mask_in_its_box(box):
+    mask = np.zeros((SIDE, SIDE), dtype=bool)
+    x0, y0, x1, y1 = box
+    mask[y0:y1, x0:x1] = np.random.default_rng(0).random((y1 - y0, x1 - x0)) < 0.7
+    for window in (MaskWindow.of_rle(encode_rle(torch.from_numpy(mask)[None])[0]), MaskWindow.of_bitmap(mask)):
+        height, width = window.bitmap.shape
+        back = np.zeros_like(mask)
+        back[window.top : window.top + height, window.left : window.left + width] = window.bitmap
+        np.testing.assert_array_equal(back, mask)
+        assert not window.bitmap.size or all(window.bitmap.any(axis=axis)[[0, -1]].all() for axis in (0, 1))
+
+
+def test_the_objects_of_a_large_photograph_need_little_memory():
+    height, width, count = 1500, 2000, 30
+    places = range(0, 60 * count, 60)
+    outlines = [[x, 100, x + 70, 100, x + 70, 200, x, 200] for x in places]
+    masks = [coco_rle.frPyObjects([outline], height, width)[0] for outline in outlines]
+    boxes = torch.tensor([[x, 100, x + 70, 200] for x in places]).float()
+    found = Detections(torch.ones(count), torch.arange(count), boxes, torch.arange(count), masks, ["x"] * count)
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    tracemalloc.start()
+    draw_detections(image, found)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * image.nbytes
 
 
 def test_a_plain_detectors_objects_are_boxes():

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile import HEIGHT, NUM_IMAGES, RUNS, SQUARE, WIDTH, annotation_files, valid_document
+from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
+from malformed_annotations import HEIGHT, NUM_IMAGES, RUNS, SQUARE, WIDTH, annotation_files, valid_document
 from PIL import Image
 from pycocotools import mask as coco_rle
 from tiny import tiny_experiment, write_tiny_dataset
@@ -21,10 +22,11 @@ from tiny import tiny_experiment, write_tiny_dataset
 from solq_lab.data.annotations import DataError
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.folders import Split, find_splits
-from solq_lab.viz.data_report import report_page
+from solq_lab.viz.data_report import class_distribution, size_distribution, worst_images
 from solq_lab.workbench.check.checker import check_data
 from solq_lab.workbench.check.findings import KEPT, RULES, Finding, Findings
 from solq_lab.workbench.check.report import Options, Report
+from solq_lab.workbench.notebooks import run_report
 
 Change = Callable[[dict[str, Any]], None]
 PIXELS = {
@@ -39,7 +41,7 @@ def quiet(monkeypatch):
 
 
 def clean_document() -> dict[str, Any]:
-    """The document of `hostile.py`, with boxes and areas that fit the masks."""
+    """The document of `malformed_annotations.py`, with boxes and areas that fit the masks."""
     document = valid_document()
     for entry in document["annotations"][1:]:
         entry |= {"bbox": [10, 0, 2, 10], "area": 20}
@@ -47,7 +49,7 @@ def clean_document() -> dict[str, Any]:
 
 
 def write_split(root: Path, change: Change | None = None, name: str = "train") -> Split:
-    """Two images and their annotations, spoilt by `change`."""
+    """Two images and their annotations, changed by `change`."""
     document = clean_document()
     if change is not None:
         change(document)
@@ -102,7 +104,8 @@ def test_a_data_set_without_images_is_clean_too(tmp_path):
     split = write_split(tmp_path, lambda document: document.update(images=[], annotations=[]))
     assert broken(check(split)) == {}
     assert broken(check(split, processes=2)) == {}
-    assert "Nothing that would stop" in report_page(check(split), title="empty")
+    assert worst_images(check(split)) == {}
+    class_distribution(check(split)), size_distribution(check(split))
 
 
 def test_the_drawn_shapes_are_clean(tmp_path):
@@ -374,7 +377,6 @@ def test_a_clean_folder_ends_with_0_and_writes_its_report(command, tmp_path):
     assert "nothing that would stop or harm a training" in output
     report = json.loads((tmp_path / "runs" / "data_checks" / "mine" / "report.json").read_text())
     assert report["summary"]["train"]["objects"] == 2
-    assert (tmp_path / "runs" / "data_checks" / "mine" / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_problems_end_with_1_unless_they_are_allowed(command, tmp_path):
@@ -420,22 +422,45 @@ def test_what_cannot_be_read_ends_with_2(command, tmp_path, arguments, message):
     assert message in output.replace("\n", " ").replace("│ ", "")
 
 
-def test_the_page_shows_every_rule_and_escapes_what_it_shows(tmp_path):
-    def spoil(document: dict[str, Any]) -> None:
-        document["categories"][0]["name"] = "<script>alert(1)</script>$x$\u200b"
-        document["images"].append({"id": 8, "file_name": "<b>.png", "height": 5, "width": 5})
+def test_every_rule_that_images_can_show_has_a_figure(tmp_path):
+    def add_faults(document: dict[str, Any]) -> None:
+        document["categories"][0]["name"] = "$x$\u200b"
+        document["images"].append({"id": 8, "file_name": "damaged.png", "height": 5, "width": 5})
         for number, (rule, changes) in enumerate(FAULTS.items()):
             if rule in ("box-outside", "mask-outside-box", "mask-empty", "mask", "area"):
-                spoilt = clean_document()
-                changes[0](spoilt)
-                document["annotations"].append(spoilt["annotations"][0] | {"id": 100 + number})
+                changed = clean_document()
+                changes[0](changed)
+                document["annotations"].append(changed["annotations"][0] | {"id": 100 + number})
 
-    split = write_split(tmp_path, spoil)
-    (split.images / "<b>.png").write_bytes(b"nothing")
-    page = report_page(check(split), title="<mine>", worst=2)
-    assert "<script>" not in page
-    assert "<b>" not in page.replace("<b>Nothing", "")
-    assert "&lt;mine&gt;" in page
-    for rule in ("box-outside", "mask-outside-box", "mask-empty", "area", "image-damaged"):
-        assert f"<code>{rule}</code>" in page
-    assert page.count("<img") == 1 + 6  # the classes, and a row of images for each rule
+    split = write_split(tmp_path, add_faults)
+    (split.images / "damaged.png").write_bytes(b"nothing")
+    report = check(split)
+    figures = worst_images(report, count=2)
+    shown = ("box-outside", "mask-outside-box", "mask-empty", "mask", "area", "image-damaged")
+    assert set(figures) == {f"{rule} train" for rule in shown}
+    for figure in (*figures.values(), class_distribution(report), size_distribution(report)):
+        figure.draw_without_rendering()
+    panel = figures["mask-outside-box train"].axes[0]
+    assert (panel.patches[0].get_x(), panel.patches[0].get_width()) == (14.5, 8)
+    assert len(panel.collections) == 1  # the mask's outline
+
+
+def test_the_frames_list_what_the_report_holds(tmp_path):
+    report = check(write_split(tmp_path, put("annotations", 0, area=400)))
+    assert report.frame().loc["objects", "train"] == 2
+    rules = report.findings.frame(["train"])
+    assert rules.loc["area", ["severity", "train"]].tolist() == ["harmful", 1]
+    worst = report.findings.worst_frame(["train"], 5).set_index("rule")
+    assert worst.loc["area", "message"] == "annotation id 1: area 400 of a mask of 100 pixels"
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_the_tables_and_the_figures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_split(tmp_path / "mine", put("annotations", 0, bbox=[10, 5, 30, 10]))
+    executed = run_report(REPOSITORY / "notebooks" / "data_report.ipynb", "runs", parameters={"root": "mine"})
+    figures = {path.name for path in (tmp_path / "runs" / "data_checks" / "mine").iterdir()}
+    assert figures == {"mask-smaller-than-box_train.png", "classes.png", "sizes.png"}
+    page = executed.with_suffix(".html").read_text()
+    assert "the mask fills [10.0, 5.0, 10.0, 10.0] of bbox [10, 5, 30, 10]" in page
+    assert "boxes much wider than their mask" in page

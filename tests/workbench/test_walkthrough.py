@@ -95,7 +95,6 @@ def test_the_check_names_what_a_small_part_of_coco_lacks_and_how_to_accept_it(so
     folder = workspace / "runs" / "data_checks" / "coco"
     report = json.loads((folder / "report.json").read_text())
     assert report["allowed"] == {"class-not-trained": None}
-    assert (folder / "report.html").stat().st_size > 10_000
 
 
 def test_the_training_ends_with_its_table_its_report_and_everything_that_a_run_holds(training, workspace):

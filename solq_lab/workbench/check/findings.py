@@ -1,16 +1,17 @@
-"""What can be wrong with a data set: the rules by name, and what was found, counted and with the worst of each kind."""
+"""What can be wrong with a data set, as a table of rules, and what was found: counted, the worst of each rule kept."""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
+
 Severity = Literal["refused", "harmful", "note"]
-SEVERITIES: tuple[Severity, ...] = ("refused", "harmful", "note")
-HEADINGS = {
+HEADINGS: dict[Severity, str] = {
     "refused": "the training would stop",
     "harmful": "the training would learn or measure something wrong",
     "note": "to know",
@@ -19,7 +20,7 @@ KEPT = 100  # findings of one rule and split that a report lists; all are counte
 
 
 class Rule(NamedTuple):
-    """A kind of finding: how bad it is, what it is called in tables, and what to do about it."""
+    """A kind of finding: how bad it is, its title in tables, and how to mend it."""
 
     severity: Severity
     title: str
@@ -74,7 +75,7 @@ class Finding(NamedTuple):
 
     rule: key of `RULES`.
     message: what was found, in one line.
-    file_name, image_id, annotation_id: where; None where it is about no single one.
+    file_name, image_id, annotation_id: where; None where it is not about a single one.
     weight: how bad it is among its kind; the worst are shown.
     """
 
@@ -91,43 +92,64 @@ class Findings:
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {rule: Counter() for rule in RULES}  # rule -> split -> how many
-        self._kept: dict[tuple[str, str], list[tuple[float, int, Finding]]] = {}
-        self._number = 0
+        self._kept: defaultdict[tuple[str, str], list[Finding]] = defaultdict(list)
 
     def add(self, split: str, found: Iterable[Finding]) -> None:
         """Count findings of a split and keep the worst; of equally bad ones the first."""
         for finding in found:
-            self._number += 1
             self.counts[finding.rule][split] += 1
-            heap = self._kept.setdefault((finding.rule, split), [])
-            place = heapq.heappush if len(heap) < KEPT else heapq.heappushpop
-            place(heap, (finding.weight, -self._number, finding))
+            kept = self._kept[finding.rule, split]
+            kept.append(finding)
+            if len(kept) >= 2 * KEPT:  # now and then, so that a million findings need little memory and time
+                kept[:] = self.worst(finding.rule, split)
 
-    def worst(self, rule: str, split: str) -> list[Finding]:
-        """The kept findings of a rule, the worst first."""
-        return [finding for _, _, finding in sorted(self._kept.get((rule, split), []), reverse=True)]
-
-    def found(self, severity: Severity) -> Iterator[str]:
-        """The rules of a severity that something was found of."""
-        return (rule for rule, counts in self.counts.items() if RULES[rule].severity == severity and counts.total())
-
-    def failing(self, fail_on: Severity = "harmful", allowed: Mapping[str, int | None] | None = None) -> list[str]:
-        """The rules at least as bad as `fail_on` that were broken more often than allowed (None: any number)."""
-        bad = SEVERITIES[: SEVERITIES.index(fail_on) + 1]
-        limits = {rule: math.inf if limit is None else limit for rule, limit in (allowed or {}).items()}
-        return [rule for severity in bad for rule in self.found(severity) if self.total(rule) > limits.get(rule, 0)]
+    def worst(self, rule: str, split: str, count: int = KEPT) -> list[Finding]:
+        """The `count` worst findings of a rule, the worst first."""
+        return heapq.nlargest(count, self._kept.get((rule, split), []), key=lambda finding: finding.weight)
 
     def total(self, rule: str) -> int:
         """How often a rule was broken, over all splits."""
         return self.counts[rule].total()
 
-    def to_dict(self) -> dict[str, Any]:
+    def found(self, severity: Severity) -> list[str]:
+        """The broken rules of a severity."""
+        return [rule for rule in RULES if RULES[rule].severity == severity and self.total(rule)]
+
+    def failing(self, fail_on: Severity = "harmful", allowed: Mapping[str, int | None] | None = None) -> list[str]:
+        """The rules at least as bad as `fail_on` that were broken more often than allowed (None: any number)."""
+        severities = list(HEADINGS)
+        broken = [rule for bad in severities[: severities.index(fail_on) + 1] for rule in self.found(bad)]
+        limits = {rule: math.inf if limit is None else limit for rule, limit in (allowed or {}).items()}
+        return [rule for rule in broken if self.total(rule) > limits.get(rule, 0)]
+
+    def frame(self, splits: Sequence[str]) -> pd.DataFrame:
+        """Counts of the broken rules by split, the worst severity first, with title and cure."""
+        rules = [rule for severity in HEADINGS for rule in self.found(severity)]
+        rows = [
+            {"severity": RULES[rule].severity, "title": RULES[rule].title}
+            | {split: self.counts[rule][split] for split in splits}
+            | {"cure": RULES[rule].cure}
+            for rule in rules
+        ]
+        return pd.DataFrame(rows, index=pd.Index(rules, name="rule"), columns=["severity", "title", *splits, "cure"])
+
+    def worst_frame(self, splits: Sequence[str], count: int) -> pd.DataFrame:
+        """The `count` worst findings of each broken rule and split."""
+        rows = [
+            {"split": split} | finding._asdict()
+            for rule in self.frame(splits).index
+            for split in splits
+            for finding in self.worst(rule, split, count)
+        ]
+        return pd.DataFrame(rows, columns=["split", *Finding._fields])
+
+    def to_dict(self, count: int = KEPT) -> dict[str, Any]:
         """For JSON: each broken rule with its counts and its worst findings."""
         return {
             rule: RULES[rule]._asdict()
             | {
-                "counts": dict(self.counts[rule]),
-                "worst": {split: [finding._asdict() for finding in self.worst(rule, split)] for split in counts},
+                "counts": dict(counts),
+                "worst": {split: [finding._asdict() for finding in self.worst(rule, split, count)] for split in counts},
             }
             for rule, counts in self.counts.items()
             if counts.total()

@@ -1,15 +1,17 @@
-"""What a look through a data set brought to light: what there is, what is wrong, as a table and as JSON."""
+"""The report about a data set: what there is and what is wrong, as data frames, as text and as JSON."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from solq_lab.data.folders import Split
-from solq_lab.workbench.check.findings import HEADINGS, RULES, SEVERITIES, Findings
+import numpy as np
+import pandas as pd
 
-MAX_MESSAGE = 200  # characters, in the table
+from solq_lab.data.folders import Split
+from solq_lab.workbench.check.findings import HEADINGS, KEPT, Findings
+
+MAX_MESSAGE = 200  # characters, in the text
 
 Look = Literal["decode", "header", "names"]
 
@@ -36,9 +38,8 @@ DEFAULTS = Options()
 
 
 class Summary(NamedTuple):
-    """What there is in a split.
+    """What there is in a split: counts of images, images without objects, objects to learn and crowd regions.
 
-    images, empty, objects, crowds: how many images, images without objects, objects to learn, crowd regions.
     median, most: objects per image.
     per_class: objects to learn by category name.
     """
@@ -55,36 +56,37 @@ class Summary(NamedTuple):
 class Report(NamedTuple):
     """What was found in a data set.
 
+    sides: square roots of the areas of the boxes to learn, pixels, by split.
     entries: the annotations that the kept findings are about, by split and id, to draw them.
     """
 
     splits: tuple[Split, ...]
     options: Options
     summaries: dict[str, Summary]
+    sides: dict[str, np.ndarray]
     findings: Findings
     entries: dict[str, dict[int, dict[str, Any]]]
 
+    def frame(self) -> pd.DataFrame:
+        """What there is, one column per split."""
+        summaries = {name: summary._asdict() for name, summary in self.summaries.items()}
+        return pd.DataFrame(summaries, dtype=object).drop("per_class")
+
     def table(self, title: str) -> str:
-        """What there is and what was found, a column for each split, the first finding of every bad rule below it."""
-        summaries = list(self.summaries.values())
-        lines = [
-            _line(title, list(self.summaries)),
-            _line("images", [summary.images for summary in summaries]),
-            _line("objects to learn", [summary.objects for summary in summaries]),
-            _line("crowd regions, no targets", [summary.crowds for summary in summaries]),
-            _line("objects per image, median", [f"{summary.median:g}" for summary in summaries]),
-            _line("objects per image, most", [summary.most for summary in summaries]),
-            _line("classes with objects", [sum(map(bool, summary.per_class.values())) for summary in summaries]),
-        ]
-        for severity in SEVERITIES:
-            rules = list(self.findings.found(severity))
-            lines += [f"\n{HEADINGS[severity]}"] if rules else []
-            for rule in rules:
-                counts = [self.findings.counts[rule][split] or "-" for split in self.summaries]
-                lines.append(_line(RULES[rule].title, counts, f"  {rule}"))
+        """The frame, then the broken rules of each severity, each with its counts and its worst finding."""
+        splits = list(self.summaries)
+        lines = [title, self.frame().to_string()]
+        broken = self.findings.frame(splits)
+        for severity, heading in HEADINGS.items():
+            rules = broken[broken["severity"] == severity]
+            if len(rules):
+                lines += ["", heading]
+            for rule, row in rules.iterrows():
+                counts = ", ".join(f"{row[split]} in {split}" for split in splits if row[split])
+                lines.append(f"  {rule}: {row['title']}: {counts}")
                 if severity != "note":
-                    worst = (finding for split in self.summaries for finding in self.findings.worst(rule, split))
-                    lines.append(f"    {textwrap.shorten(next(worst).message, MAX_MESSAGE, placeholder=' ...')}")
+                    worst = next(finding for split in splits for finding in self.findings.worst(rule, split, 1))
+                    lines.append(f"    {textwrap.shorten(worst.message, MAX_MESSAGE, placeholder=' ...')}")
         if self.is_clean:
             lines.append("\nnothing that would stop or harm a training")
         return "\n".join(lines)
@@ -94,15 +96,11 @@ class Report(NamedTuple):
         """Whether nothing was found but notes."""
         return not self.findings.failing("harmful")
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_dict(self, worst: int = KEPT) -> dict[str, Any]:
+        """For JSON, with at most `worst` findings of each rule and split."""
         return {
             "splits": {s.name: {"images": str(s.images), "annotations": str(s.annotations)} for s in self.splits},
             "options": self.options._asdict(),
             "summary": {name: summary._asdict() for name, summary in self.summaries.items()},
-            "findings": self.findings.to_dict(),
+            "findings": self.findings.to_dict(worst),
         }
-
-
-def _line(title: str, values: Sequence[object], end: str = "") -> str:
-    return f"{title:<58}{''.join(f'{value:>9}' for value in values)}{end}"

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from solq_lab.workbench.commands.arguments import FAILED, Overrides, folder_to_write
-
-if TYPE_CHECKING:
-    from solq_lab.data.folders import Split
-    from solq_lab.workbench.check.report import Options
 
 
 class Level(StrEnum):
@@ -138,29 +134,29 @@ def check_data(
     allow: Annotated[
         list[str] | None, typer.Option(help="A rule that may be broken, so often at most.", metavar="RULE[=COUNT]")
     ] = None,
-    worst: Annotated[int, typer.Option(min=0, help="Images of each rule in the report.")] = 8,
+    worst: Annotated[int, typer.Option(min=0, help="Findings of each rule and split in report.json.")] = 100,
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of report.html and report.json; by default runs/data_checks/NAME.", callback=folder_to_write
-        ),
+        typer.Option(help="Folder of report.json; by default runs/data_checks/NAME.", callback=folder_to_write),
     ] = None,
 ) -> None:
-    """Look through a data set before training on it. Exit status: 0 clean, 1 with problems, 2 cannot be read."""
-    from solq_lab.files import write_json, write_text
-    from solq_lab.viz.data_report import report_page
+    """Check a data set before training on it. Exit status: 0 clean, 1 with problems, 2 cannot be read."""
+    from solq_lab.files import write_json
     from solq_lab.workbench.check.checker import check_data as check
+    from solq_lab.workbench.check.checker import find_data
 
     allowed = _allowed(allow or [])
-    splits, options, name = _splits_of(data, overrides or [], images)
+    if overrides and data.suffix not in (".yaml", ".yml"):
+        raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
+    splits, options, name = find_data(data, overrides or [], images)
     changes = {"look": look.value} | ({"queries": queries} if queries else {})
     report = check(splits, options._replace(**changes), processes=processes)
     typer.echo(report.table(str(data)))
     folder = output or Path("runs/data_checks") / name
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", report.to_dict() | {"allowed": allowed})
-    write_text(folder / "report.html", report_page(report, title=f"Check of {data}", worst=worst), errors="replace")
-    typer.echo(f"\nreport  {folder / 'report.html'}\nnumbers {folder / 'report.json'}")
+    write_json(folder / "report.json", report.to_dict(worst) | {"allowed": allowed})
+    typer.echo(f"\nnumbers {folder / 'report.json'}")
+    typer.echo(f"images  solq-lab run notebooks/data_report.ipynb -p root={data}")
     failing = report.findings.failing(fail_on.value, allowed)
     if failing:
         allowing = " ".join(f"--allow {rule}" for rule in failing)
@@ -182,32 +178,3 @@ def _allowed(texts: list[str]) -> dict[str, int | None]:
             )
         allowed[rule] = int(count) if equals else None
     return allowed
-
-
-def _splits_of(data: Path, overrides: list[str], images: Path | None) -> tuple[tuple[Split, ...], Options, str]:
-    """What to check, what the training will be like, and what to call the report."""
-    from solq_lab.data.folders import Split, find_splits
-    from solq_lab.workbench.check.report import Options
-
-    if data.suffix not in (".yaml", ".yml"):
-        if overrides:
-            raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
-        return find_splits(data, images), Options(), data.resolve().stem
-    from solq_lab.config import load_experiment
-    from solq_lab.data_folder import prepare_data
-
-    experiment = load_experiment(data, overrides)
-    prepare_data(experiment)
-    section, root = experiment.data, Path(experiment.data.root)
-    splits = (
-        Split("train", root / section.train_images, root / section.train_annotations),
-        Split("val", root / section.val_images, root / section.val_annotations),
-    )
-    options = Options(
-        queries=experiment.model.queries,
-        detections=experiment.evaluation.top_k,
-        with_masks=experiment.codec.kind != "none" or experiment.model.mask_branch != "none",
-        class_ids=section.class_ids,
-        num_classes=section.num_classes,
-    )
-    return splits, options, experiment.name

@@ -1,4 +1,4 @@
-"""Annotation files nobody vetted: each one is trained and evaluated, or refused with its name, an id and a reason."""
+"""Malformed annotation files are trained and evaluated, or rejected with their name, an id and a reason."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from types import FrameType
 import numpy as np
 import pytest
 import torch
-from hostile import HEIGHT, NUM_IMAGES, WIDTH, annotation_files, valid_document
 from hypothesis import HealthCheck, event, given, settings
+from malformed_annotations import HEIGHT, NUM_IMAGES, WIDTH, annotation_files, valid_document
 from PIL import Image
 from tiny import tiny_experiment
 
@@ -57,7 +57,7 @@ def time_limit() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two images that the annotation files are about; a case writes its file beside them."""
-    root = tmp_path_factory.mktemp("hostile")
+    root = tmp_path_factory.mktemp("malformed")
     (root / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     for name in NUM_IMAGES:
@@ -126,7 +126,7 @@ def check_message(error: DataError, file: Path) -> None:
 
 
 def outcome(folder: Path, content: bytes) -> str:
-    """What becomes of an annotation file: "refused", or "trained" and as a rule evaluated; anything else raises."""
+    """What happens to an annotation file: "rejected", or "trained" and as a rule evaluated; anything else raises."""
     file = folder / "instances.json"
     file.write_bytes(content)
     try:
@@ -134,14 +134,14 @@ def outcome(folder: Path, content: bytes) -> str:
         read(folder, "bitmap")
     except DataError as error:
         check_message(error, file)
-        return "refused"
+        return "rejected"
     if len(dataset):
         assert all(map(math.isfinite, losses_of_a_step(dataset)))
     try:
         evaluation = evaluate_results(file, perfect_results(dataset), kinds=("box", "segm", "boundary"))
     except DataError as error:  # of what is no target: a crowd, or an object without area
         check_message(error, file)
-        return "trained, refused by the evaluation"
+        return "trained, rejected by the evaluation"
     assert all(math.isnan(value) or -1 <= value <= 1 for value in evaluation.metrics.values())
     return "trained"
 
@@ -158,7 +158,7 @@ QUICK = settings(
 
 @QUICK
 @given(content=annotation_files())
-def test_a_hostile_file_is_trained_and_evaluated_or_refused_with_a_reason(folder, content):
+def test_a_malformed_file_is_trained_and_evaluated_or_rejected_with_a_reason(folder, content):
     with time_limit():
         event(outcome(folder, content))
 
@@ -166,10 +166,10 @@ def test_a_hostile_file_is_trained_and_evaluated_or_refused_with_a_reason(folder
 @pytest.mark.slow
 @settings(QUICK, max_examples=2500)
 @given(content=annotation_files())
-def test_thousands_of_hostile_files_are_trained_and_evaluated_or_refused_with_a_reason(folder, content):
+def test_thousands_of_malformed_files_are_trained_and_evaluated_or_rejected_with_a_reason(folder, content):
     with time_limit():
         event(outcome(folder, content))
 
 
-def test_the_file_that_is_spoilt_is_a_good_one_to_begin_with(folder):
+def test_the_document_without_faults_is_trained(folder):
     assert outcome(folder, json.dumps(valid_document()).encode()) == "trained"

@@ -1,4 +1,4 @@
-"""Annotation files nobody vetted: a valid COCO document of two small images, spoilt in one or several places."""
+"""Malformed annotation files: a valid COCO document of two small images with one or several random faults."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ Change = Callable[[dict[str, Any]], None]
 
 @st.composite
 def changes(draw: st.DrawFn) -> Change:
-    """One spoiling of a document; where an earlier one has removed what it would spoil, nothing happens."""
+    """One random fault; it does nothing where an earlier one has removed its place."""
     kind = draw(st.sampled_from(["field", "field", "field", "field", "drop", "repeat", "entry", "list", "empty"]))
     section = draw(st.sampled_from(["images", "annotations", "annotations", "annotations", "categories"]))
     place = draw(st.integers(0, 2))
@@ -117,7 +117,7 @@ def changes(draw: st.DrawFn) -> Change:
     values = {"field": FIELDS[section][field], "entry": _anything, "list": _anything}.get(kind, st.none())
     value = copy.deepcopy(draw(values))  # a later change may reach into it
 
-    def spoil(document: dict[str, Any]) -> None:
+    def apply(document: dict[str, Any]) -> None:
         entries = document.get(section)
         if kind == "list":
             document[section] = value
@@ -135,12 +135,12 @@ def changes(draw: st.DrawFn) -> Change:
                 else:
                     entries[where][field] = value
 
-    return spoil
+    return apply
 
 
 @st.composite
 def annotation_files(draw: st.DrawFn) -> bytes:
-    """The bytes of an annotation file: most are JSON, some are spoilt as text too."""
+    """The bytes of an annotation file: most are JSON, some are malformed as text too."""
     document = valid_document()
     for change in draw(st.lists(changes(), min_size=1, max_size=3)):
         change(document)

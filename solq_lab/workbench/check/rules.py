@@ -1,0 +1,183 @@
+"""The rules about one object, and those about the images and classes of a split or of two.
+
+What the loader rejects or leaves out is decided by the loader's own functions; the rest is what it cannot notice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pycocotools import mask as coco_rle
+
+from solq_lab import masks
+from solq_lab.data.annotations import (
+    DataError,
+    checked_segmentation,
+    clamped_box,
+    is_crowd,
+    is_measure,
+    name_of,
+    shorten,
+)
+from solq_lab.data.classes import ClassMap
+from solq_lab.workbench.check.findings import Finding
+
+# Annotators draw by hand: COCO's own polygons leave their boxes by up to a pixel, and stay up to 7 pixels inside.
+REACH = 1.0  # pixels that a box may reach out of its image, or a mask out of its box
+LOOSE = (8.0, 0.2)  # pixels, and share of the box's side, that a box may be wider than its mask
+STRAY = (16, 0.05)  # pixels, and share of the mask, that may lie farther outside the box
+AREA = (64.0, 2.0)  # pixels, and ratio, that the area may be off
+
+
+def check_object(
+    entry: dict[str, Any], place: int, size: tuple[int, int], classes: ClassMap | None, *, with_masks: bool
+) -> tuple[list[Finding], float]:
+    """All that is wrong with one entry of `annotations` whose ids are usable.
+
+    Args:
+        entry: the entry, the one at `place`.
+        size: (height, width) of its image, pixels.
+        classes: classes that can be learnt; None where the categories cannot be used.
+        with_masks: look at the mask too.
+
+    Returns:
+        The findings, and the square root of the box's area in pixels, 0 where the object is not one to learn: a crowd,
+        rejected, or left out.
+    """
+    name = name_of(entry, place)
+    faults: list[Fault] = []
+    crowd, side, reading = False, 0.0, "object-entry"
+
+    # In the loader's order; what it rejects ends the check of the object.
+    try:
+        crowd = is_crowd(entry, name)
+        reading = "box"
+        x0, y0, x1, y1 = box = clamped_box(entry.get("bbox"), *size, name)
+        faults += _box_faults(entry["bbox"], box, size)
+        learnt = x1 > x0 and y1 > y0
+        if learnt and with_masks:
+            reading = "mask"
+            rle = read_mask(entry, size, name)
+            faults += _mask_faults(entry, rle, size)
+            learnt = rle is not None
+        if learnt and classes is not None:
+            reading = "unknown-category"
+            classes.channel_of(entry["category_id"])
+        if learnt and not crowd:
+            side = math.sqrt((x1 - x0) * (y1 - y0))
+    except DataError as error:
+        faults.append((reading, str(error).removeprefix(f"{name}: "), 0.0))
+    found = [
+        Finding("crowd" if crowd else rule, f"{name}: {message}", annotation_id=entry["id"], weight=weight)
+        for rule, message, weight in faults
+    ]
+    return found, side
+
+
+Fault = tuple[str, str, float]  # rule, message, weight
+
+
+def _box_faults(raw: list[float], box: tuple[float, float, float, float], size: tuple[int, int]) -> Iterator[Fault]:
+    """What is wrong with a finite COCO box whose part inside the image is `box`, xyxy."""
+    x, y, w, h = raw
+    height, width = size
+    shown = f"bbox {raw} in an image of {width} x {height} pixels (width x height)"
+    if w > 0 and h > 0 and (x >= width or y >= height or x + w <= 0 or y + h <= 0):
+        yield "box-outside", f"{shown} lies outside", max(x - width, y - height, -x - w, -y - h)
+    elif not (box[2] > box[0] and box[3] > box[1]):
+        yield "box-without-area", f"{shown} has no area", 0.0
+    else:
+        beyond = max(-x, -y, x + w - width, y + h - height)
+        if beyond > REACH:
+            yield "box-beyond-image", f"{shown} reaches {beyond:.1f} pixels out of it", beyond
+
+
+def _mask_faults(entry: dict[str, Any], rle: dict | None, size: tuple[int, int]) -> Iterator[Fault]:
+    """What is wrong with the mask of an object whose COCO box (x, y, w, h) has an area; None: it is left out."""
+    if rle is None:
+        yield "mask-without-area", "no polygon has three points", 0.0
+        return
+
+    (x, y, w, h), pixels = entry["bbox"], int(coco_rle.area(rle))
+    left, top, width, height = tight = coco_rle.toBbox(rle).tolist()
+    if not pixels:
+        yield "mask-empty", f"the mask has no pixel in an image of {size[1]} x {size[0]}", 0.0
+    else:
+        gaps = (left - x, top - y, x + w - left - width, y + h - top - height)  # negative: the mask leaves the box
+        if min(gaps) < -REACH:
+            stray = pixels - _pixels_inside(rle, (x - REACH, y - REACH, x + w + REACH, y + h + REACH))
+            if stray > max(STRAY[0], STRAY[1] * pixels):
+                message = f"{stray} of the mask's {pixels} pixels lie outside bbox {entry['bbox']}"
+                yield "mask-outside-box", message, stray / pixels
+
+        # What of a box lies outside the image cannot be masked, so only edges inside it are compared.
+        edges = zip(gaps, (w, h, w, h), (x >= 0, y >= 0, x + w <= size[1], y + h <= size[0]), strict=True)
+        if any(inside and gap > max(LOOSE[0], LOOSE[1] * side) for gap, side, inside in edges):
+            message = f"the mask fills {tight} of bbox {entry['bbox']}"
+            yield "mask-smaller-than-box", message, 1 - width * height / (w * h)
+
+    # Evaluation tells small from large by the annotated area; none is allowed.
+    area = entry.get("area")
+    if area is not None and not is_measure(area):  # JSON allows whole numbers that are too large for a float
+        yield "area", f"area {shorten(area)} is no finite number of pixels", math.inf
+    elif area is not None and abs(area - pixels) > AREA[0] and not pixels / AREA[1] <= area <= pixels * AREA[1]:
+        yield "area", f"area {area} of a mask of {pixels} pixels", abs(area - pixels)
+
+    segmentation = entry["segmentation"]
+    if isinstance(segmentation, list) and any(len(polygon) < 6 for polygon in segmentation):
+        yield "short-polygon", "one of its polygons has fewer than three points", 0.0
+
+
+def _pixels_inside(rle: dict, window: tuple[float, float, float, float]) -> int:
+    """How many pixels of a mask touch a window (x0, y0, x1, y1)."""
+    left, top = max(math.floor(window[0]), 0), max(math.floor(window[1]), 0)
+    return int(coco_rle.decode(rle)[top : math.ceil(window[3]), left : math.ceil(window[2])].sum())
+
+
+def read_mask(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict | None:
+    """The compressed RLE of an object's mask; None where the loader leaves the object out.
+
+    Raises:
+        DataError: the loader rejects it.
+    """
+    segmentation = checked_segmentation(entry.get("segmentation"), size, name)
+    return masks.segmentation_to_rle(segmentation, size) if segmentation else None
+
+
+def images_twice(digests: Mapping[str, bytes], image_ids: Mapping[str, int]) -> Iterator[Finding]:
+    """Images of one split whose files are equal, by file name; a digest is empty where a file was not read."""
+    first: dict[bytes, str] = {}
+    for name, digest in digests.items():
+        before = first.setdefault(digest, name) if digest else name
+        if before != name:
+            message = f"{shorten(before)} and {shorten(name)} have the same bytes"
+            yield Finding("image-twice", message, name, image_ids[name])
+
+
+def images_in_both(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iterator[Finding]:
+    """Images of val that are in train: by their bytes where they were read, else by name; digests by file name."""
+    by_digest = {digest: name for name, digest in train.items() if digest}
+    for name, digest in val.items():
+        if digest in by_digest:
+            message = f"{shorten(name)} of val has the bytes of {shorten(by_digest[digest])} of train"
+            yield Finding("image-in-both", message, name)
+        elif name in train:
+            known = "other bytes" if digest and train[name] else "the bytes were not compared"
+            yield Finding("name-in-both", f"{shorten(name)}: {known}", name)
+
+
+def categories_differ(train: Mapping[int, str], val: Mapping[int, str]) -> Iterator[Finding]:
+    """Category ids that mean one thing in train and another in val; names by category id."""
+    for category in sorted(train.keys() & val.keys()):
+        if train[category] != val[category]:
+            message = f"category id {category}: {shorten(train[category])} in train, {shorten(val[category])} in val"
+            yield Finding("categories-differ", message)
+
+
+def classes_not_trained(train: Mapping[str, int], val: Mapping[str, int]) -> Iterator[Finding]:
+    """Categories that are measured but never learnt; objects by category name."""
+    for name, count in val.items():
+        if count and not train.get(name):
+            yield Finding("class-not-trained", f"{shorten(name)}: {count} objects in val, none in train", weight=count)
