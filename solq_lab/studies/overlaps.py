@@ -158,7 +158,8 @@ def _measure_image(
 ) -> tuple[Truth, Found, Pairs]:
     """The tables of one image of `size` (height, width).
 
-    Its objects are `rows` of the ground truth, its detections stand at `places` of `results`. Rows of objects and detections count from 0.
+    Its objects are `rows` of the ground truth, its detections stand at `places` of `results`. Rows of
+    objects and detections count from 0.
     """
     found = [results[place] for place in places]
     rles = [masks.segmentation_to_rle(result["segmentation"], size) for result in found]
