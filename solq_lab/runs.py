@@ -108,6 +108,11 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def pid_file(self) -> Path:
+        """The process that was started to train the run, JSON."""
+        return self.folder / "train.pid"
+
+    @property
     def _lock_file(self) -> Path:
         return self.folder / "trainer.lock"
 

@@ -22,8 +22,7 @@ from solq_lab.errors import Interrupted
 from solq_lab.files import read_json, write_json
 from solq_lab.progress import Progress, status_line
 from solq_lab.runs import Run
-from solq_lab.workbench.deaths import TrainingFailed
-from solq_lab.workbench.trainings import training_command
+from solq_lab.workbench.trainings import TrainingFailed, training_command
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
-"""Training as a detached child process: started, followed and stopped by any notebook or terminal.
+"""Training as a detached child process, which any notebook or terminal can start, follow and stop.
 
-The kernel of a notebook never trains. Training runs in a session of its own and writes files; closing the browser,
-losing the kernel or the terminal loses nothing, and any notebook or terminal can follow it again.
+The training runs in its own session and writes files: it continues when the browser, kernel or terminal is closed.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,19 +17,31 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from solq_lab.errors import ExplainedError, UserError
 from solq_lab.progress import Progress, status_line
-from solq_lab.runs import Run, load_run
-from solq_lab.workbench.deaths import explain_death
-from solq_lab.workbench.processes import describe_trainer, find_trainer, is_alive, record_child
+from solq_lab.runs import Run, RunError, load_run
+from solq_lab.training.faults import advise_on_memory
+from solq_lab.workbench.processes import describe_trainer, exit_status, find_trainer, is_alive, record_child
 
 log = logging.getLogger(__name__)
+
+LOG_LINES_SHOWN = 15
+MIN_FREE_BYTES = 2**20  # with less free, a full disk is the likely cause of a failure
+
+
+class TrainingFailed(ExplainedError):
+    """The training process ended without a trained model; the message says how, with the last lines of its log."""
+
+
+class TrainingRefused(RunError):
+    """The training rejected the experiment, its data or its weights before it began."""
 
 
 def start_training(run_folder: str | Path, processes: int | None = None) -> int | None:
     """Start, or resume, the training of a run in a child process that outlives this one.
 
     Args:
-        run_folder: the run; what the child prints goes to its train.log, who it is to train.pid.
+        run_folder: the run; the child's output goes to its train.log, its process id to train.pid.
         processes: training processes, by default the experiment's train.gpus; several are started by torchrun.
 
     Returns:
@@ -59,27 +71,25 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
 
 
 def training_command(run: Run, processes: int, *, nodes: int = 1) -> list[str]:
-    """What trains a run: Python itself for one process; torchrun for several, called on each of `nodes` machines."""
+    """The command that trains a run: torchrun for several processes, to be called on each of `nodes` machines."""
     if processes * nodes == 1:
         return [sys.executable, "-m", "solq_lab.training", str(run.folder)]
     return [sys.executable, "-m", "solq_lab.training.torchrun", f"--nproc-per-node={processes}", str(run.folder)]
 
 
 def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
-    """Show the progress of a training until it ends; any process may follow, at any time, as often as it likes.
-
-    Interrupting leaves the training alone: `stop_training` stops it.
+    """Show the progress of a training until it ends. Interrupting does not stop the training (`stop_training` does).
 
     Args:
         run_folder: the run.
-        interval: seconds between two looks.
+        interval: seconds between two readings.
 
     Returns:
         The finished run.
 
     Raises:
-        TrainingRefused: the training named a mistake of the user's.
-        TrainingFailed: the training died; the message names its signal and the last lines of its log.
+        TrainingRefused: the training rejected the experiment, its data or its weights.
+        TrainingFailed: the training ended otherwise.
     """
     run = load_run(run_folder)
     progress = Progress(run)
@@ -89,12 +99,12 @@ def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
             time.sleep(interval)
         show(progress.read())
     if run.status()["state"] != "finished":
-        raise explain_death(run)
+        raise diagnose_exit(run)
     return run
 
 
 def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
-    """Ask a training once to save and to stop, and wait until it has; Ctrl-C ends the waiting, not the saving.
+    """Send a training SIGTERM, so that it saves and stops, and wait for that; Ctrl-C ends only the waiting.
 
     Args:
         run_folder: the run.
@@ -106,9 +116,10 @@ def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
     run = load_run(run_folder)
     target = find_trainer(run) if is_alive(run) else {}
     if not target:
-        return f"{run.folder}: no training was running; the same command goes on from here"
+        return f"{run.folder}: no training was running; re-running resumes it"
     if target["host"] != socket.gethostname():
         return f"{run.folder}: {describe_trainer(run)} is training; stop it there: kill {target['pid']}"
+
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(target["pid"], signal.SIGTERM)
     deadline = time.monotonic() + patience
@@ -117,19 +128,53 @@ def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
             time.sleep(0.2)
     except KeyboardInterrupt:
         log.info("not waiting any longer")
+
     if is_alive(run):
-        return f"{run.folder}: process {target['pid']} is still saving; it will stop by itself"
-    return f"{run.folder}: stopped at step {run.status()['step']}; the same command resumes the training there"
+        return f"{run.folder}: process {target['pid']} is still saving and stops after that"
+    return f"{run.folder}: stopped at step {run.status()['step']}; re-running resumes it there"
 
 
 def describe_trainings(runs: Sequence[Run]) -> str:
-    """One line for each training that lives, whoever started it, and for each that died without saying so."""
+    """One line for each training that runs, and for each that was killed."""
     lines = []
     for run in runs:
         if is_alive(run):
             pid = find_trainer(run).get("pid")
-            lines.append(f"{run.folder}: {describe_trainer(run)} is training; kill {pid} lets it save and stop")
+            lines.append(f"{run.folder}: {describe_trainer(run)} is training; kill {pid} makes it save and stop")
         elif run.status()["state"] == "training":
             step = run.status()["step"]
-            lines.append(f"{run.folder}: died, its last checkpoint is of step {step}; the same command resumes it")
+            lines.append(f"{run.folder}: killed; re-running resumes it at step {step}, its last checkpoint")
     return "\n".join(lines)
+
+
+def diagnose_exit(run: Run) -> TrainingRefused | TrainingFailed:
+    """The exception for a training that ended without finishing."""
+    status = run.status()
+    if status["state"] == "failed" and status.get("exit_status") == UserError.exit_status:
+        return TrainingRefused(status["message"].partition(": ")[2])
+    if status["state"] == "preempted":
+        return TrainingFailed(f"{run.folder}: stopped at step {status['step']}; re-running resumes it there")
+
+    # A process that was killed left no message: its exit status says how, and the disk perhaps why.
+    how = status["message"] if status["state"] == "failed" else _describe_exit(run)
+    free = shutil.disk_usage(run.folder).free
+    if free < MIN_FREE_BYTES:
+        how += f"; the disk is full ({free / 2**20:.1f} MB are free)"
+
+    lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if run.log_file.exists() else []
+    message = [
+        f"{run.folder}: the training ended at step {status['step']} with {how}; re-running resumes it",
+        f"Last lines of {run.log_file}:",
+        *(f"  {line}" for line in lines[-LOG_LINES_SHOWN:]),
+    ]
+    return TrainingFailed("\n".join(message))
+
+
+def _describe_exit(run: Run) -> str:
+    status = exit_status(run)
+    if status is None:
+        return "an unknown exit status (another process started it)"
+    if status >= 0:
+        return f"exit status {status}"
+    cause = f" (often: out of memory. {advise_on_memory(run.experiment)})" if status == -signal.SIGKILL else ""
+    return f"signal {signal.Signals(-status).name}{cause}"

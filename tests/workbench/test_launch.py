@@ -28,11 +28,17 @@ from solq_lab.files import read_json, write_json
 from solq_lab.runs import RunError, create_run, load_run
 from solq_lab.workbench import processes, trainings
 from solq_lab.workbench.cli import app
-from solq_lab.workbench.deaths import TrainingFailed, TrainingRefused
 from solq_lab.workbench.notebooks import NotebookFailed, run_notebook, run_report
 from solq_lab.workbench.parameters import NotebookError
 from solq_lab.workbench.processes import find_trainer, is_alive
-from solq_lab.workbench.trainings import describe_trainings, follow_training, start_training, stop_training
+from solq_lab.workbench.trainings import (
+    TrainingFailed,
+    TrainingRefused,
+    describe_trainings,
+    follow_training,
+    start_training,
+    stop_training,
+)
 from solq_lab.workbench.workspace import WORKSPACE, enter_workspace
 
 STAND_IN = """
@@ -116,12 +122,12 @@ def test_a_training_lives_in_a_session_of_its_own_and_is_started_once(run, stand
 
 def test_a_process_that_has_got_the_id_of_a_dead_training_is_not_taken_for_it(run, stand_in):
     stand_in('run.write_status("finished", step=10)')
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "birth": processes._birth(os.getpid())}
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "birth": processes.start_time(os.getpid())}
     write_json(run.folder / "train.pid", mine)
     assert start_training(run.folder) is None  # as long as it is the same process
     (run.folder / "train.pid").write_text(f"{os.getpid()}\n")  # as older versions wrote it
     assert not is_alive(run)
-    write_json(run.folder / "train.pid", mine | {"birth": "another boot 4711"})
+    write_json(run.folder / "train.pid", mine | {"birth": mine["birth"] - 60})
     assert start_training(run.folder) is not None
     follow_training(run.folder, interval=0.05)
 
@@ -153,7 +159,7 @@ def test_a_training_whose_launcher_was_killed_goes_on_and_is_known_to_the_next_o
     assert died.returncode == -signal.SIGKILL
     wait_for((run.folder / "alive").exists)
     trainer = run.trainer()
-    said = f"{run.folder}: process {trainer['pid']} on {socket.gethostname()} is training; kill {trainer['pid']} lets"
+    said = f"{run.folder}: process {trainer['pid']} on {socket.gethostname()} is training; kill {trainer['pid']} makes"
     assert said in describe_trainings([run])
     listed = CliRunner().invoke(app, ["status", "--runs-dir", str(run.folder.parent)]).output
     assert re.search(r"^a +training +1 ", listed, re.MULTILINE)
@@ -165,7 +171,7 @@ def test_a_training_whose_launcher_was_killed_goes_on_and_is_known_to_the_next_o
 
 def test_a_training_that_was_killed_is_listed_with_the_cure(run):
     run.write_status("training", step=5)
-    assert describe_trainings([run]).endswith("its last checkpoint is of step 5; the same command resumes it")
+    assert describe_trainings([run]).endswith("killed; re-running resumes it at step 5, its last checkpoint")
 
 
 def test_a_training_of_another_machine_is_stopped_there(run, monkeypatch):
@@ -181,7 +187,7 @@ def test_ctrl_c_while_it_saves_ends_the_waiting_and_not_the_saving(run, stand_in
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
         message = stop_training(run.folder)
-    assert f"process {child.pid} is still saving; it will stop by itself" in message
+    assert f"process {child.pid} is still saving and stops after that" in message
     assert child.wait(30) == 0
     assert run.status()["state"] == "preempted"
 
@@ -200,8 +206,8 @@ def test_stopping_sends_one_signal_and_waits_for_the_checkpoint(run, stand_in):
     wait_for(run.is_training)
     wait_for(lambda: run.status()["state"] == "training")
     message = stop_training(run.folder)
-    assert "stopped at step 7; the same command resumes the training there" in message
-    with pytest.raises(TrainingFailed, match="stopped at step 7; run again to resume"):
+    assert "stopped at step 7; re-running resumes it there" in message
+    with pytest.raises(TrainingFailed, match="stopped at step 7; re-running resumes it there"):
         follow_training(run.folder)
 
 
@@ -244,7 +250,7 @@ def test_a_failed_training_is_reported_with_its_error(run):
 
 def test_a_training_that_somebody_else_started_and_that_died_is_reported_too(run):
     run.write_status("training", step=5)
-    with pytest.raises(TrainingFailed, match="ended at step 5 with a status that only the process"):
+    with pytest.raises(TrainingFailed, match="ended at step 5 with an unknown exit status"):
         follow_training(run.folder)
 
 
@@ -473,7 +479,7 @@ def followed(tmp_path, experiment):
     """A command in a process of its own, running a notebook that follows a stand-in for a training."""
     script = STAND_IN.format(body="time.sleep(60)")
     notebook = write_notebook(tmp_path / "look.ipynb", FOLLOWING.format(python=sys.executable, script=script))
-    command = [str(Path(sys.executable).with_name("solq-lab")), "run", str(notebook), str(experiment)]
+    command = [sys.executable, "-m", "solq_lab", "run", str(notebook), str(experiment)]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -499,7 +505,7 @@ def test_ctrl_c_stops_the_training_once_says_how_to_resume_and_ends_with_130(fol
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped at step 7; the same command resumes the training there" in output
+    assert "stopped at step 7; re-running resumes it there" in output
     assert "Traceback" not in output
     assert json.loads((folder / "status.json").read_text())["message"] == "SIGTERM"
 
