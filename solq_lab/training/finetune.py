@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec
@@ -58,11 +58,11 @@ class TrainedModel(NamedTuple):
 class SharedCoefficients(NamedTuple):
     """What the vectors of two mask codecs have in common.
 
-    count: so many first coefficients mean the same.
+    number: so many first coefficients mean the same.
     factor: a coefficient of the new codec over that of the old one, for the same mask.
     """
 
-    count: int
+    number: int
     factor: float = 1.0
 
 
@@ -199,8 +199,9 @@ def adapt_weights(
     lines.append(_adapt_classes(own, state, classes, own_classes))
     if QUERIES in own:
         lines.append(_adapt_queries(own[QUERIES], state[QUERIES]))
-    if model.heads[0].vector is not None and not _in_absent("heads.0.vector.", state):
-        lines.append(_adapt_vectors(model.heads[0].vector, state, shared))
+    vector_head = model.heads[0].vector
+    if isinstance(vector_head, VectorMLP) and not _in_absent("heads.0.vector.", state):
+        lines.append(_adapt_vectors(vector_head, state, shared))
     return lines
 
 
@@ -288,24 +289,25 @@ def _adapt_queries(own: Tensor, trained: Tensor) -> str:
 def _adapt_vectors(head: VectorMLP, state: Mapping[str, Tensor], shared: SharedCoefficients) -> str:
     """Copy the last layer's rows of the shared coefficients, converted to the units of this head."""
     last, prefix = head.layers[2], "heads.0.vector."
+    assert isinstance(last, nn.Linear)
     weight, bias = (state[f"{prefix}layers.2.{name}"].to(last.bias) for name in ("weight", "bias"))
     length = len(bias)
     center = state.get(f"{prefix}vector_center", torch.zeros(length)).to(last.bias)
     std = state.get(f"{prefix}vector_spread", torch.ones(length)).to(last.bias)
 
     # To plain coefficients of the new mask size, and from there to standardised ones.
-    rows = slice(shared.count)
+    rows = slice(shared.number)
     weight = shared.factor * (weight * std.unsqueeze(1))[rows]
     bias = shared.factor * (bias * std + center)[rows]
     if head.standardise:
-        weight = weight / head.vector_spread[rows, None]
-        bias = (bias - head.vector_center[rows]) / head.vector_spread[rows]
+        own_center, own_std = head.get_buffer("vector_center")[rows], head.get_buffer("vector_spread")[rows]
+        weight, bias = weight / own_std.unsqueeze(1), (bias - own_center) / own_std
     last.weight[rows], last.bias[rows] = weight, bias
 
-    scaled = shared.factor != 1 and shared.count
-    fresh, dropped = len(last.bias) - shared.count, length - shared.count
+    scaled = shared.factor != 1 and shared.number
+    fresh, dropped = len(last.bias) - shared.number, length - shared.number
     return (
-        f"vectors  {shared.count} coefficients copied"
+        f"vectors  {shared.number} coefficients copied"
         + (f", times {shared.factor:g} for the other mask size" if scaled else "")
         + (f", {fresh} fresh" if fresh else "")
         + (f", {dropped} dropped" if dropped else "")

@@ -133,9 +133,9 @@ def test_another_mask_size_scales_the_coefficients_and_another_kind_shares_none(
     coarse = torch.nn.functional.avg_pool2d(blob[None], 2)
     torch.testing.assert_close(large.encode(blob[None])[:, :40], 2 * small.encode(coarse), atol=0.4, rtol=0.02)
     assert shared_coefficients(small, FlattenCodec(8, 16)) == shared_coefficients(None, small) == SharedCoefficients(0)
-    assert shared_coefficients(FlattenCodec(8, 16), FlattenCodec(8, 16)).count == 16
+    assert shared_coefficients(FlattenCodec(8, 16), FlattenCodec(8, 16)).number == 16
     assert (
-        shared_coefficients(DCTCodec(4, 16), DCTCodec(16, 16)).count == 10
+        shared_coefficients(DCTCodec(4, 16), DCTCodec(16, 16)).number == 10
     )  # then the small grid's corner ends the scan
 
     path, trained = write_trained(tmp_path)
