@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -307,7 +308,18 @@ def test_predict_lists_and_draws_the_objects(command, weights, data_root, tmp_pa
     assert status == 0
     assert "16 objects, drawn in drawn/1.png" in output  # 8 queries x 2 classes
     assert ("triangle" in output) or ("diamond" in output)
-    assert Image.open(tmp_path / "drawn" / "1.png").size[0] > 100
+    assert Image.open(tmp_path / "drawn" / "1.png").size == Image.open(data_root / "val" / "1.png").size
+
+
+def test_predict_writes_over_no_image_and_no_other_drawing(command, weights, data_root, tmp_path):
+    images = [tmp_path / folder / "1.png" for folder in ("own", "other")]
+    for image in images:
+        image.parent.mkdir()
+        shutil.copy(data_root / "val" / "1.png", image)
+    status, _ = command("predict", weights, *images, "--out", "own")
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["1.png", "1_2.png", "1_3.png"]
+    assert (tmp_path / "own" / "1.png").read_bytes() == (data_root / "val" / "1.png").read_bytes()
 
 
 def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights, data_root):

@@ -1,4 +1,4 @@
-"""Files from strangers: whatever they hold, no code runs, no other file is read, and each is refused by its name."""
+"""Untrusted files: no code runs, no other file is read, and each is rejected by its name."""
 
 from __future__ import annotations
 
@@ -67,19 +67,19 @@ def rename(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "x/../../secret.png", "./../secret.png", "{root}/secret.png"])
-def test_a_file_name_that_leaves_the_image_folder_is_refused(secret, name):
+def test_a_file_name_that_leaves_the_image_folder_is_rejected(secret, name):
     rename(secret, name.format(root=secret))
     with pytest.raises(DataError, match=r"train\.json: image id 2: file_name .* leaves the image folder; allowed are"):
         CocoDataset(secret / "train", secret / "train.json")
 
 
-def test_a_link_that_leaves_the_image_folder_is_refused(secret):
+def test_a_link_that_leaves_the_image_folder_is_rejected(secret):
     (secret / "train" / "2.png").symlink_to("../secret.png")
     with pytest.raises(DataError, match=r"'2\.png' \(image id 2\) is a link that leaves the image folder; put"):
         CocoDataset(secret / "train", secret / "train.json")
 
 
-def test_a_linked_folder_that_leaves_the_image_folder_is_refused(secret):
+def test_a_linked_folder_that_leaves_the_image_folder_is_rejected(secret):
     (secret / "train" / "sub").symlink_to(secret)
     rename(secret, "sub/secret.png")
     with pytest.raises(DataError, match=r"'sub/secret\.png' \(image id 2\) is a link that leaves the image folder"):
@@ -107,7 +107,7 @@ def pretrained(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["backbone.pth", "model.safetensors"])
 @pytest.mark.parametrize("read", [pretrained, Predictor, read_weights], ids=["pretrained", "predictor", "weights"])
-def test_code_in_weights_is_refused_and_does_not_run(tmp_path, name, read):
+def test_code_in_weights_is_rejected_and_does_not_run(tmp_path, name, read):
     marker, file = tmp_path / "marker", tmp_path / name
     torch.save({"conv1.weight": torch.zeros(1), "surprise": Trap(marker)}, file)
     with pytest.raises(WeightMismatch, match=name) as caught:
@@ -163,7 +163,7 @@ def bomb(levels: int = 12) -> str:
     return "\n".join(lines)
 
 
-HOSTILE = {
+MALICIOUS = {
     "call": ("train: !!python/object/apply:os.mkdir [{marker}]", "could not determine a constructor"),
     "new": ("train: !!python/object/new:os.mkdir [{marker}]", "could not determine a constructor"),
     "name": ("train: !!python/name:os.system", "could not determine a constructor"),
@@ -178,9 +178,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_yaml_that_is_no_plain_data_is_refused_by_name_and_does_nothing(tmp_path, reader, hostile):
-    text, message = HOSTILE[hostile]
+@pytest.mark.parametrize("case", MALICIOUS)
+def test_yaml_that_is_no_plain_data_is_rejected_by_name_and_does_nothing(tmp_path, reader, case):
+    text, message = MALICIOUS[case]
     marker = tmp_path / "marker"
     with pytest.raises(ConfigError, match=rf"file\.yaml.*: not plain YAML: .*{message}") as caught:
         READERS[reader](tmp_path, text.format(marker=marker) if "marker" in text else text)
@@ -188,10 +188,10 @@ def test_yaml_that_is_no_plain_data_is_refused_by_name_and_does_nothing(tmp_path
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_values_on_the_command_line_are_plain_data_too(tmp_path, hostile):
+@pytest.mark.parametrize("case", MALICIOUS)
+def test_values_on_the_command_line_are_plain_data_too(tmp_path, case):
     marker = tmp_path / "marker"
-    value = HOSTILE[hostile][0].replace("{marker}", str(marker))
+    value = MALICIOUS[case][0].replace("{marker}", str(marker))
     good = write(tmp_path, "seed: 1")
     with pytest.raises(ConfigError, match=r"override 'seed=.*is not a YAML value"):
         load_experiment(good, [f"seed={value}"])
@@ -228,22 +228,22 @@ def with_header(content: bytes, header: Any) -> bytes:
 
 @MANY
 @given(place=st.integers(0, 400), flips=st.binary(min_size=1, max_size=4), cut=st.integers(0, 600))
-def test_a_damaged_header_is_refused_or_harmless(tmp_path, weights, place, flips, cut):
+def test_a_damaged_header_is_rejected_or_harmless(tmp_path, weights, place, flips, cut):
     place %= len(weights)
     damaged = (weights[:place] + flips + weights[place + len(flips) :])[: len(weights) - cut % 40 * (cut % 2)]
     file = tmp_path / "w.safetensors"
     file.write_bytes(damaged)
-    for read, refusal in ((read_weights, WeightMismatch), (read_tensors, ArtifactError)):
+    for read, rejection in ((read_weights, WeightMismatch), (read_tensors, ArtifactError)):
         try:
             read(file)
-        except refusal as error:
+        except rejection as error:
             assert str(file) in str(error)  # noqa: PT017 - some damage is harmless
 
 
 @pytest.mark.parametrize(
     "length", [0, 1, 2**31, 2**63, 2**64 - 1], ids=["none", "one", "two gigabytes", "signed", "all"]
 )
-def test_a_header_of_a_wild_length_is_refused(tmp_path, weights, length):
+def test_a_header_of_a_wild_length_is_rejected(tmp_path, weights, length):
     file = tmp_path / "w.safetensors"
     file.write_bytes(struct.pack("<Q", length) + weights[8:])
     with pytest.raises(WeightMismatch, match=r"w\.safetensors: not a safetensors file \("):
@@ -251,7 +251,7 @@ def test_a_header_of_a_wild_length_is_refused(tmp_path, weights, length):
 
 
 @pytest.mark.parametrize("shared", ['{"b": "nowhere"}', "[1]", "{", '{"b": ["a"]}', "[" * 100_000, "null"])
-def test_shared_tensors_that_are_not_there_are_refused(tmp_path, shared):
+def test_shared_tensors_that_are_not_there_are_rejected(tmp_path, shared):
     file = tmp_path / "w.safetensors"
     save_file({"a": torch.zeros(1)}, file, {"shared": shared})
     with pytest.raises(WeightMismatch, match=r"w\.safetensors: its header names shared tensors that are not there"):
@@ -269,7 +269,7 @@ def test_shared_tensors_that_are_not_there_are_refused(tmp_path, shared):
     ],
     ids=["shape", "offset", "backwards", "type", "negative"],
 )
-def test_a_header_that_promises_what_is_not_there_is_refused(tmp_path, weights, entry):
+def test_a_header_that_promises_what_is_not_there_is_rejected(tmp_path, weights, entry):
     file = tmp_path / "w.safetensors"
     file.write_bytes(with_header(weights, {"a": entry}))
     with pytest.raises(WeightMismatch, match=r"w\.safetensors: not a safetensors file"):
@@ -277,7 +277,7 @@ def test_a_header_that_promises_what_is_not_there_is_refused(tmp_path, weights, 
 
 
 @pytest.mark.parametrize("about", ["{", "[" * 100_000, "9" * 5000], ids=["broken", "deep", "digits"])
-def test_a_codec_file_with_a_damaged_header_is_refused(tmp_path, about):
+def test_a_codec_file_with_a_damaged_header_is_rejected(tmp_path, about):
     file = tmp_path / "codec.safetensors"
     save_file({"a": torch.zeros(3)}, file, {"about": about})
     with pytest.raises(ArtifactError, match=r"codec\.safetensors: not a codec file, or cut short"):

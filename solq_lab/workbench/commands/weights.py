@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,19 +35,23 @@ def predict(
     import numpy as np
 
     from solq_lab.inference.predictor import Predictor, read_upright
-    from solq_lab.viz.images import draw_detections
+    from solq_lab.viz.images import paint_detections
 
     predictor = Predictor(weights)
+    taken = {path.resolve() for path in images}
     for path in images:
         image = read_upright(path)
         everything = predictor.predict(image)
         found = everything.above(score)
         out.mkdir(parents=True, exist_ok=True)
-        drawn = out / f"{path.stem}.png"
-        draw_detections(np.asarray(image), found, title=path.name).savefig(drawn)
-        count = len(found.names)
-        typer.echo(f"{path}: {count} {'object' if count == 1 else 'objects'}, drawn in {drawn}")
-        if count == 0:
+        # Neither an image of the user nor the drawing of another image of this name is written over.
+        names = chain([f"{path.stem}.png"], (f"{path.stem}_{number}.png" for number in count(2)))
+        drawn = next(out / name for name in names if (out / name).resolve() not in taken)
+        taken.add(drawn.resolve())
+        paint_detections(np.asarray(image), found).save(drawn, compress_level=1)
+        objects = len(found.names)
+        typer.echo(f"{path}: {objects} {'object' if objects == 1 else 'objects'}, drawn in {drawn}")
+        if objects == 0:
             best = everything.scores.max().item()
             typer.echo(f"  none with a score of at least {score:g}; the best has {best:.2f}, a lower --score shows it")
         for name, value, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True):
