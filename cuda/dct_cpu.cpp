@@ -20,21 +20,40 @@ namespace {
 
 using Vector = Lanes<float>;
 
-constexpr int kRows = 8;               // rows of a product that are summed together, in registers
-constexpr int kPairs = 4;              // of rows of a decoded mask, likewise
+// A product is summed in tiles of 6 rows by 2 vectors: with 2 vectors of the right factor and one number of the left,
+// 15 of the 16 registers that the smallest processors have.
+constexpr int kRows = 6, kVectors = 2;
+constexpr int64_t kColumns = kVectors * Vector::kSize;
 constexpr int64_t kMasksPerTask = 32;  // a fifth of a millisecond; for less, waking a thread costs more than it saves
 constexpr float kFlat = 1e-3f;         // codecs/base.py's FLAT: a smaller range is rounding
 
-int64_t whole_vectors(int64_t count) { return (count + Vector::kSize - 1) / Vector::kSize * Vector::kSize; }
-int64_t whole_blocks(int64_t count) { return (count + kRows - 1) / kRows * kRows; }
+int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-// The first `count` numbers of a vector.
-SOLQ_INLINE void store_some(float* to, Vector::Register numbers, int64_t count) {
-  if (count >= Vector::kSize) return Vector::store(to, numbers);
-  float all[Vector::kSize];
-  Vector::store(all, numbers);
-  std::copy_n(all, count, to);
-}
+struct Tile {
+  Vector::Register sums[kRows][kVectors] = {};
+
+  // this += left (depth, kRows)^T * right (depth, kColumns); the strides lead from one row of a factor to the next.
+  SOLQ_INLINE void add_product(const float* left, int64_t left_stride, const float* right, int64_t right_stride,
+                               int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k, left += left_stride, right += right_stride) {
+      const Vector::Register numbers[kVectors] = {Vector::load(right), Vector::load(right + Vector::kSize)};
+      for (int i = 0; i < kRows; ++i) {
+        for (int j = 0; j < kVectors; ++j) sums[i][j] += left[i] * numbers[j];
+      }
+    }
+  }
+
+  // The first `count` numbers of row i.
+  SOLQ_INLINE void store(int i, float* to, int64_t count = kColumns) const {
+    if (count >= kColumns) {
+      for (int j = 0; j < kVectors; ++j) Vector::store(to + j * Vector::kSize, sums[i][j]);
+    } else {
+      float all[kColumns];
+      store(i, all);
+      std::copy_n(all, count, to);
+    }
+  }
+};
 
 // Where 0 and 1 change along a row, which counts as 0 outside: starts and ends of its runs of ones, in turn.
 int find_changes(const bool* row, int64_t count, int* places) {
@@ -59,145 +78,128 @@ int find_changes(const bool* row, int64_t count, int* places) {
 class Encoder {
  public:
   explicit Encoder(const Cosines& cosines)
-      : cosines_(cosines),
-        size_(cosines.mask_size),
-        stride_(whole_vectors(cosines.columns)),
-        height_(whole_blocks(cosines.rows)),
+      : size_(cosines.mask_size),
+        stride_(round_up(cosines.columns, kColumns)),
+        height_(round_up(cosines.rows, kRows)),
         running_((size_ + 1) * stride_),
         rows_(size_ * height_),
-        places_(cosines.kept, cosines.kept + cosines.vector_dim) {
+        places_(cosines.kept, cosines.kept + cosines.vector_dim),
+        changes_(size_ + 1),
+        half_(size_ * stride_),
+        corner_(height_ * stride_) {
     for (int64_t column = 0; column < cosines.columns; ++column) {
       double sum = 0;
-      for (int64_t cell = 0; cell < size_; ++cell) {
-        sum += cosines.column_basis[column * size_ + cell];
-        running_[(cell + 1) * stride_ + column] = float(sum);
+      for (int64_t pixel = 0; pixel < size_; ++pixel) {
+        sum += cosines.column_basis[column * size_ + pixel];
+        running_[(pixel + 1) * stride_ + column] = float(sum);
       }
     }
     for (int64_t row = 0; row < cosines.rows; ++row) {
-      for (int64_t cell = 0; cell < size_; ++cell) {
-        rows_[cell * height_ + row] = float(cosines.row_basis[row * size_ + cell]);
+      for (int64_t pixel = 0; pixel < size_; ++pixel) {
+        rows_[pixel * height_ + row] = float(cosines.row_basis[row * size_ + pixel]);
       }
     }
     for (int64_t& place : places_) place = place / cosines.columns * stride_ + place % cosines.columns;
   }
 
-  struct Scratch {
-    std::vector<int> changes;
-    std::vector<float> half, corner;
-  };
-  Scratch scratch() const {
-    return {std::vector<int>(size_ + 1), std::vector<float>(size_ * stride_), std::vector<float>(height_ * stride_)};
-  }
-
-  void encode(const bool* mask, float* vector, Scratch& scratch) const {
+  void encode(const bool* mask, float* vector) {
     // A row of a mask is a few runs of ones; a basis sums over a run to the difference of two of its running sums.
     for (int64_t row = 0; row < size_; ++row) {
-      const int count = find_changes(mask + row * size_, size_, scratch.changes.data());
+      const int count = find_changes(mask + row * size_, size_, changes_.data());
       for (int64_t column = 0; column < stride_; column += Vector::kSize) {
         const float* const sums = running_.data() + column;
         Vector::Register total{};
         for (int i = 0; i < count; i += 2) {
-          const int start = scratch.changes[i], stop = scratch.changes[i + 1];
+          const int start = changes_[i], stop = changes_[i + 1];
           total += Vector::load(sums + stop * stride_) - Vector::load(sums + start * stride_);
         }
-        Vector::store(&scratch.half[row * stride_ + column], total);
+        Vector::store(&half_[row * stride_ + column], total);
       }
     }
-    for (int64_t first = 0; first < height_; first += kRows) {
-      for (int64_t column = 0; column < stride_; column += Vector::kSize) {
-        Vector::Register sums[kRows] = {};
-        for (int64_t cell = 0; cell < size_; ++cell) {
-          const Vector::Register half = Vector::load(&scratch.half[cell * stride_ + column]);
-          const float* const basis = &rows_[cell * height_ + first];
-          for (int i = 0; i < kRows; ++i) sums[i] += basis[i] * half;
-        }
-        for (int i = 0; i < kRows; ++i) Vector::store(&scratch.corner[(first + i) * stride_ + column], sums[i]);
+    for (int64_t row = 0; row < height_; row += kRows) {
+      for (int64_t column = 0; column < stride_; column += kColumns) {
+        Tile tile;
+        tile.add_product(&rows_[row], height_, &half_[column], stride_, size_);
+        for (int i = 0; i < kRows; ++i) tile.store(i, &corner_[(row + i) * stride_ + column]);
       }
     }
-    for (size_t i = 0; i < places_.size(); ++i) vector[i] = scratch.corner[places_[i]];
+    for (size_t i = 0; i < places_.size(); ++i) vector[i] = corner_[places_[i]];
   }
 
  private:
-  const Cosines& cosines_;
-  int64_t size_, stride_, height_;      // N, and V and U filled up to whole vectors and blocks
-  std::vector<float> running_, rows_;   // (N + 1, V): column basis summed over the cells before; (N, U)
-  std::vector<int64_t> places_;         // of the vector's entries in the corner (U, V)
+  int64_t size_, stride_, height_;     // N, and V and U rounded up to whole tiles
+  std::vector<float> running_, rows_;  // (N + 1, V): column basis summed over the pixels before; (N, U)
+  std::vector<int64_t> places_;        // of the vector's entries in the corner (U, V)
+  std::vector<int> changes_;           // of one row of a mask
+  std::vector<float> half_, corner_;   // (N, V) and (U, V) of one mask
 };
 
 class Decoder {
  public:
   explicit Decoder(const Cosines& cosines)
-      : cosines_(cosines),
-        size_(cosines.mask_size),
-        stride_(whole_vectors(cosines.mask_size)),
-        height_(whole_blocks(cosines.rows)),
+      : size_(cosines.mask_size),
+        rows_count_(cosines.rows),
+        stride_(round_up(size_, kColumns)),
+        height_(round_up(cosines.rows, kRows)),
+        pairs_(round_up((size_ + 1) / 2, kRows)),
+        places_(cosines.kept, cosines.kept + cosines.vector_dim),
         reach_(height_),
         columns_(cosines.columns * stride_),
-        rows_(cosines.rows * stride_) {
+        rows_(cosines.rows * pairs_),
+        corner_(cosines.columns * height_),
+        half_(height_ * stride_) {
     for (int64_t column = 0; column < cosines.columns; ++column) {
       std::copy_n(cosines.column_basis + column * size_, size_, &columns_[column * stride_]);
     }
     for (int64_t row = 0; row < cosines.rows; ++row) {
-      std::copy_n(cosines.row_basis + row * size_, size_, &rows_[row * stride_]);
+      std::copy_n(cosines.row_basis + row * size_, (size_ + 1) / 2, &rows_[row * pairs_]);
     }
-    for (int64_t i = 0; i < cosines.vector_dim; ++i) {
-      int64_t& reach = reach_[cosines.kept[i] / cosines.columns / kRows * kRows];
-      reach = std::max(reach, cosines.kept[i] % cosines.columns + 1);
+    for (int64_t& place : places_) {
+      const int64_t row = place / cosines.columns, column = place % cosines.columns;
+      int64_t& reach = reach_[row / kRows * kRows];
+      reach = std::max(reach, column + 1);
+      place = column * height_ + row;
     }
   }
 
-  struct Scratch {
-    std::vector<float> corner, half;
-  };
-  Scratch scratch() const {
-    return {std::vector<float>(height_ * cosines_.columns), std::vector<float>(height_ * stride_)};
-  }
-
-  void decode(const float* vector, float* mask, Scratch& scratch) const {
-    for (int64_t i = 0; i < cosines_.vector_dim; ++i) scratch.corner[cosines_.kept[i]] = vector[i];
-    for (int64_t first = 0; first < height_; first += kRows) {
-      const float* const corner = &scratch.corner[first * cosines_.columns];
-      for (int64_t cell = 0; cell < stride_; cell += Vector::kSize) {
-        Vector::Register sums[kRows] = {};
-        for (int64_t column = 0; column < reach_[first]; ++column) {
-          const Vector::Register basis = Vector::load(&columns_[column * stride_ + cell]);
-          for (int i = 0; i < kRows; ++i) sums[i] += corner[i * cosines_.columns + column] * basis;
-        }
-        for (int i = 0; i < kRows; ++i) Vector::store(&scratch.half[(first + i) * stride_ + cell], sums[i]);
+  void decode(const float* vector, float* mask) {
+    for (size_t i = 0; i < places_.size(); ++i) corner_[places_[i]] = vector[i];
+    for (int64_t row = 0; row < height_; row += kRows) {
+      for (int64_t pixel = 0; pixel < stride_; pixel += kColumns) {
+        Tile tile;
+        tile.add_product(&corner_[row], height_, &columns_[pixel], stride_, reach_[row]);
+        for (int i = 0; i < kRows; ++i) tile.store(i, &half_[(row + i) * stride_ + pixel]);
       }
     }
+
     // Even basis functions are symmetric, odd ones antisymmetric: a row and its mirror image share their products.
-    const int64_t pairs = (size_ + 1) / 2;
-    for (int64_t first = 0; first < pairs; first += kPairs) {
-      for (int64_t cell = 0; cell < size_; cell += Vector::kSize) {
-        Vector::Register sums[2][kPairs] = {};
-        int64_t row = 0;
-        for (; row + 2 <= cosines_.rows; row += 2) {
-          add<0>(scratch, row, first, cell, sums);
-          add<1>(scratch, row + 1, first, cell, sums);
+    for (int64_t first = 0; first < (size_ + 1) / 2; first += kRows) {
+      for (int64_t pixel = 0; pixel < size_; pixel += kColumns) {
+        Tile even, odd;
+        even.add_product(&rows_[first], 2 * pairs_, &half_[pixel], 2 * stride_, (rows_count_ + 1) / 2);
+        odd.add_product(&rows_[first + pairs_], 2 * pairs_, &half_[pixel + stride_], 2 * stride_, rows_count_ / 2);
+        Tile upper, lower;
+        for (int i = 0; i < kRows; ++i) {
+          for (int j = 0; j < kVectors; ++j) {
+            upper.sums[i][j] = even.sums[i][j] + odd.sums[i][j];
+            lower.sums[i][j] = even.sums[i][j] - odd.sums[i][j];
+          }
         }
-        if (row < cosines_.rows) add<0>(scratch, row, first, cell, sums);
-        for (int i = 0; i < std::min<int64_t>(kPairs, pairs - first); ++i) {
-          const int64_t upper = first + i, lower = size_ - 1 - upper, count = size_ - cell;
-          store_some(mask + upper * size_ + cell, sums[0][i] + sums[1][i], count);
-          if (upper != lower) store_some(mask + lower * size_ + cell, sums[0][i] - sums[1][i], count);
+        for (int64_t i = 0; i < std::min<int64_t>(kRows, (size_ + 1) / 2 - first); ++i) {
+          const int64_t row = first + i, mirrored = size_ - 1 - row, count = size_ - pixel;
+          upper.store(i, mask + row * size_ + pixel, count);
+          if (row != mirrored) lower.store(i, mask + mirrored * size_ + pixel, count);
         }
       }
     }
   }
 
  private:
-  template <int kOdd>
-  SOLQ_INLINE void add(const Scratch& scratch, int64_t row, int64_t first, int64_t cell,
-                       Vector::Register (&sums)[2][kPairs]) const {
-    const Vector::Register half = Vector::load(&scratch.half[row * stride_ + cell]);
-    for (int i = 0; i < kPairs; ++i) sums[kOdd][i] += rows_[row * stride_ + first + i] * half;
-  }
-
-  const Cosines& cosines_;
-  int64_t size_, stride_, height_;       // N, N filled up to whole vectors, U filled up to whole blocks
-  std::vector<int64_t> reach_;           // of each block of rows of the corner: columns that are not all zero
-  std::vector<float> columns_, rows_;    // the bases (V, N) and (U, N)
+  int64_t size_, rows_count_, stride_, height_, pairs_;  // N, U; N and U rounded up to whole tiles, N / 2 likewise
+  std::vector<int64_t> places_;         // of the vector's entries in the transposed corner (V, U)
+  std::vector<int64_t> reach_;          // of each tile's rows of the corner: columns that are not all zero
+  std::vector<float> columns_, rows_;   // the bases (V, N) and (U, N / 2)
+  std::vector<float> corner_, half_;    // (V, U) and (U, N) of one mask
 };
 
 // Smallest and largest number, NaN where one of them is.
@@ -217,36 +219,29 @@ std::pair<float, float> range(const float* numbers, int64_t count) {
 }  // namespace
 
 void dct_encode(const Cosines& cosines, const bool* masks, int64_t count, float* vectors) {
-  const Encoder encoder(cosines);
   at::parallel_for(0, count, kMasksPerTask, [&](int64_t begin, int64_t end) {
-    auto scratch = encoder.scratch();
-    for (int64_t k = begin; k < end; ++k) {
-      encoder.encode(masks + k * cosines.cells(), vectors + k * cosines.vector_dim, scratch);
-    }
+    Encoder encoder(cosines);
+    for (int64_t k = begin; k < end; ++k) encoder.encode(masks + k * cosines.pixels(), vectors + k * cosines.vector_dim);
   });
 }
 
 void dct_decode(const Cosines& cosines, const float* vectors, int64_t count, float* masks) {
-  const Decoder decoder(cosines);
   at::parallel_for(0, count, kMasksPerTask, [&](int64_t begin, int64_t end) {
-    auto scratch = decoder.scratch();
-    for (int64_t k = begin; k < end; ++k) {
-      decoder.decode(vectors + k * cosines.vector_dim, masks + k * cosines.cells(), scratch);
-    }
+    Decoder decoder(cosines);
+    for (int64_t k = begin; k < end; ++k) decoder.decode(vectors + k * cosines.vector_dim, masks + k * cosines.pixels());
   });
 }
 
 void dct_decode_bits(const Cosines& cosines, const float* vectors, int64_t count, bool* bits) {
-  const Decoder decoder(cosines);
   at::parallel_for(0, count, kMasksPerTask, [&](int64_t begin, int64_t end) {
-    auto scratch = decoder.scratch();
-    std::vector<float> mask(cosines.cells());
+    Decoder decoder(cosines);
+    std::vector<float> mask(cosines.pixels());
     for (int64_t k = begin; k < end; ++k) {
-      decoder.decode(vectors + k * cosines.vector_dim, mask.data(), scratch);
-      const auto [low, high] = range(mask.data(), cosines.cells());
+      decoder.decode(vectors + k * cosines.vector_dim, mask.data());
+      const auto [low, high] = range(mask.data(), cosines.pixels());
       const float cut = high - low < kFlat ? 0.5f : (high + low) / 2;
-      bool* const to = bits + k * cosines.cells();
-      for (int64_t i = 0; i < cosines.cells(); ++i) to[i] = mask[i] > cut;
+      bool* const to = bits + k * cosines.pixels();
+      for (int64_t i = 0; i < cosines.pixels(); ++i) to[i] = mask[i] > cut;
     }
   });
 }

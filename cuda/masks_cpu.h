@@ -13,7 +13,7 @@ struct Cosines {
   const double *row_basis, *column_basis;        // (U, N) and (V, N)
   const int64_t* kept;                           // (D,)
 
-  int64_t cells() const { return mask_size * mask_size; }
+  int64_t pixels() const { return mask_size * mask_size; }
 };
 
 // masks (count, N, N) <-> vectors (count, D)

@@ -12,6 +12,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <vector>
 
 #include "inline.h"
 
@@ -22,6 +24,14 @@ constexpr int kOutside = -1;  // in place of a cell's index where the map ends b
 struct Level {
   int height, width;
   int start;  // its first cell in the row of all levels' cells
+};
+
+// Of one call.
+struct Sizes {
+  int64_t batch, cells, heads, width, queries, points;  // B, S, M, D, Q, P
+  std::vector<Level> levels;
+
+  int64_t samples_per_row() const { return int64_t(levels.size()) * points; }  // of one query and head
 };
 
 template <typename Real>

@@ -12,13 +12,6 @@
 
 namespace solq {
 
-struct Sizes {
-  int64_t batch, cells, heads, width, queries, points;  // B, S, M, D, Q, P
-  std::vector<Level> levels;
-
-  int64_t samples_per_row() const { return int64_t(levels.size()) * points; }  // of one query and head
-};
-
 // Args: as the operator's; `flat_shapes` is (H0, W0, H1, W1, ...).
 inline Sizes read_sizes(const at::Tensor& value, at::IntArrayRef flat_shapes, const at::Tensor& locations,
                         const at::Tensor& weights) {

@@ -2,7 +2,7 @@
 
 A library's name carries a hash of everything that it depends on: sources, flags, torch, Python, processor and GPU
 architectures. It is built in a folder of its own and moved to its place whole, under a lock that the operating system
-takes back from a killed process; so there is never half a library, nor a lock without an owner.
+releases when its process is killed; so there is never half a library, nor a lock without an owner.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -40,15 +40,20 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = PACKAGE / "cuda" if (PACKAGE / "cuda").is_dir() else PACKAGE.parent / "cuda"
 SOURCE_PATTERNS = {"cpu": ("*_cpu.cpp",), "cuda": ("*_cuda.cu", "*_bindings.cpp")}
 # Without -fopenmp torch's parallel loops are serial, silently. The last two let loops with comparisons vectorise.
-CPU_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+CPU_FLAGS = ("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 BINDING_FLAGS = ("-O2",)
 NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr")
 DEFAULT_ARCHITECTURES = "8.0;9.0"  # where no GPU is in sight: A100 and H100/H200
 SHOWN_LINES = 20  # of the compiler's output in an error
+# Values of SOLQ_CPU_ARCH, each with what a processor must have beyond the one before, in the words of /proc/cpuinfo.
+CPU_ARCHITECTURES = {
+    "x86-64-v2": "cx16 popcnt sse4_1 sse4_2 ssse3",
+    "x86-64-v3": "abm avx avx2 bmi1 bmi2 f16c fma movbe",
+    "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+}
 
 _lock = threading.Lock()
-_loaded: dict[str, Path | None] = {}
-_failed: dict[str, ExtensionBuildError] = {}
+_outcomes: dict[str, ExtensionBuildError | None] = {}  # of loading each kind in this process
 
 
 class ExtensionBuildError(UserError):
@@ -78,27 +83,26 @@ def load_extension(kind: Kind) -> None:
 
     Raises:
         ExtensionBuildError: no compiler, no writable cache, an error in the sources, ...; the same again at every call.
+        UserError: SOLQ_CPU_ARCH is unknown, or beyond this processor.
     """
     with _lock:
-        if kind in _failed:
-            raise _failed[kind]
-        if kind in _loaded:
-            return
-        try:
-            recipe = _recipe(kind)
-            if recipe.library.exists() or not _build(recipe):
-                _load(recipe.library)
-        except ExtensionBuildError as error:
-            _failed[kind] = error
-            raise
-        _loaded[kind] = recipe.library
+        if kind not in _outcomes:
+            try:
+                recipe = _recipe(kind)
+                if recipe.library.exists() or not _build(recipe):
+                    _load(recipe.library)
+                _outcomes[kind] = None
+            except ExtensionBuildError as error:
+                _outcomes[kind] = error
+        if error := _outcomes[kind]:
+            raise error
 
 
 @functools.cache
-def cpu_operator(name: str) -> Callable | None:
+def cpu_operator(name: str) -> Callable[..., Any] | None:
     """The compiled torch.ops.solq_lab.<name> for tensors on the CPU, or None where plain torch has to do.
 
-    That is where the environment variable SOLQ_OPS=reference asks for it or the operators cannot be built here.
+    That is where the environment variable SOLQ_OPS=reference demands it or the operators cannot be built here.
     """
     if os.environ.get("SOLQ_OPS") == "reference":
         return None
@@ -108,6 +112,37 @@ def cpu_operator(name: str) -> Callable | None:
         logger.warning("%s runs in plain torch, slower: %s", name, error.reason)
         return None
     return getattr(torch.ops.solq_lab, name).default
+
+
+def cpu_architecture() -> str:
+    """The -march of the CPU operators: "native", or the level of x86-64 in $SOLQ_CPU_ARCH (v3 is short for x86-64-v3).
+
+    Raises:
+        UserError: an unknown one, or one that this processor cannot run.
+    """
+    wanted = os.environ.get("SOLQ_CPU_ARCH") or "native"
+    name = f"x86-64-{wanted}" if wanted in ("v2", "v3", "v4") else wanted
+    if name == "native":
+        return name
+    if name not in CPU_ARCHITECTURES:
+        allowed = ", ".join(["native", *CPU_ARCHITECTURES])
+        raise UserError(f"SOLQ_CPU_ARCH={wanted!r} is unknown; allowed are {allowed} and the short v2, v3, v4")
+
+    levels = list(CPU_ARCHITECTURES)
+    needed = " ".join(CPU_ARCHITECTURES[level] for level in levels[: levels.index(name) + 1]).split()
+    found = processor_features().split()
+    if missing := [feature for feature in needed if feature not in found]:
+        raise UserError(
+            f"SOLQ_CPU_ARCH={wanted!r}: this {platform.machine()} processor lacks {', '.join(missing)}; "
+            "choose a lower level, or unset it for the processor's own"
+        )
+    return name
+
+
+def instruction_set() -> str:
+    """The instruction set and the architecture of the CPU operators, "AVX2 (x86-64-v3)"; or "plain torch"."""
+    operator = cpu_operator("cpu_instruction_set")
+    return f"{operator()} ({cpu_architecture()})" if operator else "plain torch"
 
 
 def cache_folder() -> Path:
@@ -122,8 +157,9 @@ def _recipe(kind: Kind) -> Recipe:
         raise ExtensionBuildError(
             f"the operators' sources are not at {SOURCES}; install solq_lab from a checkout: pip install -e ."
         )
-    flags = CPU_FLAGS if kind == "cpu" else BINDING_FLAGS
+    flags = (*CPU_FLAGS, f"-march={cpu_architecture()}") if kind == "cpu" else BINDING_FLAGS
     cuda_flags = (*NVCC_FLAGS, *_architecture_flags()) if kind == "cuda" else ()
+
     digest = hashlib.sha256()
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.name.encode() + path.read_bytes())
@@ -136,9 +172,9 @@ def _architecture_flags() -> tuple[str, ...]:
     """nvcc's flags for $TORCH_CUDA_ARCH_LIST, else for the GPUs of this machine, else for `DEFAULT_ARCHITECTURES`."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if not wanted and torch.cuda.is_available():
-        wanted = ";".join(
-            "{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())
-        )
+        capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        wanted = ";".join(f"{major}.{minor}" for major, minor in capabilities)
+
     flags = set()
     for name in (wanted or DEFAULT_ARCHITECTURES).replace(" ", ";").split(";"):
         number = name.removesuffix("+PTX").replace(".", "")
@@ -163,68 +199,70 @@ def _load(library: Path) -> None:
 
 def _build(recipe: Recipe) -> bool:
     """Compiles and loads the library and moves it to its place; False when another process did so meanwhile."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise ExtensionBuildError(
-            f"no C++ compiler ({os.environ.get('CXX', 'c++')}) is on the PATH; install one (g++, or gxx of conda)"
-        )
+    if find_compiler() is None:
+        compiler = os.environ.get("CXX", "c++")
+        raise ExtensionBuildError(f"no C++ compiler ({compiler}) is on the PATH; install one (g++, or gxx of conda)")
     ninja = find_ninja()
     if ninja is None:
         raise ExtensionBuildError("ninja is neither on the PATH nor beside Python; install it: pip install ninja")
     toolkit = _fitting_toolkit() if recipe.kind == "cuda" else None
-    folder = recipe.library.parent
+
+    folder, prefix = recipe.library.parent, f"{recipe.library.stem}.building-"
+    lock = FileLock(recipe.library.with_suffix(".lock"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(FileLock(recipe.library.with_suffix(".lock"))):
-            if recipe.library.exists():
-                return False
-            for abandoned in folder.glob(
-                f"{recipe.library.stem}.building-*"
-            ):  # its builder was killed: we hold the lock
-                shutil.rmtree(abandoned, ignore_errors=True)
-            build_folder = Path(tempfile.mkdtemp(prefix=f"{recipe.library.stem}.building-", dir=folder))
-            try:
-                os.replace(_compile(recipe, build_folder, ninja, toolkit), recipe.library)
-            finally:
-                shutil.rmtree(build_folder, ignore_errors=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.info("another process compiles the operators; waiting for it")
+            lock.acquire()
+        if recipe.library.exists():
+            return False
+        for abandoned in folder.glob(f"{prefix}*"):  # their builders were killed: this process holds the lock
+            shutil.rmtree(abandoned, ignore_errors=True)
+        build_folder = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        try:
+            os.replace(_compile(recipe, build_folder, ninja, toolkit), recipe.library)
+        finally:
+            shutil.rmtree(build_folder, ignore_errors=True)
     except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         raise ExtensionBuildError(
             f"compiled operators cannot be kept in {folder} ({error}); set TORCH_EXTENSIONS_DIR to a writable folder"
         ) from error
+    finally:
+        lock.release()
     return True
 
 
 def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolkit | None) -> Path:
     """Compiles and loads the library; the path to it in `build_folder`."""
-    name = f"solq_lab_{build_folder.name.rpartition('-')[2]}"  # torch numbers the builds of one name in one process
+    from torch.utils import cpp_extension  # slow to import, and only a build needs it
+
     logger.info("compiling the %s operators, once on this machine (about half a minute)", recipe.kind)
     started = time.monotonic()
-    variables = {"PATH": os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", "")])}
+    name = f"solq_lab_{build_folder.name.rpartition('-')[2]}"  # torch numbers the builds of one name in one process
     ld_flags = ["-fopenmp"] if "-fopenmp" in recipe.flags else []
     if toolkit is not None:
-        variables["CUDA_HOME"] = str(toolkit.home)
         # The runtime among the Python packages has no libcudart.so, the name that the linker looks for.
         (build_folder / "libcudart.so").symlink_to(toolkit.runtime)
         ld_flags = [f"-L{shlex.quote(str(build_folder))}"]
-    with _environment(**variables):
-        from torch.utils import cpp_extension  # slow to import, and only a build needs it
 
-        try:
-            with _paths_for_torch(cpp_extension, toolkit):
-                cpp_extension.load(
-                    name=name,
-                    sources=[str(path) for path in recipe.sources],
-                    extra_cflags=list(recipe.flags),
-                    extra_cuda_cflags=list(recipe.cuda_flags),
-                    extra_ldflags=ld_flags,
-                    build_directory=str(build_folder),
-                    is_python_module=False,
-                    with_cuda=toolkit is not None,
-                )
-        except (RuntimeError, OSError, ValueError) as error:
-            names = ", ".join(path.name for path in recipe.sources)
-            reason = f"compiling {names} failed; mend what the compiler says, or set SOLQ_OPS=reference to do without"
-            raise ExtensionBuildError(reason, str(error)) from error
+    try:
+        with _tools(cpp_extension, ninja, toolkit):
+            cpp_extension.load(
+                name=name,
+                sources=[str(path) for path in recipe.sources],
+                extra_cflags=list(recipe.flags),
+                extra_cuda_cflags=list(recipe.cuda_flags),
+                extra_ldflags=ld_flags,
+                build_directory=str(build_folder),
+                is_python_module=False,
+                with_cuda=toolkit is not None,
+            )
+    except (RuntimeError, OSError, ValueError) as error:
+        names = ", ".join(path.name for path in recipe.sources)
+        reason = f"compiling {names} failed; mend what the compiler says, or set SOLQ_OPS=reference to do without"
+        raise ExtensionBuildError(reason, str(error)) from error
     logger.info("compiled the %s operators in %.0f s", recipe.kind, time.monotonic() - started)
     return build_folder / f"{name}.so"
 
@@ -246,43 +284,17 @@ def _fitting_toolkit() -> CudaToolkit:
 
 
 @contextmanager
-def _alone(lock: FileLock) -> Iterator[None]:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        logger.info("another process compiles the operators; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _paths_for_torch(cpp_extension: ModuleType, toolkit: CudaToolkit | None) -> Iterator[None]:
-    """Within: torch's builder knows the toolkit, and hands its library folder to the linker in quotes.
+def _tools(cpp_extension: ModuleType, ninja: str, toolkit: CudaToolkit | None) -> Iterator[None]:
+    """Within: torch's builder finds ninja and the toolkit, and quotes its library folder for the linker.
 
     It guesses the toolkit when it is imported, and may have found a wrapper of nvcc instead. A library folder with a
     space in its path would reach the linker as two.
     """
-    before = cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH
-    cpp_extension.CUDA_HOME = str(toolkit.home) if toolkit else before[0]
-    cpp_extension.TORCH_LIB_PATH = shlex.quote(before[1])
+    before = os.environ.get("PATH", ""), cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH
+    os.environ["PATH"] = os.pathsep.join([str(Path(ninja).parent), before[0]])
+    cpp_extension.CUDA_HOME = str(toolkit.home) if toolkit else before[1]
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(before[2])
     try:
         yield
     finally:
-        cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH = before
+        os.environ["PATH"], cpp_extension.CUDA_HOME, cpp_extension.TORCH_LIB_PATH = before

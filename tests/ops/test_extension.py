@@ -47,8 +47,7 @@ def sources(tmp_path, monkeypatch):
 def cache(tmp_path, monkeypatch):
     """An empty cache, for a process that has loaded nothing and failed at nothing."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(extension, "_loaded", {})
-    monkeypatch.setattr(extension, "_failed", {})
+    monkeypatch.setattr(extension, "_outcomes", {})
     return tmp_path / "cache" / "solq_lab"
 
 
