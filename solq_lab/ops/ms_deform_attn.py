@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from solq_lab.errors import UserError
 from solq_lab.ops.extension import ExtensionBuildError, load_extension
 
 logger = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ def _implementation(device_type: str) -> _Implementation:
 def _automatic(device_type: str) -> _Implementation:
     wish = os.environ.get("SOLQ_OPS", "")
     if wish not in ("", "reference"):
-        raise ValueError(f"SOLQ_OPS={wish!r} is unknown; set it to 'reference' for plain torch, or unset it")
+        raise UserError(f"SOLQ_OPS={wish!r} is unknown; set it to 'reference' for plain torch, or unset it")
     if wish == "reference":
         logger.info("deformable attention on %s: plain torch, as SOLQ_OPS asks", device_type)
     elif device_type in COMPILED:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from solq_lab.environment import first_line, processor_name
-from solq_lab.ops.extension import ExtensionBuildError, cache_folder, load_extension
+from solq_lab.ops.extension import ExtensionBuildError, cache_folder, instruction_set, load_extension
 from solq_lab.ops.ms_deform_attn import (
     COMPILED,
     implementation_for,
@@ -106,6 +106,7 @@ def _machine() -> list[tuple[str, str]]:
         ),
         ("ninja", find_ninja() or "none"),
         ("CUDA toolkits", toolkits),
+        ("CPU operators", instruction_set()),
         ("kept libraries", f"{kept} in {folder}"),
     ]
 

@@ -33,7 +33,16 @@ def test_the_report_says_who_serves_the_processor(report):
 
 def test_the_text_names_torch_the_tools_and_the_differences(report):
     text = str(report)
-    for topic in ("torch", "processor", "GPU", "C++ compiler", "ninja", "CUDA toolkits", "kept libraries"):
+    for topic in (
+        "torch",
+        "processor",
+        "GPU",
+        "C++ compiler",
+        "ninja",
+        "CUDA toolkits",
+        "CPU operators",
+        "kept libraries",
+    ):
         assert f"\n{topic}" in f"\n{text}"
     assert torch.__version__ in text
     assert "reference on cpu" in text

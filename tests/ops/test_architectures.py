@@ -1,0 +1,82 @@
+"""The compiled operators on other processors: levels of x86-64 by SOLQ_CPU_ARCH, and Arm."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from solq_lab.errors import UserError
+from solq_lab.ops import extension
+from solq_lab.ops.extension import CPU_ARCHITECTURES, ExtensionBuildError, cpu_architecture
+
+TESTS = Path(__file__).resolve().parents[1]
+KERNEL_TESTS = [
+    "ops/test_ms_deform_attn.py",
+    "ops/test_masks.py",
+    "codecs/test_codecs.py",
+    "evaluation/test_matching.py",
+]
+INSTRUCTION_SETS = {"x86-64-v2": "SSE", "x86-64-v3": "AVX2"}
+
+
+@pytest.fixture
+def processor_with_everything(monkeypatch):
+    monkeypatch.setattr(extension, "processor_features", lambda: " ".join(CPU_ARCHITECTURES.values()))
+
+
+@pytest.mark.usefixtures("processor_with_everything")
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [("", "native"), ("native", "native"), ("v2", "x86-64-v2"), ("v3", "x86-64-v3"), ("x86-64-v4", "x86-64-v4")],
+)
+def test_the_architecture_is_that_of_the_environment_and_joins_the_librarys_name(monkeypatch, wanted, name):
+    monkeypatch.delenv("SOLQ_CPU_ARCH", raising=False)
+    native = extension._recipe("cpu")
+    monkeypatch.setenv("SOLQ_CPU_ARCH", wanted)
+    assert cpu_architecture() == name
+    recipe = extension._recipe("cpu")
+    assert f"-march={name}" in recipe.flags
+    assert (recipe.library == native.library) == (name == "native")
+
+
+def test_an_unknown_architecture_is_rejected_with_the_allowed_ones(monkeypatch):
+    monkeypatch.setenv("SOLQ_CPU_ARCH", "avx2")
+    message = "SOLQ_CPU_ARCH='avx2' is unknown; allowed are native, x86-64-v2, x86-64-v3, x86-64-v4 and the short v2"
+    with pytest.raises(UserError, match=message):
+        extension._recipe("cpu")
+
+
+def test_an_architecture_beyond_the_processor_is_rejected_with_what_is_missing(monkeypatch):
+    monkeypatch.setattr(extension, "processor_features", lambda: f"flags: {CPU_ARCHITECTURES['x86-64-v2']} avx")
+    monkeypatch.setenv("SOLQ_CPU_ARCH", "v2")
+    assert cpu_architecture() == "x86-64-v2"
+    monkeypatch.setenv("SOLQ_CPU_ARCH", "v3")
+    with pytest.raises(UserError, match=r"SOLQ_CPU_ARCH='v3'.* lacks abm, avx2, .*choose a lower level, or unset it"):
+        cpu_architecture()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", INSTRUCTION_SETS)
+def test_every_level_of_x86_passes_the_tests_of_the_operators(monkeypatch, architecture):
+    monkeypatch.setenv("SOLQ_CPU_ARCH", architecture)
+    try:
+        library = extension._recipe("cpu").library
+    except (UserError, ExtensionBuildError) as error:
+        pytest.skip(f"cannot run {architecture} here: {error}")
+    script = "from solq_lab.ops.extension import instruction_set; print(instruction_set())"
+    built = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert built.stdout.strip() == f"{INSTRUCTION_SETS[architecture]} ({architecture})", built.stderr
+    if shutil.which("objdump"):
+        assembly = subprocess.run(["objdump", "-d", library], capture_output=True, text=True).stdout
+        assert "%xmm" in assembly
+        assert "%zmm" not in assembly
+        assert ("%ymm" in assembly) == (architecture == "x86-64-v3")
+
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", *KERNEL_TESTS], cwd=TESTS, capture_output=True, text=True
+    )
+    assert tests.returncode == 0, tests.stdout
