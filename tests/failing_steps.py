@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
+from training_runs import before_each_step
 
 from solq_lab import distributed
 from solq_lab.runs import load_run
 from solq_lab.training.losses import SetCriterion
+from solq_lab.training.signals import StopRequest
+from solq_lab.training.step import Batch
 from solq_lab.training.trainer import Trainer
 
 
@@ -18,18 +23,25 @@ def take_steps(run_folder: Path) -> dict[str, list]:
     """Whether each step moved this process's weights or batch norms, and the reasons in the run's metrics."""
     trainer = Trainer(load_run(run_folder))
     spoils = distributed.rank() == 1
-    batches, moved, total = trainer._batches(), [], SetCriterion.total
-    for step in range(3):
-        images, targets = next(batches)
-        if spoils and step == 0:  # in the first target that has an object
+    states, total = [], SetCriterion.total
+
+    def copy_state() -> None:
+        states.append([value.clone() for value in trainer.model.state_dict().values()])
+
+    def spoil(trainer: Trainer, batches: list[Batch]) -> None:
+        copy_state()
+        (_, targets), *_ = batches
+        if spoils and trainer.step == 0:  # in the first target that has an object
             next(target for target in targets if len(target.labels)).boxes[0, 0] = math.nan
-        if spoils and step == 1:  # a loss that is not finite, with gradients that are
-            SetCriterion.total = lambda self, losses: total(self, losses) + math.inf
-        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        trainer._take_step([(images, targets)])
-        SetCriterion.total = total
-        trainer.step += 1
-        moved.append(any(not torch.equal(before[name], now) for name, now in trainer.model.state_dict().items()))
+        # A loss that is not finite, with gradients that are.
+        infinite = spoils and trainer.step == 1
+        SetCriterion.total = (lambda self, losses: total(self, losses) + math.inf) if infinite else total
+
+    before_each_step(pytest.MonkeyPatch(), spoil)
+    trainer.total_steps = 3
+    trainer.train_steps(StopRequest())
+    copy_state()
+    moved = [not all(map(torch.equal, before, after)) for before, after in pairwise(states)]
     distributed.wait_for_all()
     return {"moved": moved, "reasons": [line["reason"] for line in trainer.run.metrics("nonfinite")]}
 

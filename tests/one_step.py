@@ -9,21 +9,20 @@ import torch
 
 from solq_lab import distributed
 from solq_lab.runs import load_run
+from solq_lab.training.signals import StopRequest
 from solq_lab.training.trainer import Trainer
 
 
-def losses_and_gradients(run_folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Losses of two steps, averaged over the processes, and the gradients of the second one."""
+def losses_and_gradients(run_folder: Path) -> dict[str, dict]:
+    """Losses of the second of two steps, averaged over the processes, and its gradients."""
     trainer = Trainer(load_run(run_folder))
     trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the images
     trainer.optimizer.step = lambda: None
-    batches = trainer._batches()
-    for _ in range(2):
-        trainer._take_step([next(batches) for _ in range(trainer.passes)])
-    sums = trainer.journal.state_dict()["sums"]
-    means = distributed.sum_over_processes(torch.stack(list(sums.values()))) / distributed.world_size()
+    trainer.total_steps = 2
+    assert trainer.train_steps(StopRequest())
+    distributed.wait_for_all()
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return {"losses": dict(zip(sums, means, strict=True)), "gradients": gradients}
+    return {"losses": trainer.run.metrics("train")[-1]["losses"], "gradients": gradients}
 
 
 if __name__ == "__main__":

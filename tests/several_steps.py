@@ -5,31 +5,39 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from training_runs import before_each_step
 
 from solq_lab import distributed
 from solq_lab.runs import load_run
 from solq_lab.structures import ImageBatch
+from solq_lab.training.signals import StopRequest
+from solq_lab.training.step import Batch
 from solq_lab.training.trainer import Trainer
 
 STEPS = 4
 
 
 def losses_and_weights(run_folder: Path) -> dict[str, list | dict[str, torch.Tensor]]:
-    """The sums of the losses after each step, the weights after the last, and objects by step, process and pass."""
+    """The losses of each step, the weights after the last, and objects by step, process and pass."""
     torch.set_default_dtype(torch.float64)  # rounding is not to hide behind a tolerance, and AdamW enlarges it
     trainer = Trainer(load_run(run_folder))
     trainer.model.register_forward_pre_hook(_in_double_precision)
     trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the images
-    losses, objects = [], []
-    loader = trainer._batches()
-    for _ in range(STEPS):
-        batches = [next(loader) for _ in range(trainer.passes)]
-        trainer._take_step(batches)
-        trainer.step += 1
-        sums = trainer.journal.state_dict()["sums"]  # the mean over processes
-        losses.append({name: value.item() for name, value in sums.items()})
+    objects = []
+
+    def count_objects(trainer: Trainer, batches: list[Batch]) -> None:
         objects.append(distributed.gather_objects([sum(len(t.labels) for t in targets) for _, targets in batches]))
+
+    before_each_step(pytest.MonkeyPatch(), count_objects)
+    trainer.total_steps = STEPS
+    trainer.train_steps(StopRequest())
+    distributed.wait_for_all()
+    losses = [
+        {"total": line["total"], "grad_norm": line["grad_norm"], **line["losses"]}
+        for line in trainer.run.metrics("train")
+    ]
     return {"losses": losses, "objects": objects, "weights": trainer.model.state_dict()}
 
 

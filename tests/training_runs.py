@@ -27,16 +27,29 @@ def what_was_learned(run):
     return lines, {name: value.tolist() for name, value in read_weights(run.weights).state.items()}
 
 
-def signal_after(monkeypatch, steps, number=signal.SIGTERM):
-    """Sends this process a signal while it takes that step."""
-    take_step, taken = Trainer._take_step, []
+def before_each_step(patch, act):
+    """Call act(trainer, batches) before every step, when its batches are loaded."""
+    next_batches = Trainer._next_batches
 
-    def take_step_and_signal(self, batches):
-        taken.append(take_step(self, batches))
+    def load_and_act(self, loader, stop):
+        batches = next_batches(self, loader, stop)
+        if batches is not None:
+            act(self, batches)
+        return batches
+
+    patch.setattr(Trainer, "_next_batches", load_and_act)
+
+
+def signal_after(patch, steps, number=signal.SIGTERM):
+    """Send this process a signal in its step of that number, which is still taken."""
+    taken = []
+
+    def count_and_signal(trainer, batches):
+        taken.append(trainer.step)
         if len(taken) == steps:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Trainer, "_take_step", take_step_and_signal)
+    before_each_step(patch, count_and_signal)
 
 
 def torchrun(*arguments):

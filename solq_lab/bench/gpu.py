@@ -36,8 +36,8 @@ from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import predict_last_layer
 from solq_lab.ops.ms_deform_attn import implementation_for, ms_deform_attn, use_implementation
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
-from solq_lab.training.optim import build_optimizer
-from solq_lab.training.step import Batch, TrainingStep
+from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
+from solq_lab.training.step import Batch, boxes_per_process, forward_backward
 
 STRIDES = (8, 16, 32, 64)  # of C3, C4, C5 and the level above
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest number; bfloat16 itself rounds by 4e-3
@@ -170,9 +170,17 @@ def train_row(device: torch.device, work: Workload) -> Row:
     def stepper(model: nn.Module, autocast: str) -> Callable[[], float]:
         model.to(device)
         criterion, optimizer = build_criterion(work.experiment).to(device), build_optimizer(model, optim)
-        settings = {"autocast": autocast, "clip_norm": optim.clip_norm, "device": device}
-        step = TrainingStep(model, model, criterion, optimizer, None, **settings)
-        return lambda: step.take([batch]).passes[0].losses["total"].item()
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        num_boxes = boxes_per_process([batch], device)
+
+        def step() -> float:
+            optimizer.zero_grad()
+            done = forward_backward(model, criterion, scaler, batch, num_boxes, autocast)
+            clip_gradients(model, optim.clip_norm, gradient_norm(model))
+            optimizer.step()
+            return done.losses["total"].item()
+
+        return step
 
     plain_step, step = stepper(copy.deepcopy(network), "none"), stepper(network, "bf16")
 

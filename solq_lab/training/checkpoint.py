@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import pickle
-import random
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -139,27 +136,3 @@ def load_checkpoint(path: Path) -> Checkpoint:
     read = read_weights(weights)
     values = torch.load(state, map_location="cpu", weights_only=True)
     return Checkpoint(values.pop("step"), read.state, values, read.codec)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of this process's random generators as tensors and numbers."""
-    _, keys, position, has_gauss, cached_gauss = np.random.get_state()  # noqa: NPY002 - a user's transform may use it
-    version, internal, gauss_next = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": (position, has_gauss, cached_gauss)},
-        "python": {"version": version, "internal": torch.tensor(internal), "gauss_next": gauss_next},
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Set this process's random generators to what `random_state` gave."""
-    torch.set_rng_state(state["torch"])
-    keys, python = state["numpy"]["keys"].numpy().astype(np.uint32), state["python"]
-    np.random.set_state(("MT19937", keys, *state["numpy"]["rest"]))  # noqa: NPY002
-    random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss_next"]))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

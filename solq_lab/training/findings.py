@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from solq_lab.training.matcher import columns_by_layer
 from solq_lab.training.optim import parameter_group
-from solq_lab.training.step import Pass
+from solq_lab.training.step import MicroBatch
 
 SHOWN_GRADIENTS = 20  # the largest; those that are not finite are all shown
 
 
-def describe_pass(done: Pass, costs: Mapping[str, Tensor], file_name: Callable[[int], str]) -> dict[str, Any]:
+def describe_pass(done: MicroBatch, costs: Mapping[str, Tensor], file_name: Callable[[int], str]) -> dict[str, Any]:
     """Images, matching costs and losses of one pass, and what the matcher found wrong with it.
 
     Args:

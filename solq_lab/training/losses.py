@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
+from solq_lab.schema import Experiment
 from solq_lab.structures import ImageMasks, Predictions, Target
 from solq_lab.training.matcher import HungarianMatcher, Matching
 
@@ -212,6 +213,13 @@ class SetCriterion(nn.Module):
         truth = truth.flatten(1).to(logits.dtype)
         focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
         return {"mask": focal.mean(1).sum() / count, "dice": soft_dice_loss(logits.sigmoid(), truth).sum() / count}
+
+
+def build_criterion(experiment: Experiment, codec: MaskCodec | None) -> SetCriterion:
+    """The criterion of an experiment, in training mode: the released PCA codec adds noise there."""
+    loss, costs = experiment.loss, experiment.matcher.model_dump()
+    matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
+    return SetCriterion(codec, matcher, **loss.model_dump()).train()
 
 
 def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:

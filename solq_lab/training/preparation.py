@@ -1,19 +1,56 @@
-"""What is measured once, before the first step: the training's mask vectors, and the data set's fingerprint."""
+"""Measurements before the first step: mask vectors, their best constant prediction, the codec's ceiling, the data."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from solq_lab.codecs.base import MaskCodec
+from solq_lab import distributed
+from solq_lab.codecs.base import MaskCodec, describe_codec
 from solq_lab.data.coco import CocoDataset
+from solq_lab.environment import describe_hardware, describe_software
 from solq_lab.files import hash_file
+from solq_lab.ops.ms_deform_attn import implementation_for
+from solq_lab.runs import Run
+from solq_lab.schema import TrainSection
+from solq_lab.studies.ceiling import run_ceiling
+from solq_lab.training.finetune import TrainedModel, start_from_trained
+from solq_lab.training.losses import vector_plateau
+from solq_lab.training.optim import square_root_rule
+
+log = logging.getLogger(__name__)
 
 SAMPLED_VECTORS = 2000  # enough for the median of a coefficient to within 3 % of its spread
 SAMPLED_IMAGES = 1000
+
+
+def measure_start(
+    run: Run, model: nn.Module, codec: MaskCodec | None, train_set: CocoDataset, trained: TrainedModel | None
+) -> dict[str, Any]:
+    """Give a new model the units of its mask vectors and the weights of `trained`, and measure what it must beat.
+
+    Returns:
+        The first line of metrics.jsonl: the vector loss of a constant prediction, and the codec's ceiling.
+    """
+    line: dict[str, Any] = {"kind": "start", "step": 0, "plateau": {}, "ceiling": {}}
+    if codec is not None:
+        vectors = sample_vectors(train_set, codec, seed=run.experiment.seed)
+        if run.experiment.model.standardise_vectors:
+            model.set_vector_statistics(*vector_statistics(vectors))
+        line["plateau"] = {"vector": vector_plateau(vectors)}
+    if trained is not None:  # after the statistics: the weights of its vector heads are converted to the new units
+        lines = start_from_trained(model, codec, train_set.classes.names, trained)
+        run.record_environment({"finetuned": {"from": run.experiment.train.finetune_from, "lines": lines}})
+    if codec is not None:
+        ceiling = run_ceiling(run)
+        line["ceiling"] = ceiling.to_dict()["metrics"]
+        log.info("the mask code alone allows, on the validation split:\n%s", ceiling.table())
+        log.info("predicting the median vector gives a vector loss of %.3f", line["plateau"]["vector"])
+    return line
 
 
 def sample_vectors(dataset: CocoDataset, codec: MaskCodec, *, seed: int) -> Tensor:
@@ -43,6 +80,49 @@ def vector_statistics(vectors: Tensor) -> tuple[Tensor, Tensor]:
     spread = vectors.std(dim=0)
     floor = spread.mean() / 100 if spread.any() else 1.0
     return vectors.median(dim=0).values, spread.clamp(min=float(floor))
+
+
+def describe_training(train_set: CocoDataset, codec: MaskCodec | None, device: torch.device) -> dict[str, Any]:
+    """What the numbers of a training depend on besides its experiment, for environment.json."""
+    return describe_software() | {
+        "operator": implementation_for(device.type),
+        "device": describe_device(device),
+        "hardware": describe_hardware(),
+        "processes": distributed.world_size(),
+        "dataset": describe_dataset(train_set),
+        "codec": describe_codec(codec),
+    }
+
+
+def log_start(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, *, images: int, step: int, total_steps: int
+) -> None:
+    """Log the size of the model, the device, how the batch is divided, the learning rates, and the first step."""
+    train, optim, processes = run.experiment.train, run.experiment.optim, distributed.world_size()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = parameters[0].device
+    weights = sum(parameter.numel() for parameter in parameters)
+    log.info("%s: %.2f M trained weights, images: %d", run.folder, weights / 1e6, images)
+    operator = implementation_for(device.type)
+    log.info("on %s, threads: %d, deformable attention: %s", describe_device(device), torch.get_num_threads(), operator)
+
+    passes = train.gpus * train.accumulate // processes
+    factors = f"{processes} x {passes} x {train.batch_size // (processes * passes)}"
+    log.info("batch %d = %s (processes x passes x images)", train.batch_size, factors)
+    rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in optimizer.param_groups)
+    log.info("learning rates: %s; schedule %s until step %d", rates, optim.schedule, total_steps)
+    if train.batch_size != TrainSection().batch_size:
+        scaled = " ".join(f"{name}={rate:.2g}" for name, rate in square_root_rule(train.batch_size).items())
+        log.info("the paper's learning rates at this batch, by square-root scaling: %s", scaled)
+    if step:
+        log.info("resuming from the checkpoint of step %d", step)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the GPU, or the instruction set of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()} CPU"
 
 
 def describe_dataset(dataset: CocoDataset) -> dict[str, Any]:

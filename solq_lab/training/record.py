@@ -24,7 +24,7 @@ from solq_lab.files import flush_to_disk, hash_file, read_json
 from solq_lab.models.weights import WeightFile, WeightMismatch, read_weights, save_weights
 from solq_lab.runs import RunError
 from solq_lab.structures import ImageBatch, Target
-from solq_lab.training.step import Batch, Pass
+from solq_lab.training.step import Batch, MicroBatch
 
 KEPT = 3  # records of a run; each is as large as the weights and the step's images
 
@@ -147,7 +147,7 @@ def load_record(folder: Path) -> Record:
         raise RunError(f"{folder}: not a record that can be replayed: {' '.join(str(error).split())}") from None
 
 
-def share_of(passes: list[Pass], costs: list[dict[str, Tensor]], generators: dict[str, Tensor]) -> Share:
+def share_of(passes: list[MicroBatch], costs: list[dict[str, Tensor]], generators: dict[str, Tensor]) -> Share:
     """This process's share of a record, on the CPU."""
     return Share(
         [(done.images.to("cpu"), [target.to("cpu") for target in done.targets]) for done in passes],

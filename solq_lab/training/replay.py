@@ -21,11 +21,14 @@ from solq_lab.models.weights import load_state
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import RunError
 from solq_lab.training.findings import SHOWN_GRADIENTS, count_nonfinite, describe_gradients, describe_pass
+from solq_lab.training.losses import SetCriterion, build_criterion
 from solq_lab.training.optim import build_optimizer, gradient_norm
+from solq_lab.training.random import restore_generators
 from solq_lab.training.record import Record, load_record
-from solq_lab.training.step import TrainingStep, build_criterion, restore_generators
+from solq_lab.training.step import forward_backward
 
 BAD_GRADIENT = "gradient not finite: "
+INIT_SCALE = 2.0**16  # of fp16 where the recorded step was not in fp16; torch's own
 
 
 class Replay(NamedTuple):
@@ -123,18 +126,17 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
     device = distributed.device() if facts["environment"]["device"] == "cuda" else torch.device("cpu")
     check_autocast(autocast, device, allowed=TRAINING)
     with _threads(facts["environment"]["threads"]):
-        step = _rebuild(record, str(folder), autocast, device)
-        if autocast == facts["autocast"]:
-            step.load_state_dict({**step.state_dict(), "scale": facts["scale"]})
+        model, criterion, optimizer = _rebuild(record, str(folder), device)
         firsts: dict[str, str] = {}
-        with _watched(step.model, firsts):
-            shares = _repeat(record, step)
-        norm = gradient_norm(step.model)
-        return Replay(facts, autocast, shares, describe_gradients(step.model, norm), firsts)
+        with _watched(model, firsts):
+            shares = _repeat(record, model, criterion, optimizer, autocast, device)
+        return Replay(facts, autocast, shares, describe_gradients(model, gradient_norm(model)), firsts)
 
 
-def _rebuild(record: Record, source: str, autocast: str, device: torch.device) -> TrainingStep:
-    """What took the step, as it was before."""
+def _rebuild(
+    record: Record, source: str, device: torch.device
+) -> tuple[nn.Module, SetCriterion, torch.optim.Optimizer]:
+    """Network, criterion and optimizer as they were before the step."""
     experiment, classes = _read_experiment(record, source)
     model = build_model(experiment, len(classes))
     load_state(model, record.weights.state, source=f"{source}/weights.safetensors")
@@ -144,8 +146,7 @@ def _rebuild(record: Record, source: str, autocast: str, device: torch.device) -
     if experiment.train.gradient_checkpointing:
         recompute_activations(model)
     criterion = build_criterion(experiment, build_codec(experiment, tables=record.weights.codec)).to(device)
-    optimizer = build_optimizer(model, experiment.optim)
-    return TrainingStep(model, model, criterion, optimizer, None, autocast=autocast, clip_norm=0.0, device=device)
+    return model, criterion, build_optimizer(model, experiment.optim)
 
 
 def _read_experiment(record: Record, source: str) -> tuple[Experiment, ClassMap]:
@@ -155,22 +156,32 @@ def _read_experiment(record: Record, source: str) -> tuple[Experiment, ClassMap]
     return experiment, ClassMap.from_json(record.weights.classes)
 
 
-def _repeat(record: Record, step: TrainingStep) -> list[list[dict[str, Any]]]:
+def _repeat(
+    record: Record,
+    model: nn.Module,
+    criterion: SetCriterion,
+    optimizer: torch.optim.Optimizer,
+    autocast: str,
+    device: torch.device,
+) -> list[list[dict[str, Any]]]:
     """The passes of every process; the gradients' mean over the processes is left in the model."""
-    parameters = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    facts = record.facts
+    scale = facts["scale"] if autocast == facts["autocast"] else INIT_SCALE
+    scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=autocast == "fp16")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     means: dict[nn.Parameter, Tensor] = {}
     shares = []
-    for share, recorded in zip(record.shares, record.facts["shares"], strict=True):
+    for share, recorded in zip(record.shares, facts["shares"], strict=True):
         names = {p["id"]: p["file_name"] for done in recorded["passes"] for p in done["images"]}
-        restore_generators(share.generators, step.device)
-        step.optimizer.zero_grad()
+        restore_generators(share.generators, device)
+        optimizer.zero_grad()
         passes = []
         for batch in share.batches:
-            done = step.differentiate(batch, record.facts["num_boxes"])
-            costs = step.criterion.matcher.costs(done.predictions, done.targets)
+            done = forward_backward(model, criterion, scaler, batch, facts["num_boxes"], autocast)
+            costs = criterion.matcher.costs(done.predictions, done.targets)
             passes.append(describe_pass(done, costs, names.__getitem__))
-        step.scaler.unscale_(step.optimizer)
-        step.scaler.update(step.scaler.get_scale())
+        scaler.unscale_(optimizer)
+        scaler.update(scale)
         for parameter in parameters:
             if parameter.grad is not None:
                 means[parameter] = means.get(parameter, 0) + parameter.grad / len(record.shares)

@@ -1,33 +1,35 @@
-"""One optimiser step on this process's share of a global batch. Paper: section 4.2."""
+"""The parts of an optimiser step on this process's share of a global batch. Paper: section 4.2.
+
+`Trainer.train_steps` puts them together; a replay repeats `forward_backward` alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from solq_lab import distributed
-from solq_lab.codecs.base import MaskCodec
-from solq_lab.config import Experiment
 from solq_lab.precision import autocast_to
+from solq_lab.runs import RunError
+from solq_lab.schema import TrainSection
 from solq_lab.structures import ImageBatch, Predictions, Target
-from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.losses import SetCriterion
-from solq_lab.training.matcher import HungarianMatcher, NonFiniteCostError
-from solq_lab.training.optim import clip_gradients, gradient_norm
+from solq_lab.training.matcher import NonFiniteCostError
 
-SCALE_FLOOR = 1.0  # gradients that overflow although the loss was not scaled up are no matter of the scale
+SCALE_FLOOR = 1.0  # gradients that overflow at this scale do not overflow because of it
 
 Batch = tuple[ImageBatch, list[Target]]
+StepKind = Literal["finite", "overflow", "nonfinite"]
 
 
-class Pass(NamedTuple):
-    """One forward and backward pass of a step, as this process saw it.
+class MicroBatch(NamedTuple):
+    """A batch of one process after its forward and backward pass.
 
     images: the batch as the loader gave it.
     targets: its targets on the model's device.
@@ -43,176 +45,132 @@ class Pass(NamedTuple):
     fault: str | None
 
 
-class Outcome(NamedTuple):
-    """What became of a step; `kind` is the same in every process.
+class StepResult(NamedTuple):
+    """One optimiser step of this process; `kind` is the same in every process.
 
-    kind: "taken"; "overflow" where fp16 gradients did not fit and the scale was halved; "nonfinite" where a cost, a
-        loss or the gradients of some process were not finite. Weights, optimiser, averaged weights and the network's
-        buffers are untouched in the last two.
-    passes: of this process.
+    kind: "finite"; "overflow" where fp16 gradients overflowed and the scale was halved; "nonfinite" where a cost, a
+        loss or the gradients of some process were not finite. The last two leave weights, optimiser, averaged weights
+        and the network's buffers as they were.
+    micro_batches: of this process.
     num_boxes: what the losses were divided by.
     norm: of all gradients before clipping, in units of the loss.
-    scale: that the losses had in the backward passes; 1 but for fp16.
-    generators: states of torch's random generators before the first pass.
+    scale: factor of the losses in the backward passes; 1 but for fp16.
+    generators: states of torch's random generators before the first forward pass.
     """
 
-    kind: Literal["taken", "overflow", "nonfinite"]
-    passes: list[Pass]
+    kind: StepKind
+    micro_batches: list[MicroBatch]
     num_boxes: float
     norm: Tensor
     scale: float
     generators: dict[str, Tensor]
 
 
-class TrainingStep:
-    """Takes optimiser steps: the backward passes, clipping, the update, and the averaged weights behind it.
+def forward_backward(
+    model: nn.Module,
+    criterion: SetCriterion,
+    scaler: torch.amp.GradScaler,
+    batch: Batch,
+    num_boxes: float,
+    autocast: str,
+) -> MicroBatch:
+    """Forward pass, losses and backward pass; the gradients, times the scale, are added to those that are there.
 
     Args:
-        model: the network, whose parameters `optimizer` holds, on its device.
-        parallel: the same network as it is called; DDP around it where there are several processes.
-        criterion: gives the losses.
-        optimizer: moves the weights.
-        average: follows the weights; None where nothing does.
+        model: the network, or DDP around it.
+        criterion: computes the losses.
+        scaler: scales the total loss for fp16, else leaves it.
+        batch: images and targets, on the host.
+        num_boxes: what the losses are divided by.
         autocast: "none", "bf16" or "fp16", for the network's forward pass alone.
-        clip_norm: largest gradient norm; 0 leaves the gradients alone.
-        device: of the network.
     """
+    images, targets = batch
+    device = next(model.parameters()).device
+    targets = [target.to(device) for target in targets]
+    with autocast_to(autocast, device):
+        predictions = model(images.to(device).normalised())
 
-    def __init__(
-        self,
-        model: nn.Module,
-        parallel: nn.Module,
-        criterion: SetCriterion,
-        optimizer: torch.optim.Optimizer,
-        average: AveragedWeights | None,
-        *,
-        autocast: str,
-        clip_norm: float,
-        device: torch.device,
-    ) -> None:
-        self.model, self.parallel, self.criterion = model, parallel, criterion
-        self.optimizer, self.average = optimizer, average
-        self.autocast, self.clip_norm, self.device = autocast, clip_norm, device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=autocast == "fp16")
-        self._buffers = list(model.buffers())
-        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+    try:
+        losses, fault = criterion(predictions, targets, num_boxes=num_boxes), None
+        total = criterion.total(losses)
+    except NonFiniteCostError as error:
+        # Without a matching there is still a backward pass, of nan: under DDP the other processes wait for these
+        # gradients, and learn from them that the step is to be skipped.
+        losses, fault = {}, str(error)
+        total = _sum_of_outputs(predictions) * math.nan
 
-    def take(self, batches: list[Batch]) -> Outcome:
-        """Take a step with one backward pass for each of `batches`, or leave everything as it was and say why."""
-        generators, scale = generator_states(self.device), self.scaler.get_scale()
-        torch._foreach_copy_(self._buffers_before, self._buffers)
-        num_boxes = self._boxes_per_process(batches)
-        self.optimizer.zero_grad()
-        passes = [
-            self.differentiate(batch, num_boxes, apart=number < len(batches))
-            for number, batch in enumerate(batches, start=1)
-        ]
-        self.scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.model)
-        kind = self._judge(passes, norm)
-        if kind == "taken":
-            clip_gradients(self.model, self.clip_norm, norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.average is not None:
-                self.average.update(self.model)
-        else:  # batch norms have taken in what the network saw
-            torch._foreach_copy_(self._buffers, self._buffers_before)
-        return Outcome(kind, passes, num_boxes, norm, scale, generators)
+    scaler.scale(total).backward()
+    return MicroBatch(images, targets, predictions, {**losses, "total": total}, fault)
 
-    def differentiate(self, batch: Batch, num_boxes: float, *, apart: bool = False) -> Pass:
-        """A forward and a backward pass; gradients, times the scale, are added to those that are there.
 
-        A pass that cannot be matched has a backward pass too, with nan: no process waits for its gradients, and every
-        process learns of it from them.
+def micro_batches_per_process(train: TrainSection) -> int:
+    """Micro-batches per optimiser step of each process, so that each is as large as the experiment has it.
 
-        Args:
-            batch: images and targets.
-            num_boxes: what the losses are divided by.
-            apart: processes wait with averaging their gradients, for a later pass of the same step.
-        """
-        images, targets = batch
-        targets = [target.to(self.device) for target in targets]
-        with self._gradients_kept_apart(apart):
-            with autocast_to(self.autocast, self.device):
-                predictions = self.parallel(images.to(self.device).normalised())
-            try:
-                losses, fault = self.criterion(predictions, targets, num_boxes=num_boxes), None
-                total = self.criterion.total(losses)
-            except NonFiniteCostError as error:
-                losses, fault = {}, str(error)
-                total = _sum_of_outputs(predictions) * math.nan
-            self.scaler.scale(total).backward()
-        return Pass(images, targets, predictions, {**losses, "total": total}, fault)
+    A run may resume with another number of processes than it began with: its global batches and their sums stay the
+    same, and fewer processes take more micro-batches each.
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to scale its losses alike; empty but for fp16."""
-        return self.scaler.state_dict()
+    Raises:
+        RunError: the micro-batches do not divide by the processes that were started.
+    """
+    processes, passes = distributed.world_size(), train.gpus * train.accumulate
+    if passes % processes:
+        allowed = ", ".join(str(number) for number in range(1, passes + 1) if passes % number == 0)
+        raise RunError(
+            f"{processes} training processes were started, and train.gpus x train.accumulate = {train.gpus} x "
+            f"{train.accumulate} passes per step do not divide by them; allowed are {allowed}. Start it with "
+            f"python -m solq_lab.training.torchrun --nproc-per-node={train.gpus} RUN_FOLDER"
+        )
+    return passes // processes
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.scaler.load_state_dict(dict(state))
 
-    def _judge(self, passes: list[Pass], norm: Tensor) -> Literal["taken", "overflow", "nonfinite"]:
-        """Whether the step may be taken: the same answer in every process, for one exchange and one wait."""
-        totals = torch.stack([done.losses["total"].detach() for done in passes])
-        faults = torch.stack([~totals.isfinite().all(), ~norm.isfinite()]).float()
-        in_losses, in_gradients = distributed.sum_over_processes(faults).tolist()
-        if not in_losses and not in_gradients:
-            return "taken"
-        if not in_losses and self._lower_scale():
+def share_gradients(model: nn.Module, device: torch.device, *, micro_batches: int) -> nn.Module:
+    """The model as DDP, which averages gradients over the processes; the model itself where there is only one."""
+    if distributed.world_size() == 1:
+        return model
+    # Every loss reaches its parameters on every rank, objects or not: none is unused, and the graph is always the same.
+    # DDP makes use of that unless the first backward pass is one of several, under `no_sync`.
+    devices = [device] if device.type == "cuda" else None
+    static_graph = micro_batches == 1
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, static_graph=static_graph)
+
+
+def no_sync(model: nn.Module, *, active: bool) -> contextlib.AbstractContextManager[None]:
+    """Within the block, if `active`, DDP leaves the averaging of gradients to a later micro-batch of the step."""
+    return model.no_sync() if active and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def boxes_per_process(batches: Sequence[Batch], device: torch.device) -> float:
+    """Objects of the global batch over the number of processes: what the losses of a step are divided by.
+
+    Gradients are summed over the micro-batches of a process and averaged over processes; divided by this number they
+    are those of the whole batch at once.
+    """
+    objects = sum(len(target.labels) for _, targets in batches for target in targets)
+    return distributed.sum_of_numbers(objects, device) / distributed.world_size()
+
+
+def check_finite(micro_batches: Sequence[MicroBatch], norm: Tensor, scaler: torch.amp.GradScaler) -> StepKind:
+    """Whether losses and gradients of all processes are finite: one all-reduce, one wait for the GPU.
+
+    Where they are not, `scaler` is made ready for the next step: with half its scale if that is to blame.
+    """
+    totals = torch.stack([micro_batch.losses["total"].detach() for micro_batch in micro_batches])
+    faults = torch.stack([~totals.isfinite().all(), ~norm.isfinite()]).float()
+    in_losses, in_gradients = distributed.sum_over_processes(faults).tolist()
+    if not in_losses and not in_gradients:
+        return "finite"
+
+    scale = scaler.get_scale()
+    if not in_losses and scale > SCALE_FLOOR:
+        scaler.update()
+        if scaler.get_scale() < scale:
             return "overflow"
-        self.scaler.update(self.scaler.get_scale())  # as it was, ready for the next step
-        return "nonfinite"
-
-    def _lower_scale(self) -> bool:
-        """Halve the scale where it is to blame for gradients that are not finite."""
-        before = self.scaler.get_scale()
-        if before <= SCALE_FLOOR:
-            return False
-        self.scaler.update()
-        return self.scaler.get_scale() < before
-
-    def _boxes_per_process(self, batches: list[Batch]) -> float:
-        """Objects of the global batch over the number of processes: what the losses of this step are divided by.
-
-        Gradients are then summed over the step's backward passes and averaged over processes, and so are those of the
-        whole batch at once.
-        """
-        objects = sum(len(target.labels) for _, targets in batches for target in targets)
-        return distributed.sum_of_numbers(objects, self.device) / distributed.world_size()
-
-    def _gradients_kept_apart(self, apart: bool) -> contextlib.AbstractContextManager:
-        """Within: whether processes wait with averaging their gradients, for a later backward pass of the same step."""
-        if apart and isinstance(self.parallel, DistributedDataParallel):
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
-
-
-def build_criterion(experiment: Experiment, codec: MaskCodec | None) -> SetCriterion:
-    """The losses that an experiment asks for, in training mode: the released PCA code draws noise there."""
-    loss, costs = experiment.loss, experiment.matcher.model_dump()
-    matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
-    return SetCriterion(codec, matcher, **loss.model_dump()).train()
-
-
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that a step draws from, dropout above all."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set torch's generators to what `generator_states` gave."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+    scaler.update(scaler.get_scale())  # unchanged
+    return "nonfinite"
 
 
 def _sum_of_outputs(predictions: Predictions) -> Tensor:
-    """A scalar that reaches every output of the network, and so every parameter."""
+    """A scalar that depends on every output of the network, and so on every parameter."""
     layers = [*predictions.layers, *([] if predictions.proposals is None else [predictions.proposals])]
     outputs = [part for layer in layers for part in (layer.logits, layer.boxes, layer.vectors) if part is not None]
     outputs += [layer.masks.logits for layer in layers if layer.masks is not None]

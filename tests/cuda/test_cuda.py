@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fake_gpu import fake_gpu
-from tiny import tiny_experiment
+from fake_gpu import Traffic, fake_gpu
+from tiny import tiny_experiment, write_tiny_dataset
 from torch import Tensor, nn
+from training_runs import before_each_step
 
+from solq_lab import distributed
 from solq_lab.build import build_codec, build_model
 from solq_lab.codecs.base import FittedCodec, MaskCodec
 from solq_lab.codecs.dct import DCTCodec
@@ -31,14 +34,17 @@ from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import crop_and_resize, paste_masks
 from solq_lab.models.weights import save_weights
 from solq_lab.ops.ms_deform_attn import ms_deform_attn
+from solq_lab.runs import create_run
 from solq_lab.structures import ImageBatch, Target
-from solq_lab.training.ema import AveragedWeights
+from solq_lab.training import trainer as trainer_module
 from solq_lab.training.findings import nonfinite_tensors
-from solq_lab.training.optim import build_optimizer
-from solq_lab.training.step import Batch, TrainingStep, build_criterion
+from solq_lab.training.losses import SetCriterion, build_criterion
+from solq_lab.training.signals import StopRequest
+from solq_lab.training.step import Batch, forward_backward
+from solq_lab.training.trainer import Trainer
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
-MATCHING, JUDGING = "HungarianMatcher.__call__", "TrainingStep._judge"
+MATCHING, CHECKING = "HungarianMatcher.__call__", "check_finite"
 VARIANTS = {
     "solq": {},
     "refined": {"model": {"refine_boxes": True, "two_stage": True}, "loss": {"vector_normalisation": "num_boxes"}},
@@ -68,13 +74,31 @@ def draw_batch(experiment: Experiment) -> Batch:
     return ImageBatch(torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8, generator=generator), padding), targets
 
 
-def build_step(experiment: Experiment, device: str, *, autocast: str = "none") -> TrainingStep:
-    """What a trainer builds, on the device."""
+def build_trainer(patch: pytest.MonkeyPatch, folder: Path, device: str, **sections: dict) -> Trainer:
+    """A trainer of three steps on twelve images, on that device, whose loop neither logs nor saves before its end."""
+    train = {"steps": 3, "log_every": 1000, "save_every": 1000, "ema": 0.99} | sections.pop("train", {})
+    experiment = tiny_experiment(folder / "data", train=train, **sections)
+    patch.setattr(distributed, "device", lambda: torch.device(device))
+    patch.setattr(trainer_module, "measure_start", lambda *_: {"kind": "start", "step": 0})
+    if not (folder / "data").exists():
+        write_tiny_dataset(folder / "data")
+    return Trainer(create_run(experiment, folder / device))
+
+
+def waits_by_step(patch: pytest.MonkeyPatch, trainer: Trainer, traffic: Traffic) -> list[list[str]]:
+    """The waits of all steps but the last, which logs."""
+    patch.setattr(Trainer, "_save", lambda trainer: None)  # what a fake GPU holds counts as not finite
+    before: list[int] = []
+    before_each_step(patch, lambda *_: before.append(len(traffic.waits)))
+    assert trainer.train_steps(StopRequest())
+    return [traffic.waits[start:stop] for start, stop in pairwise(before)]
+
+
+def build_parts(experiment: Experiment, device: str) -> tuple[nn.Module, SetCriterion, torch.amp.GradScaler]:
+    """What a forward and backward pass needs, on the device."""
     model = build_model(experiment, len(CLASSES)).train().to(device)
     criterion = build_criterion(experiment, build_codec(experiment)).to(device)
-    optimizer, average = build_optimizer(model, experiment.optim), AveragedWeights(model, 0.99)
-    there = torch.device(device)
-    return TrainingStep(model, model, criterion, optimizer, average, autocast=autocast, clip_norm=0.1, device=there)
+    return model, criterion, torch.amp.GradScaler(device, enabled=False)
 
 
 @pytest.fixture
@@ -91,37 +115,36 @@ def learning(monkeypatch) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_in_a_training_step_the_host_waits_for_the_matching_and_for_the_verdict(variant, learning):
-    experiment = tiny_experiment(Path(), **VARIANTS[variant])
+def test_in_a_training_step_the_host_waits_for_the_matching_and_the_finite_check(
+    variant, learning, tmp_path, monkeypatch
+):
     with fake_gpu() as traffic:
-        step = build_step(experiment, "cuda")
-        learning += [parameter for parameter in step.model.parameters() if parameter.requires_grad]
-        outcome = step.take([draw_batch(experiment)])
-    assert outcome.kind == "taken"
-    assert outcome.norm.device.type == "cuda"
-    assert traffic.waits == [MATCHING, JUDGING]
+        trainer = build_trainer(monkeypatch, tmp_path, "cuda", **VARIANTS[variant])
+        learning += [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        waits = waits_by_step(monkeypatch, trainer, traffic)
+    assert waits == [[MATCHING, CHECKING]] * 2
 
 
 @pytest.mark.parametrize(("autocast", "type_"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_half_precision_adds_no_waiting_but_for_the_scale_of_fp16(autocast, type_, learning):
-    experiment = tiny_experiment(Path())
+def test_half_precision_adds_no_waiting_but_for_the_scale_of_fp16(autocast, type_, learning, tmp_path, monkeypatch):
+    types = set()
     with fake_gpu() as traffic:
-        step = build_step(experiment, "cuda", autocast=autocast)
-        learning += [parameter for parameter in step.model.parameters() if parameter.requires_grad]
-        first = step.take([draw_batch(experiment)])
-        assert traffic.waits == [MATCHING, JUDGING]
-        step.take([draw_batch(experiment)])
-    assert {layer.logits.dtype for layer in first.passes[0].predictions.layers} == {type_}
-    assert traffic.waits[2:] == (["TrainingStep.take"] if autocast == "fp16" else []) + [MATCHING, JUDGING]
+        trainer = build_trainer(monkeypatch, tmp_path, "cuda", train={"autocast": autocast})
+        trainer.model.register_forward_hook(lambda *call: types.update(layer.logits.dtype for layer in call[-1].layers))
+        learning += [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        waits = waits_by_step(monkeypatch, trainer, traffic)
+    assert types == {type_}
+    scaling = ["Trainer.train_steps"] if autocast == "fp16" else []
+    assert waits == [[MATCHING, CHECKING], [*scaling, MATCHING, CHECKING]]
 
 
 @pytest.mark.parametrize("variant", ["solq", "refined", "sqr"])
 def test_the_way_back_mixes_no_devices_and_never_waits(variant):
     experiment = tiny_experiment(Path(), **VARIANTS[variant])
     with fake_gpu("meta") as traffic:
-        step = build_step(experiment, "meta")
-        step.differentiate(draw_batch(experiment), 3.0)
-        missing = [name for name, p in step.model.named_parameters() if p.requires_grad and p.grad is None]
+        model, criterion, scaler = build_parts(experiment, "meta")
+        forward_backward(model, criterion, scaler, draw_batch(experiment), 3.0, "none")
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
     assert traffic.waits == [MATCHING]
 
@@ -241,44 +264,41 @@ def gpu() -> str:
 
 
 @pytest.mark.cuda
-def test_a_training_step_gives_the_losses_of_the_cpu(gpu):
-    experiment = tiny_experiment(Path(), model={"dropout": 0})
-    outcomes = []
+def test_a_training_step_gives_the_losses_of_the_cpu(gpu, tmp_path, monkeypatch):
+    lines = []
     with torch.backends.cudnn.flags(enabled=False):  # its convolutions would round to TF32
         for device in ("cpu", gpu):
-            torch.manual_seed(0)
-            outcomes.append(build_step(experiment, device).take([draw_batch(experiment)]))
-    expected, found = outcomes
-    for name, loss in expected.passes[0].losses.items():
-        torch.testing.assert_close(found.passes[0].losses[name].cpu(), loss, rtol=1e-3, atol=1e-4)
+            trainer = build_trainer(monkeypatch, tmp_path, device, train={"steps": 1}, model={"dropout": 0})
+            assert trainer.train_steps(StopRequest())
+            lines += trainer.run.metrics("train")
+    expected, found = lines
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3, abs=1e-4)
     # A sample on a cell's centre may take either side's slope.
-    torch.testing.assert_close(found.norm.cpu(), expected.norm, rtol=1e-2, atol=0)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
 
 
 @pytest.mark.cuda
-def test_a_training_step_waits_twice_for_the_gpu(gpu):
-    experiment = tiny_experiment(Path())
-    step, batch = build_step(experiment, gpu), draw_batch(experiment)
-    step.take([batch])  # loads what is loaded lazily
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step.take([batch])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_a_training_step_waits_twice_for_the_gpu(gpu, tmp_path, monkeypatch):
+    trainer = build_trainer(monkeypatch, tmp_path, gpu)
+
+    def warn_in_the_second(trainer: Trainer, batches: list[Batch]) -> None:  # the first loads what is loaded lazily
+        torch.cuda.set_sync_debug_mode("warn" if trainer.step == 1 else "default")
+
+    before_each_step(monkeypatch, warn_in_the_second)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert trainer.train_steps(StopRequest())
     waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     assert len(waits) == 2, [f"{wait.filename}:{wait.lineno}" for wait in waits]
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("autocast", ["bf16", "fp16"])
-def test_half_precision_steps_are_taken(gpu, autocast):
-    experiment = tiny_experiment(Path())
-    step, batch = build_step(experiment, gpu, autocast=autocast), draw_batch(experiment)
-    kinds = [step.take([batch]).kind for _ in range(12)]
-    assert "nonfinite" not in kinds
-    assert kinds[-1] == "taken", "fp16 may overflow a few times until its scale is found"
+def test_half_precision_steps_are_taken(gpu, autocast, tmp_path, monkeypatch):
+    train = {"autocast": autocast, "steps": 12, "log_every": 1}
+    trainer = build_trainer(monkeypatch, tmp_path, gpu, train=train)
+    assert trainer.train_steps(StopRequest())  # raises where a step is not finite
+    assert trainer.run.metrics("train")[-1]["step"] == 12, "fp16 may overflow a few times until its scale is found"
 
 
 @pytest.mark.cuda
@@ -288,9 +308,9 @@ def test_gradients_are_bit_equal_when_torch_is_deterministic(gpu, variant):
 
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)
-        step = build_step(experiment, gpu)
-        step.differentiate(draw_batch(experiment), 3.0)
-        return [parameter.grad for parameter in step.model.parameters() if parameter.requires_grad]
+        model, criterion, scaler = build_parts(experiment, gpu)
+        forward_backward(model, criterion, scaler, draw_batch(experiment), 3.0, "none")
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
     torch.use_deterministic_algorithms(True)
     try:

@@ -358,7 +358,7 @@ def test_an_experiment_asks_for_buckets_and_replacements(tmp_path):
         trainer = Trainer(run)
         assert (trainer.stream.aspects is not None) == bool(options)
         (root / "train" / "3.png").unlink(missing_ok=True)
-        loader = trainer._batches()
+        loader = trainer._load_batches()
         if options:
             assert sum(len(targets) for _, targets in loader) == 8
             assert loader.replaced == 1

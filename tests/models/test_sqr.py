@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny import SIDE, tiny_experiment, write_tiny_dataset
 from torchvision.ops import sigmoid_focal_loss
+from training_runs import before_each_step
 
 from solq_lab.build import build_dataset, build_model
 from solq_lab.config import ConfigError
@@ -35,7 +36,7 @@ from solq_lab.runs import create_run
 from solq_lab.structures import ImageBatch, ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
-from solq_lab.training.trainer import Trainer, train_run
+from solq_lab.training.trainer import train_run
 
 SQR = {"model": {"mask_branch": "sqr", "standardise_vectors": False}, "codec": {"kind": "none"}}
 CLASSES = 2
@@ -337,15 +338,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one(data_root, tmp_path, mon
     whole = create_run(sqr_experiment(data_root, train={"steps": 4, "save_every": 2}), tmp_path / "whole")
     train_run(whole)
     parts = create_run(sqr_experiment(data_root, train={"steps": 4, "save_every": 2}), tmp_path / "parts")
-    take_step = Trainer._take_step
 
-    def break_at_the_third(self, batches):
-        if self.step == 2:
+    def break_at_the_third(trainer, batches):
+        if trainer.step == 2:
             raise RuntimeError("power failure")
-        take_step(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_take_step", break_at_the_third)
+        before_each_step(patch, break_at_the_third)
         with pytest.raises(RuntimeError, match="power failure"):
             train_run(parts)
     train_run(parts)

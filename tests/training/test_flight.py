@@ -8,11 +8,12 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from tiny import write_tiny_dataset
-from training_runs import ENVIRONMENT, TESTS, new_run, signal_after, torchrun, what_was_learned
+from training_runs import ENVIRONMENT, TESTS, before_each_step, new_run, signal_after, torchrun, what_was_learned
 
 from solq_lab import precision
 from solq_lab.files import FileError
@@ -21,11 +22,11 @@ from solq_lab.runs import RunError
 from solq_lab.training import record as record_module
 from solq_lab.training.checkpoint import list_checkpoints
 from solq_lab.training.flight import NonFiniteError
-from solq_lab.training.journal import Journal
 from solq_lab.training.losses import SetCriterion
+from solq_lab.training.metrics import MetricLogger
 from solq_lab.training.record import list_records, load_record
 from solq_lab.training.replay import replay_record
-from solq_lab.training.step import SCALE_FLOOR
+from solq_lab.training.step import SCALE_FLOOR, MicroBatch
 from solq_lab.training.trainer import Trainer, train_run
 from solq_lab.workbench import cli
 
@@ -37,19 +38,6 @@ def data_root(tmp_path_factory):
     return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
-def before_step(patch, act):
-    """Call act(trainer, batches) before each step; what it returns, if anything, is called with the trainer after."""
-    take_step = Trainer._take_step
-
-    def act_and_take_step(self, batches):
-        after = act(self, batches)
-        take_step(self, batches)
-        if after is not None:
-            after(self)
-
-    patch.setattr(Trainer, "_take_step", act_and_take_step)
-
-
 def poison_weight(patch, step):
     """Make one weight nan just before that step."""
 
@@ -58,13 +46,13 @@ def poison_weight(patch, step):
             with torch.no_grad():
                 trainer.model.get_parameter(POISONED)[0] = math.nan
 
-    before_step(patch, poison)
+    before_each_step(patch, poison)
 
 
 def spoil_total(patch, steps, spoil):
     """Change the loss of those steps, behind the back of everything that a record could hold."""
     total, now = SetCriterion.total, []
-    before_step(patch, lambda trainer, batches: now.append(trainer.step + 1))
+    before_each_step(patch, lambda trainer, batches: now.append(trainer.step + 1))
 
     def spoilt(self, losses):
         value = total(self, losses)
@@ -191,23 +179,13 @@ def test_costs_that_are_not_finite_stop_after_as_many_steps_as_are_allowed(data_
 
 
 def test_a_skipped_step_moves_nothing_and_the_training_recovers(data_root, tmp_path, monkeypatch):
-    skipped = []
     spoil_total(monkeypatch, {3, 4}, to_nan)
-
-    def compare(trainer, batches):
-        before = everything(trainer)
-
-        def check(trainer):
-            after = everything(trainer)
-            equal = len(after) == len(before) and all(map(torch.equal, before, after))
-            skipped.extend([trainer.step + 1] if equal else [])
-
-        return check
-
-    before_step(monkeypatch, compare)
+    before = []  # each step
+    before_each_step(monkeypatch, lambda trainer, batches: before.append(everything(trainer)))
     run = new_run(data_root, tmp_path, train={"skip_nonfinite": 2, "ema": 0.9})
     assert train_run(run) == "finished"
-    assert skipped == [3, 4]
+    same = [len(one) == len(next) and all(map(torch.equal, one, next)) for one, next in pairwise(before)]
+    assert [step for step, moved_nothing in enumerate(same, start=1) if moved_nothing] == [3, 4]
     assert [line["step"] for line in run.metrics("nonfinite")] == [3, 4]
     assert [line["step"] for line in run.metrics("train")] == [1, 2, 5, 6, 7, 8]
 
@@ -230,13 +208,14 @@ def test_a_run_that_stopped_goes_on_where_more_steps_may_be_skipped(data_root, t
 
 def test_a_mean_over_several_steps_leaves_the_skipped_ones_out(data_root, tmp_path):
     run = new_run(data_root, tmp_path, train={"log_every": 3})
-    journal = Journal(run, total_steps=9, steps_per_epoch=3)
+    metrics = MetricLogger(run, total_steps=9, steps_per_epoch=3)
     for step, total in enumerate((1.0, None, 4.0, None, None, None), start=1):
         if total is None:
-            journal.skip_step(step, "nonfinite", {})
+            metrics.skip_step(step, "nonfinite", {})
         else:
-            journal.add({"total": torch.tensor(total), "grad_norm": torch.tensor(total)})
-        journal.end_step(step, 0.1, {"main": 1e-3})
+            loss = torch.tensor(total)
+            metrics.add_step([MicroBatch(None, [], None, {"total": loss}, None)], norm=loss)
+        metrics.end_step(step, 0.1, [{"name": "main", "lr": 1e-3}])
     (line,) = run.metrics("train")
     assert (line["step"], line["total"], line["grad_norm"]) == (3, 2.5, 2.5)
     assert line["images_per_second"] == pytest.approx(3 * 4 / 0.3)
@@ -432,7 +411,7 @@ def scaled(patch, scale):
     def build_and_scale(self, *arguments):
         build(self, *arguments)
         if self.step == 0:
-            self.training_step.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale)
+            self.scaler = torch.amp.GradScaler(self.device.type, init_scale=scale)
 
     patch.setattr(Trainer, "__init__", build_and_scale)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_experiment, write_tiny_dataset
+from training_runs import before_each_step
 
 from solq_lab.config import load_experiment
 from solq_lab.data.coco import CocoDataset
@@ -119,7 +120,7 @@ def test_a_stop_in_the_last_evaluation_leaves_only_that_to_do(run, whole, monkey
         patch.setattr(module, "evaluate_run", lambda *_, **__: interrupt(signal.SIGINT))
         assert stopped_within(30, run)["step"] == 8
     assert not run.results.exists()
-    monkeypatch.setattr(Trainer, "_take_step", lambda *_: pytest.fail("all steps were done"))
+    before_each_step(monkeypatch, lambda *_: pytest.fail("all steps were done"))
     assert train_run(run) == "finished"
     assert what_was_learned(run) == whole
 
@@ -151,17 +152,15 @@ def test_a_stop_while_a_slow_disk_is_waited_for_does_not_wait(data_root, tmp_pat
 
 
 def signal_after_step(monkeypatch, step, *numbers, pause=0.0):
-    """Sends this process signals at the end of a step, and waits in between."""
-    take_step = Trainer._take_step
+    """Send this process signals in that step, which is still taken, and wait in between."""
 
-    def take_step_and_signal(self, batches):
-        take_step(self, batches)
-        if self.step + 1 == step:
+    def send(trainer, batches):
+        if trainer.step + 1 == step:
             for number in numbers:
                 os.kill(os.getpid(), number)
                 time.sleep(pause)
 
-    monkeypatch.setattr(Trainer, "_take_step", take_step_and_signal)
+    before_each_step(monkeypatch, send)
 
 
 def test_a_signal_that_torchrun_sends_once_more_is_no_second_one(run, monkeypatch):
@@ -289,15 +288,8 @@ def ask_a_gpu_for_too_much():
 
 @pytest.mark.parametrize("exhaust", [lambda: bytearray(2**62), lambda: torch.empty(2**45), ask_a_gpu_for_too_much])
 def test_out_of_memory_names_the_settings_that_take_less(run, whole, monkeypatch, exhaust):
-    take_step = Trainer._take_step
-
-    def take_step_or_fail(self, batches):
-        if self.step == 4:
-            exhaust()
-        take_step(self, batches)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_take_step", take_step_or_fail)
+        before_each_step(patch, lambda trainer, batches: exhaust() if trainer.step == 4 else None)
         with pytest.raises(OutOfMemory) as caught:
             train_run(run)
     message = str(caught.value)

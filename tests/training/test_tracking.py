@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_experiment, write_tiny_dataset
+from training_runs import signal_after
 
 from solq_lab.config import ConfigError
 from solq_lab.files import read_json
 from solq_lab.runs import Run, create_run
 from solq_lab.training import tracking
 from solq_lab.training.tracking import FOLDER, TensorBoard, scalars
-from solq_lab.training.trainer import Trainer, train_run
+from solq_lab.training.trainer import train_run
 
 TRAIN = {"tensorboard": True, "steps": 6, "save_every": 2}
 
@@ -44,21 +43,14 @@ def recorded(run: Run) -> dict[str, list[tuple[int, float]]]:
 def test_every_number_of_metrics_jsonl_is_drawn_once_after_a_stop_and_a_rewind(data_root, tmp_path, monkeypatch):
     """Stopped after step 3 and, as after a kill, set back to the checkpoint of step 2: step 3 is taken again."""
     run = create_run(tiny_experiment(data_root, train=TRAIN), tmp_path)
-    take_step = Trainer._take_step
-
-    def take_step_and_stop(self, batches):
-        take_step(self, batches)
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "_take_step", take_step_and_stop)
-    assert train_run(run) == "preempted"
+    with monkeypatch.context() as patch:
+        signal_after(patch, 3)
+        assert train_run(run) == "preempted"
     before = drawn(run.folder / FOLDER)["train/total"]
     assert [step for step, _ in before] == [1, 2, 3]
     for path in (run.checkpoints / "step_0000003").iterdir():
         path.unlink()
     (run.checkpoints / "step_0000003").rmdir()
-    monkeypatch.setattr(Trainer, "_take_step", take_step)
     assert train_run(run) == "finished"
 
     curves = drawn(run.folder / FOLDER)
