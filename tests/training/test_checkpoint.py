@@ -22,11 +22,10 @@ from solq_lab.training.checkpoint import (
     Checkpoint,
     list_checkpoints,
     load_newest_checkpoint,
-    random_state,
-    restore_random_state,
     save_checkpoint,
 )
 from solq_lab.training.ema import AveragedWeights
+from solq_lab.training.random import random_state, restore_random_state
 
 CPU = torch.device("cpu")
 

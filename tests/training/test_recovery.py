@@ -84,7 +84,7 @@ def stopped_within(seconds, run):
 # ----------------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("phase", ["prepare_data", "build_model", "run_ceiling", "build_optimizer"])
+@pytest.mark.parametrize("phase", ["prepare_data", "build_model", "measure_start", "build_optimizer"])
 def test_a_stop_in_start_up_ends_at_once_and_leaves_nothing_half_done(run, whole, monkeypatch, phase):
     with monkeypatch.context() as patch:
         patch.setattr(module, phase, lambda *_, **__: interrupt())
