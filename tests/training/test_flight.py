@@ -315,7 +315,7 @@ def test_a_replay_repeats_every_number_bit_for_bit_and_finds_the_place(stopped, 
     assert replay.reproduced
     finite = [before for before, _ in replay.numbers.values() if isinstance(before, float)]
     assert len(finite) > 30  # losses, costs, and the gradients that nan does not reach
-    place = "output of heads.0.vector.layers.2 (TrainedLinear), 32 of 640 values, from finite inputs"
+    place = "output of heads.0.vector.layers.2 (OneDNNLinear), 32 of 640 values, from finite inputs"
     assert replay.firsts == {"forward": place}
     monkeypatch.setattr(sys, "argv", ["solq-lab", "replay", str(record)])
     with pytest.raises(SystemExit) as end:
