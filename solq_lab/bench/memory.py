@@ -31,8 +31,8 @@ from solq_lab.config import Experiment
 from solq_lab.evaluation.coco import KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import write_results
+from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.onednn import use_onednn
-from solq_lab.models.recomputing import recompute_activations
 from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
 
 NUM_IMAGES = 5000  # of COCO's validation split
@@ -136,7 +136,7 @@ def train(activations: str, height: int, width: int) -> dict:
     model = network.build_network(EXPERIMENT).train()
     use_onednn(model, training=True)
     if activations == "recompute":
-        recompute_activations(model)
+        checkpoint_activations(model)
     criterion = network.build_criterion(EXPERIMENT)
     optimizer = build_optimizer(model, EXPERIMENT.optim)
     images, target = network.draw_images((height, width)), network.draw_target(criterion.codec.mask_size)

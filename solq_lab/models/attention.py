@@ -1,7 +1,7 @@
 """The two attentions of the transformer: multi-scale deformable attention, and self-attention among queries.
 
-Paper: section 3.1 (Deformable DETR). An image of what a layer looks at needs no change here: a forward hook on
-`MultiScaleDeformableAttention` receives the very arguments that `sampling` takes.
+Paper: section 3.1 (Deformable DETR). Attention maps need no change here: a forward hook on
+`MultiScaleDeformableAttention` receives the arguments that `sampling` takes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Memory(NamedTuple):
     """The tokens of all levels in one row, T of them, and where they lie.
 
     tokens: (B, T, C), level after level, each row by row.
-    positions: (B, T, C) position encoding plus level embedding; added to the tokens where they ask.
+    positions: (B, T, C) position encoding plus level embedding; added to the tokens as queries.
     centers: (B, T, 2) float32 (x, y) of each token's cell, normalised image.
     padding: (B, T) bool, True on padded cells.
     spatial_shapes: (H, W) of the L levels, cells.
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Each query looks at P points on each of L levels, placed around its reference.
+    """Attention of each query to P points on each of L levels, placed around its reference.
 
     Args:
         width: C, a multiple of `heads`.
@@ -80,26 +80,26 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, queries: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        """What the queries find in the memory.
+        """Values of the memory at the sampled points, weighted and summed.
 
         Args:
             queries: (B, J, C), position included.
             reference: (B, J, L, 2) points or (B, J, L, 4) boxes (cx, cy, w, h), 0..1 over each padded level.
-            memory: where to look.
+            memory: what is sampled.
 
         Returns:
             (B, J, C).
         """
         locations, weights = self.sampling(queries, reference, memory)
         values = self.value_proj(memory.tokens)
-        hide = values.masked_fill if values.requires_grad else values.masked_fill_  # in place, gradients are costly
-        values = hide(memory.padding.unsqueeze(-1), 0.0)
+        # In place it costs no copy; autograd would have to keep one.
+        fill = values.masked_fill if values.requires_grad else values.masked_fill_
+        values = fill(memory.padding.unsqueeze(-1), 0.0)
         values = values.unflatten(-1, (self.heads, -1))  # (B, T, C) -> (B, T, M, C/M)
-        found = ms_deform_attn(values, memory.spatial_shapes, locations, weights)
-        return self.output_proj(found)
+        return self.output_proj(ms_deform_attn(values, memory.spatial_shapes, locations, weights))
 
     def sampling(self, queries: Tensor, reference: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Where the queries look and how much each point counts; the arguments are those of `forward`.
+        """Sampling locations and attention weights of the queries; the arguments are those of `forward`.
 
         Returns:
             locations (B, J, M, L, P, 2) as (x, y), 0..1 over each padded level (divide by `memory.valid_ratios` for
@@ -142,12 +142,12 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, queries: Tensor, query_pos: Tensor) -> Tensor:
-        """(B, J, C) from queries (B, J, C); `query_pos` (B, J, C) tells who asks and who answers, not what is said."""
+        """(B, J, C) from queries (B, J, C); `query_pos` (B, J, C) is added to queries and keys, not to values."""
         width = queries.shape[-1]
-        asking = F.linear(queries + query_pos, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
-        said = F.linear(queries, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
-        query, key = asking.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, dim=1)  # each (B, M, J, C/M)
-        value = said.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        qk = F.linear(queries + query_pos, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
+        v = F.linear(queries, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+        query, key = qk.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, dim=1)  # each (B, M, J, C/M)
+        value = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         dropped = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropped)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, M, J, C/M) -> (B, J, C)

@@ -1,4 +1,4 @@
-"""Backbones: an image in, the maps C3, C4, C5 out. Paper: sections 3.2 and 4.2 (ResNet), table 1 (Swin).
+"""Backbones: from an image to the maps C3, C4, C5. Paper: sections 3.2 and 4.2 (ResNet), table 1 (Swin).
 
 `SmallBackbone` is not in the paper: it lets a CPU train a detector from scratch in minutes.
 Every backbone has `strides` and `channels`, one number per map it returns.
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from solq_lab.models.recomputing import Recomputing
+from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.weights import WeightMismatch, read_backbone_weights
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         return torch.addcmul(shift.view(1, -1, 1, 1), maps, scale.view(1, -1, 1, 1))
 
 
-class ResNetBackbone(Recomputing):
+class ResNetBackbone(Checkpointed):
     """ResNet whose batch norms are constants and whose first layers are frozen.
 
     Args:
@@ -54,7 +54,7 @@ class ResNetBackbone(Recomputing):
 
     Raises:
         ValueError: an unknown name.
-        WeightMismatch: the weights cannot be had or do not fit.
+        WeightMismatch: the weights cannot be read or do not fit.
     """
 
     def __init__(self, name: str, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> None:
@@ -79,16 +79,16 @@ class ResNetBackbone(Recomputing):
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                current = self.through(block, current)
+                current = self.checkpoint(block, current)
             maps.append(current)
         return maps[-1:] if self.c5_only else maps[1:]
 
 
-class SwinBackbone(Recomputing):
+class SwinBackbone(Checkpointed):
     """Swin Transformer with windows of 7 cells; each returned map has its own layer norm.
 
-    The modules and their ImageNet weights are timm's. The walk through them is ours: the released models pad a map to
-    whole windows before they shift it, timm shifts first.
+    The modules and their ImageNet weights are timm's, the forward pass is ours: the released models pad a map to whole
+    windows before they shift it, timm shifts first.
 
     Args:
         name: "swin_t", "swin_s", "swin_b" or "swin_l".
@@ -98,7 +98,7 @@ class SwinBackbone(Recomputing):
     Raises:
         ImportError: timm is not installed.
         ValueError: an unknown name.
-        WeightMismatch: the weights cannot be had or do not fit.
+        WeightMismatch: the weights cannot be read or do not fit.
     """
 
     def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False) -> None:
@@ -130,7 +130,7 @@ class SwinBackbone(Recomputing):
             tokens = layer.downsample(tokens)
             mask = _shift_mask(tokens.shape[1], tokens.shape[2], self.window, tokens)
             for block in layer.blocks:
-                tokens = self.through(self._transform, block, tokens, mask)
+                tokens = self.checkpoint(self._transform, block, tokens, mask)
             if str(stage) in self.norms:
                 maps.append(self.norms[str(stage)](tokens).permute(0, 3, 1, 2))
         return maps
@@ -158,7 +158,7 @@ class SwinBackbone(Recomputing):
 
 
 def _shift_mask(height: int, width: int, window: int, like: Tensor) -> Tensor:
-    """What may not look at each other in shifted windows of a padded map: cells that the roll brought together.
+    """Attention mask of shifted windows on a padded map: cells that only the roll made neighbours are masked.
 
     Returns:
         (windows, window^2, window^2): 0 where both cells were neighbours before the roll, -100 elsewhere.
@@ -176,7 +176,7 @@ def _shift_mask(height: int, width: int, window: int, like: Tensor) -> Tensor:
     return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
 
 
-class SmallBackbone(Recomputing):
+class SmallBackbone(Checkpointed):
     """ResNet of basic blocks, about a million weights, trained from scratch; its batch norms learn.
 
     Args:
@@ -186,7 +186,7 @@ class SmallBackbone(Recomputing):
         c5_only: return C5 alone.
 
     Raises:
-        WeightMismatch: the weights cannot be had or do not fit.
+        WeightMismatch: the weights cannot be read or do not fit.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class SmallBackbone(Recomputing):
         maps = []
         for stage in self.stages:
             for block in stage:
-                current = self.through(block, current)
+                current = self.checkpoint(block, current)
             maps.append(current)
         return maps[-1:] if self.c5_only else maps[1:]
 
@@ -264,7 +264,7 @@ def _initialise(backbone: nn.Module, pretrained: str, fetch: Callable[[], dict[s
         raise WeightMismatch(f"there are no ImageNet weights for {type(backbone).__name__}; set pretrained: none")
     try:
         state = fetch()
-    except Exception as error:  # whatever the download ran into
+    except Exception as error:  # downloads raise dozens of kinds
         raise WeightMismatch(
             f"the ImageNet weights of {type(backbone).__name__} cannot be downloaded ({error}); get them on a machine "
             "with a network and give their file as pretrained, or start without them: pretrained=none"

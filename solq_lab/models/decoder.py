@@ -1,4 +1,4 @@
-"""One decoder layer, H^k: the queries talk to each other, then look at the memory. Paper: section 3.1, fig. 1(b)."""
+"""One decoder layer, H^k: queries attend to each other, then to the memory. Paper: section 3.1, fig. 1(b)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             queries: (B, J, C) content.
-            query_pos: (B, J, C) position, added wherever a query asks.
+            query_pos: (B, J, C) position, added to queries and keys.
             reference: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image.
             memory: the encoder's tokens.
 
@@ -45,6 +45,6 @@ class DecoderLayer(nn.Module):
             (B, J, C).
         """
         queries = self.self_norm(queries + self.dropout(self.self_attention(queries, query_pos)))
-        found = self.cross_attention(queries + query_pos, memory.to_levels(reference), memory)
-        queries = self.cross_norm(queries + self.dropout(found))
+        attended = self.cross_attention(queries + query_pos, memory.to_levels(reference), memory)
+        queries = self.cross_norm(queries + self.dropout(attended))
         return self.feedforward(queries)

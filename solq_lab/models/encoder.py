@@ -1,4 +1,4 @@
-"""One encoder layer: every token looks around itself on all levels. Paper: section 3.1, fig. 1(b)."""
+"""One encoder layer: every token attends to points around itself on all levels. Paper: section 3.1, fig. 1(b)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 class FeedForward(nn.Module):
-    """Two linear layers on each token alone, added to it and normalised.
+    """Two linear layers per token with a residual connection and a layer norm.
 
     Args:
         width: C.
@@ -63,6 +63,6 @@ class EncoderLayer(nn.Module):
     def forward(self, memory: Memory) -> Memory:
         """The memory with refined tokens."""
         reference = memory.to_levels(memory.centers)
-        found = self.attention(memory.tokens + memory.positions, reference, memory)
-        tokens = self.attention_norm(memory.tokens + self.dropout(found))
+        attended = self.attention(memory.tokens + memory.positions, reference, memory)
+        tokens = self.attention_norm(memory.tokens + self.dropout(attended))
         return memory._replace(tokens=self.feedforward(tokens))

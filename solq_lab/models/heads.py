@@ -1,4 +1,4 @@
-"""The unified query head: one query, three answers (class, box, mask vector). Paper: section 3.2, fig. 2."""
+"""The unified query head: class, box and mask vector of one query. Paper: section 3.2, fig. 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from solq_lab.structures import LayerPrediction
 
 PRIOR = 0.01  # score of every class before training, so that the focal loss starts small
-EDGE = 1e-5  # references this near to 0 or 1 count as being there
+EDGE = 1e-5  # references nearer to 0 or 1 are clamped to it
 
 
 def inverse_sigmoid(values: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def inverse_sigmoid(values: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Three linear layers with ReLU between; the last starts at zero, so that every answer starts as its bias."""
+    """Three linear layers with ReLU between; the last weight starts at zero, so that outputs start as its bias."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class VectorMLP(MLP):
         width: C.
         hidden: features of the two hidden layers.
         vector_dim: D.
-        standardise: answer in units of the training vectors' spread (`set_statistics`). Otherwise, as released,
+        standardise: predict in units of the training vectors' std (`set_statistics`). Otherwise, as released,
             coefficients 2 and higher start at -2.
     """
 
@@ -60,21 +60,21 @@ class VectorMLP(MLP):
         vectors = super().forward(features)
         return self.vector_center + self.vector_spread * vectors if self.standardise else vectors
 
-    def set_statistics(self, center: Tensor, spread: Tensor) -> None:
-        """Take centre and spread, each (D,), of the training vectors.
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set mean and std, each (D,), of the training vectors.
 
         Raises:
             ValueError: the head does not standardise, or the lengths differ.
         """
         if not self.standardise:
-            raise ValueError("this vector head answers in plain coefficients; build the model with standardise_vectors")
-        if center.shape != self.vector_center.shape or spread.shape != self.vector_spread.shape:
+            raise ValueError("this vector head predicts plain coefficients; build the model with standardise_vectors")
+        if mean.shape != self.vector_center.shape or std.shape != self.vector_spread.shape:
             raise ValueError(
-                f"vector statistics of shapes {tuple(center.shape)} and {tuple(spread.shape)} do not fit vectors of "
+                f"vector statistics of shapes {tuple(mean.shape)} and {tuple(std.shape)} do not fit vectors of "
                 f"length {self.vector_center.numel()}; take both over the training vectors of this codec"
             )
-        self.vector_center.copy_(center)
-        self.vector_spread.copy_(spread)
+        self.vector_center.copy_(mean)
+        self.vector_spread.copy_(std)
 
 
 class UnifiedQueryHead(nn.Module):
@@ -94,16 +94,16 @@ class UnifiedQueryHead(nn.Module):
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, queries: Tensor, reference: Tensor) -> LayerPrediction:
-        """What the queries say.
+        """Predictions of the queries.
 
         Args:
             queries: (B, J, C).
-            reference: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image; boxes are said
-                relative to it.
+            reference: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image; boxes are
+                predicted relative to it.
         """
         delta = self.box(queries)
         anchor = inverse_sigmoid(reference)
         if reference.shape[-1] == 2:
-            anchor = F.pad(anchor, (0, 2))  # a point says nothing about size
+            anchor = F.pad(anchor, (0, 2))  # a point has no size
         vectors = None if self.vector is None else self.vector(queries)
         return LayerPrediction(self.classify(queries), (delta + anchor).sigmoid(), vectors)

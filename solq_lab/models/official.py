@@ -1,4 +1,4 @@
-"""The released implementation's names of the weights, beside ours.
+"""Names of the weights in the released implementation, and ours.
 
 One table per architecture, in the released order, serves both directions. Released files hold some tensors under
 several names: the mask-vector head once per layer, the box heads once more inside the decoder, and without box
@@ -21,7 +21,7 @@ RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 SWIN_BLOCKS = {"swin_t": (2, 2, 6, 2), "swin_s": (2, 2, 18, 2), "swin_b": (2, 2, 18, 2), "swin_l": (2, 2, 18, 2)}
 SWIN_WIDTHS = {"swin_t": 96, "swin_s": 96, "swin_b": 128, "swin_l": 192}
 SWIN_INDEX = "relative_position_index"  # stored by the released Swin, computed by ours
-DEFAULT_HEADS = 8  # all released models; tensor shapes do not tell
+DEFAULT_HEADS = 8  # all released models; tensor shapes do not determine it
 WEIGHT_BIAS = ("weight", "bias")
 BODY = "backbone.0.body."
 DETECTOR = "detr."  # before a released detector's names where it has a mask branch
@@ -29,11 +29,11 @@ MASK_BRANCH = ("bbox_attention.", "mask_head.", "seg_input_proj.")  # how the re
 
 
 class WeightMismatch(UserError):
-    """Weights that do not fit: the message names the file, the tensor, what was found, what is expected, the cure."""
+    """Weights that do not fit: the message names the file, the tensor, found and expected shapes, and the cure."""
 
 
 class Layout(NamedTuple):
-    """What decides which tensors a model has: names, not sizes.
+    """The choices that decide which tensors a model has, not their sizes.
 
     `backbone` is a name, `vectors` whether it is SOLQ, `mask_branch` whether it is SQR; plain detectors are neither.
     """
@@ -49,12 +49,12 @@ class Layout(NamedTuple):
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state without what wrappers put before the names: `module.` (parallel training), `detr.` (mask branch)."""
+    """The state without the prefixes of wrappers: `module.` (parallel training), `detr.` (mask branch)."""
     return {name.removeprefix("module.").removeprefix(DETECTOR): tensor for name, tensor in state.items()}
 
 
 def with_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back of `strip_prefixes`: a mask branch makes the released detector a part, named `detr.`."""
+    """Inverse of `strip_prefixes`: with a mask branch the released detector is a submodule named `detr`."""
     if not any(name.startswith(MASK_BRANCH) for name in state):
         return dict(state)
     return {name if name.startswith(MASK_BRANCH) else DETECTOR + name: tensor for name, tensor in state.items()}
@@ -95,7 +95,7 @@ def official_layout(state: Mapping[str, Tensor], *, source: str = "state dict") 
 def own_layout(state: Mapping[str, Tensor], *, source: str = "state dict") -> Layout:
     """The layout of a state dict in our naming.
 
-    A single decoder layer does not tell whether boxes are refined; it counts as refined.
+    A model with a single decoder layer counts as refining its boxes.
 
     Raises:
         WeightMismatch: it is not one of our models, or its backbone has no released counterpart.
@@ -143,9 +143,9 @@ def infer_architecture(
 ) -> dict[str, dict[str, Any]]:
     """The sections `model`, `codec` and `data` of the experiment that fits a state dict in released naming.
 
-    Tensor shapes tell nearly everything. What they do not tell (heads, dilation, activation, mask size, the query count
-    of a two-stage model) is taken from `args`, the released configuration that checkpoints carry; without it heads are
-    the released 8 and the rest is left to the schema's defaults.
+    Tensor shapes determine nearly everything. What they leave open (heads, dilation, activation, mask size, the query
+    count of a two-stage model) is taken from `args`, the released configuration that checkpoints carry; without it
+    heads are the released 8 and the rest is left to the schema's defaults.
 
     Raises:
         WeightMismatch: it is not a detector of this family, a tensor is missing, or a size does not divide by heads and
@@ -361,7 +361,7 @@ def _points(state: Mapping[str, Tensor], attention: str, heads: int, levels: int
     if rows % (heads * levels):
         raise WeightMismatch(
             f"{source}: {attention} has {rows} attention weights, not a multiple of {heads} heads x {levels} levels; "
-            "the model has another number of heads, which tensors do not tell (`nheads` in the checkpoint's args)"
+            "the model has another number of heads, which tensors do not determine (`nheads` in the checkpoint's args)"
         )
     return rows // (heads * levels)
 

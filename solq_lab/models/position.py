@@ -1,4 +1,4 @@
-"""Where a token lies: sine position encodings, and the geometry of padded levels.
+"""Sine position encodings, and the geometry of padded levels.
 
 Paper: section 3.2 takes both from Deformable DETR. Everything here is float32 whatever the network computes in: the
 released implementation does so too, and a half-precision coordinate would miss its cell.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 TEMPERATURE = 10_000.0  # longest wave over shortest
-STABILISER = 1e-6  # keeps the division finite in a padded row or column, where nothing is counted
+STABILISER = 1e-6  # keeps the division finite in a padded row or column, whose count is 0
 
 
 def sine_features(values: Tensor, features: int) -> Tensor:
@@ -32,7 +32,7 @@ def sine_features(values: Tensor, features: int) -> Tensor:
 
 
 def sine_encoding(padding: Tensor, width: int) -> Tensor:
-    """Position encoding of one level's cells: half of the features say y, half say x, relative to the unpadded part.
+    """Position encoding of one level's cells: half of the features encode y, half x, relative to the unpadded part.
 
     Args:
         padding: (B, H, W) bool, True on padded cells.

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solq_lab.models.attention import Memory
+from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
 from solq_lab.models.position import cell_centers, sine_encoding, sine_features
-from solq_lab.models.recomputing import Recomputing
 from solq_lab.structures import ImageBatch, LayerPrediction, Predictions, filled, unpadded_sizes
 
 GROUPS = 32  # of the group norm after each projection
@@ -24,8 +24,8 @@ PROPOSAL_SIDE = 0.05  # of a proposal on the finest level, share of the image; d
 PROPOSAL_MARGIN = 0.01  # proposals whose centre or side is nearer to 0 or 1 are not used
 
 
-class SOLQ(Recomputing):
-    """Deformable DETR whose queries also predict the code of their mask.
+class SOLQ(Checkpointed):
+    """Deformable DETR whose queries also predict their mask vector.
 
     Args:
         backbone: module with `channels`; maps pixels (B, 3, H, W) to the maps C3, C4, C5 (or C5 alone).
@@ -45,7 +45,7 @@ class SOLQ(Recomputing):
         activation: of the feed-forward blocks: "relu", "gelu" or "silu".
         refine_boxes: each layer starts from the box of the one before, and has its own class and box head.
         two_stage: queries come from the encoder's best proposals; needs `refine_boxes`.
-        standardise_vectors: the vector head answers in units of the training vectors' spread.
+        standardise_vectors: the vector head predicts in units of the training vectors' std.
 
     Raises:
         ValueError: the numbers do not fit together.
@@ -116,15 +116,15 @@ class SOLQ(Recomputing):
         features = self.backbone(images.pixels)  # C3, C4, C5
         memory = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
         for encode in self.encoder:
-            memory = self.through(encode, memory)
+            memory = self.checkpoint(encode, memory)
         return self.decode(memory)[0]
 
     def decode(self, memory: Memory) -> tuple[Predictions, Tensor]:
-        """The decoder: what the queries say after every layer, and the queries (B, J, C) after the last."""
+        """The decoder: predictions of every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
         layers = []
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
-            queries = self.through(decode, queries, query_pos, reference, memory)  # (B, J, C)
+            queries = self.checkpoint(decode, queries, query_pos, reference, memory)  # (B, J, C)
             prediction = head(queries, reference)  # logits, boxes, mask vectors
             layers.append(prediction)
             if self.refine_boxes:
@@ -142,7 +142,7 @@ class SOLQ(Recomputing):
         for level, project in enumerate(self.projections):
             if level < len(features):
                 maps.append(project(features[level]))
-            else:  # the first extra level sees the raw C5, the next ones see the level below
+            else:  # the first extra level reads the raw C5, the next ones the level below
                 maps.append(project(features[-1] if level == len(features) else maps[-1]))
         shapes = tuple((level_map.shape[-2], level_map.shape[-1]) for level_map in maps)
         pixel_padding = padding.unsqueeze(1).to(torch.uint8)
@@ -170,7 +170,7 @@ class SOLQ(Recomputing):
         )
 
     def initial_queries(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, LayerPrediction | None]:
-        """What the first decoder layer starts from.
+        """Inputs of the first decoder layer.
 
         Returns:
             queries (B, J, C), query_pos (B, J, C), reference (B, J, 2 or 4) in the normalised image, and the
@@ -201,22 +201,22 @@ class SOLQ(Recomputing):
         proposals = self.proposal_head(self.proposal_norm(self.proposal_projection(tokens)), cells)
         proposals = proposals._replace(boxes=proposals.boxes.masked_fill(~usable.unsqueeze(-1), 1.0))
 
-        best = proposals.logits[..., 0].topk(self.num_queries, dim=1).indices  # stage one knows one class, channel 0
+        best = proposals.logits[..., 0].topk(self.num_queries, dim=1).indices  # stage one has one class, channel 0
         reference = proposals.boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach()
         encoded = sine_features(reference, memory.tokens.shape[-1] // 2).flatten(2)  # (B, J, 4) -> (B, J, 2C)
         encoded = self.query_norm(self.query_projection(encoded.to(memory.tokens.dtype)))
         query_pos, queries = encoded.chunk(2, dim=-1)
         return queries, query_pos, reference, proposals
 
-    def set_vector_statistics(self, center: Tensor, spread: Tensor) -> None:
-        """Give a model built with `standardise_vectors` the centre and spread, each (D,), of the training vectors.
+    def set_vector_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set mean and std, each (D,), of the training vectors in a model built with `standardise_vectors`.
 
         Raises:
             ValueError: the model has no mask vectors or does not standardise them, or the lengths differ.
         """
         if self.heads[0].vector is None:
             raise ValueError("a plain detector (vector_dim=None) has no mask vectors to standardise")
-        self.heads[0].vector.set_statistics(center, spread)
+        self.heads[0].vector.set_statistics(mean, std)
 
 
 def _level_projections(channels: tuple[int, ...], width: int, levels: int) -> nn.ModuleList:

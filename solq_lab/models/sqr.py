@@ -1,8 +1,8 @@
-"""The paper's baseline, SQR: a mask branch beside the query's other answers. Paper: fig. 1(a), tables 2 and 5.
+"""The paper's baseline, SQR: a mask branch beside the class and box heads. Paper: fig. 1(a), tables 2 and 5.
 
-Where SOLQ's query says a short vector, here it draws: its attention over the coarsest level is a first image of the
-object, which convolutions sharpen with the backbone's finer maps. The mask covers the whole image, not a box. The
-branch is DETR's, in the form that the released code gave it for Deformable DETR.
+Where SOLQ predicts a short vector, the mask branch segments: a query's attention over the coarsest level is a coarse
+mask, which convolutions refine with the backbone's finer maps. The mask covers the whole image, not a box. The branch
+is DETR's, in the form that the released code gave it for Deformable DETR.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solq_lab.models.attention import Memory
-from solq_lab.models.recomputing import Recomputing
+from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.solq import SOLQ
 from solq_lab.structures import ImageBatch, ImageMasks, Predictions
 
@@ -62,7 +62,7 @@ class SQRDetector(SOLQ):
         levels = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
         memory = levels
         for encode in self.encoder:
-            memory = self.through(encode, memory)
+            memory = self.checkpoint(encode, memory)
         predictions, queries = self.decode(memory)
 
         logits = self.mask_branch(queries, levels, memory, features)  # (B, J, H/16, W/16)
@@ -79,8 +79,8 @@ class SQRDetector(SOLQ):
         return self
 
 
-class MaskBranch(Recomputing):
-    """From the queries to mask logits in the image frame; each query's mask is drawn on its own.
+class MaskBranch(Checkpointed):
+    """From the queries to mask logits in the image frame; each query's mask is computed on its own.
 
     Args:
         width: C.
@@ -97,8 +97,8 @@ class MaskBranch(Recomputing):
         self.pyramid = nn.ModuleList(
             nn.Conv2d(inputs, inputs // 2, kernel_size=3, stride=stride, padding=1) for inputs in coarse_first
         )
-        drawn = width + heads
-        widths = [drawn, drawn, width // 2, width // 4, width // 8, width // 16]
+        inner = width + heads
+        widths = [inner, inner, width // 2, width // 4, width // 8, width // 16]
         self.blocks = nn.ModuleList(_block(inputs, outputs) for inputs, outputs in pairwise(widths))
         self.adapters = nn.ModuleList(
             nn.Conv2d(inputs // 2, outputs, kernel_size=1)
@@ -115,31 +115,31 @@ class MaskBranch(Recomputing):
 
         Args:
             queries: (B, J, C) after the last decoder layer.
-            levels: the tokens before the encoder; their coarsest level is what a mask is drawn on.
-            memory: the tokens after it; their coarsest level is where the queries look.
+            levels: the tokens before the encoder; their coarsest level enters the convolutions.
+            memory: the tokens after it; the queries attend to their coarsest level.
             features: the backbone's maps C3, C4, C5.
         """
         batch, count, _ = queries.shape
         attention = self.attention(queries, memory)  # (B, J, M, h, w)
-        scene = coarsest_map(levels)
-        drawn = torch.cat([_for_each_query(scene, count), attention.flatten(0, 1)], dim=1)  # (B*J, C+M, h, w)
+        coarsest = _for_each_query(coarsest_map(levels), count)
+        maps = torch.cat([coarsest, attention.flatten(0, 1)], dim=1)  # (B*J, C+M, h, w)
 
         first, second, *refining = self.blocks
-        drawn = self.through(second, self.through(first, drawn))
+        maps = self.checkpoint(second, self.checkpoint(first, maps))
         for halve, adapt, refine, finer in zip(self.pyramid, self.adapters, refining, features[::-1], strict=True):
-            drawn = self.through(self._sharpen, refine, drawn, adapt(halve(finer)))
-        return self.answer(drawn).unflatten(0, (batch, count)).squeeze(2)  # (B*J, 1, h, w) -> (B, J, h, w)
+            maps = self.checkpoint(self._refine_at, refine, maps, adapt(halve(finer)))
+        return self.answer(maps).unflatten(0, (batch, count)).squeeze(2)  # (B*J, 1, h, w) -> (B, J, h, w)
 
-    def _sharpen(self, refine: nn.Module, drawn: Tensor, finer: Tensor) -> Tensor:
+    def _refine_at(self, refine: nn.Module, maps: Tensor, finer: Tensor) -> Tensor:
         """The masks (B*J, C', h, w) at the size of a finer map (B, C'', 2h, 2w) of their images."""
-        finer = _for_each_query(finer, len(drawn) // len(finer))
-        return refine(finer + F.interpolate(drawn, size=finer.shape[-2:]))  # nearest
+        finer = _for_each_query(finer, len(maps) // len(finer))
+        return refine(finer + F.interpolate(maps, size=finer.shape[-2:]))  # nearest
 
 
 class AttentionMaps(nn.Module):
-    """Where each query looks on the coarsest level, M maps per query.
+    """Attention of each query over the coarsest level, M maps per query.
 
-    One softmax over heads and cells together, as in DETR: a head that finds nothing stays dark.
+    One softmax over heads and cells together, as in DETR: a head without a match stays near zero.
 
     Args:
         width: C, a multiple of `heads`.

@@ -1,4 +1,4 @@
-"""Weight files: ours (safetensors), the released ones (.pth), and the way between. No file's code is ever executed."""
+"""Weight files: ours (safetensors), the released ones (.pth), and their conversion. No file's code is ever executed."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SWIN_WINDOW = 7
-CODEC = "codec."  # prefix of the mask code's tables in a file; no network has such a part
+CODEC = "codec."  # prefix of the mask codec's tables in a file; no network has such a part
 
 
 class WeightFile(NamedTuple):
-    """What a weights file of ours holds.
+    """Content of a weights file of ours.
 
     state: tensors by our names; shared tensors stand under each of their names.
     experiment: the experiment as YAML, or None.
     classes: the class map as JSON, or None.
-    codec: tables of the mask code that the network was trained with, by name; empty where they follow from its sizes.
+    codec: tables of the mask codec that the network was trained with, by name; empty where they follow from its sizes.
     """
 
     state: dict[str, Tensor]
@@ -72,7 +72,7 @@ class WeightFile(NamedTuple):
 
 
 class OfficialFile(NamedTuple):
-    """What we use of a released checkpoint.
+    """The parts of a released checkpoint that are used.
 
     state: tensors by released names, without the prefixes that wrappers add.
     args: the configuration that the checkpoint carries; empty where it carries none.
@@ -83,7 +83,7 @@ class OfficialFile(NamedTuple):
 
 
 class ImportReport(NamedTuple):
-    """What became of the tensors of a file.
+    """Tensors of a file by their use.
 
     architecture: sections of the fitting experiment (`infer_architecture`); empty where nothing was inferred.
     used: tensors that were taken.
@@ -118,7 +118,7 @@ def save_weights(
         state: a model's state dict. A tensor that it holds under several names is stored once.
         experiment: the experiment as YAML.
         classes: the class map as JSON.
-        codec: the mask code's state dict: a fitted code's tables belong to the network that learnt its vectors.
+        codec: the mask codec's state dict: a fitted codec's tables belong to the network that learnt its vectors.
     """
     state = {**state, **{CODEC + name: table for name, table in (codec or {}).items()}}
     stored: dict[str, Tensor] = {}
@@ -164,7 +164,7 @@ def read_weights(path: Path) -> WeightFile:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a state dict in our naming; every name and shape has to fit. `source` is what a message calls the file.
+    """Load a state dict in our naming; every name and shape has to fit. `source` names the file in messages.
 
     Raises:
         WeightMismatch: a tensor is missing, superfluous or of another shape.
@@ -188,7 +188,7 @@ def read_official(path: Path) -> OfficialFile:
     """A released checkpoint, on the CPU: `{"model": ..., "args": ...}`, or a state dict alone; .pth or safetensors.
 
     Raises:
-        WeightMismatch: no such file, not a checkpoint, or one that wants to execute code.
+        WeightMismatch: no such file, not a checkpoint, or one with code in it.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -204,7 +204,7 @@ def read_official(path: Path) -> OfficialFile:
 
 
 def _load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote into a file, as far as it is tensors and plain values; anything else is refused."""
+    """Load tensors and plain values that `torch.save` wrote; anything else is rejected."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -212,9 +212,9 @@ def _load_pickle(path: Path) -> Any:
         raise WeightMismatch(f"{path}: no such checkpoint file") from None
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"it wants to load {wanted[1]}" if wanted else "it is no pickle of tensors"
+        found = f"it needs {wanted[1]}" if wanted else "it is no pickle of tensors"
         raise WeightMismatch(
-            f"{path}: refused, {found}; nothing in it was executed. Allowed are tensors, plain values and an "
+            f"{path}: rejected, {found}; nothing in it was executed. Allowed are tensors, plain values and an "
             "argparse.Namespace; save the state dict alone with torch.save and give that"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
@@ -237,12 +237,12 @@ def to_official_state(
 ) -> dict[str, Tensor]:
     """A state dict in released naming, in the released order, from one in ours.
 
-    A standardising vector head has no released counterpart; its centre and spread are folded into its last layer.
+    A standardising vector head has no released counterpart; its mean and std are folded into its last layer.
 
     Args:
         state: a state dict in our naming.
         refine_boxes: whether the model refines boxes. None: its heads differ from layer to layer, or it has one layer.
-        source: what a message calls the state.
+        source: name of the state in messages.
 
     Raises:
         WeightMismatch: not one of our models, or its backbone has no released counterpart.
@@ -269,8 +269,8 @@ def import_official(
     Args:
         source: the checkpoint; SOLQ, Deformable DETR, or the latter with a mask branch (SQR).
         destination: the safetensors file to write.
-        describe: from the inferred sections of the experiment (`infer_architecture`) to the texts that go into the
-            file: the experiment as YAML and the class map as JSON.
+        describe: from the inferred sections of the experiment (`infer_architecture`) to the texts stored in the file,
+            the experiment as YAML and the class map as JSON.
 
     Raises:
         WeightMismatch: the file cannot be used (`read_official`, `translate_official_state`).
@@ -295,7 +295,7 @@ def export_official(source: Path, destination: Path) -> None:
 
 
 def initialise(model: nn.Module, path: Path) -> ImportReport:
-    """Start a model from a file that need not fit: what has our name and shape is taken, the rest stays fresh.
+    """Start a model from a file that need not fit: tensors of the same name and shape are copied, the rest stays fresh.
 
     Args:
         model: changed in place.
@@ -390,15 +390,15 @@ def _translate(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tens
 
 
 def _without_standardising(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same vectors from a head that answers in plain coefficients: centre and spread go into its last layer."""
-    center, spread = (state.get(f"heads.0.vector.vector_{name}") for name in ("center", "spread"))
-    if center is None or spread is None:
+    """The state of a head that predicts plain coefficients: mean and std are folded into its last layer."""
+    mean, std = (state.get(f"heads.0.vector.vector_{name}") for name in ("center", "spread"))
+    if mean is None or std is None:
         return dict(state)
     plain = {name: tensor for name, tensor in state.items() if ".vector.vector_" not in name}
     last = "heads.0.vector.layers.2."
     folded = {
-        "weight": plain[f"{last}weight"] * spread.unsqueeze(1),
-        "bias": plain[f"{last}bias"] * spread + center,
+        "weight": plain[f"{last}weight"] * std.unsqueeze(1),
+        "bias": plain[f"{last}bias"] * std + mean,
     }
     return {
         name: folded[name.rpartition(".")[2]] if ".vector.layers.2." in name else tensor

@@ -15,8 +15,8 @@ from solq_lab import distributed
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment, parse_experiment
 from solq_lab.data.classes import ClassMap
+from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.onednn import use_onednn
-from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import load_state
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import RunError
@@ -144,7 +144,7 @@ def _rebuild(
     if not experiment.train.compile:
         use_onednn(model, training=True)
     if experiment.train.gradient_checkpointing:
-        recompute_activations(model)
+        checkpoint_activations(model)
     criterion = build_criterion(experiment, build_codec(experiment, tables=record.weights.codec)).to(device)
     return model, criterion, build_optimizer(model, experiment.optim)
 

@@ -24,8 +24,8 @@ from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.files import flush_to_disk
 from solq_lab.fitting import check_fitted_data
+from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.onednn import use_onednn
-from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.weights import save_weights
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import Run, RunError, State
@@ -198,7 +198,7 @@ class Trainer:
         # Moved before it is wrapped or compiled: DDP and the compiler look at the weights as they are then.
         self.model.to(self.device)
         if train.gradient_checkpointing:
-            recompute_activations(self.model)
+            checkpoint_activations(self.model)
         if not (train.compile and compile_layers(self.model, self.device)):
             use_onednn(self.model, training=True)
         self.parallel = share_gradients(self.model, self.device, micro_batches=self.accumulate)

@@ -81,7 +81,7 @@ def test_a_model_starts_from_a_classifiers_backbone(data_root, tmp_path):
     assert torch.equal(started.backbone.layer4[2].conv3.weight, classifier["layer4.2.conv3.weight"])
 
 
-def test_weights_of_another_backbone_are_refused_by_name(data_root, tmp_path):
+def test_weights_of_another_backbone_are_rejected_by_name(data_root, tmp_path):
     torch.save({"conv1.weight": torch.zeros(2, 3, 1, 1)}, tmp_path / "other.pth")
     experiment = tiny_experiment(data_root, model={"pretrained": str(tmp_path / "other.pth")})
     with pytest.raises(WeightMismatch, match=r"other\.pth: .*no such tensor.*model\.pretrained"):

@@ -23,8 +23,8 @@ from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.inference.attention import record_attention
 from solq_lab.models.backbone import ResNetBackbone, SwinBackbone
+from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.encoder import EncoderLayer
-from solq_lab.models.recomputing import recompute_activations
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.sqr import SQRDetector
 from solq_lab.models.weights import read_weights
@@ -55,7 +55,7 @@ def twins(name: str, dtype: torch.dtype = torch.float64) -> tuple[SOLQ, SOLQ]:
     torch.manual_seed(0)
     plain = MODELS[name]().to(dtype).train()
     recomputing = copy.deepcopy(plain)
-    recompute_activations(recomputing)
+    checkpoint_activations(recomputing)
     return plain, recomputing
 
 

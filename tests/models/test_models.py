@@ -371,7 +371,7 @@ def test_without_a_network_the_message_names_the_cure(monkeypatch: pytest.Monkey
         (lambda: SmallBackbone(pretrained="absent.pth"), r"absent\.pth: no such checkpoint file"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_the_cure(build: Any, message: str):
+def test_sizes_that_do_not_fit_are_rejected_with_the_cure(build: Any, message: str):
     with pytest.raises(ValueError, match=message):
         build()
 

@@ -210,7 +210,7 @@ def test_without_objects_the_mask_losses_are_zero_and_still_reach_the_masks():
     assert torch.equal(layer.masks.logits.grad, torch.zeros_like(layer.masks.logits))
 
 
-def test_bitmaps_that_do_not_fit_are_refused():
+def test_bitmaps_that_do_not_fit_are_rejected():
     layer, target = random_layer(draw_images((16, 16)).padding), random_target(2, 16, 16)
     for wrong, found in ((None, "None"), (target.bitmaps[:, :8], r"\(2, 8, 16\)")):
         with pytest.raises(ValueError, match=rf"image 2: bitmaps {found} .* expected \(2, 16, 16\)"):
@@ -280,7 +280,7 @@ def test_a_mask_is_cut_to_its_image_and_brought_to_the_original_size():
 # Settings
 
 
-def test_settings_that_contradict_each_other_are_refused(data_root, tmp_path):
+def test_settings_that_contradict_each_other_are_rejected(data_root, tmp_path):
     faults = {
         "model.mask_branch sqr and codec.kind dct would both make masks": {"model": {"mask_branch": "sqr"}},
         "mask_branch sqr needs the maps C3-C5: give levels 3 or more": SQR | {"model": SQR["model"] | {"levels": 1}},

@@ -165,7 +165,7 @@ def test_a_missing_tensor_is_named():
         ({"transformer.level_embed": torch.zeros(4, 8)}, r"x: its backbone has no released name; allowed are resnet50"),
     ],
 )
-def test_other_networks_are_refused(state: dict[str, Tensor], message: str):
+def test_other_networks_are_rejected(state: dict[str, Tensor], message: str):
     with pytest.raises(WeightMismatch, match=message):
         translate_official_state(state, source="x")
 
@@ -212,7 +212,7 @@ def test_what_tensors_do_not_tell_comes_from_the_checkpoint_s_args():
     assert found["codec"]["mask_size"] == 64
 
 
-def test_a_head_count_that_cannot_be_is_refused():
+def test_a_head_count_that_cannot_be_is_rejected():
     with pytest.raises(WeightMismatch, match=r"x: decoder\.0\.cross_attention has 96 .* 7 heads x 4 levels; .*nheads"):
         infer_architecture(made_up(RELEASED), {"nheads": 7}, source="x")
 
@@ -287,19 +287,19 @@ class Trap:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_pickle_with_code_in_it_is_refused_and_not_executed(tmp_path: Path):
+def test_a_pickle_with_code_in_it_is_rejected_and_not_executed(tmp_path: Path):
     marker = tmp_path / "marker"
     torch.save(checkpoint(made_up(RELEASED), surprise=Trap(marker)), tmp_path / "trap.pth")
-    with pytest.raises(WeightMismatch, match=r"trap\.pth: refused, it wants to load \w+\.mkdir; nothing .* executed"):
+    with pytest.raises(WeightMismatch, match=r"trap\.pth: rejected, it needs \w+\.mkdir; nothing .* executed"):
         import_official(tmp_path / "trap.pth", tmp_path / "ours.safetensors", describe)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Trap(marker)))
     assert marker.exists(), "the trap itself must work, or this test proves nothing"
 
 
-def test_a_pickled_module_is_refused(tmp_path: Path):
+def test_a_pickled_module_is_rejected(tmp_path: Path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    with pytest.raises(WeightMismatch, match=r"it wants to load torch\.nn\.modules\.linear\.Linear"):
+    with pytest.raises(WeightMismatch, match=r"it needs torch\.nn\.modules\.linear\.Linear"):
         read_official(tmp_path / "module.pth")
 
 
@@ -307,7 +307,7 @@ def test_a_pickled_module_is_refused(tmp_path: Path):
     ("content", "message"),
     [
         (b"", "not a checkpoint, or cut short"),
-        (b"hello, this is text", "not a checkpoint|refused"),
+        (b"hello, this is text", "not a checkpoint|rejected"),
         (b"PK\x03\x04 half a zip", "not a checkpoint, or cut short"),
     ],
 )
@@ -376,7 +376,7 @@ def test_written_weights_may_be_read_by_whoever_may_read_other_files(tmp_path: P
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
-def test_weights_of_another_architecture_are_refused_with_both_shapes():
+def test_weights_of_another_architecture_are_rejected_with_both_shapes():
     model, state = small_model(), small_model().state_dict()
     with pytest.raises(
         WeightMismatch, match=r"w: level_embedding has shape \(4, 32\), the model expects \(3, 32\); build"
@@ -411,7 +411,7 @@ def test_a_released_detector_starts_a_training_as_far_as_it_fits(tmp_path: Path)
     assert torch.equal(model.projections[0][1].bias, torch.full((32,), 0.5))
 
 
-def test_a_file_that_fits_nowhere_is_refused(tmp_path: Path):
+def test_a_file_that_fits_nowhere_is_rejected(tmp_path: Path):
     save_file({"fc.weight": torch.ones(2)}, tmp_path / "fc.safetensors")
     with pytest.raises(
         WeightMismatch, match=r"fc\.safetensors: none of its tensors fits this model \(it holds fc\.weight"
@@ -459,7 +459,7 @@ def test_released_swin_names_become_ours(tmp_path: Path):
     }
 
 
-def test_weights_of_another_backbone_are_refused(tmp_path: Path):
+def test_weights_of_another_backbone_are_rejected(tmp_path: Path):
     torch.save({"stem.weight": torch.zeros(3)}, tmp_path / "b.pth")
     with pytest.raises(
         WeightMismatch, match=r"b\.pth: stem\.weight: found \(3,\), the backbone expects \(32, 3, 6, 6\)"

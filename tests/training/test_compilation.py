@@ -16,7 +16,7 @@ from small_network import SIZES, random_batch, small_backbone, train_once
 from tiny import tiny_experiment, write_tiny_dataset
 from torch._dynamo.utils import counters
 
-from solq_lab.models.recomputing import recompute_activations
+from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import create_run
@@ -49,7 +49,7 @@ def graphs() -> int:
 @pytest.mark.usefixtures("no_code_generation")
 def test_compiled_layers_give_the_same_losses_gradients_and_names(model):
     plain, recomputing = copy.deepcopy(model), copy.deepcopy(model)
-    recompute_activations(recomputing)
+    checkpoint_activations(recomputing)
     loss, gradients, _ = train_once(plain, random_batch())
     for compiled in (model, recomputing):
         assert compile_layers(compiled, CPU)
