@@ -323,6 +323,15 @@ def test_an_image_that_cannot_be_read_is_named(yolo, tmp_path):
         convert_data(yolo, tmp_path / "out")
 
 
+def test_images_in_formats_that_are_not_read_are_counted(yolo, tmp_path):
+    for name in ("1", "2"):
+        (yolo / "images" / "train" / f"{name}.png").rename(yolo / "images" / "train" / f"{name}.BMP")
+    with pytest.raises(
+        DataError, match=r"2 images are in formats that cannot be read: .*1\.BMP, .*2\.BMP; allowed are"
+    ):
+        convert_data(yolo, tmp_path / "out")
+
+
 def test_a_folder_without_settings_says_what_it_found(tmp_path):
     with pytest.raises(DataError, match=r"no data\.yaml with the class names \(found nothing\)"):
         convert_data(tmp_path, tmp_path / "out")

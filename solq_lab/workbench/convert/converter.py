@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from solq_lab.data.annotations import DataError
+from solq_lab.data.annotations import DataError, check_image_entry, read_annotations, shorten
 from solq_lab.data.folders import Split
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.files import write_text
-from solq_lab.workbench.convert.lvis import read_lvis
 from solq_lab.workbench.convert.yolo import read_yolo
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,26 @@ def convert_data(
         )
     else:
         documents = {part.name: (part.images, part.document) for part in read_yolo(source)}
+
+    # Check everything, also what is in the way, before anything is written.
     splits = []
     for name, (folder, document) in documents.items():
         place = Split(name, target / name if link else folder.resolve(), target / f"annotations/instances_{name}.json")
-        _check(document, source, place, folder)
+        if place.annotations.exists():
+            raise DataError(f"{place.annotations}: exists and is not written over; remove it or give another folder")
+        linked = place.images.exists() and place.images.resolve() == folder.resolve()
+        if (place.images.exists() or place.images.is_symlink()) and not linked:
+            raise DataError(f"{place.images}: exists and does not lead to {folder}; remove it or give another folder")
+        GroundTruth(document, source=source)
         splits.append(place)
+
     for place, (folder, document) in zip(splits, documents.values(), strict=True):
-        _write(document, place)
+        place.annotations.parent.mkdir(parents=True, exist_ok=True)
+        write_text(place.annotations, json.dumps(document))
         if link and not place.images.exists():
             place.images.symlink_to(folder.resolve(), target_is_directory=True)
+        counts = len(document["images"]), len(document["annotations"]), len(document["categories"])
+        logger.info("%s: %d images, %d objects, %d classes", place.annotations, *counts)
     return splits
 
 
@@ -71,18 +82,37 @@ def _split_in(stem: str) -> Literal["train", "val"]:
     return found[0]
 
 
-def _check(document: dict[str, Any], source: Path, place: Split, folder: Path) -> None:
-    """Refuse what the loader would refuse, and what is in the way."""
-    if place.annotations.exists():
-        raise DataError(f"{place.annotations}: exists and is not written over; remove it or give another folder")
-    linked = place.images.exists() and place.images.resolve() == folder.resolve()
-    if (place.images.exists() or place.images.is_symlink()) and not linked:
-        raise DataError(f"{place.images}: exists and does not lead to {folder}; remove it or give another folder")
-    GroundTruth(document, source=source)
+def read_lvis(annotations: Path, images: Path) -> dict[str, Any]:
+    """The COCO document of an LVIS file, which has COCO's images, its own classes, and addresses for file names.
 
+    LVIS says for each image which classes were looked for in vain (`neg_category_ids`) and which were not labelled
+    everywhere (`not_exhaustive_category_ids`). Both stay in the file; COCO's evaluation, used here, does not read them.
 
-def _write(document: dict[str, Any], place: Split) -> None:
-    place.annotations.parent.mkdir(parents=True, exist_ok=True)
-    write_text(place.annotations, json.dumps(document))
-    counts = len(document["images"]), len(document["annotations"]), len(document["categories"])
-    logger.info("%s: %d images, %d objects, %d classes", place.annotations, *counts)
+    Args:
+        annotations: LVIS file, any version.
+        images: folder that holds COCO's train2017/ and val2017/, from both of which LVIS takes images, or all of
+            them directly.
+
+    Raises:
+        DataError: not such a file, or an image without a usable name.
+    """
+    document = read_annotations(annotations)
+    entries, partly = [], 0
+    for place, entry in enumerate(document["images"]):
+        if isinstance(entry, dict) and not isinstance(entry.get("file_name"), str):
+            address = entry.get("coco_url")
+            parts = PurePosixPath(urlsplit(address).path).parts[-2:] if isinstance(address, str) else ()
+            if len(parts) < 2:
+                raise DataError(
+                    f"{annotations}: images[{place}]: found {shorten(entry)}; needed is a text 'file_name', or "
+                    "'coco_url' with folder and name of the image"
+                )
+            entry["file_name"] = "/".join(parts) if (images / parts[0]).is_dir() else parts[1]
+        check_image_entry(entry, place, annotations)
+        entries.append(entry)
+        partly += bool(entry.get("not_exhaustive_category_ids"))
+    if partly:
+        message = "%s: %d images have classes that are not labelled everywhere; COCO's AP counts these finds as wrong"
+        logger.warning(message, annotations, partly)
+    objects = [{"iscrowd": 0} | entry if isinstance(entry, dict) else entry for entry in document["annotations"]]
+    return document | {"images": entries, "annotations": objects}

@@ -1,7 +1,7 @@
 """YOLO segmentation folders as COCO documents: images/, labels/ with one text file per image, and data.yaml.
 
 A line of a label file is one object: its class, then x y x y ... of its outline, as shares of the image's sides.
-Training tools that use this format turn an image by its EXIF mark first; here pixels count as they are stored, so the
+Training tools of this format turn an image by its EXIF orientation first; here pixels count as they are stored, so the
 outlines are turned back.
 """
 
@@ -14,25 +14,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from PIL import Image
 from pycocotools import mask as coco_rle
 from tqdm.auto import tqdm
 
-from solq_lab.data.annotations import FIRST_FEW, DataError, shorten
+from solq_lab.data.annotations import DataError, first_few, shorten
 from solq_lab.masks import segmentation_to_rle
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif"])  # what the loader reads
+OTHER_SUFFIXES = frozenset([".bmp", ".dng", ".heic", ".jp2", ".mpo", ".pfm", ".tif", ".tiff"])  # YOLO's tools read them
 SETTINGS = ("data.yaml", "data.yml", "dataset.yaml")
-SLACK = 0.01  # shares of a side that an outline may leave its image by, for roundings; it is cut off there
+SLACK = 0.01  # share of a side that an outline may leave its image by, for roundings; it is cut off there
 DIGITS = 2  # of pixel coordinates, as in COCO
 ORIENTATION = 0x0112  # the EXIF tag
-Point = tuple[float, float]
 
 # From the turned image back to the stored one, in shares of the sides; by EXIF orientation
-TURNS: dict[int, Callable[[float, float], Point]] = {
+TURNS: dict[int, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     1: lambda x, y: (x, y),
     2: lambda x, y: (1 - x, y),
     3: lambda x, y: (1 - x, 1 - y),
@@ -63,9 +64,7 @@ def read_yolo(source: Path) -> list[YoloSplit]:
     Raises:
         DataError: a file cannot be read, or a line is no outline; the message names the file and the line.
     """
-    settings = source if source.is_file() else _settings_in(source)
-    values = _read_settings(settings)
-    names = _class_names(values, settings)
+    settings, values, names = _read_settings(source)
     splits = []
     for name, keys in (("train", ("train",)), ("val", ("val", "valid"))):
         entry = next((values[key] for key in keys if values.get(key)), None)
@@ -77,27 +76,19 @@ def read_yolo(source: Path) -> list[YoloSplit]:
     return splits
 
 
-def _settings_in(folder: Path) -> Path:
-    for name in SETTINGS:
-        if (folder / name).is_file():
-            return folder / name
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-    raise DataError(f"{folder}: no data.yaml with the class names (found {found or 'nothing'}); add it or name it")
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
+def _read_settings(source: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The path of data.yaml, its content and its class names."""
+    path = source if source.is_file() else next((source / name for name in SETTINGS if (source / name).is_file()), None)
+    if path is None:
+        found = ", ".join(sorted(entry.name for entry in source.iterdir())[:8]) if source.is_dir() else "no such folder"
+        raise DataError(f"{source}: no data.yaml with the class names (found {found or 'nothing'}); add it or name it")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        values = yaml.safe_load("\n".join(_read_lines(path)))
     except (yaml.YAMLError, RecursionError) as error:
         raise DataError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: found a {type(values).__name__}, needed are the keys names, train and val")
-    return values
 
-
-def _class_names(values: dict[str, Any], path: Path) -> list[str]:
     names = values.get("names")
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[index] for index in range(len(names))]
@@ -105,22 +96,38 @@ def _class_names(values: dict[str, Any], path: Path) -> list[str]:
         raise DataError(f"{path}: names: found {shorten(names)}; needed is a list, or a mapping from 0, 1, ... on")
     if values.get("nc", len(names)) != len(names):
         raise DataError(f"{path}: nc is {values['nc']!r}, but there are {len(names)} names; correct one of them")
-    return [str(name) for name in names]
+    return path, values, [str(name) for name in names]
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _image_paths(entry: Any, root: Path, settings: Path) -> tuple[Path, list[Path]]:
     """The folder that images of a split are named from, and the images: of one folder, several, or a list file."""
-    entries = entry if isinstance(entry, list) else [entry]
-    places = [_place(each, root, settings) for each in entries]
-    images: list[Path] = []
+    places = [_place(each, root, settings) for each in (entry if isinstance(entry, list) else [entry])]
+    paths: list[Path] = []
     for place in places:
         if place.is_dir():
-            images += sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            paths += sorted(path for path in place.rglob("*") if path.is_file())
         else:
-            images += _listed(place, root)
+            lines = enumerate(_read_lines(place), start=1)
+            paths += [_place(line.strip(), root, f"{place}: line {number}") for number, line in lines if line.strip()]
+
+    unread = [path for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
+    images = list(dict.fromkeys(path for path in paths if path.suffix.lower() in SUFFIXES))
+    allowed = ", ".join(sorted(SUFFIXES))
+    if unread:
+        raise DataError(
+            f"{settings}: {len(unread)} images are in formats that cannot be read: {first_few(unread)}; allowed are "
+            f"{allowed}: convert or remove them"
+        )
     if not images:
-        raise DataError(f"{settings}: {shorten(entry)} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return (places[0] if len(places) == 1 and places[0].is_dir() else root), list(dict.fromkeys(images))
+        raise DataError(f"{settings}: {shorten(entry)} holds no images ({allowed})")
+    return (places[0] if len(places) == 1 and places[0].is_dir() else root), images
 
 
 def _place(entry: Any, root: Path, source: Path | str) -> Path:
@@ -136,40 +143,42 @@ def _place(entry: Any, root: Path, source: Path | str) -> Path:
     raise DataError(f"{source}: found {shorten(entry)}; needed is a path inside {root}")
 
 
-def _listed(path: Path, root: Path) -> list[Path]:
-    """The images that a text file lists, one in a line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    return [_place(line.strip(), root, f"{path}: line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-
-
 def _document(split: str, folder: Path, paths: Sequence[Path], root: Path, names: Sequence[str]) -> dict[str, Any]:
-    entries, objects, labels = [], [], set()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    labels = set()
     for number, path in enumerate(tqdm(paths, desc=f"reading {split}", unit="image"), start=1):
-        width, height, orientation = _measure(path)
+        try:
+            with Image.open(path) as opened:
+                width, height, orientation = opened.width, opened.height, opened.getexif().get(ORIENTATION, 1)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path}: not an image that can be read ({error}); fetch it again or remove it") from None
         file_name = path.relative_to(folder).as_posix()
-        entries.append({"id": number, "file_name": file_name, "height": height, "width": width})
-        label = _label_file(path, root)
-        labels.add(label)
-        for category, outline in _outlines(label, len(names)):
-            turned = (TURNS[orientation](x, y) for x, y in outline)
-            polygon = [(round(x * width, DIGITS), round(y * height, DIGITS)) for x, y in turned]
-            objects.append(_object(len(objects) + 1, number, category, polygon, (height, width)))
-    _name_leftovers(labels)
+        images.append({"id": number, "file_name": file_name, "height": height, "width": width})
+        labels.add(label := _label_file(path, root))
+        for category_id, outline in _outlines(label, len(names)):
+            turned = np.stack(TURNS.get(orientation, TURNS[1])(*outline.T), axis=1)
+            polygon = np.round(turned * (width, height), DIGITS)
+            corner, flat = polygon.min(axis=0), polygon.ravel().tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": category_id,
+                    "bbox": [*corner.tolist(), *np.round(polygon.max(axis=0) - corner, DIGITS).tolist()],
+                    "area": int(coco_rle.area(segmentation_to_rle([flat], (height, width)))),
+                    "iscrowd": 0,
+                    "segmentation": [flat],
+                }
+            )
+
+    # A misspelt name would lose its objects unseen.
+    there = {path for place in {label.parent for label in labels} for path in place.glob("*.txt")}
+    left = sorted(path for path in there - labels if path.name != "classes.txt")
+    if left:
+        logger.warning("%d label files belong to no image and are left out: %s", len(left), first_few(left))
     categories = [{"id": index, "name": name} for index, name in enumerate(names)]
-    return {"images": entries, "annotations": objects, "categories": categories}
-
-
-def _measure(path: Path) -> tuple[int, int, int]:
-    """Width and height of an image as it is stored, pixels, and its EXIF orientation."""
-    try:
-        with Image.open(path) as opened:
-            orientation = opened.getexif().get(ORIENTATION, 1)
-            return opened.width, opened.height, orientation if orientation in TURNS else 1
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not an image that can be read ({error}); fetch it again or remove it") from None
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _label_file(image: Path, root: Path) -> Path:
@@ -181,62 +190,29 @@ def _label_file(image: Path, root: Path) -> Path:
     return root.joinpath(*parts).with_suffix(".txt")
 
 
-def _outlines(path: Path, classes: int) -> Iterator[tuple[int, list[Point]]]:
-    """Class and outline, as shares of the sides, of every line of a label file; none where there is no file."""
+def _outlines(path: Path, classes: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Class and outline (P, 2), as shares of the sides, of every line of a label file; none where there is no file."""
+    for place, line in enumerate(_read_lines(path) if path.exists() else [], start=1):
+        words = line.split()
+        if not words:
+            continue
+        name, count = f"{path}: line {place}", len(words) - 1
+        if not words[0].isdecimal() or int(words[0]) >= classes:
+            raise DataError(f"{name}: class {shorten(words[0])}; allowed are 0 to {classes - 1}, the places in 'names'")
+        if count == 4:
+            raise DataError(f"{name}: a box (class and 4 numbers), no outline; needed are at least 3 points x y")
+        if count % 2 or count < 6:
+            raise DataError(f"{name}: {count} numbers after the class; needed are x and y of at least 3 points")
+        outline = [_share(word, name) for word in words[1:]]
+        yield int(words[0]), np.clip(outline, 0.0, 1.0).reshape(-1, 2)
+
+
+def _share(word: str, name: str) -> float:
+    """The number in a word; `name` is what the message calls its line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield _parse(line.split(), classes)
-            except ValueError as error:
-                raise DataError(f"{path}: line {number}: {error}") from None
-
-
-def _parse(words: Sequence[str], classes: int) -> tuple[int, list[Point]]:
-    """Class and outline in the words of a line. Raises ValueError with what is wrong."""
-    if not words[0].isdecimal() or int(words[0]) >= classes:
-        raise ValueError(f"class {shorten(words[0])}; allowed are 0 to {classes - 1}, the places in 'names'")
-    if len(words) == 5:
-        raise ValueError("a box (class and 4 numbers), no outline; needed are at least 3 points x y")
-    if len(words) % 2 == 0 or len(words) < 7:
-        raise ValueError(f"{len(words) - 1} numbers after the class; needed are x and y of at least 3 points")
-    numbers = []
-    for word in words[1:]:
-        try:
-            number = float(word)
-        except ValueError:
-            number = math.nan
-        if not -SLACK <= number <= 1 + SLACK:
-            raise ValueError(f"coordinate {shorten(word)}; allowed are shares of the image's sides, 0 to 1")
-        numbers.append(min(max(number, 0.0), 1.0))
-    return int(words[0]), list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def _object(number: int, image: int, category: int, polygon: Sequence[Point], size: tuple[int, int]) -> dict[str, Any]:
-    """A COCO annotation of one polygon, pixels of an image of `size` (height, width)."""
-    xs, ys = [x for x, _ in polygon], [y for _, y in polygon]
-    flat = [coordinate for point in polygon for coordinate in point]
-    left, top = min(xs), min(ys)
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": category,
-        "bbox": [left, top, round(max(xs) - left, DIGITS), round(max(ys) - top, DIGITS)],
-        "area": int(coco_rle.area(segmentation_to_rle([flat], size))),
-        "iscrowd": 0,
-        "segmentation": [flat],
-    }
-
-
-def _name_leftovers(used: set[Path]) -> None:
-    """Say which label files belong to no image: a misspelt name would lose its objects unseen."""
-    there = {path for folder in {path.parent for path in used} for path in folder.glob("*.txt")}
-    left = sorted(path for path in there - used if path.name != "classes.txt")
-    if left:
-        first = ", ".join(map(str, left[:FIRST_FEW])) + (", ..." if len(left) > FIRST_FEW else "")
-        logger.warning("%d label files belong to no image and are left out: %s", len(left), first)
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not -SLACK <= number <= 1 + SLACK:
+        raise DataError(f"{name}: coordinate {shorten(word)}; allowed are shares of the image's sides, 0 to 1")
+    return number
