@@ -7,7 +7,6 @@ the points it uses (`MultiScaleDeformableAttention.sampling`).
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +24,6 @@ from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.heads import UnifiedQueryHead
 from solq_lab.models.solq import SOLQ
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
-
-SIZES = ("small", "medium", "large")
 
 
 class LayerAttention(NamedTuple):
@@ -74,50 +71,6 @@ class ObjectView(NamedTuple):
     reference: np.ndarray
     looked: QueryPoints
     caption: str
-
-
-class AttentionStudy(NamedTuple):
-    """Shares, 0..1, of the attention of K found objects' queries; one column per decoder layer.
-
-    band: "near" is within so many pixels.
-    sizes: (K,) 0 small, 1 medium, 2 large.
-    outline, tips: (K, layers) share of a query's weight near the outline, and near the extremities, of its object.
-    even_outline, even_tips: (K,) the same for points spread evenly over the object's box, grown by the band.
-    other_outline, other_tips: (K, layers) the same for the points of the query before it that found an object of this
-        size, stretched from that query's box into this one's; NaN for the first.
-    """
-
-    band: float
-    sizes: np.ndarray
-    outline: np.ndarray
-    tips: np.ndarray
-    even_outline: np.ndarray
-    even_tips: np.ndarray
-    other_outline: np.ndarray
-    other_tips: np.ndarray
-
-    def mean(self, name: str, size: int) -> np.ndarray:
-        """(layers,) mean of a share over the objects of one size; NaN without objects."""
-        values = getattr(self, name)[self.sizes == size]
-        values = values if values.ndim == 2 else np.repeat(values[:, None], self.outline.shape[1], axis=1)
-        known = np.isfinite(values)
-        return np.where(known, values, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
-
-    def table(self) -> str:
-        """Percent of the weight near outline and extremities, by size and layer, beside the two measures of chance."""
-        heading = f"within {self.band:g} pixels of"
-        lines = [
-            f"{heading:<30}{'outline':>9}{'other':>8}{'even':>8}  |{'extremities':>12}{'other':>8}{'even':>8}",
-        ]
-        names = ("outline", "other_outline", "even_outline", "tips", "other_tips", "even_tips")
-        for size, word in enumerate(SIZES):
-            rows = np.stack([self.mean(name, size) for name in names], axis=1)  # (layers, 6)
-            count = int((self.sizes == size).sum())
-            for layer, row in enumerate(rows, start=1):
-                a, b, c, d, e, f = (f"{100 * value:.1f}" if math.isfinite(value) else "-" for value in row)
-                about = f"{word}, {count} objects" if layer == 1 else ""
-                lines.append(f"{about:<21}layer {layer:<3}{a:>9}{b:>8}{c:>8}  |{d:>12}{e:>8}{f:>8}")
-        return "\n".join(lines)
 
 
 def record_attention(model: SOLQ, images: ImageBatch) -> list[LayerAttention]:

@@ -1,9 +1,9 @@
-"""What decoder attention lies on, measured: the outline of the object, its extremities, or anything. Paper: figure 4.
+"""What decoder attention lies on: the outline of the object, its extremities, or neither. Paper: figure 4.
 
-The paper shows that SOLQ's queries attend to the outline of objects; a detector, which only answers a box, is known to
-attend to the extremities, the points where an object touches its box. Both are counted here, object by object and layer
-by layer, beside two measures of chance: looking evenly over the box, and the points of *another* object's query,
-stretched into this object's box. Only what exceeds the second follows the shape of this very object.
+The paper shows that SOLQ's queries attend to the outline of objects; a detector, which predicts only a box, is known to
+attend to the extremities, the points where an object touches its box. Both are measured object by object and layer by
+layer, beside two baselines: points spread evenly over the box, and the points of *another* object's query, stretched
+into this object's box. Only what exceeds the second follows the shape of this very object.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from pycocotools import mask as coco_rle
 from scipy.ndimage import distance_transform_edt
@@ -21,7 +22,6 @@ from tqdm.auto import tqdm
 from solq_lab.data.coco import CocoDataset
 from solq_lab.evaluation.sizes import SIZES, size_of
 from solq_lab.inference.attention import (
-    AttentionStudy,
     LayerAttention,
     ObjectView,
     object_view,
@@ -35,21 +35,62 @@ from solq_lab.studies.pairing import UNMATCHED, pair_objects
 FULL = 0.65  # share of its box that an object covers at most whose outline is far from its box
 
 
+class AttentionStudy(NamedTuple):
+    """Shares, 0..1, of the attention of K found objects' queries; one column per decoder layer.
+
+    band: "near" is within so many pixels.
+    sizes: (K,) rows of `SIZES`.
+    outline, extremities: (K, layers) share of a query's weight near the outline, and near the extremities.
+    even_outline, even_extremities: (K,) the same for points spread evenly over the object's box, grown by the band.
+    other_outline, other_extremities: (K, layers) the same for the points of the query before it that found an object of
+        this size, stretched from that query's box into this one's; NaN for the first.
+    """
+
+    band: float
+    sizes: np.ndarray
+    outline: np.ndarray
+    even_outline: np.ndarray
+    other_outline: np.ndarray
+    extremities: np.ndarray
+    even_extremities: np.ndarray
+    other_extremities: np.ndarray
+
+    def mean(self, name: str, size: int) -> np.ndarray:
+        """(layers,) mean of a share over the objects of one size; NaN without objects."""
+        values = getattr(self, name)[self.sizes == size]
+        values = values if values.ndim == 2 else np.repeat(values[:, None], self.outline.shape[1], axis=1)
+        known = np.isfinite(values)
+        return np.where(known, values, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+
+    def frame(self) -> pd.DataFrame:
+        """Percent of the weight near outline and extremities beside both baselines, a row per size and layer."""
+        layers = pd.RangeIndex(1, self.outline.shape[1] + 1, name="layer")
+        rows = {}
+        for size, word in enumerate(SIZES):
+            columns = {
+                (near, whose): 100 * self.mean(f"{prefix}{near}", size)
+                for near in ("outline", "extremities")
+                for whose, prefix in (("query", ""), ("other", "other_"), ("even", "even_"))
+            }
+            rows[f"{word}, {(self.sizes == size).sum()} objects"] = pd.DataFrame(columns, index=layers)
+        return pd.concat(rows)
+
+
 class Zones(NamedTuple):
     """Where "near" is, for one object: bitmaps (h, w) of a window of the image.
 
     corner: (x, y) of the window's first pixel; it may lie outside the image.
-    outline, tips, box: near the outline, near the extremities, in the box.
+    outline, extremities, box: near the outline, near the extremities, in the box.
     """
 
     corner: tuple[int, int]
     outline: np.ndarray
-    tips: np.ndarray
+    extremities: np.ndarray
     box: np.ndarray
 
 
-class _Look(NamedTuple):
-    """Where one query looks: points (layers, n, 2) in units of its box, from its centre, and weights (layers, n)."""
+class _QueryAttention(NamedTuple):
+    """One query's points (layers, n, 2) in units of its box, from its centre, and their weights (layers, n)."""
 
     points: np.ndarray
     weights: np.ndarray
@@ -64,7 +105,7 @@ def study_attention(
     score: float = 0.3,
     max_images: int | None = None,
 ) -> AttentionStudy:
-    """Measure the queries of all true objects that a model finds (right class, box IoU of at least 0.5).
+    """Measure the queries of all ground-truth objects that a model finds (same class, box IoU of at least 0.5).
 
     Args:
         predictor: the model.
@@ -80,54 +121,60 @@ def study_attention(
     if not band > 0:
         raise ValueError(f"band {band}: allowed are positive numbers of pixels")
     rows: list[list] = []
-    before: dict[int, _Look] = {}  # the last query that found an object of this size
+    before: dict[int, _QueryAttention] = {}  # the last query that found an object of this size
     for index in tqdm(range(len(dataset))[:max_images], desc="attention", unit="img"):
-        truth, image = dataset.objects(index), dataset[index][0]
-        found, layers = predict_with_attention(predictor, image.permute(1, 2, 0).numpy())
-        found = found.above(score)
-        partners, _ = pair_objects(found, truth)
+        ground_truth, image = dataset.objects(index), dataset[index][0]
+        detections, layers = predict_with_attention(predictor, image.permute(1, 2, 0).numpy())
+        detections = detections.above(score)
+        partners, _ = pair_objects(detections, ground_truth)
         scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
-        for mask, partner in zip(decode_rle(truth.masks).numpy(), partners.tolist(), strict=True):
+
+        for mask, partner in zip(decode_rle(ground_truth.masks).numpy(), partners.tolist(), strict=True):
             if partner == UNMATCHED or not mask.any():
                 continue
-            query = int(found.queries[partner])
+            query = int(detections.queries[partner])
             box = (layers[-1].boxes[query] * scale).numpy()
-            look = _look_from(layers, query, box, scale[:2].numpy())
+            attention = _attention_of(layers, query, box, scale[:2].numpy())
             size = size_of(int(mask.sum()), area_sides)
-            rows.append([size, *_measure(near_zones(mask, band), box, look, before.get(size), mask.shape)])
-            before[size] = look
-    return _collect(band, predictor.experiment.model.decoder_layers, rows)
+            rows.append([size, *_measure(near_zones(mask, band), box, attention, before.get(size), mask.shape)])
+            before[size] = attention
+
+    # The measured numbers come in the order of the study's fields.
+    count = predictor.experiment.model.decoder_layers
+    sizes, *shares = (np.array(column, dtype=float) for column in (zip(*rows, strict=True) if rows else [()] * 7))
+    shares = [share if place % 3 == 1 else share.reshape(-1, count) for place, share in enumerate(shares)]
+    return AttentionStudy(band, sizes.astype(int), *shares)
 
 
-def _look_from(layers: Sequence[LayerAttention], query: int, box: np.ndarray, scale: np.ndarray) -> _Look:
+def _attention_of(layers: Sequence[LayerAttention], query: int, box: np.ndarray, scale: np.ndarray) -> _QueryAttention:
     looked = [query_points(layers, query, layer=layer) for layer in range(len(layers))]
     points = np.stack([one.points.numpy() for one in looked]) * scale
-    return _Look((points - box[:2]) / box[2:], np.stack([one.weights.numpy() for one in looked]))
+    return _QueryAttention((points - box[:2]) / box[2:], np.stack([one.weights.numpy() for one in looked]))
 
 
 def _measure(
-    zones: Zones, box: np.ndarray, look: _Look, other: _Look | None, image_size: tuple[int, int]
+    zones: Zones, box: np.ndarray, own: _QueryAttention, other: _QueryAttention | None, image_size: tuple[int, int]
 ) -> Iterator[np.ndarray]:
     """For outline and extremities in turn: (layers,) share of the query, share of the box, (layers,) of the other."""
-    for near in (zones.outline, zones.tips):
-        yield _share(near, zones.corner, box, look, image_size)
+    for near in (zones.outline, zones.extremities):
+        yield _share(near, zones.corner, box, own, image_size)
         yield (near & zones.box).sum() / zones.box.sum()
         if other is None:
-            yield np.full(len(look.weights), np.nan)
+            yield np.full(len(own.weights), np.nan)
         else:
             yield _share(near, zones.corner, box, other, image_size)
 
 
 def _share(
-    near: np.ndarray, corner: tuple[int, int], box: np.ndarray, look: _Look, image_size: tuple[int, int]
+    near: np.ndarray, corner: tuple[int, int], box: np.ndarray, attention: _QueryAttention, image_size: tuple[int, int]
 ) -> np.ndarray:
-    """(layers,) weight of the points that lie on a bitmap, and in the image: outside it they find nothing."""
-    across, down = np.moveaxis(np.floor(look.points * box[2:] + box[:2]).astype(int), -1, 0)  # (layers, n), pixels
-    seen = (across >= 0) & (across < image_size[1]) & (down >= 0) & (down < image_size[0])
+    """(layers,) weight of the points that lie on a bitmap, and in the image: outside it they sample zeros."""
+    across, down = np.moveaxis(np.floor(attention.points * box[2:] + box[:2]).astype(int), -1, 0)  # (layers, n)
+    inside = (across >= 0) & (across < image_size[1]) & (down >= 0) & (down < image_size[0])
     across, down = across - corner[0], down - corner[1]
-    seen &= (across >= 0) & (across < near.shape[1]) & (down >= 0) & (down < near.shape[0])
-    seen[seen] = near[down[seen], across[seen]]
-    return (look.weights * seen).sum(axis=-1)
+    inside &= (across >= 0) & (across < near.shape[1]) & (down >= 0) & (down < near.shape[0])
+    inside[inside] = near[down[inside], across[inside]]
+    return (attention.weights * inside).sum(axis=-1)
 
 
 def examples_by_size(
@@ -140,20 +187,21 @@ def examples_by_size(
 ) -> dict[str, tuple[int, int]]:
     """For each size the object that the models find best: "small" -> (index of its image, row of its true object).
 
-    Best is the object whose box every model meets closely (largest smallest IoU), among those that leave a good part of
-    their box empty where there are any: only there outline and box are different places. A size of which no object is
-    found by all models is left out.
+    Best is the object with the largest minimum of the models' box IoUs, among those that leave a good part of their box
+    empty where there are any: only there outline and box are different places. A size of which no object is found by
+    all models is left out.
 
     Args:
-        predictors: one model or several, that see the same images.
+        predictors: one model or several, for the same images.
         dataset, area_sides, score, max_images: as for `study_attention`.
     """
     best: dict[int, tuple[bool, float, int, int]] = {}
     for index in range(len(dataset))[:max_images]:
-        truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
-        paired = [pair_objects(predictor.predict(image).above(score), truth)[1] for predictor in predictors]
-        for row, iou in enumerate(np.min(paired, axis=0).tolist()):
-            area, (_, _, width, height) = int(coco_rle.area(truth.masks[row])), coco_rle.toBbox(truth.masks[row])
+        ground_truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
+        ious = [pair_objects(predictor.predict(image).above(score), ground_truth)[1] for predictor in predictors]
+        for row, iou in enumerate(np.min(ious, axis=0).tolist()):
+            rle = ground_truth.masks[row]
+            area, (_, _, width, height) = int(coco_rle.area(rle)), coco_rle.toBbox(rle)
             candidate = (area < FULL * width * height, iou, index, row)
             size = size_of(area, area_sides)
             if iou > 0:
@@ -170,7 +218,7 @@ def view_of_true_object(
     head: int | None = None,
     level: int | None = None,
 ) -> ObjectView:
-    """Where the query looks that found a true object; a plain detector's view shows the true mask.
+    """The attention of the query that finds a true object; a plain detector's view shows the true mask.
 
     Args:
         predictor: the model.
@@ -182,13 +230,13 @@ def view_of_true_object(
         ValueError: the model does not find the object; no such layer, head or level.
     """
     index, row = place
-    truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
-    found, layers = predict_with_attention(predictor, image)
-    partner = int(pair_objects(found, truth)[0][row])
+    ground_truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
+    detections, layers = predict_with_attention(predictor, image)
+    partner = int(pair_objects(detections, ground_truth)[0][row])
     if partner == UNMATCHED:
         raise ValueError(f"object {row} of image {dataset.image_ids[index]} is not found; choose another object")
-    view = object_view(image, found, layers, partner, layer=layer, head=head, level=level)
-    return view if view.mask is not None else view._replace(mask=decode_rle([truth.masks[row]])[0].numpy())
+    view = object_view(image, detections, layers, partner, layer=layer, head=head, level=level)
+    return view if view.mask is not None else view._replace(mask=decode_rle([ground_truth.masks[row]])[0].numpy())
 
 
 def near_zones(mask: np.ndarray, band: float) -> Zones:
@@ -202,20 +250,13 @@ def near_zones(mask: np.ndarray, band: float) -> Zones:
     down, across = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     cut = mask[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
     inside = np.pad(cut, margin)
-    extreme = np.zeros_like(cut)
-    extreme[[0, -1]] = cut[[0, -1]]
-    extreme[:, [0, -1]] = cut[:, [0, -1]]
+    outermost = np.zeros_like(cut)
+    outermost[[0, -1]] = cut[[0, -1]]
+    outermost[:, [0, -1]] = cut[:, [0, -1]]
+
     to_outline = np.where(inside, distance_transform_edt(inside), distance_transform_edt(~inside)) - 0.5
-    to_tips = distance_transform_edt(~np.pad(extreme, margin)) - 0.5
+    to_extremities = distance_transform_edt(~np.pad(outermost, margin)) - 0.5
     box = np.zeros_like(inside)
-    grown = margin - math.ceil(band)
-    box[grown:-grown, grown:-grown] = True
-    return Zones((int(across[0]) - margin, int(down[0]) - margin), to_outline <= band, to_tips <= band, box)
-
-
-def _collect(band: float, layers: int, rows: list[list]) -> AttentionStudy:
-    """Of each row: size, then outline, its even share, that of the other, and the same three of the extremities."""
-    columns = list(zip(*rows, strict=True)) or [()] * 7
-    sizes, *shares = (np.array(column, dtype=float) for column in columns)
-    outline, tips, other_outline, other_tips = (shares[column].reshape(-1, layers) for column in (0, 3, 2, 5))
-    return AttentionStudy(band, sizes.astype(int), outline, tips, shares[1], shares[4], other_outline, other_tips)
+    box[1:-1, 1:-1] = True  # the margin is the band, rounded up, and one more
+    corner = (int(across[0]) - margin, int(down[0]) - margin)
+    return Zones(corner, to_outline <= band, to_extremities <= band, box)

@@ -14,7 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from solq_lab.inference.attention import SIZES, AttentionStudy, ObjectView, heat_map
+from solq_lab.evaluation.sizes import SIZES
+from solq_lab.inference.attention import ObjectView, heat_map
+from solq_lab.studies.attention import AttentionStudy
 from solq_lab.viz.images import MaskWindow, outline_mask
 from solq_lab.viz.style import GREY, METHOD_COLOURS, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW, new_figure
 
@@ -100,7 +102,7 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
     figure, axes = new_figure(2, len(SIZES), size=(9.5, 5.2), title=title)
     free = iter(colour for name, colour in METHOD_COLOURS.items() if name not in studies)
     colours = {name: METHOD_COLOURS[name] if name in METHOD_COLOURS else next(free) for name in studies}
-    for row, what in enumerate(("outline", "tips")):
+    for row, what in enumerate(("outline", "extremities")):
         for size, word in enumerate(SIZES):
             place = axes[row, size]
             for name, study in studies.items():
@@ -116,8 +118,7 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
             else:
                 place.set_xlabel("decoder layer")
         band = " / ".join(dict.fromkeys(f"{study.band:g}" for study in studies.values()))
-        target = "the outline" if what == "outline" else "the extremities"
-        axes[row, 0].set_ylabel(f"weight within {band} px\nof {target}, %")
+        axes[row, 0].set_ylabel(f"weight within {band} px\nof the {what}, %")
         top = max((place.get_ylim()[1] for place in axes[row]), default=1.0)
         for place in axes[row]:
             place.set_ylim(0, top)

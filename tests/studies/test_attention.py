@@ -245,7 +245,7 @@ def test_extremities_are_where_an_object_touches_its_box():
         mask[12 + row, 20 - row : 21 + row] = mask[28 - row, 20 - row : 21 + row] = True
     zones = near_zones(mask, 0.5)
     x, y = zones.corner
-    down, across = np.nonzero(zones.tips)
+    down, across = np.nonzero(zones.extremities)
     corners = {(12, 20), (28, 20), (20, 12), (20, 28)}
     assert corners <= set(zip((down + y).tolist(), (across + x).tolist(), strict=True))
     assert all(
@@ -306,12 +306,13 @@ def test_shares_count_the_weight_near_the_outline_and_the_measures_of_chance(one
     np.testing.assert_allclose(found.even_outline, (22**2 - 18**2) / 22**2, atol=5e-3)  # corners are rounded
     assert found.sizes.tolist() == [1, 1]
     np.testing.assert_allclose(found.mean("outline", 1), [0.375, 0.375])
-    assert "medium, 2 objects    layer 1       37.5    75.0" in found.table()
+    first = found.frame().loc["medium, 2 objects", 1]
+    assert (first["outline", "query"], first["outline", "other"]) == (37.5, 75.0)
 
 
 def test_every_edge_of_a_square_is_an_extremity(one_square):
     found = one_square(np.array([[10.5, 20.0], [20.0, 29.5], [20.0, 20.0], [48.5, 20.0]]))
-    np.testing.assert_allclose(found.tips, [[0.5, 0.5]])
+    np.testing.assert_allclose(found.extremities, [[0.5, 0.5]])
 
 
 def test_a_model_that_finds_nothing_has_an_empty_study(predictor: Predictor, root: Path):
@@ -319,7 +320,7 @@ def test_a_model_that_finds_nothing_has_an_empty_study(predictor: Predictor, roo
     found = study_attention(predictor, dataset, band=2.0, area_sides=(16, 32), score=1.0)
     assert found.outline.shape == (0, 2)
     assert np.isnan(found.mean("outline", 0)).all()
-    assert "small, 0 objects" in found.table()
+    assert found.frame().loc["small, 0 objects"].isna().all(axis=None)
     assert attention_shares({"SOLQ": found}, title="nothing").axes
     assert examples_by_size([predictor], dataset, area_sides=(16, 32), score=1.0) == {}
     figure = attention_by_size({"SOLQ": []}, [], title="none")
