@@ -24,6 +24,7 @@ from solq_lab.codecs.artifact import (
 )
 from solq_lab.codecs.base import CodecFit, FittedCodec, MaskCodec
 from solq_lab.codecs.kinds import fitted_kinds
+from solq_lab.codecs.reconstruct import box_frame_iou, reconstruct
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.files import hash_file
@@ -118,11 +119,9 @@ def measure_quality(codec: MaskCodec, masks: Tensor) -> dict[str, Any]:
     error = deviation = overlap = 0.0
     for batch in masks.split(256):
         cells = batch.float()
-        decoded = codec.decode(codec.encode(batch))
-        binary = codec.binarize(decoded)
-        shared, united = (binary & batch).sum((1, 2)), (binary | batch).sum((1, 2))
-        overlap += torch.where(united > 0, shared / united.clamp(min=1), 1.0).sum().item()
-        error += (decoded - cells).square().sum(dtype=torch.float64).item()
+        decoded = reconstruct(codec, batch)
+        overlap += box_frame_iou(decoded.masks, batch).sum().item()
+        error += (decoded.decoded - cells).square().sum(dtype=torch.float64).item()
         deviation += (cells - mean).square().sum(dtype=torch.float64).item()
     explained = 1 - error / deviation if deviation else 0.0
     return {"explained_variance": explained, "mean_iou": overlap / len(masks), "masks": len(masks)}

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pycocotools import mask as coco_rle
 from torch import Tensor
 
 from solq_lab.build import build_dataset
@@ -21,6 +20,7 @@ from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.files import hash_file, read_json, write_json
 from solq_lab.inference.predictor import Predictor
+from solq_lab.masks import rle_iou
 from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
 from solq_lab.runs import SHIPPED, Run, RunError
 from solq_lab.structures import Detections
@@ -129,18 +129,13 @@ def compare_predictors(first: Predictor, second: Predictor, dataset: CocoDataset
             score = max(score, abs(float(sure.scores[row] - found.scores[partner])))
             box = max(box, float((sure.boxes[row] - found.boxes[partner]).abs().max()))
             if sure.masks is not None:
-                mask += 1 - _iou(sure.masks[row], found.masks[partner])
+                mask += 1 - float(rle_iou([sure.masks[row]], [found.masks[partner]])[0])
     return Rounding(len(shown), objects, score, box, mask / max(objects, 1))
 
 
 def _pairs(detections: Detections) -> list[tuple[int, int]]:
     """(query, class channel) of every object: what two versions of one model have in common."""
     return list(zip(detections.queries.tolist(), detections.labels.tolist(), strict=True))
-
-
-def _iou(first: dict, second: dict) -> float:
-    both_empty = not coco_rle.area(first) and not coco_rle.area(second)
-    return 1.0 if both_empty else float(coco_rle.iou([first], [second], [0])[0, 0])
 
 
 def _check(run: Run, destination: Path, experiment: Experiment) -> None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from solq_lab.codecs.dct import DCTCodec, zigzag
+from solq_lab.codecs.reconstruct import box_frame_iou, reconstruct
 from solq_lab.viz.style import STYLE, VERMILION, hide_axes, new_figure
 
 
@@ -33,11 +34,9 @@ def reconstructions(mask: Tensor, vector_dims: Sequence[int] = (9, 36, 100, 256)
     _show(axes[0, 0], mask.numpy(), f"mask, {size} x {size} cells")
     _show_spectrum(figure, axes[0, 1], largest.encode(mask[None])[0], size)
     for place, kept in zip(axes[0, 2:], vector_dims, strict=True):
-        codec = DCTCodec(size, min(kept, size**2))
-        decoded = codec.decode(codec.encode(mask[None]))
-        back = codec.binarize(decoded)[0]
-        overlap = (back & mask).sum() / (back | mask).sum().clamp(min=1)
-        _show(place, decoded[0].numpy(), f"$n_k$ = {kept}, IoU {overlap:.3f}")
+        _, (decoded,), (back,) = reconstruct(DCTCodec(size, min(kept, size**2)), mask[None])
+        (overlap,) = box_frame_iou(back[None], mask[None])
+        _show(place, decoded.numpy(), f"$n_k$ = {kept}, IoU {overlap:.3f}")
         if back.any() and not back.all():
             place.contour(back.numpy().astype(float), levels=[0.5], colors=[VERMILION], linewidths=1.2)
     return figure

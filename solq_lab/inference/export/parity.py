@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_rle
 from scipy.optimize import linear_sum_assignment
 
 from solq_lab.data.transforms import TestResize
 from solq_lab.inference.export.session import Session, batches
 from solq_lab.inference.postprocess import cut_out_masks, postprocess
 from solq_lab.inference.predictor import Predictor
-from solq_lab.masks import paste_to_rle
+from solq_lab.masks import paste_to_rle, rle_iou
 from solq_lab.structures import Detections, ImageBatch, ImageMasks
 
 TOLERANCE = {"score": 1e-3, "box": 1e-3, "mask_iou": 0.99}  # score; share of the image's sides; least mean IoU
@@ -106,7 +105,8 @@ def compare_detections(
         scores += [float(score[pair]) for pair in pairs]
         boxes += [float(box[pair]) for pair in pairs]
         if ours.masks is not None and theirs.masks is not None:
-            overlaps += [_iou(ours.masks[row], theirs.masks[column]) for row, column in pairs]
+            matched_masks = [ours.masks[row] for row, _ in pairs], [theirs.masks[column] for _, column in pairs]
+            overlaps += rle_iou(*matched_masks).tolist()
     mean, least = (float(np.mean(overlaps)), min(overlaps)) if overlaps else (None, None)
     return Parity(len(expected), detections, matched, excused, max(scores), max(boxes), mean, least)
 
@@ -135,8 +135,3 @@ def detect_in_onnx(session: Session, images: ImageBatch, names: Sequence[str]) -
         called = [names[label] for label in labels.tolist()]
         detections.append(Detections(scores, labels, boxes, queries, masks, called))
     return detections
-
-
-def _iou(first: dict, second: dict) -> float:
-    both_empty = not coco_rle.area(first) and not coco_rle.area(second)
-    return 1.0 if both_empty else float(coco_rle.iou([first], [second], [0])[0, 0])

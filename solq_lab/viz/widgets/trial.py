@@ -9,8 +9,9 @@ from faster_coco_eval.core import mask as rle_api
 from torch import Tensor
 
 from solq_lab.codecs.base import MaskCodec, middle_of_range
+from solq_lab.codecs.reconstruct import paste_and_compare
 from solq_lab.codecs.sparse import SparseCodingCodec
-from solq_lab.masks import paste_to_rle
+from solq_lab.masks import rle_iou
 from solq_lab.viz.widgets.objects import BoxedObject
 
 Rule = Literal["codec", "middle", "half", "best"]
@@ -78,11 +79,10 @@ def decode_trial(
     decoded = codec.decode(received[None])
     cut = thresholds(decoded, bits[None], codec, rule)
     back = decoded > cut[:, None, None]
-    rle = paste_to_rle(back, item.box[None], item.size)[0]
-    boundaries = [rle_api.rleToBoundary(one, boundary_ratio) for one in (item.rle, rle)]
-    return Trial(
-        bits, vector, received, decoded[0], float(cut), back[0], rle, mask_iou(item.rle, rle), mask_iou(*boundaries)
-    )
+    (rle,), (iou,) = paste_and_compare(back, item.box[None], item.size, [item.rle], both_empty=0.0)
+    boundaries = [[rle_api.rleToBoundary(one, boundary_ratio)] for one in (item.rle, rle)]
+    boundary_iou = float(rle_iou(*boundaries, both_empty=0.0)[0])
+    return Trial(bits, vector, received, decoded[0], float(cut), back[0], rle, float(iou), boundary_iou)
 
 
 @torch.inference_mode()
@@ -90,8 +90,8 @@ def decode_ious(item: BoxedObject, bits: Tensor, vectors: Tensor, codec: MaskCod
     """IoU of an object, whose mask in its box is `bits` (N, N), with what each of K vectors (K, D) decodes to."""
     decoded = codec.decode(vectors)
     back = decoded > thresholds(decoded, bits.expand(decoded.shape), codec, rule)[:, None, None]
-    rles = paste_to_rle(back, item.box.expand(len(vectors), 4), item.size)
-    return [mask_iou(item.rle, rle) for rle in rles]
+    boxes, true_rles = item.box.expand(len(vectors), 4), [item.rle] * len(vectors)
+    return paste_and_compare(back, boxes, item.size, true_rles, both_empty=0.0)[1].tolist()
 
 
 def term_order(codec: MaskCodec, vector: Tensor) -> Tensor:
@@ -127,8 +127,3 @@ def best_thresholds(values: Tensor, bits: Tensor) -> Tensor:
     iou[following == ordered] = -1  # no threshold parts equal values
     best = iou.argmax(dim=1, keepdim=True)
     return ((ordered.gather(1, best) + following.gather(1, best)) / 2).squeeze(1)
-
-
-def mask_iou(one: dict, other: dict) -> float:
-    """IoU of two compressed RLEs, 0 where both are empty."""
-    return float(rle_api.iou([one], [other], [0])[0][0])
