@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from torch.utils.cpp_extension import include_paths
 
 from solq_lab.errors import UserError
 from solq_lab.ops import extension
@@ -75,3 +77,49 @@ def test_every_level_of_x86_passes_the_tests_of_the_operators(monkeypatch, archi
         [sys.executable, "-m", "pytest", "-x", *KERNEL_TESTS], cwd=TESTS, capture_output=True, text=True
     )
     assert tests.returncode == 0, tests.stdout
+
+
+ARM_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+@pytest.fixture
+def arm_tools():
+    """Skips without the cross compiler and the emulator: Debian's g++-aarch64-linux-gnu and qemu-user."""
+    for tool in (ARM_COMPILER, EMULATOR, "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not on the PATH")
+
+
+def run(*command: str | Path) -> str:
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("arm_tools")
+def test_the_kernels_give_the_same_numbers_on_arm(tmp_path):
+    """Without torch, of which there is none for Arm here, by `kernels_alone/main.cpp` in an emulator."""
+    alone = Path(__file__).parent / "kernels_alone"
+    sources = [alone / "main.cpp", *(extension.SOURCES / f"{name}_cpu.cpp" for name in ("dct", "paste", "crop"))]
+    flags = ["-std=c++20", "-static", f"-I{alone}", f"-I{extension.SOURCES}", *extension.CPU_FLAGS]
+    flags[flags.index("-fopenmp")] = "-fopenmp-simd"
+    run("g++", "-march=native", *flags, *sources, "-o", tmp_path / "here")
+    run(ARM_COMPILER, *flags, *sources, "-o", tmp_path / "arm")
+
+    expected, found = run(tmp_path / "here").splitlines(), run(EMULATOR, tmp_path / "arm").splitlines()
+    assert found[0] == "NEON"
+    for line, arm_line in zip(expected[1:], found[1:], strict=True):
+        (name, *numbers), (arm_name, *arm_numbers) = line.split(), arm_line.split()
+        assert arm_name == name
+        exact = name in ("paste", "crop")
+        np.testing.assert_allclose(
+            np.array(arm_numbers, float), np.array(numbers, float), rtol=0, atol=0 if exact else 1e-4, err_msg=name
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("arm_tools")
+@pytest.mark.parametrize("source", sorted(extension.SOURCES.glob("*_cpu.cpp")), ids=lambda path: path.name)
+def test_the_operators_compile_for_arm(source):
+    run(ARM_COMPILER, "-std=c++20", "-fsyntax-only", *(f"-I{path}" for path in include_paths()), source)
