@@ -34,9 +34,9 @@ from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.faults import explain_fault
 from solq_lab.training.finetune import TrainedModel, open_trained
-from solq_lab.training.flight import FlightRecorder
 from solq_lab.training.losses import build_criterion
 from solq_lab.training.metrics import MetricLogger
+from solq_lab.training.nonfinite import NonFiniteRecorder
 from solq_lab.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -145,7 +145,7 @@ class Trainer:
         self._build_data(checkpoint)
         self._build_model(checkpoint, trained)
         self._build_optimizer()
-        self.recorder = FlightRecorder(run, self.model, self.criterion, self.optimizer, self.train_set, self.device)
+        self.recorder = NonFiniteRecorder(run, self.model, self.criterion, self.optimizer, self.train_set, self.device)
 
         if checkpoint is None:  # each process draws its own dropout
             seed_generators(run.experiment.seed + distributed.rank())

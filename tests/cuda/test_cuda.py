@@ -37,8 +37,8 @@ from solq_lab.ops.ms_deform_attn import ms_deform_attn
 from solq_lab.runs import create_run
 from solq_lab.structures import ImageBatch, Target
 from solq_lab.training import trainer as trainer_module
-from solq_lab.training.findings import nonfinite_tensors
 from solq_lab.training.losses import SetCriterion, build_criterion
+from solq_lab.training.nonfinite import nonfinite_tensors
 from solq_lab.training.signals import StopRequest
 from solq_lab.training.step import Batch, forward_backward
 from solq_lab.training.trainer import Trainer

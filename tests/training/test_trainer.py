@@ -23,8 +23,8 @@ from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError, load_run
 from solq_lab.training import trainer as module
 from solq_lab.training.checkpoint import list_checkpoints
-from solq_lab.training.flight import NonFiniteError
 from solq_lab.training.losses import SetCriterion
+from solq_lab.training.nonfinite import NonFiniteError
 from solq_lab.training.trainer import Trainer, train_run
 
 

@@ -1,0 +1,324 @@
+"""Records training steps whose costs, losses or gradients are not finite, for `solq-lab replay`.
+
+Such a step is skipped and counted; no value is ever replaced by a finite one. What is recorded:
+
+RUN/flight/step_XXXXXXX/
+    record.json          what was not finite, losses of every process, learning rates, environment, file hashes
+    weights.safetensors  the network before the step, with experiment, classes and mask codec inside
+    rank_N.pt            of process N: images, targets, matching costs, and states of the random generators
+
+In JSON, numbers that are not finite are the texts "nan", "inf" and "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from solq_lab import distributed
+from solq_lab.data.coco import CocoDataset
+from solq_lab.environment import describe_software
+from solq_lab.errors import ExplainedError
+from solq_lab.files import hash_file, read_json, replacing_folder
+from solq_lab.models.weights import WeightFile, WeightMismatch, read_weights, save_weights
+from solq_lab.ops.ms_deform_attn import implementation_for
+from solq_lab.runs import Run, RunError
+from solq_lab.structures import ImageBatch, Target
+from solq_lab.training.losses import SetCriterion
+from solq_lab.training.step import Batch, MicroBatch, StepResult
+
+log = logging.getLogger(__name__)
+
+KEPT = 3  # records of a run; each is as large as the weights and the step's images
+LARGEST_GRADIENTS = 20  # that are recorded; those that are not finite are all recorded
+
+
+class NonFiniteError(ExplainedError):
+    """Too many steps in a row were not finite; the message names the step, the images, the reason and the record."""
+
+
+class RankDump(NamedTuple):
+    """One process's part of a step.
+
+    batches: one per micro-batch.
+    costs: of each micro-batch, the matching costs by term, (K, Z*J) each.
+    generators: states of torch's random generators before the first forward pass.
+    """
+
+    batches: list[Batch]
+    costs: list[dict[str, Tensor]]
+    generators: dict[str, Tensor]
+
+
+class StepDump(NamedTuple):
+    """A recorded step.
+
+    facts: the content of record.json.
+    weights: the network before the step, with experiment, classes and mask codec.
+    ranks: the dumps of all processes, by rank.
+    """
+
+    facts: dict[str, Any]
+    weights: WeightFile
+    ranks: list[RankDump]
+
+
+class NonFiniteRecorder:
+    """Writes steps that are not finite to the run's folder `flight`, and counts them.
+
+    Args:
+        run: the run.
+        model: the network.
+        criterion, optimizer: of the training.
+        dataset: the training images.
+        device: of the network.
+
+    Attributes:
+        in_a_row: how many steps were not finite since the last one that was; the trainer resets it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        criterion: SetCriterion,
+        optimizer: torch.optim.Optimizer,
+        dataset: CocoDataset,
+        device: torch.device,
+    ) -> None:
+        self._run, self._model, self._criterion, self._optimizer = run, model, criterion, optimizer
+        self._dataset, self._device = dataset, device
+        self.in_a_row = 0
+
+    def check_weights(self, number: int) -> None:
+        """Keep weights that are not finite out of the checkpoints: the one before is worth more.
+
+        Raises:
+            NonFiniteError: the network's parameters are not finite after step `number`.
+        """
+        bad = nonfinite_tensors(self._model.named_parameters())  # the same in every process
+        if bad:
+            raise NonFiniteError(
+                f"{_first_of(bad)} is not finite after step {number}: no checkpoint is written, the last one stays. "
+                "Lower optim.lr, or set train.autocast=none"
+            )
+
+    def record(self, result: StepResult, number: int, epoch: float) -> tuple[dict[str, Any], NonFiniteError | None]:
+        """Record step `number`, the first being 1, which was not finite.
+
+        Returns:
+            Its line for the metrics, and the error to raise where as many steps before it as `train.skip_nonfinite`
+            allows were not finite either.
+        """
+        self.in_a_row += 1
+        allowed = self._run.experiment.train.skip_nonfinite
+        facts, problem = self._write(result, number, epoch)
+        images = [image["id"] for share in facts["shares"] for p in share["passes"] for image in p["images"]]
+        name = f"flight/step_{number:07d}"
+        line = {"reason": facts["reason"], "image_ids": images, "record": None if problem else name}
+
+        place = self._run.folder / name
+        where = f"no record could be written ({problem})" if problem else f"record: {place}"
+        message = f"step {number}: {facts['reason']}. Image ids of this step: {images}; {where}"
+        if self.in_a_row <= allowed:
+            if distributed.is_main():
+                log.warning("%s; skipped, %d of at most %d in a row", message, self.in_a_row, allowed)
+            return line, None
+        cure = "" if problem else f"Repeat it with `solq-lab replay {place}`. "
+        return line, NonFiniteError(
+            f"{message}. The weights were left as they were before it; steps in a row that were not finite: "
+            f"{self.in_a_row}, train.skip_nonfinite={allowed}. {cure}Raise train.skip_nonfinite to skip it when "
+            "resuming from the last checkpoint, or train anew with a lower optim.lr or train.autocast=none"
+        )
+
+    def _write(self, result: StepResult, number: int, epoch: float) -> tuple[dict[str, Any], str | None]:
+        """The facts about the step, and why they could not be written, if so; the same in every process."""
+        model, matcher = self._model, self._criterion.matcher
+        passes = [describe_micro_batch(done, self._dataset.file_name) for done in result.micro_batches]
+        shares = distributed.gather_objects({"rank": distributed.rank(), "passes": passes})
+        gradients = describe_gradients(model, result.norm)
+        bad = nonfinite_tensors([*model.named_parameters(), *model.named_buffers()])
+        facts = {
+            "step": number,
+            "epoch": epoch,
+            "reason": _explain(shares, gradients, bad),
+            "in_a_row": self.in_a_row,
+            "learning_rates": {group["name"]: group["lr"] for group in self._optimizer.param_groups},
+            "autocast": self._run.experiment.train.autocast,
+            "scale": result.scale,
+            "num_boxes": result.num_boxes,
+            "weights_nonfinite": bad,
+            "gradients": gradients,
+            "shares": shares,
+            "environment": _describe_environment(self._device),
+        }
+
+        # Collected on the main process, which writes all files or none.
+        costs = [matcher.costs(done.predictions, done.targets) for done in result.micro_batches]
+        ranks = distributed.gather_on_main(_to_plain(result, costs))
+        problem = None
+        if distributed.is_main():
+            try:
+                self._save(self._run.folder / "flight" / f"step_{number:07d}", facts, ranks)
+            except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors at a full disk
+                problem = " ".join(str(error).split())
+        return facts, distributed.gather_objects(problem)[0]
+
+    def _save(self, folder: Path, facts: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Write a record, and remove all but the last `KEPT`."""
+        codec = self._criterion.codec
+        with replacing_folder(folder) as partial:
+            save_weights(
+                partial / "weights.safetensors",
+                self._model.state_dict(),
+                experiment=self._run.experiment.to_yaml(),
+                classes=self._dataset.classes.to_json(),
+                codec={} if codec is None else codec.state_dict(),
+            )
+            for rank, dump in enumerate(ranks):
+                torch.save(dump, partial / f"rank_{rank}.pt")
+            hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+            text = json.dumps({**facts, "files": hashes}, indent=1) + "\n"
+            (partial / "record.json").write_text(text, encoding="utf-8")
+        for old in list_records(folder.parent)[:-KEPT]:
+            shutil.rmtree(old)
+
+
+def list_records(folder: Path) -> list[Path]:
+    """The records under RUN/flight, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def load_record(folder: Path) -> StepDump:
+    """Read a record back; nothing in it is executed.
+
+    Raises:
+        RunError: there is none, or it is not as it was written.
+    """
+    if not (folder / "record.json").is_file():
+        found = ", ".join(str(path) for path in list_records(folder if folder.name == "flight" else folder / "flight"))
+        raise RunError(f"{folder}: not a flight record (no record.json); records there: {found or 'none'}")
+    facts = read_json(folder / "record.json")
+    files = facts.get("files") if isinstance(facts, dict) else None
+    if not isinstance(files, dict) or "weights.safetensors" not in files or "rank_0.pt" not in files:
+        raise RunError(f"{folder / 'record.json'}: not the JSON of a flight record (no hashes of its files)")
+
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise RunError(f"{path}: not a file of a flight record; record.json has been changed")
+        if not path.is_file():
+            raise RunError(f"{path}: missing; the record cannot be replayed without it")
+        if hash_file(path) != expected:
+            raise RunError(f"{path}: damaged, it is not what was written; copy the record anew from where it was made")
+
+    try:
+        weights = read_weights(folder / "weights.safetensors")
+        count = sum(name.startswith("rank_") for name in files)
+        paths = [folder / f"rank_{rank}.pt" for rank in range(count)]
+        plain = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
+        return StepDump(facts, weights, [_from_plain(dump) for dump in plain])
+    except (WeightMismatch, pickle.UnpicklingError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{folder}: not a record that can be replayed: {' '.join(str(error).split())}") from None
+
+
+def describe_micro_batch(done: MicroBatch, file_name: Callable[[int], str]) -> dict[str, Any]:
+    """Images and losses of a micro-batch, and what the matcher found wrong with it; `file_name` maps image ids."""
+    images = [
+        {"id": target.image_id, "file_name": file_name(target.image_id), "objects": len(target.labels)}
+        for target in done.targets
+    ]
+    losses = {name: _to_json(value.item()) for name, value in done.losses.items()}
+    return {"images": images, "fault": done.fault, "losses": losses}
+
+
+def describe_gradients(model: nn.Module, norm: Tensor) -> dict[str, Any]:
+    """L2 norms of the gradients: of all and of the largest; and which gradients are not finite."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = {name: torch.linalg.vector_norm(gradient).item() for name, gradient in gradients.items()}
+    finite = sorted((name for name in norms if math.isfinite(norms[name])), key=lambda name: -norms[name])
+    return {
+        "norm": _to_json(norm.item()),
+        "largest": {name: norms[name] for name in finite[:LARGEST_GRADIENTS]},
+        "nonfinite": {name: count_nonfinite(gradients[name]) for name in norms if not math.isfinite(norms[name])},
+    }
+
+
+def nonfinite_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors, all on one device, with a value that is not finite."""
+    named = list(named)
+    if not named:
+        return []
+    finite = torch.stack([tensor.isfinite().all() for _, tensor in named]).tolist()  # one wait for a GPU
+    return [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
+
+
+def count_nonfinite(values: Tensor) -> str:
+    """How many values of a tensor are not finite, in words."""
+    return f"{int((~values.detach().isfinite()).sum())} of {values.numel()}"
+
+
+def _explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], weights: Sequence[str]) -> str:
+    """One sentence: the first value that was not finite, in the order weights, costs, losses, gradients."""
+    before = f"{_first_of(weights)} was not finite before the step already; " if weights else ""
+    for share in shares:
+        where = f"in process {share['rank']}, " if len(shares) > 1 else ""
+        for done in share["passes"]:
+            if done["fault"]:
+                return f"{before}{where}{done['fault']}"
+            bad = [f"{name} is {value}" for name, value in done["losses"].items() if isinstance(value, str)]
+            if bad:
+                return f"{before}{where}the loss {_first_of(bad)}"
+    if gradients["nonfinite"]:
+        return f"{before}all losses are finite, the gradient of {_first_of(list(gradients['nonfinite']))} is not"
+    return f"{before}every gradient is finite, and their norm is {gradients['norm']}"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def _to_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _describe_environment(device: torch.device) -> dict[str, Any]:
+    """What decides whether a step gives the same bits again: device, threads, operator and versions."""
+    cpu = f"{torch.backends.cpu.get_cpu_capability()} CPU"
+    return {
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "operator": implementation_for(device.type),
+        "versions": describe_software()["versions"],
+    }
+
+
+def _to_plain(result: StepResult, costs: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """A process's dump on the CPU, in containers that load with `weights_only=True`."""
+    passes = [
+        {
+            "images": done.images.to("cpu")._asdict(),
+            "targets": [target.to("cpu")._asdict() for target in done.targets],
+            "costs": {term: values.cpu() for term, values in terms.items()},
+        }
+        for done, terms in zip(result.micro_batches, costs, strict=True)
+    ]
+    return {"passes": passes, "generators": result.generators}
+
+
+def _from_plain(plain: Mapping[str, Any]) -> RankDump:
+    batches = [
+        (ImageBatch(**done["images"]), [Target(**target) for target in done["targets"]]) for done in plain["passes"]
+    ]
+    return RankDump(batches, [done["costs"] for done in plain["passes"]], plain["generators"])
