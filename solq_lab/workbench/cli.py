@@ -1,49 +1,73 @@
-"""The command line `solq-lab`: every command by its name, and what a mistake looks like.
+"""The command line `solq-lab`: its commands by topic, and errors as messages with an exit status.
 
-Loads without torch; each command imports what it needs. A mistake of the user's is one message and exit status 2.
+Loads without torch; each command imports what it needs.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from solq_lab.errors import ExplainedError, UserError
 from solq_lab.workbench.commands import codecs, data, flight, machine, runs, sweeps, weights
 
+PANELS = {
+    "Run": (runs.run, runs.train, runs.evaluate, runs.status, flight.replay),
+    "Sweep": (sweeps.sweep, sweeps.table),
+    "Model": (weights.predict, weights.import_weights, weights.export, weights.ship),
+    "Data": (data.make_shapes, data.download_coco, data.check_data, data.convert_data),
+    "Codec": (codecs.fit_codec, codecs.codec_ceiling),
+    "Machine": (machine.doctor, machine.bench),
+}
+
+
+class _Panels(TyperGroup):
+    """Lists the commands by panel in plain text; with rich, typer would also draw messages in boxes."""
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for title in PANELS:
+            with formatter.section(f"{title} commands"):
+                shown = {name: command for name, command in self.commands.items() if command.rich_help_panel == title}
+                formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in shown.items()])
+
+
 app = typer.Typer(
+    cls=_Panels,
     help="Segment objects by learning queries: train, evaluate and look into SOLQ.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+for panel, functions in PANELS.items():
+    for function in functions:
+        app.command(rich_help_panel=panel)(function)
 
-app.command()(runs.run)
-app.command()(runs.train)
-app.command()(runs.evaluate)
-app.command()(runs.status)
-app.command()(flight.replay)
-app.command()(sweeps.sweep)
-app.command()(sweeps.table)
-app.command()(weights.predict)
-app.command()(data.make_shapes)
-app.command()(data.download_coco)
-app.command()(data.check_data)
-app.command()(data.convert_data)
-app.command()(codecs.fit_codec)
-app.command()(codecs.codec_ceiling)
-app.command()(weights.import_weights)
-app.command()(weights.export)
-app.command()(weights.ship)
-app.command()(machine.doctor)
-app.command()(machine.bench)
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"solq-lab {version('solq-lab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Segment objects by learning queries: train, evaluate and look into SOLQ."""
 
 
 def main() -> None:
-    """Run the command line: a user's mistake ends in one message and status 2, a failed work in 1, Ctrl-C in 130."""
+    """Run the command line; status 2 is a mistake of the user, 1 a failure, 130 Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()

@@ -20,6 +20,7 @@ from solq_lab.errors import UserError
 from solq_lab.plain_yaml import load_yaml
 
 TAG = "parameters"
+NOTEBOOKS = Path("notebooks")  # where a notebook is found by its name
 
 _TYPES: dict[str, Any] = {
     "str": str,
@@ -44,6 +45,12 @@ class Parameter(NamedTuple):
 
     annotation: str
     default: Any
+
+
+def find_notebook(named: str | Path) -> Path:
+    """The file of a notebook that is named by its path, or by the name of one in `NOTEBOOKS`."""
+    named = Path(named)
+    return named if named.suffix or named.exists() else NOTEBOOKS / f"{named}.ipynb"
 
 
 def read_parameters(notebook: str | Path) -> dict[str, Parameter]:

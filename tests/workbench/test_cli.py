@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def weights(tmp_path, data_root):
 @pytest.fixture
 def train_here(monkeypatch):
     """Let `solq-lab train` run its training in this process, which saves the seconds that importing torch takes."""
-    from solq_lab.training import command as training
+    from solq_lab.training import __main__ as training
 
     monkeypatch.setattr(runs, "start_training", lambda folder, processes: training.main([str(folder)]))
     yield
@@ -85,9 +86,11 @@ def train_here(monkeypatch):
 # ---- help
 
 
-def test_help_lists_every_command(command):
-    status, output = command("--help")
+def test_help_lists_every_command_by_topic(command):
+    status, output = command("-h")
+    assert (status, output) == command("--help")
     assert status == 0
+    assert output.index("Sweep commands:") < output.index("  sweep ") < output.index("Model commands:")
     for name in ("run", "train", "evaluate", "predict", "make-shapes", "import-weights", "doctor", "bench"):
         assert f"  {name} " in output
 
@@ -95,7 +98,15 @@ def test_help_lists_every_command(command):
 def test_help_says_what_each_command_does_in_a_whole_sentence(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, output = command("--help")
-    assert "..." not in output.partition("Commands:")[2]
+    assert "..." not in output.partition("Run commands:")[2]
+
+
+def test_the_version_is_that_of_the_package(command):
+    assert command("--version") == (0, f"solq-lab {metadata.version('solq-lab')}\n")
+
+
+def test_an_unknown_choice_is_refused_with_those_that_exist(refused):
+    assert "'tst' is not one of 'val', 'train'" in refused("evaluate", "run", "--split", "tst")
 
 
 def test_an_unknown_command_is_refused(refused):
@@ -103,7 +114,7 @@ def test_an_unknown_command_is_refused(refused):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; sys.argv = ['solq-lab', '--help']\nfrom solq_lab import cli\n"
+    code = "import sys; sys.argv = ['solq-lab', '--help']\nfrom solq_lab.workbench import cli\n"
     code += "try: cli.main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
@@ -163,7 +174,7 @@ def test_tables_that_nobody_has_fitted_are_refused_with_the_command_that_fits_th
 
 def test_a_change_in_the_experiments_place_is_named(refused):
     message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", "train.steps=3")
-    assert "train.steps=3: is a change to an experiment; name the experiment's file before it" in message
+    assert "train.steps=3: changes an experiment; name the experiment's file before it" in message
 
 
 def change_annotations(data_root: Path, change) -> None:
@@ -236,6 +247,13 @@ def test_an_unknown_notebook_parameter_is_refused(refused, experiment):
     assert "unknown parameter image; did you mean images?" in message
 
 
+def test_a_notebook_is_found_by_its_name(refused, experiment):
+    Path("notebooks").mkdir()
+    notebook = write_notebook(Path("notebooks") / "train.ipynb")
+    assert f"{notebook}: unknown parameter pictres" in refused("run", "train", experiment, "-p", "pictres=3")
+    assert f"notebooks/trian.ipynb: no such notebook; did you mean {notebook}?" in refused("run", "trian", experiment)
+
+
 def test_a_parameter_without_a_value_is_refused(refused, experiment):
     message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "images")
     assert "allowed is name=value" in message
@@ -270,9 +288,8 @@ def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_
     status, output = command("train", experiment, "train.steps=2")
     assert status == 0
     assert "weights   runs/tiny/weights.safetensors" in output
-    rows = [line.split()[0] for line in output.splitlines() if line.strip()]
     for kind in ("segm", "boundary"):
-        assert rows[rows.index(kind) + 1] == "ceiling"
+        assert f"\n{kind} ceiling " in output
     status, again = command("evaluate", "runs/tiny", "--classes")
     assert status == 0
     assert output[output.index("box ") : output.index("weights   ")].strip() in again

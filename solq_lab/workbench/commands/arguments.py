@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
 
 from solq_lab.config import ConfigError
 from solq_lab.plain_yaml import load_yaml
+from solq_lab.workbench.parameters import NOTEBOOKS
 
 FAILED = 1  # exit status
 
 
 def existing_files(paths: list[Path]) -> list[Path]:
-    """Refuse files that are not there, all of them before any work."""
+    """Reject files that do not exist, before any work."""
     for path in paths:
         if path.is_dir():
             raise typer.BadParameter(f"{path}: is a folder; name the files in it, as in {path / '*.jpg'}")
@@ -27,14 +27,14 @@ def existing_files(paths: list[Path]) -> list[Path]:
 
 
 def file_to_write(path: Path | None) -> Path | None:
-    """Refuse a file that could not be written after all the work."""
+    """Reject a file that could not be written, before any work."""
     if path is not None and not path.parent.exists():
         raise typer.BadParameter(f"{path}: there is no folder {path.parent}; make it, or name another")
     return file_with_its_folder(path)
 
 
 def file_with_its_folder(path: Path | None) -> Path | None:
-    """The same for a command that makes the file's folder too."""
+    """The same for a command that also makes the file's folder."""
     if path is not None:
         if path.is_dir():
             raise typer.BadParameter(f"{path}: is a folder; name a file in it")
@@ -43,14 +43,14 @@ def file_with_its_folder(path: Path | None) -> Path | None:
 
 
 def folder_to_write(path: Path | None) -> Path | None:
-    """Refuse a folder that could not be made or filled after all the work."""
+    """Reject a folder that could not be made or filled, before any work."""
     if path is not None:
         _require_writable(_nearest_folder(path), asked=path)
     return path
 
 
 def folder_to_read(path: Path) -> Path:
-    """Refuse a file where a folder is wanted; one that is not there yet is empty."""
+    """Reject a file in the place of a folder; a folder that does not exist counts as empty."""
     _nearest_folder(path)
     return path
 
@@ -70,7 +70,10 @@ def _require_writable(folder: Path, *, asked: Path) -> None:
         raise typer.BadParameter(f"{asked}: {folder} cannot be written to; name another place")
 
 
-Notebook = Annotated[Path, typer.Argument(help="Notebook with one cell tagged `parameters`.")]
+ClusterKind = Literal["none", "local", "slurm"]
+Split = Literal["val", "train"]
+
+NotebookFile = Annotated[Path, typer.Argument(help=f"Notebook: its file, or the name of one in {NOTEBOOKS}.")]
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment, a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the experiment.", metavar="SECTION.KEY=VALUE")]
 RunsDir = Annotated[Path, typer.Option(help="Folder of run folders.", callback=folder_to_read)]
@@ -81,21 +84,13 @@ ClusterOptions = Annotated[
 ]
 
 
-class Where(StrEnum):
-    """What runs a job."""
-
-    none = "none"
-    local = "local"
-    slurm = "slurm"
-
-
-def cluster_options(given: list[str] | None, cluster: Where) -> dict[str, Any]:
+def cluster_options(given: list[str] | None, cluster: ClusterKind) -> dict[str, Any]:
     """The values of `--cluster-option name=value`.
 
     Raises:
         ConfigError: not of this form, or without a cluster.
     """
-    if given and cluster is Where.none:
+    if given and cluster == "none":
         raise ConfigError("--cluster-option: needs --cluster slurm or --cluster local")
     pairs = [text.partition("=") for text in given or []]
     for name, equals, value in pairs:

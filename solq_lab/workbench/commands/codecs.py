@@ -1,33 +1,16 @@
-"""Commands around mask codes: fit-codec, codec-ceiling."""
+"""Commands for mask codecs: fit-codec, codec-ceiling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from solq_lab.workbench.commands.arguments import ExperimentFile, Overrides, file_to_write, folder_to_write
-from solq_lab.workbench.commands.runs import Split
+from solq_lab.workbench.commands.arguments import ExperimentFile, Overrides, Split, file_to_write, folder_to_write
 
 Number = TypeVar("Number", int, float)
-
-
-class Threshold(StrEnum):
-    """How a reconstruction becomes a mask."""
-
-    own = "own"
-    middle = "middle"
-    half = "half"
-
-
-class PCAVariant(StrEnum):
-    """Which PCA."""
-
-    plain = "plain"
-    released = "released"
 
 
 def fit_codec(
@@ -37,7 +20,7 @@ def fit_codec(
         int | None, typer.Option(min=1, help="Fit to so many objects, drawn at random; by default all.")
     ] = None,
 ) -> None:
-    """Fit a PCA or sparse code to the training masks. Writes codec.artifact; goes on after an interruption."""
+    """Fit a PCA or sparse codec to the training masks. Writes codec.artifact; re-running resumes."""
     from solq_lab.config import load_experiment
     from solq_lab.data_folder import prepare_data
     from solq_lab.errors import Interrupted
@@ -49,7 +32,7 @@ def fit_codec(
     try:
         about = fit(resolved, max_objects=objects)
     except KeyboardInterrupt:
-        raise Interrupted(f"{resolved.codec.artifact}: not fitted yet; the same command goes on") from None
+        raise Interrupted(f"{resolved.codec.artifact}: not fitted yet; re-running resumes") from None
     quality, dataset = about.quality, about.dataset
     typer.echo(
         f"{resolved.codec.artifact}: {about.method}, {about.mask_size} x {about.mask_size} cells in {about.vector_dim} "
@@ -67,19 +50,19 @@ def codec_ceiling(
     codec: Annotated[
         str, typer.Option(help="dct, pca, sparse, flatten; several with commas, as in all lists.")
     ] = "dct",
-    mask_size: Annotated[str, typer.Option(help="N: cells per side.")] = "128",
+    mask_size: Annotated[str, typer.Option(help="N: pixels per side of the box frame.")] = "128",
     vector_dim: Annotated[str, typer.Option(help="n_k: numbers per mask.")] = "256",
     box_noise: Annotated[str, typer.Option(help="Standard error of each box edge, in sides of the box.")] = "0",
     vector_noise: Annotated[
-        str, typer.Option(help="Standard error of each entry, in its spread over all objects.")
+        str, typer.Option(help="Standard error of each entry, in units of its standard deviation over all objects.")
     ] = "0",
     threshold: Annotated[
-        Threshold, typer.Option(help="The code's own, the middle of the range, or 0.5.")
-    ] = Threshold.own,
-    pca: Annotated[PCAVariant, typer.Option(help="The paper's eq. 4, or as released.")] = PCAVariant.plain,
+        Literal["own", "middle", "half"], typer.Option(help="The codec's own, the middle of the range, or 0.5.")
+    ] = "own",
+    pca: Annotated[Literal["plain", "released"], typer.Option(help="The paper's eq. 4, or as released.")] = "plain",
     beta: Annotated[float, typer.Option(min=1e-9, help="Sparse coding: price of a coefficient.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of errors and fits.")] = 0,
-    split: Annotated[Split, typer.Option(help="Images of the folder to measure on.")] = Split.val,
+    split: Annotated[Split, typer.Option(help="Images of the folder to measure on.")] = "val",
     fit_on: Annotated[
         Path | None, typer.Option(help="Annotations to fit pca and sparse to; by default the folder's training split.")
     ] = None,
@@ -100,7 +83,7 @@ def codec_ceiling(
         Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
     ] = None,
 ) -> None:
-    """Send ground truth through mask codes and score it. This is what a network without mistakes would reach."""
+    """Encode and decode ground truth, and score it. A network without errors would reach this."""
     from solq_lab.errors import Interrupted
     from solq_lab.files import write_json
     from solq_lab.studies.codec_benchmark import CodecBenchmark, ceiling_table, make_grid, write_csv
@@ -113,8 +96,8 @@ def codec_ceiling(
         _numbers("--vector-dim", vector_dim, int),
         box_noises=_numbers("--box-noise", box_noise, float),
         vector_noises=_numbers("--vector-noise", vector_noise, float),
-        threshold=None if threshold is Threshold.own else threshold.value,
-        pca=pca.value,
+        threshold=None if threshold == "own" else threshold,
+        pca=pca,
         beta=beta,
         seed=seed,
     )
@@ -131,13 +114,13 @@ def codec_ceiling(
     try:
         bounds = benchmark.measure(settings)
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; finished settings are kept in {output}, the same command goes on") from None
+        raise Interrupted(f"stopped; finished settings are kept in {output}, re-running resumes") from None
     typer.echo(ceiling_table(bounds))
     rows = [bound.row() for bound in bounds]
     write_csv(output / "ceilings.csv", bounds)
     varied = [key for key in ("box_noise", "vector_noise") if len({row[key] for row in rows}) > 1]
     over = varied[0] if varied and len({row["vector_dim"] for row in rows}) == 1 else "vector_dim"
-    save(ceiling_curves(rows, over=over, title=f"{data}: what the mask code allows"), output / "ceilings.png")
+    save(ceiling_curves(rows, over=over, title=f"{data}: upper bound of the mask codec"), output / "ceilings.png")
     if json_path is not None:
         write_json(json_path, {"data": str(benchmark), "ceilings": rows})
     typer.echo(f"\ntable     {output / 'ceilings.csv'}\nfigure    {output / 'ceilings.png'}")
@@ -161,8 +144,8 @@ def _area_sides(text: str) -> tuple[float, ...]:
     return sides
 
 
-def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:
-    """Which annotations to measure on and to fit to, and how to score, as arguments of `CodecBenchmark`."""
+def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict[str, Any]:
+    """Annotations to measure on and to fit to, and how to score, as arguments of `CodecBenchmark`."""
     from solq_lab.data.annotations import DataError
     from solq_lab.data.folders import find_annotations
 
@@ -173,12 +156,12 @@ def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) 
     if fit_on is None and data.is_dir():
         try:
             fit_on = find_annotations(data, "train")
-        except DataError:  # a folder of validation images only: fitted codes will ask for --fit-on
+        except DataError:  # a folder of validation images only: fitted codecs need --fit-on
             fit_on = None
-    return {"annotations": find_annotations(data, split.value), "fit_annotations": fit_on}
+    return {"annotations": find_annotations(data, split), "fit_annotations": fit_on}
 
 
-def _scene_of_experiment(path: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict:
+def _scene_of_experiment(path: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict[str, Any]:
     from solq_lab.config import load_experiment
     from solq_lab.data_folder import prepare_data
 
@@ -187,7 +170,7 @@ def _scene_of_experiment(path: Path, overrides: list[str], split: Split, fit_on:
     data, evaluation = experiment.data, experiment.evaluation
     root = Path(data.root)
     return {
-        "annotations": root / (data.val_annotations if split is Split.val else data.train_annotations),
+        "annotations": root / experiment.evaluated_on(split).data.val_annotations,
         "fit_annotations": root / data.train_annotations if fit_on is None else fit_on,
         "area_sides": evaluation.area_sides,
         "boundary_ratio": evaluation.boundary_ratio,

@@ -1,8 +1,7 @@
-"""Commands that make or read run folders: run, train, evaluate, status."""
+"""Commands for run folders: run, train, evaluate, status."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,17 +14,18 @@ from solq_lab.files import read_json
 from solq_lab.runs import Run, create_run, list_runs, load_run
 from solq_lab.workbench.cluster import Cluster, follow_job, submit_training
 from solq_lab.workbench.commands.arguments import (
+    ClusterKind,
     ClusterOptions,
     ExperimentFile,
-    Notebook,
+    NotebookFile,
     Overrides,
     RunFolder,
     RunsDir,
-    Where,
+    Split,
     cluster_options,
 )
 from solq_lab.workbench.notebooks import run_notebook, run_report
-from solq_lab.workbench.parameters import NotebookError, read_parameters
+from solq_lab.workbench.parameters import NotebookError, find_notebook, read_parameters
 from solq_lab.workbench.trainings import describe_trainings, follow_training, start_training, stop_training
 from solq_lab.workbench.workspace import open_run
 
@@ -33,15 +33,8 @@ if TYPE_CHECKING:
     from solq_lab.evaluation.summary import Evaluation
 
 
-class Split(StrEnum):
-    """Which images to evaluate on."""
-
-    val = "val"
-    train = "train"
-
-
 def run(
-    notebook: Notebook,
+    notebook: NotebookFile,
     experiment: Annotated[
         Path | None, typer.Argument(help="Experiment, a YAML file; by default the one that the notebook names.")
     ] = None,
@@ -54,7 +47,8 @@ def run(
     """Execute a notebook for an experiment. The report appears in the run folder."""
     given = dict(_split_parameter(text) for text in parameter or [])
     if experiment is not None and "=" in experiment.name and not experiment.exists():
-        raise ConfigError(f"{experiment}: is a change to an experiment; name the experiment's file before it")
+        raise ConfigError(f"{experiment}: changes an experiment; name the experiment's file before it")
+    notebook = find_notebook(notebook)
     declared = read_parameters(notebook).get("experiment")
     if experiment is None and declared is None:
         executed = run_report(notebook, runs_dir, parameters=given)
@@ -69,7 +63,7 @@ def train(
     experiment: ExperimentFile,
     overrides: Overrides = None,
     runs_dir: RunsDir = Path("runs"),
-    cluster: Annotated[Where, typer.Option(help="Submit it by submitit; local tries that here.")] = Where.none,
+    cluster: Annotated[ClusterKind, typer.Option(help="Submit it by submitit; local tries that here.")] = "none",
     nodes: Annotated[int, typer.Option(min=1, help="Machines, on SLURM.")] = 1,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="Training processes per machine; by default, train.gpus in all.")
@@ -77,8 +71,9 @@ def train(
     cluster_option: ClusterOptions = None,
 ) -> None:
     """Train an experiment without a notebook, or resume it. Ctrl-C saves and stops."""
+    # Check the resources, and everything else that can be checked, before any work.
     options = cluster_options(cluster_option, cluster)
-    if nodes > 1 and cluster is not Where.slurm:
+    if nodes > 1 and cluster != "slurm":
         raise ConfigError(f"--nodes {nodes}: needs --cluster slurm, or solq_lab.training.torchrun on each of them")
     resolved = load_experiment(experiment, overrides or [])
     if gpus_per_node is not None:
@@ -89,27 +84,25 @@ def train(
         )
     per_node = gpus_per_node or resolved.train.gpus // nodes
     check_data_folder(resolved)
+
     trained = create_run(resolved, runs_dir)
     prepare_data(resolved)
-    if cluster is Where.none:
-        _train_here(trained, per_node)
+    if cluster == "none":
+        start_training(trained.folder, per_node)
+        try:
+            follow_training(trained.folder)
+        except KeyboardInterrupt:
+            raise Interrupted(stop_training(trained.folder)) from None
     elif trained.status()["state"] != "finished":
-        submitter = Cluster(cluster.value, trained.folder / "submitit", options)
+        submitter = Cluster(cluster, trained.folder / "submitit", options)
         follow_job(submit_training(submitter, trained, nodes=nodes, gpus_per_node=per_node), trained)
+
     _print_results(trained)
     typer.echo(f"\nweights   {trained.weights}")
 
 
-def _train_here(run: Run, processes: int) -> None:
-    start_training(run.folder, processes)
-    try:
-        follow_training(run.folder)
-    except KeyboardInterrupt:
-        raise Interrupted(stop_training(run.folder)) from None
-
-
 def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> Experiment:
-    """The experiment for so many processes; a run that has begun stays what it is, and shares its passes out anew."""
+    """The experiment for so many processes; a run that has begun keeps train.gpus, its processes accumulate instead."""
     folder = runs_dir / experiment.name
     begun = (folder / "experiment.yaml").is_file()
     gpus = load_run(folder).experiment.train.gpus if begun else processes
@@ -118,17 +111,17 @@ def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> E
 
 def evaluate(
     run_folder: RunFolder,
-    split: Annotated[Split, typer.Option(help="Images: validation, or those it was trained on.")] = Split.val,
+    split: Annotated[Split, typer.Option(help="Images: validation, or those it was trained on.")] = "val",
     classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
 ) -> None:
     """Evaluate a finished run. Numbers that are there already are only printed."""
-    evaluated = open_run(run_folder)  # before torch is loaded: a mistake is told at once
+    evaluated = open_run(run_folder)  # before torch is loaded, which takes seconds
     from solq_lab.evaluation.evaluator import evaluate_run
     from solq_lab.studies.ceiling import run_ceiling
 
-    evaluation = evaluate_run(evaluated, split=split.value)
-    ceiling = run_ceiling(evaluated, split=split.value)
-    typer.echo(f"\n{evaluated.name}, {split.value} images\n{evaluation.table(ceiling=ceiling)}")
+    evaluation = evaluate_run(evaluated, split=split)
+    ceiling = run_ceiling(evaluated, split=split)
+    typer.echo(f"\n{evaluated.name}, {split} images\n{evaluation.table(ceiling=ceiling)}")
     if classes:
         typer.echo("\n" + evaluation.class_table("segm" if "segm" in evaluation.kinds else "box"))
 
@@ -151,7 +144,7 @@ def _split_parameter(text: str) -> tuple[str, str]:
 
 
 def _print_results(run: Run) -> None:
-    """The AP table of a run beside its mask code's ceiling; nothing where the run has no results."""
+    """The AP table of a run beside its codec's ceiling, if the run has results."""
     from solq_lab.evaluation.summary import Evaluation
 
     if not run.results.exists():
@@ -162,7 +155,7 @@ def _print_results(run: Run) -> None:
 
 
 def _stored_ceiling(run: Run, results: dict) -> Evaluation | None:
-    """The code's ceiling as the training measured it; None for a plain detector."""
+    """The codec's ceiling as the training measured it; None for a plain detector."""
     from solq_lab.evaluation.summary import Evaluation
 
     measured = [line["ceiling"] for line in run.metrics("start") if line["ceiling"]]

@@ -1,4 +1,4 @@
-"""Commands around sweeps: sweep, table."""
+"""Commands for sweeps: sweep, table."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from solq_lab.files import write_json, write_text
 from solq_lab.runs import load_run
 from solq_lab.workbench.commands.arguments import (
     FAILED,
+    ClusterKind,
     ClusterOptions,
     Overrides,
     RunsDir,
-    Where,
     cluster_options,
     file_to_write,
 )
@@ -31,20 +31,20 @@ def sweep(
     overrides: Overrides = None,
     runs_dir: RunsDir = Path("runs"),
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at the same time; by default 1, on SLURM all.")] = None,
-    cluster: Annotated[Where, typer.Option(help="Submit the runs by submitit; local tries that here.")] = Where.none,
+    cluster: Annotated[ClusterKind, typer.Option(help="Submit the runs by submitit; local tries that here.")] = "none",
     cluster_option: ClusterOptions = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and where each stands.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs and the state of each.")] = False,
 ) -> None:
-    """Run the rows and seeds of a sweep that are not finished. The same command resumes it."""
+    """Run the rows and seeds of a sweep that are not finished. Re-running resumes it."""
     planned = plan(load_sweep(find_sweep(sweep_file)), overrides or [], runs_dir)
     check(planned)
     if dry_run:
         for job in planned:
-            typer.echo(f"{_standing(job):<20} solq-lab {shlex.join(job.arguments)}")
+            typer.echo(f"{_state(job):<20} solq-lab {shlex.join(job.arguments)}")
         return
     options = cluster_options(cluster_option, cluster)
-    start = None if cluster is Where.none else ClusterStarter(cluster.value, runs_dir, options)
-    outcomes = run_sweep(planned, start=start, at_once=jobs or (len(planned) if cluster is Where.slurm else 1))
+    start = None if cluster == "none" else ClusterStarter(cluster, runs_dir, options)
+    outcomes = run_sweep(planned, start=start, at_once=jobs or (len(planned) if cluster == "slurm" else 1))
     typer.echo(read_table(sweep_file, runs_dir=runs_dir).text())
     failed = [outcome.job.run for outcome in outcomes if outcome.status != 0]
     if failed:
@@ -60,11 +60,11 @@ def table(
         Path | None, typer.Option("--json", help="File for the runs' numbers.", callback=file_to_write)
     ] = None,
     csv_path: Annotated[
-        Path | None, typer.Option("--csv", help="File for means and spreads.", callback=file_to_write)
+        Path | None, typer.Option("--csv", help="File for means and standard deviations.", callback=file_to_write)
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print as Markdown.")] = False,
 ) -> None:
-    """Print a sweep's results beside the paper's numbers. They are means and spreads over its seeds."""
+    """Print a sweep's results beside the paper's numbers. They are means and standard deviations over its seeds."""
     results = read_table(sweep_file, runs_dir=runs_dir, results_dir=results_dir)
     typer.echo(results.markdown() if markdown else results.text())
     if json_path is not None:
@@ -73,8 +73,8 @@ def table(
         write_text(csv_path, results.csv())
 
 
-def _standing(job: Job) -> str:
-    """Where a run stands, in two words at most."""
+def _state(job: Job) -> str:
+    """State of a run in a few words."""
     if job.is_finished():
         return "finished"
     if not job.folder.exists():

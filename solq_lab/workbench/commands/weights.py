@@ -1,4 +1,4 @@
-"""Commands around weights: predict with them, import the released ones, export and ship trained ones."""
+"""Commands for weights: predict, import-weights, export, ship."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def import_weights(
     source: Annotated[Path, typer.Argument(help="Released checkpoint (.pth); with --to-official, weights of ours.")],
     destination: Annotated[Path, typer.Argument(help="File to write; it must not exist.", callback=file_to_write)],
     to_official: Annotated[
-        bool, typer.Option("--to-official", help="The way back: from ours to the released names.")
+        bool, typer.Option("--to-official", help="Convert from our names to the released ones.")
     ] = False,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO annotations that name the classes; by default COCO's own names.")
     ] = None,
 ) -> None:
-    """Turn released weights into ours. SOLQ's, SQR's or Deformable DETR's; nothing in the file is executed."""
+    """Convert released weights to ours. SOLQ's, SQR's or Deformable DETR's; nothing in the file is executed."""
     from solq_lab.models.weights import WeightMismatch, export_official, import_official
 
     if destination.exists():
@@ -114,7 +114,7 @@ def export(
         case ".safetensors":
             classes = [name for name in share(weights, destination).classes.names if name]
             typer.echo(f"{destination}: {destination.stat().st_size / 1e6:.1f} MB, {len(classes)} classes, ", nl=False)
-            typer.echo(f"code and experiment inside; `solq-lab predict {destination} IMAGE` uses it")
+            typer.echo(f"codec and experiment inside; `solq-lab predict {destination} IMAGE` uses it")
         case suffix:
             raise ConfigError(f"{destination}: ending {suffix!r}: allowed are .onnx and .safetensors")
 
