@@ -26,7 +26,7 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
 from solq_lab.training.checkpoint import load_newest_checkpoint
-from solq_lab.workbench.commands.arguments import Where, cluster_options
+from solq_lab.workbench.commands.arguments import cluster_options
 from solq_lab.workbench.paper import paper_table
 
 MANY = settings(
@@ -196,7 +196,7 @@ def test_values_on_the_command_line_are_plain_data_too(tmp_path, case):
     with pytest.raises(ConfigError, match=r"override 'seed=.*is not a YAML value"):
         load_experiment(good, [f"seed={value}"])
     with pytest.raises(ConfigError, match="--cluster-option: not plain YAML"):
-        cluster_options([f"slurm_partition={value}"], Where.local)
+        cluster_options([f"slurm_partition={value}"], "local")
     assert not marker.exists()
 
 
