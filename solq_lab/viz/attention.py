@@ -1,4 +1,4 @@
-"""Where queries look, drawn: sampling points, heat maps, shares of attention on outlines. Paper: figure 4."""
+"""Figures of decoder attention: sampling points, heat maps, shares near outlines. Paper: figure 4."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from solq_lab.viz.style import GREY, METHOD_COLOURS, ORANGE, PURPLE, SKY, STYLE,
 
 LEVEL_COLOURS = (SKY, YELLOW, VERMILION, PURPLE, ORANGE, GREY)
 PANEL = 2.75  # side of a panel, inches
-FADED = 0.45  # of an image behind points: how much of it is left
+FADED = 0.45  # opacity of an image behind points
 SURROUNDINGS = 2.0  # side of a close-up over the longer side of its box
 MAX_POINT = 0.2  # of a panel's side: the diameter of a point that has all the weight
 HEAT_CELLS = 160  # side of a heat map's grid
-HEAT_SPREAD = 0.03  # standard deviation of a point in a heat map, share of the panel's side
+HEAT_STD = 0.03  # standard deviation of a point in a heat map, share of the panel's side
 
 Window = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 
 @mpl.rc_context(STYLE)
 def attention_of_object(view: ObjectView, *, title: str = "", close_up: bool = False) -> Figure:
-    """One object three times: its mask and box, the points its query looks at, and their weights summed up.
+    """One object: its mask and box, the sampling points of its query, and their weights as a heat map.
 
     Args:
         view: the object.
@@ -44,7 +44,10 @@ def attention_of_object(view: ObjectView, *, title: str = "", close_up: bool = F
     window = _close_up(view) if close_up else (0.0, 0.0, float(width), float(height))
     aspect = (window[3] - window[1]) / (window[2] - window[0])
     figure, axes = new_figure(1, 3, size=(10.2, 0.85 + 3.3 * aspect), title=title)
-    _draw_object(axes[0, 0], view, window)
+    _show(axes[0, 0], view.pixels, window)
+    _draw_box(axes[0, 0], view.box, "-")
+    if view.mask is not None:
+        _draw_outline(axes[0, 0], view)
     _draw_points(axes[0, 1], view, window)
     _draw_heat(axes[0, 2], view, window)
     for place, name in zip(axes[0], (view.caption, "sampling points", "attention, summed"), strict=True):
@@ -72,12 +75,21 @@ def attention_by_size(
         if len(views) != len(columns):
             raise ValueError(f"{name}: {len(views)} views for {len(columns)} columns")
     if not runs or not columns:
-        return _empty(title, "no object was found by every run")
+        figure, axes = new_figure(1, 1, size=(6.0, 1.6), title=title)
+        axes[0, 0].set_axis_off()
+        axes[0, 0].text(0.5, 0.5, "no object was found by every run", ha="center", va="center")
+        return figure
+
+    # Every run shows the same cut of an image: the largest of the close-ups.
+    windows = [
+        max((_close_up(views[column]) for views in runs.values()), key=lambda window: window[2] - window[0])
+        for column in range(len(columns))
+    ]
     kinds = (("sampling points", _draw_points), ("attention, summed", _draw_heat))[: 2 if with_heat else 1]
     rows = len(kinds) * len(runs)
     size = (0.5 + PANEL * len(columns), 0.95 + PANEL * rows)
     figure, axes = new_figure(rows, len(columns), size=size, title=title)
-    windows = [_largest([_close_up(views[column]) for views in runs.values()]) for column in range(len(columns))]
+
     places = iter(axes)
     for number, (name, views) in enumerate(runs.items()):
         for what, draw in kinds:
@@ -102,6 +114,7 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
     figure, axes = new_figure(2, len(SIZES), size=(9.5, 5.2), title=title)
     free = iter(colour for name, colour in METHOD_COLOURS.items() if name not in studies)
     colours = {name: METHOD_COLOURS[name] if name in METHOD_COLOURS else next(free) for name in studies}
+
     for row, what in enumerate(("outline", "extremities")):
         for size, word in enumerate(SIZES):
             place = axes[row, size]
@@ -119,9 +132,10 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
                 place.set_xlabel("decoder layer")
         band = " / ".join(dict.fromkeys(f"{study.band:g}" for study in studies.values()))
         axes[row, 0].set_ylabel(f"weight within {band} px\nof the {what}, %")
-        top = max((place.get_ylim()[1] for place in axes[row]), default=1.0)
+        top = max(place.get_ylim()[1] for place in axes[row])
         for place in axes[row]:
             place.set_ylim(0, top)
+
     handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
     handles.append(Line2D([], [], color=GREY, linestyle="--", label="another object's points in this box"))
     handles.append(Line2D([], [], color=GREY, linestyle=":", label="even over the box"))
@@ -129,19 +143,13 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
     return figure
 
 
-def _draw_object(axes: Axes, view: ObjectView, window: Window) -> None:
-    _show(axes, view.pixels, window)
-    _draw_box(axes, view.box, "-")
-    if view.mask is not None and view.mask.any():
-        _draw_outline(axes, view)
-
-
 def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
-    """Every point; its area is its weight, the largest ones at the bottom."""
+    """Every point; its area is its weight, the largest points at the bottom."""
     _show(axes, (255 - FADED * (255.0 - view.pixels)).astype(np.uint8), window)
     _draw_outline(axes, view)
     height, width = view.pixels.shape[:2]
     _draw_reference(axes, view.reference, (height, width))
+
     looked = view.looked
     order = looked.weights.argsort(descending=True)
     places = (looked.points[order] * torch.tensor([width, height]) - 0.5).numpy()
@@ -162,12 +170,14 @@ def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
     """The summed weights, bright where there is much, over the darkened image."""
     height, width = view.pixels.shape[:2]
     _show(axes, (0.55 * view.pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)).astype(np.uint8), window)
+
     left, top, right, bottom = window
     rows, columns = HEAT_CELLS, max(round(HEAT_CELLS * (right - left) / (bottom - top)), 1)
     scale, corner = torch.tensor([width, height]), torch.tensor([left, top])
     inside = (view.looked.points * scale - corner) / torch.tensor([right - left, bottom - top])
-    heat = heat_map(view.looked._replace(points=inside), (rows, columns), spread=HEAT_SPREAD * rows)
+    heat = heat_map(view.looked._replace(points=inside), (rows, columns), spread=HEAT_STD * rows)
     heat /= max(heat.max(), 1e-12)
+
     painted = mpl.colormaps["inferno"](heat)
     painted[..., 3] = np.clip(1.6 * heat, 0, 0.92)
     axes.imshow(painted, extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5), interpolation="bilinear")
@@ -176,53 +186,37 @@ def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
 
 
 def _show(axes: Axes, pixels: np.ndarray, window: Window) -> None:
+    """The window of an image with a scale bar."""
     axes.imshow(pixels, interpolation="bicubic")
     _frame(axes, window)
+
     length = _round_length((window[2] - window[0]) / 4)
     x, y = window[0] + 0.05 * (window[2] - window[0]), window[3] - 0.05 * (window[3] - window[1])
-    for colour, thickness in (("black", 4.0), ("white", 2.2)):
-        axes.plot(
-            [x - 0.5, x + length - 0.5], [y, y], color=colour, linewidth=thickness, solid_capstyle="butt", zorder=4
-        )
-    label = axes.text(
-        x - 0.5, y - 0.02 * (window[3] - window[1]), f"{length:g} px", color="white", fontsize=8, zorder=4
-    )
-    label.set_path_effects([withStroke(linewidth=2, foreground="black")])
+    halo = {"path_effects": [withStroke(linewidth=4, foreground="black")], "color": "white", "zorder": 4}
+    axes.plot([x - 0.5, x + length - 0.5], [y, y], linewidth=2.2, solid_capstyle="butt", **halo)
+    axes.text(x - 0.5, y - 0.02 * (window[3] - window[1]), f"{length:g} px", fontsize=8, **halo)
 
 
 def _frame(axes: Axes, window: Window) -> None:
     left, top, right, bottom = window
-    axes.set_xlim(left - 0.5, right - 0.5)
-    axes.set_ylim(bottom - 0.5, top - 0.5)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5), xticks=[], yticks=[])
     axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _draw_outline(axes: Axes, view: ObjectView) -> None:
     """The mask's outline; the box where there is no mask."""
     if view.mask is None or not view.mask.any():
         _draw_box(axes, view.box, "-")
-        return
-    outline_mask(axes, MaskWindow.of_bitmap(view.mask), "white", edge="black")
+    else:
+        outline_mask(axes, MaskWindow.of_bitmap(view.mask), "white", edge="black")
 
 
 def _draw_box(axes: Axes, box: np.ndarray, style: str) -> None:
     x0, y0, x1, y1 = box
     for colour, thickness in (("white", 2.4), ("black", 1.2)):
-        axes.add_patch(
-            Rectangle(
-                (x0 - 0.5, y0 - 0.5),
-                x1 - x0,
-                y1 - y0,
-                fill=False,
-                edgecolor=colour,
-                linewidth=thickness,
-                linestyle=style,
-            )
-        )
+        line = {"edgecolor": colour, "linewidth": thickness, "linestyle": style}
+        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, **line))
 
 
 def _draw_reference(axes: Axes, reference: np.ndarray, size: tuple[int, int]) -> None:
@@ -241,7 +235,8 @@ def _add_legend(figure: Figure, views: Sequence[ObjectView]) -> None:
     """The levels that occur, and what the lines are."""
     levels = sorted({level for view in views for level in view.looked.levels.unique().tolist()})
     dot = {"linestyle": "", "marker": "o", "markersize": 9, "markeredgecolor": "black", "markeredgewidth": 0.6}
-    handles = [Line2D([], [], color=_level_colour(level), label=_level_name(level), **dot) for level in levels]
+    names = {level: f"level {level + 1}" + ("" if level else " (finest)") for level in levels}
+    handles = [Line2D([], [], color=_level_colour(level), label=name, **dot) for level, name in names.items()]
     points_only = all(len(view.reference) == 2 for view in views)
     outline = withStroke(linewidth=2.6, foreground="black")
     handles.append(Line2D([], [], color="white", linewidth=1.3, path_effects=[outline], label="predicted mask"))
@@ -254,40 +249,20 @@ def _level_colour(level: int) -> str:
     return LEVEL_COLOURS[level % len(LEVEL_COLOURS)]
 
 
-def _level_name(level: int) -> str:
-    return f"level {level + 1}" + (" (finest)" if level == 0 else "")
-
-
 def _close_up(view: ObjectView) -> Window:
     """A square around the object's box, moved into the image where it fits."""
     height, width = view.pixels.shape[:2]
     x0, y0, x1, y1 = view.box.tolist()
     side = min(SURROUNDINGS * max(x1 - x0, y1 - y0, 1.0), max(height, width))
-    return _square_inside(((x0 + x1) / 2, (y0 + y1) / 2), side, (height, width))
-
-
-def _square_inside(center: tuple[float, float], side: float, size: tuple[int, int]) -> Window:
-    corner = []
-    for middle, length in zip(center, size[::-1], strict=True):
-        low = middle - side / 2
-        corner.append(min(max(low, 0.0), max(length - side, 0.0)) if side <= length else (length - side) / 2)
-    return corner[0], corner[1], corner[0] + side, corner[1] + side
-
-
-def _largest(windows: Sequence[Window]) -> Window:
-    """The largest of several squares around one object: every run shows the same cut of the image."""
-    return max(windows, key=lambda window: window[2] - window[0])
+    # Where the square is larger than the image it is centred on it.
+    left, top = (
+        min(max(middle - side / 2, 0.0), length - side) if side <= length else (length - side) / 2
+        for middle, length in (((x0 + x1) / 2, width), ((y0 + y1) / 2, height))
+    )
+    return left, top, left + side, top + side
 
 
 def _round_length(length: float) -> float:
     """The largest of 1, 2, 5, 10, 20, ... that is not longer."""
     power = 10.0 ** math.floor(math.log10(max(length, 1.0)))
     return max(step * power for step in (1, 2, 5) if step * power <= max(length, 1.0))
-
-
-@mpl.rc_context(STYLE)
-def _empty(title: str, message: str) -> Figure:
-    figure, axes = new_figure(1, 1, size=(6.0, 1.6), title=title)
-    axes[0, 0].set_axis_off()
-    axes[0, 0].text(0.5, 0.5, message, horizontalalignment="center", verticalalignment="center")
-    return figure

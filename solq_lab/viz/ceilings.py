@@ -1,4 +1,4 @@
-"""What mask codes allow, drawn over the length of their vectors and the errors they have to bear. Paper: table 3."""
+"""Upper bounds of mask codecs over the length of their vectors and over noise. Paper: table 3."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMBERS = {"segm.IoU": "mean IoU", "segm.AP": "mask AP", "boundary.AP": "boundar
 SIZES = {"s": "small objects", "m": "medium objects", "l": "large objects"}
 NOISES = {
     "box_noise": "error of each box edge, sides of the box",
-    "vector_noise": "error of each entry, its spread over all objects",
+    "vector_noise": "error of each entry, its std over all objects",
 }
 _LINES = ("-", "--", ":", "-.")  # one per N, in rising order
 _MARKERS = ("o", "s", "^", "D")
@@ -27,7 +27,7 @@ _MARKERS = ("o", "s", "^", "D")
 
 @mpl.rc_context(STYLE)
 def ceiling_curves(rows: Sequence[Row], *, over: str = "vector_dim", title: str = "") -> Figure:
-    """Mean IoU, mask AP and boundary AP of codes with nothing else in the way: colour is the code, line style its N.
+    """Mean IoU, mask AP and boundary AP of codecs with true boxes and classes: colour is the codec, line style its N.
 
     Args:
         rows: as `UpperBound.row` gives them; numbers are shares in 0..1.
@@ -46,7 +46,7 @@ def ceiling_curves(rows: Sequence[Row], *, over: str = "vector_dim", title: str 
 
 @mpl.rc_context(STYLE)
 def ceilings_by_size(rows: Sequence[Row], *, number: str = "segm.IoU", title: str = "") -> Figure:
-    """One number of codes over the length of their vectors, for small, medium and large objects on one scale.
+    """One number of codecs over the length of their vectors, for small, medium and large objects on one scale.
 
     Args:
         rows: as `UpperBound.row` gives them.
@@ -64,44 +64,33 @@ def ceilings_by_size(rows: Sequence[Row], *, number: str = "segm.IoU", title: st
 
 
 def _draw(axes: Axes, rows: Sequence[Row], number: str, over: str) -> None:
+    """One line per codec, side N and value of what does not run along the axis."""
     sides = sorted({row["mask_size"] for row in rows})
+    same = ["kind", "pca", "mask_size", *(key for key in ("vector_dim", *NOISES) if key != over)]
     lines: dict[tuple, list[Row]] = {}
-    for row in rows:
-        apart = [key for key in ("vector_dim", *NOISES) if key != over]
-        lines.setdefault((row["kind"], row["pca"], row["mask_size"], *(row[key] for key in apart)), []).append(row)
+    for row in sorted(rows, key=lambda row: row[over]):
+        lines.setdefault(tuple(row[key] for key in same), []).append(row)
     for (kind, _, side, *_), line in lines.items():
-        line = sorted(line, key=lambda row: row[over])
         values = [np.nan if row[number] is None else 100 * row[number] for row in line]
         place = sides.index(side) % len(_LINES)
-        axes.plot(
-            [row[over] for row in line],
-            values,
-            color=CODEC_COLOURS[kind],
-            linestyle=_LINES[place],
-            marker=_MARKERS[place],
-            markersize=4,
-            linewidth=1.5,
-        )
+        look = {"color": CODEC_COLOURS[kind], "linestyle": _LINES[place], "marker": _MARKERS[place]}
+        axes.plot([row[over] for row in line], values, markersize=4, linewidth=1.5, **look)
+
     axes.margins(x=0.04)
     if over == "vector_dim":
         axes.set_xscale("log", base=2)
-        ticks = _apart(sorted({row[over] for row in rows}))
+        # Only lengths far enough from the one before have room for a label.
+        ticks: list[int] = []
+        for length in sorted({row[over] for row in rows}):
+            if not ticks or length >= 1.25 * ticks[-1]:
+                ticks.append(length)
         axes.set_xticks(ticks, [str(length) for length in ticks])
         axes.minorticks_off()
     axes.set_xlabel("vector length $n_k$" if over == "vector_dim" else NOISES[over])
 
 
-def _apart(lengths: Sequence[int]) -> list[int]:
-    """The rising lengths without those too close to the one before for a label of their own."""
-    kept: list[int] = []
-    for length in lengths:
-        if not kept or length >= 1.25 * kept[-1]:
-            kept.append(length)
-    return kept
-
-
 def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:
-    """Codes by colour and, where there are several, sides N by line style, below the panels."""
+    """Codecs by colour and, where there are several, sides N by line style, below the panels."""
     kinds = dict.fromkeys(row["kind"] for row in rows)
     sides = sorted({row["mask_size"] for row in rows})
     handles = [Line2D([], [], color=CODEC_COLOURS[kind], linewidth=2, label=kind) for kind in kinds]

@@ -1,4 +1,4 @@
-"""Images as several models see them, side by side. Paper: figures 3 and 5."""
+"""Objects of several models side by side. Paper: figures 3 and 5."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from solq_lab.viz.style import FIGURE_WIDTH, STYLE, class_colours, new_figure
 
 
 class Compared(Protocol):
-    """An image, its true objects, and what each model finds (`evaluation.comparison.compare_images`)."""
+    """An image, its true objects, and those that each model finds (`studies.comparison.compare_images`)."""
 
     pixels: np.ndarray
     truth: Detections
@@ -43,6 +43,7 @@ def comparison_grid(images: Sequence[Compared], *, images_per_row: int = 2, titl
     figure, axes = new_figure(len(heights), columns, size=size, title=title, height_ratios=heights)
     for place in axes.flat:
         place.set_axis_off()
+
     for number, image in enumerate(images):
         row, first = number // across, (1 + len(names)) * (number % across)
         everything = [image.truth, *image.found.values()]

@@ -1,4 +1,4 @@
-"""Numbers of a training and of an evaluation: curves over steps, bars per size and class."""
+"""Figures of a training and of an evaluation: curves over steps, bars per size and class."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SIZES = {"AP": "all", "APs": "small", "APm": "medium", "APl": "large"}
 def training_curves(metrics: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
     """Losses of the last decoder layer, the vector loss beside its plateau, learning rate, and AP over the steps.
 
-    The plateau is the vector loss of a head that says the same, best vector about every object. A curve that has not
-    left it yet has learnt nothing about masks; that is normal in the first minutes.
+    The plateau is the vector loss of a head that predicts the same, best vector for every object. A curve that has not
+    left it yet has learnt nothing about masks, which is normal in the first minutes.
 
     Args:
         metrics: the lines of a run's metrics.jsonl, as `Run.metrics()` gives them.
@@ -34,15 +34,22 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], *, title: str = "") ->
     plateaus: dict[str, float] = {}
     for line in metrics:
         plateaus |= line.get("plateau", {})
+
     names = [name for name in LOSS_TITLES if any(name in line["losses"] for line in train)]
     columns = max(3, math.ceil((len(names) + 2) / 2))  # beside the losses: learning rate and precision
     figure, axes = new_figure(2, columns, size=(11.0, 5.6), title=title)
     panels = iter(axes.flat)
+
     steps = [line["step"] for line in train]
     for name in names:
         _plot_loss(next(panels), name, steps, [line["losses"][name] for line in train], plateaus.get(name))
-    _plot_rate(next(panels), steps, [line["lr"] for line in train])
-    _plot_precision(next(panels), evaluations)
+    rate = next(panels)
+    rate.plot(steps, [line["lr"] for line in train], color=GREY, linewidth=1.4)
+    rate.set_title("learning rate")
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _plot_ap(next(panels), evaluations)
+
     for panel in axes.flat:
         panel.set_xlim(0, 1.03 * max(steps, default=1))
     for panel in panels:
@@ -56,11 +63,11 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], *, title: str = "") ->
 def ap_by_size(
     metrics: Mapping[str, float], *, ceiling: Mapping[str, float] | None = None, method: str = "SOLQ", title: str = ""
 ) -> Figure:
-    """Box, mask and boundary AP, overall and by object size, beside what the mask code allows.
+    """Box, mask and boundary AP, overall and by object size, beside the ceiling of the codec.
 
     Args:
         metrics: "box.AP", "segm.APs", ... in 0..1, as `Evaluation.metrics`.
-        ceiling: the same numbers of the code's ceiling.
+        ceiling: the same numbers of the codec's ceiling.
         method: whose numbers these are; chooses the colour.
         title: what is compared.
     """
@@ -85,12 +92,12 @@ def ap_by_class(
     most: int = 30,
     title: str = "",
 ) -> Figure:
-    """AP of each class, best first, beside what the mask code allows.
+    """AP of each class, best first, beside the ceiling of the codec.
 
     Args:
         per_class: class name -> {"segm.AP": 0..1, ...}, as `Evaluation.per_class`; NaN (no objects) is left out.
         kind: "box", "segm" or "boundary".
-        ceiling: the same numbers of the code's ceiling.
+        ceiling: the same numbers of the codec's ceiling.
         method: whose numbers these are; chooses the colour.
         most: classes shown; of more, the best and the worst.
         title: what is compared.
@@ -119,26 +126,20 @@ def _plot_loss(axes: Axes, name: str, steps: Sequence[int], values: Sequence[flo
     axes.set_ylabel("unweighted")
 
 
-def _plot_rate(axes: Axes, steps: Sequence[int], rates: Sequence[float]) -> None:
-    axes.plot(steps, rates, color=GREY, linewidth=1.4)
-    axes.set_title("learning rate")
-    axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-
-
-def _plot_precision(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
+def _plot_ap(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("AP on the validation images")
     axes.set_ylabel("percent")
     steps = [line["step"] for line in evaluations]
     for kind, colour in KIND_COLOURS.items():
-        values = [_percent(line["metrics"].get(f"{kind}.AP")) for line in evaluations]
-        if any(not math.isnan(value) for value in values):
+        shares = [line["metrics"].get(f"{kind}.AP") for line in evaluations]
+        values = [math.nan if share is None else 100 * share for share in shares]
+        if not np.isnan(values).all():
             axes.plot(steps, values, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=kind)
     if axes.get_lines():
         axes.set_ylim(bottom=0)
         axes.legend(loc="best")
     else:
-        axes.text(0.5, 0.5, "none yet", transform=axes.transAxes, horizontalalignment="center", color=GREY)
+        axes.text(0.5, 0.5, "none yet", transform=axes.transAxes, ha="center", color=GREY)
 
 
 def _bars(axes: Axes, names: Sequence[str], ours: Sequence[float], best: Sequence[float] | None, method: str) -> None:
@@ -146,15 +147,12 @@ def _bars(axes: Axes, names: Sequence[str], ours: Sequence[float], best: Sequenc
     places = np.arange(len(names))
     if best is not None and not np.isnan(best).all():
         colour = METHOD_COLOURS["ceiling"]
-        axes.bar(places, 100 * np.asarray(best), width=0.8, color=colour, alpha=0.3, label="ceiling of the mask code")
-    heights = 100 * np.nan_to_num(ours)  # what has no objects is a bar of no height, labelled "-"
+        axes.bar(places, 100 * np.asarray(best), width=0.8, color=colour, alpha=0.3, label="ceiling of the codec")
+
+    heights = 100 * np.nan_to_num(ours)  # without objects: a bar of no height, labelled "-"
     bars = axes.bar(places, heights, width=0.55, color=METHOD_COLOURS[method], label=method)
     axes.bar_label(bars, labels=["-" if math.isnan(value) else f"{100 * value:.0f}" for value in ours], fontsize=8)
     axes.set_xticks(places, names)
     axes.grid(axis="x", visible=False)
     axes.set_ylim(0, 105)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
-
-
-def _percent(share: float | None) -> float:
-    return math.nan if share is None else 100 * share

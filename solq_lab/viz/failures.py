@@ -1,4 +1,4 @@
-"""Where AP is lost, as bars, and the worst errors of each type, as images. Paper: appendix A.5, fig. 6."""
+"""AP lost to each type of error, as bars, and the worst errors, as images. Paper: appendix A.5, fig. 6."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -61,7 +60,7 @@ _GALLERY_WIDTH = 9.6  # inches, without the names of the types
 
 
 class Losses(Protocol):
-    """What one group of objects loses, as `evaluation.errors` says it; shares of AP, 0..1, NaN without objects."""
+    """AP lost by one group of objects (`studies.errors`); shares of AP, 0..1, NaN without objects."""
 
     objects: int
     ap: float
@@ -71,7 +70,7 @@ class Losses(Protocol):
 
 @mpl.rc_context(STYLE)
 def lost_ap(groups: Mapping[str, Losses], *, title: str = "") -> Figure:
-    """Where mask AP is lost: each type repaired alone and in turn, and in turn by object size and by occlusion.
+    """Mask AP lost to each type, repaired alone and in turn, and in turn by object size and by occlusion.
 
     Args:
         groups: of an error analysis: "all", then three by size, then three by occlusion.
@@ -91,7 +90,7 @@ def failure_gallery(
 
     Args:
         cases: type -> the image ((H, W, 3) or (3, H, W), uint8), the object that an error is about and the
-            detection, one or none of each, in its pixels; a type without cases says so.
+            detection, one or none of each, in its pixels.
         title: which model.
     """
     across = max(1, *map(len, cases.values()))
@@ -101,19 +100,12 @@ def failure_gallery(
     figure, axes = new_figure(len(cases), across, size=size, title=title, height_ratios=heights)
     for place in axes.flat:
         hide_axes(place)
+
     for row, (error, worst) in zip(axes, cases.items(), strict=True):
-        row[0].text(
-            -0.06,
-            0.5,
-            ERROR_TITLES[error].replace(" ", "\n"),
-            transform=row[0].transAxes,
-            horizontalalignment="right",
-            verticalalignment="center",
-            fontsize=10,
-        )
+        name = ERROR_TITLES[error].replace(" ", "\n")
+        row[0].text(-0.06, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=10)
         if not worst:
-            where = {"transform": row[0].transAxes, "horizontalalignment": "left", "verticalalignment": "center"}
-            row[0].text(0.0, 0.5, "none", color=GREY, **where)
+            row[0].text(0.0, 0.5, "none", transform=row[0].transAxes, va="center", color=GREY)
         for place, (image, true, found) in zip(row, worst, strict=False):
             _draw_case(place, as_pixels(image), true, found, ERROR_COLOURS[error])
     return figure
@@ -125,12 +117,11 @@ def _draw_types(axes: Axes, group: Losses) -> None:
     in_turn, alone = (
         100 * np.nan_to_num([gains[error] for error in ERROR_COLOURS]) for gains in (group.in_turn, group.alone)
     )
-    colours = list(ERROR_COLOURS.values())
-    bars = axes.barh(rows - 0.2, in_turn, height=0.4, color=colours)
-    axes.bar_label(bars, labels=[f"{value:.1f}" for value in in_turn], fontsize=8, padding=2)
-    paler = [(*to_rgb(colour), 0.4) for colour in colours]
-    bars = axes.barh(rows + 0.2, alone, height=0.4, color=paler)
-    axes.bar_label(bars, labels=[f"{value:.1f}" for value in alone], fontsize=8, padding=2, color=GREY)
+    for offset, values, opacity, ink in ((-0.2, in_turn, 1.0, BLACK), (0.2, alone, 0.4, GREY)):
+        colours = [(colour, opacity) for colour in ERROR_COLOURS.values()]
+        bars = axes.barh(rows + offset, values, height=0.4, color=colours)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2, color=ink)
+
     axes.set_yticks(rows, ERROR_TITLES.values())
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -142,10 +133,12 @@ def _draw_types(axes: Axes, group: Losses) -> None:
 def _draw_groups(axes: Axes, groups: Mapping[str, Losses]) -> None:
     """One bar per group from 0 to 100: the AP that is there, and the pieces that repairs in turn give back."""
     names = list(groups)
+    # Half a bar of room before the groups by size and before those by occlusion.
     places = np.arange(len(names)) + 0.5 * np.searchsorted([1, 4], np.arange(len(names)), side="right")
     pieces = {"AP": [group.ap for group in groups.values()]}
     pieces |= {error: [group.in_turn[error] for group in groups.values()] for error in ERROR_COLOURS}
     titles = {"AP": "AP as it is"} | ERROR_TITLES
+
     start = np.zeros(len(names))
     for piece, shares in pieces.items():
         width = 100 * np.nan_to_num(shares)
@@ -154,6 +147,7 @@ def _draw_groups(axes: Axes, groups: Mapping[str, Losses]) -> None:
         labels = [f"{value:.0f}" if value >= _MIN_LABELLED else "" for value in width]
         axes.bar_label(bars, labels=labels, label_type="center", fontsize=8, color=text_colour(colour))
         start += width
+
     for place, group in zip(places, groups.values(), strict=True):
         if math.isnan(group.ap):
             axes.text(1, place, "no objects", verticalalignment="center", fontsize=8, color=GREY)
@@ -176,13 +170,15 @@ def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detectio
     if found_window:
         found_window.paint(painted, colour)
     axes.imshow(painted)
+
     for x0, y0, x1, y1 in found.boxes.tolist():
         line = {"fill": False, "edgecolor": colour, "linewidth": 1.0, "linestyle": ":"}
         axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **line))
     for window, line in ((true_window, "white"), (found_window, colour)):
         if window and window.bitmap.size:
             outline_mask(axes, window, line)
-    _look_closer(axes, torch.cat([true.boxes, found.boxes]), pixels.shape[:2])
+    _zoom(axes, torch.cat([true.boxes, found.boxes]), pixels.shape[:2])
+
     words = [*(found.names or true.names), *(f"{score:.2f}" for score in found.scores.tolist())]
     if found.names and true.names and found.names != true.names:
         words += [f"({true.names[0]})"]
@@ -191,7 +187,7 @@ def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detectio
     axes.set_title(" ".join(words), fontsize=7.5, pad=3)
 
 
-def _look_closer(axes: Axes, boxes: Tensor, size: tuple[int, int]) -> None:
+def _zoom(axes: Axes, boxes: Tensor, size: tuple[int, int]) -> None:
     """Show a square around boxes (K, 4) xyxy, as far as an image of `size` (height, width) goes."""
     height, width = size
     left, top = boxes[:, :2].amin(dim=0).tolist()

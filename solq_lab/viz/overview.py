@@ -1,4 +1,4 @@
-"""Several runs in one figure: how they learn, and whether one is better than another."""
+"""Learning curves of several runs, and intervals of the difference between two."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def learning_curves(runs: Sequence[Run], *, title: str = "") -> Figure:
             known = [line for line in evaluations if line["metrics"].get(metric) is not None]
             values = [100 * line["metrics"][metric] for line in known]
             panel.plot([line["step"] for line in known], values, marker="o", markersize=3.5, **look)
+
     for panel, name in zip(axes.flat, ("total loss", "box AP, percent", "segm AP, percent"), strict=True):
-        panel.set_title(name)
-        panel.set_xlabel("optimiser step")
+        panel.set(title=name, xlabel="optimiser step")
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
     if runs:
@@ -47,7 +47,7 @@ def learning_curves(runs: Sequence[Run], *, title: str = "") -> Figure:
 def change_intervals(
     changes: Mapping[str, tuple[float, float, float]], names: tuple[str, str], *, confidence: float, title: str = ""
 ) -> Figure:
-    """What the second run has more than the first, with its interval; those that exclude 0 are filled.
+    """Differences of two runs with their intervals; those that exclude 0 are filled.
 
     Args:
         changes: number -> change, low and high end of its interval, in 0..1, as `Comparison.changes`.
@@ -63,6 +63,7 @@ def change_intervals(
         panel.plot([100 * low, 100 * high], [line, line], color=colour, linewidth=2.5, alpha=0.6)
         face = "white" if colour == GREY else colour
         panel.plot(100 * change, line, "o", markersize=7, markeredgecolor=colour, markerfacecolor=face)
+
     panel.set_yticks(range(len(changes)), list(changes))
     panel.set_ylim(len(changes) - 0.5, -0.5)
     panel.set_xlabel(f"{names[1]} less {names[0]}, percentage points, with {100 * confidence:g} % interval")

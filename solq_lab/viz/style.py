@@ -1,4 +1,4 @@
-"""The look of all figures: one colour per method and per loss, readable at notebook size, safe for colour-blind eyes.
+"""The style of all figures: one colour per method and per loss, readable at notebook size, colour-blind safe.
 
 Colours: Okabe and Ito, "Color Universal Design" (2008).
 """
@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8C8C8C"
-FIGURE_WIDTH = 11.0  # inches; a notebook shrinks what is wider, texts and all
+FIGURE_WIDTH = 11.0  # inches; a notebook shrinks wider figures with their text
 
 METHOD_COLOURS = {"SOLQ": BLUE, "SQR": ORANGE, "Deformable DETR": GREEN, "ceiling": GREY}
 LOSS_COLOURS = {"class": VERMILION, "l1": GREEN, "giou": SKY, "vector": PURPLE, "mask": BLUE, "dice": ORANGE}
 KIND_COLOURS = {"box": GREEN, "segm": BLUE, "boundary": PURPLE}
 CODEC_COLOURS = {"dct": BLUE, "pca": ORANGE, "sparse": GREEN, "flatten": PURPLE}
-MISSED, ADDED = VERMILION, SKY  # pixels that a reconstruction lacks, and those it has too many
+MISSED, ADDED = VERMILION, SKY  # false negative and false positive pixels of a reconstruction
 OBJECT_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)
 
 STYLE = {
@@ -67,7 +67,7 @@ def save(figure: Figure, path: Path) -> Figure:
 
 
 def hide_axes(axes: Axes) -> None:
-    """No ticks, grid or frame: for images and empty places."""
+    """Remove ticks, grid and frame: for images and empty places."""
     axes.set_axis_off()
 
 

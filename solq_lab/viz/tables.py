@@ -1,4 +1,4 @@
-"""Tables of results as figures: our mean and spread over seeds beside what the paper prints."""
+"""Tables of results as figures: our mean and std over seeds beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from matplotlib.figure import Figure
 
 from solq_lab.viz.style import BLACK, BLUE, FIGURE_WIDTH, GREY, KIND_COLOURS, STYLE, VERMILION, new_figure
 from solq_lab.workbench.paper import PaperTable
-from solq_lab.workbench.tables import ResultTable, TableRow
+from solq_lab.workbench.tables import ResultTable
 
 ROOM = 0.15  # of a panel's range, above and below its points
 
 
 @mpl.rc_context(STYLE)
 def beside_paper(tables: Sequence[ResultTable], metric: str = "segm.AP", *, title: str = "") -> Figure:
-    """One column of panels per table: above the paper's numbers, below ours, row by row of the table.
+    """One column of panels per table: the paper's numbers above, ours below, row by row of the table.
 
-    The scales of the panels differ: what can be compared between other images is which row is ahead, and by how much.
-    Small marks are single seeds, bars their standard deviation.
+    The scales of the panels differ: numbers of other images compare in which row is ahead, and by how much. Small marks
+    are single seeds, bars their standard deviation.
 
     Args:
         tables: results, each with the paper's table.
@@ -32,17 +32,22 @@ def beside_paper(tables: Sequence[ResultTable], metric: str = "segm.AP", *, titl
     size = max(5.0, 1.0 + 0.52 * sum(ratios)), 5.0
     figure, axes = new_figure(2, len(tables), size=size, title=title, width_ratios=ratios)
     colour = KIND_COLOURS[metric.partition(".")[0]]
+
     for (above, below), table in zip(axes.T, tables, strict=True):
         printed = [row.paper.get(metric) for row in table.rows]
-        scale = _is_scale(table)
+        # Steps of one quantity, which a line may join.
+        scale = all(row.name[0].isdigit() for row in table.rows)
         _points(above, [[] if value is None else [value] for value in printed], BLACK, joined=scale)
         _points(below, [row.values(metric) for row in table.rows], colour, joined=scale)
+
         above.set_title(f"paper: {table.name.removeprefix('shapes_')}")
         below.set_title(f"ours: {table.name}")
         _name_rows(above, [row.paper_name if scale and row.paper_name else row.name for row in table.rows])
         _name_rows(below, [row.name for row in table.rows])
         if not any(row.runs for row in table.rows):
-            _say(below, f"not run yet:\nsolq-lab sweep\n{table.name}")
+            hint = f"not run yet:\nsolq-lab sweep\n{table.name}"
+            below.text(0.5, 0.5, hint, transform=below.transAxes, ha="center", va="center", color=GREY, fontsize=8)
+            below.set_yticks([])
     for panel in axes[:, 0]:
         panel.set_ylabel(f"{metric}, percent")
     return figure
@@ -56,7 +61,7 @@ def among_methods(
 
     Args:
         paper: the paper's table.
-        table: our results; a row that answers none of the paper's rows gets a line of its own.
+        table: our results; a row that repeats none of the paper's rows gets a line of its own.
         metrics: one panel each.
         title: what is compared.
     """
@@ -64,6 +69,7 @@ def among_methods(
     names = [*paper.rows, *(row.name for row in extra)]
     size = min(3.2 + 2.6 * len(metrics), FIGURE_WIDTH), 1.3 + 0.24 * len(names)
     figure, axes = new_figure(1, len(metrics), size=size, title=title)
+
     for place, (panel, metric) in enumerate(zip(axes.flat, metrics, strict=True)):
         for line, name in enumerate(names):
             printed = paper.row(name).get(metric) if name in paper.rows else None
@@ -71,10 +77,14 @@ def among_methods(
                 solq = "SOLQ" in name or "UQR" in name
                 panel.plot(printed, line, "o", color=BLUE if solq else GREY, markersize=6 if solq else 5)
         for row in table.rows:
-            _diamond(panel, names.index(row.paper_name if row.paper_name in paper.rows else row.name), row, metric)
+            mean, std = row.mean(metric), row.spread(metric)
+            line = names.index(row.paper_name if row.paper_name in paper.rows else row.name)
+            if mean is not None:
+                panel.errorbar(mean, line, xerr=std or 0.0, color=VERMILION, marker="D", markersize=6, capsize=3)
         panel.set_ylim(len(names) - 0.5, -0.5)
         panel.set_yticks(range(len(names)), names if place == 0 else [])
         panel.set_xlabel(f"{metric}, percent")
+
     axes[0, 0].plot([], [], "o", color=GREY, label="paper, other methods")
     axes[0, 0].plot([], [], "o", color=BLUE, label="paper, SOLQ")
     axes[0, 0].plot([], [], "D", color=VERMILION, label="ours" if len(table.missing) == 0 else "ours (where run)")
@@ -82,28 +92,17 @@ def among_methods(
     return figure
 
 
-def _is_scale(table: ResultTable) -> bool:
-    """Whether the rows are steps of one quantity, which a line may join, and not different things."""
-    return all(row.name[0].isdigit() for row in table.rows)
-
-
 def _points(axes: Axes, rows: Sequence[Sequence[float]], colour: str, *, joined: bool) -> None:
-    """Mean and spread of every row, and its single values where there are several."""
+    """Mean and std of every row, and its single values where there are several."""
     shown = [line for line, values in enumerate(rows) if values]
     means = [float(np.mean(rows[line])) for line in shown]
-    spreads = [float(np.std(rows[line], ddof=1)) if len(rows[line]) > 1 else 0.0 for line in shown]
+    stds = [float(np.std(rows[line], ddof=1)) if len(rows[line]) > 1 else 0.0 for line in shown]
     look = {"color": colour, "marker": "o", "markersize": 6, "linestyle": ":" if joined else "none"}
-    axes.errorbar(shown, means, yerr=spreads if any(spreads) else None, capsize=3, **look)
+    axes.errorbar(shown, means, yerr=stds if any(stds) else None, capsize=3, **look)
     for line in shown:
         if len(rows[line]) > 1:
             axes.plot([line + 0.17] * len(rows[line]), rows[line], "o", color=colour, markersize=3, alpha=0.6)
     axes.margins(y=ROOM)
-
-
-def _diamond(axes: Axes, line: int, row: TableRow, metric: str) -> None:
-    mean, spread = row.mean(metric), row.spread(metric)
-    if mean is not None:
-        axes.errorbar(mean, line, xerr=spread or 0.0, color=VERMILION, marker="D", markersize=6, capsize=3)
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -113,8 +112,3 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     if max(map(len, names)) > 4:
         for label in axes.get_xticklabels():
             label.set(rotation=35, ha="right", rotation_mode="anchor")
-
-
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=8)
-    axes.set_yticks([])

@@ -17,7 +17,7 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.data.coco import CocoDataset
 from solq_lab.masks import decode_rle, encode_rle
 from solq_lab.structures import Detections, Target
-from solq_lab.viz.codes import reconstructions
+from solq_lab.viz.codecs import reconstructions
 from solq_lab.viz.curves import ap_by_class, ap_by_size, training_curves
 from solq_lab.viz.images import MASK_OPACITY, MaskWindow, draw_detections, ground_truth, prediction_grid
 from solq_lab.viz.style import GREY, METHOD_COLOURS, OBJECT_COLOURS, class_colours, save

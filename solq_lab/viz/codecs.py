@@ -1,4 +1,4 @@
-"""What a mask code keeps of a mask. Paper: section 3.2, table 3(d) and (e)."""
+"""Reconstructions of a mask from its first coefficients. Paper: section 3.2, table 3(d) and (e)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from solq_lab.viz.style import STYLE, VERMILION, hide_axes, new_figure
 
 @mpl.rc_context(STYLE)
 def reconstructions(mask: Tensor, vector_dims: Sequence[int] = (9, 36, 100, 256), *, title: str = "") -> Figure:
-    """A mask, its cosine spectrum, and what comes back from the first n_k coefficients.
+    """A mask, its cosine spectrum, and its reconstructions from the first n_k coefficients.
 
     Args:
         mask: (N, N) bool, box frame.
@@ -31,8 +31,9 @@ def reconstructions(mask: Tensor, vector_dims: Sequence[int] = (9, 36, 100, 256)
     ratios = [1.0, 1.5] + [1.0] * len(vector_dims)
     heading = f"{title} (line: the reconstruction made binary)".strip()
     figure, axes = new_figure(1, len(ratios), size=(11.0, 2.5), title=heading, width_ratios=ratios)
-    _show(axes[0, 0], mask.numpy(), f"mask, {size} x {size} cells")
+    _show(axes[0, 0], mask.numpy(), f"mask, {size} x {size} pixels")
     _show_spectrum(figure, axes[0, 1], largest.encode(mask[None])[0], size)
+
     for place, kept in zip(axes[0, 2:], vector_dims, strict=True):
         _, (decoded,), (back,) = reconstruct(DCTCodec(size, min(kept, size**2)), mask[None])
         (overlap,) = box_frame_iou(back[None], mask[None])
@@ -42,8 +43,8 @@ def reconstructions(mask: Tensor, vector_dims: Sequence[int] = (9, 36, 100, 256)
     return figure
 
 
-def _show(axes: Axes, cells: np.ndarray, title: str) -> None:
-    axes.imshow(cells, cmap="gray", vmin=-0.2, vmax=1.2)
+def _show(axes: Axes, mask: np.ndarray, title: str) -> None:
+    axes.imshow(mask, cmap="gray", vmin=-0.2, vmax=1.2)
     axes.set_title(title)
     hide_axes(axes)
 
@@ -55,6 +56,7 @@ def _show_spectrum(figure: Figure, axes: Axes, vector: Tensor, size: int) -> Non
     spectrum[places] = vector
     corner = int((places // size).max()) + 1
     spectrum = spectrum.view(size, size)[:corner, :corner].numpy()
+
     norm = SymLogNorm(linthresh=1.0, vmin=-size, vmax=size)  # a full mask's first coefficient is N
     image = axes.imshow(spectrum, cmap="PuOr", norm=norm)
     axes.set_title(f"first {len(vector)} coefficients")
