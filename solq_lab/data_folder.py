@@ -1,4 +1,4 @@
-"""An experiment's data folder: refused where it is not there, drawn where it is to hold shapes."""
+"""The data folder of an experiment: checked, or drawn where it is to hold shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from solq_lab.config import ConfigError, Experiment
 
 
 def check_data_folder(experiment: Experiment) -> None:
-    """Refuse an experiment whose data folder is not there, unless it is one that is drawn on demand.
+    """Check that the data folder of an experiment exists, unless it is drawn on demand.
 
     Raises:
         ConfigError: data.root is empty or missing, or lacks a file or folder that the experiment names.
@@ -27,7 +27,7 @@ def check_data_folder(experiment: Experiment) -> None:
 
 
 def prepare_data(experiment: Experiment) -> None:
-    """Draw the experiment's shapes where they are missing; any other data folder only has to be there.
+    """Draw the shapes of an experiment where they are missing; check any other data folder.
 
     Raises:
         ConfigError: the data folder is missing, or lacks a file or folder that the experiment names.
@@ -37,15 +37,16 @@ def prepare_data(experiment: Experiment) -> None:
     data = experiment.data
     if data.generate == "none":
         return
-    from solq_lab.data.shapes import write_shapes
+    from solq_lab.data.shapes.writer import write_shapes
 
     write_shapes(Path(data.root), level=data.generate, train=data.generate_train, val=data.generate_val)
 
 
 def _require(key: str, path: Path) -> None:
-    """Refuse a path that is not there, naming the nearest that is."""
+    """Raise ConfigError where a path does not exist, with the nearest that does."""
     if path.exists():
         return
+
     folder = path.parent
     while not folder.is_dir():
         folder = folder.parent

@@ -38,12 +38,14 @@ def read_annotations(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no such annotation file; check data.root and the names in the data section") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
     try:
         text = content.decode(json.detect_encoding(content), "surrogatepass")  # as `json.loads` does
     except ValueError as error:
         raise _no_json(path, error) from None
     del content
-    document = parse_document(text, ("images", "annotations"), refuse=partial(_no_json, path))
+
+    document = parse_document(text, ("images", "annotations"), make_error=partial(_no_json, path))
     found = (
         ", ".join(map(shorten, list(document)[:8])) if isinstance(document, dict) else f"a {type(document).__name__}"
     )
@@ -57,12 +59,12 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 
 def _no_json(path: Path, error: Exception) -> DataError:
-    """The refusal of a file that json cannot read: no JSON, no UTF-8, thousands of digits, or thousands of brackets."""
+    """The error of a file that json cannot read: no JSON, no UTF-8, thousands of digits, or thousands of brackets."""
     return DataError(f"{path}: not JSON ({error}); an annotation file in COCO format is needed")
 
 
 def check_image_entry(entry: Any, place: int, path: Path) -> None:
-    """Refuse an entry of `images`, the one at `place`, that is of no use.
+    """Check the entry at `place` of `images`.
 
     Raises:
         DataError: no id, file_name, height or width, or a file name that leaves the image folder.
@@ -100,7 +102,7 @@ def is_measure(value: Any) -> bool:
 
 
 def name_of(entry: Any, place: int) -> str:
-    """What messages call an entry of `annotations`, the one at `place`."""
+    """Name of the entry at `place` of `annotations` in messages."""
     if isinstance(entry, dict) and "id" in entry:
         return f"annotation id {shorten(entry['id'])}"
     return f"annotations[{place}]"
@@ -201,7 +203,7 @@ def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
     """The compressed RLE of a compressed or uncompressed one.
 
     Raises:
-        DataError: not runs that cover an image of `size` (height, width); C code reads them, and takes them as given.
+        DataError: not runs that cover an image of `size` (height, width); C code reads them unchecked.
     """
     counts, rle_size = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(counts, str | bytes | list) or not isinstance(rle_size, list) or tuple(rle_size) != size:
@@ -209,6 +211,7 @@ def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
             f"{name}: segmentation {shorten(segmentation)}; an RLE needs 'counts' and the size [height, width] of "
             f"its image, here {list(size)}"
         )
+
     try:
         runs = np.array(counts) if isinstance(counts, list) else masks.runs_of_rle(counts)
     except ValueError as error:

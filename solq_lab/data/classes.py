@@ -1,4 +1,4 @@
-"""Which class channel of the network stands for which category of the annotation file."""
+"""The class channels of the network and their categories in the annotation file."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def name_of_category(category: dict[str, Any], source: str) -> str:
     """The name of an entry of `categories`, by default its id, as text.
 
     Raises:
-        DataError: half a character, which no file could store; `source` is what the message calls the file.
+        DataError: half of a surrogate pair, which no file can store; `source` is the file in the message.
     """
     name = category.get("name", category["id"])
     name = name if isinstance(name, str) else shorten(name)

@@ -30,7 +30,7 @@ from solq_lab.structures import Detections, Target
 
 __all__ = ["CocoDataset", "DataError"]
 
-SNAP = 1e-6  # pixels: a box moved forth and back comes home within this; what is closer was not cropped
+SNAP = 1e-6  # pixels: rounding of a box moved forth and back; a larger difference is a crop
 
 
 class Cached(NamedTuple):
@@ -83,7 +83,7 @@ class CocoDataset(Dataset):
             mask_size: side N of the targets' masks, cells; None: targets without masks.
             with_bitmaps: targets carry full-image masks too, moved through every step as the released code does.
             transform: plans the steps of each sample; None leaves images as they are.
-            seed: of the transform's chance.
+            seed: of the transform's randomness.
             mask_route: "window" rasterises each object inside its box in the original image; "bitmap" moves
                 full-image bitmaps through every step and crops them by ROI-align, as the released code does.
             cache: keep decoded images, and the masks of uncropped boxes, in the memory of each loader process.
@@ -148,7 +148,7 @@ class CocoDataset(Dataset):
     def objects(self, index: int) -> Detections:
         """The true objects of an image as detections of score 1, with boxes and masks in pixels of its file.
 
-        Crowds are left out. The masks are the annotations' own, no transform or mask code has touched them.
+        Crowds are left out. The masks are the annotations' own, without transform or codec.
 
         Raises:
             ValueError: the data set was built without masks.
@@ -163,7 +163,7 @@ class CocoDataset(Dataset):
         return Detections(torch.ones(len(labels)), labels, boxes, torch.arange(len(labels)), rles, names)
 
     def _plan(self, epoch: int, index: int) -> list[Step]:
-        """The steps of a sample; all its chance is drawn from (seed, epoch, index)."""
+        """The steps of a sample, drawn from (seed, epoch, index) alone."""
         if self.transform is None:
             return []
         return self.transform.plan(self.truth.size(index), np.random.default_rng((self.seed, epoch, index)))

@@ -1,7 +1,7 @@
-"""JSON documents whose long lists stay text: an entry is decoded when it is asked for.
+"""Lazy JSON: documents whose long lists stay text, so that an entry is decoded on access.
 
-COCO's 470 MB of text are five gigabytes of Python's lists and numbers, and processes that were forked would copy them
-by merely counting references. The text itself is shared, and one entry at a time is a few kilobytes.
+COCO's 470 MB of text are five gigabytes of Python's lists and numbers, and forked processes would copy them by merely
+counting references. The text itself is shared, and one entry at a time is a few kilobytes.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class Entries(Sequence[Any]):
-    """A list of a JSON document. Each look at an entry decodes it anew: changes to it are not kept."""
+    """A list of a JSON document. Each access decodes the entry anew: changes to it are not kept."""
 
-    def __init__(self, text: str, starts: array, refuse: Callable[[Exception], Exception]) -> None:
+    def __init__(self, text: str, starts: array, make_error: Callable[[Exception], Exception]) -> None:
         """Keep the text.
 
         Args:
             text: the whole document.
             starts: for each entry, where in the text it begins; 64-bit integers.
-            refuse: makes the error for an entry that is nested too deep for where it is asked for.
+            make_error: makes the error for an entry that is nested too deep for the stack at its access.
         """
-        self._text, self._starts, self._refuse = text, starts, refuse
+        self._text, self._starts, self._make_error = text, starts, make_error
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -42,28 +42,28 @@ class Entries(Sequence[Any]):
         try:
             return _DECODER.raw_decode(self._text, start)[0]
         except RecursionError as error:
-            raise self._refuse(error) from None
+            raise self._make_error(error) from None
 
 
-def parse_document(text: str, long: Collection[str], refuse: Callable[[Exception], Exception]) -> Any:
+def parse_document(text: str, long: Collection[str], make_error: Callable[[Exception], Exception]) -> Any:
     """What `json.loads` makes of a text, but for some lists of the outermost mapping.
 
-    All of the text is read, entry by entry, so that no later look at it meets anything but JSON.
+    All of the text is read, entry by entry, so that no later access meets anything but JSON.
 
     Args:
         text: the document.
         long: keys of the outermost mapping whose lists become `Entries`.
-        refuse: makes the error to raise of json's own, where the text is no JSON or cannot be decoded.
+        make_error: makes the error to raise of json's own, where the text is no JSON or cannot be decoded.
     """
     try:
         start = _skip_space(text, 0)
-        return _parse_mapping(text, start, long, refuse) if text.startswith("{", start) else json.loads(text)
+        return _parse_mapping(text, start, long, make_error) if text.startswith("{", start) else json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
-        raise refuse(error) from None
+        raise make_error(error) from None
 
 
 def _parse_mapping(
-    text: str, start: int, long: Collection[str], refuse: Callable[[Exception], Exception]
+    text: str, start: int, long: Collection[str], make_error: Callable[[Exception], Exception]
 ) -> dict[str, Any]:
     document = {}
     more, place = _open(text, start, "}")
@@ -77,7 +77,7 @@ def _parse_mapping(
         place = _skip_space(text, place + 1)
         if key in long and text.startswith("[", place):
             starts, place = _find_entries(text, place)
-            document[key] = Entries(text, starts, refuse)
+            document[key] = Entries(text, starts, make_error)
         else:
             document[key], place = _DECODER.raw_decode(text, place)
         more, place = _go_on(text, place, "}")

@@ -35,7 +35,7 @@ def read_image(path: Path, image_id: int, size: tuple[int, int]) -> Tensor:
 
 
 def read_file(path: Path, name: str) -> Tensor:
-    """The bytes of a file (n,) uint8; `name` is what a message calls it. Raises DataError where it cannot be read."""
+    """The bytes of a file (n,) uint8; `name` is for messages. Raises DataError where it cannot be read."""
     try:
         return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
@@ -64,7 +64,7 @@ def check_size(image: Tensor, size: tuple[int, int], name: str) -> None:
     if tuple(image.shape[1:]) != size:
         found = f"{image.shape[1]} x {image.shape[2]}"
         raise DataError(
-            f"{name}: the image is {found} pixels (height x width), the annotations say {size[0]} x {size[1]}; "
+            f"{name}: the image is {found} pixels (height x width), the annotations give {size[0]} x {size[1]}; "
             "correct the annotations or the file"
         )
 

@@ -1,4 +1,4 @@
-"""From a data set to batches: padding, and the worker processes that read ahead and may die."""
+"""Batches of a data set, read ahead by worker processes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from solq_lab.structures import ImageBatch, Target
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 600.0  # seconds without an image after which the workers are given up: longer than any disk is slow
-POLL = 5.0  # seconds after which a dead worker is noticed at the latest
+PATIENCE = 600.0  # seconds to wait for a batch: longer than any disk is slow
+POLL = 5.0  # seconds between looks for dead workers
 SUBSTITUTES = 8  # unreadable images in a row that are replaced; more are a lost disk, not a damaged file
 _STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 _CAUSES = {
@@ -39,7 +39,7 @@ Batch = tuple[ImageBatch, list[Target]]
 
 
 class LoaderError(ExplainedError):
-    """A loader process died or does not answer; the message names it and the cure."""
+    """A loader process ended or hangs; the message names it and the cure."""
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -50,15 +50,15 @@ def collate(samples: list[Sample]) -> Batch:
 class BatchLoader:
     """An iterator over the batches (ImageBatch, list of Target) of a data set, read ahead by worker processes.
 
-    The workers start at once, live until the last batch, and compute with one thread each. Signals that stop a training
-    do not reach them: the process that reads decides. Images are in page-locked memory where there is a CUDA device.
+    The workers start at once, run until the last batch, and compute with one thread each. They ignore stop signals,
+    which the reading process handles. Images are in page-locked memory where there is a CUDA device.
 
     Attributes:
-        replaced: unreadable images that others stand in for, so far.
+        replaced: unreadable images that were replaced by others, so far.
 
     Raises, while iterating:
         DataError: an image cannot be read; the message names file, image id and annotation file.
-        LoaderError: a worker died, or none answered in time.
+        LoaderError: a worker ended, or no batch arrived in time.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class BatchLoader:
             workers: loader processes; 0 loads in this process.
             substitutes: how many unreadable images in a row may be replaced by those after them, each with an error
                 in the log. 0: the first one ends the iteration with its DataError.
-            patience: seconds to wait for a batch before the workers are given up.
+            patience: seconds to wait for a batch.
         """
         self.replaced = 0
         self._patience, self._poll = patience, min(POLL, patience)
@@ -90,12 +90,13 @@ class BatchLoader:
             pin_memory=torch.cuda.is_available(),
             timeout=self._poll if workers else 0,
         )
+
         others = multiprocessing.active_children()
-        with _children_hear_no_stop(), _child_handler_kept():
+        with _stop_signals_blocked(), _child_handler_kept():
             self._readings = iter(loader)
-        born = [process for process in multiprocessing.active_children() if process not in others]
-        self._workers = sorted(born, key=lambda process: process.pid)
-        # At the end of the program Python waits for its children, however long; workers ignore its polite request.
+        started = [process for process in multiprocessing.active_children() if process not in others]
+        self._workers = sorted(started, key=lambda process: process.pid)
+        # At its end Python sends SIGTERM to its children and waits for them; workers ignore it, so kill them before.
         self._end = partial(_kill, self._workers)
         atexit.register(self._end)
 
@@ -106,7 +107,8 @@ class BatchLoader:
         try:
             reading = self._wait() if self._workers else next(self._readings)
             if reading.batch is None:
-                raise DataError(_describe_faults(reading.faults))
+                more = f" ({len(reading.faults) - 1} more could not be read)" if len(reading.faults) > 1 else ""
+                raise DataError(reading.faults[0] + more)
         except BaseException:  # the end of the batches too
             self.close()
             raise
@@ -116,7 +118,7 @@ class BatchLoader:
         return reading.batch
 
     def close(self) -> None:
-        """End the workers; they have nothing to lose."""
+        """Kill the workers."""
         atexit.unregister(self._end)
         self._end()
 
@@ -125,43 +127,43 @@ class BatchLoader:
             self.close()
 
     def _wait(self) -> _Reading:
-        """The next batch of the workers, as long as they live and within `patience`."""
-        for _ in range(math.ceil(self._patience / self._poll)):  # counted: a suspended program's clock runs on
+        """The next batch of the workers, waited for at most `patience` seconds."""
+        for _ in range(math.ceil(self._patience / self._poll)):  # a clock would count suspended time
             try:
                 return next(self._readings)
-            except (RuntimeError, OSError, EOFError) as error:  # also a batch whose worker died before it was fetched
+            except (RuntimeError, OSError, EOFError) as error:  # also a batch whose worker ended before it was fetched
                 timed_out = str(error).startswith("DataLoader timed out")
-                self._check_workers(dying=0.0 if timed_out else 1.0)
+                self._check_workers(timeout=0.0 if timed_out else 1.0)
                 if not timed_out:
                     raise
         pids = ", ".join(str(process.pid) for process in self._workers)
         raise LoaderError(
-            f"no images for {self._patience:.0f} s from {len(self._workers)} loader processes (pids {pids}): stopped "
-            "by a signal, or the disk does not answer; look at the image folder, then start the same command again"
+            f"no images for {self._patience:.0f} s from {len(self._workers)} loader processes (pids {pids}): they were "
+            "stopped by a signal, or the disk hangs; look at the image folder, then run the same command again"
         )
 
-    def _check_workers(self, dying: float) -> None:
-        """Name the worker that is dead, or will be within `dying` seconds."""
-        ended = wait([process.sentinel for process in self._workers], timeout=dying)
+    def _check_workers(self, timeout: float) -> None:
+        """Raise LoaderError for a worker that has ended, or ends within `timeout` seconds."""
+        ended = wait([process.sentinel for process in self._workers], timeout=timeout)
         for number, process in enumerate(self._workers, start=1):
             if process.sentinel in ended:
                 process.join(timeout=1.0)
                 cause = _describe_exit(process.exitcode or 0)
                 raise LoaderError(
-                    f"loader process {number} of {len(self._workers)} (pid {process.pid}) {cause}; a training goes on "
-                    "from its last checkpoint when it is started again"
+                    f"loader process {number} of {len(self._workers)} (pid {process.pid}) {cause}; re-running the "
+                    "training resumes from its last checkpoint"
                 )
 
 
 class _Reading(NamedTuple):
-    """What the workers send: a batch, None where an image in it could not be read, and why images could not be."""
+    """A batch, None where an image of it could not be read, and the reasons why images could not."""
 
     batch: Batch | None
     faults: list[str]
 
 
 class _Readable(Dataset):
-    """Samples with the reasons why images could not be read: exceptions would leave a worker as traceback text."""
+    """Samples with the reasons why images could not be read: an exception would lose its type on its way."""
 
     def __init__(self, dataset: Dataset, substitutes: int) -> None:
         self.dataset, self.substitutes = dataset, substitutes
@@ -186,13 +188,9 @@ def _collate_readings(readings: list[tuple[Sample | None, list[str]]]) -> _Readi
     return _Reading(collate(samples) if len(samples) == len(readings) else None, faults)
 
 
-def _describe_faults(faults: list[str]) -> str:
-    return faults[0] + (f" ({len(faults) - 1} more could not be read)" if len(faults) > 1 else "")
-
-
 @contextlib.contextmanager
-def _children_hear_no_stop() -> Iterator[None]:
-    """Within, stop signals are kept back, and processes born here never hear them; this one does afterwards."""
+def _stop_signals_blocked() -> Iterator[None]:
+    """Block stop signals; processes started within inherit the block, this one gets its signals afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         yield
@@ -202,7 +200,7 @@ def _children_hear_no_stop() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _child_handler_kept() -> Iterator[None]:
-    """Undo the handler that PyTorch sets: it raises wherever the program is when a worker dies, even in mid-save."""
+    """Undo PyTorch's handler for SIGCHLD: it raises wherever the program is, even while a checkpoint is saved."""
     before = signal.getsignal(signal.SIGCHLD)
     try:
         yield
@@ -215,7 +213,7 @@ def _kill(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        process.join(timeout=1.0)  # one that waits for a lost disk hears nothing, for now
+        process.join(timeout=1.0)  # one that waits for a lost disk ends later
 
 
 def _describe_exit(code: int) -> str:

@@ -1,4 +1,4 @@
-"""The order of images over a whole training: the same for any number of processes, and resumable at any step."""
+"""Order of the images in a training: the same for any number of processes, and resumable at any step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
 
     Each epoch is a permutation drawn from (seed, epoch), cut into global batches; an incomplete last one is dropped. A
     global batch is the same whatever the number of processes: each rank takes a contiguous slice of it, and gradient
-    accumulation cuts that slice on. A stream that starts at a later step goes on exactly where a broken-off one stood.
+    accumulation divides that slice further. A stream with a `start_step` resumes exactly there.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
             seed: of the permutations.
             total_steps: optimiser steps of the whole training.
             start_step: optimiser steps already done.
-            rank, world_size: which of how many processes asks.
+            rank, world_size: of this process, and how many there are.
             accumulate: backward passes per optimiser step; each gets its own list of keys.
             aspects: width over height of all images in an epoch, (length,); batches are then made of alike shapes
                 (`batch_by_aspect`), which need less padding. None: shapes come as they fall.
@@ -68,12 +68,12 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
         return (self.total_steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order_of, order = -1, np.empty((0, self.batch_size), dtype=np.int64)
+        drawn, order = -1, np.empty((0, self.batch_size), dtype=np.int64)
         passes = self.world_size * self.accumulate
         for step in range(self.start_step, self.total_steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
-            if epoch != order_of:
-                order_of, order = epoch, self._order(epoch)
+            if epoch != drawn:
+                drawn, order = epoch, self._order(epoch)
             indices = order[batch].reshape(passes, -1)
             for row in indices[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]:
                 yield [(epoch, index) for index in row.tolist()]
@@ -90,8 +90,8 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
 def batch_by_aspect(order: np.ndarray, aspects: np.ndarray, batch_size: int, random: np.random.Generator) -> np.ndarray:
     """Batches of wide images and batches of tall ones, shuffled; what is left of both makes one mixed batch.
 
-    There are as many batches as without buckets, and no image comes twice. Within a batch images stand by aspect,
-    so that the slices of its ranks and backward passes, each of which is padded by itself, are of one shape too.
+    There are as many batches as without buckets, and no image comes twice. Within a batch images are sorted by aspect:
+    the slices of ranks and backward passes are padded by themselves, and are of similar shape too.
 
     Args:
         order: the images (I,) in random order.

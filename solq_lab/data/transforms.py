@@ -1,8 +1,8 @@
 """Training and test transforms: first a plan from the image's size, then the plan applied to image and boxes.
 
-A plan is a list of steps (mirror, resize, crop) and needs no pixels, so that its arithmetic is tested alone. Masks do
-not travel: an object's final box is mapped back through the steps (`boxes_before`) and the object is rasterised there,
-in the original image. The released route, nearest-resized full bitmaps, is `apply_to_bitmaps`.
+A plan is a list of steps (mirror, resize, crop) and needs no pixels, so that its arithmetic is tested alone. Masks are
+not transformed: an object's final box is mapped back through the steps (`boxes_before`) and the object is rasterised
+there, in the original image. The released route, nearest-resized full bitmaps, is `apply_to_bitmaps`.
 
 Paper: section 4.2 (training); the details follow the released code, which resizes training images twice.
 """
@@ -46,10 +46,10 @@ Step = Mirror | Resize | Crop
 
 
 class Transform(Protocol):
-    """What a data set asks of its transform."""
+    """Plans the steps of a sample."""
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for an image of (height, width) pixels; all chance comes from `random`."""
+        """The steps for an image of (height, width) pixels; all randomness comes from `random`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TestResize:
         max_size: longest allowed longer side, pixels.
     """
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    __test__ = False  # pytest: not a test case
 
     test_scale: int
     max_size: int

@@ -533,7 +533,7 @@ def test_an_image_of_another_size_is_refused(tmp_path):
     files = write_folder(tmp_path)
     Image.new("RGB", (30, 40)).save(files["images"] / "a.png")
     with pytest.raises(
-        DataError, match=r"image id 1: .*40 x 30 pixels \(height x width\), the annotations say 30 x 40"
+        DataError, match=r"image id 1: .*40 x 30 pixels \(height x width\), the annotations give 30 x 40"
     ):
         CocoDataset(**files)[0]
 

@@ -12,11 +12,11 @@ import torch
 from pycocotools import mask as coco_rle
 from pycocotools.coco import COCO
 
-from solq_lab.data import shapes
 from solq_lab.data.coco import CocoDataset, DataError
-from solq_lab.data.scene import LEVELS, MIN_VISIBLE, OVERSAMPLING, _Stage, draw_scene
-from solq_lab.data.shapes import write_shapes
-from solq_lab.data.silhouettes import EASY, HARD
+from solq_lab.data.shapes import writer
+from solq_lab.data.shapes.scene import LEVELS, MIN_VISIBLE, OVERSAMPLING, _Stage, draw_scene
+from solq_lab.data.shapes.silhouettes import EASY, HARD
+from solq_lab.data.shapes.writer import write_shapes
 
 LEVEL_NAMES = sorted(LEVELS)
 
@@ -166,7 +166,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(shapes, "_describe_objects", fail)
+    monkeypatch.setattr(writer, "_describe_objects", fail)
     with pytest.raises(error):
         write_shapes(tmp_path / "new", train=2, val=1, processes=1)
     assert list(tmp_path.iterdir()) == []
@@ -176,7 +176,7 @@ def test_an_empty_folder_is_filled_and_says_how_it_was_made(tmp_path):
     write_shapes(tmp_path, train=2, val=1, seed=3, processes=1)
     info = json.loads((tmp_path / "annotations" / "instances_val.json").read_text())["info"]
     assert info["seed"] == 3
-    assert info["version"] == str(shapes.VERSION)
+    assert info["version"] == str(writer.VERSION)
     assert "level easy" in info["description"]
     assert info["object_side"] == [24, 63]
     assert info["area_sides"] == [16, 32]

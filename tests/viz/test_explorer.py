@@ -20,7 +20,7 @@ from scipy.ndimage import binary_erosion
 
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.data.annotations import DataError
-from solq_lab.data.shapes import write_shapes
+from solq_lab.data.shapes.writer import write_shapes
 from solq_lab.masks import decode_rle
 from solq_lab.studies.ceiling import reconstruct_objects
 from solq_lab.viz.style import ADDED, MISSED

@@ -372,7 +372,7 @@ def test_lvis_needs_its_images_and_a_split(lvis, tmp_path):
     with pytest.raises(DataError, match="--images needs the folder"):
         convert_data(path, tmp_path / "out")
     other = path.rename(tmp_path / "mine.json")
-    with pytest.raises(DataError, match=r"mine\.json: the name does not say whether this is train or val"):
+    with pytest.raises(DataError, match=r"mine\.json: the name does not tell train from val"):
         convert_data(other, tmp_path / "out", images=lvis["val"]["images"])
     assert convert_data(other, tmp_path / "out", images=lvis["val"]["images"], split="val")[0].name == "val"
 

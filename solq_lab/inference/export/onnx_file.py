@@ -21,7 +21,7 @@ from torch import Tensor
 from solq_lab.build import build_model
 from solq_lab.codecs.base import describe_codec
 from solq_lab.config import ConfigError
-from solq_lab.data.scene import LEVELS, draw_scene
+from solq_lab.data.shapes.scene import LEVELS, draw_scene
 from solq_lab.errors import ExplainedError
 from solq_lab.files import replacing, write_json
 from solq_lab.inference.export.graph import INPUTS, DetectionGraph

@@ -14,7 +14,7 @@ from torch import Tensor
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.data.images import read_image
-from solq_lab.data.shapes import write_shapes
+from solq_lab.data.shapes.writer import write_shapes
 
 
 class Split(NamedTuple):

@@ -29,7 +29,7 @@ def make_shapes(
     processes: Annotated[int, typer.Option(min=1, help="Drawing processes.")] = 2,
 ) -> None:
     """Draw overlapping, textured shapes as a COCO-format folder."""
-    from solq_lab.data.shapes import write_shapes
+    from solq_lab.data.shapes.writer import write_shapes
 
     write_shapes(root, level=level.value, train=train_images, val=val_images, seed=seed, processes=processes)
     typer.echo(f"{train_images} + {val_images} images in {root}")

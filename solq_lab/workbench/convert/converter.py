@@ -33,7 +33,7 @@ def convert_data(
         source: an LVIS annotation file (.json), or a YOLO segmentation folder or its data.yaml.
         target: COCO-format folder, made if it is missing; it may hold the other split already.
         images: with LVIS only: folder of COCO's train2017/ and val2017/.
-        split: with LVIS only: which one it is; by default what the file's name says.
+        split: with LVIS only: which one it is; by default as in the file's name.
         link: make the links; False leaves only annotations, and the images have to be named in the experiment.
 
     Returns:
@@ -47,9 +47,7 @@ def convert_data(
             raise DataError(f"{images or source}: --images needs the folder that holds COCO's train2017 and val2017")
         documents = {split or _split_in(source.stem): (images, read_lvis(source, images))}
     elif images is not None or split is not None:
-        raise DataError(
-            f"{source}: --images and --split belong to an LVIS file (.json); a YOLO folder says both itself"
-        )
+        raise DataError(f"{source}: --images and --split belong to an LVIS file (.json); a YOLO folder has both itself")
     else:
         documents = {part.name: (part.images, part.document) for part in read_yolo(source)}
 
@@ -78,14 +76,14 @@ def convert_data(
 def _split_in(stem: str) -> Literal["train", "val"]:
     found = [name for name in ("train", "val") if name in stem]
     if len(found) != 1:
-        raise DataError(f"{stem}.json: the name does not say whether this is train or val; say --split")
+        raise DataError(f"{stem}.json: the name does not tell train from val; give --split")
     return found[0]
 
 
 def read_lvis(annotations: Path, images: Path) -> dict[str, Any]:
     """The COCO document of an LVIS file, which has COCO's images, its own classes, and addresses for file names.
 
-    LVIS says for each image which classes were looked for in vain (`neg_category_ids`) and which were not labelled
+    LVIS lists for each image the absent classes that were looked for (`neg_category_ids`) and those not labelled
     everywhere (`not_exhaustive_category_ids`). Both stay in the file; COCO's evaluation, used here, does not read them.
 
     Args:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from solq_lab import masks
 from solq_lab.data.annotations import DataError
-from solq_lab.data.scene import LEVELS, Level, draw_scene
+from solq_lab.data.shapes.scene import LEVELS, Level, draw_scene
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from solq_lab.data.silhouettes import EASY, HARD, Part, Random
+from solq_lab.data.shapes.silhouettes import EASY, HARD, Part, Random
 
 OVERSAMPLING = 3
 TEXTURES = ("plain", "stripes", "checker", "gradient", "noise")
