@@ -1,4 +1,4 @@
-"""How every detection lies on the objects of its image, measured once: what the typing of errors is made from.
+"""How every detection overlaps the objects of its image, measured once: the input of error typing.
 
 Overlaps are of masks, in pixels of the original image. Crowd regions are kept: a detection on one is no error.
 """
@@ -19,26 +19,27 @@ from torchvision.ops import box_iou
 
 from solq_lab import masks
 from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
+from solq_lab.studies.rules import THRESHOLDS, UNMATCHED
 
-MIN_THRESHOLD = 0.5  # mask IoU below which COCO never calls a detection right
 SAME_OBJECT = 0.1  # box IoU from which a detection is about an object of its class
 SAME_PLACE = 0.5  # box IoU from which it is about an object of another class
 MAX_DETECTIONS = 100  # per image and class; COCO's rule
-_OBJECT_MASKS_AT_ONCE = 256  # decoded together; bounds the memory at N = 256
+_MASKS_AT_ONCE = 256  # decoded together; bounds the memory at N = 256
 
 
-class Truth(NamedTuple):
+class ObjectTable(NamedTuple):
     """The objects, A of them, grouped by image.
 
     ids: (A,) annotation ids.
     image_ids: (A,) their images.
     classes: (A,) rows of the file's categories, by rising category id.
-    areas: (A,) pixels, as the annotation says.
+    areas: (A,) pixels, as annotated; the mask's where the file gives none.
     crowd: (A,) bool.
     occlusion: (A,) share of the object's box that lies on other objects (those whose boxes meet its own), 0..1.
-    ceiling: (A,) mask IoU of the object sent through the code with itself; 1 without a code.
+    ceiling: (A,) IoU of the object's mask with itself after the codec; 1 without a codec.
     """
 
     ids: np.ndarray
@@ -50,7 +51,7 @@ class Truth(NamedTuple):
     ceiling: np.ndarray
 
 
-class Found(NamedTuple):
+class DetectionTable(NamedTuple):
     """The detections that count, F of them, best score first (equal scores: by image id, then as given).
 
     results: (F,) places in the list of results.
@@ -59,12 +60,12 @@ class Found(NamedTuple):
     scores: (F,).
     areas: (F,) pixels of the mask.
     occlusion: (F,) share of the box that lies on other objects than the one the detection is about.
-    about: (F,) row of the object that the detection is about, -1 for none: the object of its class that its box
+    about: (F,) row of the object that the detection is about, or `UNMATCHED`: the object of its class that its box
         overlaps most, from `SAME_OBJECT` on, or one of another class that it overlaps more, from `SAME_PLACE` on.
     overlap: (F,) mask IoU with that object, 0 for none.
     leak: (F,) share of the detection's mask on other objects than that one, whose boxes meet its box.
     reach: (F,) mask IoU with that object if only the box were the detection's: the object's own vector, decoded and
-        pasted into the predicted box. Without a code a box confines no mask, and the IoU of the boxes stands here.
+        pasted into the predicted box. Without a codec a box confines no mask, and the IoU of the boxes stands here.
     """
 
     results: np.ndarray
@@ -82,9 +83,9 @@ class Found(NamedTuple):
 class Pairs(NamedTuple):
     """Detections and objects of one class and image that may match, P of them.
 
-    detections: (P,) rows of `Found`, ascending.
-    objects: (P,) rows of `Truth`.
-    overlap: (P,) mask IoU, `MIN_THRESHOLD` or more; the covered share of the detection for crowd objects.
+    detections: (P,) rows of the detections, ascending.
+    objects: (P,) rows of the objects.
+    overlap: (P,) mask IoU, the lowest threshold or more; the covered share of the detection for crowd objects.
     """
 
     detections: np.ndarray
@@ -93,10 +94,10 @@ class Pairs(NamedTuple):
 
 
 class Overlaps(NamedTuple):
-    """What `measure_overlaps` finds; `class_names` belong to the class rows."""
+    """All tables of a data set; `class_names` belong to the class rows."""
 
-    truth: Truth
-    found: Found
+    objects: ObjectTable
+    detections: DetectionTable
     pairs: Pairs
     class_names: list[str]
 
@@ -108,35 +109,34 @@ def measure_overlaps(
     *,
     image_ids: Collection[int] | None = None,
 ) -> Overlaps:
-    """Overlaps of results with ground truth, and what the code and the predicted boxes would have allowed.
+    """Overlaps of results with ground truth, and the ones that the codec and the predicted boxes would have allowed.
 
     Args:
         annotations: COCO instances file, its parsed content, or its `GroundTruth` with all objects, that
             `evaluate_results` accepts.
         results: COCO results with "bbox" and "segmentation", that it accepts too.
-        codec: the mask code of the model, on any device; None for a model without one.
-        image_ids: images to look at. None: all.
+        codec: the codec of the model, on any device; None for a model without one.
+        image_ids: images to measure. None: all.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
     classes = ClassMap.from_categories(truth.categories, source=str(truth.source))
-    results_of = defaultdict(list)
+    places_of = defaultdict(list)
     for place, result in enumerate(results):
-        results_of[result["image_id"]].append(place)
+        places_of[result["image_id"]].append(place)
 
-    parts = [
-        _measure_image(truth, np.arange(0), 0, (1, 1), [], results, classes, codec)
-    ]  # gives empty columns their types
-    for image, key in enumerate(truth.image_ids.tolist()):
-        if image_ids is None or key in image_ids:
-            places = _best_of_each_class(results, results_of[key])
+    parts = [_measure_image(truth, np.arange(0), 0, (1, 1), [], results, classes, codec)]  # types of empty columns
+    for image, image_id in enumerate(truth.image_ids.tolist()):
+        if image_ids is None or image_id in image_ids:
+            places = _best_of_each_class(results, places_of[image_id])
             rows, size = np.arange(*truth.starts[image : image + 2]), truth.size(image)
-            parts.append(_measure_image(truth, rows, key, size, places, results, classes, codec))
-    return Overlaps(*_joined(parts), list(classes.names))
+            parts.append(_measure_image(truth, rows, image_id, size, places, results, classes, codec))
+    return Overlaps(*_join(parts), list(classes.names))
 
 
 def _best_of_each_class(results: Sequence[dict], places: list[int]) -> list[int]:
     """Places of one image's detections, best score first, without those that COCO's limit per class leaves out."""
-    kept, counts = [], defaultdict(int)
+    kept: list[int] = []
+    counts: dict[int, int] = defaultdict(int)
     for place in sorted(places, key=lambda place: -results[place]["score"]):
         category_id = results[place]["category_id"]
         counts[category_id] += 1
@@ -155,57 +155,57 @@ def _measure_image(
     results: Sequence[dict],
     classes: ClassMap,
     codec: MaskCodec | None,
-) -> tuple[Truth, Found, Pairs]:
-    """The tables of one image of `size` (height, width).
+) -> tuple[ObjectTable, DetectionTable, Pairs]:
+    """The tables of one image of `size` (height, width), whose rows count from 0.
 
-    Its objects are `rows` of the ground truth, its detections stand at `places` of `results`. Rows of
-    objects and detections count from 0.
+    Its objects are `rows` of the ground truth, its detections stand at `places` of `results`.
     """
-    found = [results[place] for place in places]
-    rles = [masks.segmentation_to_rle(result["segmentation"], size) for result in found]
-    boxes = _corners(found)
-    found_classes = np.array([classes.channel_of(result["category_id"]) for result in found], dtype=np.int64)
+    detections = [results[place] for place in places]
+    rles = [masks.segmentation_to_rle(result["segmentation"], size) for result in detections]
+    boxes = _corners(detections)
+    own_classes = np.array([classes.channel_of(result["category_id"]) for result in detections], dtype=np.int64)
 
-    count, crowd = len(rows), truth.crowd[rows]
+    crowd, object_boxes = truth.crowd[rows], torch.from_numpy(truth.boxes[rows])
     object_rles = [truth.rle(row) for row in rows.tolist()]
-    object_boxes = torch.from_numpy(truth.boxes[rows])
     object_classes = np.array([classes.channel_of(key) for key in truth.category_ids[rows].tolist()], dtype=np.int64)
 
     overlap = _iou(rles, object_rles, crowd)  # (F, A)
     box_overlap = np.where(crowd, 0.0, box_iou(boxes, object_boxes).numpy())  # (F, A)
-    same_class = found_classes[:, None] == object_classes
+    same_class = own_classes[:, None] == object_classes
     about = _choose_objects(box_overlap, same_class)
-    row = np.arange(len(found))
-    known = about >= 0
+    known = np.flatnonzero(about != UNMATCHED)
+    its_overlap, reach, ceiling = np.zeros(len(detections)), np.zeros(len(detections)), np.ones(len(rows))
+    its_overlap[known], reach[known] = overlap[known, about[known]], box_overlap[known, about[known]]
 
-    neighbours = _neighbours(object_rles, object_boxes, crowd, size)  # A + 1: the last, row -1, for no object
-    ceiling, reach = np.ones(count), np.where(known, box_overlap[row, about], 0.0) if count else row * 0.0
-    if codec is not None and count:
-        received = _send_through(codec, truth.segmentations(rows), object_boxes, size)
-        ceiling = _iou_of_each(masks.paste_to_rle(received, object_boxes, size), object_rles, np.arange(count))
-        pasted = masks.paste_to_rle(received[about[known]], boxes[known], size)
-        reach[known] = _iou_of_each(pasted, object_rles, about[known])
+    # What the codec leaves of every object, in the object's own box and in the boxes of the detections about it.
+    if codec is not None and len(rows):
+        object_masks = truth.box_masks(rows, codec.mask_size).split(_MASKS_AT_ONCE)
+        decoded = torch.cat([reconstruct(codec, some).masks.cpu() for some in object_masks])
+        _, ceiling = paste_and_compare(decoded, object_boxes, size, object_rles, both_empty=0.0)
+        its_rles = [object_rles[row] for row in about[known].tolist()]
+        _, reach[known] = paste_and_compare(decoded[about[known]], boxes[known], size, its_rles, both_empty=0.0)
 
-    partners = np.nonzero(same_class & (overlap >= MIN_THRESHOLD))
+    neighbours = _neighbours(object_rles, object_boxes, crowd, size)  # A + 1: the last, row UNMATCHED, for no object
+    partners = np.nonzero(same_class & (overlap >= THRESHOLDS[0]))
     return (
-        Truth(
+        ObjectTable(
             ids=truth.ids[rows],
-            image_ids=np.full(count, image_id),
+            image_ids=np.full(len(rows), image_id),
             classes=object_classes,
             areas=truth.areas_of(rows),
             crowd=crowd,
-            occlusion=_share_on(_box_rles(object_boxes, size), neighbours, np.arange(count)),
+            occlusion=_share_on(_box_rles(object_boxes, size), neighbours, np.arange(len(rows))),
             ceiling=ceiling,
         ),
-        Found(
+        DetectionTable(
             results=np.array(places, dtype=np.int64),
-            image_ids=np.full(len(found), image_id),
-            classes=found_classes,
-            scores=np.array([result["score"] for result in found], dtype=np.float64),
-            areas=np.asarray(coco_rle.area(rles), dtype=np.float64) if found else np.zeros(0),
+            image_ids=np.full(len(detections), image_id),
+            classes=own_classes,
+            scores=np.array([result["score"] for result in detections], dtype=np.float64),
+            areas=np.asarray(rle_api.area(rles), dtype=np.float64) if rles else np.zeros(0),
             occlusion=_share_on(_box_rles(boxes, size), neighbours, about),
             about=about,
-            overlap=np.where(known, overlap[row, about], 0.0) if count else np.zeros(len(found)),
+            overlap=its_overlap,
             leak=_share_on(rles, neighbours, about),
             reach=reach,
         ),
@@ -214,15 +214,15 @@ def _measure_image(
 
 
 def _choose_objects(box_overlap: np.ndarray, same_class: np.ndarray) -> np.ndarray:
-    """(F,) the object that each detection is about, -1 for none: see `Found.about`. Both arguments are (F, A)."""
+    """(F,) the object that each detection is about: see `DetectionTable.about`. Both arguments are (F, A)."""
     count, objects = box_overlap.shape
     if objects == 0:
-        return np.full(count, -1)
+        return np.full(count, UNMATCHED)
     row = np.arange(count)
     own, other = np.where(same_class, box_overlap, 0.0), np.where(same_class, 0.0, box_overlap)
     best_own, best_other = own.argmax(axis=1), other.argmax(axis=1)
     own, other = own[row, best_own], other[row, best_other]
-    of_own_class = np.where(own >= SAME_OBJECT, best_own, -1)
+    of_own_class = np.where(own >= SAME_OBJECT, best_own, UNMATCHED)
     return np.where((other >= SAME_PLACE) & (other > own), best_other, of_own_class)
 
 
@@ -232,22 +232,11 @@ def _neighbours(rles: Sequence[dict], boxes: Tensor, crowd: np.ndarray, size: tu
     Neighbours are the other objects of the image, crowds apart, whose boxes share pixels with the object's.
     """
     bitmaps = masks.decode_rle(rles) if rles else torch.zeros(0, *size, dtype=torch.bool)
-    alone = torch.from_numpy(~crowd)
-    meet = (box_iou(boxes, boxes) > 0) & alone
+    single = torch.from_numpy(~crowd)
+    meet = (box_iou(boxes, boxes) > 0) & single
     meet.fill_diagonal_(False)
     around = [bitmaps[beside].any(dim=0) & ~own for beside, own in zip(meet, bitmaps, strict=True)]
-    return masks.encode_rle(torch.stack([*around, bitmaps[alone].any(dim=0)]))
-
-
-def _send_through(codec: MaskCodec, segmentations: list, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """(A, N, N) bool, on the CPU: what the code leaves of objects in their boxes (A, 4)."""
-    bits = masks.rasterize_in_box(segmentations, boxes, size, codec.mask_size)
-    table = next(codec.buffers(), None)
-    received = []
-    for some in bits.split(_OBJECT_MASKS_AT_ONCE):
-        decoded = codec.decode(codec.encode(some if table is None else some.to(table.device)))
-        received.append(codec.binarize(decoded).cpu())
-    return torch.cat(received)
+    return masks.encode_rle(torch.stack([*around, bitmaps[single].any(dim=0)]))
 
 
 def _corners(entries: Sequence[dict]) -> Tensor:
@@ -257,16 +246,11 @@ def _corners(entries: Sequence[dict]) -> Tensor:
 
 
 def _box_rles(boxes: Tensor, size: tuple[int, int]) -> list[dict]:
-    """RLEs of the pixels of boxes (K, 4) xyxy that lie in the image."""
-    inside = _clipped(boxes, size)
-    corner_and_sides = torch.cat([inside[:, :2], inside[:, 2:] - inside[:, :2]], dim=1)
-    return coco_rle.frPyObjects(corner_and_sides.numpy(), *size) if len(boxes) else []
-
-
-def _clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The parts of boxes (K, 4) xyxy inside an image of `size` (height, width)."""
+    """RLEs of the pixels of boxes (K, 4) xyxy that lie in an image of `size` (height, width)."""
     height, width = size
-    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+    inside = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+    corner_and_sides = torch.cat([inside[:, :2], inside[:, 2:] - inside[:, :2]], dim=1)
+    return coco_rle.frPyObjects(corner_and_sides.numpy(), height, width) if len(boxes) else []
 
 
 def _iou(rles: Sequence[dict], others: Sequence[dict], crowd: np.ndarray) -> np.ndarray:
@@ -276,30 +260,26 @@ def _iou(rles: Sequence[dict], others: Sequence[dict], crowd: np.ndarray) -> np.
     return np.asarray(rle_api.iou(list(rles), list(others), crowd.astype(int).tolist()))
 
 
-def _iou_of_each(rles: Sequence[dict], others: Sequence[dict], which: np.ndarray) -> np.ndarray:
-    """(K,) IoU of mask k with `others[which[k]]`."""
-    return _iou(rles, others, np.zeros(len(others)))[np.arange(len(rles)), which]
-
-
 def _share_on(rles: Sequence[dict], regions: Sequence[dict], which: np.ndarray) -> np.ndarray:
     """(K,) share of mask k that lies in `regions[which[k]]`, 0 for an empty mask."""
     return _iou(rles, regions, np.ones(len(regions)))[np.arange(len(rles)), which]
 
 
-def _joined(parts: Sequence[tuple[Truth, Found, Pairs]]) -> tuple[Truth, Found, Pairs]:
-    """One table of all images' tables: rows of objects go on counting, those of detections go by score."""
-    first_object = np.cumsum([0, *(len(truth.ids) for truth, _, _ in parts)])
-    first_detection = np.cumsum([0, *(len(found.results) for _, found, _ in parts)])
-    for part, (_, found, pairs) in enumerate(parts):
-        found.about[found.about >= 0] += first_object[part]
+def _join(parts: Sequence[tuple[ObjectTable, DetectionTable, Pairs]]) -> tuple[ObjectTable, DetectionTable, Pairs]:
+    """One table of all images' tables, with rows counted over all of them; detections are ordered by score."""
+    first_object = np.cumsum([0, *(len(objects.ids) for objects, _, _ in parts)])
+    first_detection = np.cumsum([0, *(len(detections.results) for _, detections, _ in parts)])
+    for part, (_, detections, pairs) in enumerate(parts):
+        detections.about[detections.about != UNMATCHED] += first_object[part]
         pairs.detections[:] += first_detection[part]
         pairs.objects[:] += first_object[part]
-    truth, found, pairs = (
+    objects, detections, pairs = (
         type(tables[0])(*map(np.concatenate, zip(*tables, strict=True))) for tables in zip(*parts, strict=True)
     )
-    by_score = np.argsort(-found.scores, kind="stable")
+
+    by_score = np.argsort(-detections.scores, kind="stable")
     rank = np.empty_like(by_score)
     rank[by_score] = np.arange(len(by_score))
     by_rank = np.argsort(rank[pairs.detections], kind="stable")
     pairs = Pairs(rank[pairs.detections][by_rank], pairs.objects[by_rank], pairs.overlap[by_rank])
-    return truth, Found(*(column[by_score] for column in found)), pairs
+    return objects, DetectionTable(*(column[by_score] for column in detections)), pairs

@@ -17,8 +17,8 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.results import read_results
-from solq_lab.studies.errors import ERRORS, SIAMESE_LEAK, THRESHOLDS, ErrorAnalysis, analyse_errors
-from solq_lab.studies.rules import average_precision
+from solq_lab.studies.errors import ERRORS, SIAMESE_LEAK, ErrorAnalysis, analyse_errors
+from solq_lab.studies.rules import THRESHOLDS, average_precision
 
 SIDES = (10.0, 20.0)
 CAT, DOG = 1, 2
@@ -52,7 +52,7 @@ def analyse(truth: dict, results: list[dict], codec: MaskCodec | None = None) ->
 def types_at(analysis: ErrorAnalysis, threshold: float) -> list[str | None]:
     """The type of each result, in the order given, at one threshold; None where it is right or ignored."""
     row = int(np.argmin(np.abs(THRESHOLDS - threshold)))
-    by_place = dict(zip(analysis.overlaps.found.results.tolist(), analysis.types[row].tolist(), strict=True))
+    by_place = dict(zip(analysis.overlaps.detections.results.tolist(), analysis.types[row].tolist(), strict=True))
     return [None if by_place[place] < 0 else ERRORS[by_place[place]] for place in sorted(by_place)]
 
 
@@ -119,7 +119,7 @@ def test_a_box_that_is_off_is_a_box_error_from_the_threshold_it_cannot_reach():
     assert types_at(analysis, 0.65) == [None]
     assert types_at(analysis, 0.7) == ["box"]
     assert analysis.worst("box", 1)[0].threshold == pytest.approx(0.7)
-    np.testing.assert_allclose(analysis.overlaps.found.reach, 2 / 3, atol=1e-9)
+    np.testing.assert_allclose(analysis.overlaps.detections.reach, 2 / 3, atol=1e-9)
 
 
 def test_a_poor_mask_in_a_right_box_is_a_vector_error():
@@ -134,7 +134,7 @@ def test_what_the_code_cannot_say_is_codec_truncation():
     codec = Exact(lost=8)  # a quarter of every mask
     said = masked(result_of(1, CAT, LEFT), rectangle(4, 8, 15, 24))
     analysis = analyse(truth_of([(1, CAT, LEFT)]), [said], codec)
-    np.testing.assert_allclose(analysis.overlaps.truth.ceiling, 0.75, atol=1e-9)
+    np.testing.assert_allclose(analysis.overlaps.objects.ceiling, 0.75, atol=1e-9)
     assert types_at(analysis, 0.75) == [None]
     assert types_at(analysis, 0.8) == ["codec"]
 
@@ -146,7 +146,7 @@ def test_a_mask_over_two_overlapping_objects_is_siamese():
     both = masked(result_of(1, CAT, LEFT), front | behind)
     analysis = analyse(truth, [both, masked(result_of(1, DOG, BEHIND), behind)])
     assert types_at(analysis, 0.6) == ["siamese", None]
-    np.testing.assert_allclose(analysis.overlaps.found.leak, [behind.sum() / (front | behind).sum(), 0])
+    np.testing.assert_allclose(analysis.overlaps.detections.leak, [behind.sum() / (front | behind).sum(), 0])
 
 
 def test_of_two_neighbours_with_the_same_mask_the_one_it_is_not_is_siamese():
@@ -160,7 +160,7 @@ def test_of_two_neighbours_with_the_same_mask_the_one_it_is_not_is_siamese():
 def test_a_mask_over_a_neighbour_whose_box_stays_apart_is_not_siamese():
     wide = masked(result_of(1, CAT, LEFT), rectangle(4, 8, 36, 24))
     analysis = analyse(truth_of([(1, CAT, LEFT), (1, DOG, RIGHT)]), [wide])
-    assert analysis.overlaps.found.leak.tolist() == [0]
+    assert analysis.overlaps.detections.leak.tolist() == [0]
     assert types_at(analysis, 0.6) == ["vector"]
 
 
@@ -170,7 +170,7 @@ def test_a_leak_below_the_bound_is_no_siamese_mask():
     truth["annotations"][1]["segmentation"] = rle_of(behind)
     slightly = masked(result_of(1, CAT, LEFT), front | rectangle(24, 8, 4, 24))
     analysis = analyse(truth, [slightly])
-    assert 0 < analysis.overlaps.found.leak[0] < SIAMESE_LEAK
+    assert 0 < analysis.overlaps.detections.leak[0] < SIAMESE_LEAK
     assert types_at(analysis, 0.9) == ["vector"]
 
 
@@ -200,7 +200,7 @@ def test_occlusion_is_the_share_of_the_box_on_other_objects():
     truth = truth_of([(1, CAT, LEFT), (1, DOG, BEHIND), (2, DOG, RIGHT)])
     truth["annotations"][1]["segmentation"] = rle_of(behind)
     analysis = analyse(truth, [])
-    np.testing.assert_allclose(analysis.overlaps.truth.occlusion, [0, 8 / 24, 0])  # LEFT lies on top of the other
+    np.testing.assert_allclose(analysis.overlaps.objects.occlusion, [0, 8 / 24, 0])  # LEFT lies on top of the other
     counts = {name: group.objects for name, group in analysis.groups.items()}
     assert counts == {"all": 3, "small": 0, "medium": 0, "large": 3, "free": 2, "touched": 0, "crowded": 1}
 
@@ -221,7 +221,14 @@ def test_the_empty_cases_add_up(objects, results):
     analysis = analyse(truth_of(objects), results)
     assert_adds_up(analysis)
     assert analysis.types.shape == (10, len(results))
-    assert len(analysis.table().splitlines()) == 9
+    assert list(analysis.frame().index) == list(analysis.groups)
+    assert list(analysis.frame()) == ["objects", "AP", *ERRORS]
+
+
+def test_more_than_255_objects_in_an_image_are_measured():
+    found = [(1, CAT, (x, y, 2, 2)) for x in range(0, 60, 3) for y in range(0, 42, 3)]
+    analysis = analyse(truth_of(found), [result_of(1, CAT, box) for _, _, box in found])
+    assert analysis.groups["all"].objects == len(found) > 255
 
 
 def test_a_file_without_images_has_nothing_to_lose():
