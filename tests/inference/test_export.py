@@ -29,11 +29,12 @@ from solq_lab.codecs.pca import PCACodec
 from solq_lab.codecs.sparse import SparseCodingCodec
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.data.classes import ClassMap
+from solq_lab.data.transforms import resized_size
+from solq_lab.inference.compare import Difference, compare_detections
 from solq_lab.inference.export import onnx_file, parity
 from solq_lab.inference.export.graph import DetectionGraph
 from solq_lab.inference.export.onnx_file import ExportError, export_onnx
-from solq_lab.inference.export.parity import compare_detections
-from solq_lab.inference.export.sharing import share
+from solq_lab.inference.export.packaging import share
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.structures import Detections, ImageBatch
@@ -98,7 +99,7 @@ def test_onnxruntime_finds_what_the_model_finds(exported):
     report = json.loads(exported.path.with_suffix(".parity.json").read_text())
     assert report["agrees"]
     assert report["matched"] == 48
-    assert report["tolerance"] == parity.TOLERANCE
+    assert report["tolerance"] == parity.TOLERANCE._asdict()
 
 
 @pytest.mark.slow
@@ -124,6 +125,7 @@ def test_a_full_resnet_50_exports_at_512_x_852(tmp_path: Path):
 def test_the_file_is_valid_onnx_of_the_stated_opset_and_says_all_that_its_user_needs(exported, solq: Path):
     model = onnx.load(exported.path)
     onnx.checker.check_model(model)
+    assert model.ir_version == 9  # onnxruntime 1.17 reads no newer one
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": onnx_file.OPSET}
     assert sum(node.op_type == "GridSample" for node in model.graph.node) == 3 * 3  # attention modules x levels
     told = {entry.key: entry.value for entry in model.metadata_props}
@@ -232,7 +234,7 @@ def test_a_file_that_finds_something_else_is_not_kept_and_the_command_fails(
 
     monkeypatch.setattr(onnx_file, "_write", write)
     assert run_command(monkeypatch, str(solq), str(tmp_path / "out.onnx")) == 1
-    assert "out.onnx: not written, the ONNX file finds something else: 0 of 48 detections" in capsys.readouterr().err
+    assert "out.onnx: not written, the ONNX file detects other objects: 0 of 48 detections" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out.parity.json"]
     assert not json.loads((tmp_path / "out.parity.json").read_text())["agrees"]
 
@@ -243,20 +245,32 @@ def detections(scores: list[float], *, shift: float = 0.0, labels: list[int] | N
     return Detections(torch.tensor(scores), torch.tensor(labels).long(), boxes, torch.arange(len(scores)), None, [])
 
 
+def compare(expected: Detections, found: Detections) -> Difference:
+    return compare_detections([expected], [found], [(100, 100)], parity.TOLERANCE)
+
+
 def test_parity_counts_what_is_missing_and_excuses_only_the_cut_off():
     ours = detections([0.9, 0.5, 0.1])
-    assert compare_detections([ours], [detections([0.9, 0.5, 0.1], shift=0.05)], [(100, 100)]).agrees
-    other_class = compare_detections([ours], [detections([0.9, 0.5, 0.1], labels=[1, 0, 0])], [(100, 100)])
-    assert (other_class.matched, other_class.excused, other_class.agrees) == (2, 0, False)
-    last = compare_detections([ours], [detections([0.9, 0.5, 0.1], labels=[0, 0, 1])], [(100, 100)])
-    assert (last.matched, last.excused, last.agrees) == (2, 1, True)
-    broken = detections([0.9, 0.5, float("nan")], shift=float("nan"))
-    assert not compare_detections([ours], [broken], [(100, 100)]).agrees
-    none = compare_detections([detections([])], [detections([])], [(100, 100)])
-    assert (none.detections, none.agrees) == (0, True)
+    assert compare(ours, detections([0.9, 0.5, 0.1], shift=0.05)).agrees(parity.TOLERANCE)
+    other_class = compare(ours, detections([0.9, 0.5, 0.1], labels=[1, 0, 0]))
+    assert (other_class.matched, other_class.excused, other_class.agrees(parity.TOLERANCE)) == (2, 0, False)
+    last = compare(ours, detections([0.9, 0.5, 0.1], labels=[0, 0, 1]))
+    assert (last.matched, last.excused, last.agrees(parity.TOLERANCE)) == (2, 1, True)
+    assert not compare(ours, detections([0.9, 0.5, float("nan")], shift=float("nan"))).agrees(parity.TOLERANCE)
+    none = compare(detections([]), detections([]))
+    assert (none.detections, none.agrees(parity.TOLERANCE)) == (0, True)
 
 
-def test_what_cannot_be_exported_is_refused_before_any_work(solq: Path, tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (640, 427), (4032, 3024), (900, 100), (512, 512)])
+def test_the_documented_example_resizes_as_predict_does(size: tuple[int, int]):
+    example = (REPOSITORY / "docs" / "export.md").read_text()
+    lines = re.search(r"small, large = .*?\nwidth, height = [^\n]*", example, flags=re.DOTALL)[0]
+    known = {"image": Image.new("L", size), "limits": {"short": 800, "longest": 1333}}
+    exec(lines, known)
+    assert (known["height"], known["width"]) == resized_size((size[1], size[0]), 800, 1333)
+
+
+def test_what_cannot_be_exported_is_rejected_before_any_work(solq: Path, tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "there.onnx").write_text("mine")
     with pytest.raises(ConfigError, match=r"there\.onnx: exists already and is not written over"):
         export_onnx(solq, tmp_path / "there.onnx")
@@ -272,13 +286,13 @@ def test_what_cannot_be_exported_is_refused_before_any_work(solq: Path, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
 
 
-def test_swin_is_refused_without_a_size(tmp_path: Path):
+def test_swin_is_rejected_without_a_size(tmp_path: Path):
     weights, _ = write_model(tmp_path, model={"backbone": "swin_t"})
     with pytest.raises(ConfigError, match=r"Swin's windows cannot be traced for free sizes; give --height and --width"):
         export_onnx(weights, tmp_path / "out.onnx")
 
 
-def test_a_model_that_cannot_be_traced_is_refused_with_the_cure(solq: Path, tmp_path: Path, monkeypatch):
+def test_a_model_that_cannot_be_traced_is_rejected_with_the_cure(solq: Path, tmp_path: Path, monkeypatch):
     def untraceable(self, pixels, sizes):
         return self.model(pixels[: int(pixels.sum())])
 

@@ -1,7 +1,7 @@
-"""What an ONNX file computes: from images to the best detections, decoding included, in plain torch.
+"""The graph of an ONNX file: from images to the best detections, masks decoded, in plain torch.
 
-Paper: section 3.2, inference. The mask vectors of the kept detections are decoded by the code's own matrix products
-(for the DCT two thin ones per mask), so that whoever runs the file needs neither the code nor its tables.
+Paper: section 3.2, inference. The mask vectors of the kept detections are decoded by the codec's own matrix products
+(for the DCT two thin ones per mask), so that running the file needs neither the codec nor its tables.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DETECTIONS = ("scores", "labels", "boxes", "queries")  # every model's outputs; 
 
 
 class DetectionGraph(nn.Module):
-    """A network, its mask code and the choice of the best detections as one module of tensors in, tensors out.
+    """A network, its mask codec and the choice of the best detections as one module of tensors in, tensors out.
 
     Args:
         model: the network in evaluation mode; a plain detector, SOLQ or the baseline with a mask branch.
-        codec: its mask code, None for models without mask vectors.
+        codec: its mask codec, None for models without mask vectors.
         top_k: K, detections per image; fewer where J * S is smaller.
 
     Attributes:
@@ -46,10 +46,11 @@ class DetectionGraph(nn.Module):
         Returns:
             scores (B, K) float32 in 0..1; labels (B, K) int64 class channels; boxes (B, K, 4) float32
             (x0, y0, x1, y1) as shares of the image's width and height, not clipped; queries (B, K) int64; then of a
-            SOLQ masks (B, K, N, N) bool in the box frame, cut as the code's `binarize` does, or of a model with a mask
+            SOLQ masks (B, K, N, N) bool in the box frame, binarized as the codec does, or of a model with a mask
             branch mask_logits (B, K, h, w) float32 over the whole padded image.
         """
         last = self.model(ImageBatch(pixels, _padding(pixels, sizes)).normalised()).layers[-1]
+
         classes = last.logits.shape[-1]
         pairs = last.logits.sigmoid().flatten(1)  # (B, J, S) -> (B, J*S)
         scores, best = pairs.topk(min(self.top_k, pairs.shape[1]), dim=1)

@@ -1,4 +1,4 @@
-"""A trained model as an ONNX file that is only kept when onnxruntime finds with it what the model itself finds.
+"""A trained model as an ONNX file, which is kept only where its detections in onnxruntime are those of the model.
 
 The inputs and outputs are those of `DetectionGraph`; docs/export.md shows the file's use with nothing but onnxruntime.
 Deformable attention becomes ONNX GridSample, in its plain torch form.
@@ -24,9 +24,10 @@ from solq_lab.config import ConfigError
 from solq_lab.data.shapes.scene import LEVELS, draw_scene
 from solq_lab.errors import ExplainedError
 from solq_lab.files import replacing, write_json
+from solq_lab.inference.compare import Difference
 from solq_lab.inference.export.graph import INPUTS, DetectionGraph
-from solq_lab.inference.export.parity import TOLERANCE, Parity, measure_parity
-from solq_lab.inference.export.sharing import without_paths
+from solq_lab.inference.export.packaging import without_paths
+from solq_lab.inference.export.parity import TOLERANCE, measure_parity
 from solq_lab.inference.folding import fold
 from solq_lab.inference.predictor import Predictor, find_weights, read_trained, read_upright
 from solq_lab.models.kinds import BACKBONES
@@ -35,28 +36,28 @@ from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
 from solq_lab.runs import Run
 from solq_lab.structures import PIXEL_MEAN, PIXEL_STD
 
-OPSET = 20  # the first with today's GridSample; onnxruntime 1.17 and later know it
+OPSET, IR_VERSION = 20, 9  # the first with today's GridSample; onnxruntime 1.17 and later read both
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TRACED = (200, 296)  # of images of any size: no side and no number of cells may be 1 on any level, or equal
-DRAWN = 3  # images that are drawn to compare with where none are given
+DRAWN = 3  # drawn images to compare with where none are given
 
 
 class ExportError(ExplainedError):
-    """A model that cannot be exported, or whose ONNX file finds something else; the message says what."""
+    """A model that cannot be exported, or whose ONNX file detects other objects; the message names the difference."""
 
 
 class ExportReport(NamedTuple):
     """An exported file.
 
     path: the file.
-    parity: how far it is from the model.
+    parity: its difference from the model.
     megabytes: its size.
-    seconds: the export took, comparison included.
+    seconds: duration of the export and the comparison.
     inputs: shape of each input; names stand for sides that are free.
     """
 
     path: Path
-    parity: Parity
+    parity: Difference
     megabytes: float
     seconds: float
     inputs: dict[str, list[int | str]]
@@ -75,9 +76,9 @@ def export_onnx(
     top_k: int | None = None,
     images: Sequence[Path] = (),
 ) -> ExportReport:
-    """Write a model as an ONNX file, and keep it only if it finds the same objects.
+    """Write a model as an ONNX file, and keep it only if its detections are the same.
 
-    Beside the file `<name>.parity.json` holds the comparison; it is written also where the file is not kept.
+    The comparison is written beside it (`<name>.parity.json`), also where the file is not kept.
 
     Args:
         weights_or_run: as for `Predictor`.
@@ -88,14 +89,15 @@ def export_onnx(
         images: images to compare with; none: a few drawn ones.
 
     Raises:
-        ConfigError: the destination exists, a size or number is not positive, a package is missing, or Swin is to have
-            free sizes.
+        ConfigError: the destination exists, a size or number is not positive, a package is missing, or Swin is given no
+            size.
         RunError, WeightMismatch: as for `Predictor`.
         DataError: an image cannot be read.
-        ExportError: the model cannot be exported so, or the file finds something else.
+        ExportError: the model cannot be traced, or the file detects other objects.
     """
     started = time.perf_counter()
     _check(destination, size, batch)
+
     predictor = Predictor(weights_or_run, device="cpu", top_k=top_k)
     arrays = [np.asarray(read_upright(path)) for path in images] or _drawn_images()
     fixed = not BACKBONES[predictor.experiment.model.backbone].any_size
@@ -104,17 +106,19 @@ def export_onnx(
     graph = _plain_graph(weights_or_run, predictor)
     if fixed or "mask_logits" in graph.outputs:
         batch = batch or 1  # windows, or queries, share an axis with the images, whose number the tracer then pins
+
     destination.parent.mkdir(parents=True, exist_ok=True)
     with replacing(destination) as unfinished:
         inputs = _write(graph, unfinished, size, batch, predictor)
         megabytes = unfinished.stat().st_size / 1e6
         parity = measure_parity(predictor, unfinished, arrays)
         report = ExportReport(destination, parity, megabytes, time.perf_counter() - started, inputs)
-        facts = parity._asdict() | {"agrees": parity.agrees, "tolerance": TOLERANCE, "opset": OPSET, "inputs": inputs}
+        agrees = parity.agrees(TOLERANCE)
+        facts = {"agrees": agrees, "tolerance": TOLERANCE._asdict(), "opset": OPSET, "inputs": inputs}
         compared = [str(path) for path in images] or f"{DRAWN} drawn images"
-        write_json(destination.with_suffix(".parity.json"), facts | {"compared_with": compared})
-        if not parity.agrees:
-            raise ExportError(f"{destination}: not written, the ONNX file finds something else: {parity}")
+        write_json(destination.with_suffix(".parity.json"), parity._asdict() | facts | {"compared_with": compared})
+        if not agrees:
+            raise ExportError(f"{destination}: not written, the ONNX file detects other objects: {parity}")
     return report
 
 
@@ -130,7 +134,7 @@ def _check(destination: Path, size: tuple[int, int] | None, batch: int | None) -
 
 
 def _plain_graph(weights_or_run: str | Path | Run, predictor: Predictor) -> DetectionGraph:
-    """The model in plain torch; the predictor's own has its weights in an order that only torch on a CPU knows."""
+    """The model in plain torch; the predictor's own has its weights in oneDNN's order."""
     path = find_weights(weights_or_run)
     weights, experiment, classes = read_trained(path)
     model = build_model(experiment, len(classes))
@@ -141,7 +145,7 @@ def _plain_graph(weights_or_run: str | Path | Run, predictor: Predictor) -> Dete
 def _write(
     graph: DetectionGraph, path: Path, size: tuple[int, int] | None, batch: int | None, predictor: Predictor
 ) -> dict[str, list[int | str]]:
-    """Trace the graph, write it as ONNX with all that is known of it, and return the shapes of its inputs."""
+    """Trace the graph, write it as ONNX with its metadata, and return the shapes of its inputs."""
     height, width = size or TRACED
     example = (
         torch.zeros(batch or 2, 3, height, width, dtype=torch.uint8),
@@ -156,6 +160,8 @@ def _write(
         cure = "; try a fixed size (--height, --width) and batch (--batch)" if size is None or batch is None else ""
         reason = " ".join(str(error).split())[:400]
         raise ExportError(f"this model cannot be traced{cure}: {type(error).__name__}: {reason}") from error
+
+    written.model.ir_version = IR_VERSION
     _name_sides(written.model)
     inputs = {
         value.name: [side if isinstance(side, int) else str(side) for side in value.shape]
@@ -168,7 +174,7 @@ def _write(
 
 @torch.no_grad()
 def _translate(graph: DetectionGraph, example: tuple[Tensor, ...], shapes: dict[str, dict]) -> torch.onnx.ONNXProgram:
-    """The graph as ONNX, traced with an example of its inputs and told which of their sides are free."""
+    """The graph as ONNX, traced with example inputs; `shapes` names their free sides."""
     for chatty in ("onnxscript", "onnx_ir"):  # a line for every node that they simplify, a warning for others
         logging.getLogger(chatty).setLevel(logging.ERROR)
     program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
@@ -191,7 +197,7 @@ def _sample_plainly(value: Tensor, flat_shapes: list[int], locations: Tensor, we
 
 
 def _name_sides(model: Any) -> None:
-    """Call the free sides by their meaning instead of the tracer's s77."""
+    """Rename the free sides from the tracer's s77 to their meaning."""
     pixels = model.graph.inputs[0].shape
     names = dict(zip((str(side) for side in pixels), ("batch", "channels", "height", "width"), strict=True))
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -201,7 +207,7 @@ def _name_sides(model: Any) -> None:
 
 
 def _metadata(predictor: Predictor, inputs: dict[str, list[int | str]]) -> dict[str, str]:
-    """What a user of the file may want to know, text by name."""
+    """Metadata for users of the file, text by name."""
     facts = {
         "classes": {"names": predictor.classes.names, "category_ids": predictor.classes.category_ids},
         "codec": describe_codec(predictor.codec),
@@ -214,6 +220,6 @@ def _metadata(predictor: Predictor, inputs: dict[str, list[int | str]]) -> dict[
 
 
 def _drawn_images() -> list[np.ndarray]:
-    """Images of shapes, (H, W, 3) uint8; one lies and one stands, so that batches are padded."""
+    """Images of shapes, (H, W, 3) uint8; one is wide and one tall, so that batches are padded."""
     scenes = [draw_scene(LEVELS["hard"], np.random.default_rng(seed)).image for seed in range(DRAWN)]
     return [scenes[0], scenes[1][: len(scenes[1]) * 3 // 4], scenes[2][:, : len(scenes[2]) * 2 // 3]]

@@ -102,7 +102,7 @@ def export(
     """Write a model as ONNX, or as one file to share. ONNX is compared with the original on images."""
     from solq_lab.config import ConfigError
     from solq_lab.inference.export.onnx_file import export_onnx
-    from solq_lab.inference.export.sharing import share
+    from solq_lab.inference.export.packaging import share
 
     if (height is None) != (width is None):
         raise ConfigError(f"--height {height} with --width {width}: give both, or neither for images of any size")
@@ -129,14 +129,14 @@ def ship(
     """Make a finished run small. It keeps half-precision weights and its record; the detections are compared."""
     from solq_lab.config import load_experiment
     from solq_lab.data_folder import prepare_data
-    from solq_lab.inference.shipping import ship_run
+    from solq_lab.inference.export.packaging import package_run
     from solq_lab.runs import load_run
 
     run = load_run(run_folder)
     changes = [*(overrides or []), f"name={destination.name}"]
     experiment = load_experiment(run.folder / "experiment.yaml", changes)
     prepare_data(experiment)
-    typer.echo(str(ship_run(run, destination, experiment)))
+    typer.echo(str(package_run(run, destination, experiment)))
     size = sum(path.stat().st_size for path in destination.iterdir())
     typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {destination} IMAGE` uses it")
 

@@ -1,4 +1,4 @@
-"""A shipped run is small, says nothing of the machine, finds the same objects, and is never written to."""
+"""A packaged run is small, names nothing of the machine, detects the same objects, and is never written to."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tiny import tiny_experiment, write_tiny_dataset
 from solq_lab.build import build_model
 from solq_lab.data.classes import ClassMap
 from solq_lab.evaluation.evaluator import evaluate_run
-from solq_lab.inference import shipping
+from solq_lab.inference.export import packaging
+from solq_lab.inference.export.packaging import halved, package_run
 from solq_lab.inference.predictor import Predictor
-from solq_lab.inference.shipping import halved, ship_run
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.runs import Run, RunError, create_run, load_run, working_copy
 from solq_lab.workbench import cli
@@ -50,8 +50,8 @@ def run(root: Path, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def shipped(run: Run, tmp_path: Path) -> Path:
-    ship_run(run, tmp_path / "shipped" / "tiny", run.experiment)
+def packaged(run: Run, tmp_path: Path) -> Path:
+    package_run(run, tmp_path / "shipped" / "tiny", run.experiment)
     return tmp_path / "shipped" / "tiny"
 
 
@@ -59,36 +59,36 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_half_precision_is_only_how_weights_are_stored(run: Run, shipped: Path):
-    stored = read_weights(shipped / "weights.safetensors").state.values()
+def test_half_precision_is_only_how_weights_are_stored(run: Run, packaged: Path):
+    stored = read_weights(packaged / "weights.safetensors").state.values()
     assert {tensor.dtype for tensor in stored if tensor.is_floating_point()} == {torch.float16}
-    assert (shipped / "weights.safetensors").stat().st_size < 0.6 * run.weights.stat().st_size
-    model = Predictor(shipped, device="cpu").model
+    assert (packaged / "weights.safetensors").stat().st_size < 0.6 * run.weights.stat().st_size
+    model = Predictor(packaged, device="cpu").model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_it_finds_the_same_objects_and_says_how_nearly(run: Run, tmp_path: Path):
-    rounding = ship_run(run, tmp_path / "small", run.experiment)
-    assert rounding.images == 4
-    assert rounding.objects > 0
-    assert 0 < rounding.score < shipping.TOLERANCE["score"]
-    assert 0 < rounding.box < shipping.TOLERANCE["box"]
-    assert json.loads((tmp_path / "small" / "shipped.json").read_text())["half_precision"] == rounding._asdict()
+def test_it_detects_the_same_objects_and_reports_the_difference(run: Run, tmp_path: Path):
+    loss = package_run(run, tmp_path / "small", run.experiment)
+    assert loss.images == 4
+    assert loss.objects > 0
+    assert 0 < loss.score < packaging.TOLERANCE.score
+    assert 0 < loss.box < packaging.TOLERANCE.box
+    assert json.loads((tmp_path / "small" / "shipped.json").read_text())["half_precision"] == loss._asdict()
 
 
-def test_it_names_no_machine_and_no_path(run: Run, root: Path, shipped: Path):
+def test_it_names_no_machine_and_no_path(run: Run, root: Path, packaged: Path):
     run.record_environment({"dataset": {"annotations": str(root / "train.json"), "images": 12}})
-    ship_run(run, shipped, run.experiment)
-    facts = json.loads((shipped / "environment.json").read_text())
+    package_run(run, packaged, run.experiment)
+    facts = json.loads((packaged / "environment.json").read_text())
     assert facts["dataset"] == {"images": 12}
     assert facts["versions"]["torch"]
     assert not {"host", "command", "platform"} & set(facts)
-    assert set(json.loads((shipped / "status.json").read_text())) == {"state", "step", "message"}
+    assert set(json.loads((packaged / "status.json").read_text())) == {"state", "step", "message"}
 
 
 def test_a_long_record_is_thinned_but_keeps_its_evaluations(run: Run, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shipping, "MAX_TRAIN_LINES", 3)
-    ship_run(run, tmp_path / "small", run.experiment)
+    monkeypatch.setattr(packaging, "MAX_TRAIN_LINES", 3)
+    package_run(run, tmp_path / "small", run.experiment)
     kept = load_run(tmp_path / "small").metrics()
     assert [line["step"] for line in kept if line["kind"] == "train"] == [1, 4, 7]
     assert [line["step"] for line in kept if line["kind"] == "evaluation"] == [8]
@@ -103,54 +103,54 @@ def test_a_tensor_that_half_precision_cannot_hold_stays_and_shared_ones_stay_sha
     assert state["count"].dtype == torch.int64
 
 
-def test_too_large_a_difference_is_refused_with_its_size_and_nothing_is_left(run: Run, tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(shipping.TOLERANCE, "score", 0.0)
-    with pytest.raises(RunError, match=r"half precision changes too much \(\d+ objects .*allowed is score 0\.0"):
-        ship_run(run, tmp_path / "out" / "small", run.experiment)
+def test_too_large_a_difference_is_rejected_with_its_size_and_nothing_is_left(run: Run, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(packaging, "TOLERANCE", packaging.TOLERANCE._replace(score=1e-9))
+    with pytest.raises(RunError, match=r"half precision changes too much \(\d+ objects .*allowed are score 1e-09"):
+        package_run(run, tmp_path / "out" / "small", run.experiment)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_cannot_be_shipped_is_refused_by_name(run: Run, root: Path, tmp_path: Path):
+def test_what_cannot_be_packaged_is_rejected_by_name(run: Run, root: Path, tmp_path: Path):
     with pytest.raises(RunError, match="exists and was not written by `solq-lab ship`; name another folder"):
-        ship_run(run, root, run.experiment)
-    with pytest.raises(RunError, match="a shipped run keeps its codec"):
-        ship_run(run, tmp_path / "out", tiny_experiment(root, codec={"vector_dim": 10}))
+        package_run(run, root, run.experiment)
+    with pytest.raises(RunError, match="a packaged run keeps its codec"):
+        package_run(run, tmp_path / "out", tiny_experiment(root, codec={"vector_dim": 10}))
     run.weights.unlink()
     with pytest.raises(RunError, match=r"no weights\.safetensors \(finished\); finish the training first"):
-        ship_run(run, tmp_path / "out", run.experiment)
+        package_run(run, tmp_path / "out", run.experiment)
 
 
-def test_looking_into_a_shipped_run_never_writes_into_it(shipped: Path, tmp_path: Path):
-    before = contents(shipped)
-    run = open_run(shipped, tmp_path / "runs")
+def test_looking_into_a_packaged_run_never_writes_into_it(packaged: Path, tmp_path: Path):
+    before = contents(packaged)
+    run = open_run(packaged, tmp_path / "runs")
     assert run.folder == tmp_path / "runs" / "shipped" / "tiny"
     evaluate_run(run)
     run.figures.mkdir()
     assert run.results.exists()
-    assert contents(shipped) == before
-    assert open_run(shipped, tmp_path / "runs").results.exists()  # the copy is kept
+    assert contents(packaged) == before
+    assert open_run(packaged, tmp_path / "runs").results.exists()  # the copy is kept
 
 
-def test_other_shipped_weights_make_another_copy(run: Run, shipped: Path, tmp_path: Path):
-    copy = working_copy(load_run(shipped), tmp_path / "runs")
+def test_other_packaged_weights_make_another_copy(run: Run, packaged: Path, tmp_path: Path):
+    copy = working_copy(load_run(packaged), tmp_path / "runs")
     copy.results.write_text("{}")
-    ship_run(finish(run, seed=1), shipped, run.experiment)
-    again = working_copy(load_run(shipped), tmp_path / "runs")
-    assert again.weights.read_bytes() == (shipped / "weights.safetensors").read_bytes()
+    package_run(finish(run, seed=1), packaged, run.experiment)
+    again = working_copy(load_run(packaged), tmp_path / "runs")
+    assert again.weights.read_bytes() == (packaged / "weights.safetensors").read_bytes()
     assert not again.results.exists()
 
 
-def test_a_trained_run_is_its_own_copy_and_a_foreign_folder_is_left_alone(run: Run, shipped: Path, tmp_path: Path):
+def test_a_trained_run_is_its_own_copy_and_a_foreign_folder_is_left_alone(run: Run, packaged: Path, tmp_path: Path):
     assert working_copy(run, tmp_path / "runs").folder == run.folder
     foreign = tmp_path / "runs" / "shipped" / "tiny"
     foreign.mkdir(parents=True)
     (foreign / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match=r"is no copy of .*move it away, or give another runs_dir"):
-        working_copy(load_run(shipped), tmp_path / "runs")
+        working_copy(load_run(packaged), tmp_path / "runs")
     assert (foreign / "notes.txt").read_text() == "mine"
 
 
-def test_a_run_without_weights_is_refused_before_its_images_are_drawn(tmp_path: Path):
+def test_a_run_without_weights_is_rejected_before_its_images_are_drawn(tmp_path: Path):
     drawn = tiny_experiment(tmp_path / "drawn", data={"generate": "easy"})
     run = create_run(drawn, tmp_path / "runs")
     with pytest.raises(RunError, match=r"no weights\.safetensors \(created\); finish the training first"):
@@ -158,7 +158,7 @@ def test_a_run_without_weights_is_refused_before_its_images_are_drawn(tmp_path: 
     assert not (tmp_path / "drawn").exists()
 
 
-def test_the_command_gives_the_shipped_run_its_folders_name(run: Run, tmp_path: Path, monkeypatch, capsys):
+def test_the_command_gives_the_packaged_run_its_folders_name(run: Run, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["solq-lab", "ship", str(run.folder), str(tmp_path / "small")])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -169,9 +169,9 @@ def test_the_command_gives_the_shipped_run_its_folders_name(run: Run, tmp_path: 
 
 
 def test_a_notebooks_experiment_names_its_run_beside_the_file_or_in_the_runs_folder(
-    run: Run, shipped: Path, tmp_path: Path
+    run: Run, packaged: Path, tmp_path: Path
 ):
-    opened = trained_run(shipped / "experiment.yaml", [], tmp_path / "runs")
+    opened = trained_run(packaged / "experiment.yaml", [], tmp_path / "runs")
     assert opened.folder == tmp_path / "runs" / "shipped" / "tiny"
     experiment = tmp_path / "mine.yaml"
     experiment.write_text(run.experiment.to_yaml())

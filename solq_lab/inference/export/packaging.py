@@ -1,0 +1,191 @@
+"""Trained models for others: one safetensors file to share, or a small run folder to publish with a project.
+
+Both carry weights, mask codec, classes and experiment, and nothing of the machine that trained them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from solq_lab.build import build_codec, build_dataset
+from solq_lab.codecs.base import FittedCodec
+from solq_lab.config import ConfigError, Experiment
+from solq_lab.data.coco import CocoDataset
+from solq_lab.files import hash_file, read_json, replacing, replacing_folder, write_json
+from solq_lab.inference.compare import Difference, Tolerance, compare_detections
+from solq_lab.inference.predictor import Predictor, find_weights, read_trained
+from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
+from solq_lab.runs import SHIPPED, Run, RunError
+
+MIN_SCORE = 0.3  # objects below this score are not compared
+TOLERANCE = Tolerance(score=0.03, box=0.5, mask_iou=0.98)  # box: pixels
+MAX_TRAIN_LINES = 600  # of metrics.jsonl: enough for a smooth curve
+REPORTED = ("versions", "git", "operator", "device", "processes", "dataset", "codec")  # of environment.json
+
+
+class PrecisionLoss(NamedTuple):
+    """How far half precision moves a model's detections.
+
+    images, objects: how many were compared; objects of a score of at least 0.3.
+    score: largest difference of a score.
+    box: largest difference of a box's edge, pixels.
+    mask: mean of 1 - IoU of the masks; 0 for a plain detector.
+    """
+
+    images: int
+    objects: int
+    score: float
+    box: float
+    mask: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.objects} objects in {self.images} images: scores within {self.score:.4f}, box edges within "
+            f"{self.box:.3f} pixels, masks differ by {100 * self.mask:.2f} % on average"
+        )
+
+
+def share(weights_or_run: str | Path | Run, destination: Path) -> Predictor:
+    """Write a file from which `Predictor(file)` can do everything, on a machine that has nothing else.
+
+    A fitted codec's tables go into the file even where the original left them beside it.
+
+    Args:
+        weights_or_run: as for `Predictor`.
+        destination: the file; it must not exist.
+
+    Returns:
+        The predictor of the written file.
+
+    Raises:
+        ConfigError: the destination exists, or the tables of its mask codec are not found.
+        RunError, WeightMismatch: as for `Predictor`.
+    """
+    if destination.exists():
+        raise ConfigError(f"{destination}: exists already and is not written over; remove it or name another file")
+    weights, experiment, classes = read_trained(find_weights(weights_or_run))
+    codec = build_codec(experiment, tables=weights.codec)
+    tables = codec.state_dict() if isinstance(codec, FittedCodec) else {}
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(destination) as unfinished:
+        about = {"experiment": without_paths(experiment).to_yaml(), "classes": classes.to_json()}
+        save_weights(unfinished, weights.state, codec=tables, **about)
+        unfinished.chmod(0o644)  # temporary files are private, this one is to be shared
+        return Predictor(unfinished, device="cpu")
+
+
+def without_paths(experiment: Experiment) -> Experiment:
+    """The same experiment, its paths cut to their last part and the data's folder left out."""
+    data = experiment.data.model_copy(update={"root": ""})
+    model = experiment.model.model_copy(update={"pretrained": Path(experiment.model.pretrained).name})
+    codec = experiment.codec.model_copy(update={"artifact": Path(experiment.codec.artifact).name})
+    train = experiment.train.model_copy(update={"finetune_from": Path(experiment.train.finetune_from).name})
+    return experiment.model_copy(update={"data": data, "model": model, "codec": codec, "train": train})
+
+
+def package_run(run: Run, destination: Path, experiment: Experiment, *, images: int = 50) -> PrecisionLoss:
+    """Write a finished run as a small folder with half-precision weights, all or nothing.
+
+    Half precision is only how weights are stored: `Predictor` computes in float32 with them.
+
+    Args:
+        run: the finished run.
+        destination: folder to make; an earlier package is replaced.
+        experiment: the run's own, with its name and its data changed. Its validation images have to exist.
+        images: number of images to compare at most.
+
+    Returns:
+        How far the packaged weights differ, on these images.
+
+    Raises:
+        RunError: the run has no weights, the destination holds something else, the experiment describes another model,
+            or half precision moves the detections further than `TOLERANCE`.
+    """
+    _check(run, destination, experiment)
+    with replacing_folder(destination) as unfinished:
+        trained, weights = read_weights(run.weights), unfinished / run.weights.name
+        yaml = experiment.to_yaml()
+        save_weights(weights, halved(trained.state), experiment=yaml, classes=trained.classes, codec=trained.codec)
+
+        exact, rounded = Predictor(run.weights), Predictor(weights)
+        difference = compare_predictors(exact, rounded, build_dataset(experiment, "val", exact.classes), images)
+        loss = _checked_loss(run, difference)
+
+        (unfinished / "experiment.yaml").write_text(yaml, encoding="utf-8")
+        (unfinished / "metrics.jsonl").write_text(_thinned(run.metrics()), encoding="utf-8")
+        _copy_facts(run, unfinished)
+        origin = {"weights": hash_file(weights), "trained": hash_file(run.weights)}
+        comparison = {"half_precision": loss._asdict(), "tolerance": TOLERANCE._asdict()}
+        write_json(unfinished / SHIPPED, origin | comparison)
+    return loss
+
+
+def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with its float tensors in half precision; tensors of several names stay shared.
+
+    One that holds a number beyond half precision's largest, 65504, stays as it is.
+    """
+    known: dict[int, Tensor] = {}
+    for tensor in state.values():
+        half = tensor.half() if tensor.is_floating_point() else tensor
+        known[id(tensor)] = half if half.isfinite().all() else tensor
+    return {name: known[id(tensor)] for name, tensor in state.items()}
+
+
+def compare_predictors(first: Predictor, second: Predictor, dataset: CocoDataset, images: int) -> Difference:
+    """The difference of two versions of one model on the first images of a data set, boxes in pixels."""
+    compared = [dataset[index][0].permute(1, 2, 0).numpy() for index in range(min(images, len(dataset)))]
+    expected = [first.predict(image).above(MIN_SCORE) for image in compared]
+    found = [second.predict(image) for image in compared]
+    return compare_detections(expected, found, [(1, 1)] * len(compared), TOLERANCE)
+
+
+def _check(run: Run, destination: Path, experiment: Experiment) -> None:
+    if not run.weights.is_file():
+        raise RunError(f"{run.folder}: no {run.weights.name} ({run.status()['state']}); finish the training first")
+    if destination.exists() and not (destination / SHIPPED).is_file():
+        raise RunError(f"{destination}: exists and was not written by `solq-lab ship`; name another folder")
+    for section in ("model", "codec"):
+        if getattr(experiment, section) != getattr(run.experiment, section):
+            raise RunError(f"{run.folder}: a packaged run keeps its {section}; change only its name and its data")
+    if read_weights(run.weights).classes is None:
+        raise WeightMismatch(f"{run.weights}: the file holds no class map; package a run that this project trained")
+
+
+def _checked_loss(run: Run, difference: Difference) -> PrecisionLoss:
+    images, objects, matched, _, score, box, iou, _ = difference
+    loss = PrecisionLoss(images, objects, score, box, 0.0 if iou is None else 1 - iou)
+    if matched < objects or 1 - loss.mask < TOLERANCE.mask_iou:
+        raise RunError(
+            f"{run.folder}: half precision changes too much ({loss}; {objects - matched} objects differ further); "
+            f"allowed are score {TOLERANCE.score}, box {TOLERANCE.box} pixels, mean mask IoU {TOLERANCE.mask_iou}"
+        )
+    return loss
+
+
+def _thinned(lines: Sequence[dict[str, Any]]) -> str:
+    """metrics.jsonl with every n-th line about training steps and all others."""
+    training = [number for number, line in enumerate(lines) if line.get("kind") == "train"]
+    kept = set(training[:: -(-len(training) // MAX_TRAIN_LINES) or 1])
+    left_out = set(training) - kept
+    return "".join(json.dumps(line) + "\n" for number, line in enumerate(lines) if number not in left_out)
+
+
+def _copy_facts(run: Run, folder: Path) -> None:
+    """Copy environment without paths and names of the machine, status, results and ceiling."""
+    if run.environment.is_file():
+        facts = read_json(run.environment)
+        reported = {key: facts[key] for key in REPORTED if key in facts}
+        if "dataset" in reported:
+            reported["dataset"] = {key: value for key, value in reported["dataset"].items() if key != "annotations"}
+        write_json(folder / run.environment.name, reported)
+    write_json(folder / "status.json", {"state": "finished", "step": run.status()["step"], "message": ""})
+    for path in (run.results, run.folder / "ceiling.json"):
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
