@@ -57,10 +57,10 @@ class StopRequest:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Within the block a stop signal raises `Stopped`, once; so does one that came before."""
+        self._at_once = True
         try:
-            self._at_once = True
             if self.received is not None:
-                self._stop()
+                raise Stopped(self.received)
             yield
         finally:
             self._at_once = False
@@ -72,9 +72,6 @@ class StopRequest:
             self.received, self._when = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._when > FORWARDED_SECONDS:
             raise KeyboardInterrupt
-        self._stop()
-
-    def _stop(self) -> None:
         if self._at_once:
             self._at_once = False
             raise Stopped(self.received)

@@ -1,10 +1,7 @@
 """torchrun for a run: `python -m solq_lab.training.torchrun [OPTIONS OF TORCHRUN] RUN_FOLDER`, once on every machine.
 
-Unless the options name a rendezvous, it is the first machine of a SLURM step over several machines (`srun`, one task on
-each), else a free port of this machine.
-
-A training works under torchrun itself as well. This adds: a stop signal leaves the processes time to save (torchrun
-kills after 30 s), SIGUSR1 is passed on too, and a training that was stopped and has saved ends with status 0.
+It adds to torchrun, under which a training works as well: a rendezvous on the first machine of a SLURM step, else on a
+free port; after a stop signal, SIGUSR1 too, time to save, and status 0 where the training has saved.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ def main(arguments: list[str]) -> int:
         run = load_run(folder)
     except RunError as error:
         log.error("%s", error)
-        return UserError.exit_status
+        return error.exit_status
 
     # Read by torchrun as it is imported; a torch that does not know them has its own values.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(SECONDS_TO_SAVE)))
@@ -65,12 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def rendezvous_options(options: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The rendezvous options for torchrun; none where `options` give one.
-
-    Args:
-        options: torchrun's, as given.
-        environment: variables of this process; SLURM's say on which machines its step runs.
-    """
+    """The rendezvous options for torchrun, from SLURM's variables; none where `options` have one already."""
     if any(option.replace("_", "-").startswith(RENDEZVOUS_OPTIONS) for option in options):
         return []
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
