@@ -77,7 +77,7 @@ def among_methods(
                 solq = "SOLQ" in name or "UQR" in name
                 panel.plot(printed, line, "o", color=BLUE if solq else GREY, markersize=6 if solq else 5)
         for row in table.rows:
-            mean, std = row.mean(metric), row.spread(metric)
+            mean, std = row.mean(metric), row.std(metric)
             line = names.index(row.paper_name if row.paper_name in paper.rows else row.name)
             if mean is not None:
                 panel.errorbar(mean, line, xerr=std or 0.0, color=VERMILION, marker="D", markersize=6, capsize=3)

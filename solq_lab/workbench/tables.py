@@ -1,19 +1,17 @@
-"""What came out of a sweep, beside the paper: mean and spread over seeds, as text, Markdown, CSV and JSON.
+"""Results of a sweep beside the paper's: mean and standard deviation over seeds. Loads without torch.
 
-A run's numbers come from its folder (`results.json`), or, where that is missing, from the table that the project
-carries (`experiments/results/<sweep>.json`, which `ResultTable.to_dict` wrote). Loads without torch.
+A run's numbers come from its folder (`results.json`), or, where that is missing, from the table that comes with the
+project (`experiments/results/<sweep>.json`, which `ResultTable.to_dict` wrote).
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from solq_lab.config import load_sweep
 from solq_lab.files import read_json
@@ -21,6 +19,9 @@ from solq_lab.runs import Run, RunError, load_run
 from solq_lab.schema import Role, keys_with
 from solq_lab.workbench.paper import PAPER_RESULTS, PaperTable, paper_table
 from solq_lab.workbench.sweeps import Job, find_sweep, plan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESULTS = Path("experiments/results")
 
@@ -33,7 +34,7 @@ class RunNumbers:
     seed: its seed.
     metrics: "<kind>.<number>" -> share in 0..1, as in results.json; NaN where there is no ground truth.
     images: images it was scored on.
-    commit: git commit it was made with, as far as known.
+    commit: git commit it was made with, None where that is unknown.
     """
 
     name: str
@@ -54,7 +55,7 @@ class TableRow:
     paper: Mapping[str, float | None]
 
     def values(self, metric: str) -> list[float]:
-        """What each finished run reached, percent; runs without this number are left out."""
+        """The number of each finished run that has it, percent."""
         found = (run.metrics.get(metric, math.nan) for run in self.runs)
         return [100 * share for share in found if not math.isnan(share)]
 
@@ -63,7 +64,7 @@ class TableRow:
         values = self.values(metric)
         return statistics.fmean(values) if values else None
 
-    def spread(self, metric: str) -> float | None:
+    def std(self, metric: str) -> float | None:
         """Standard deviation over the seeds (of the sample), percent; None for fewer than two."""
         values = self.values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
@@ -77,7 +78,7 @@ class ResultTable:
     metrics: the columns, as in results.json.
     rows: in the sweep's order.
     paper: the paper's table, or None.
-    command: what makes the missing runs.
+    command: the command that makes the missing runs.
     notes: runs whose settings are not the sweep's, one line each.
     """
 
@@ -98,44 +99,48 @@ class ResultTable:
         known = [row for row in self.rows if row.mean(metric) is not None]
         return sorted(known, key=lambda row: -row.mean(metric))
 
+    def frame(self) -> pd.DataFrame:
+        """The table to read: mean ± standard deviation in percent, the paper's number in brackets."""
+        import pandas as pd
+
+        cells = {row.name: [*(_cell(row, metric) for metric in self.metrics), _seeds(row)] for row in self.rows}
+        return pd.DataFrame.from_dict(cells, orient="index", columns=[*self.metrics, "seeds"])
+
     def text(self) -> str:
-        """Aligned text: ours as mean ± spread, the paper's number in brackets; below it what is missing."""
-        return "\n".join([*_aligned(self._cells()), *self._remarks()])
+        """`frame` as aligned text; below it what is missing."""
+        return "\n".join([self.frame().to_string(), *self._remarks()])
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
-        header, *body = self._cells()
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        lines = [f"| {' | '.join(cells)} |" for cells in (header, rule, *body)]
+        frame = self.frame()
+        rule = ["---", *["---:"] * len(frame.columns)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (["", *frame.columns], rule, *frame.itertuples(name=None))]
         return "\n".join([*lines, "", *(f"{remark}  " for remark in self._remarks())])
 
     def csv(self) -> str:
-        """One line per row and metric: mean, spread, number of runs, the paper's number; percent."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["row", "metric", "mean", "spread", "runs", "paper_row", "paper"])
-        for row in self.rows:
-            for metric in self.metrics:
-                mean, spread, paper = row.mean(metric), row.spread(metric), row.paper.get(metric)
-                numbers = ["" if value is None else f"{value:.2f}" for value in (mean, spread)]
-                printed = "" if paper is None else paper
-                writer.writerow([row.name, metric, *numbers, len(row.values(metric)), row.paper_name or "", printed])
-        return out.getvalue()
+        """One line per row and metric: mean, standard deviation, number of runs, the paper's number; percent."""
+        import pandas as pd
+
+        lines = [
+            {
+                "row": row.name,
+                "metric": metric,
+                "mean": row.mean(metric),
+                "spread": row.std(metric),
+                "runs": len(row.values(metric)),
+                "paper_row": row.paper_name,
+                "paper": row.paper.get(metric),
+            }
+            for row in self.rows
+            for metric in self.metrics
+        ]
+        frame = pd.DataFrame(lines).astype({"mean": float, "spread": float})
+        return frame.round({"mean": 2, "spread": 2}).to_csv(index=False, lineterminator="\n")
 
     def to_dict(self) -> dict[str, Any]:
-        """What a file of `experiments/results` holds, JSON types: sweep, rows, and each finished run's numbers.
-
-        Means, spreads and the paper's numbers are left out: they are computed, and read from where they stand.
-        """
+        """The content of a file of `experiments/results`: the numbers of each finished run, without means."""
         rows = [{"name": row.name, "runs": [_run_to_dict(run) for run in row.runs]} for row in self.rows]
         return {"sweep": self.name, "rows": rows}
-
-    def _cells(self) -> list[list[str]]:
-        header = ["", *self.metrics, "seeds"]
-        return [
-            header,
-            *([row.name, *(_cell(row, metric) for metric in self.metrics), _seeds(row)] for row in self.rows),
-        ]
 
     def _remarks(self) -> list[str]:
         against = f"; in brackets the paper's ({self.paper.title})" if self.paper else ""
@@ -153,12 +158,12 @@ def read_table(
     results_dir: str | Path = RESULTS,
     paper_results: str | Path = PAPER_RESULTS,
 ) -> ResultTable:
-    """The results of a sweep as far as they are there.
+    """The results of a sweep, as far as its runs are finished.
 
     Args:
         sweep_file: the sweep: a YAML file, or the name of one.
         runs_dir: folder of run folders.
-        results_dir: folder of the tables that the project carries.
+        results_dir: folder of the tables that come with the project.
         paper_results: file of the paper's numbers.
 
     Raises:
@@ -170,7 +175,9 @@ def read_table(
     paper = None if sweep.paper is None else paper_table(sweep.paper, paper_results)
     carried = _carried_runs(Path(results_dir) / f"{sweep.name}.json")
     jobs = plan(sweep, runs_dir=runs_dir)
-    rows, notes = [], []
+
+    rows: list[TableRow] = []
+    notes: list[str] = []
     for row in sweep.rows:
         found, missing = [], []
         for job in (job for job in jobs if job.row == row.name):
@@ -181,37 +188,39 @@ def read_table(
     return ResultTable(sweep.name, tuple(sweep.metrics), tuple(rows), paper, f"solq-lab sweep {path}", tuple(notes))
 
 
-def summarise_runs(runs: Sequence[Run]) -> str:
-    """Runs as aligned text: state, steps, and the APs of the final evaluation in percent."""
-    kinds = ("box", "segm", "boundary")
-    rows = [["run", "state", "step", *(f"{kind}.AP" for kind in kinds)]]
+def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """State, step and final APs in percent of each run."""
+    import pandas as pd
+
+    rows = []
     for run in runs:
         status = run.status()
         state = "training" if run.is_training() else status["state"]
         metrics = read_json(run.results)["metrics"] if run.results.is_file() else {}
-        shares = [metrics.get(f"{kind}.AP") for kind in kinds]
-        rows.append([run.name, state, str(status["step"]), *("-" if x is None else f"{100 * x:.1f}" for x in shares)])
-    if not runs:
-        return "no runs yet; `solq-lab run notebooks/train.ipynb EXPERIMENT` makes one"
-    return "\n".join(_aligned(rows))
+        shares = {f"{kind}.AP": metrics.get(f"{kind}.AP") for kind in ("box", "segm", "boundary")}
+        percents = {name: math.nan if share is None else 100 * share for name, share in shares.items()}
+        rows.append({"run": run.name, "state": state, "step": status["step"]} | percents)
+    return pd.DataFrame(rows).set_index("run") if rows else pd.DataFrame()
 
 
 def _finished_run(job: Job, notes: list[str]) -> RunNumbers | None:
-    """The numbers in a run folder, or None; `notes` gets a line where the run has other settings than the sweep."""
+    """The numbers in a run folder, or None; adds a line to `notes` where the run's settings are not the sweep's."""
     if not (job.folder / "results.json").is_file():
         return None
+
     run = load_run(job.folder)
     found = run.differences(job.experiment())
     differences = [difference for difference in found if difference.split()[0] not in keys_with(Role.MACHINE)]
     if differences:
         notes.append(f"{run.folder}: differs from the sweep in {'; '.join(differences)}")
+
     results, environment = read_json(run.results), read_json(run.environment)
     commit = (environment.get("git") or {}).get("commit")
     return _run_from_dict({"name": run.name, "seed": job.seed, "commit": commit} | results, run.results)
 
 
 def _carried_runs(path: Path) -> dict[tuple[str, int], RunNumbers]:
-    """The runs in a table that the project carries, by row and seed; nothing where there is no such file."""
+    """The runs in a table that comes with the project, by row and seed; empty without such a file."""
     if not path.is_file():
         return {}
     document = read_json(path)
@@ -235,14 +244,9 @@ def _run_to_dict(run: RunNumbers) -> dict[str, Any]:
     return {"name": run.name, "seed": run.seed, "images": run.images, "commit": run.commit, "metrics": metrics}
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-
-
 def _cell(row: TableRow, metric: str) -> str:
-    mean, spread, printed = row.mean(metric), row.spread(metric), row.paper.get(metric)
-    ours = "-" if mean is None else f"{mean:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+    mean, std, printed = row.mean(metric), row.std(metric), row.paper.get(metric)
+    ours = "-" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
     return ours if printed is None else f"{ours} ({printed:.1f})"
 
 

@@ -14,7 +14,7 @@ from solq_lab.viz.overview import change_intervals, learning_curves
 from solq_lab.viz.style import BLUE, GREY
 from solq_lab.viz.tables import among_methods, beside_paper
 from solq_lab.workbench.paper import PaperTable
-from solq_lab.workbench.tables import ResultTable, RunNumbers, TableRow, read_table, summarise_runs
+from solq_lab.workbench.tables import ResultTable, RunNumbers, TableRow, read_table, runs_frame
 
 PAPER = PaperTable(
     title="made up", columns=["segm.AP", "box.AP"], rows={"1": [30.0, 40.0], "2": [32.0, None], "SOLQ": [35.0, 45.0]}
@@ -97,13 +97,17 @@ def test_learning_curves_have_what_a_run_has_written(trained):
 
 def test_without_runs_the_overview_says_so():
     assert "no runs yet" in written(learning_curves([]))
-    assert "no runs yet; `solq-lab run notebooks/train.ipynb EXPERIMENT` makes one" in summarise_runs([])
+    assert runs_frame([]).empty
 
 
 def test_runs_are_summed_up_in_a_line_each(trained):
-    assert summarise_runs([trained]).splitlines()[1].split() == ["a", "created", "0", "-", "-", "-"]
+    state, step, *aps = runs_frame([trained]).loc["a"]
+    assert (state, step) == ("created", 0)
+    assert np.isnan(aps).all()
     write_json(trained.results, {"metrics": {"box.AP": 0.5, "segm.AP": None}})
-    assert summarise_runs([trained]).splitlines()[1].split() == ["a", "created", "0", "50.0", "-", "-"]
+    box, *others = runs_frame([trained]).loc["a"][2:]
+    assert box == 50.0
+    assert np.isnan(others).all()
 
 
 def test_the_best_row_comes_first_and_rows_without_the_number_not_at_all():

@@ -359,8 +359,8 @@ def test_a_table_has_mean_and_spread_beside_the_paper(stand_in):
     table = read_table("sweep.yaml")
     one, three = table.rows
     assert one.mean("segm.AP") == pytest.approx(100 * (0.2 + 0.01 + 0.0055))
-    assert one.spread("segm.AP") == pytest.approx(0.1 / 2**0.5)
-    assert three.spread("segm.AP") is None
+    assert one.std("segm.AP") == pytest.approx(0.1 / 2**0.5)
+    assert three.std("segm.AP") is None
     assert table.missing == ("sweep-three-s6",)
     header, first, second, *remarks = table.text().splitlines()
     assert header.split() == ["segm.AP", "box.AP", "seeds"]

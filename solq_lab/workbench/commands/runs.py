@@ -128,10 +128,13 @@ def evaluate(
 
 def status(runs_dir: RunsDir = Path("runs")) -> None:
     """List the runs: state, step, AP and training processes."""
-    from solq_lab.workbench.tables import summarise_runs
+    from solq_lab.workbench.tables import runs_frame
 
     runs = list_runs(runs_dir)
-    typer.echo(summarise_runs(runs))
+    if not runs:
+        typer.echo("no runs yet; `solq-lab run train EXPERIMENT` makes one")
+        return
+    typer.echo(runs_frame(runs).to_string(float_format="{:.1f}".format, na_rep="-", index_names=False))
     if trainings := describe_trainings(runs):
         typer.echo(f"\n{trainings}")
 
