@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ _inherited: list[Any] = []  # in a worker: what the pieces share
 
 def in_processes(
     work: Callable[[Shared, Piece], Result], shared: Shared, pieces: Iterable[Piece], processes: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """work(shared, piece) of every piece, in order.
 
     Workers are forked: they see `shared` in the parent's memory, so that a large data set is neither sent nor copied.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -156,7 +157,8 @@ def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
     share = looked.weights[order] / max(float(looked.weights.sum()), 1e-12)
     diameter = MAX_POINT * 72 * PANEL  # in points, as marker areas are
     axes.scatter(
-        *places.T,
+        places[:, 0],
+        places[:, 1],
         s=6 + (diameter**2 * share).numpy(),
         c=[_level_colour(level) for level in looked.levels[order].tolist()],
         edgecolors="black",
@@ -192,7 +194,11 @@ def _show(axes: Axes, pixels: np.ndarray, window: Window) -> None:
 
     length = _round_length((window[2] - window[0]) / 4)
     x, y = window[0] + 0.05 * (window[2] - window[0]), window[3] - 0.05 * (window[3] - window[1])
-    halo = {"path_effects": [withStroke(linewidth=4, foreground="black")], "color": "white", "zorder": 4}
+    halo: dict[str, Any] = {
+        "path_effects": [withStroke(linewidth=4, foreground="black")],
+        "color": "white",
+        "zorder": 4,
+    }
     axes.plot([x - 0.5, x + length - 0.5], [y, y], linewidth=2.2, solid_capstyle="butt", **halo)
     axes.text(x - 0.5, y - 0.02 * (window[3] - window[1]), f"{length:g} px", fontsize=8, **halo)
 
@@ -212,10 +218,10 @@ def _draw_outline(axes: Axes, view: ObjectView) -> None:
         outline_mask(axes, MaskWindow.of_bitmap(view.mask), "white", edge="black")
 
 
-def _draw_box(axes: Axes, box: np.ndarray, style: str) -> None:
+def _draw_box(axes: Axes, box: np.ndarray, style: str | tuple[int, tuple[int, int]]) -> None:
     x0, y0, x1, y1 = box
     for colour, thickness in (("white", 2.4), ("black", 1.2)):
-        line = {"edgecolor": colour, "linewidth": thickness, "linestyle": style}
+        line: dict[str, Any] = {"edgecolor": colour, "linewidth": thickness, "linestyle": style}
         axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, **line))
 
 
@@ -234,13 +240,19 @@ def _draw_reference(axes: Axes, reference: np.ndarray, size: tuple[int, int]) ->
 def _add_legend(figure: Figure, views: Sequence[ObjectView]) -> None:
     """The levels that occur, and what the lines are."""
     levels = sorted({level for view in views for level in view.looked.levels.unique().tolist()})
-    dot = {"linestyle": "", "marker": "o", "markersize": 9, "markeredgecolor": "black", "markeredgewidth": 0.6}
+    dot: dict[str, Any] = {
+        "linestyle": "",
+        "marker": "o",
+        "markersize": 9,
+        "markeredgecolor": "black",
+        "markeredgewidth": 0.6,
+    }
     names = {level: f"level {level + 1}" + ("" if level else " (finest)") for level in levels}
     handles = [Line2D([], [], color=_level_colour(level), label=name, **dot) for level, name in names.items()]
     points_only = all(len(view.reference) == 2 for view in views)
     outline = withStroke(linewidth=2.6, foreground="black")
     handles.append(Line2D([], [], color="white", linewidth=1.3, path_effects=[outline], label="predicted mask"))
-    cross = {"marker": "+", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
+    cross: dict[str, Any] = {"marker": "+", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
     handles.append(Line2D([], [], color="black", label="reference", **(cross if points_only else {"linestyle": "--"})))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.4)
 

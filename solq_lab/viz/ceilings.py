@@ -21,7 +21,7 @@ NOISES = {
     "box_noise": "error of each box edge, sides of the box",
     "vector_noise": "error of each entry, its std over all objects",
 }
-_LINES = ("-", "--", ":", "-.")  # one per N, in rising order
+_LINES: tuple[Any, ...] = ("-", "--", ":", "-.")  # one per N, in rising order
 _MARKERS = ("o", "s", "^", "D")
 
 
@@ -73,7 +73,7 @@ def _draw(axes: Axes, rows: Sequence[Row], number: str, over: str) -> None:
     for (kind, _, side, *_), line in lines.items():
         values = [np.nan if row[number] is None else 100 * row[number] for row in line]
         place = sides.index(side) % len(_LINES)
-        look = {"color": CODEC_COLOURS[kind], "linestyle": _LINES[place], "marker": _MARKERS[place]}
+        look: dict[str, Any] = {"color": CODEC_COLOURS[kind], "linestyle": _LINES[place], "marker": _MARKERS[place]}
         axes.plot([row[over] for row in line], values, markersize=4, linewidth=1.5, **look)
 
     axes.margins(x=0.04)

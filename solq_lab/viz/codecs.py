@@ -55,10 +55,9 @@ def _show_spectrum(figure: Figure, axes: Axes, vector: Tensor, size: int) -> Non
     spectrum = torch.full((size * size,), float("nan"))
     spectrum[places] = vector
     corner = int((places // size).max()) + 1
-    spectrum = spectrum.view(size, size)[:corner, :corner].numpy()
 
     norm = SymLogNorm(linthresh=1.0, vmin=-size, vmax=size)  # a full mask's first coefficient is N
-    image = axes.imshow(spectrum, cmap="PuOr", norm=norm)
+    image = axes.imshow(spectrum.view(size, size)[:corner, :corner].numpy(), cmap="PuOr", norm=norm)
     axes.set_title(f"first {len(vector)} coefficients")
     axes.set_xlabel("waves across")
     axes.set_ylabel("waves down")

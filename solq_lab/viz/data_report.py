@@ -82,10 +82,9 @@ def finding_images(report: Report, split: Split, findings: Sequence[Finding], *,
     for panel in axes.flat:
         hide_axes(panel)
     for panel, finding in zip(axes.flat, findings, strict=False):
-        entry = report.entries.get(split.name, {}).get(finding.annotation_id)
-        size = _draw_image(panel, split.images / finding.file_name)
-        if entry is not None:
-            _draw_object(panel, entry, size)
+        size = _draw_image(panel, split.images / str(finding.file_name))
+        if finding.annotation_id in report.entries[split.name]:
+            _draw_object(panel, report.entries[split.name][finding.annotation_id], size)
         text = _printable(finding.message, 3 * CHARACTERS)
         panel.set_title("\n".join(textwrap.wrap(text, CHARACTERS)), fontsize=6.5, loc="left")
     return figure

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from pycocotools import mask as coco_rle
 from torch import Tensor
 
+from solq_lab.masks import rle_iou
 from solq_lab.structures import Detections
 from solq_lab.viz.images import MaskWindow, as_pixels, outline_mask
 from solq_lab.viz.style import (
@@ -172,8 +172,8 @@ def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detectio
     axes.imshow(painted)
 
     for x0, y0, x1, y1 in found.boxes.tolist():
-        line = {"fill": False, "edgecolor": colour, "linewidth": 1.0, "linestyle": ":"}
-        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **line))
+        box = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=":")
+        axes.add_patch(box)
     for window, line in ((true_window, "white"), (found_window, colour)):
         if window and window.bitmap.size:
             outline_mask(axes, window, line)
@@ -183,7 +183,7 @@ def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detectio
     if found.names and true.names and found.names != true.names:
         words += [f"({true.names[0]})"]
     if found.masks and true.masks:
-        words += [f"IoU {coco_rle.iou(found.masks, true.masks, [0])[0, 0]:.2f}"]
+        words += [f"IoU {rle_iou(found.masks, true.masks)[0]:.2f}"]
     axes.set_title(" ".join(words), fontsize=7.5, pad=3)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -165,7 +165,7 @@ def _add_objects(
             outline_mask(axes, window, colour)
             anchor = float(window.left + window.bitmap[0].nonzero()[0].mean()), float(window.top)
         else:
-            outline = {"fill": False, "edgecolor": colour, "linewidth": 1.5}
+            outline: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 1.5}
             axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
         score = float(detections.scores[row])
         text = detections.names[row] + ("" if score == 1 else f" {score:.2f}")
@@ -216,7 +216,7 @@ def outline_mask(axes: Axes, window: MaskWindow, colour: str, *, edge: str = "wh
     across = window.left + step * np.arange(-1, padded.shape[1] - 1)
     down = window.top + step * np.arange(-1, padded.shape[0] - 1)
     # Not `axes.contour`, which keeps its grids as long as the figure lives.
-    lines = contour_generator(across, down, padded).lines(0.5)
+    lines: Any = contour_generator(across, down, padded).lines(0.5)
     halo = [withStroke(linewidth=2.2, foreground=edge)]
     axes.add_collection(LineCollection(lines, colors=colour, linewidths=1.2, path_effects=halo), autolim=False)
 
@@ -240,10 +240,11 @@ class _Label(Text):
         )
 
     def draw(self, renderer: RendererBase) -> None:
-        inside, extent = self.axes.bbox, self.get_window_extent(renderer)
+        assert self.axes is not None  # a label is always drawn into axes
+        inside, extent = self.axes.bbox.get_points(), self.get_window_extent(renderer).get_points()
         pad = renderer.points_to_pixels(LABEL_PAD)
-        over = np.minimum(inside.max - extent.max - pad, 0)  # to the right and to the top
-        over += np.maximum(inside.min - extent.min - over + pad, 0)  # what is too long begins inside
+        over = np.minimum(inside[1] - extent[1] - pad, 0)  # to the right and to the top
+        over += np.maximum(inside[0] - extent[0] - over + pad, 0)  # what is too long begins inside
         if over.any():
             to_display = self.get_transform()
             place = to_display.inverted().transform(to_display.transform(self.get_position()) + over)

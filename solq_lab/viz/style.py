@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +27,7 @@ CODEC_COLOURS = {"dct": BLUE, "pca": ORANGE, "sparse": GREEN, "flatten": PURPLE}
 MISSED, ADDED = VERMILION, SKY  # false negative and false positive pixels of a reconstruction
 OBJECT_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # of matplotlib
     "figure.dpi": 100,
     "font.size": 9,
     "axes.titlesize": 10,
@@ -51,7 +52,7 @@ def new_figure(
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, np.ndarray]:
     """An empty figure and its axes (rows, columns); the size is (width, height) in inches."""
-    ratios = {"width_ratios": width_ratios, "height_ratios": height_ratios}
+    ratios: dict[str, Any] = {"width_ratios": width_ratios, "height_ratios": height_ratios}
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **ratios)
     plt.close(figure)  # pyplot would keep it alive, and a notebook would show it twice
     if title:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -97,7 +98,7 @@ def _points(axes: Axes, rows: Sequence[Sequence[float]], colour: str, *, joined:
     shown = [line for line, values in enumerate(rows) if values]
     means = [float(np.mean(rows[line])) for line in shown]
     stds = [float(np.std(rows[line], ddof=1)) if len(rows[line]) > 1 else 0.0 for line in shown]
-    look = {"color": colour, "marker": "o", "markersize": 6, "linestyle": ":" if joined else "none"}
+    look: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 6, "linestyle": ":" if joined else "none"}
     axes.errorbar(shown, means, yerr=stds if any(stds) else None, capsize=3, **look)
     for line in shown:
         if len(rows[line]) > 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -148,11 +149,11 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
         report.entries[split.name] = _entries_of(report.findings, split, document)
 
     train, *others = (split.name for split in splits)
-    for split in others:
-        report.findings.add(split, rules.images_in_both(digests[train], digests[split]))
-        report.findings.add(split, rules.categories_differ(names[train], names[split]))
-        per_class = (report.summaries[name].per_class for name in (train, split))
-        report.findings.add(split, rules.classes_not_trained(*per_class))
+    for val in others:
+        report.findings.add(val, rules.images_in_both(digests[train], digests[val]))
+        report.findings.add(val, rules.categories_differ(names[train], names[val]))
+        per_class = (report.summaries[name].per_class for name in (train, val))
+        report.findings.add(val, rules.classes_not_trained(*per_class))
     return report
 
 
@@ -263,11 +264,11 @@ def _check_file(content: _Content, image: _Image) -> tuple[bytes, list[Finding]]
     try:
         if look == "header":
             with Image.open(path) as opened:
-                pixels = np.empty((0, opened.height, opened.width))
+                pixels = torch.empty(0, opened.height, opened.width)
         else:
             data = read_file(path, name)
             pixels = decode_bytes(data, name)
-            digest = hashlib.blake2b(data.numpy(), digest_size=16).digest()
+            digest = hashlib.blake2b(data.numpy().data, digest_size=16).digest()
     except (DataError, OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         return b"", [Finding("image-damaged", str(error) if isinstance(error, DataError) else f"{name}: {error}")]
 

@@ -149,8 +149,8 @@ def check_data(
     if overrides and data.suffix not in (".yaml", ".yml"):
         raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
     splits, options, name = find_data(data, overrides or [], images)
-    changes = {"look": look.value} | ({"queries": queries} if queries else {})
-    report = check(splits, options._replace(**changes), processes=processes)
+    options = options._replace(look=look.value, queries=queries or options.queries)
+    report = check(splits, options, processes=processes)
     typer.echo(report.table(str(data)))
     folder = output or Path("runs/data_checks") / name
     folder.mkdir(parents=True, exist_ok=True)
