@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from one_step import losses_and_gradients
+from losses_and_gradients import losses_and_gradients
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny import SIDE, tiny_experiment, write_tiny_dataset
@@ -377,7 +377,7 @@ def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_r
     run = create_run(sqr_experiment(data_root, train=shares, **same), tmp_path / "shared")
     if "gpus" in shares:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += [str(TESTS / "one_step.py"), str(run.folder), str(tmp_path / "output.pt")]
+        command += [str(TESTS / "losses_and_gradients.py"), str(run.folder), str(tmp_path / "output.pt")]
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         shared = torch.load(tmp_path / "output.pt", weights_only=True)

@@ -42,10 +42,10 @@ def wait_for(condition, seconds=120.0):
 # ---------------------------------------------------------------------------------------------------- the same numbers
 
 
-def several_steps(run, *, processes=1):
-    """What tests/several_steps.py finds, in processes of its own."""
+def four_steps(run, *, processes=1):
+    """Losses and weights of four steps, by tests/losses_and_weights.py in processes of its own."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = [TESTS / "several_steps.py", run.folder, run.folder / "found.pt"]
+    script = [TESTS / "losses_and_weights.py", run.folder, run.folder / "found.pt"]
     command = [sys.executable, *(several if processes > 1 else []), *script]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -56,7 +56,7 @@ def several_steps(run, *, processes=1):
 def trained_alone(data_root, tmp_path_factory):
     """Losses and weights of one process that takes each batch whole."""
     folder = tmp_path_factory.mktemp("alone")
-    return several_steps(new_run(data_root, folder, model={"dropout": 0.0}, train={"batch_size": 8}))
+    return four_steps(new_run(data_root, folder, model={"dropout": 0.0}, train={"batch_size": 8}))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_several_processes_train_as_one_even_where_a_batch_has_no_object(
     data_root, tmp_path, trained_alone, processes, passes
 ):
     train = {"gpus": processes, "accumulate": passes, "batch_size": 8}
-    found = several_steps(new_run(data_root, tmp_path, model={"dropout": 0.0}, train=train), processes=processes)
+    found = four_steps(new_run(data_root, tmp_path, model={"dropout": 0.0}, train=train), processes=processes)
     if processes * passes == 4:
         assert any(0 in share for step in found["objects"] for share in step)
     for step, alone in zip(found["losses"], trained_alone["losses"], strict=True):

@@ -282,7 +282,7 @@ def test_where_the_disk_is_full_the_message_still_names_the_images(data_root, tm
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_both(data_root, tmp_path):
     run = new_run(data_root, tmp_path, train={"gpus": 2, "skip_nonfinite": 2}, model={"dropout": 0.1})
-    command = torchrun(TESTS / "failing_steps.py", run.folder, tmp_path)
+    command = torchrun(TESTS / "spoilt_steps.py", run.folder, tmp_path)
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))

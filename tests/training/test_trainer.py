@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from one_step import losses_and_gradients
+from losses_and_gradients import losses_and_gradients
 from tiny import write_tiny_dataset
 from training_runs import ENVIRONMENT, TESTS, new_run, signal_after, torchrun, what_was_learned
 
@@ -282,7 +282,7 @@ def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_r
     whole = losses_and_gradients(new_run(data_root, tmp_path / "whole", **same).folder)
     run = new_run(data_root, tmp_path / "shared", train=shares, **same)
     if "gpus" in shares:
-        command = torchrun(TESTS / "one_step.py", run.folder, tmp_path / "output.pt")
+        command = torchrun(TESTS / "losses_and_gradients.py", run.folder, tmp_path / "output.pt")
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         shared = torch.load(tmp_path / "output.pt", weights_only=True)

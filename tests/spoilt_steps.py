@@ -1,4 +1,4 @@
-"""Three steps under torchrun, two of them spoilt by process 1 alone: `python failing_steps.py RUN_FOLDER OUTPUT`."""
+"""Three steps under torchrun, two of them spoilt by process 1 alone: `python spoilt_steps.py RUN_FOLDER OUTPUT`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two steps of a run without moving its weights: `python one_step.py RUN_FOLDER OUTPUT`, also under torchrun."""
+"""Losses and gradients of a run's second step, its weights not moved: `python losses_and_gradients.py RUN_FOLDER OUTPUT`, also under torchrun."""
 
 from __future__ import annotations
 
