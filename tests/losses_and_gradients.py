@@ -1,4 +1,7 @@
-"""Losses and gradients of a run's second step, its weights not moved: `python losses_and_gradients.py RUN_FOLDER OUTPUT`, also under torchrun."""
+"""Losses and gradients of the second step of a run whose weights are not moved.
+
+`python losses_and_gradients.py RUN_FOLDER OUTPUT`, also under torchrun.
+"""
 
 from __future__ import annotations
 

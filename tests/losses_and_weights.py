@@ -1,4 +1,7 @@
-"""Losses and weights of four training steps in float64: `python losses_and_weights.py RUN_FOLDER OUTPUT`, also under torchrun."""
+"""Losses and weights of four training steps in float64.
+
+`python losses_and_weights.py RUN_FOLDER OUTPUT`, also under torchrun.
+"""
 
 from __future__ import annotations
 
