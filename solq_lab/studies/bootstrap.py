@@ -1,8 +1,8 @@
-"""Is one run better than another, or lucky with its images? A paired bootstrap over images.
+"""A paired bootstrap over images: is one run better than another, or only on these images?
 
 Images are drawn with replacement, as many as there are, the same ones for both runs; on every draw both APs are
-computed anew, with the precision-recall curve of that draw. Where the interval of the difference excludes 0, other
-images of the same kind would have said the same. It knows nothing of what another seed of the training would give.
+computed anew, with the precision-recall curve of that draw. An interval of the difference that excludes 0 means that
+the sign would be the same on other images of the same kind. It does not cover the variation between training seeds.
 
 Matching happens inside an image, so it is done once; a draw only changes how often each image counts.
 """
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from solq_lab.data.ground_truth import GroundTruth
-from solq_lab.evaluation.coco import DEFAULTS, Candidates, measure_candidates
+from solq_lab.evaluation.coco import DEFAULTS, measure_candidates
+from solq_lab.evaluation.evaluator import validation_annotations
 from solq_lab.evaluation.results import read_results
 from solq_lab.files import read_json
 from solq_lab.runs import Run, RunError
@@ -45,7 +47,7 @@ class Difference(NamedTuple):
 
     @property
     def change(self) -> float:
-        """What the second has more than the first."""
+        """The second less the first."""
         return self.second - self.first
 
     @property
@@ -55,12 +57,12 @@ class Difference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BootstrapComparison:
     """Two sets of results on the same images.
 
     names: of the two.
     differences: one per number.
-    images: images looked at.
+    images: how many images were evaluated.
     draws: of the bootstrap.
     confidence: of the intervals.
     """
@@ -76,21 +78,18 @@ class Comparison:
         """Number -> change, low and high end of its interval, in 0..1."""
         return {row.metric: (row.change, row.low, row.high) for row in self.differences}
 
-    def table(self) -> str:
-        """The numbers in percent as aligned text."""
-        percent = f"{100 * self.confidence:g} %"
-        rows = [["", *self.names, "change", f"{percent} interval", ""]]
-        for row in self.differences:
-            shown = [f"{100 * value:.1f}" for value in (row.first, row.second)]
-            interval = f"{100 * row.low:+.1f} .. {100 * row.high:+.1f}"
-            verdict = "clear" if row.is_clear else "may be chance"
-            rows.append([row.metric, *shown, f"{100 * row.change:+.1f}", interval, verdict])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join([*lines, f"percent; {self.draws} draws of {self.images} images, the same for both"])
+    def frame(self) -> pd.DataFrame:
+        """The numbers in percent, one row each, with the interval of the change and whether it excludes 0."""
+        values = [[row.first, row.second, row.change, row.low, row.high] for row in self.differences]
+        columns = [*self.names, "change", "low", "high"]
+        frame = 100 * pd.DataFrame(values, [row.metric for row in self.differences], columns)
+        frame["verdict"] = ["clear" if row.is_clear else "may be chance" for row in self.differences]
+        return frame.rename_axis(columns=f"{100 * self.confidence:g} % interval")
 
 
-def compare_runs(first: Run, second: Run, *, draws: int = 1000, confidence: float = 0.95, seed: int = 0) -> Comparison:
+def compare_runs(
+    first: Run, second: Run, *, draws: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> BootstrapComparison:
     """Compare two finished runs on the images that both were evaluated on.
 
     Args:
@@ -109,9 +108,8 @@ def compare_runs(first: Run, second: Run, *, draws: int = 1000, confidence: floa
                 f"{settings[1][what]}; only runs on the same images can be compared"
             )
     metrics = [read_json(run.results)["metrics"] for run in (first, second)]
-    data, settings = first.experiment.data, first.experiment.evaluation
     kinds = [kind for kind in ("box", "segm") if all(f"{kind}.AP" in numbers for numbers in metrics)]
-    truth = GroundTruth(Path(data.root) / data.val_annotations, with_masks="segm" in kinds, keep="all")
+    truth = GroundTruth(validation_annotations(first.experiment), with_masks="segm" in kinds, keep="all")
     return compare_results(
         truth,
         read_results(first.detections),
@@ -121,7 +119,7 @@ def compare_runs(first: Run, second: Run, *, draws: int = 1000, confidence: floa
         draws=draws,
         confidence=confidence,
         seed=seed,
-        image_ids=truth.image_ids[: settings.max_images].tolist(),
+        image_ids=truth.image_ids[: first.experiment.evaluation.max_images].tolist(),
     )
 
 
@@ -137,19 +135,19 @@ def compare_results(
     seed: int = 0,
     boundary_ratio: float = DEFAULTS.boundary_ratio,
     image_ids: Collection[int] | None = None,
-) -> Comparison:
+) -> BootstrapComparison:
     """Compare two lists of COCO results on the same ground truth.
 
     Args:
         annotations: COCO instances file, its parsed content, or its `GroundTruth` with all objects.
         first, second: results, as `evaluate_results` takes them.
-        names: what the table calls them.
+        names: of both, for tables.
         kinds: which of "box", "segm", "boundary".
         draws: number of draws.
         confidence: of the interval, for example 0.95.
         seed: of the draws.
         boundary_ratio: boundary width over the image's diagonal.
-        image_ids: images to look at. None: all.
+        image_ids: images to evaluate. None: all.
 
     Raises:
         DataError: the annotations or a result cannot be used.
@@ -157,6 +155,7 @@ def compare_results(
     """
     if draws < 1 or not 0 < confidence < 1:
         raise ValueError(f"draws {draws}, confidence {confidence}: allowed are 1 or more, and a share between 0 and 1")
+    tail = (1 - confidence) / 2
     differences, images = [], 0
     for kind in kinds:
         matches = [
@@ -167,28 +166,28 @@ def compare_results(
         counts = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / max(images, 1)), size=draws)
         everything = [precision_on_draws(one, np.ones((1, images))) for one in matches]
         drawn = [precision_on_draws(one, counts) for one in matches]  # 2 x (draws, 10)
+
         for name, thresholds in NUMBERS.items():
             values = [float(one[0, thresholds].mean()) for one in everything]
             change = (drawn[1] - drawn[0])[:, thresholds].mean(axis=1)
-            tail = (1 - confidence) / 2
             low, high = np.nanquantile(change, [tail, 1 - tail]) if not np.isnan(change).all() else (np.nan, np.nan)
             better = float((change > 0).mean())
             differences.append(Difference(f"{kind}.{name}", *values, float(low), float(high), better))
-    return Comparison(names, tuple(differences), images, draws, confidence)
+    return BootstrapComparison(names, tuple(differences), images, draws, confidence)
 
 
 class Matches(NamedTuple):
-    """Who is right at which threshold: F detections by falling score, S classes, I images.
+    """True and false positives: F detections by falling score, S classes, I images.
 
     images, classes: (F,) rows of the detection's image and class.
-    right, wrong: (10, F) bool at each threshold; neither for a detection on a crowd region.
+    true_positive, false_positive: (10, F) bool at each threshold; neither for a detection on a crowd region.
     objects: (S, I) objects to find.
     """
 
     images: np.ndarray
     classes: np.ndarray
-    right: np.ndarray
-    wrong: np.ndarray
+    true_positive: np.ndarray
+    false_positive: np.ndarray
     objects: np.ndarray
 
 
@@ -216,9 +215,13 @@ def match_results(
         ignored=found.crowd,
         thresholds=THRESHOLDS,
     )
-    wrong = matched == UNMATCHED
-    right = ~wrong & ~np.append(found.crowd, True)[matched]  # UNMATCHED, -1, reads the appended place
-    return Matches(found.detection_images, found.detection_classes, right, wrong, _objects_to_find(found))
+    false_positive = matched == UNMATCHED
+    true_positive = ~np.append(found.crowd, True)[matched]  # UNMATCHED, -1, reads the appended place
+
+    # Objects that are no crowd, of each class in each image.
+    objects = np.zeros((len(found.class_names), len(found.image_ids)))
+    np.add.at(objects, (found.object_classes[~found.crowd], found.object_images[~found.crowd]), 1.0)
+    return Matches(found.detection_images, found.detection_classes, true_positive, false_positive, objects)
 
 
 def precision_on_draws(matches: Matches, counts: np.ndarray) -> np.ndarray:
@@ -241,43 +244,40 @@ def _precision(matches: Matches, counts: np.ndarray) -> np.ndarray:
         to_find = counts @ objects  # (B,)
         if not to_find.any():
             continue
-        mine = matches.classes == row
-        images, present = matches.images[mine], to_find > 0
-        for column, (right, wrong) in enumerate(zip(matches.right[:, mine], matches.wrong[:, mine], strict=True)):
-            total[present, column] += _class_precision(images, right, wrong, counts[present], to_find[present])
+        own = matches.classes == row
+        images, present = matches.images[own], to_find > 0
+        both = zip(matches.true_positive[:, own], matches.false_positive[:, own], strict=True)
+        for column, (true_positive, false_positive) in enumerate(both):
+            total[present, column] += _class_precision(
+                images, true_positive, false_positive, counts[present], to_find[present]
+            )
         classes[present] += 1
     return np.divide(total, classes, out=np.full_like(total, np.nan), where=classes > 0)
 
 
 def _class_precision(
-    images: np.ndarray, right: np.ndarray, wrong: np.ndarray, counts: np.ndarray, to_find: np.ndarray
+    images: np.ndarray, true_positive: np.ndarray, false_positive: np.ndarray, counts: np.ndarray, to_find: np.ndarray
 ) -> np.ndarray:
-    """(B,) AP of one class at one threshold; `images`, `right`, `wrong` (F,) are its detections by falling score.
+    """(B,) AP of one class at one threshold; the first three (F,) are of its detections by falling score.
 
-    The curve only has to be known where a right detection is: between two of them precision falls and recall stands.
+    The curve only has to be known at true positives: between two of them precision falls and recall stays.
     """
-    places = np.flatnonzero(right)  # (R,)
-    before = np.zeros((counts.shape[1], len(places) + 1))  # (I, R + 1) wrong ones of each image after each right one
-    np.add.at(before, (images[wrong], np.searchsorted(places, np.flatnonzero(wrong))), 1.0)
-    wrong_so_far = counts @ np.cumsum(before, axis=1)[:, :-1]  # (B, R)
-    right_so_far = np.cumsum(counts[:, images[places]], axis=1)
-    seen = right_so_far + wrong_so_far
-    precision = np.divide(right_so_far, seen, out=np.zeros_like(seen), where=seen > 0)
+    places = np.flatnonzero(true_positive)  # (R,)
+    before = np.zeros((counts.shape[1], len(places) + 1))  # (I, R + 1) false positives of an image after each true one
+    np.add.at(before, (images[false_positive], np.searchsorted(places, np.flatnonzero(false_positive))), 1.0)
+    false_so_far = counts @ np.cumsum(before, axis=1)[:, :-1]  # (B, R)
+    true_so_far = np.cumsum(counts[:, images[places]], axis=1)
+    seen = true_so_far + false_so_far
+    precision = np.divide(true_so_far, seen, out=np.zeros_like(seen), where=seen > 0)
+
     best_after = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    recall = right_so_far / to_find[:, None]
+    recall = true_so_far / to_find[:, None]
     reached = np.searchsorted(RECALLS, recall.ravel(), side="right").reshape(recall.shape)  # recalls read so far
     return (best_after * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(RECALLS)
 
 
-def _objects_to_find(found: Candidates) -> np.ndarray:
-    """(S, I) how many objects that are no crowd each class has in each image."""
-    objects = np.zeros((len(found.class_names), len(found.image_ids)))
-    np.add.at(objects, (found.object_classes[~found.crowd], found.object_images[~found.crowd]), 1.0)
-    return objects
-
-
 def _scored_on(run: Run) -> dict[str, object]:
-    """What has to be equal for two runs to be compared, by its name.
+    """Properties that have to be equal for two runs to be compared, by name.
 
     Raises:
         RunError: the run has no results yet.

@@ -1,4 +1,4 @@
-"""What masks cost a detector: parameters, multiply-adds and images per second of UQR and SQR. Paper: table 5.
+"""The cost of masks: parameters, multiply-adds and images per second of UQR and SQR. Paper: table 5.
 
 Both are the same detector with another mask branch, so the counts of the detector are those without any.
 """
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,14 +38,14 @@ _SHOWN = {  # columns of the paper's table -> title, and how many of ours make o
 
 
 class Cost(NamedTuple):
-    """What one method costs for one image.
+    """The cost of one method for one image.
 
     detector_parameters, mask_parameters: trained numbers of the detector and of the mask branch.
     detector_multiply_adds: of a forward pass without masks.
     mask_multiply_adds: of the masks, or mask vectors, of all queries after the last decoder layer. Earlier layers need
         none to predict.
     decoding_multiply_adds: of turning one mask vector into a mask; None where there are no vectors.
-    images_per_second: from pixels to run-length codes, batch 1; None where it was not measured.
+    images_per_second: from pixels to run lengths, batch 1; None where it was not measured.
     """
 
     detector_parameters: int
@@ -58,15 +59,15 @@ class Cost(NamedTuple):
 def count_costs(
     experiment: Experiment, *, num_classes: int = CLASS_CHANNELS, image_size: tuple[int, int] = IMAGE_SIZE
 ) -> dict[str, Cost]:
-    """Parameters and multiply-adds of SQR and UQR. The networks compute nothing: their tensors have shapes only.
+    """Parameters and multiply-adds of SQR and UQR, counted on meta tensors, which have shapes only.
 
     Args:
-        experiment: sections `model` and `codec` are read; it has a code, and its model no mask branch.
+        experiment: sections `model` and `codec` are read; it has a codec, and its model no mask branch.
         num_classes: S, class channels.
         image_size: (height, width) of the network's input, pixels.
 
     Raises:
-        ConfigError: the experiment has no mask code, or SQR cannot be built at its sizes.
+        ConfigError: the experiment has no codec, or SQR cannot be built at its sizes.
     """
     variants = _variants(experiment)
     with torch.device("meta"):
@@ -103,10 +104,10 @@ def measure_costs(
     device: torch.device | str | None = None,
     repeats: int = 3,
 ) -> dict[str, Cost]:
-    """The counts of `count_costs`, and the speed of both methods with drawn weights, batch 1.
+    """The counts of `count_costs`, and the speed of both methods with random weights, batch 1.
 
-    The methods take turns, so that a busy moment of the machine hits both; the median of their times counts. Networks
-    are prepared as `Predictor` prepares them, masks come out at the size of the input.
+    The methods are timed in turn, so that a busy moment of the machine affects both; the median of their times counts.
+    Networks are prepared as `Predictor` prepares them, masks have the size of the input.
 
     Args:
         experiment, num_classes, image_size: as in `count_costs`.
@@ -132,43 +133,34 @@ def measure_costs(
     return {name: costs[name]._replace(images_per_second=1 / statistics.median(seconds[name])) for name in METHODS}
 
 
-def efficiency_table(costs: Mapping[str, Cost], paper: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Ours beside the paper's, and the ratio of speeds, as aligned text; "-" where there is no number.
+def efficiency_frame(costs: Mapping[str, Cost], paper: Mapping[str, Mapping[str, float | None]]) -> pd.DataFrame:
+    """Ours beside the paper's, and the ratio of speeds; NaN where there is no number.
 
     Args:
-        costs: what each of `METHODS` costs, in that order.
+        costs: the costs of each of `METHODS`.
         paper: method -> column -> the paper's number, in millions, 10^9 and images per second.
+
+    Returns:
+        Columns (method, "here") and (method, "paper").
     """
-    printed = {name: paper.get(name, {}) for name in costs}
-    rows = [
-        (title, [(_scaled(getattr(cost, column), unit), printed[name].get(column)) for name, cost in costs.items()])
-        for column, (title, unit) in _SHOWN.items()
-    ]
-    speeds = dict(rows)[_SHOWN["images_per_second"][0]]
-    ratios = [_ratio(*both) for both in zip(speeds[METHODS.index("UQR")], speeds[METHODS.index("SQR")], strict=True)]
-    rows.append(("images per second, UQR over SQR", [(None, None), ratios]))
-    lines = [f"{'':<36}" + "".join(f"{name:>12}{'paper':>10}" for name in costs)]
-    lines += [f"{title:<36}" + "".join(f"{_number(a):>12}{_number(b):>10}" for a, b in cells) for title, cells in rows]
-    return "\n".join(lines)
+    columns = {}
+    for name, cost in costs.items():
+        ours = {column: getattr(cost, column) for column in _SHOWN}
+        columns[name, "here"] = [value and value / _SHOWN[column][1] for column, value in ours.items()]
+        columns[name, "paper"] = [paper.get(name, {}).get(column) for column in _SHOWN]
+    frame = pd.DataFrame(columns, index=[title for title, _ in _SHOWN.values()], dtype=float)
 
-
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
-
-
-def _ratio(over: float | None, under: float | None) -> float | None:
-    return None if over is None or under is None else over / under
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
+    speeds = frame.loc["images per second"]
+    for source in ("here", "paper"):
+        frame.loc["images per second, UQR over SQR", ("UQR", source)] = speeds["UQR", source] / speeds["SQR", source]
+    return frame
 
 
 def _variants(experiment: Experiment) -> dict[str, Experiment]:
     """The detector alone, with SQR and with UQR, otherwise as the experiment says."""
     if experiment.codec.kind == "none":
         raise ConfigError(
-            f"{experiment.name}: codec.kind none has no mask vectors to measure; give an experiment with a mask code, "
+            f"{experiment.name}: codec.kind none has no mask vectors to measure; give an experiment with a codec, "
             "for example experiments/solq_r50.yaml"
         )
     values = experiment.model_dump(mode="json")
@@ -191,7 +183,7 @@ def _trained(model: nn.Module) -> int:
 
 
 def _multiply_adds(function: Callable[..., Any], argument: Any) -> int:
-    """Of one call; the module, if it is one, can no longer be trained."""
+    """Of one call. A module cannot be trained afterwards."""
     if isinstance(function, nn.Module):
         function.requires_grad_(False)  # the counter follows gradients, which shapes alone do not have
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -202,7 +194,7 @@ def _multiply_adds(function: Callable[..., Any], argument: Any) -> int:
 def _predictor(
     experiment: Experiment, num_classes: int, image_size: tuple[int, int], device: torch.device
 ) -> Callable[[], object]:
-    """What predicts one image, from pixels to run-length codes, with drawn weights."""
+    """A function that predicts one image, from pixels to run lengths, with random weights."""
     torch.manual_seed(experiment.seed)
     model = build_model(experiment, num_classes)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def change_intervals(
     """Differences of two runs with their intervals; those that exclude 0 are filled.
 
     Args:
-        changes: number -> change, low and high end of its interval, in 0..1, as `Comparison.changes`.
+        changes: number -> change, low and high end of its interval, in 0..1, as `BootstrapComparison.changes`.
         names: of the two runs.
         confidence: of the intervals.
         title: what is compared.

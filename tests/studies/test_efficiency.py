@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
 from solq_lab.config import ConfigError, Experiment, load_experiment
-from solq_lab.studies.efficiency import Cost, count_costs, efficiency_table, measure_costs
+from solq_lab.studies.efficiency import Cost, count_costs, efficiency_frame, measure_costs
 from solq_lab.workbench.paper import paper_table
 
 TINY = {
@@ -69,13 +70,16 @@ def test_speed_is_measured_for_both_and_changes_no_count():
 
 def test_the_table_shows_ours_beside_the_papers(costs):
     paper = {name: paper_table("table5", REPOSITORY / "experiments" / "paper_results.yaml").row(name) for name in costs}
-    rows = {line[:36].strip(): line[36:].split() for line in efficiency_table(costs, paper).splitlines()}
-    assert rows["mask branch, M parameters"] == ["26.11", "26.11", "1.58", "1.58"]
-    assert rows["decoding one mask, G multiply-adds"] == ["-", "-", "0.0004", "0.0005"]
-    assert rows["images per second"] == ["-", "19.30", "-", "24.10"]
-    assert rows["images per second, UQR over SQR"] == ["-", "-", "-", "1.25"]
+    frame = efficiency_frame(costs, paper)
+    assert list(frame) == [("SQR", "here"), ("SQR", "paper"), ("UQR", "here"), ("UQR", "paper")]
+    assert frame.loc["mask branch, M parameters"].round(2).tolist() == [26.11, 26.11, 1.58, 1.58]
+    decoding = frame.loc["decoding one mask, G multiply-adds"].round(4).tolist()
+    np.testing.assert_array_equal(decoding, [np.nan, np.nan, 0.0004, 0.0005])
+    np.testing.assert_array_equal(frame.loc["images per second"], [np.nan, 19.3, np.nan, 24.1])
+    assert frame.loc["images per second, UQR over SQR", ("UQR", "paper")] == pytest.approx(1.25, abs=0.005)
     twice = {"SQR": costs["SQR"]._replace(images_per_second=2.0), "UQR": costs["UQR"]._replace(images_per_second=5.0)}
-    assert efficiency_table(twice, {}).splitlines()[-1].split()[-4:] == ["-", "-", "2.50", "-"]
+    last = efficiency_frame(twice, {}).iloc[-1].tolist()
+    np.testing.assert_array_equal(last, [np.nan, np.nan, 2.5, np.nan])
 
 
 def test_an_experiment_without_mask_vectors_is_refused():
