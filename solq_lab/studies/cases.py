@@ -1,4 +1,4 @@
-"""The worst errors of a model with their images: what a gallery of failures shows. Paper: appendix A.5, fig. 6."""
+"""The worst errors of a model with their images, for a gallery of failures. Paper: appendix A.5, fig. 6."""
 
 from __future__ import annotations
 
@@ -37,24 +37,21 @@ def worst_cases(
     truth = GroundTruth(dataset.annotations, keep="all")
     image_rows = {image_id: row for row, image_id in enumerate(truth.image_ids.tolist())}
     object_rows = {object_id: row for row, object_id in enumerate(truth.ids.tolist())}
-    cases: dict[str, list[tuple[Tensor, Detections, Detections]]] = {}
-    for error in ERRORS:
-        cases[error] = []
-        for case in analysis.worst(error, count):
-            row = image_rows[case.image_id]
-            size = truth.size(row)
-            image = read_image(dataset.images / truth.file_names[row], case.image_id, size)
-            true = [] if case.object_id is None else [_as_result(truth, object_rows[case.object_id])]
-            found = [] if case.result is None else [results[case.result]]
-            both = (_as_detections(entries, size, dataset.classes) for entries in (true, found))
-            cases[error].append((image, *both))
+    cases: dict[str, list[tuple[Tensor, Detections, Detections]]] = {error: [] for error in ERRORS}
+    for case in (case for error in ERRORS for case in analysis.worst(error, count)):
+        row = image_rows[case.image_id]
+        size = truth.size(row)
+        image = read_image(dataset.images / truth.file_names[row], case.image_id, size)
+
+        objects = []
+        if case.object_id is not None:
+            row = object_rows[case.object_id]
+            box, category_id = truth.coco_boxes[row].tolist(), int(truth.category_ids[row])
+            objects = [{"bbox": box, "category_id": category_id, "score": 1.0, "segmentation": truth.rle(row)}]
+        detections = [] if case.result is None else [results[case.result]]
+        both = (_as_detections(entries, size, dataset.classes) for entries in (objects, detections))
+        cases[case.error].append((image, *both))
     return cases
-
-
-def _as_result(truth: GroundTruth, row: int) -> dict:
-    """An object as a COCO result of score 1."""
-    box, category_id = truth.coco_boxes[row].tolist(), int(truth.category_ids[row])
-    return {"bbox": box, "category_id": category_id, "score": 1.0, "segmentation": truth.rle(row)}
 
 
 def _as_detections(entries: Sequence[dict], size: tuple[int, int], classes: ClassMap) -> Detections:
@@ -66,7 +63,7 @@ def _as_detections(entries: Sequence[dict], size: tuple[int, int], classes: Clas
         scores=torch.tensor([entry["score"] for entry in entries], dtype=torch.float32),
         labels=torch.tensor(labels, dtype=torch.int64),
         boxes=corners,
-        queries=torch.full((len(entries),), -1),  # results do not say which query spoke
+        queries=torch.full((len(entries),), -1),  # results do not name the query
         masks=[segmentation_to_rle(entry["segmentation"], size) for entry in entries],
         names=[classes.names[label] for label in labels],
     )

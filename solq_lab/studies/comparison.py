@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
 from solq_lab.build import build_images
 from solq_lab.data.coco import CocoDataset
+from solq_lab.evaluation.evaluator import validation_annotations
 from solq_lab.files import hash_file
 from solq_lab.inference.predictor import Predictor
 from solq_lab.runs import Run, RunError
@@ -20,7 +22,7 @@ from solq_lab.workbench.workspace import trained_run
 
 
 class Comparison(NamedTuple):
-    """One run or two, opened to look into.
+    """One run or two, with their models and images.
 
     runs: the first one first.
     predictors: their models by name, in the same order.
@@ -41,23 +43,23 @@ class Comparison(NamedTuple):
 
 
 class ComparedImage(NamedTuple):
-    """One image, its K true objects, and what one model or several make of them.
+    """One image, its K ground-truth objects, and the detections of one model or several.
 
     index: of the image in its data set.
     pixels: (H, W, 3) uint8.
-    truth: the true objects.
-    found: model -> its detections, best score first.
-    ious: model -> (K,) IoU of each true object with what the model drew for it; 0 where it is not found.
+    ground_truth: the objects.
+    detections: model -> its detections, best score first.
+    ious: model -> (K,) IoU of each object with its detection; 0 where it is not found.
     """
 
     index: int
     pixels: np.ndarray
-    truth: Detections
-    found: dict[str, Detections]
+    ground_truth: Detections
+    detections: dict[str, Detections]
     ious: dict[str, np.ndarray]
 
     def mean_iou(self, name: str) -> float:
-        """Of one model, over all true objects; 0 for an image without any."""
+        """Of one model, over all objects; 0 for an image without any."""
         return float(self.ious[name].mean()) if len(self.ious[name]) else 0.0
 
     @property
@@ -91,22 +93,22 @@ def open_comparison(
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """What runs are called in a comparison: by their methods, or where these are the same by name, or by folder."""
+    """Distinct names of runs: their methods, or where these are the same their names, or folders."""
     methods, names = [run.experiment.method for run in runs], [run.name for run in runs]
     folders = [str(run.folder) for run in runs]
     return next((called for called in (methods, names) if len(set(called)) == len(runs)), folders)
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Refuse runs whose validation images or classes differ.
+    """Check that runs have the same validation images and classes.
 
     Raises:
-        RunError: they do; the message names both runs, and what differs.
+        RunError: they differ; the message names both runs, and what differs.
     """
     first = runs[0]
     for other in runs[1:]:
         here, there = first.experiment.data, other.experiment.data
-        files = [Path(data.root) / data.val_annotations for data in (here, there)]
+        files = [validation_annotations(run.experiment) for run in (first, other)]
         differing = []
         if files[0] != files[1] and hash_file(files[0]) != hash_file(files[1]):
             differing.append(f"validation annotations ({files[0]} and {files[1]})")
@@ -124,8 +126,8 @@ def compare_images(
 ) -> list[ComparedImage]:
     """Every image with its objects and the detections of one model or two; where the first is furthest ahead first.
 
-    A detection is about a true object when it has its class and its box overlaps by half (`pair_objects`); how well it
-    is drawn is then the IoU of the masks. Where a model has no masks, boxes count for all.
+    An object is found by a detection of its class whose box overlaps by half (`pair_objects`); how well is then the IoU
+    of the masks. Where a model has no masks, boxes count for all.
 
     Args:
         predictors: by name, the first one first.
@@ -133,42 +135,38 @@ def compare_images(
         score: less certain detections are left out.
         max_images: only the first so many images. None: all.
     """
-    by = "box" if any(_draws_no_masks(predictor) for predictor in predictors.values()) else "mask"
+    without_masks = any(predictor.experiment.method == "Deformable DETR" for predictor in predictors.values())
+    by = "box" if without_masks else "mask"
     compared = []
     for index in tqdm(range(len(dataset))[:max_images], desc="comparing", unit="img"):
-        pixels, truth = dataset[index][0].permute(1, 2, 0).numpy(), dataset.objects(index)
-        found = {name: predictor.predict(pixels).above(score) for name, predictor in predictors.items()}
-        ious = {name: _drawn(detections, truth, by=by) for name, detections in found.items()}
-        compared.append(ComparedImage(index, pixels, truth, found, ious))
+        pixels, ground_truth = dataset[index][0].permute(1, 2, 0).numpy(), dataset.objects(index)
+        detections = {name: predictor.predict(pixels).above(score) for name, predictor in predictors.items()}
+        ious = {}
+        for name, of_model in detections.items():
+            partners, _ = pair_objects(of_model, ground_truth)
+            found = np.flatnonzero(partners != UNMATCHED)
+            ious[name] = np.zeros(len(partners))
+            ious[name][found] = overlaps(of_model, ground_truth, by=by)[partners[found], found]
+        compared.append(ComparedImage(index, pixels, ground_truth, detections, ious))
     return sorted(compared, key=lambda image: -image.gain)  # stable: equal ones by index
 
 
-def describe_comparison(images: Sequence[ComparedImage]) -> str:
-    """How many objects each model finds, and how closely it draws those that all find."""
+def comparison_frame(images: Sequence[ComparedImage]) -> pd.DataFrame:
+    """One row per model: objects found, those that no other model finds, and how closely the shared ones are met.
+
+    Returns:
+        Columns "objects", "found", "found alone"; "IoU of shared", percent, the mean over the objects that all find;
+        and "closest", the percentage of them on which the model's IoU is the largest.
+    """
     names = list(images[0].ious) if images else []
+    rows = {}
     ious = np.array([np.concatenate([image.ious[name] for image in images]) for name in names])  # (models, K)
-    lines = [f"{ious.shape[-1]} objects in {len(images)} images"]
-    if not names:
-        return lines[0]
-    shared = (ious > 0).all(axis=0)
-    for name, values in zip(names, ious, strict=True):
-        drawn = f"{100 * values[shared].mean():.1f} %" if shared.any() else "-"
-        alone = int(((values > 0) & ((ious > 0).sum(axis=0) == 1)).sum())
-        also = f", {alone} of them alone" if len(names) > 1 else ""
-        found = f"{name:<16} finds {int((values > 0).sum())}{also}"
-        lines.append(f"{found}; mean IoU of the {shared.sum()} that are shared: {drawn}")
-    if len(names) > 1 and shared.any():
-        ahead = 100 * (ious[0, shared] > ious[1, shared]).mean()
-        lines.append(f"{names[0]} is closer than {names[1]} on {ahead:.0f} % of the shared ones")
-    return "\n".join(lines)
-
-
-def _draws_no_masks(predictor: Predictor) -> bool:
-    return predictor.experiment.method == "Deformable DETR"
-
-
-def _drawn(found: Detections, truth: Detections, *, by: Literal["box", "mask"]) -> np.ndarray:
-    """(K,) IoU of each true object with the detection that is about it."""
-    partners, _ = pair_objects(found, truth)
-    overlap = overlaps(found, truth, by=by)
-    return np.array([0.0 if row == UNMATCHED else overlap[row, column] for column, row in enumerate(partners.tolist())])
+    shared = ious[:, (ious > 0).all(axis=0)] if names else ious
+    for row, name in enumerate(names):
+        others = np.delete(ious, row, axis=0)
+        closest = (shared[row] > np.delete(shared, row, axis=0)).all(axis=0)
+        alone = (ious[row] > 0) & ~(others > 0).any(axis=0)
+        means = [100 * values.mean() if values.size else np.nan for values in (shared[row], closest)]
+        rows[name] = [ious.shape[1], (ious[row] > 0).sum(), alone.sum(), *means]
+    columns = ["objects", "found", "found alone", "IoU of shared", "closest"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)

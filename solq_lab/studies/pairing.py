@@ -1,6 +1,6 @@
-"""Which detection is about which true object of an image, one to one: for comparing runs object by object.
+"""One-to-one pairs of detections and ground-truth objects of an image, to compare runs object by object.
 
-Not COCO's rule, which gives the best scored detection the first choice and counts; here the total overlap is largest.
+Unlike COCO's matching, which goes by falling score, this maximises the total overlap.
 """
 
 from __future__ import annotations
@@ -16,35 +16,38 @@ from solq_lab.studies.rules import UNMATCHED
 
 
 def pair_objects(
-    found: Detections, truth: Detections, *, by: Literal["box", "mask"] = "box", least: float = 0.5
+    detections: Detections, ground_truth: Detections, *, by: Literal["box", "mask"] = "box", least: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The detection that is about each true object, of its class, and their IoU.
+    """The detection of each ground-truth object, of its class, and their IoU.
 
     Args:
-        found: detections of one image.
-        truth: its objects, as `CocoDataset.objects` gives them.
+        detections: of one image.
+        ground_truth: its objects, as `CocoDataset.objects` gives them.
         by: what overlaps. A plain detector, which has no masks, is paired by boxes.
         least: pairs of a smaller IoU are no pairs.
 
     Returns:
-        Rows of `found` (K,) int64, `UNMATCHED` where an object is not found, and the IoU (K,) of the pairs, 0 there.
+        Rows of `detections` (K,) int64, `UNMATCHED` where an object is not found, and the IoU (K,) of the pairs, 0 there.
     """
-    overlap = overlaps(found, truth, by=by)
-    overlap *= found.labels.numpy()[:, None] == truth.labels.numpy()[None]
+    overlap = overlaps(detections, ground_truth, by=by)
+    overlap *= (detections.labels[:, None] == ground_truth.labels).numpy()
     overlap[overlap < least] = 0.0
+
     rows, columns = linear_sum_assignment(overlap, maximize=True)
-    real = overlap[rows, columns] > 0
-    partners, ious = np.full(len(truth.labels), UNMATCHED), np.zeros(len(truth.labels))
+    real = overlap[rows, columns] > 0  # the assignment also pairs what does not overlap
+    partners, ious = np.full(len(ground_truth.labels), UNMATCHED), np.zeros(len(ground_truth.labels))
     partners[columns[real]], ious[columns[real]] = rows[real], overlap[rows[real], columns[real]]
     return partners, ious
 
 
-def overlaps(found: Detections, truth: Detections, *, by: Literal["box", "mask"]) -> np.ndarray:
+def overlaps(detections: Detections, ground_truth: Detections, *, by: Literal["box", "mask"]) -> np.ndarray:
     """(F, K) IoU of all detections with all objects of an image; 0 by masks where a detection has none."""
-    shape = len(found.labels), len(truth.labels)
-    if 0 in shape or (by == "mask" and found.masks is None):
+    shape = len(detections.labels), len(ground_truth.labels)
+    if 0 in shape or (by == "mask" and detections.masks is None):
         return np.zeros(shape)
-    first, second = (found.masks, truth.masks) if by == "mask" else (_as_xywh(found), _as_xywh(truth))
+    first, second = (
+        (detections.masks, ground_truth.masks) if by == "mask" else (_as_xywh(detections), _as_xywh(ground_truth))
+    )
     return np.asarray(coco_rle.iou(first, second, [0] * shape[1])).reshape(shape)
 
 

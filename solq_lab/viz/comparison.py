@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
 
-from solq_lab.structures import Detections
+from solq_lab.studies.comparison import ComparedImage
 from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import FIGURE_WIDTH, STYLE, class_colours, new_figure
 
 
-class Compared(Protocol):
-    """An image, its true objects, and those that each model finds (`studies.comparison.compare_images`)."""
-
-    pixels: np.ndarray
-    truth: Detections
-    found: Mapping[str, Detections]
-
-    def mean_iou(self, name: str) -> float: ...
-
-
 @mpl.rc_context(STYLE)
-def comparison_grid(images: Sequence[Compared], *, images_per_row: int = 2, title: str = "") -> Figure:
+def comparison_grid(images: Sequence[ComparedImage], *, images_per_row: int = 2, title: str = "") -> Figure:
     """Ground truth and every model's objects side by side, with the mean IoU over the true objects.
 
     Args:
@@ -34,7 +22,7 @@ def comparison_grid(images: Sequence[Compared], *, images_per_row: int = 2, titl
         title: what is compared.
     """
     across = min(images_per_row, max(len(images), 1))
-    names = list(images[0].found) if images else []
+    names = list(images[0].detections) if images else []
     columns = (1 + len(names)) * across
     panel = FIGURE_WIDTH / max(columns, 4)
     aspects = [image.pixels.shape[0] / image.pixels.shape[1] for image in images] or [0.3]
@@ -46,7 +34,7 @@ def comparison_grid(images: Sequence[Compared], *, images_per_row: int = 2, titl
 
     for number, image in enumerate(images):
         row, first = number // across, (1 + len(names)) * (number % across)
-        everything = [image.truth, *image.found.values()]
+        everything = [image.ground_truth, *image.detections.values()]
         colours = class_colours(label for objects in everything for label in objects.labels.tolist())
         headings = ["ground truth", *(f"{name}: IoU {100 * image.mean_iou(name):.0f} %" for name in names)]
         for place, objects, heading in zip(axes[row, first:], everything, headings, strict=False):

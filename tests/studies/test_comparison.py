@@ -19,7 +19,7 @@ from solq_lab.structures import Detections
 from solq_lab.studies.comparison import (
     check_comparable,
     compare_images,
-    describe_comparison,
+    comparison_frame,
     open_comparison,
     run_names,
 )
@@ -92,10 +92,9 @@ def test_images_are_ranked_by_the_difference_of_the_mean_iou(root, dataset):
     compared = compare_images(predictors, dataset, max_images=3)
     assert [image.index for image in compared] == [1, 2, 0]
     assert [image.gain for image in compared] == pytest.approx([0.5, 0.0, -0.2])
-    text = describe_comparison(compared)
-    assert "3 objects in 3 images" in text
-    assert "SOLQ             finds 2, 1 of them alone; mean IoU of the 1 that are shared: 80.0 %" in text
-    assert "SOLQ is closer than SQR on 0 % of the shared ones" in text
+    frame = comparison_frame(compared)
+    assert frame.loc["SOLQ"].tolist() == pytest.approx([3, 2, 1, 80.0, 0.0])
+    assert frame.loc["SQR"].tolist() == pytest.approx([3, 1, 0, 100.0, 100.0])
     titles = [axes.get_title() for axes in comparison_grid(compared, title="a").axes]
     assert titles[:3] == ["ground truth", "SOLQ: IoU 50 %", "SQR: IoU 0 %"]
 
@@ -104,7 +103,7 @@ def test_one_run_alone_is_ranked_by_its_own_iou(root, dataset):
     answers = Answers(root, objects((0, 0, 10, 8)), objects(), objects())
     compared = compare_images({"SOLQ": answers}, dataset, max_images=3)
     assert [image.gain for image in compared] == pytest.approx([0.8, 0.0, 0.0])
-    assert "alone" not in describe_comparison(compared)
+    assert comparison_frame(compared).loc["SOLQ", ["found", "IoU of shared"]].tolist() == pytest.approx([1, 80.0])
 
 
 def test_a_model_without_masks_is_compared_by_boxes(root, dataset):
@@ -114,7 +113,7 @@ def test_a_model_without_masks_is_compared_by_boxes(root, dataset):
 
 
 def test_nothing_to_compare_is_an_empty_figure():
-    assert describe_comparison([]) == "0 objects in 0 images"
+    assert comparison_frame([]).empty
     assert comparison_grid([], title="none").axes
 
 
