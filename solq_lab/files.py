@@ -30,6 +30,14 @@ def read_json(path: str | Path) -> Any:
         raise FileError(f"{path}: not readable as JSON: {error}") from None
 
 
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a text file that are not blank; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line.rstrip() for line in lines if line.strip()][-count:]
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Replace a JSON file."""
     write_text(path, json.dumps(value, indent=1) + "\n")

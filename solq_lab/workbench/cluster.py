@@ -1,7 +1,7 @@
 """Commands as jobs of a cluster, by submitit: SLURM, or this machine by the same code. Loads without torch.
 
-A job is a command line that writes files and goes on where it stood when it is called again. SLURM tells it before its
-time limit, or before it gives the machines to somebody else; it then saves, stops, and is queued again by itself.
+A job is a command line that writes files and resumes when it is called again. SLURM signals it before its time limit and
+before preemption; it then saves, stops, and is queued again.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from solq_lab.workbench.trainings import TrainingFailed, training_command
 log = logging.getLogger(__name__)
 
 LOST = 1  # exit status of a job that its cluster lost
-MINUTES = 3 * 24 * 60  # a job's time limit where none is given; a run that needs more is queued again
-SECONDS_TO_SAVE = 300  # between SLURM's signal and the end of a job, where no option says otherwise
-SECONDS_BETWEEN_LOOKS = 0.5
-TURNS = 100  # how often a job that ran into its time limit is queued again
-HEARD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}  # what clusters ask a job to stop with
+MINUTES = 3 * 24 * 60  # default time limit of a job; a run that needs more is queued again
+SECONDS_TO_SAVE = 300  # default time between SLURM's signal and the end of a job
+POLL_SECONDS = 0.5
+MAX_REQUEUES = 100  # of a job that runs into its time limit
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}  # of clusters
 
 
 class Command:
-    """A command line. Called, it runs to its end and passes on a request to stop; clusters pickle and call it."""
+    """A command line that clusters pickle and call: it runs the command to its end and forwards stop signals."""
 
     def __init__(self, arguments: Sequence[str], log_file: str | Path) -> None:
         """Describe the command.
 
         Args:
             arguments: the command line.
-            log_file: its output is added there.
+            log_file: its output is appended there.
         """
         self._arguments, self._folder = list(arguments), Path.cwd()
         self._log_file = self._folder / log_file
@@ -59,22 +59,22 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal reaches it once, by way of `_stop`
-                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD),  # or it would be deaf to them
+                start_new_session=True,  # so that Ctrl-C reaches it only once, through `_stop`
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),  # inherited as blocked
             )
 
     def __call__(self) -> int:
         """Run the command and return its exit status."""
-        # Handlers that raise would break into `checkpoint`, which the cluster's own signal calls.
+        # Handlers must not raise: they could interrupt `checkpoint`, which the cluster's own signal calls.
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            # A signal between the child's start and the next line would find nobody, and queue the job a second time.
-            signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+            # Block signals until the child is known: an earlier one could not be forwarded.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             try:
                 self._child = self.start()
             finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
-            if self._stopping:  # the signal came before there was somebody to pass it on to
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            if self._stopping:  # the signal came before the child's start
                 self._child.send_signal(signal.SIGINT)
             return self._child.wait()
         finally:
@@ -82,29 +82,29 @@ class Command:
                 signal.signal(number, handler)
 
     def checkpoint(self) -> Any:
-        """Let the command save and stop, and return what submitit is to queue again: this command."""
+        """Let the command save and stop, and return it for submitit to queue again."""
         from submitit.helpers import DelayedSubmission
 
         self._stop(signal.SIGINT, None)
         if self._child is not None:
-            with contextlib.suppress(ChildProcessError):  # `__call__`, which this interrupts, has seen its end already
+            with contextlib.suppress(ChildProcessError):  # reaped by `__call__`, which this interrupts
                 os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
         again = Command(self._arguments, self._log_file)
         again._folder = self._folder
         return DelayedSubmission(again)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Ask the command, once, to save and to stop."""
+        """Forward the first stop signal to the command."""
         if not self._stopping and self._child is not None:
             self._child.send_signal(signal.SIGINT)
         self._stopping = True
 
 
 class Submitted:
-    """A job in a cluster's hands.
+    """A submitted job.
 
     Attributes:
-        job_id: the cluster's name of it.
+        job_id: the cluster's id of the job.
     """
 
     def __init__(self, job: Any, log_file: Path) -> None:
@@ -112,7 +112,7 @@ class Submitted:
         self.job_id: str = job.job_id
 
     def status(self) -> int | None:
-        """Its exit status; None while it waits or runs. What the cluster says of a lost job goes to the log file."""
+        """Its exit status; None while it waits or runs. The reason of a lost job is appended to the log file."""
         if not self._job.done():
             return None
         problem = self._job.exception()
@@ -123,7 +123,7 @@ class Submitted:
         return LOST
 
     def stop(self) -> None:
-        """Ask it, once, to save and to stop; it is not queued again."""
+        """Signal the job to save and to stop; it is not queued again."""
         self._job.cancel()
 
 
@@ -131,15 +131,15 @@ class Cluster:
     """Submits commands."""
 
     def __init__(self, kind: Literal["local", "slurm"], folder: Path, options: Mapping[str, Any] | None = None) -> None:
-        """Look whether jobs can be submitted.
+        """Check that jobs can be submitted.
 
         Args:
-            kind: "slurm", or "local": processes of this machine.
-            folder: for submitit's files. Every machine has to see it.
-            options: what submitit's `update_parameters` takes, for example `slurm_partition` or `timeout_min`.
+            kind: "slurm", or "local" for processes of this machine.
+            folder: for submitit's files; shared by all machines.
+            options: arguments of submitit's `update_parameters`, for example `slurm_partition` or `timeout_min`.
 
         Raises:
-            ConfigError: submitit or SLURM is missing, or there is no such option.
+            ConfigError: submitit or SLURM is missing, or an option is unknown.
         """
         try:
             import submitit
@@ -147,13 +147,16 @@ class Cluster:
             raise ConfigError(
                 f"cluster {kind} needs submitit, which is not installed: pip install 'solq-lab[slurm]'"
             ) from None
+
         defaults: dict[str, Any] = {"timeout_min": MINUTES}
         if kind == "slurm":
             defaults["slurm_signal_delay_s"] = SECONDS_TO_SAVE
         self.kind, self._options, self._folder = kind, dict(options or {}), folder.absolute()
         self._resumable = submitit.SlurmJob if kind == "slurm" else None
         try:
-            self._executor = submitit.AutoExecutor(self._folder, cluster=kind, **{f"{kind}_max_num_timeout": TURNS})
+            self._executor = submitit.AutoExecutor(
+                self._folder, cluster=kind, **{f"{kind}_max_num_timeout": MAX_REQUEUES}
+            )
             self._executor.update_parameters(**(defaults | self._options))
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise ConfigError(f"cluster {kind}: {error}") from None
@@ -162,10 +165,10 @@ class Cluster:
         """Submit a command, or find the job of an earlier call that has not ended yet.
 
         Args:
-            command: what to run.
+            command: the command.
             log_file: of the command; the job's id is kept beside it.
-            name: what the cluster calls the job.
-            resources: submitit's `nodes`, `gpus_per_node` and the like, unless the options say otherwise.
+            name: of the job.
+            resources: submitit's `nodes`, `gpus_per_node` and the like; options override them.
 
         Raises:
             ConfigError: the cluster cannot give these resources.
@@ -177,6 +180,7 @@ class Cluster:
             if not earlier.done(force_check=True):
                 log.info("%s: job %s, submitted earlier, has not ended yet", name, earlier.job_id)
                 return Submitted(earlier, log_file)
+
         try:
             self._executor.update_parameters(name=name, **(resources | self._options))
         except (TypeError, ValueError) as error:
@@ -200,28 +204,29 @@ def submit_training(cluster: Cluster, run: Run, *, nodes: int, gpus_per_node: in
 
 
 def follow_job(submitted: Submitted, run: Run) -> None:
-    """Show how a training's job goes until it ends, through all of its turns.
+    """Show the progress of a training's job until it ends, requeues included.
 
     Raises:
         TrainingFailed: it ended without a trained model.
-        Interrupted: Ctrl-C; the job has been asked to save and to stop.
+        Interrupted: Ctrl-C; the job has saved and stopped.
     """
     progress = Progress(run)
     try:
         with status_line() as show:
             while submitted.status() is None:
                 show(progress.read())
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         submitted.stop()
         while submitted.status() is None or run.is_training():
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(POLL_SECONDS)
         message = f"{run.folder}: job {submitted.job_id} stopped at step {run.status()['step']}"
-        raise Interrupted(f"{message}; the same command resumes the training there") from None
+        raise Interrupted(f"{message}; re-running resumes it there") from None
+
     status = run.status()
     if status["state"] != "finished":
         how = f"{status['state']} {status['message']}".strip()
         raise TrainingFailed(
             f"{run.folder}: job {submitted.job_id} ended at step {status['step']}, {how}; see {run.log_file}. "
-            "The same command resumes the training"
+            "Re-running resumes it"
         )

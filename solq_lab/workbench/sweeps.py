@@ -1,8 +1,7 @@
 """Sweeps: rows times seeds of an experiment, each one the run of a notebook, here or on a cluster. Loads without torch.
 
-A job is the command `solq-lab run NOTEBOOK EXPERIMENT OVERRIDES`, whoever starts it: a child process of this one, or a
-cluster's. What it leaves is a run folder, so a sweep keeps no state of its own: finished runs are skipped, stopped ones
-are resumed. Logs: <runs>/_sweeps/<sweep>/<run>.log
+A job is the command `solq-lab run NOTEBOOK EXPERIMENT OVERRIDES` in a child process or on a cluster. A sweep keeps no
+state but the run folders: finished runs are skipped, stopped ones are resumed. Logs: <runs>/_sweeps/<sweep>/<run>.log
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from solq_lab.config import ConfigError, Experiment, Sweep, load_experiment
 from solq_lab.data_folder import check_data_folder, prepare_data
 from solq_lab.errors import Interrupted
-from solq_lab.files import FileError, read_json
+from solq_lab.files import FileError, last_lines, read_json
 from solq_lab.progress import Progress, describe_duration, status_line
 from solq_lab.runs import RunError, load_run
 from solq_lab.workbench.cluster import Cluster, Command
@@ -31,15 +30,15 @@ log = logging.getLogger(__name__)
 
 SWEEPS = Path("experiments/ablations")  # where a sweep is found by its name
 LINES_SHOWN = 8  # of the log of a failed job
-SECONDS_BETWEEN_LOOKS = 0.5
+POLL_SECONDS = 0.5
 
 
 class Job(NamedTuple):
     """One run of a sweep.
 
-    sweep, row, seed: what it is.
+    sweep, row, seed: its place in the sweep.
     run: name of the run.
-    notebook, experiment_path, overrides, runs_dir: what `solq-lab run` is told.
+    notebook, experiment_path, overrides, runs_dir: arguments of `solq-lab run`.
     """
 
     sweep: str
@@ -58,19 +57,19 @@ class Job(NamedTuple):
 
     @property
     def log_file(self) -> Path:
-        """What the job prints."""
+        """The job's output."""
         return self.runs_dir / "_sweeps" / self.sweep / f"{self.run}.log"
 
     @property
     def arguments(self) -> list[str]:
-        """What follows `solq-lab` in the command that makes this run."""
+        """The arguments of `solq-lab` that make this run."""
         return ["run", str(self.notebook), str(self.experiment_path), *self.overrides, "--runs-dir", str(self.runs_dir)]
 
     def experiment(self) -> Experiment:
         """The resolved experiment.
 
         Raises:
-            ConfigError: it cannot be used; the message names the row.
+            ConfigError: it is not valid; the message names the row.
         """
         try:
             return load_experiment(self.experiment_path, self.overrides)
@@ -83,16 +82,17 @@ class Job(NamedTuple):
             executed = read_json(self.folder / self.notebook.name)
         except FileError:  # not there, or torn by a kill
             return False
-        papermill = executed["metadata"].get("papermill", {})
-        # Where a kernel was killed, papermill notes an end all the same, but of a cell that was not executed it knows
+
+        # After a killed kernel papermill notes an end all the same, but for a cell that was not executed it notes
         # neither that there was an exception nor that there was none.
+        papermill = executed["metadata"].get("papermill", {})
         notes = [cell["metadata"].get("papermill", {}) for cell in executed.get("cells", [])]
-        known = all(note.get("exception") is not None for note in notes)
-        return bool(papermill.get("end_time")) and not papermill.get("exception") and known
+        executed_all = all(note.get("exception") is not None for note in notes)
+        return bool(papermill.get("end_time")) and not papermill.get("exception") and executed_all
 
 
 class Outcome(NamedTuple):
-    """How a job ended: its exit status, seconds, and the last lines it printed."""
+    """Exit status of a job, its seconds and the last lines of its log."""
 
     job: Job
     status: int
@@ -101,20 +101,20 @@ class Outcome(NamedTuple):
 
 
 class Running(Protocol):
-    """A job that has been started somewhere."""
+    """A job that has been started."""
 
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
 
     def stop(self) -> None:
-        """Ask it, once, to save and to stop."""
+        """Signal it to save and to stop."""
 
 
 Starter = Callable[[Job], Running]
 
 
 def find_sweep(named: str | Path) -> Path:
-    """The file of a sweep that is named by its path, or by the name of one in `SWEEPS`.
+    """The file of a sweep that is given by its path, or by the name of one in `SWEEPS`.
 
     Raises:
         ConfigError: there is none of this name.
@@ -134,7 +134,7 @@ def find_sweep(named: str | Path) -> Path:
 def plan(sweep: Sweep, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> list[Job]:
     """The jobs of a sweep: all rows with the first seed, then all rows with the next.
 
-    A sweep that is stopped early therefore has whole tables of fewer seeds.
+    A sweep that is stopped early thus has complete tables with fewer seeds.
 
     Args:
         sweep: the sweep.
@@ -152,11 +152,11 @@ def plan(sweep: Sweep, overrides: Sequence[str] = (), runs_dir: str | Path = "ru
 
 
 def check(jobs: Sequence[Job]) -> None:
-    """Refuse what would fail later: an experiment, a data folder, a notebook, a run folder of other settings.
+    """Check what would fail later: experiments, data folders, notebooks, and run folders with other settings.
 
     Raises:
-        ConfigError: a row's experiment or its data folder cannot be used, or two rows share a run but no settings.
-        NotebookError: the notebook cannot be used.
+        ConfigError: a row's experiment or data folder is not valid, or two rows of one run have different settings.
+        NotebookError: the notebook is not valid.
         RunError: a run folder belongs to another experiment.
     """
     shared: dict[str, Experiment] = {}
@@ -164,6 +164,7 @@ def check(jobs: Sequence[Job]) -> None:
         experiment = job.experiment()
         if shared.setdefault(job.run, experiment) != experiment:
             raise ConfigError(f"sweep {job.sweep}, row {job.row}: another row calls its run {job.run} too; rename one")
+
         check_data_folder(experiment)
         check_parameters(job.notebook, {"experiment": "", "overrides": [], "runs_dir": ""})
         differences = load_run(job.folder).differences(experiment) if job.folder.exists() else []
@@ -177,21 +178,22 @@ def check(jobs: Sequence[Job]) -> None:
 def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int = 1) -> list[Outcome]:
     """Run the jobs that are not finished; one that fails does not stop the others.
 
-    Data sets that are drawn on demand are drawn first, and mask codes fitted whose artifact is missing.
+    Shapes that are missing are drawn first, and missing artifacts of codecs fitted.
 
     Args:
-        jobs: as `plan` gives them, checked.
-        start: where to run them. None: in child processes of this one.
-        at_once: jobs under way at the same time.
+        jobs: from `plan`, checked.
+        start: starts a job. None: in a child process.
+        at_once: number of jobs that run at the same time.
 
     Returns:
-        How each job that was not finished ended, in the order of their ends.
+        The outcomes of the jobs that were not finished, in the order of their ends.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; every running job has saved and stopped, the same sweep resumes them.
+        Interrupted: Ctrl-C or SIGTERM; every running job has saved and stopped, re-running resumes them.
     """
     waiting = list({job.run: job for job in jobs if not job.is_finished()}.values())
     _prepare(waiting)
+
     start, total = start or start_process, len(waiting)
     running: dict[Job, _Started] = {}
     outcomes: list[Outcome] = []
@@ -201,23 +203,26 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
                 while waiting and len(running) < at_once:
                     job = waiting.pop(0)
                     running[job] = _Started(job, start(job))
+
                 for job, started in list(running.items()):
                     status = started.process.status()
                     if status is not None:
                         del running[job]
-                        outcomes.append(_report(Outcome(job, status, started.seconds(), _last_lines(job))))
+                        outcomes.append(
+                            _report(
+                                Outcome(job, status, started.seconds(), tuple(last_lines(job.log_file, LINES_SHOWN)))
+                            )
+                        )
+
                 show(_describe(total, outcomes, running))
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             raise Interrupted(_stop_all(running)) from None
     return outcomes
 
 
-# ------------------------------------------------------------------------------------------------- where jobs run
-
-
 def job_command(job: Job) -> list[str]:
-    """What makes a job's run, by the interpreter that runs this."""
+    """The command of a job, by the running interpreter."""
     return [sys.executable, "-m", "solq_lab", *job.arguments]
 
 
@@ -225,10 +230,15 @@ def _command(job: Job) -> Command:
     return Command(job_command(job), job.log_file)
 
 
+def start_process(job: Job) -> Running:
+    """Start a job in a child process."""
+    return _Process(_command(job).start())
+
+
 class _Process:
     """A job in a child process."""
 
-    def __init__(self, child: subprocess.Popen) -> None:
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
 
     def status(self) -> int | None:
@@ -238,44 +248,35 @@ class _Process:
         self._child.send_signal(signal.SIGINT)
 
 
-def start_process(job: Job) -> Running:
-    """Start a job in a child process of this one."""
-    return _Process(_command(job).start())
-
-
 class ClusterStarter:
-    """Submits jobs to a cluster; with "local" they become processes of this machine, by the same code."""
+    """Submits jobs to a cluster; "local" makes them processes of this machine, by the same code."""
 
     def __init__(
         self, cluster: Literal["local", "slurm"], runs_dir: str | Path, options: Mapping[str, Any] | None = None
     ) -> None:
-        """Look whether jobs can be submitted.
+        """Check that jobs can be submitted.
 
         Args:
-            cluster, options: as `solq_lab.workbench.cluster.Cluster` takes them.
-            runs_dir: folder of run folders; submitit's files go below it. Every machine has to see it.
+            cluster, options: as for `Cluster`.
+            runs_dir: folder of run folders, with submitit's files below it; shared by all machines.
 
         Raises:
-            ConfigError: submitit or SLURM is missing, or there is no such option.
+            ConfigError: submitit or SLURM is missing, or an option is unknown.
         """
         self._cluster = Cluster(cluster, Path(runs_dir) / "_sweeps" / "submitit", options)
 
     def __call__(self, job: Job) -> Running:
-        """Submit a job, or find the one that an earlier sweep submitted and that has not ended yet."""
+        """Submit a job, or find it where an earlier sweep has submitted it and it has not ended yet."""
         gpus = job.experiment().train.gpus
         return self._cluster.submit(_command(job), job.log_file, name=job.run, gpus_per_node=gpus)
 
 
-# ------------------------------------------------------------------------------------------------------- details
-
-
 def _prepare(jobs: Sequence[Job]) -> None:
-    """Make what several jobs would otherwise make at once: drawn data sets, and the tables of fitted mask codes."""
+    """Make what several jobs would otherwise make at the same time: drawn data sets, and tables of fitted codecs."""
     experiments = [job.experiment() for job in jobs]
     for experiment in {experiment.data.root: experiment for experiment in experiments}.values():
         prepare_data(experiment)
-    missing = {experiment.codec.artifact: experiment for experiment in experiments}
-    for artifact, experiment in missing.items():
+    for artifact, experiment in {experiment.codec.artifact: experiment for experiment in experiments}.items():
         if artifact and not Path(artifact).exists():
             from solq_lab.fitting import fit_codec
 
@@ -285,10 +286,7 @@ def _prepare(jobs: Sequence[Job]) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt.
-
-    SIGINT too, because a shell starts background jobs deaf to it, and their children would inherit that.
-    """
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt; a shell's background jobs and their children ignore SIGINT."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -298,7 +296,7 @@ def _stop_signals() -> Iterator[None]:
 
 
 class _Started:
-    """A job under way: its process, how it goes, since when."""
+    """A running job."""
 
     def __init__(self, job: Job, process: Running) -> None:
         self.process = process
@@ -318,7 +316,7 @@ class _Started:
 
 
 def _describe(total: int, outcomes: Sequence[Outcome], running: Mapping[Job, _Started]) -> str:
-    """One line: how many jobs are done, and how the running ones stand."""
+    """One line: how many jobs are done, and the progress of the running ones."""
     failed = sum(outcome.status != 0 for outcome in outcomes)
     done = f"{len(outcomes)} of {total} done" + (f", {failed} failed" if failed else "")
     return " | ".join([done, *(started.describe() for started in running.values())])
@@ -333,25 +331,18 @@ def _report(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _last_lines(job: Job) -> tuple[str, ...]:
-    """The end of a job's log."""
-    if not job.log_file.is_file():
-        return ()
-    lines = job.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return tuple(line.rstrip() for line in lines if line.strip())[-LINES_SHOWN:]
-
-
 def _stop_all(running: Mapping[Job, _Started]) -> str:
-    """Stop all jobs, wait until each has saved, and say where they stand."""
+    """Stop all jobs, wait until each has saved, and return the last line of each."""
     log.info("stopping %d runs; each saves first", len(running))
     for started in running.values():
         started.process.stop()
-    while any(started.process.status() is None for started in running.values()) or any(map(_is_training, running)):
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    standing = [next(iter(_last_lines(job)[-1:]), f"{job.run}: stopped") for job in running]
-    return "\n".join([*standing, "The same sweep goes on from here"])
 
+    def is_training(job: Job) -> bool:
+        return job.folder.exists() and load_run(job.folder).is_training()
 
-def _is_training(job: Job) -> bool:
-    """Whether its training still lives: a cluster may end the job before the training has saved."""
-    return job.folder.exists() and load_run(job.folder).is_training()
+    # A cluster may end a job before its training has saved.
+    while any(started.process.status() is None for started in running.values()) or any(map(is_training, running)):
+        time.sleep(POLL_SECONDS)
+
+    messages = [next(iter(last_lines(job.log_file, 1)), f"{job.run}: stopped") for job in running]
+    return "\n".join([*messages, "Re-running the sweep resumes them"])

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from solq_lab.errors import ExplainedError, UserError
+from solq_lab.files import last_lines
 from solq_lab.progress import Progress, status_line
 from solq_lab.runs import Run, RunError, load_run
 from solq_lab.training.faults import advise_on_memory
@@ -161,11 +162,10 @@ def diagnose_exit(run: Run) -> TrainingRefused | TrainingFailed:
     if free < MIN_FREE_BYTES:
         how += f"; the disk is full ({free / 2**20:.1f} MB are free)"
 
-    lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines() if run.log_file.exists() else []
     message = [
         f"{run.folder}: the training ended at step {status['step']} with {how}; re-running resumes it",
         f"Last lines of {run.log_file}:",
-        *(f"  {line}" for line in lines[-LOG_LINES_SHOWN:]),
+        *(f"  {line}" for line in last_lines(run.log_file, LOG_LINES_SHOWN)),
     ]
     return TrainingFailed("\n".join(message))
 

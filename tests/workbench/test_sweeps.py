@@ -78,7 +78,7 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     write_notebook(tmp_path / "look.ipynb")
     monkeypatch.setattr(sweeps, "prepare_data", lambda experiment: None)
-    monkeypatch.setattr(sweeps, "SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr(sweeps, "POLL_SECONDS", 0.02)
     return tmp_path
 
 
@@ -315,7 +315,7 @@ def test_a_stop_lets_every_job_save_and_the_same_sweep_goes_on(stand_in, number)
     threading.Thread(target=stop_when_both_work).start()
     with pytest.raises(Interrupted) as caught:
         run_sweep(jobs_of(), at_once=2)
-    assert str(caught.value).splitlines() == ["saved at step 1"] * 2 + ["The same sweep goes on from here"]
+    assert str(caught.value).splitlines() == ["saved at step 1"] * 2 + ["Re-running the sweep resumes them"]
     assert len(executions()) == 2
     stand_in()
     assert len(run_sweep(jobs_of())) == 4
