@@ -108,14 +108,14 @@ class ResultTable:
 
     def text(self) -> str:
         """`frame` as aligned text; below it what is missing."""
-        return "\n".join([self.frame().to_string(), *self._remarks()])
+        return f"{self.frame().to_string()}\n{self.remarks}"
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
         frame = self.frame()
         rule = ["---", *["---:"] * len(frame.columns)]
         lines = [f"| {' | '.join(cells)} |" for cells in (["", *frame.columns], rule, *frame.itertuples(name=None))]
-        return "\n".join([*lines, "", *(f"{remark}  " for remark in self._remarks())])
+        return "\n".join([*lines, "", *(f"{remark}  " for remark in self.remarks.splitlines())])
 
     def csv(self) -> str:
         """One line per row and metric: mean, standard deviation, number of runs, the paper's number; percent."""
@@ -142,13 +142,15 @@ class ResultTable:
         rows = [{"name": row.name, "runs": [_run_to_dict(run) for run in row.runs]} for row in self.rows]
         return {"sweep": self.name, "rows": rows}
 
-    def _remarks(self) -> list[str]:
+    @property
+    def remarks(self) -> str:
+        """What the numbers are, and what is missing: a line each."""
         against = f"; in brackets the paper's ({self.paper.title})" if self.paper else ""
         remarks = [f"percent, mean ± standard deviation over seeds{against}"]
         if self.missing:
             count = len(self.missing)
             remarks.append(f"{count} run{'s' if count > 1 else ''} not finished; `{self.command}` makes them")
-        return [*remarks, *self.notes]
+        return "\n".join([*remarks, *self.notes])
 
 
 def read_table(

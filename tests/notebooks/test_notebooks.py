@@ -82,9 +82,11 @@ def figures(executed: Path) -> list[np.ndarray]:
 
 
 def printed(executed: Path) -> str:
+    """What the cells print and the tables that they show."""
     outputs = [output for cell in cells(executed, "code") for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
-    return "\n".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    return "\n".join("".join(text) for text in texts)
 
 
 @pytest.fixture
