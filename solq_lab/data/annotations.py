@@ -167,6 +167,11 @@ def checked_area(entry: dict[str, Any], name: str) -> float:
     return float(area)
 
 
+def has_segmentation(entry: dict[str, Any]) -> bool:
+    """Whether an entry of `annotations` has more than a box."""
+    return entry.get("segmentation") not in (None, [])
+
+
 def checked_segmentation(segmentation: Any, size: tuple[int, int], name: str) -> list[array] | dict:
     """The polygons of three corners and more, possibly none, or the compressed RLE of an object.
 
@@ -179,6 +184,11 @@ def checked_segmentation(segmentation: Any, size: tuple[int, int], name: str) ->
         raise DataError(
             f"{name}: segmentation {shorten(segmentation)}; needed is a list of polygons [[x0, y0, x1, y1, ...], ...] "
             "or an RLE; a data set without masks trains a plain detector (codec.kind=none)"
+        )
+    if len(segmentation) > 2 and all(len(point) == 2 for point in segmentation):
+        raise DataError(
+            f"{name}: segmentation {shorten(segmentation)} is a list of points; needed is one flat list "
+            "[[x0, y0, x1, y1, ...]] for each polygon"
         )
     for polygon in segmentation:
         if len(polygon) % 2:

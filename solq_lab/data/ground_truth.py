@@ -25,6 +25,7 @@ from solq_lab.data.annotations import (
     checked_segmentation,
     clamped_box,
     first_few,
+    has_segmentation,
     is_crowd,
     is_measure,
     name_of,
@@ -33,6 +34,16 @@ from solq_lab.data.annotations import (
 )
 
 logger = logging.getLogger(__name__)
+
+CROWDS = "marked as crowds (iscrowd 1)"
+WITHOUT_AREA = "without area in box or mask"
+WITHOUT_MASK = "without segmentation"
+CURES = {
+    CROWDS: "write iscrowd 0 for single objects",
+    WITHOUT_AREA: "bbox is [x, y, width, height], a polygon has three corners or more",
+    WITHOUT_MASK: "a data set without masks trains a plain detector (codec.kind=none)",
+}
+MANY_CROWDS = 0.5  # share of the objects from which crowds are a mistake; COCO has 0.012
 
 __all__ = ["DataError", "GroundTruth"]
 
@@ -71,14 +82,16 @@ class GroundTruth:
         Args:
             annotations: COCO instances file, or its parsed content.
             with_masks: read the segmentations too.
-            keep: "learnable" leaves out crowds and objects without area. "all" keeps every object, and therefore
-                checks the masks of crowds and all areas too. One log line counts the objects without area.
+            keep: "learnable" leaves out crowds, and objects without area or segmentation. "all" leaves out objects
+                without segmentation only, and therefore checks the masks of crowds and all areas too. One log line
+                counts what is left out or cannot be learnt, but for a few crowds.
             source: name of a parsed document in messages.
 
         Raises:
             DataError: an entry that is incomplete, an id that comes twice, an object of an unknown image, a box that is
                 not four finite numbers, a crowd mark other than 0 and 1, or, `with_masks`, a segmentation that is
-                neither polygons nor an RLE of the image's size. The message names the entry and the cure.
+                neither polygons nor an RLE of the image's size; or all objects are left out. The message names the
+                entry and the cure.
         """
         document = annotations if isinstance(annotations, dict) else read_annotations(Path(annotations))
         self.source = Path(source if isinstance(annotations, dict) else annotations)
@@ -156,7 +169,8 @@ class GroundTruth:
         packed = _PackedSegmentations()
         all_ids, ids, images, category_ids = array("q"), array("q"), array("q"), array("q")
         boxes, coco_boxes, areas = array("d"), array("d"), array("d")
-        crowd, learnable, without_area = array("b"), array("b"), []
+        crowd, learnable = array("b"), array("b")
+        left_out: dict[str, list[int]] = {reason: [] for reason in CURES}
 
         for place, entry in enumerate(entries):
             name = f"{self.source}: {name_of(entry, place)}"
@@ -164,16 +178,20 @@ class GroundTruth:
             all_ids.append(entry["id"])
             of_many = is_crowd(entry, name)
             if of_many and not keep_all:
+                left_out[CROWDS].append(entry["id"])
                 continue
 
             box = clamped_box(entry.get("bbox"), *sizes[image], name)
             has_area = box[2] > box[0] and box[3] > box[1]
             # What is left out by its box is not looked at further: its mask may be anything.
             if self.has_masks and (has_area or keep_all):
+                if not has_segmentation(entry):
+                    left_out[WITHOUT_MASK].append(entry["id"])
+                    continue
                 segmentation = checked_segmentation(entry.get("segmentation"), tuple(sizes[image]), name)
                 has_area = has_area and bool(segmentation)
             if not (has_area or of_many):
-                without_area.append(entry["id"])
+                left_out[WITHOUT_AREA].append(entry["id"])
             if not (has_area or keep_all):
                 continue
 
@@ -189,11 +207,7 @@ class GroundTruth:
             learnable.append(has_area and not of_many)
 
         _check_distinct(np.array(all_ids, dtype=np.int64), f"{self.source}: annotation id")
-        if without_area:
-            count, first = f"{len(without_area)} of {len(entries)}", first_few(without_area)
-            left_out = "" if keep_all else " and are left out"
-            logger.warning("%s: %s objects have no area%s: annotation ids %s", self.source, count, left_out, first)
-
+        self._report_left_out(left_out, kept=len(ids), total=len(entries))
         packed.freeze()
         owners = np.array(images, dtype=np.int64)
         order = np.argsort(owners, kind="stable")
@@ -207,6 +221,19 @@ class GroundTruth:
         self.areas = np.array(areas, dtype=np.float64)[order]
         self.crowd = np.array(crowd, dtype=bool)[order]
         self.learnable = np.array(learnable, dtype=bool)[order]
+
+    def _report_left_out(self, left_out: dict[str, list[int]], *, kept: int, total: int) -> None:
+        reasons = {reason: ids for reason, ids in left_out.items() if ids}
+        counts = "; ".join(
+            f"{len(ids)} {reason}, annotation ids {first_few(ids)}: {CURES[reason]}" for reason, ids in reasons.items()
+        )
+        if total and not kept:
+            raise DataError(f"{self.source}: none of the {total} objects can be learnt: {counts}")
+        if len(left_out[CROWDS]) < MANY_CROWDS * total:
+            reasons.pop(CROWDS, None)
+        if reasons:
+            number = sum(map(len, left_out.values()))
+            logger.warning("%s: %d of %d objects cannot be learnt: %s", self.source, number, total, counts)
 
 
 class _PackedSegmentations:

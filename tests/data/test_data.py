@@ -339,7 +339,7 @@ def test_boxes_are_clamped_and_those_without_area_are_named_in_one_log_line(tmp_
     with caplog.at_level(logging.WARNING):
         dataset = CocoDataset(**files, mask_size=8)
     (message,) = caplog.messages
-    assert "3 of 4 objects have no area and are left out: annotation ids 2, 3, 4" in message
+    assert "3 of 4 objects cannot be learnt: 3 without area in box or mask, annotation ids 2, 3, 4: bbox is" in message
     boxes = cxcywh_to_xyxy(dataset[0][1].boxes) * torch.tensor([40, 30, 40, 30])
     assert boxes.tolist() == [pytest.approx([0, 0, 15, 15])]
 
@@ -417,7 +417,11 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path, text, message):
             {"segmentation": "poly"},
             r"annotation id 7: segmentation 'poly'; needed is a list of polygons .*codec\.kind=none",
         ),
-        ({"segmentation": []}, r"annotation id 7: segmentation \[\]; needed is a list of polygons"),
+        ({"segmentation": {}}, r"annotation id 7: segmentation {}; an RLE needs 'counts'"),
+        (
+            {"segmentation": [[10, 5], [20, 5], [20, 15]]},
+            r"annotation id 7: segmentation \[\[10, 5\], .* is a list of points; needed is one flat list",
+        ),
         ({"segmentation": SQUARE}, r"annotation id 7: segmentation \[10.0, 5.0.*needed is a list of polygons"),
         ({"segmentation": [SQUARE[:-1]]}, r"annotation id 7: a polygon has 7 numbers; x and y come in pairs"),
         ({"segmentation": [["a"] * 6]}, r"annotation id 7: segmentation .*; polygons are made of numbers"),

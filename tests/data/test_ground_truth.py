@@ -57,6 +57,35 @@ def test_a_polygon_of_two_corners_is_kept_as_an_empty_mask():
     assert not truth.box_masks([1], 8).any()
 
 
+def test_objects_without_segmentation_are_left_out_and_counted_with_many_crowds(caplog):
+    content = document(*THREE, (1, (9, 9, 5, 5)), iscrowd=1)
+    content["annotations"][0]["iscrowd"] = 1
+    content["annotations"][1]["segmentation"] = None
+    assert GroundTruth(content).ids.tolist() == [3]
+    assert "3 of 4 objects cannot be learnt: 2 marked as crowds (iscrowd 1), annotation ids 1, 4: write" in caplog.text
+    assert "; 1 without segmentation, annotation ids 2: a data set without masks trains a plain" in caplog.text
+    assert GroundTruth(content, with_masks=False).ids.tolist() == [2, 3]
+
+
+def test_a_few_crowds_need_no_warning(caplog):
+    GroundTruth(document(*THREE, (1, (9, 9, 5, 5)), iscrowd=1))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"iscrowd": 1}, "1 marked as crowds .*: write iscrowd 0"),
+        ({"bbox": [0, 0, 0, 0]}, "1 without area in box or mask.*: bbox is"),
+        ({"segmentation": [[0, 0, 9, 9]]}, "1 without area in box or mask.*a polygon has three corners or more"),
+        ({"segmentation": []}, "1 without segmentation.*trains a plain detector"),
+    ],
+)
+def test_a_file_of_which_nothing_can_be_learnt_is_rejected_with_the_reasons(changes, reason):
+    with pytest.raises(DataError, match=rf"none of the 1 objects can be learnt: {reason}"):
+        GroundTruth(document((1, (4, 4, 8, 8)), **changes))
+
+
 def test_masks_of_any_rows_are_those_of_single_ones():
     truth = GroundTruth(document(*THREE))
     drawn = truth.box_masks([2, 0, 1], 12)

@@ -403,7 +403,7 @@ def test_ground_truth_without_masks_or_images_is_named():
         evaluate_results(truth, [], image_ids=[7])
     del truth["annotations"][0]["segmentation"]
     assert evaluate_results(truth, [], kinds=["box"]).metrics["box.AP"] == 0
-    with pytest.raises(DataError, match="annotation id 0: segmentation None; needed is a list of polygons"):
+    with pytest.raises(DataError, match="none of the 1 objects can be learnt: 1 without segmentation"):
         evaluate_results(truth, [])
 
 

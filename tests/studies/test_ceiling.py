@@ -186,7 +186,7 @@ def test_a_box_outside_the_image_is_left_out_and_named(caplog):
     truth = truth_of([(1, 1, (4, 4, 16, 16)), (1, 1, (4, 4, 16, 16))])
     truth["annotations"][1]["bbox"] = [WIDTH + 5, 4, 16, 16]
     assert reconstruct_objects(truth, CODE).ids.tolist() == [0]
-    assert "1 of 2 objects have no area: annotation ids 1" in caplog.text
+    assert "1 of 2 objects cannot be learnt: 1 without area in box or mask, annotation ids 1" in caplog.text
 
 
 def test_a_box_that_sticks_out_is_cut_at_the_edge():

@@ -166,7 +166,7 @@ FAULTS = {
         put("annotations", 0, bbox=[10, 5, 10, 40], segmentation=[[10, 5, 20, 5, 20, 30, 10, 30]], area=250)
     ],
     "mask": [
-        put("annotations", 0, segmentation=[]),
+        put("annotations", 0, segmentation=[[10, 5], [20, 5], [20, 15]]),
         put("annotations", 0, segmentation=[SQUARE[:-1]]),
         put("annotations", 0, segmentation=[[*SQUARE[:-1], float("inf")]]),
         put("annotations", 0, segmentation=[[*SQUARE[:-1], 1e9]]),
@@ -174,6 +174,7 @@ FAULTS = {
         put("annotations", 0, segmentation={"size": [HEIGHT, WIDTH], "counts": [10, 20]}),
         put("annotations", 0, segmentation={"size": [HEIGHT, WIDTH], "counts": "not an RLE"}),
     ],
+    "mask-missing": [put("annotations", 0, segmentation=[]), put("annotations", 0, segmentation=None)],
     "mask-without-area": [put("annotations", 0, segmentation=[[10, 5, 20, 15]])],
     "mask-empty": [
         put("annotations", 0, segmentation={"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, area=0),
@@ -225,8 +226,18 @@ def test_a_truncated_jpeg_is_found_by_decoding_it_and_not_by_its_header(tmp_path
 
 def test_masks_are_not_looked_at_where_none_are_learnt(tmp_path):
     split = write_split(tmp_path, put("annotations", 0, segmentation=None))
-    assert broken(check(split)) == {"mask": 1}
+    assert broken(check(split)) == {"mask-missing": 1}
     assert broken(check(split, with_masks=False)) == {}
+
+
+def test_a_split_without_an_object_to_learn_is_refused_and_one_of_many_crowds_is_harmful(tmp_path):
+    def crowds(count: int) -> Change:
+        return lambda document: [entry.update(iscrowd=1) for entry in document["annotations"][:count]]
+
+    assert broken(check(write_split(tmp_path / "2", crowds(1)))) == {"many-crowds": 1}
+    nothing = write_split(tmp_path / "3", crowds(3))
+    assert broken(check(nothing)) == {"nothing-to-learn": 1}
+    assert _is_refused_by_the_loader(nothing.images, nothing.annotations)
 
 
 def test_more_objects_than_queries_or_detections_are_found(tmp_path):

@@ -50,6 +50,7 @@ RULES: dict[str, Rule] = {
     "box-beyond-image": Rule("harmful", "boxes that reach out of their image, cut off", "correct the box"),
     # masks
     "mask": Rule("refused", "masks that cannot be read", "correct or remove the object"),
+    "mask-missing": Rule("harmful", "objects without segmentation, left out", "draw or remove the object"),
     "mask-without-area": Rule("harmful", "polygons of fewer than three points, left out", "draw or remove the object"),
     "mask-empty": Rule("harmful", "masks without a pixel", "draw or remove the object"),
     "mask-outside-box": Rule("harmful", "masks that reach out of their box", "correct the box or the mask"),
@@ -61,6 +62,8 @@ RULES: dict[str, Rule] = {
     "over-queries": Rule("harmful", "images with more objects than queries", "raise model.queries"),
     "over-detections": Rule("note", "images with more objects than detections are scored"),
     "without-objects": Rule("note", "images without objects, kept"),
+    "nothing-to-learn": Rule("refused", "splits of which no object can be learnt", "correct the objects"),
+    "many-crowds": Rule("harmful", "splits with many objects marked as crowds, left out", "write iscrowd 0"),
     "class-without-objects": Rule("note", "categories without objects"),
     # train and val together
     "image-in-both": Rule("harmful", "images that are in both splits", "remove them from one"),

@@ -16,6 +16,7 @@ from solq_lab.data.annotations import (
     DataError,
     checked_segmentation,
     clamped_box,
+    has_segmentation,
     is_crowd,
     is_measure,
     name_of,
@@ -57,7 +58,10 @@ def check_object(
         x0, y0, x1, y1 = box = clamped_box(entry.get("bbox"), *size, name)
         faults += _box_faults(entry["bbox"], box, size)
         learnt = x1 > x0 and y1 > y0
-        if learnt and with_masks:
+        if learnt and with_masks and not has_segmentation(entry):
+            learnt = False
+            faults.append(("mask-missing", "no segmentation", 0.0))
+        elif learnt and with_masks:
             reading = "mask"
             rle = read_mask(entry, size, name)
             faults += _mask_faults(entry, rle, size)
