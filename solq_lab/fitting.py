@@ -72,7 +72,7 @@ def fit_codec(
 
     objects = GroundTruth(annotations)
     if len(objects) == 0:
-        raise DataError(f"{annotations}: holds no object to fit a code to (crowds do not count)")
+        raise DataError(f"{annotations}: holds no object to fit a code to")
     order = np.random.default_rng(experiment.seed).permutation(len(objects))[:max_objects]
     dataset |= {"objects": len(objects), "used": len(order)}
     work = {"method": codec.method, "mask_size": codec.mask_size, "vector_dim": codec.vector_dim, **codec.settings}

@@ -179,7 +179,7 @@ def test_a_code_that_needs_no_fitting_and_data_without_objects_are_refused(annot
     crowd = truth_of([(1, 1, (4, 4, 8, 8))])
     crowd["annotations"][0]["iscrowd"] = 1
     (tmp_path / "train.json").write_text(json.dumps(crowd))
-    with pytest.raises(DataError, match="holds no object to fit a code to"):
+    with pytest.raises(DataError, match="none of the 1 objects can be learnt: 1 marked as crowds"):
         fit_codec(experiment_for(tmp_path, tmp_path / "code.safetensors", {"kind": "pca"}))
 
 
@@ -342,7 +342,7 @@ def test_the_command_fits_says_what_came_out_and_that_it_goes_on_after_ctrl_c(an
         patch.setattr(pca.PCAFit, "update", interrupt)
         stopped = CliRunner().invoke(app, command)
     assert isinstance(stopped.exception, Interrupted)
-    assert str(stopped.exception).endswith("code.safetensors: not fitted yet; the same command goes on")
+    assert str(stopped.exception).endswith("code.safetensors: not fitted yet; re-running resumes")
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0
     assert "pca, 16 x 16 cells in 20 numbers, fitted to 40 of" in done.stdout
