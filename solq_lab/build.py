@@ -1,4 +1,4 @@
-"""From an experiment to objects. The only place where configuration meets the network, the codes and the data."""
+"""From an experiment to objects. The only place where configuration meets the network, the codecs and the data."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from solq_lab.schema import DataSection, ModelSection
 
 
 def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None = None) -> MaskCodec | None:
-    """The mask code in evaluation mode, or None for a plain detector.
+    """The mask codec in evaluation mode, or None for a plain detector.
 
     Args:
         experiment: section `codec` is read.
-        tables: the tables of a fitted code, as a weights file carries them; without them `codec.artifact` is read.
+        tables: the tables of a fitted codec, as a weights file holds them; without them `codec.artifact` is read.
 
     Raises:
-        ConfigError: the artifact is missing, damaged, or holds another code.
+        ConfigError: the artifact is missing, damaged, or holds another codec.
     """
     codec = new_codec(experiment)
     if codec is None:
@@ -54,7 +54,7 @@ def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None =
 
 
 def new_codec(experiment: Experiment) -> MaskCodec | None:
-    """The mask code without tables, where it has to be fitted; None for a plain detector."""
+    """The mask codec, without tables where it has to be fitted; None for a plain detector."""
     section = experiment.codec
     if section.kind == "none":
         return None

@@ -1,4 +1,4 @@
-"""Fitting a mask code to the training masks of an experiment: streamed, resumable, the same for the same seed."""
+"""Fitting a mask codec to the training masks of an experiment: streamed, resumable, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from solq_lab.build import new_codec
 from solq_lab.codecs.artifact import (
     ArtifactError,
     Description,
+    identity,
     read_description,
     read_tensors,
     save_codec,
@@ -31,7 +32,7 @@ from solq_lab.files import hash_file
 
 log = logging.getLogger(__name__)
 
-SAMPLED_MASKS = 2000  # that the quality is measured on: mean IoU to within some 0.2 percent
+SAMPLED_MASKS = 2000  # to measure the quality on: mean IoU to within some 0.2 percent
 SECONDS_BETWEEN_SAVES = 60.0
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where it goes to a log file and every update is a new line
 
@@ -39,21 +40,21 @@ SECONDS_BETWEEN_LINES = 30.0  # of progress, where it goes to a log file and eve
 def fit_codec(
     experiment: Experiment, *, max_objects: int | None = None, seconds_between_saves: float = SECONDS_BETWEEN_SAVES
 ) -> Description:
-    """Fit the experiment's code to its training masks and write it to `codec.artifact`.
+    """Fit the experiment's codec to its training masks and write it to `codec.artifact`.
 
-    The masks come in an order drawn from the experiment's seed. Beside the artifact a `.partial` file keeps what was
-    learnt so far; the same call after an interruption goes on from there and ends with the same tables, bit by bit.
+    The order of the masks follows from the experiment's seed. Beside the artifact a `.partial` file keeps the state of
+    the fit; the same call after an interruption resumes from there and ends with the same tables, bit by bit.
 
     Args:
         experiment: sections `codec` and `data` and the seed are read; images are not needed.
-        max_objects: fit to so many objects only, drawn at random. None: all.
+        max_objects: number of objects to fit to, drawn at random. None: all.
         seconds_between_saves: after which the `.partial` file is written again.
 
     Returns:
-        What the file says of itself. Where it is there already, fitted to the same data, nothing is done.
+        The description of the file. Where it exists already, fitted to the same data, nothing is done.
 
     Raises:
-        ConfigError: the code needs no fitting, scikit-learn is missing, or the file exists and holds something else.
+        ConfigError: the codec needs no fitting, scikit-learn is missing, or the file exists and holds something else.
         DataError: the annotations cannot be used, or hold no object.
     """
     codec, path = new_codec(experiment), Path(experiment.codec.artifact)
@@ -72,12 +73,12 @@ def fit_codec(
 
     objects = GroundTruth(annotations)
     if len(objects) == 0:
-        raise DataError(f"{annotations}: holds no object to fit a code to")
+        raise DataError(f"{annotations}: holds no object to fit a codec to")
     order = np.random.default_rng(experiment.seed).permutation(len(objects))[:max_objects]
     dataset |= {"objects": len(objects), "used": len(order)}
-    work = {"method": codec.method, "mask_size": codec.mask_size, "vector_dim": codec.vector_dim, **codec.settings}
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _PartialFit(path.with_suffix(".partial"), work | dataset | {"seed": experiment.seed})
+    partial = _PartialFit(path.with_suffix(".partial"), identity(codec) | dataset | {"seed": experiment.seed})
     _learn(fit, objects, order, codec.mask_size, partial, seconds_between_saves)
     codec.load_state_dict(fit.tables())
     quality = measure_quality(codec.eval(), objects.box_masks(order[:SAMPLED_MASKS], codec.mask_size))
@@ -87,7 +88,7 @@ def fit_codec(
 
 
 def check_fitted_data(experiment: Experiment) -> None:
-    """Refuse to train with a code that was fitted to other masks: boxes would be learnt, masks would not.
+    """Reject a training with a codec that was fitted to other masks: boxes would be learnt, masks would not.
 
     Raises:
         ConfigError: `codec.artifact` is missing, or was fitted to other annotations than the training's.
@@ -103,13 +104,13 @@ def check_fitted_data(experiment: Experiment) -> None:
         raise ConfigError(
             f"codec.artifact: {path} was fitted to {fitted_on.get('annotations')} with {fitted_on.get('objects')} "
             f"objects, not to this training's {annotations}: its masks would come out wrong while the boxes look fine. "
-            "Fit a code to this data: solq-lab fit-codec EXPERIMENT codec.artifact=NEW_FILE"
+            "Fit a codec to this data: solq-lab fit-codec EXPERIMENT codec.artifact=NEW_FILE"
         )
 
 
 @torch.inference_mode()
 def measure_quality(codec: MaskCodec, masks: Tensor) -> dict[str, Any]:
-    """How much of masks (K, N, N) bool survives encoding and decoding, K at least 1.
+    """Quality of the reconstructions of masks (K, N, N) bool, K at least 1.
 
     Returns:
         "explained_variance": one minus the squared error over the squared deviation from the mean mask (0 where all
@@ -118,23 +119,23 @@ def measure_quality(codec: MaskCodec, masks: Tensor) -> dict[str, Any]:
     mean = masks.float().mean(dim=0)
     error = deviation = overlap = 0.0
     for batch in masks.split(256):
-        cells = batch.float()
+        pixels = batch.float()
         decoded = reconstruct(codec, batch)
         overlap += box_frame_iou(decoded.masks, batch).sum().item()
-        error += (decoded.decoded - cells).square().sum(dtype=torch.float64).item()
-        deviation += (cells - mean).square().sum(dtype=torch.float64).item()
+        error += (decoded.decoded - pixels).square().sum(dtype=torch.float64).item()
+        deviation += (pixels - mean).square().sum(dtype=torch.float64).item()
     explained = 1 - error / deviation if deviation else 0.0
     return {"explained_variance": explained, "mean_iou": overlap / len(masks), "masks": len(masks)}
 
 
 class _PartialFit:
-    """The file that an interrupted fit goes on from, and what it has to be about for that."""
+    """The state of an interrupted fit in a file, and the facts that have to agree to resume from it."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self._about = path, about
 
     def restore(self, fit: CodecFit) -> int:
-        """Number of masks that the file's fit had seen, after `fit` was put into its state; 0 without a usable file."""
+        """Restore the state of `fit`; return the number of masks it had seen, 0 without a usable file."""
         if not self.path.exists():
             return 0
         try:
@@ -146,7 +147,7 @@ class _PartialFit:
             log.warning("%s: belongs to another fit (other data, sizes, settings or seed); starting anew", self.path)
             return 0
         fit.restore(state)
-        log.info("%s: going on after %d masks", self.path, header["seen"])
+        log.info("%s: resuming after %d masks", self.path, header["seen"])
         return header["seen"]
 
     def save(self, fit: CodecFit, seen: int) -> None:
@@ -161,7 +162,7 @@ def _learn(
     partial: _PartialFit,
     seconds_between_saves: float,
 ) -> None:
-    """Show the fit all masks in `order`; batches lie the same wherever an earlier process stopped."""
+    """Feed all masks in `order` to the fit; batches are the same wherever an earlier process stopped."""
     seen = partial.restore(fit)
     saved = time.monotonic()
     interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
@@ -177,15 +178,14 @@ def _learn(
 
 
 def _already_there(path: Path, codec: FittedCodec, dataset: dict[str, Any]) -> Description:
-    """The description of a finished artifact, where it is the wanted one."""
+    """The description of a finished artifact, if it is the requested one."""
     try:
         about = read_description(path)
     except ArtifactError as error:
         raise ConfigError(f"codec.artifact: {error}") from None
-    same_code = (about.method, about.mask_size, about.vector_dim) == (codec.method, codec.mask_size, codec.vector_dim)
     same_data = about.dataset.get("sha256") == dataset["sha256"]
-    if not (same_code and about.settings == codec.settings and same_data):
-        what = "another code" if same_data else f"a code fitted to {about.dataset.get('annotations')}, other data"
+    if not (identity(about) == identity(codec) and same_data):
+        what = "another codec" if same_data else f"a codec fitted to {about.dataset.get('annotations')}, other data"
         raise ConfigError(
             f"codec.artifact: {path} exists and holds {what}; it is not written over: remove it, or name another file "
             "(codec.artifact=FILE)"

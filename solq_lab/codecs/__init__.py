@@ -1,1 +1,1 @@
-"""Mask codes: DCT first. Paper: section 3.2."""
+"""Mask codecs. Paper: section 3.2."""

@@ -1,4 +1,4 @@
-"""What a mask code is: a map from N x N binary masks to short vectors and back. Paper: section 3.2."""
+"""The interface of mask codecs: a map from N x N binary masks to short vectors and back. Paper: section 3.2."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 Threshold = Literal["middle", "half"]
-FLAT = 1e-3  # range below which a reconstruction is constant but for rounding, also in half precision
+FLAT = 1e-3  # range below which a reconstruction is constant up to rounding, also in half precision
 
 
 class MaskCodec(nn.Module, ABC):
-    """A code for binary masks in the box frame.
+    """A codec for binary masks in the box frame.
 
-    It is a module so that its tables move with `.to(device)` and travel in a state dict; it has no trained parameters.
+    It is a module so that its tables move with `.to(device)` and are part of a state dict; it has no parameters.
 
     Attributes:
-        mask_size: side N of the masks, cells.
+        mask_size: side N of the masks, mask pixels.
         vector_dim: length D (n_k in the paper) of the vectors.
         loss: the loss its vectors are trained with: "l1" (eq. 5) or "l2_dice" (table 3a, flatten; the released PCA).
-        threshold: how `binarize` cuts: "middle" of each reconstruction's range, as released, or at "half" (0.5).
+        threshold: of `binarize`: the "middle" of each reconstruction's range, as released, or "half" (0.5).
     """
 
     loss: Literal["l1", "l2_dice"] = "l1"
@@ -45,7 +45,7 @@ class MaskCodec(nn.Module, ABC):
         return cls(mask_size, vector_dim, **options)
 
     def fit(self, masks: Iterable[Tensor], *, seed: int = 0) -> None:
-        """Learn the code's tables from batches of masks (K, N, N) bool. Analytic codes ignore it."""
+        """Learn the codec's tables from batches of masks (K, N, N) bool. Analytic codecs ignore it."""
 
     @abstractmethod
     def encode(self, masks: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ class MaskCodec(nn.Module, ABC):
         """Real-valued reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype. K may be 0."""
 
     def binarize(self, decoded: Tensor) -> Tensor:
-        """Masks (K, N, N) bool of reconstructions (K, N, N): cells strictly above the threshold.
+        """Binary masks (K, N, N) bool of reconstructions (K, N, N): pixels strictly above the threshold.
 
-        The released implementation cuts at the middle of each reconstruction's range, (max + min) / 2. That of a full
-        mask has no range but rounding, in which the rule would find nothing or noise: a flat one is cut at 0.5.
+        The released implementation cuts at the middle of each reconstruction's range, (max + min) / 2. A full mask has
+        a flat reconstruction, whose range is rounding noise: it is cut at 0.5.
 
         Raises:
             ValueError: `threshold` is neither "middle" nor "half".
@@ -71,8 +71,8 @@ class MaskCodec(nn.Module, ABC):
                 return decoded > middle_of_range(decoded)[:, None, None]
         raise ValueError(f"threshold {self.threshold!r}: allowed are 'middle' and 'half'")
 
-    def decode_bits(self, vectors: Tensor) -> Tensor:
-        """Masks (K, N, N) bool of vectors (K, D): `binarize(decode(vectors))`, which a code may know a short cut to."""
+    def decode_masks(self, vectors: Tensor) -> Tensor:
+        """Masks (K, N, N) bool of vectors (K, D): `binarize(decode(vectors))`, or a faster equivalent."""
         return self.binarize(self.decode(vectors))
 
     def check_masks(self, masks: Tensor) -> None:
@@ -87,10 +87,10 @@ class MaskCodec(nn.Module, ABC):
 
 
 class CodecFit(ABC):
-    """The learning of a code's tables, batch after batch; it can stop after any of them and go on from its state.
+    """Fit of a codec's tables, batch after batch; it can stop after any batch and resume from its state.
 
     Attributes:
-        batch_size: masks that one `update` is meant to see.
+        batch_size: number of masks of one `update`.
     """
 
     batch_size: int
@@ -101,19 +101,19 @@ class CodecFit(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """All that was learnt so far; a fresh fit that is given it by `restore` goes on in the very same way."""
+        """The state of the fit; a fresh fit that restores it continues identically."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where the fit that gave `state` stood."""
+        """Resume from the `state` of another fit."""
 
     @abstractmethod
     def tables(self) -> dict[str, Tensor]:
-        """The code's tables as a state dict, after one `update` at least."""
+        """The codec's tables as a state dict, after one `update` at least."""
 
 
 class FittedCodec(MaskCodec):
-    """A code whose tables are learnt from masks. Until then they are zero, and encoding and decoding are refused.
+    """A codec whose tables are learnt from masks. Until then they are zero, and encoding and decoding raise.
 
     Attributes:
         method: name of the kind, in files and experiments.
@@ -125,7 +125,7 @@ class FittedCodec(MaskCodec):
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__(mask_size, vector_dim)
         self.fitted = False
-        self.register_load_state_dict_post_hook(_note_tables)
+        self.register_load_state_dict_post_hook(_mark_fitted)
 
     @property
     @abstractmethod
@@ -134,7 +134,7 @@ class FittedCodec(MaskCodec):
 
     @abstractmethod
     def start_fit(self, seed: int = 0) -> CodecFit:
-        """The learning of this code's tables from nothing; `load_state_dict(fit.tables())` takes them over."""
+        """A new fit; `load_state_dict(fit.tables())` finishes it."""
 
     def fit(self, masks: Iterable[Tensor], *, seed: int = 0) -> None:
         """Learn the tables from batches of masks (K, N, N) bool, each read once.
@@ -161,7 +161,7 @@ class FittedCodec(MaskCodec):
 
 
 def describe_codec(codec: MaskCodec | None) -> dict[str, Any] | None:
-    """What tells one code from another, as JSON types; None without a code.
+    """The identity of a codec as JSON types; None without a codec.
 
     Returns:
         Its "kind", "mask_size", "vector_dim", "threshold", and the "sha256" of its tables.
@@ -181,7 +181,7 @@ def describe_codec(codec: MaskCodec | None) -> dict[str, Any] | None:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`dtype`, or float64 where the user lets float32 products round their factors (TF32, bf16)."""
+    """`dtype`, or float64 where float32 products may round their factors (TF32, bf16)."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     return dtype if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
 
@@ -190,11 +190,11 @@ def middle_of_range(decoded: Tensor) -> Tensor:
     """(K,) middles of the ranges of reconstructions (K, N, N), 0.5 where one is flat."""
     if decoded.shape[0] == 0:  # not len(), which would pin the number of masks in an exported graph
         return decoded.new_zeros(0)
-    cells = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
-    low, high = cells.amin(dim=1), cells.amax(dim=1)
+    pixels = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
+    low, high = pixels.amin(dim=1), pixels.amax(dim=1)
     return torch.where(high - low < FLAT, 0.5, (high + low) / 2)
 
 
-def _note_tables(codec: FittedCodec, _incompatible: object) -> None:
-    """After tables were loaded; those of a code that was never fitted are zero."""
+def _mark_fitted(codec: FittedCodec, _incompatible: object) -> None:
+    """Set `fitted` after loading; the tables of a codec that was never fitted are zero."""
     codec.fitted = any(bool(table.any()) for table in codec.buffers())

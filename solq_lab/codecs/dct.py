@@ -1,4 +1,4 @@
-"""The paper's mask code: the low frequencies of a cosine transform. Paper: section 3.2, "DCT"."""
+"""The paper's mask codec: the low frequencies of a cosine transform. Paper: section 3.2, "DCT"."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DCTCodec(MaskCodec):
     Nothing is scaled: the first entry of a full mask's vector is N, and every entry weighs the same in an L1 loss.
 
     The kept coefficients fill only a corner of the spectrum (23 x 23 of 128 x 128 for 256 of them), so both ways are
-    two thin matrix products per mask instead of a full transform: in plain torch, or in `cuda/dct_cpu.cpp`, which knows
+    two thin matrix products per mask instead of a full transform: in plain torch, or in `cuda/dct_cpu.cpp`, which uses
     that a bool mask is a few runs of ones and that basis functions are symmetric.
     """
 
@@ -51,7 +51,7 @@ class DCTCodec(MaskCodec):
         # The tables follow from the two sizes, so no state dict carries them. They stay float64; each call rounds them.
         self.register_buffer("row_basis", cosine_basis(mask_size, rows), persistent=False)
         self.register_buffer("column_basis", cosine_basis(mask_size, columns), persistent=False)
-        self.register_buffer("kept", row * columns + column, persistent=False)  # places in the rows x columns corner
+        self.register_buffer("kept", row * columns + column, persistent=False)  # indexes in the rows x columns corner
 
     def encode(self, masks: Tensor) -> Tensor:
         """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
@@ -92,22 +92,22 @@ class DCTCodec(MaskCodec):
             rows_back = self.row_basis.to(exact).T.expand(vectors.shape[0], -1, -1)
             return torch.bmm(rows_back, half).to(vectors.dtype)  # (K, N, N)
 
-    def decode_bits(self, vectors: Tensor) -> Tensor:
-        """Masks (K, N, N) bool of vectors (K, D); compiled, each mask goes from floats to bits while it is in cache.
+    def decode_masks(self, vectors: Tensor) -> Tensor:
+        """Masks (K, N, N) bool of vectors (K, D); compiled, each mask is binarized while it is in cache.
 
         Raises:
             ValueError: the vectors are not D long.
         """
         self.check_vectors(vectors)
-        # Other types of vectors are rounded to after decoding, before the cut.
+        # Vectors of other types: decoding rounds to them before the threshold.
         if self.threshold == "middle" and vectors.dtype == torch.float32:
             compiled = _compiled("dct_decode_bits", vectors, product_dtype(vectors.dtype, vectors.device))
             if compiled is not None:
                 return compiled(vectors, self.row_basis, self.column_basis, self.kept)
-        return super().decode_bits(vectors)
+        return super().decode_masks(vectors)
 
 
 def _compiled(name: str, tensor: Tensor, exact: torch.dtype) -> Callable[..., Tensor] | None:
-    """The C++ operator where it serves: float32 on the CPU, outside of autograd and of graphs that are being traced."""
+    """The C++ operator where it applies: float32 on the CPU, outside of autograd and tracing."""
     traced = torch.compiler.is_compiling() or (tensor.requires_grad and torch.is_grad_enabled())
     return None if tensor.device.type != "cpu" or exact != torch.float32 or traced else cpu_operator(name)

@@ -1,4 +1,4 @@
-"""The mask itself as its vector, on a coarser grid where it is to be shorter. Paper: table 3a, row "Flatten"."""
+"""The mask itself as its vector, on a coarser grid for a shorter one. Paper: table 3a, row "Flatten"."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from solq_lab.codecs.base import MaskCodec, product_dtype
 
 
 class FlattenCodec(MaskCodec):
-    """The N x N cells as N*N numbers, trained by their squared distance and the dice overlap of what they decode to.
+    """The N x N mask pixels as N*N numbers, trained by squared distance and the dice overlap of the decoded masks.
 
-    A shorter vector holds a coarser grid of s x s = D cells: encoding averages the mask over each coarse cell, decoding
-    interpolates between their centres. With D = N*N, the paper's 28 x 28, both leave the cells as they are.
+    A shorter vector holds a coarser grid of s x s = D cells: encoding averages the mask over each cell, decoding
+    interpolates between their centres. With D = N*N, the paper's 28 x 28, both are the identity.
 
     Args:
-        mask_size: side N of the masks, cells.
+        mask_size: side N of the masks, mask pixels.
         vector_dim: a square number D; None: N*N.
 
     Raises:
@@ -60,7 +60,7 @@ class FlattenCodec(MaskCodec):
 
 
 def cell_overlap(cells: int, coarse: int) -> Tensor:
-    """(coarse, cells) float64: the share of each coarse cell that each fine one covers, along one axis."""
+    """(coarse, cells) float64: the share of each coarse cell that each mask pixel covers, along one axis."""
     edges = torch.arange(cells + 1, dtype=torch.float64) * coarse / cells  # of the fine cells, in coarse ones
     starts = torch.arange(coarse, dtype=torch.float64).unsqueeze(1)
     inside = edges.clamp(min=starts, max=starts + 1)  # (coarse, cells + 1)
@@ -68,9 +68,9 @@ def cell_overlap(cells: int, coarse: int) -> Tensor:
 
 
 def hat_weights(coarse: int, cells: int) -> Tensor:
-    """(cells, coarse) float64: weights of linear interpolation from coarse centres to fine ones, along one axis."""
+    """(cells, coarse) float64: weights of linear interpolation from coarse centres to mask pixels, along one axis."""
     position = (torch.arange(cells, dtype=torch.float64) + 0.5) * coarse / cells - 0.5  # in coarse centres
-    position = position.clamp(0, coarse - 1).unsqueeze(1)  # beyond the outermost centres they are continued
+    position = position.clamp(0, coarse - 1).unsqueeze(1)  # constant beyond the outermost centres
     return (1 - (position - torch.arange(coarse, dtype=torch.float64)).abs()).clamp(min=0)
 
 

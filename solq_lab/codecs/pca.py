@@ -12,7 +12,7 @@ from torch import Tensor
 
 from solq_lab.codecs.base import CodecFit, FittedCodec, product_dtype
 
-CELLS_PER_UPDATE = 2**24  # 1024 masks of 128 x 128: bounds the memory of an update (float64: 128 MiB per copy)
+PIXELS_PER_UPDATE = 2**24  # 1024 masks of 128 x 128: bounds the memory of an update (float64: 128 MiB per copy)
 MIN_LABEL_NOISE, MAX_LABEL_NOISE = 0.01, 0.05  # of the released inverse sigmoid
 
 
@@ -20,15 +20,15 @@ class PCACodec(FittedCodec):
     """Coordinates of a mask along the first D principal components P of the training masks, v = m P.
 
     As eq. 4 writes it, nothing is subtracted or scaled: encoding is linear, an empty mask is the zero vector. The
-    released code differs, see `released`.
+    released implementation differs, see `released`.
 
     Args:
-        mask_size: side N of the masks, cells.
+        mask_size: side N of the masks, mask pixels.
         vector_dim: number D of components.
         centered: subtract the mean mask first.
-        whitened: divide each coordinate by its spread over the training masks.
-        inverse_sigmoid: code logits instead of the masks, see `doubt_moments`; decoding ends in a sigmoid. In training
-            mode `encode` draws the doubt anew for every cell; after `.eval()` it takes the mean logit.
+        whitened: divide each coordinate by its std over the training masks.
+        inverse_sigmoid: encode logits of noisy labels instead of the masks, see `noise_moments`; decoding ends in a
+            sigmoid. In training mode `encode` draws the label noise for every pixel; in evaluation it takes the mean.
     """
 
     method = "pca"
@@ -64,65 +64,65 @@ class PCACodec(FittedCodec):
         return {"centered": self.centered, "whitened": self.whitened, "inverse_sigmoid": self.inverse_sigmoid}
 
     def start_fit(self, seed: int = 0) -> PCAFit:
-        """The learning of the components; nothing about it is random."""
+        """A new fit; it uses no random numbers."""
         return PCAFit(self)
 
     def encode(self, masks: Tensor) -> Tensor:
         """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
 
         Raises:
-            ValueError: the masks are not N x N, or the code has no tables yet.
+            ValueError: the masks are not N x N, or the codec has no tables yet.
         """
         self._check_fitted()
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
         exact = product_dtype(dtype, masks.device)
-        cells = masks.flatten(1).to(exact)  # (K, N, N) -> (K, N*N)
+        pixels = masks.flatten(1).to(exact)  # (K, N, N) -> (K, N*N)
         with torch.autocast(masks.device.type, enabled=False):
             if self.inverse_sigmoid:
-                cells = (2 * cells - 1) * self._logit_size(cells)
-            vectors = (cells - self.mean.to(exact)) @ self.components.to(exact).T
+                pixels = (2 * pixels - 1) * self._logit_size(pixels)
+            vectors = (pixels - self.mean.to(exact)) @ self.components.to(exact).T
             return (vectors / self.scale.to(exact)).to(dtype)
 
     def decode(self, vectors: Tensor) -> Tensor:
         """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype.
 
         Raises:
-            ValueError: the vectors are not D long, or the code has no tables yet.
+            ValueError: the vectors are not D long, or the codec has no tables yet.
         """
         self._check_fitted()
         self.check_vectors(vectors)
         exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
         with torch.autocast(vectors.device.type, enabled=False):
             scaled = vectors.to(exact) * self.scale.to(exact)
-            cells = torch.addmm(self.mean.to(exact), scaled, self.components.to(exact))
-            cells = cells.sigmoid() if self.inverse_sigmoid else cells
-        return cells.to(vectors.dtype).unflatten(1, (self.mask_size, self.mask_size))  # (K, N*N) -> (K, N, N)
+            pixels = torch.addmm(self.mean.to(exact), scaled, self.components.to(exact))
+            pixels = pixels.sigmoid() if self.inverse_sigmoid else pixels
+        return pixels.to(vectors.dtype).unflatten(1, (self.mask_size, self.mask_size))  # (K, N*N) -> (K, N, N)
 
-    def _logit_size(self, cells: Tensor) -> Tensor | float:
-        """How far from zero the logit of each cell lies: drawn in training, else its mean."""
+    def _logit_size(self, pixels: Tensor) -> Tensor | float:
+        """Absolute logit of each pixel: drawn in training, else its mean."""
         if not self.training:
-            return doubt_moments()[0]
-        doubt = (MAX_LABEL_NOISE * torch.rand_like(cells)).clamp(min=MIN_LABEL_NOISE)
-        return -doubt.logit()
+            return noise_moments()[0]
+        noise = (MAX_LABEL_NOISE * torch.rand_like(pixels)).clamp(min=MIN_LABEL_NOISE)
+        return -noise.logit()
 
 
 class PCAFit(CodecFit):
     """Principal components of a stream of masks, in memory for a few hundred of them (Ross et al., IJCV 2008).
 
     Kept are `rank` orthogonal rows R with R^T R close to the sum of all m^T m, of deviations from the mean where the
-    code is centered. Each batch is stacked below them and the stack turned so that its first `rank` rows hold most of
-    it; the rest is let go. As long as all masks together span at most `rank` dimensions nothing is lost, so small
-    masks (N*N up to `rank`) are fitted exactly; with twice the D components kept, the first D hardly notice the rest.
+    codec is centered. Each batch is stacked below them, and the strongest `rank` rows of the rotated stack are kept. As
+    long as all masks together span at most `rank` dimensions nothing is lost, so small masks (N*N up to `rank`) are
+    fitted exactly; with twice the D components kept, truncation hardly changes the first D.
     """
 
     def __init__(self, codec: PCACodec) -> None:
         self._codec = codec
-        cells = codec.mask_size**2
-        self.batch_size = max(1, min(1024, CELLS_PER_UPDATE // cells))
-        self._rank = min(cells, 2 * codec.vector_dim + 256)
-        self._rows = torch.zeros(0, cells, dtype=torch.float64)
-        self._mean = torch.zeros(cells, dtype=torch.float64)
+        pixels = codec.mask_size**2
+        self.batch_size = max(1, min(1024, PIXELS_PER_UPDATE // pixels))
+        self._rank = min(pixels, 2 * codec.vector_dim + 256)
+        self._rows = torch.zeros(0, pixels, dtype=torch.float64)
+        self._mean = torch.zeros(pixels, dtype=torch.float64)
         self._count = 0
 
     def update(self, masks: Tensor) -> None:
@@ -152,37 +152,37 @@ class PCAFit(CodecFit):
         kept = min(found, codec.vector_dim)
         variance[:kept] = sizes[:kept].square() / max(self._count - 1, 1)
         rows[:kept] = _with_fixed_signs(components[:kept])
-        if codec.inverse_sigmoid:  # of a logit, +-L for a cell in or out: L is independent of the mask
-            size, spread = doubt_moments()
-            mean, variance[:kept] = size * (2 * mean - 1), 4 * size**2 * variance[:kept] + spread**2
+        if codec.inverse_sigmoid:  # of a logit, +-L for a pixel in or out: L is independent of the mask
+            size, std = noise_moments()
+            mean, variance[:kept] = size * (2 * mean - 1), 4 * size**2 * variance[:kept] + std**2
         scale = variance.sqrt() if codec.whitened else torch.ones_like(variance)
         scale[kept:] = 1
         return {"components": rows.float(), "mean": mean.float(), "scale": scale.float()}
 
 
-def doubt_moments() -> tuple[float, float]:
-    """Mean and standard deviation of L, how far from zero the released inverse sigmoid puts a cell's logit.
+def noise_moments() -> tuple[float, float]:
+    """Mean and std of L, the absolute logit of a pixel in the released inverse sigmoid of noisy labels.
 
-    A cell in the mask has probability 1 - u, one outside u, with u = max(0.01, 0.05 r) and r uniform in 0..1; so L is
-    log((1 - u) / u). The released code draws u for every cell when it fits; its mean and variance give the same tables
-    without the draw's chance.
+    A pixel in the mask has probability 1 - u, one outside u, with label noise u = max(0.01, 0.05 r) and r uniform in
+    0..1; so L is log((1 - u) / u). The released implementation draws u for every pixel of a fit; mean and variance give
+    the same tables without random numbers.
     """
     nodes, weights = np.polynomial.legendre.leggauss(64)
-    share = MIN_LABEL_NOISE / MAX_LABEL_NOISE  # of the draws, at the least doubt
-    doubt = MIN_LABEL_NOISE + (MAX_LABEL_NOISE - MIN_LABEL_NOISE) * (nodes + 1) / 2
-    doubt = np.append(doubt, MIN_LABEL_NOISE)
+    share = MIN_LABEL_NOISE / MAX_LABEL_NOISE  # of the draws, at the least noise
+    noise = MIN_LABEL_NOISE + (MAX_LABEL_NOISE - MIN_LABEL_NOISE) * (nodes + 1) / 2
+    noise = np.append(noise, MIN_LABEL_NOISE)
     weights = np.append(weights / 2 * (1 - share), share)
-    logits = np.log((1 - doubt) / doubt)
+    logits = np.log((1 - noise) / noise)
     mean = float(weights @ logits)
     return mean, math.sqrt(float(weights @ (logits - mean) ** 2))
 
 
 def _strongest_rows(rows: Tensor, count: int) -> Tensor:
     """At most `count` orthogonal rows S, the strongest first, with S^T S the best fit of that rank to rows^T rows."""
-    length, cells = rows.shape
+    length, pixels = rows.shape
     if length <= count:
         return rows
-    if cells < length:
+    if pixels < length:
         sizes, vectors = torch.linalg.eigh(rows.T @ rows)
         return sizes.clamp(min=0).sqrt().flip(0)[:count, None] * vectors.T.flip(0)[:count]
     _, vectors = torch.linalg.eigh(rows @ rows.T)
@@ -190,6 +190,6 @@ def _strongest_rows(rows: Tensor, count: int) -> Tensor:
 
 
 def _with_fixed_signs(components: Tensor) -> Tensor:
-    """Components (k, cells) turned so that the largest entry of each is positive; their sign is arbitrary otherwise."""
+    """Components (k, N*N) with the sign that makes the largest entry of each positive."""
     largest = components.abs().argmax(dim=1, keepdim=True)
     return components * components.gather(1, largest).sign()

@@ -1,6 +1,6 @@
 """Few atoms of a learnt dictionary. Paper: section 3.2, eq. 3; table 3a, row "Sparse Coding".
 
-Shape letters beside the usual ones: N*N cells of a mask, D atoms.
+Shape letters beside the usual ones: N*N mask pixels, D atoms.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from solq_lab.codecs.base import CodecFit, FittedCodec, product_dtype
 
-STEPS_BETWEEN_LOOKS = 10  # of the solver, at which codes are found to be finished
+STEPS_PER_CHECK = 10  # of the solver, between two tests for convergence
 MAX_STEPS = 5000
 MASKS_PER_UPDATE = 256
 
 
 class SparseCodingCodec(FittedCodec):
-    """The Lasso code of a mask over D unit atoms: v minimises 1/2 ||m - v A||^2 + beta ||v||_1 for the dictionary A.
+    """Lasso coefficients of a mask on D unit atoms: v minimises 1/2 ||m - v A||^2 + beta ||v||_1 for the dictionary A.
 
     Encoding is neither linear nor differentiable; decoding, v A, is both.
 
     Args:
-        mask_size: side N of the masks, cells.
+        mask_size: side N of the masks, mask pixels.
         vector_dim: number D of atoms.
-        beta: price of a coefficient; at 0 < beta the larger, the fewer of them. The paper does not give its value.
-        tolerance: codes are final when their duality gap is below this share of 1/2 ||m||^2.
+        beta: weight of the L1 norm; the larger, the fewer coefficients. The paper does not give its value.
+        tolerance: coefficients are final when their duality gap is below this share of 1/2 ||m||^2.
 
     Raises:
         ValueError: sizes that do not fit, beta or tolerance not positive.
@@ -48,7 +48,7 @@ class SparseCodingCodec(FittedCodec):
         return {"beta": self.beta}
 
     def start_fit(self, seed: int = 0) -> DictionaryFit:
-        """The learning of the atoms by scikit-learn.
+        """A new fit by scikit-learn.
 
         Raises:
             ValueError: scikit-learn is not installed.
@@ -60,37 +60,37 @@ class SparseCodingCodec(FittedCodec):
         """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
 
         Raises:
-            ValueError: the masks are not N x N, or the code has no tables yet.
+            ValueError: the masks are not N x N, or the codec has no tables yet.
         """
         self._check_fitted()
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
         exact = product_dtype(dtype, masks.device)
-        cells, atoms = masks.flatten(1).to(exact), self.atoms.to(exact)  # (K, N, N) -> (K, N*N)
+        pixels, atoms = masks.flatten(1).to(exact), self.atoms.to(exact)  # (K, N, N) -> (K, N*N)
         with torch.autocast(masks.device.type, enabled=False):
-            energy = cells.square().sum(dim=1)
-            codes = lasso_codes(cells @ atoms.T, atoms @ atoms.T, energy, beta=self.beta, tolerance=self.tolerance)
-        return codes.to(dtype)
+            energy = pixels.square().sum(dim=1)
+            vectors = solve_lasso(pixels @ atoms.T, atoms @ atoms.T, energy, beta=self.beta, tolerance=self.tolerance)
+        return vectors.to(dtype)
 
     def decode(self, vectors: Tensor) -> Tensor:
         """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype.
 
         Raises:
-            ValueError: the vectors are not D long, or the code has no tables yet.
+            ValueError: the vectors are not D long, or the codec has no tables yet.
         """
         self._check_fitted()
         self.check_vectors(vectors)
         exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
         with torch.autocast(vectors.device.type, enabled=False):
-            cells = vectors.to(exact) @ self.atoms.to(exact)
-        return cells.to(vectors.dtype).unflatten(1, (self.mask_size, self.mask_size))  # (K, N*N) -> (K, N, N)
+            pixels = vectors.to(exact) @ self.atoms.to(exact)
+        return pixels.to(vectors.dtype).unflatten(1, (self.mask_size, self.mask_size))  # (K, N*N) -> (K, N, N)
 
 
 class DictionaryFit(CodecFit):
     """scikit-learn's mini-batch dictionary learning (Mairal et al., JMLR 2010), started from training masks.
 
-    Every step draws from a generator of its own, seeded by the seed and the step's number, so that a restored fit takes
-    the same steps as one that never stopped.
+    Every step has its own generator, seeded by the seed and the step's number, so that a restored fit takes the same
+    steps as one that never stopped.
     """
 
     def __init__(self, codec: SparseCodingCodec, seed: int) -> None:
@@ -101,20 +101,20 @@ class DictionaryFit(CodecFit):
                 "fitting a sparse-coding dictionary needs scikit-learn: pip install 'solq-lab[sparse]'"
             ) from None
         self._codec, self._seed = codec, seed
-        self._cells = codec.mask_size**2
+        self._pixels = codec.mask_size**2
         self._learner = MiniBatchDictionaryLearning(codec.vector_dim, alpha=codec.beta, fit_algorithm="cd")
-        self.batch_size = max(MASKS_PER_UPDATE, codec.vector_dim)  # the first batch starts the atoms
+        self.batch_size = max(MASKS_PER_UPDATE, codec.vector_dim)  # the first batch initialises the atoms
 
     def update(self, masks: Tensor) -> None:
         """Learn from masks (K, N, N) bool, K at least 1."""
-        cells = masks.flatten(1).to("cpu", torch.float64).numpy()  # (K, N, N) -> (K, N*N)
+        pixels = masks.flatten(1).to("cpu", torch.float64).numpy()  # (K, N, N) -> (K, N*N)
         step = getattr(self._learner, "n_steps_", 0)
         random = np.random.RandomState(np.random.SeedSequence((self._seed, step)).generate_state(4))
         if step == 0:
-            self._learner.set_params(dict_init=self._first_atoms(cells, random), random_state=random)
+            self._learner.set_params(dict_init=self._first_atoms(pixels, random), random_state=random)
         else:
             self._learner._random_state = random
-        self._step(cells)
+        self._step(pixels)
 
     def state(self) -> dict[str, Tensor]:
         learner = self._learner
@@ -126,9 +126,9 @@ class DictionaryFit(CodecFit):
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        # A first step on one empty mask makes scikit-learn set up what its later steps expect to find.
+        # A first step on one empty mask makes scikit-learn create the attributes of its later steps.
         self._learner.set_params(dict_init=state["atoms"].numpy().copy())
-        self._step(np.zeros((1, self._cells)))
+        self._step(np.zeros((1, self._pixels)))
         self._learner.components_ = np.asfortranarray(state["atoms"].numpy())
         self._learner._A = state["code_products"].numpy().copy()
         self._learner._B = state["mask_products"].numpy().copy()
@@ -139,76 +139,79 @@ class DictionaryFit(CodecFit):
         lengths = atoms.norm(dim=1, keepdim=True)  # at most one: scikit-learn only bounds them
         return {"atoms": (atoms / lengths.clamp(min=1e-12)).float()}
 
-    def _first_atoms(self, cells: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+    def _first_atoms(self, pixels: np.ndarray, random: np.random.RandomState) -> np.ndarray:
         """(D, N*N) atoms of length one: masks of the first batch, each once, and noise where there are too few."""
-        atoms = random.standard_normal((self._codec.vector_dim, self._cells))
-        chosen = random.permutation(np.flatnonzero(cells.any(axis=1)))[: len(atoms)]
-        atoms[: len(chosen)] = cells[chosen] + 0.01 * atoms[: len(chosen)]  # noise parts the masks that are alike
+        atoms = random.standard_normal((self._codec.vector_dim, self._pixels))
+        chosen = random.permutation(np.flatnonzero(pixels.any(axis=1)))[: len(atoms)]
+        atoms[: len(chosen)] = pixels[chosen] + 0.01 * atoms[: len(chosen)]  # noise separates equal masks
         return atoms / np.linalg.norm(atoms, axis=1, keepdims=True)
 
-    def _step(self, cells: np.ndarray) -> None:
+    def _step(self, pixels: np.ndarray) -> None:
         from sklearn.exceptions import ConvergenceWarning
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a step towards the atoms needs no exact codes
-            self._learner.partial_fit(cells)
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a step of the atoms needs no exact coefficients
+            self._learner.partial_fit(pixels)
 
 
-def lasso_codes(correlation: Tensor, gram: Tensor, energy: Tensor, *, beta: float, tolerance: float) -> Tensor:
+def solve_lasso(correlation: Tensor, gram: Tensor, energy: Tensor, *, beta: float, tolerance: float) -> Tensor:
     """Minimisers v of 1/2 ||m - v A||^2 + beta ||v||_1, by accelerated proximal gradient steps (FISTA) on all at once.
 
-    Momentum is dropped where it points uphill (O'Donoghue and Candes, 2015). Every few steps the duality gap of each
-    code is measured; codes below the tolerance are final and leave the batch, so no code depends on its neighbours.
+    Momentum is reset where it points uphill (O'Donoghue and Candes, 2015). Every few steps the duality gap of each
+    minimiser is measured; those below the tolerance are final and leave the batch, so none depends on its neighbours.
 
     Args:
         correlation: m A^T, (K, D).
         gram: A A^T, (D, D).
         energy: ||m||^2, (K,).
-        beta: price of a coefficient, positive.
+        beta: weight of the L1 norm, positive.
         tolerance: largest duality gap, as a share of 1/2 ||m||^2.
 
     Returns:
-        (K, D) codes.
+        (K, D) vectors.
     """
-    codes = torch.zeros_like(correlation)
+    result = torch.zeros_like(correlation)
     if len(correlation) == 0:
-        return codes
+        return result
     step = 1 / torch.linalg.eigvalsh(gram)[-1].clamp(min=1e-12)
     open_rows = torch.arange(len(correlation), device=correlation.device)
-    code = ahead = codes.clone()
-    pace = correlation.new_ones(len(correlation), 1)
+    vectors = extrapolated = result.clone()
+    momentum = correlation.new_ones(len(correlation), 1)
     for number in range(MAX_STEPS):
-        if number % STEPS_BETWEEN_LOOKS == 0:
-            gap = duality_gap(code, correlation, gram, energy, beta=beta)
-            going_on = gap > tolerance * energy / 2
-            codes[open_rows] = code
-            if not going_on.any():
+        # Take finished minimisers out of the batch.
+        if number % STEPS_PER_CHECK == 0:
+            gap = duality_gap(vectors, correlation, gram, energy, beta=beta)
+            unfinished = gap > tolerance * energy / 2
+            result[open_rows] = vectors
+            if not unfinished.any():
                 break
-            rows = going_on.nonzero().squeeze(1)  # once: on a GPU each look at bits makes the host wait
+            rows = unfinished.nonzero().squeeze(1)  # once: on a GPU each boolean index makes the host wait
             open_rows, correlation, energy = open_rows[rows], correlation[rows], energy[rows]
-            code, ahead, pace = code[rows], ahead[rows], pace[rows]
-        moved = ahead + step * (correlation - ahead @ gram)
-        following = moved.sign() * (moved.abs() - step * beta).clamp(min=0)
-        uphill = ((ahead - following) * (following - code)).sum(dim=1, keepdim=True) > 0
-        pace = torch.where(uphill, 1.0, pace)
-        next_pace = (1 + (1 + 4 * pace.square()).sqrt()) / 2
-        ahead = following + (pace - 1) / next_pace * (following - code)
-        code, pace = following, next_pace
-    codes[open_rows] = code
-    return codes
+            vectors, extrapolated, momentum = vectors[rows], extrapolated[rows], momentum[rows]
+
+        # A gradient step, soft thresholding, and extrapolation.
+        moved = extrapolated + step * (correlation - extrapolated @ gram)
+        next_vectors = moved.sign() * (moved.abs() - step * beta).clamp(min=0)
+        uphill = ((extrapolated - next_vectors) * (next_vectors - vectors)).sum(dim=1, keepdim=True) > 0
+        momentum = torch.where(uphill, 1.0, momentum)
+        next_momentum = (1 + (1 + 4 * momentum.square()).sqrt()) / 2
+        extrapolated = next_vectors + (momentum - 1) / next_momentum * (next_vectors - vectors)
+        vectors, momentum = next_vectors, next_momentum
+    result[open_rows] = vectors
+    return result
 
 
-def duality_gap(code: Tensor, correlation: Tensor, gram: Tensor, energy: Tensor, *, beta: float) -> Tensor:
-    """How far, at most, the Lasso objective of each code (K, D) lies above its minimum: (K,).
+def duality_gap(vectors: Tensor, correlation: Tensor, gram: Tensor, energy: Tensor, *, beta: float) -> Tensor:
+    """Upper bound (K,) of the distance of the Lasso objective of vectors (K, D) from its minimum.
 
     The dual point is the residual r = m - v A, shrunk until no atom correlates with it by more than beta. All is
-    computed from products with the atoms, never from N*N cells.
+    computed from products with the atoms, never from N*N pixels.
     """
-    reach = code @ gram
-    fit = (code * correlation).sum(dim=1)
-    residual = (energy - 2 * fit + (code * reach).sum(dim=1)).clamp(min=0)  # ||r||^2
-    steepest = (correlation - reach).abs().amax(dim=1)
+    projected = vectors @ gram
+    fit = (vectors * correlation).sum(dim=1)
+    residual = (energy - 2 * fit + (vectors * projected).sum(dim=1)).clamp(min=0)  # ||r||^2
+    steepest = (correlation - projected).abs().amax(dim=1)
     shrink = (beta / steepest.clamp(min=beta)).clamp(max=1)
-    primal = residual / 2 + beta * code.abs().sum(dim=1)
+    primal = residual / 2 + beta * vectors.abs().sum(dim=1)
     dual = shrink * (energy - fit) - shrink.square() * residual / 2  # m.s - ||s||^2 / 2 of the dual point s
     return primal - dual

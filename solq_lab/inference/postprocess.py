@@ -16,7 +16,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.masks import encode_rle, paste_to_rle
 from solq_lab.structures import Detections, ImageMasks, LayerPrediction, unpadded_sizes
 
-CELLS_PER_CHUNK = 2**22  # mask cells decoded at once: 256 masks of 128 x 128, 16 MiB in float32
+PIXELS_PER_CHUNK = 2**22  # mask cells decoded at once: 256 masks of 128 x 128, 16 MiB in float32
 
 
 @torch.no_grad()
@@ -84,10 +84,10 @@ def _draw_masks(vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int
     box_of = boxes.new_empty(len(distinct), 4).index_copy_(0, place, boxes)  # same query, same box: any may win
     vectors = vectors[distinct.to(vectors.device, non_blocking=True)]
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    at_once = max(1, CELLS_PER_CHUNK // codec.mask_size**2)
+    at_once = max(1, PIXELS_PER_CHUNK // codec.mask_size**2)
     rles = []
     for some_vectors, some_boxes in zip(vectors.split(at_once), box_of.split(at_once), strict=True):
-        masks = codec.decode_bits(some_vectors).cpu()
+        masks = codec.decode_masks(some_vectors).cpu()
         rles += paste_to_rle(masks, some_boxes, size)
     return [dict(rles[row]) for row in place.tolist()]  # copies: a caller may rewrite its RLE's counts
 
@@ -103,7 +103,7 @@ def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[in
     logits = masks.logits[image, distinct.to(masks.logits.device, non_blocking=True)].unsqueeze(1)  # (k, 1, h, w)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rles = []
-    for some in logits.split(max(1, CELLS_PER_CHUNK // padding.numel())):
+    for some in logits.split(max(1, PIXELS_PER_CHUNK // padding.numel())):
         raised = F.interpolate(some, size=padding.shape, mode="bilinear")
         inside = (raised[..., :height, :width] > 0).byte()  # a sigmoid above one half
         rles += encode_rle(F.interpolate(inside, size=size).squeeze(1).bool())  # nearest

@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from solq_lab.build import build_codec
+from solq_lab.codecs.artifact import stored_path
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.config import ConfigError, Experiment, validate_experiment
@@ -243,8 +244,8 @@ class CodecBenchmark:
                     f"codec {setting.kind!r} has to be fitted, and no training annotations are named to fit it to; "
                     "name them (--fit-on FILE), or leave this codec out"
                 )
-            tables = _digest({"fit": self._fit(setting), "pca": setting.pca, "beta": setting.beta})
-            code["artifact"] = str(self.folder / "codecs" / f"{_file_name(setting)}-{tables}.safetensors")
+            facts = {"fit": self._fit(setting), "pca": setting.pca, "beta": setting.beta}
+            code["artifact"] = str(stored_path(self.folder / "codecs", _file_name(setting), **facts))
             data["train_annotations"] = str(self.fit_annotations.absolute())
         values = {"name": "ceiling", "seed": setting.seed, "codec": code, "data": data}
         return validate_experiment(values, source=f"setting {setting.method}")

@@ -17,7 +17,7 @@ from solq_lab.bench.scenes import blob_masks
 from solq_lab.codecs.base import FittedCodec, MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
-from solq_lab.codecs.pca import MAX_LABEL_NOISE, MIN_LABEL_NOISE, PCACodec, doubt_moments
+from solq_lab.codecs.pca import MAX_LABEL_NOISE, MIN_LABEL_NOISE, PCACodec, noise_moments
 from solq_lab.codecs.sparse import SparseCodingCodec, duality_gap
 
 KINDS = ["dct", "pca", "centered", "released", "sparse", "flatten"]
@@ -179,7 +179,7 @@ def test_decoding_to_bits_is_decoding_and_cutting_under_both_rules(kind):
     codec = fitted(kind, 9, 16, masks)
     vectors = codec.encode(masks) + 0.1 * torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
     for codec.threshold in ("middle", "half"):
-        assert torch.equal(codec.decode_bits(vectors), codec.binarize(codec.decode(vectors)))
+        assert torch.equal(codec.decode_masks(vectors), codec.binarize(codec.decode(vectors)))
 
 
 # Masks at the edge
@@ -200,7 +200,7 @@ def test_a_full_mask_comes_back_full_under_both_rules(codec, threshold):
     codec.threshold = threshold
     vector = codec.encode(torch.ones(1, codec.mask_size, codec.mask_size, dtype=torch.bool))
     assert codec.binarize(codec.decode(vector)).all()
-    assert codec.decode_bits(vector).all()
+    assert codec.decode_masks(vector).all()
 
 
 def test_an_unknown_threshold_is_refused_with_the_known_ones():
@@ -312,7 +312,7 @@ def test_the_released_tables_are_those_of_logits_with_drawn_doubt():
 def test_the_moments_of_the_doubt_are_those_of_many_draws():
     doubt = np.maximum(MIN_LABEL_NOISE, MAX_LABEL_NOISE * np.random.default_rng(0).random(1_000_000))
     logits = np.log((1 - doubt) / doubt)
-    assert doubt_moments() == pytest.approx((logits.mean(), logits.std()), abs=3e-3)
+    assert noise_moments() == pytest.approx((logits.mean(), logits.std()), abs=3e-3)
 
 
 def test_in_training_the_released_code_draws_its_doubt_around_the_vector_it_gives_otherwise():

@@ -112,7 +112,7 @@ def test_compiled_and_plain_products_agree_and_bits_are_the_binarized_reconstruc
     codec = DCTCodec(size, data.draw(st.integers(1, min(size**2, 400))))
     masks = torch.rand(3, size, size, generator=torch.Generator().manual_seed(size)) < share
     vectors = codec.encode(masks)
-    bits = codec.decode_bits(vectors)
+    bits = codec.decode_masks(vectors)
     assert torch.equal(bits, codec.binarize(codec.decode(vectors)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dct_module, "cpu_operator", lambda name: None)
@@ -124,13 +124,13 @@ def test_compiled_and_plain_products_agree_and_bits_are_the_binarized_reconstruc
 def test_vectors_that_are_not_finite_decode_to_the_bits_that_binarize_gives():
     codec, vectors = DCTCodec(16, 30), torch.zeros(4, 30)
     vectors[torch.arange(4), torch.tensor([0, 3, 5, 29])] = torch.tensor([np.nan, np.inf, -np.inf, 1.0])
-    assert torch.equal(codec.decode_bits(vectors), codec.binarize(codec.decode(vectors)))
+    assert torch.equal(codec.decode_masks(vectors), codec.binarize(codec.decode(vectors)))
 
 
 def test_no_masks_give_no_vectors_and_no_vectors_no_masks():
     codec = DCTCodec(28, 60)
     assert codec.encode(torch.zeros(0, 28, 28, dtype=torch.bool)).shape == (0, 60)
-    assert codec.decode(torch.zeros(0, 60)).shape == codec.decode_bits(torch.zeros(0, 60)).shape == (0, 28, 28)
+    assert codec.decode(torch.zeros(0, 60)).shape == codec.decode_masks(torch.zeros(0, 60)).shape == (0, 28, 28)
     assert codec.binarize(torch.zeros(0, 28, 28)).shape == (0, 28, 28)
 
 

@@ -102,7 +102,7 @@ import yaml
 from solq_lab.codecs import pca, sparse
 from solq_lab.config import validate_experiment
 from solq_lab.fitting import fit_codec
-pca.CELLS_PER_UPDATE, sparse.MASKS_PER_UPDATE = 20 * {CELLS}, 20
+pca.PIXELS_PER_UPDATE, sparse.MASKS_PER_UPDATE = 20 * {CELLS}, 20
 experiment = validate_experiment(yaml.safe_load(sys.stdin.read()), source="stdin")
 fit = pca.PCAFit if experiment.codec.kind == "pca" else sparse.DictionaryFit
 update, count = fit.update, 0
@@ -120,7 +120,7 @@ fit_codec(experiment, seconds_between_saves=0)
 
 @pytest.mark.parametrize("codec", [KINDS[0], KINDS[2]], ids=["pca", "sparse"])
 def test_a_fit_that_was_killed_half_way_ends_with_the_same_tables_bit_by_bit(annotated, tmp_path, monkeypatch, codec):
-    monkeypatch.setattr(pca, "CELLS_PER_UPDATE", 20 * CELLS)
+    monkeypatch.setattr(pca, "PIXELS_PER_UPDATE", 20 * CELLS)
     monkeypatch.setattr(sparse, "MASKS_PER_UPDATE", 20)
     killed = experiment_for(annotated, tmp_path / "killed.safetensors", codec)
     assert kill_after(3, killed) == -signal.SIGKILL
@@ -163,10 +163,10 @@ def test_a_finished_file_is_kept_and_one_of_another_code_or_data_is_never_writte
     fit_codec(experiment_for(annotated, path, {"kind": "pca"}))
     before = path.stat().st_mtime_ns
     fit_codec(experiment_for(annotated, path, {"kind": "pca"}))
-    with pytest.raises(ConfigError, match=r"code\.safetensors exists and holds another code; .* remove it, or name"):
+    with pytest.raises(ConfigError, match=r"code\.safetensors exists and holds another codec; .* remove it, or name"):
         fit_codec(experiment_for(annotated, path, {"kind": "sparse"}))
     (tmp_path / "train.json").write_text(json.dumps(coco_document(4, num_images=2)))
-    with pytest.raises(ConfigError, match=r"holds a code fitted to train\.json, other data"):
+    with pytest.raises(ConfigError, match=r"holds a codec fitted to train\.json, other data"):
         fit_codec(experiment_for(tmp_path, path, {"kind": "pca"}))
     assert path.stat().st_mtime_ns == before
 
@@ -219,7 +219,7 @@ def test_a_truncated_file_is_refused(artifact):
     whole = artifact.read_bytes()
     for length in (0, 5, len(whole) // 2, len(whole) - 1):
         artifact.write_bytes(whole[:length])
-        with pytest.raises(ArtifactError, match=r"not a codec file, or cut short .* fit the code anew"):
+        with pytest.raises(ArtifactError, match=r"not a codec file, or cut short .* fit the codec anew"):
             load_codec(artifact)
 
 
@@ -242,7 +242,7 @@ def test_files_that_are_something_else_are_refused(artifact):
         with pytest.raises(ArtifactError, match=message):
             load_codec(artifact)
     write_tensors(artifact, {"components": tensors["components"]}, header)
-    with pytest.raises(ArtifactError, match=r"holds tables .* promises"):
+    with pytest.raises(ArtifactError, match=r"holds tables .* its description"):
         load_codec(artifact)
 
 
@@ -255,7 +255,7 @@ def test_a_file_of_other_sizes_or_settings_than_the_experiments_is_refused_with_
         ({"pca": "released"}, r"centered \(there False, wanted True\)"),
         ({"kind": "sparse"}, r"method \(there pca, wanted sparse\)"),
     ):
-        with pytest.raises(ConfigError, match=rf"codec\.artifact: .*holds another code: .*{message}"):
+        with pytest.raises(ConfigError, match=rf"codec\.artifact: .*holds another codec: .*{message}"):
             build_codec(experiment_for(tmp_path, artifact, same | change))
 
 

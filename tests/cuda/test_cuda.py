@@ -218,10 +218,10 @@ def test_a_code_stays_on_the_gpu(codec: MaskCodec, count: int):
     with fake_gpu() as traffic:
         there = codec.to("cuda")
         vectors = there.encode(torch.zeros(count, 12, 12, dtype=torch.bool, device="cuda"))
-        bits = there.decode_bits(vectors)
+        bits = there.decode_masks(vectors)
     assert vectors.device.type == bits.device.type == "cuda"
     is_solved_in_steps = isinstance(codec, SparseCodingCodec) and count > 0
-    assert set(traffic.waits) == ({"lasso_codes"} if is_solved_in_steps else set())
+    assert set(traffic.waits) == ({"solve_lasso"} if is_solved_in_steps else set())
 
 
 def test_weights_are_looked_over_in_one_wait():

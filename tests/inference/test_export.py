@@ -205,14 +205,14 @@ def test_every_codes_decoding_gives_the_same_bits_in_onnxruntime(kind: str, tmp_
             self.codec = codec.eval()
 
         def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-            return self.codec.decode_bits(vectors)
+            return self.codec.decode_masks(vectors)
 
     vectors = torch.cat([codec.eval().encode(masks[:7]), torch.zeros(1, codec.vector_dim)])  # the last one is flat
     program = torch.onnx.export(Decode().eval(), (vectors,), dynamo=True, opset_version=onnx_file.OPSET, verbose=False)
     program.save(tmp_path / "code.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "code.onnx")
     [found] = session.run(None, {session.get_inputs()[0].name: vectors.numpy()})
-    expected = codec.decode_bits(vectors)
+    expected = codec.decode_masks(vectors)
     assert int(expected.sum()) > 0
     assert torch.equal(torch.from_numpy(found), expected)
 

@@ -62,9 +62,9 @@ def test_a_query_with_several_classes_has_its_mask_decoded_once():
     class Counting(DCTCodec):
         decoded = 0
 
-        def decode_bits(self, vectors):
+        def decode_masks(self, vectors):
             Counting.decoded += len(vectors)
-            return super().decode_bits(vectors)
+            return super().decode_masks(vectors)
 
     prediction = random_prediction(queries=3, batch=1)
     detections = postprocess(prediction, SIZES[:1], Counting(MASK_SIZE, VECTOR_DIM), class_names=NAMES)[0]
@@ -81,13 +81,13 @@ def test_decoding_in_chunks_changes_nothing_and_bounds_what_is_decoded_at_once(m
     class Watched(DCTCodec):
         largest = 0
 
-        def decode_bits(self, vectors):
+        def decode_masks(self, vectors):
             Watched.largest = max(Watched.largest, len(vectors))
-            return super().decode_bits(vectors)
+            return super().decode_masks(vectors)
 
     prediction, codec = random_prediction(), Watched(MASK_SIZE, VECTOR_DIM)
     whole = postprocess(prediction, SIZES, codec, class_names=NAMES)
-    monkeypatch.setattr(module, "CELLS_PER_CHUNK", 5 * MASK_SIZE**2 + 1)
+    monkeypatch.setattr(module, "PIXELS_PER_CHUNK", 5 * MASK_SIZE**2 + 1)
     Watched.largest = 0
     chunked = postprocess(prediction, SIZES, codec, class_names=NAMES)
     assert Watched.largest == 5

@@ -65,7 +65,7 @@ class DetectionGraph(nn.Module):
         if self.codec is None:
             return ()
         vectors = _rows(last.vectors, queries)
-        masks = self.codec.decode_bits(vectors.flatten(0, 1))  # (B, K, D) -> (B*K, D) -> (B*K, N, N)
+        masks = self.codec.decode_masks(vectors.flatten(0, 1))  # (B, K, D) -> (B*K, D) -> (B*K, N, N)
         return (masks.unflatten(0, vectors.shape[:2]),)
 
 

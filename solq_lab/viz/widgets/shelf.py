@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from solq_lab.codecs.artifact import load_or_fit, stored_path
 from solq_lab.codecs.base import FittedCodec, MaskCodec
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.codecs.pca import PCACodec
-from solq_lab.files import replacing
 from solq_lab.viz.widgets.objects import ObjectFolder
-
-logger = logging.getLogger(__name__)
 
 METHODS = tuple(CODECS)
 MAX_COMPONENTS = 400  # of one principal component analysis; shorter vectors are its first entries
@@ -107,23 +102,15 @@ class CodecShelf:
         return codec
 
     def _fitted(self, codec: FittedCodec, method: str) -> FittedCodec:
-        file = self._file(method, codec.mask_size, codec.vector_dim)
-        if file.exists():
-            try:
-                codec.load_state_dict(load_file(file))
-                return codec.eval()
-            except (SafetensorError, OSError, RuntimeError) as error:
-                logger.warning("%s cannot be read and is made again: %s", file, error)
-        sample = self.sample(codec.mask_size)
-        self._report(
-            f"Fitting {method}, N = {codec.mask_size}, n_k = {codec.vector_dim}, to {len(sample)} masks: some seconds, "
-            "the first time only ..."
-        )
-        codec.fit(sample.split(max(256, codec.vector_dim)))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            save_file(codec.state_dict(), temporary)
-        return codec.eval()
+        def fit() -> None:
+            sample = self.sample(codec.mask_size)
+            self._report(
+                f"Fitting {method}, N = {codec.mask_size}, n_k = {codec.vector_dim}, to {len(sample)} masks: "
+                "some seconds, the first time only ..."
+            )
+            codec.fit(sample.split(max(256, codec.vector_dim)))
+
+        return load_or_fit(codec, self._file(method, codec.mask_size, codec.vector_dim), fit)
 
     def _tables_key(self, method: str, mask_size: int, vector_dim: int) -> tuple[str, int, int]:
         return (method, mask_size, self._components(mask_size) if method == "pca" else vector_dim)
@@ -132,5 +119,4 @@ class CodecShelf:
         return min(MAX_COMPONENTS, len(self.rows), mask_size**2)
 
     def _file(self, method: str, mask_size: int, vector_dim: int) -> Path:
-        """Its name tells the masks apart: tables of another data set are other tables."""
-        return self._folder / f"{method}_{mask_size}_{vector_dim}_{self._fingerprint}.safetensors"
+        return stored_path(self._folder, f"{method}_{mask_size}_{vector_dim}", masks=self._fingerprint)
