@@ -1,4 +1,4 @@
-"""From a model to its numbers: predict a data set, on one process or several, and score what was found."""
+"""Evaluation of a model: predict a data set, on one process or several, and score the detections."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def predict_dataset(
 ) -> Iterator[tuple[int, Detections]]:
     """Image id and detections of every image, one after the other; only one batch is in memory.
 
-    Where several processes have joined a group, each predicts its share of the batches. Batches are the same however
-    many processes there are, because padding an image to its batch's size changes its numbers slightly.
+    In a process group, each process predicts its share of the batches. The batches do not depend on the number of
+    processes, because padding an image to its batch's size changes its numbers slightly.
 
     Args:
         model: the network, on `device`; it predicts in evaluation mode and is left in the mode it came in.
-        codec: its mask code, on `device`, or None where it has no mask vectors.
+        codec: its codec, on `device`, or None where it has no mask vectors.
         dataset: the images, with and without objects.
         settings: its `batch_size`, `top_k` and `max_images`.
         device: where the network is.
@@ -71,10 +71,10 @@ def predict_dataset(
                 sizes = [target.original_size for target in targets]
                 with torch.inference_mode():  # not around the yield: the caller's code would run in it too
                     prediction = model(images.to(device).normalised()).layers[-1]
-                    found = postprocess(
+                    detected = postprocess(
                         prediction, sizes, codec, top_k=settings.top_k, class_names=dataset.classes.names
                     )
-                for target, detections in zip(targets, found, strict=True):
+                for target, detections in zip(targets, detected, strict=True):
                     yield target.image_id, detections
                 progress.update(len(targets))
     finally:
@@ -93,20 +93,20 @@ def evaluate_model(
 ) -> tuple[list[dict], Evaluation]:
     """Predicts a data set and scores it; a plain detector, without mask vectors or mask branch, has box numbers only.
 
-    Every process of a group has to call it: each predicts its share and hands it on while it does, the main one
-    scores. An error in one of them reaches all.
+    Every process of a group has to call it: each predicts its share and streams it to the main one, which scores. An
+    error in one of them is raised in all.
 
     Args:
         model, codec, dataset, device, workers: as in `predict_dataset`.
         settings: images per pass, detections per image, how many images, and what counts as small and as boundary.
-        should_stop: asked between images; True in any process stops all of them. None: never.
+        should_stop: called between images; True in any process stops all of them. None: never.
 
     Returns:
         COCO results of all images by rising image id (empty on other processes than the main one), and the numbers
         (on every process).
 
     Raises:
-        EvaluationStopped: a process was asked to stop.
+        EvaluationStopped: `should_stop` returned True in a process.
         ProcessFailed: another process failed.
     """
     predicted = predict_dataset(model, codec, dataset, settings, device=device, workers=workers)
@@ -136,11 +136,11 @@ def evaluate_run(
     device: torch.device | str | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
-    """Evaluates a run's trained weights on its validation split, as its experiment says.
+    """Evaluates a run's trained weights on its validation split, with the settings of its experiment.
 
     Writes `detections.json.gz` and `results.json` (the numbers, the settings, and fingerprints of weights and
-    annotations) into the run folder. Where results of the same weights, annotations and settings are there already,
-    they are returned and nothing is computed.
+    annotations) into the run folder. Existing results of the same weights, annotations and settings are returned, and
+    nothing is computed.
 
     Args:
         run: a run whose training is finished.
@@ -151,22 +151,24 @@ def evaluate_run(
     Raises:
         RunError: the run has no trained weights.
         DataError: the split cannot be used.
-        EvaluationStopped: a process was asked to stop.
+        EvaluationStopped: `should_stop` returned True in a process.
         ProcessFailed: another process failed.
     """
     if not run.weights.exists():
         raise RunError(f"{run.folder}: no {run.weights.name} yet ({run.status()['state']}); finish the training first")
     experiment = run.experiment.evaluated_on(split)
     results_file, detections_file = file_of_split(run.results, split), file_of_split(run.detections, split)
-    about = _what_is_evaluated(experiment, run.weights)
+    scale = [experiment.data.test_scale, experiment.data.max_size]
+    inputs = inputs_of_scoring(experiment) | {"scale": scale, "weights": hash_file(run.weights)}
 
-    def look_up() -> Evaluation | None:  # by one process: a shared disk may show another one something else
-        return stored_evaluation(results_file, about) if detections_file.exists() else None
+    def look_up() -> Evaluation | None:  # by one process: a shared disk may show different files to others
+        return stored_evaluation(results_file, inputs) if detections_file.exists() else None
 
     finished = share_from_main(look_up)
     if finished is not None:
-        logger.info("%s: results of these weights are there already", results_file)
+        logger.info("%s: results of these weights exist already", results_file)
         return finished
+
     device = distributed.device() if device is None else torch.device(device)
     predictor = Predictor(run.weights, device=device)
     started = time.perf_counter()
@@ -182,29 +184,24 @@ def evaluate_run(
 
     def write() -> None:
         write_results(detections_file, results)
-        write_json(results_file, evaluation.to_dict() | about | {"seconds": time.perf_counter() - started})
+        write_json(results_file, evaluation.to_dict() | inputs | {"seconds": time.perf_counter() - started})
 
     share_from_main(write)
     return evaluation
 
 
 def validation_annotations(experiment: Experiment) -> Path:
+    """The annotation file of the validation images."""
     return Path(experiment.data.root) / experiment.data.val_annotations
 
 
 def inputs_of_scoring(experiment: Experiment) -> dict:
-    """The part of what numbers depend on that no model changes, as JSON types."""
+    """What scores depend on besides the detections, as JSON types."""
     annotations = validation_annotations(experiment)
     return {
         "settings": experiment.evaluation.model_dump(mode="json"),
         "annotations": hash_file(annotations) if annotations.is_file() else None,
     }
-
-
-def _what_is_evaluated(experiment: Experiment, weights: Path) -> dict:
-    """Everything the numbers of a model depend on, as JSON types."""
-    scale = [experiment.data.test_scale, experiment.data.max_size]
-    return inputs_of_scoring(experiment) | {"scale": scale, "weights": hash_file(weights)}
 
 
 def file_of_split(path: Path, split: str) -> Path:
@@ -213,11 +210,12 @@ def file_of_split(path: Path, split: str) -> Path:
     return path if split == "val" else path.with_name(f"{stem}_{split}{dot}{suffixes}")
 
 
-def stored_evaluation(results_file: Path, about: dict) -> Evaluation | None:
+def stored_evaluation(results_file: Path, inputs: dict) -> Evaluation | None:
+    """The evaluation in a file, where it was computed from these inputs."""
     if not results_file.exists():
         return None
     stored = read_json(results_file)
-    return Evaluation.from_dict(stored) if all(stored.get(key) == value for key, value in about.items()) else None
+    return Evaluation.from_dict(stored) if all(stored.get(key) == value for key, value in inputs.items()) else None
 
 
 def _progress(total: int) -> tqdm:

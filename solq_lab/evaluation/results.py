@@ -1,4 +1,4 @@
-"""Detections as COCO results, in memory and in files: what an evaluation reads and what a test server takes."""
+"""Detections as COCO results, in memory and in files, for evaluation and test servers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _WRITTEN_AT_ONCE = 10_000
 def detections_to_results(detections: Detections, image_id: int, classes: ClassMap) -> list[dict]:
     """COCO results of one image, best score first.
 
-    Channels that stand for no category (the unused raw ids of COCO) give no result: no evaluation could count them.
+    Channels without a category (the unused raw ids of COCO) give no result: no evaluation could count them.
 
     Args:
-        detections: the objects found in the image.
+        detections: of the image.
         image_id: the image's id in its annotation file.
-        classes: which category each class channel stands for.
+        classes: the category of each class channel.
 
     Returns:
         Per detection "image_id", "category_id", "bbox" (x, y, w, h) in pixels of the original image, "score", and
-        "segmentation" (compressed RLE whose counts are text, as JSON wants them) where there are masks.
+        "segmentation" (compressed RLE whose counts are text, as JSON needs them) where there are masks.
     """
     results = []
     scores, labels, boxes = detections.scores.tolist(), detections.labels.tolist(), detections.boxes.tolist()
@@ -54,8 +54,8 @@ def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["a
     Args:
         path: .json or .json.gz
         results: as `detections_to_results` makes them.
-        kind: "box" and "segm" keep only the shape that this COCO challenge reads. A mask submission must not carry
-            boxes: the server would take an object's area, and so its size class, from them.
+        kind: "box" and "segm" keep only the shape that this COCO challenge reads. A mask submission must not contain
+            boxes: the server would take an object's area, and so its size, from them.
 
     Raises:
         ValueError: another file ending, or results that lack the wanted shape.
@@ -69,6 +69,7 @@ def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["a
                 f"{path}: a {kind} result file needs {wanted!r} in every result; these come from a plain detector"
             )
     left_out = set() if kind == "all" else set(_SHAPES.values()) - {_SHAPES[kind]}
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, _opened(temporary, compressed=path.suffix == ".gz") as file:
         file.write(b"[")

@@ -27,7 +27,8 @@ def pair_objects(
         least: pairs of a smaller IoU are no pairs.
 
     Returns:
-        Rows of `detections` (K,) int64, `UNMATCHED` where an object is not found, and the IoU (K,) of the pairs, 0 there.
+        Rows of `detections` (K,) int64, `UNMATCHED` where an object is not found; and the IoU (K,) of the pairs, 0
+        there.
     """
     overlap = overlaps(detections, ground_truth, by=by)
     overlap *= (detections.labels[:, None] == ground_truth.labels).numpy()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from clairvoyant import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
+from oracle_detector import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, OracleDetector, open_dataset, write_coco_folder
 
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.evaluation import gathering
@@ -25,7 +25,7 @@ BATCH_SIZES = (1, 2, NUM_IMAGES)  # the last one leaves all but one process with
 def evaluate(root: Path, *, batch_size: int = 1, should_stop: Callable[[], bool] | None = None) -> dict:
     """What an evaluation gives in this process, as JSON types."""
     dataset, codec = open_dataset(root), DCTCodec(MASK_SIZE, VECTOR_DIM)
-    model = Clairvoyant(dataset, codec)
+    model = OracleDetector(dataset, codec)
     results, evaluation = evaluate_model(
         model, codec, dataset, EvaluationSection(batch_size=batch_size), should_stop=should_stop
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clairvoyant import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, Clairvoyant, open_dataset, write_coco_folder
+from oracle_detector import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, OracleDetector, open_dataset, write_coco_folder
 
 from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
@@ -42,7 +42,7 @@ def codec() -> DCTCodec:
 
 
 def test_a_model_that_predicts_the_truth_scores_the_ceiling_of_its_code(dataset, codec):
-    _, evaluation = evaluate_model(Clairvoyant(dataset, codec), codec, dataset, EvaluationSection(batch_size=2))
+    _, evaluation = evaluate_model(OracleDetector(dataset, codec), codec, dataset, EvaluationSection(batch_size=2))
     ceiling = codec_ceiling(dataset.annotations, codec)
     assert evaluation.metrics["box.AP"] == 1.0
     assert 0.5 < ceiling.metrics["boundary.AP"] < ceiling.metrics["segm.AP"] < 1.0
@@ -51,40 +51,42 @@ def test_a_model_that_predicts_the_truth_scores_the_ceiling_of_its_code(dataset,
 
 
 def test_every_image_is_predicted_also_one_without_objects(dataset, codec):
-    predicted = list(predict_dataset(Clairvoyant(dataset, codec), codec, dataset, EvaluationSection(batch_size=2)))
+    predicted = list(predict_dataset(OracleDetector(dataset, codec), codec, dataset, EvaluationSection(batch_size=2)))
     assert [image_id for image_id, _ in predicted] == dataset.image_ids
     assert [(detections.scores > 0.5).sum().item() for _, detections in predicted] == [2, 1, 1, 1, 0]
 
 
 def test_results_do_not_depend_on_the_batch_size(dataset, codec):
     results = [
-        evaluate_model(Clairvoyant(dataset, codec), codec, dataset, EvaluationSection(batch_size=size))[0]
+        evaluate_model(OracleDetector(dataset, codec), codec, dataset, EvaluationSection(batch_size=size))[0]
         for size in (1, 3, NUM_IMAGES)
     ]
     assert results[0] == results[1] == results[2]
 
 
 def test_only_the_first_images_are_predicted_and_scored_where_that_is_asked(dataset, codec):
-    results, evaluation = evaluate_model(Clairvoyant(dataset, codec), codec, dataset, EvaluationSection(max_images=2))
+    results, evaluation = evaluate_model(
+        OracleDetector(dataset, codec), codec, dataset, EvaluationSection(max_images=2)
+    )
     assert {result["image_id"] for result in results} == {1, 2}
     assert evaluation.images == 2
     assert evaluation.metrics["box.AP"] == 1.0
 
 
 def test_top_k_bounds_the_results_of_an_image(dataset, codec):
-    results, _ = evaluate_model(Clairvoyant(dataset, codec), codec, dataset, EvaluationSection(top_k=3))
+    results, _ = evaluate_model(OracleDetector(dataset, codec), codec, dataset, EvaluationSection(top_k=3))
     assert len(results) == 3 * NUM_IMAGES
 
 
 def test_a_plain_detector_has_box_numbers_only(dataset):
-    results, evaluation = evaluate_model(Clairvoyant(dataset, None), None, dataset)
+    results, evaluation = evaluate_model(OracleDetector(dataset, None), None, dataset)
     assert evaluation.kinds == ("box",)
     assert evaluation.metrics["box.AP"] == 1.0
     assert not any("segmentation" in result for result in results)
 
 
 def test_a_model_predicts_in_evaluation_mode_and_keeps_the_mode_it_came_in(dataset, codec):
-    model = Clairvoyant(dataset, codec).train()
+    model = OracleDetector(dataset, codec).train()
     evaluate_model(model, codec, dataset)
     assert set(model.modes) == {False}
     assert model.training
@@ -96,7 +98,7 @@ def test_a_model_predicts_in_evaluation_mode_and_keeps_the_mode_it_came_in(datas
 
 
 def test_an_evaluation_stops_between_two_images_and_leaves_the_model_as_it_was(dataset, codec):
-    model, asked = Clairvoyant(dataset, codec).train(), []
+    model, asked = OracleDetector(dataset, codec).train(), []
 
     def after_two_images() -> bool:
         asked.append(1)

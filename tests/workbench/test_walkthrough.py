@@ -123,7 +123,7 @@ def test_training_what_is_finished_only_shows_its_table(solq_lab, training, work
 def test_evaluating_prints_the_table_that_the_training_ended_with(solq_lab, training):
     evaluated = solq_lab("evaluate", "runs/walk")
     assert table_of(evaluated.stdout) == table_of(training.stdout)
-    assert "results of these weights are there already" in evaluated.stderr
+    assert "results of these weights exist already" in evaluated.stderr
 
 
 def test_the_onnx_file_is_kept_because_it_finds_the_same(solq_lab, training, workspace):

@@ -1,4 +1,4 @@
-"""A few images and a model that knows what is in them, for tests of evaluations."""
+"""A few images and a detector that predicts their ground truth, for tests of evaluations."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MASK_SIZE, VECTOR_DIM = 16, 5
 SHADE_STEP = 40
 
 
-class Clairvoyant(nn.Module):
-    """Predicts the ground truth of an image, which it knows by its shade of grey, with one query per object."""
+class OracleDetector(nn.Module):
+    """Predicts the ground truth of an image, identified by its shade of grey, with one query per object."""
 
     QUERIES = 4
 
