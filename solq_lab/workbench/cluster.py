@@ -1,7 +1,7 @@
 """Commands as jobs of a cluster, by submitit: SLURM, or this machine by the same code. Loads without torch.
 
-A job is a command line that writes files and resumes when it is called again. SLURM signals it before its time limit and
-before preemption; it then saves, stops, and is queued again.
+A job is a command line that writes files and resumes when it is called again. SLURM signals it before its time limit
+and before preemption; it then saves, stops, and is queued again.
 """
 
 from __future__ import annotations

@@ -208,11 +208,8 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
                     status = started.process.status()
                     if status is not None:
                         del running[job]
-                        outcomes.append(
-                            _report(
-                                Outcome(job, status, started.seconds(), tuple(last_lines(job.log_file, LINES_SHOWN)))
-                            )
-                        )
+                        printed = tuple(last_lines(job.log_file, LINES_SHOWN))
+                        outcomes.append(_report(Outcome(job, status, started.seconds(), printed)))
 
                 show(_describe(total, outcomes, running))
                 time.sleep(POLL_SECONDS)
