@@ -1,7 +1,4 @@
-"""What this machine offers for the operators, and whether every implementation gives the same numbers.
-
-Behind `solq-lab doctor`: versions, devices and tools, who serves which device and why, differences and times.
-"""
+"""Report of `solq-lab doctor`: versions, devices and tools; dispatch, accuracy and times of the operators."""
 
 from __future__ import annotations
 
@@ -35,9 +32,9 @@ REPEATS = 5
 class Implementation(NamedTuple):
     """One implementation on one device.
 
-    serves: it is the one that calls on this device reach.
+    serves: whether calls on this device are dispatched to it.
     note: why it cannot be used, or empty.
-    difference: of outputs and gradients to float64, relative to the largest number; None where it was not run.
+    difference: of outputs and gradients to float64, relative to the largest value; None where it was not run.
     forward_ms, backward_ms: medians for 600 queries, 8 heads of 48 channels, 3 levels, 4 points.
     """
 
@@ -51,7 +48,7 @@ class Implementation(NamedTuple):
 
     @property
     def healthy(self) -> bool:
-        """It gives the reference's numbers, or is not in use."""
+        """Whether it agrees with the reference, or cannot be used."""
         return self.difference is None or self.difference <= TOLERANCE
 
     def __str__(self) -> str:
@@ -72,7 +69,7 @@ class Report(NamedTuple):
 
     @property
     def healthy(self) -> bool:
-        """Whether all implementations that can be used here agree."""
+        """Whether all usable implementations agree."""
         return all(implementation.healthy for implementation in self.implementations)
 
     def __str__(self) -> str:
@@ -81,7 +78,7 @@ class Report(NamedTuple):
 
 
 def examine() -> Report:
-    """Looks at the machine, builds what was not built yet, and runs every implementation that works."""
+    """Describe the machine, build missing extensions, and run every implementation."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     checks = [_check(device, name) for device in devices for name in (device, "reference")]
     if "cuda" not in devices:
@@ -94,7 +91,6 @@ def _machine() -> list[tuple[str, str]]:
     toolkits = ", ".join(map(str, find_cuda_toolkits())) or "none (the extra [cuda] installs one)"
     compiler = find_compiler()
     folder = cache_folder()
-    kept = len(list(folder.glob("*.so")))
     capability = torch.backends.cpu.get_cpu_capability()
     return [
         ("torch", f"{torch.__version__}, {built_for}, Python {platform.python_version()}"),
@@ -107,7 +103,7 @@ def _machine() -> list[tuple[str, str]]:
         ("ninja", find_ninja() or "none"),
         ("CUDA toolkits", toolkits),
         ("CPU operators", instruction_set()),
-        ("kept libraries", f"{kept} in {folder}"),
+        ("kept libraries", f"{len(list(folder.glob('*.so')))} in {folder}"),
     ]
 
 
@@ -118,6 +114,7 @@ def _check(device: str, name: str) -> Implementation:
             load_extension(name)
         except ExtensionBuildError as error:
             return Implementation(device, name, False, error.reason)
+
     arguments = _arguments(device)
     expected = _outcome(ms_deform_attn_reference, *(tensor.double().cpu() for tensor in arguments))
     with use_implementation(name):
@@ -129,7 +126,7 @@ def _check(device: str, name: str) -> Implementation:
 
 
 def _arguments(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, locations and weights in float32. No sample lies near a cell's centre, where gradients jump."""
+    """Values, locations and weights in float32; no sample is close to a pixel's centre, where gradients jump."""
     generator = torch.Generator().manual_seed(0)
     cells = sum(height * width for height, width in SHAPES)
     sides = torch.tensor([[width, height] for height, width in SHAPES]).view(1, 1, 1, -1, 1, 2)
@@ -171,7 +168,7 @@ def _now() -> float:
 def _why_no_gpu() -> str:
     if not torch.version.cuda:
         return f"torch {torch.__version__} is built without CUDA"
-    driver = "no NVIDIA driver answers" if shutil.which("nvidia-smi") is None else "torch sees no NVIDIA GPU"
+    driver = "no NVIDIA driver" if shutil.which("nvidia-smi") is None else "torch sees no NVIDIA GPU"
     return f"{driver} on this machine"
 
 

@@ -1,4 +1,4 @@
-"""Notebooks executed by papermill into run folders, with what can be checked checked first. Loads without torch."""
+"""Notebooks executed by papermill into run folders, after checks that need no work. Loads without torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from solq_lab.workbench.processes import is_alive
 from solq_lab.workbench.trainings import stop_training
 from solq_lab.workbench.workspace import WORKSPACE
 
-QUIET_KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it reports unencrypted local sockets, and its own shutdown
+QUIET_KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it logs unencrypted local sockets, and its own shutdown
 
 
 class NotebookFailed(ExplainedError):
-    """A cell of an executed notebook raised; the exit status is that of a user's mistake where the cell named one."""
+    """A cell of an executed notebook raised; exit status 2 where it raised a `UserError`, otherwise 1."""
 
     def __init__(self, message: str, exit_status: int = ExplainedError.exit_status) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ def run_notebook(
 ) -> Path:
     """Execute a notebook for an experiment; it is written into the run folder cell by cell, and as HTML at the end.
 
-    Everything that can be checked without work is checked first: the parameters, the experiment, the data folder.
+    The parameters, the experiment and the data folder are checked first.
 
     Args:
         notebook: a notebook with one cell tagged `parameters` that declares experiment, overrides and runs_dir.
@@ -56,11 +56,11 @@ def run_notebook(
         The executed notebook, in the run folder; the HTML lies beside it.
 
     Raises:
-        NotebookError: the notebook or a parameter cannot be used.
-        ConfigError: the experiment cannot be used, or its data folder is missing.
+        NotebookError: the notebook or a parameter is not valid.
+        ConfigError: the experiment is not valid, or its data folder is missing.
         RunError: the run folder belongs to another experiment.
         NotebookFailed: a cell raised; the full traceback is in the executed notebook.
-        Interrupted: Ctrl-C; a training of this run has been asked to save and to stop.
+        Interrupted: Ctrl-C; a training of this run has saved and stopped.
     """
     notebook = Path(notebook)
     shared = {
@@ -72,6 +72,7 @@ def run_notebook(
     experiment = load_experiment(experiment_path, list(overrides))
     check_data_folder(experiment)
     run = create_run(experiment, runs_dir)
+
     execution = _Execution(notebook, run.folder / notebook.name, values)
     try:
         execution.start()
@@ -79,7 +80,7 @@ def run_notebook(
     except KeyboardInterrupt:
         was_training = is_alive(run)
         message = stop_training(run.folder)
-        if was_training:  # the cell that followed it ends by itself, and papermill saves the notebook
+        if was_training:  # the cell that followed it ends, and papermill saves the notebook
             execution.join(timeout=30.0)
         raise Interrupted(message) from None
     return execution.finish()
@@ -88,7 +89,7 @@ def run_notebook(
 def run_report(
     notebook: str | Path, runs_dir: str | Path = "runs", *, parameters: Mapping[str, Any] | None = None
 ) -> Path:
-    """Execute a notebook about several runs, one that declares no experiment; it is written into `runs_dir`/_reports.
+    """Execute a notebook about several runs, which declares no experiment; it is written into `runs_dir`/_reports.
 
     Args:
         notebook: a notebook with one cell tagged `parameters` that declares runs_dir.
@@ -99,7 +100,7 @@ def run_report(
         The executed notebook; the HTML lies beside it.
 
     Raises:
-        NotebookError: the notebook or a parameter cannot be used.
+        NotebookError: the notebook or a parameter is not valid.
         NotebookFailed: a cell raised; the full traceback is in the executed notebook.
         Interrupted: Ctrl-C.
     """
@@ -111,7 +112,7 @@ def run_report(
         execution.start()
         _watch(execution)
     except KeyboardInterrupt:
-        raise Interrupted(f"{notebook}: interrupted; the same command starts it again") from None
+        raise Interrupted(f"{notebook}: interrupted; re-running starts it again") from None
     return execution.finish()
 
 
@@ -147,11 +148,15 @@ class _Execution(threading.Thread):
                 progress_bar=False,
                 extra_arguments=QUIET_KERNEL,
             )
-        except Exception as error:  # handed to the main thread, which explains it
+        except Exception as error:  # raised in the main thread, by `finish`
             self.error = error
 
     def finish(self) -> Path:
-        """Write the HTML of the executed notebook and return the notebook's path; raise what a cell has raised."""
+        """Write the HTML of the executed notebook and return the notebook's path.
+
+        Raises:
+            NotebookFailed: a cell raised.
+        """
         if self.executed.exists():
             export_html(self.executed)
         if self.error is not None:
@@ -160,7 +165,7 @@ class _Execution(threading.Thread):
 
 
 def _watch(execution: _Execution, run: Run | None = None) -> None:
-    """Show in the terminal how the training of a notebook goes, or how many cells are done, until the notebook ends."""
+    """Show the progress of a notebook's training, or how many cells are done, until the notebook ends."""
     progress = None if run is None else Progress(run)
     with status_line() as show:
         while execution.is_alive():
@@ -169,7 +174,7 @@ def _watch(execution: _Execution, run: Run | None = None) -> None:
 
 
 def _describe_cells(executed: Path) -> str:
-    """How far papermill has come, by the marks it leaves in the notebook that it writes."""
+    """How many cells papermill has executed, by its notes in the notebook that it writes."""
     try:
         cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError):  # not there yet, or being written
@@ -179,31 +184,30 @@ def _describe_cells(executed: Path) -> str:
 
 
 def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Exception:
-    """What to raise for an error of papermill: failed cell and dead kernel in a few lines, anything else as it is."""
+    """The exception for an error of papermill: a failed cell or dead kernel in a few lines, any other unchanged."""
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     if isinstance(error, DeadKernelError):
-        cure = "a training it followed goes on; the same command takes it up again"
+        cure = "a training it followed continues; re-running follows it again"
         return NotebookFailed(f"{notebook}: its kernel was killed (often: out of memory); {cure}")
     if not isinstance(error, PapermillExecutionError):
         return error
+
     plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     arrow = re.search(r"^-+> *\d+ (.*)$", plain, re.MULTILINE)  # IPython points at the line of the cell that failed
     where = f" at: {arrow.group(1).strip()}" if arrow else ""
-    message = "\n".join(
-        [
-            f"{notebook}: cell {error.exec_count} failed{where}",
-            f"{error.ename}: {error.evalue}",
-            f"The full traceback is in {executed}",
-        ]
+    message = (
+        f"{notebook}: cell {error.exec_count} failed{where}\n"
+        f"{error.ename}: {error.evalue}\n"
+        f"The full traceback is in {executed}"
     )
     kind = UserError if _is_user_error(error.ename) else ExplainedError
     return NotebookFailed(message, kind.exit_status)
 
 
 def _is_user_error(name: str) -> bool:
-    """Whether the library has a `UserError` of this class name; papermill hands over the name alone."""
+    """Whether the library has a `UserError` of this class name, which is all that papermill knows."""
     if name not in _class_names(UserError):
         import solq_lab.build  # noqa: F401  # defines those of data, codecs, models and operators; loads torch
     return name in _class_names(UserError)

@@ -15,7 +15,7 @@ PAPER_RESULTS = Path("experiments/paper_results.yaml")
 
 
 class PaperTable(Section):
-    """One table as printed: AP in percent, None where the paper's place is empty."""
+    """A table as printed: AP in percent, None for an empty cell."""
 
     title: str
     columns: list[str] = Field(min_length=1)
@@ -43,7 +43,7 @@ def paper_table(name: str, path: str | Path = PAPER_RESULTS) -> PaperTable:
     """A table of the paper by its name: table1, table2, table3a to table3e, table4, table5.
 
     Raises:
-        ConfigError: no such table, or the file cannot be used.
+        ConfigError: no such table, or the file is not valid.
     """
     tables = read_yaml(Path(path))
     if name not in tables:

@@ -1,7 +1,6 @@
-"""The typed parameters of a notebook: read from its tagged cell, and checked before any work starts.
+"""The typed parameters of a notebook, read from its tagged cell. Loads without torch.
 
-A notebook has one code cell with the tag `parameters`; each of its lines is `name: type = default`. Loads without
-torch.
+A notebook has one code cell with the tag `parameters`; each of its lines is `name: type = default`.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ _TYPES: dict[str, Any] = {
 
 
 class NotebookError(UserError):
-    """A notebook or a parameter that cannot be used: the message names the file, what was found, what is allowed."""
+    """A notebook or parameter that is not valid: the message names the file, what was found, what is allowed."""
 
 
 class Parameter(NamedTuple):
-    """One line of the tagged cell: its annotation as written, and its default."""
+    """A parameter: its annotation as written, and its default."""
 
     annotation: str
     default: Any
@@ -81,7 +80,7 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
 
     Args:
         notebook: path of the notebook.
-        given: values by name; text is read as YAML unless a string is wanted, so "3" serves an int.
+        given: values by name; text is read as YAML unless the type is a string, so "3" is allowed for an int.
 
     Raises:
         NotebookError: the notebook has no such parameter, or a value does not fit its type.
@@ -104,18 +103,15 @@ def _read_cells(notebook: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         neighbours = sorted(path.name for path in notebook.parent.glob("*.ipynb"))
         nearest = difflib.get_close_matches(notebook.name, neighbours, n=1)
-        hint = (
-            f"did you mean {notebook.parent / nearest[0]}?"
-            if nearest
-            else f"found there: {', '.join(neighbours) or 'none'}"
-        )
+        found = f"found there: {', '.join(neighbours) or 'none'}"
+        hint = f"did you mean {notebook.parent / nearest[0]}?" if nearest else found
         raise NotebookError(f"{notebook}: no such notebook; {hint}") from None
     except (OSError, ValueError):
         document = None
-    match document:
-        case {"cells": list(cells)}:
-            return cells
-    raise NotebookError(f"{notebook}: not a Jupyter notebook (no JSON with a list of cells)")
+
+    if not isinstance(document, dict) or not isinstance(document.get("cells"), list):
+        raise NotebookError(f"{notebook}: not a Jupyter notebook (no JSON with a list of cells)")
+    return document["cells"]
 
 
 def _read_parameter(statement: ast.stmt, notebook: Path) -> tuple[str, Parameter]:

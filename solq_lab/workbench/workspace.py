@@ -1,4 +1,4 @@
-"""Where a notebook stands: the folder that relative paths start from, and the trained runs to look into."""
+"""The folder that a notebook's relative paths start from, and the trained runs in it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from solq_lab.config import load_experiment
 from solq_lab.data_folder import prepare_data
 from solq_lab.runs import Run, RunError, load_run, working_copy
 
-# Environment variable: the folder that relative paths of a launched notebook start from.
-WORKSPACE = "SOLQ_LAB_WORKSPACE"
-CHECKOUT = ("experiments", "notebooks")  # the folders that a checkout is known by
+WORKSPACE = "SOLQ_LAB_WORKSPACE"  # environment variable: the workspace of a launched notebook
+CHECKOUT = ("experiments", "notebooks")  # the folders that make a folder a workspace
 
 
 def enter_workspace() -> Path:
-    """Go to the folder that relative paths start from, and return it.
+    """Change to the folder that relative paths start from, and return it.
 
     That is the folder `solq-lab run` was called in; for a notebook opened in JupyterLab, whose kernel starts beside it,
-    the nearest folder above that holds `experiments` and `notebooks`.
+    the nearest folder above with `experiments` and `notebooks`.
     """
     here = Path.cwd()
     checkouts = (folder for folder in (here, *here.parents) if all((folder / name).is_dir() for name in CHECKOUT))
@@ -30,10 +29,9 @@ def enter_workspace() -> Path:
 
 
 def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
-    """A finished run to look into, with its images: drawn shapes appear on first use.
+    """A finished run and its data; missing shapes are drawn.
 
-    What is computed from a run that comes with the project goes into a copy of it in `runs_dir`; its own folder is
-    only read (`runs.working_copy`).
+    A run that comes with the project is only read: the result is its copy in `runs_dir` (`runs.working_copy`).
 
     Raises:
         RunError: no such run, or one without trained weights.
@@ -48,13 +46,13 @@ def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
 
 
 def run_folder(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Path:
-    """The folder of an experiment's run, whether it is there yet or not.
+    """The folder of an experiment's run, whether it exists or not.
 
-    It is the folder that the experiment file lies in where that holds trained weights, as one that comes with the
-    project does; otherwise the experiment's folder in `runs_dir`.
+    That is the folder of the experiment file where it holds trained weights (a run that comes with the project);
+    otherwise the experiment's folder in `runs_dir`.
 
     Raises:
-        ConfigError: the experiment cannot be used.
+        ConfigError: the experiment is not valid.
     """
     experiment, beside = load_experiment(experiment_path, list(overrides)), Path(experiment_path).parent
     shipped = (beside / "weights.safetensors").is_file()
@@ -62,10 +60,10 @@ def run_folder(experiment_path: str | Path, overrides: Sequence[str] = (), runs_
 
 
 def trained_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:
-    """The finished run of an experiment (`run_folder`), opened to look into (`open_run`).
+    """The finished run of an experiment (`run_folder`, `open_run`).
 
     Raises:
-        ConfigError: the experiment cannot be used, or its data folder is missing.
+        ConfigError: the experiment is not valid, or its data folder is missing.
         RunError: no such run, or one without trained weights.
     """
     return open_run(run_folder(experiment_path, overrides, runs_dir), runs_dir)

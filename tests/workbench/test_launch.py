@@ -401,7 +401,7 @@ def test_a_users_mistake_found_in_a_cell_counts_as_one(tmp_path, experiment):
 
 def test_a_killed_kernel_is_named_and_does_not_look_like_a_crash_of_ours(tmp_path, experiment):
     cell = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
-    with pytest.raises(NotebookFailed, match=r"its kernel was killed .*takes it up again"):
+    with pytest.raises(NotebookFailed, match=r"its kernel was killed .*re-running follows it again"):
         run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
 
 
