@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -14,7 +16,8 @@ from solq_lab.codecs.kinds import CODECS
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
-from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
+from solq_lab.data.kinds import AUGMENTATIONS
+from solq_lab.data.transforms import TestResize, Transform
 from solq_lab.models.kinds import BACKBONES
 from solq_lab.models.official import is_official
 from solq_lab.models.solq import SOLQ
@@ -163,6 +166,7 @@ def build_dataset(
         seed=experiment.seed,
         mask_route=data.mask_route,
         cache=data.cache,
+        allow_links=data.allow_links,
     )
 
 
@@ -180,6 +184,7 @@ def build_images(experiment: Experiment, classes: ClassMap | None = None) -> Coc
         class_ids=data.class_ids,
         num_classes=data.num_classes,
         mask_size=experiment.codec.mask_size,
+        allow_links=data.allow_links,
     )
 
 
@@ -191,12 +196,7 @@ def _data_root(experiment: Experiment) -> Path:
     return Path(experiment.data.root)
 
 
-def build_augmentation(data: DataSection) -> ReleasedAugmentation | FlipOnly | TestResize:
-    """What happens to a training image on its way in."""
-    match data.augment:
-        case "released":
-            return ReleasedAugmentation(data.train_scales, data.max_size, data.crop_scales, data.crop_size)
-        case "flip":
-            return FlipOnly(data.test_scale, data.max_size)
-        case "none":
-            return TestResize(data.test_scale, data.max_size)
+def build_augmentation(data: DataSection) -> Transform:
+    """The transform of training images; its fields are taken from the keys of the same names."""
+    augmentation = pkgutil.resolve_name(AUGMENTATIONS[data.augment])
+    return augmentation(**{field.name: getattr(data, field.name) for field in dataclasses.fields(augmentation)})

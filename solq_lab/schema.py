@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from solq_lab.codecs.kinds import CODECS
+from solq_lab.data.kinds import AUGMENTATIONS
 from solq_lab.errors import UserError
 from solq_lab.models.kinds import BACKBONES
 
@@ -193,9 +194,10 @@ class DataSection(Section):
     generate: Literal["none", "easy", "hard"] = Field("none", description="draw shapes into root when it is missing")
     generate_train: int = Field(6000, gt=0)
     generate_val: int = Field(200, gt=0)
-    augment: Literal["released", "flip", "none"] = Field(
-        "released", description="released: two resizes, flip, random crop"
+    allow_links: Annotated[bool, Role.MACHINE, Role.MAY_CHANGE] = Field(
+        False, description="images may be links that leave their folder, as DVC and git-annex make them"
     )
+    augment: str = Field("released", description="released: two resizes, flip, random crop; flip; none")
     train_scales: list[PositiveInt] = Field([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], min_length=1)
     crop_scales: list[PositiveInt] = Field(
         [400, 500, 600], min_length=1, description="short sides before the random crop"
@@ -216,6 +218,11 @@ class DataSection(Section):
     unreadable: Literal["stop", "replace"] = Field(
         "stop", description="a damaged or lost image in training: stop with its name, or take the next one and log it"
     )
+
+    @field_validator("augment")
+    @classmethod
+    def _augmentation_exists(cls, name: str) -> str:
+        return _one_of(name, AUGMENTATIONS)
 
     @model_validator(mode="after")
     def _sizes_ascend(self) -> DataSection:

@@ -1,15 +1,21 @@
-"""What a researcher adds goes through one table each: a mask codec and a backbone are one class and one entry."""
+"""One table each for what a researcher adds: a codec, a backbone or an augmentation is one class and one entry."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_experiment, write_tiny_dataset
+from tiny import SIDE, tiny_experiment, write_tiny_dataset
 from torch import Tensor, nn
 
+from solq_lab.build import build_dataset
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.kinds import CODECS, CodecSpec
+from solq_lab.data.kinds import AUGMENTATIONS
+from solq_lab.data.transforms import Crop, Resize, Step
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.kinds import BACKBONES, BackboneSpec
 from solq_lab.runs import create_run
@@ -47,19 +53,33 @@ class Patches(nn.Module):
         return maps
 
 
+@dataclasses.dataclass(frozen=True)
+class LeftHalf:
+    """A toy augmentation: the left half, at the test scale."""
+
+    test_scale: int
+
+    def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
+        height, width = size
+        return [Crop(0, 0, height, width // 2), Resize((height, width // 2), (self.test_scale, self.test_scale // 2))]
+
+
 @pytest.fixture
 def toys(monkeypatch):
+    monkeypatch.setitem(AUGMENTATIONS, "toy", f"{__name__}:LeftHalf")
     monkeypatch.setitem(CODECS, "toy", CodecSpec(f"{__name__}:RowSums"))
     monkeypatch.setitem(BACKBONES, "toy", BackboneSpec(f"{__name__}:Patches"))
 
 
-def test_a_codec_and_a_backbone_of_ones_own_train_and_predict(toys, tmp_path):
+def test_a_codec_a_backbone_and_an_augmentation_of_ones_own_train_and_predict(toys, tmp_path):
     experiment = tiny_experiment(
         write_tiny_dataset(tmp_path / "data"),
         model={"backbone": "toy"},
         codec={"kind": "toy", "mask_size": 16, "vector_dim": 32},
+        data={"augment": "toy"},
         train={"steps": 3},
     )
+    assert build_dataset(experiment, "train")[0][0].shape == (3, SIDE, SIDE // 2)
     run = create_run(experiment, tmp_path / "runs")
     assert train_run(run) == "finished"
     assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == [1, 2, 3]

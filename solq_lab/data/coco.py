@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from solq_lab import masks
 from solq_lab.boxes import xyxy_to_cxcywh
-from solq_lab.data.annotations import DataError
+from solq_lab.data.annotations import DataError, first_few, shorten
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.data.images import check_files, read_image
@@ -29,6 +30,8 @@ from solq_lab.data.transforms import (
 from solq_lab.structures import Detections, Target
 
 __all__ = ["CocoDataset", "DataError"]
+
+logger = logging.getLogger(__name__)
 
 SNAP = 1e-6  # pixels: rounding of a box moved forth and back; a larger difference is a crop
 
@@ -72,6 +75,7 @@ class CocoDataset(Dataset):
         seed: int = 0,
         mask_route: Literal["window", "bitmap"] = "window",
         cache: bool = False,
+        allow_links: bool = False,
     ) -> None:
         """Read and check the annotation file; no image is opened yet.
 
@@ -87,6 +91,7 @@ class CocoDataset(Dataset):
             mask_route: "window" rasterises each object inside its box in the original image; "bitmap" moves
                 full-image bitmaps through every step and crops them by ROI-align, as the released code does.
             cache: keep decoded images, and the masks of uncropped boxes, in the memory of each loader process.
+            allow_links: images may be links that leave the folder.
 
         Raises:
             DataError: the folder or the file cannot be used.
@@ -101,7 +106,9 @@ class CocoDataset(Dataset):
         self.classes = classes or ClassMap.from_categories(
             self.truth.categories, class_ids, num_classes, source=str(self.annotations)
         )
-        check_files(self.images, self.truth.file_names, self.image_ids)
+        check_files(self.images, self.truth.file_names, self.image_ids, allow_links=allow_links)
+        if classes is not None:
+            _check_names(self.truth, classes)
         self._labels = _channels(self.truth, self.classes)
         self._cache: dict[int, Cached] | None = {} if cache else None
 
@@ -224,6 +231,24 @@ class CocoDataset(Dataset):
                 packed = np.packbits(whole.numpy(), axis=-1)
             self._cache[index] = Cached(self._read_image(index), packed)
         return self._cache[index]
+
+
+def _check_names(truth: GroundTruth, classes: ClassMap) -> None:
+    """Raise DataError where a category is another one of the class map, which scores would silently mix up."""
+    own = ClassMap.from_categories(truth.categories, source=str(truth.source))
+    learnt = dict(zip(classes.category_ids, classes.names, strict=True))
+    differing = []
+    for category_id, name in zip(own.category_ids, own.names, strict=True):
+        if learnt.get(category_id, name) == name:
+            continue
+        differing.append(f"{category_id} is {shorten(name)} here and {shorten(learnt[category_id])} there")
+        if name in classes.names:
+            raise DataError(
+                f"{truth.source}: category ids do not mean what they mean in the training: {differing[-1]}; give "
+                "every category the same id in both files"
+            )
+    if differing:
+        logger.warning("%s: categories have other names than in the training: %s", truth.source, first_few(differing))
 
 
 def _channels(truth: GroundTruth, classes: ClassMap) -> np.ndarray:

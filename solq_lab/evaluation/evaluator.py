@@ -111,7 +111,16 @@ def evaluate_model(
     """
     predicted = predict_dataset(model, codec, dataset, settings, device=device, workers=workers)
     with closing(predicted):
-        share = (detections_to_results(detections, image_id, dataset.classes) for image_id, detections in predicted)
+        # A split may list fewer categories than the training; its scores are of those that it lists.
+        listed = {category["id"] for category in dataset.truth.categories}
+        share = (
+            [
+                result
+                for result in detections_to_results(detections, image_id, dataset.classes)
+                if result["category_id"] in listed
+            ]
+            for image_id, detections in predicted
+        )
         results = [result for of_one_image in stream_to_main(share, should_stop) for result in of_one_image]
     results.sort(key=lambda result: result["image_id"])  # stable: best score stays first
 

@@ -353,14 +353,13 @@ def test_without_mask_size_segmentations_may_be_absent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("LA", "png"), ("I;16", "png")]
+    ("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("LA", "png")]
 )
 def test_images_of_every_kind_become_rgb(tmp_path, mode, suffix):
     files = write_folder(tmp_path)
     grey = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
-    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
     data = io.BytesIO()
-    image.save(data, "JPEG" if suffix == "jpg" else "PNG")
+    Image.fromarray(grey).convert(mode).save(data, "JPEG" if suffix == "jpg" else "PNG")
     (files["images"] / "a.png").write_bytes(data.getvalue())
     pixels, _ = CocoDataset(**files)[0]
     assert pixels.shape == (3, 30, 40)
@@ -368,7 +367,53 @@ def test_images_of_every_kind_become_rgb(tmp_path, mode, suffix):
     assert (pixels.int() - torch.from_numpy(grey).int()).abs().max() <= 12  # JPEG and the colour spaces round
 
 
+def test_an_image_of_more_than_8_bits_is_rejected_as_in_prediction(tmp_path):
+    files = write_folder(tmp_path)
+    Image.fromarray(np.full((30, 40), 4095, dtype=np.uint16)).save(files["images"] / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: more than 8 bits per channel; scale it to 0\.\.255 first"):
+        CocoDataset(**files)[0]
+
+
 # Bad input
+
+
+@pytest.mark.parametrize(
+    ("annotated", "there"),
+    [
+        ("sub\\x.png", "sub/x.png"),
+        ("\u00fcb.png", "u\u0308b.png"),
+        ("X.png", "x.PNG"),
+        ("my%20x.png", "my x.png"),
+        ("train/x.png", "x.png"),
+    ],
+)
+def test_a_missing_image_is_named_with_the_file_that_is_meant(tmp_path, annotated, there):
+    files = write_folder(tmp_path, images=[{"id": 3, "file_name": annotated, "height": 30, "width": 40}])
+    (files["images"] / there).parent.mkdir(exist_ok=True)
+    (files["images"] / "a.png").rename(files["images"] / there)
+    with pytest.raises(DataError) as caught:
+        CocoDataset(**files)
+    assert f"{annotated!r}, while there is {there!r} (image id 3)" in str(caught.value)
+
+
+def test_links_out_of_the_folder_are_allowed_on_demand(tmp_path):
+    files = write_folder(tmp_path)
+    (files["images"] / "a.png").rename(tmp_path / "stored.png")
+    (files["images"] / "a.png").symlink_to(tmp_path / "stored.png")
+    with pytest.raises(
+        DataError, match=r"'a\.png' .* is a link that leaves .* set data\.allow_links: true"
+    ):
+        CocoDataset(**files)
+    assert CocoDataset(**files, allow_links=True)[0][0].shape == (3, 30, 40)
+
+
+def test_categories_of_another_id_than_in_the_training_are_rejected_and_other_names_logged(tmp_path, caplog):
+    files = write_folder(tmp_path, annotation())
+    learnt = ClassMap(("cat", "dog"), (1, 3))
+    with pytest.raises(DataError, match=r"1 is 'dog' here and 'cat' there; give every category the same id"):
+        CocoDataset(**files, classes=learnt)
+    CocoDataset(**files, classes=ClassMap(("dog", "kitten"), (1, 3)))
+    assert "categories have other names than in the training: 3 is 'cat' here and 'kitten' there" in caplog.text
 
 
 def test_missing_folder_and_file_are_named(tmp_path):

@@ -13,7 +13,9 @@ from oracle_detector import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, OracleDetector, o
 from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.config import Experiment
+from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
+from solq_lab.data.transforms import TestResize
 from solq_lab.evaluation import evaluator
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, predict_dataset
 from solq_lab.evaluation.gathering import EvaluationStopped
@@ -71,6 +73,20 @@ def test_only_the_first_images_are_predicted_and_scored_where_that_is_asked(data
     assert {result["image_id"] for result in results} == {1, 2}
     assert evaluation.images == 2
     assert evaluation.metrics["box.AP"] == 1.0
+
+
+def test_a_split_that_lists_fewer_categories_than_the_training_is_scored_on_those(coco_folder, codec):
+    classes = ClassMap(("cat", "dog", "bird"), (1, 2, 3))
+    dataset = CocoDataset(
+        coco_folder / "images",
+        coco_folder / "instances.json",
+        classes=classes,
+        mask_size=MASK_SIZE,
+        transform=TestResize(32, max_size=60),
+    )
+    results, evaluation = evaluate_model(Clairvoyant(dataset, codec), codec, dataset)
+    assert evaluation.metrics["box.AP"] == 1.0
+    assert {result["category_id"] for result in results} == {1, 2}
 
 
 def test_top_k_bounds_the_results_of_an_image(dataset, codec):

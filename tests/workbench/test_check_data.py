@@ -224,6 +224,22 @@ def test_a_truncated_jpeg_is_found_by_decoding_it_and_not_by_its_header(tmp_path
     assert broken(check(split, look="header")) == {}
 
 
+def test_a_link_out_of_the_folder_is_refused_as_in_training_unless_it_is_allowed(tmp_path):
+    split = write_split(tmp_path)
+    (split.images / "b.png").rename(tmp_path / "stored.png")
+    (split.images / "b.png").symlink_to(tmp_path / "stored.png")
+    assert broken(check(split)) == {"path-leaves-folder": 1}
+    assert _is_refused_by_the_loader(split.images, split.annotations)
+    assert broken(check(split, allow_links=True)) == {}
+
+
+def test_a_missing_image_is_named_with_the_file_that_is_meant(tmp_path):
+    split = write_split(tmp_path)
+    (split.images / "b.png").rename(split.images / "B.PNG")
+    (finding,) = check(split).findings.worst("image-missing", "train")
+    assert finding.message == "image id 2: 'b.png', while there is 'B.PNG'"
+
+
 def test_masks_are_not_looked_at_where_none_are_learnt(tmp_path):
     split = write_split(tmp_path, put("annotations", 0, segmentation=None))
     assert broken(check(split)) == {"mask-missing": 1}
@@ -267,7 +283,7 @@ def test_categories_that_mean_something_else_in_val_are_found(tmp_path):
         document["categories"][0]["name"], document["categories"][1]["name"] = "dog", "bird"
 
     report = check(write_split(tmp_path), write_split(tmp_path, swap, name="val"))
-    assert broken(report) == {"categories-differ": 2, "class-not-trained": 1}
+    assert broken(report) == {"categories-swapped": 1, "categories-differ": 1, "class-not-trained": 1}
 
 
 def test_a_category_that_only_val_knows_is_refused_as_in_training(tmp_path):

@@ -32,7 +32,7 @@ from solq_lab.data.annotations import (
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.folders import Split, find_splits
 from solq_lab.data.ground_truth import MANY_CROWDS
-from solq_lab.data.images import check_size, decode_bytes, read_file
+from solq_lab.data.images import LEAVES, check_size, decode_bytes, describe_missing, leaves_folder, read_file
 from solq_lab.data_folder import prepare_data
 from solq_lab.workbench.check import rules
 from solq_lab.workbench.check.findings import RULES, Finding, Findings
@@ -102,6 +102,7 @@ def find_data(
         with_masks=experiment.codec.kind != "none" or experiment.model.mask_branch != "none",
         class_ids=section.class_ids,
         num_classes=section.num_classes,
+        allow_links=section.allow_links,
     )
     return splits, options, experiment.name
 
@@ -264,7 +265,10 @@ def _check_file(content: _Content, image: _Image) -> tuple[bytes, list[Finding]]
     path, look = content.split.images / image.file_name, content.options.look
     name = f"image id {image.image_id}: {shorten(image.file_name)}"
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        return b"", [Finding("image-missing", name)]
+        missing = describe_missing(content.split.images, image.file_name)
+        return b"", [Finding("image-missing", f"image id {image.image_id}: {missing}")]
+    if not content.options.allow_links and leaves_folder(path, content.split.images.resolve()):
+        return b"", [Finding("path-leaves-folder", f"{name} {LEAVES}")]
     if look == "names":
         return b"", []
 

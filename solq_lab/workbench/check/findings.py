@@ -69,6 +69,7 @@ RULES: dict[str, Rule] = {
     "image-in-both": Rule("harmful", "images that are in both splits", "remove them from one"),
     "name-in-both": Rule("note", "file names that are in both splits"),
     "class-not-trained": Rule("harmful", "categories that only val has objects of", "add training objects"),
+    "categories-swapped": Rule("refused", "categories that have another id in val", "use one list of categories"),
     "categories-differ": Rule("harmful", "categories that the splits name differently", "use one list of categories"),
 }
 

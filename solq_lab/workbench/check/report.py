@@ -24,6 +24,7 @@ class Options(NamedTuple):
     detections: per image that evaluation scores.
     with_masks: masks are learnt.
     class_ids, num_classes: see `ClassMap.from_categories`.
+    allow_links: images may be links that leave their folder.
     """
 
     look: Look = "decode"
@@ -32,6 +33,7 @@ class Options(NamedTuple):
     with_masks: bool = True
     class_ids: Literal["contiguous", "raw"] = "contiguous"
     num_classes: int | None = None
+    allow_links: bool = False
 
 
 DEFAULTS = Options()

@@ -177,7 +177,8 @@ def categories_differ(train: Mapping[int, str], val: Mapping[int, str]) -> Itera
     for category in sorted(train.keys() & val.keys()):
         if train[category] != val[category]:
             message = f"category id {category}: {shorten(train[category])} in train, {shorten(val[category])} in val"
-            yield Finding("categories-differ", message)
+            rule = "categories-swapped" if val[category] in train.values() else "categories-differ"
+            yield Finding(rule, message)
 
 
 def classes_not_trained(train: Mapping[str, int], val: Mapping[str, int]) -> Iterator[Finding]:
