@@ -1,12 +1,14 @@
 """The whole network, inference and a training step, against the same network on `grid_sample`.
 
-Our training step keeps freed memory, as the training process does; the plain one leaves it to the C library.
+On the CPU our training step keeps freed memory, as the training process does; the plain one leaves it to the C library.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,97 +22,184 @@ from solq_lab.boxes import xyxy_to_cxcywh
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment
 from solq_lab.inference.folding import prepare_for_inference
+from solq_lab.inference.graphs import GraphedForward
 from solq_lab.inference.postprocess import postprocess
+from solq_lab.inference.predictor import predict_last_layer
 from solq_lab.models.onednn import use_onednn
 from solq_lab.ops.ms_deform_attn import use_implementation
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction, Target
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
+from solq_lab.training.step import Batch, boxes_per_process, forward_backward
 
-NETWORK_SIZE = (512, 852)  # of the network's input: table 5 of the paper
 CLASSES = 91
-OBJECTS = 7
-EXPERIMENT = Experiment.model_validate({"name": "bench", "model": {"width": 384, "pretrained": "none", "dropout": 0}})
-OUTPUT_TOLERANCE = 1e-3  # of the largest logit, box or vector entry, after twelve layers in float32
-LOSS_TOLERANCE = 1e-3  # relative
-GRADIENT_TOLERANCE = 1e-2  # relative, of the gradient's norm: single samples may change cells by rounding
+OBJECTS = 7  # per image, COCO's mean
+CPU = torch.device("cpu")
+Numbers = tuple[float, float]  # loss and gradient norm of one step
+Prediction = tuple[LayerPrediction, Detections]  # of one image
 
 
-def infer_rows() -> Iterator[Row]:
+class Workload(NamedTuple):
+    """What is measured.
+
+    experiment: network, codec, losses and optimiser.
+    image: (height, width) of the training images, pixels.
+    shown: (height, width) of the image to predict, pixels.
+    batch: images of a training step.
+    repeats: timed runs of each way, at most.
+    """
+
+    experiment: Experiment
+    image: tuple[int, int]
+    shown: tuple[int, int]
+    batch: int
+    repeats: int
+
+    def describe(self, size: tuple[int, int], batch: int) -> str:
+        """The network, the size and the batch as they stand in a row."""
+        backbone = {"resnet50": "ResNet-50"}.get(self.experiment.model.backbone, self.experiment.model.backbone)
+        return f"{backbone}, width {self.experiment.model.width}, {describe_size(size)}, batch {batch}"
+
+
+def released_model(**changes: Any) -> Experiment:
+    """SOLQ with ResNet-50 in the released width."""
+    return Experiment.model_validate({"name": "bench", "model": {"width": 384, "pretrained": "none", **changes}})
+
+
+SIZE = (512, 852)  # of the network's input: table 5 of the paper
+TABLE_5 = Workload(released_model(dropout=0), image=SIZE, shown=SIZE, batch=1, repeats=5)
+
+
+def infer_rows(work: Workload = TABLE_5) -> Iterator[Row]:
     """One image from pixels to masks."""
-    model, images = build_network().eval(), draw_images()
-    prepared = prepare_for_inference(model)
-    codec, names = build_codec(EXPERIMENT), [str(channel) for channel in range(CLASSES)]
+    what = f"{work.describe(work.shown, 1)}, with masks"
+    yield infer_row("infer", what, work, tolerance=1e-3)  # after twelve layers in float32
+
+
+def train_rows(work: Workload = TABLE_5) -> Iterator[Row]:
+    """One optimiser step on one image."""
+
+    def same(expected: Numbers, found: Numbers) -> bool:
+        """The loss to 0.1 %, the norm to 1 %: single samples may change cells by rounding."""
+        (loss, norm), (our_loss, our_norm) = expected, found
+        return abs(our_loss - loss) <= 1e-3 * loss and abs(our_norm - norm) <= 1e-2 * norm
+
+    what = f"one step, {work.describe(work.image, work.batch)}, {OBJECTS} objects"
+    yield train_row("train", what, work, equal=same, repeats=2, seconds=60, settle=True)
+
+
+def infer_row(
+    part: str,
+    what: str,
+    work: Workload,
+    device: torch.device = CPU,
+    *,
+    autocast: str = "none",
+    tolerance: float,
+    **settings: Any,
+) -> Row:
+    """One image of the host to run-length codes, against the network as it was trained, in float32.
+
+    Args:
+        part, what: name the row.
+        work: what is measured.
+        device: where the network runs.
+        autocast: "none" or "bf16", of ours.
+        tolerance: of the largest logit, box or vector entry.
+        settings: further arguments of `compare`.
+    """
+
+    def same(expected: Prediction, found: Prediction) -> bool:
+        return are_near(expected[0][:3], _on_host(found[0])[:3], tolerance=tolerance)
+
+    plainly, ours = inference_ways(work, device, autocast)
+    return compare(part, what, plainly, ours, same, **{"repeats": work.repeats, **settings})
+
+
+def inference_ways(
+    work: Workload, device: torch.device = CPU, autocast: str = "none"
+) -> tuple[Callable[[], Prediction], Callable[[], Prediction]]:
+    """The plain way of predicting one image, and ours, on a GPU as a CUDA graph. Arguments as in `infer_row`."""
+    model, images = build_network(work.experiment).eval().to(device), draw_images(work.shown)
+    codec, names = build_codec(work.experiment).to(device), [str(channel) for channel in range(CLASSES)]
     kept = zigzag_places(codec.mask_size)[: codec.vector_dim]
 
-    def plainly() -> tuple[LayerPrediction, Detections]:
-        with torch.inference_mode(), use_implementation("reference"):
-            prediction = model(images.normalised()).layers[-1]
-            return prediction, postprocess_one_by_one(prediction, kept)
+    @torch.inference_mode()
+    def plainly() -> Prediction:
+        with use_implementation("reference"):
+            last = _on_host(model(images.to(device).normalised()).layers[-1])
+            return last, postprocess_one_by_one(last, kept)
 
-    def ours() -> tuple[LayerPrediction, Detections]:
-        with torch.inference_mode():
-            prediction = prepared(images.normalised()).layers[-1]
-            return prediction, postprocess(prediction, [(HEIGHT, WIDTH)], codec, top_k=TOP_K, class_names=names)[0]
+    predict = partial(predict_last_layer, prepare_for_inference(model), autocast=autocast)
+    last_layer = GraphedForward(predict, device) if device.type == "cuda" else predict
 
-    yield compare(
-        "infer",
-        f"ResNet-50, width {EXPERIMENT.model.width}, {describe_size()}, batch 1, with masks",
-        plainly,
-        ours,
-        lambda expected, found: are_near(expected[0][:3], found[0][:3], tolerance=OUTPUT_TOLERANCE),
-        repeats=5,
-    )
+    @torch.inference_mode()
+    def ours() -> Prediction:
+        last = last_layer(images.to(device))
+        return last, postprocess(last, [(HEIGHT, WIDTH)], codec, top_k=TOP_K, class_names=names)[0]
+
+    return plainly, ours
 
 
-def train_rows() -> Iterator[Row]:
-    """One optimiser step on one image."""
-    model, images = build_network().train(), draw_images()
-    criterion = build_criterion(EXPERIMENT)
-    target = draw_target(criterion.codec.mask_size)
+def train_row(
+    part: str,
+    what: str,
+    work: Workload,
+    device: torch.device = CPU,
+    *,
+    autocast: str = "none",
+    equal: Callable[[Numbers, Numbers], bool],
+    **settings: Any,
+) -> Row:
+    """An optimiser step, against one in float32 with `grid_sample`.
 
-    def stepper(network: nn.Module) -> Callable[[], tuple[float, float]]:
-        optimizer = build_optimizer(network, EXPERIMENT.optim)
+    Args:
+        part, what: name the row.
+        work: what is measured.
+        device: where the network runs.
+        autocast: "none" or "bf16", of ours.
+        equal: whether two steps are the same.
+        settings: further arguments of `compare`.
+    """
+    network = build_network(work.experiment).train()
+    batch = draw_batch(work, pinned=device.type == "cuda")
+    plain_step = stepper(copy.deepcopy(network).to(device), work.experiment, batch)
+    if device.type == "cpu":
+        use_onednn(network, training=True)
+    step = stepper(network.to(device), work.experiment, batch, autocast)
 
-        def step() -> tuple[float, float]:
-            """Loss and gradient norm of one step."""
-            optimizer.zero_grad(set_to_none=True)
-            loss = criterion.total(criterion(network(images.normalised()), [target]))
-            loss.backward()
-            norm = gradient_norm(network)
-            clip_gradients(network, EXPERIMENT.optim.clip_norm, norm)
-            optimizer.step()
-            return loss.item(), norm.item()
-
-        return step
-
-    plain_step = stepper(copy.deepcopy(model))
-    use_onednn(model, training=True)
-    step = stepper(model)
-
-    def plainly() -> tuple[float, float]:
+    def plainly() -> Numbers:
         keep_freed_memory(keep=False)
         with use_implementation("reference"):
             return plain_step()
 
-    def ours() -> tuple[float, float]:
+    def ours() -> Numbers:
         keep_freed_memory()
         return step()
 
-    yield compare(
-        "train",
-        f"one step, ResNet-50, width {EXPERIMENT.model.width}, {describe_size()}, batch 1, {OBJECTS} objects",
-        plainly,
-        ours,
-        _same_step,
-        repeats=2,
-        seconds=60,
-        settle=True,
-    )
+    return compare(part, what, plainly, ours, equal, **{"repeats": work.repeats, **settings})
 
 
-def build_network(experiment: Experiment = EXPERIMENT) -> nn.Module:
+def stepper(model: nn.Module, experiment: Experiment, batch: Batch, autocast: str = "none") -> Callable[[], Numbers]:
+    """A function that takes one optimiser step of `model` on `batch`: loss and gradient norm."""
+    device = next(model.parameters()).device
+    criterion, optimizer = build_criterion(experiment).to(device), build_optimizer(model, experiment.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    num_boxes = boxes_per_process([batch], device)
+
+    def step() -> Numbers:
+        optimizer.zero_grad(set_to_none=True)
+        done = forward_backward(model, criterion, scaler, batch, num_boxes, autocast)
+        norm = gradient_norm(model)
+        clip_gradients(model, experiment.optim.clip_norm, norm)
+        optimizer.step()
+        return done.losses["total"].item(), norm.item()
+
+    return step
+
+
+def build_network(experiment: Experiment) -> nn.Module:
     """A fresh network whose zero matrices are drawn too: otherwise all queries would give one and the same mask."""
     torch.manual_seed(0)
     model = build_model(experiment, CLASSES)
@@ -128,24 +217,25 @@ def build_criterion(experiment: Experiment) -> SetCriterion:
     return SetCriterion(build_codec(experiment), matcher, **loss.model_dump())
 
 
-def draw_images(size: tuple[int, int] = NETWORK_SIZE) -> ImageBatch:
-    """One image of noise, (height, width) pixels."""
+def draw_images(size: tuple[int, int], batch: int = 1) -> ImageBatch:
+    """A batch of one image of noise, (height, width) pixels."""
     pixels = torch.randint(256, (1, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return ImageBatch(pixels, torch.zeros(1, *size, dtype=torch.bool))
+    return ImageBatch(pixels.repeat(batch, 1, 1, 1), torch.zeros(batch, *size, dtype=torch.bool))
 
 
-def draw_target(mask_size: int, size: tuple[int, int] = NETWORK_SIZE) -> Target:
-    """`OBJECTS` objects for an image of (height, width) pixels."""
+def draw_batch(work: Workload, *, pinned: bool = False) -> Batch:
+    """A batch of training images with `OBJECTS` objects each, on the host as a loader gives them."""
+    images, mask_size = draw_images(work.image, work.batch), work.experiment.codec.mask_size
     boxes = xyxy_to_cxcywh(boxes_xyxy(0, count=OBJECTS) / torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT]))
     masks = blob_masks(0, count=OBJECTS, size=mask_size)
-    return Target(0, torch.arange(OBJECTS), boxes, masks, size, (HEIGHT, WIDTH))
+    target = Target(0, torch.arange(OBJECTS), boxes, masks, work.image, (HEIGHT, WIDTH))
+    return images.pin_memory() if pinned else images, [target] * work.batch
 
 
-def describe_size(size: tuple[int, int] = NETWORK_SIZE) -> str:
+def describe_size(size: tuple[int, int]) -> str:
     """(height, width) as it stands in a row."""
     return "x".join(map(str, size))
 
 
-def _same_step(expected: tuple[float, float], found: tuple[float, float]) -> bool:
-    (loss, norm), (our_loss, our_norm) = expected, found
-    return abs(our_loss - loss) <= LOSS_TOLERANCE * loss and abs(our_norm - norm) <= GRADIENT_TOLERANCE * norm
+def _on_host(prediction: LayerPrediction) -> LayerPrediction:
+    return LayerPrediction(*(part.float().cpu() for part in prediction[:3]))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,23 +24,61 @@ def rows() -> Iterator[Row]:
     for layer, queries in (("encoder", tokens), ("decoder", 300)):
         inputs, gradient = draw_inputs(queries)
         what = f"{layer}, {queries} queries, 512x852, head width {HEAD_WIDTH}, {implementation_for('cpu')}"
-        with torch.no_grad():
-            yield compare(
-                "op",
-                f"{what}, forward",
-                lambda inputs=inputs: sample_by_grid(*inputs[:1], SHAPES, *inputs[1:]),
-                lambda inputs=inputs: ms_deform_attn(inputs[0], SHAPES, *inputs[1:]),
-                lambda expected, found: are_near([expected], [found], tolerance=TOLERANCE),
-            )
-        plain = sample_by_grid(inputs[0], SHAPES, *inputs[1:])
-        ours = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
-        yield compare(
-            "op",
-            f"{what}, backward",
-            lambda output=plain, of=inputs, by=gradient: torch.autograd.grad(output, of, by, retain_graph=True),
-            lambda output=ours, of=inputs, by=gradient: torch.autograd.grad(output, of, by, retain_graph=True),
-            partial(are_near, tolerance=TOLERANCE),
-        )
+        yield from layer_rows("op", what, inputs, SHAPES, gradient, tolerance=TOLERANCE)
+
+
+def layer_rows(
+    part: str,
+    what: str,
+    inputs: Inputs,
+    shapes: Sequence[tuple[int, int]],
+    gradient: Tensor,
+    *,
+    tolerance: float,
+    deterministic: bool = False,
+    measure: Callable[..., Row] = compare,
+) -> Iterator[Row]:
+    """Forward and backward of one layer; the plain way computes in float32.
+
+    Args:
+        part, what: name the rows.
+        inputs, shapes, gradient: as `draw_inputs` gives them.
+        tolerance: of the largest number, to which the results agree.
+        deterministic: whether to add a row for torch's deterministic mode.
+        measure: `compare`, or that with other settings.
+    """
+    exact = (inputs[0].detach().float().requires_grad_(), *inputs[1:])
+
+    def same(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+        return are_near(expected, found, tolerance=tolerance)
+
+    def plainly() -> tuple[Tensor]:
+        return (sample_by_grid(exact[0], shapes, *exact[1:]),)
+
+    def ours() -> tuple[Tensor]:
+        return (ms_deform_attn(inputs[0], shapes, *inputs[1:]),)
+
+    with torch.no_grad():
+        yield measure(part, f"{what}, forward", plainly, ours, same)
+    plain_output, output = plainly(), ours()
+
+    def plainly_back() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(plain_output, exact, gradient.float(), retain_graph=True)
+
+    def ours_back() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, inputs, gradient, retain_graph=True)
+
+    def ours_back_in_order() -> tuple[Tensor, ...]:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            return ours_back()
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    yield measure(part, f"{what}, backward", plainly_back, ours_back, same)
+    if deterministic:
+        yield measure(part, f"{what}, deterministic backward", plainly_back, ours_back_in_order, same)
 
 
 def sample_by_grid(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -54,6 +91,7 @@ def sample_by_grid(value: Tensor, shapes: Sequence[tuple[int, int]], locations: 
         image = level_value.flatten(2).transpose(1, 2).reshape(batch * heads, width, height, columns)
         grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B*M, Q, P, 2)
         sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+
     stacked = torch.stack(sampled, dim=-2).flatten(-2)  # L times (B*M, D, Q, P) -> (B*M, D, Q, L*P)
     share = weights.transpose(1, 2).reshape(batch * heads, 1, queries, len(shapes) * points)
     return (stacked * share).sum(-1).view(batch, heads * width, queries).transpose(1, 2)
@@ -82,12 +120,15 @@ def draw_inputs(
     generator = torch.Generator().manual_seed(0)
     tokens = sum(height * width for height, width in shapes)
     value = torch.randn(batch, tokens, HEADS, HEAD_WIDTH, generator=generator)
+
     sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32).view(1, 1, 1, -1, 1, 2)
     shape = (batch, queries, HEADS, len(shapes), POINTS)
     cell = (torch.rand(*shape, 2, generator=generator) * sizes).floor()
     inside_cell = 0.05 + 0.9 * torch.rand(*shape, 2, generator=generator)
     locations = (cell + 0.5 + inside_cell) / sizes
+
     weights = torch.rand(shape, generator=generator).flatten(-2).softmax(-1).view(shape)
     gradient = torch.randn(batch, queries, HEADS * HEAD_WIDTH, generator=generator)
-    inputs = (value.to(device, dtype), locations.to(device), weights.to(device))
-    return tuple(tensor.requires_grad_() for tensor in inputs), gradient.to(device, dtype)
+    value, locations, weights = value.to(device, dtype), locations.to(device), weights.to(device)
+    inputs = (value.requires_grad_(), locations.requires_grad_(), weights.requires_grad_())
+    return inputs, gradient.to(device, dtype)

@@ -4,117 +4,144 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from solq_lab.bench import codecs, evaluation, gpu, loader, matcher, memory, network, op, postprocess, targets
-from solq_lab.bench.memory import MemoryRow
+from solq_lab.bench import codec, evaluation, gpu, loader, matcher, memory, network, op, postprocess, targets
 from solq_lab.bench.timing import Row
 from solq_lab.data.annotations import DataError
 from solq_lab.environment import describe_software, processor_name
-from solq_lab.files import write_json
+from solq_lab.errors import UserError
+from solq_lab.files import read_json, write_json
+from solq_lab.ops.extension import instruction_set
 from solq_lab.schema import DataSection
 
-PARTS = ("op", "codec", "targets", "postprocess", "matcher", "loader", "eval", "infer", "train")
-ON_GPU = ("gpu",)  # runs where there is one
+Split = tuple[Path, Path] | None  # image folder and annotation file
+
+PARTS: dict[str, Callable[[Split], Iterator[Row]]] = {
+    "op": lambda split: op.rows(),
+    "codec": lambda split: codec.rows(),
+    "targets": lambda split: targets.rows(split[1] if split else None),
+    "postprocess": lambda split: postprocess.rows(),
+    "matcher": lambda split: matcher.rows(),
+    "loader": lambda split: loader.rows(split),
+    "eval": lambda split: evaluation.rows(),
+    "infer": lambda split: network.infer_rows(),
+    "train": lambda split: network.train_rows(),
+    "gpu": lambda split: gpu.rows(),
+    "memory": lambda split: memory.rows(),
+}
 BY_NAME = ("memory",)  # runs only where it is named: it takes many minutes and gigabytes
 
-
-class Report(NamedTuple):
-    """What was measured, and on what.
-
-    machine: processor, cores and system.
-    threads: torch's threads.
-    versions: of Python and the packages.
-    rows: the comparisons.
-    """
-
-    machine: dict[str, str | int]
-    threads: int
-    versions: dict[str, str]
-    rows: list[Row | MemoryRow]
-
-    def table(self) -> str:
-        """The rows as aligned text."""
-        lines = [f"{'part':<12}{'baseline':>12}{'ours':>12}{'ratio':>8}  equal  what"]
-        for row in self.rows:
-            equal = "yes" if row.equal else "NO"
-            baseline, ours = row.cells()
-            lines.append(f"{row.part:<12}{baseline:>12}{ours:>12}{row.ratio:>7.1f}x  {equal:<5}  {row.what}")
-        return "\n".join([*lines, f"{self.machine['processor']}, {self.threads} threads; median times, peak memory"])
-
-    def to_dict(self) -> dict:
-        """The report as JSON types."""
-        return self._asdict() | {"rows": [row.to_dict() for row in self.rows]}
+Report = dict[str, Any]  # as it is written to JSON: "machine", "threads", "versions" and "rows"
 
 
 def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data: str | Path | None = None) -> Report:
     """Measures parts of the pipeline against the plain way of doing the same.
 
     Args:
-        parts: names from `PARTS`, `ON_GPU` and `BY_NAME`, run in that order; none: all of `PARTS`, and where there is
-            a GPU those of `ON_GPU`.
+        parts: names from `PARTS`, run in that order; none: all but `BY_NAME`, and "gpu" only where there is one.
         json_path: file to write the report to.
         data: folder of a COCO data set; "targets" and "loader" then use its validation split. None: generated images.
 
+    Returns:
+        "machine" (processor, cores, system, instruction set of the operators), torch's "threads", "versions" of Python
+        and the packages, and the "rows".
+
     Raises:
-        ValueError: an unknown part, or one that needs a GPU where there is none.
+        UserError: an unknown part, or one that needs a GPU where there is none.
         DataError: `data` holds no COCO validation split.
     """
     check_parts(parts)
-    images, annotations = (None, None) if data is None else _validation_split(Path(data))
-    usual = PARTS + (ON_GPU if torch.cuda.is_available() else ())
-    chosen = [part for part in PARTS + ON_GPU + BY_NAME if part in parts] or list(usual)
-    rows: list[Row | MemoryRow] = []
-    with tqdm(chosen, desc="bench", unit="part") as progress:
+    split = None if data is None else _validation_split(Path(data))
+    usual = [part for part in PARTS if part not in BY_NAME and (part != "gpu" or torch.cuda.is_available())]
+    rows: list[Row] = []
+    with tqdm([part for part in PARTS if part in (parts or usual)], desc="bench", unit="part") as progress:
         for part in progress:
             progress.set_postfix_str(part)
-            rows += _rows(part, images, annotations)
-    report = Report(_describe_machine(), torch.get_num_threads(), describe_software()["versions"], rows)
+            rows += PARTS[part](split)
+
+    report = {
+        "machine": _describe_machine(),
+        "threads": torch.get_num_threads(),
+        "versions": describe_software()["versions"],
+        "rows": [row.to_dict() for row in rows],
+    }
     if json_path is not None:
         Path(json_path).parent.mkdir(parents=True, exist_ok=True)
-        write_json(json_path, report.to_dict())
+        write_json(json_path, report)
     return report
 
 
+def run_builds(
+    architectures: Sequence[str],
+    parts: Sequence[str],
+    json_path: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+) -> list[Report]:
+    """The reports of several builds of the CPU operators, each measured in a process of its own.
+
+    Args:
+        architectures: values of SOLQ_CPU_ARCH.
+        parts, json_path, data: as in `run`; the file holds the list of reports.
+
+    Raises:
+        UserError: an unknown part or architecture.
+    """
+    check_parts(parts)
+    reports = []
+    for architecture in architectures:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "report.json"
+            command = [sys.executable, "-m", __name__, str(path), "" if data is None else str(data), *parts]
+            child = subprocess.run(command, env=os.environ | {"SOLQ_CPU_ARCH": architecture})
+            if child.returncode:
+                raise RuntimeError(f"measuring with SOLQ_CPU_ARCH={architecture} failed; its error is above")
+            reports.append(read_json(path))
+    if json_path is not None:
+        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_path, reports)
+    return reports
+
+
+def table(*reports: Report) -> str:
+    """The rows as aligned text; those of several builds side by side, under their instruction sets."""
+    names = [report["machine"]["instruction_set"] for report in reports] if len(reports) > 1 else [""]
+    lines = ["".join([f"{'part':<12}", *(f"{'baseline':>12}{'ours':>12}{'ratio':>8}" for _ in names), "  equal  what"])]
+    if len(reports) > 1:
+        lines.insert(0, " " * 12 + "".join(f"{name:>32}" for name in names))
+    for rows in zip(*(report["rows"] for report in reports), strict=True):
+        numbers = "".join(_numbers(row) for row in rows)
+        equal = "yes" if all(row["equal"] for row in rows) else "NO"
+        lines.append(f"{rows[0]['part']:<12}{numbers}  {equal:<5}  {rows[-1]['what']}")
+    machine = reports[0]["machine"]
+    built = " and ".join(report["machine"]["instruction_set"] for report in reports)
+    return "\n".join(
+        [*lines, f"{machine['processor']}, {reports[0]['threads']} threads, {built}; median times, peak memory"]
+    )
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    unit, digits = ("ms", 1) if "ours_ms" in row else ("GiB", 2)
+    baseline, ours = (row[f"{way}_{unit.lower()}"] for way in ("baseline", "ours"))
+    return f"{f'{baseline:.{digits}f} {unit}':>12}{f'{ours:.2f} {unit}':>12}{row['ratio']:>7.1f}x"
+
+
 def check_parts(parts: Sequence[str]) -> None:
-    """Raises ValueError where a part is unknown, or needs a GPU and there is none."""
-    allowed = PARTS + ON_GPU + BY_NAME
-    unknown = sorted(set(parts) - set(allowed))
+    """Raises UserError where a part is unknown, or needs a GPU and there is none."""
+    unknown = sorted(set(parts) - set(PARTS))
     if unknown:
-        raise ValueError(f"no part {', '.join(unknown)}; allowed are {', '.join(allowed)}")
-    if not torch.cuda.is_available() and set(parts) & set(ON_GPU):
-        raise ValueError("part gpu needs an NVIDIA GPU that torch can use; `solq-lab doctor` says what there is")
-
-
-def _rows(part: str, images: Path | None, annotations: Path | None) -> Iterator[Row] | Iterator[MemoryRow]:
-    match part:
-        case "op":
-            return op.rows()
-        case "codec":
-            return codecs.rows()
-        case "targets":
-            return targets.rows(annotations)
-        case "postprocess":
-            return postprocess.rows()
-        case "matcher":
-            return matcher.rows()
-        case "loader":
-            return loader.rows(images, annotations)
-        case "eval":
-            return evaluation.rows()
-        case "infer":
-            return network.infer_rows()
-        case "train":
-            return network.train_rows()
-        case "gpu":
-            return gpu.rows()
-        case "memory":
-            return memory.rows()
+        raise UserError(f"no part {', '.join(unknown)}; allowed are {', '.join(PARTS)}")
+    if not torch.cuda.is_available() and "gpu" in parts:
+        raise UserError("part gpu needs an NVIDIA GPU that torch can use; `solq-lab doctor` shows what there is")
 
 
 def _validation_split(root: Path) -> tuple[Path, Path]:
@@ -131,6 +158,11 @@ def _describe_machine() -> dict[str, str | int]:
         "processor": processor_name(),
         "cores": os.cpu_count() or 1,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": instruction_set(),
         "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
+
+
+if __name__ == "__main__":
+    run(sys.argv[3:], sys.argv[1], data=sys.argv[2] or None)

@@ -1,15 +1,17 @@
-"""Two ways of doing the same, timed in turn."""
+"""Comparisons of two ways of doing the same, timed in turn."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+Timer = Callable[[Callable[[], Result]], tuple[float, Result]]
 
 REPEATS = 9  # timed runs of each way, at most
 SECONDS = 12.0  # that the timed runs of a pair may take together; the first run of each is never cut short
@@ -20,28 +22,27 @@ class Row(NamedTuple):
 
     part: name of the benchmark part.
     what: what was done, with its sizes.
-    baseline_ms, ours_ms: median time, milliseconds.
+    baseline, ours: median times or peaks of memory, in `unit`.
     equal: whether both gave the same result, by the part's own measure.
     """
 
     part: str
     what: str
-    baseline_ms: float
-    ours_ms: float
+    baseline: float
+    ours: float
     equal: bool
+    unit: Literal["ms", "GiB"] = "ms"
 
     @property
     def ratio(self) -> float:
-        """How many times faster ours is."""
-        return self.baseline_ms / self.ours_ms
+        """How many times less ours takes."""
+        return self.baseline / self.ours
 
-    def cells(self) -> tuple[str, str]:
-        """Both times as text."""
-        return f"{self.baseline_ms:.1f} ms", f"{self.ours_ms:.2f} ms"
-
-    def to_dict(self) -> dict:
-        """The row as JSON types, its ratio included."""
-        return self._asdict() | {"ratio": self.ratio}
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON types: the two numbers with the unit in their names, and their ratio."""
+        unit = self.unit.lower()
+        measured = {f"baseline_{unit}": self.baseline, f"ours_{unit}": self.ours, "ratio": self.ratio}
+        return {"part": self.part, "what": self.what, **measured, "equal": self.equal}
 
 
 def compare(
@@ -54,9 +55,9 @@ def compare(
     repeats: int = REPEATS,
     seconds: float = SECONDS,
     settle: bool = False,
-    timed: Callable[[Callable[[], Result]], tuple[float, Result]] | None = None,
+    timed: Timer | None = None,
 ) -> Row:
-    """Times both ways in turn, so that a busy moment of the machine hits both, and compares their first results.
+    """Times both ways in turn, so that a busy moment of the machine affects both, and compares their first results.
 
     The first run of each warms caches and builds what is built lazily; it counts only where it alone took more than
     `seconds`, because such a run leaves nothing to warm.
@@ -70,7 +71,7 @@ def compare(
         seconds: after which no further pair of runs is started.
         settle: whether each timed run follows an untimed one of the same way, because each leaves the process in
             a state that slows the other down.
-        timed: runs a way; its milliseconds and its result. None: by the clock on the wall.
+        timed: runs a way; its milliseconds and its result. None: by wall-clock time.
     """
     timed = timed or timed_by_wall
     baseline_ms, expected = timed(baseline)
@@ -78,6 +79,7 @@ def compare(
     same = equal(expected, found)
     times = ([baseline_ms], [ours_ms]) if baseline_ms + ours_ms > 1000 * seconds else ([], [])
     del expected, found
+
     started = time.perf_counter()
     while not times[0] or (len(times[0]) < repeats and time.perf_counter() - started < seconds):
         for measured, way in zip(times, (baseline, ours), strict=True):
@@ -94,7 +96,37 @@ def are_near(expected: Iterable[Tensor], found: Iterable[Tensor], *, tolerance: 
 
 
 def timed_by_wall(way: Callable[[], Result]) -> tuple[float, Result]:
-    """Run a way: milliseconds by the clock on the wall, and its result."""
+    """Run a way: milliseconds of wall-clock time, and its result."""
     started = time.perf_counter()
     result = way()
     return 1000 * (time.perf_counter() - started), result
+
+
+def timer(device: torch.device, calls: int = 1) -> Timer:
+    """A timer for `compare`: on a GPU by the GPU's clock, from an idle GPU until all is done.
+
+    Args:
+        device: where the way runs.
+        calls: that are timed together; the result is that of the last, the time the mean.
+    """
+
+    def repeated(way: Callable[[], Result]) -> Result:
+        for _ in range(calls):
+            result = way()
+        return result
+
+    def by_events(way: Callable[[], Result]) -> tuple[float, Result]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            start.record()
+            result = repeated(way)
+            end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls, result
+
+    def by_wall(way: Callable[[], Result]) -> tuple[float, Result]:
+        milliseconds, result = timed_by_wall(lambda: repeated(way))
+        return milliseconds / calls, result
+
+    return by_events if device.type == "cuda" else by_wall

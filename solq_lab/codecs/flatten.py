@@ -76,6 +76,8 @@ def hat_weights(coarse: int, cells: int) -> Tensor:
 
 def _resample(planes: Tensor, weights: Tensor) -> Tensor:
     """Planes (K, n, n) weighted along both axes by (m, n): (K, m, m), in their dtype."""
+    if weights.shape[0] == weights.shape[1]:
+        return planes  # the weights are one where n = m
     exact = product_dtype(torch.promote_types(planes.dtype, torch.float32), planes.device)
     with torch.autocast(planes.device.type, enabled=False):
         weights = weights.to(exact)

@@ -114,21 +114,24 @@ def cpu_operator(name: str) -> Callable[..., Any] | None:
     return getattr(torch.ops.solq_lab, name).default
 
 
-def cpu_architecture() -> str:
-    """The -march of the CPU operators: "native", or the level of x86-64 in $SOLQ_CPU_ARCH (v3 is short for x86-64-v3).
+def cpu_architecture(wanted: str | None = None) -> str:
+    """The -march of the CPU operators: "native", or a level of x86-64 such as "x86-64-v3".
+
+    Args:
+        wanted: that, or v3 for short. None: $SOLQ_CPU_ARCH, by default "native".
 
     Raises:
         UserError: an unknown one, or one that this processor cannot run.
     """
-    wanted = os.environ.get("SOLQ_CPU_ARCH") or "native"
+    wanted = wanted or os.environ.get("SOLQ_CPU_ARCH") or "native"
     name = f"x86-64-{wanted}" if wanted in ("v2", "v3", "v4") else wanted
     if name == "native":
         return name
-    if name not in CPU_ARCHITECTURES:
-        allowed = ", ".join(["native", *CPU_ARCHITECTURES])
+    levels = list(CPU_ARCHITECTURES)
+    if name not in levels:
+        allowed = ", ".join(["native", *levels])
         raise UserError(f"SOLQ_CPU_ARCH={wanted!r} is unknown; allowed are {allowed} and the short v2, v3, v4")
 
-    levels = list(CPU_ARCHITECTURES)
     needed = " ".join(CPU_ARCHITECTURES[level] for level in levels[: levels.index(name) + 1]).split()
     found = processor_features().split()
     if missing := [feature for feature in needed if feature not in found]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from tiny import tiny_experiment
 
-from solq_lab.bench import evaluation, gpu, loader, op, targets
-from solq_lab.bench.runner import PARTS, run
+from solq_lab.bench import evaluation, gpu, loader, network, op, targets
+from solq_lab.bench.runner import PARTS, run, run_builds, table
 from solq_lab.bench.timing import compare
 from solq_lab.data.annotations import DataError
+from solq_lab.errors import UserError
+from solq_lab.ops.extension import instruction_set
 from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
 
 
@@ -23,15 +25,15 @@ def test_medians_ignore_the_warming_run_and_a_slow_moment():
     row = compare(
         "p", "w", lambda: time.sleep(next(pauses)) or 1, lambda: time.sleep(0.001) or 1, int.__eq__, repeats=5
     )
-    assert 10 <= row.baseline_ms < 50
+    assert 10 <= row.baseline < 50
     assert row.equal
-    assert row.to_dict()["ratio"] == row.baseline_ms / row.ours_ms > 1
+    assert row.to_dict()["ratio"] == row.baseline / row.ours > 1
 
 
 def test_a_first_run_longer_than_the_time_allowed_is_kept():
     pauses = iter([0.2, 0.02])
     row = compare("p", "w", lambda: time.sleep(next(pauses)), lambda: None, lambda *_: False, repeats=2, seconds=0.05)
-    assert row.baseline_ms > 100
+    assert row.baseline > 100
     assert not row.equal
 
 
@@ -43,12 +45,25 @@ def test_a_report_names_machine_versions_and_rows(tmp_path):
     assert all("masks/s" in row["what"] for row in stored["rows"][:8])
     assert {"part", "what", "baseline_ms", "ours_ms", "ratio", "equal"} == set(stored["rows"][0])
     assert torch.__version__.startswith(stored["versions"]["torch"])
-    assert stored["machine"]["processor"] in report.table()
+    assert stored == report
+    last = table(report).splitlines()[-1]
+    assert f"{stored['machine']['processor']}, {stored['threads']} threads, {instruction_set()}; median times" in last
     assert stored["threads"] == torch.get_num_threads()
 
 
+def test_two_builds_are_measured_side_by_side(tmp_path):
+    native, other = run_builds(["native", "native"], ["matcher"], tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text()) == [native, other]
+    lines = table(native, other).splitlines()
+    name = native["machine"]["instruction_set"]
+    assert lines[0].split("  ")[-1].strip() == name
+    assert lines[1].count("ratio") == 2
+    assert lines[2].count(" ms") == 4
+    assert f"{name} and {name}" in lines[-1]
+
+
 def test_an_unknown_part_and_an_empty_data_folder_are_named(tmp_path):
-    with pytest.raises(ValueError, match=f"no part ops; allowed are {', '.join(PARTS)}"):
+    with pytest.raises(UserError, match=f"no part ops; allowed are {', '.join(PARTS)}"):
         run(["ops"])
     with pytest.raises(DataError, match="val2017: not there"):
         run(["targets"], data=tmp_path)
@@ -56,7 +71,7 @@ def test_an_unknown_part_and_an_empty_data_folder_are_named(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_part_for_gpus_is_refused_where_there_is_none():
-    with pytest.raises(ValueError, match="part gpu needs an NVIDIA GPU that torch can use; `solq-lab doctor` says"):
+    with pytest.raises(UserError, match="part gpu needs an NVIDIA GPU that torch can use; `solq-lab doctor` shows"):
         run(["gpu"])
 
 
@@ -66,13 +81,13 @@ def test_what_is_measured_on_a_gpu_gives_the_same_results_on_a_small_scale(devic
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     codec = {"mask_size": 128, "vector_dim": 256}
-    work = gpu.Workload(tiny_experiment(Path(), codec=codec), image=(64, 96), shown=(64, 96), batch=2, repeats=1)
+    work = network.Workload(tiny_experiment(Path(), codec=codec), image=(64, 96), shown=(64, 96), batch=2, repeats=1)
     rows = list(gpu.rows(device, work))
     assert [row.what.split(", ")[0] for row in rows] == ["encoder layer"] * 6 + ["inference"] * 2 + ["training step"]
     assert [row.what for row in rows if not row.equal] == []
     ways = [row.what.rpartition(", ")[2] for row in rows[:3]]
     assert ways == ["forward", "backward", "deterministic backward"]
-    assert f"{2000 / rows[-1].ours_ms:.1f} images/s" in rows[-1].what
+    assert f"{2000 / rows[-1].ours:.1f} images/s" in rows[-1].what
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -93,5 +108,5 @@ def test_both_evaluations_agree_to_six_digits_on_generated_results():
 
 def test_targets_and_samples_agree_on_real_images(coco_tiny: Path):
     images, annotations = coco_tiny / "val2017", coco_tiny / "annotations" / "instances_val2017.json"
-    rows = [*targets.rows(annotations), *loader.rows(images, annotations, num_images=2)]
+    rows = [*targets.rows(annotations), *loader.rows((images, annotations), num_images=2)]
     assert [row.part for row in rows if row.equal] == ["targets", "loader"]

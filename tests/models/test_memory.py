@@ -202,8 +202,7 @@ def test_the_peak_counts_memory_that_was_given_back():
 
 @pytest.mark.slow
 def test_both_ways_of_the_memory_benchmark_give_the_same_numbers():
-    scored, trained = memory.rows(num_images=4, size=(64, 96))
-    assert scored.equal
-    assert trained.equal
-    assert scored.to_dict()["ratio"] == scored.baseline_gib / scored.ours_gib
-    assert trained.cells() == (f"{trained.baseline_gib:.2f} GiB", f"{trained.ours_gib:.2f} GiB")
+    rows = list(memory.rows(num_images=4, size=(64, 96)))
+    assert [row.what for row in rows if not row.equal] == []
+    assert [row.unit for row in rows] == ["GiB"] * 4
+    assert rows[0].to_dict()["ratio"] == rows[0].to_dict()["baseline_gib"] / rows[0].to_dict()["ours_gib"]

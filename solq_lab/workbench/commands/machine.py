@@ -32,12 +32,17 @@ def bench(
         Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
     ] = None,
     data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read images.")] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="Level of x86-64 (v2, v3, v4) whose build is measured beside the one of this processor."),
+    ] = None,
 ) -> None:
     """Measure each part against the plain way of doing it. Both are run side by side, and have to agree."""
     from solq_lab.bench import runner
+    from solq_lab.ops.extension import cpu_architecture
 
-    try:
-        runner.check_parts(parts or [])
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    typer.echo(runner.run(parts or [], json_path, data=data).table())
+    if arch is None:
+        reports = [runner.run(parts or [], json_path, data=data)]
+    else:
+        reports = runner.run_builds([cpu_architecture(), cpu_architecture(arch)], parts or [], json_path, data=data)
+    typer.echo(runner.table(*reports))
