@@ -84,7 +84,7 @@ def test_a_split_that_lists_fewer_categories_than_the_training_is_scored_on_thos
         mask_size=MASK_SIZE,
         transform=TestResize(32, max_size=60),
     )
-    results, evaluation = evaluate_model(Clairvoyant(dataset, codec), codec, dataset)
+    results, evaluation = evaluate_model(OracleDetector(dataset, codec), codec, dataset)
     assert evaluation.metrics["box.AP"] == 1.0
     assert {result["category_id"] for result in results} == {1, 2}
 
