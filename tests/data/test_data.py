@@ -400,9 +400,7 @@ def test_links_out_of_the_folder_are_allowed_on_demand(tmp_path):
     files = write_folder(tmp_path)
     (files["images"] / "a.png").rename(tmp_path / "stored.png")
     (files["images"] / "a.png").symlink_to(tmp_path / "stored.png")
-    with pytest.raises(
-        DataError, match=r"'a\.png' .* is a link that leaves .* set data\.allow_links: true"
-    ):
+    with pytest.raises(DataError, match=r"'a\.png' .* is a link that leaves .* set data\.allow_links: true"):
         CocoDataset(**files)
     assert CocoDataset(**files, allow_links=True)[0][0].shape == (3, 30, 40)
 
