@@ -1,7 +1,7 @@
-"""Where queries look: the sampling points of the decoder's cross-attention. Paper: section 4, figure 4.
+"""Sampling points of the decoder's cross-attention. Paper: section 4, figure 4.
 
-Nothing is injected into the network: hooks on its decoder layers listen while it predicts, and ask the attention for
-the points it uses (`MultiScaleDeformableAttention.sampling`).
+Nothing is injected into the network: forward hooks on its decoder layers record the points that the attention uses
+(`MultiScaleDeformableAttention.sampling`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,12 @@ from solq_lab.structures import Detections, ImageBatch, LayerPrediction
 
 
 class LayerAttention(NamedTuple):
-    """Where all queries of one image look in one decoder layer, in the normalised image.
+    """Sampling points of all queries of one image in one decoder layer, in the normalised image.
 
-    points: (J, M, L, P, 2) as (x, y); a point may lie outside 0..1, where it finds nothing.
+    points: (J, M, L, P, 2) as (x, y); a point outside 0..1 contributes nothing.
     weights: (J, M, L, P); of each query and head they sum to 1 over levels and points.
     reference: (J, 2) points or (J, 4) boxes (cx, cy, w, h) that the points are placed around.
-    boxes: (J, 4) boxes (cx, cy, w, h) that the layer answers.
+    boxes: (J, 4) boxes (cx, cy, w, h) that the layer predicts.
     """
 
     points: Tensor
@@ -42,10 +42,10 @@ class LayerAttention(NamedTuple):
 
 
 class QueryPoints(NamedTuple):
-    """The points of one query that were asked for, as one list.
+    """Selected points of one query, as one list.
 
     points: (K, 2) as (x, y), normalised image.
-    weights: (K,); 1 in sum where every head and level was asked for.
+    weights: (K,); 1 in sum over all heads and levels.
     levels: (K,) int64, 0 is the finest.
     """
 
@@ -55,7 +55,7 @@ class QueryPoints(NamedTuple):
 
 
 class ObjectView(NamedTuple):
-    """One object of an image and where its query looks: what a drawing needs.
+    """One object of an image and the sampling points of its query, to be drawn.
 
     pixels: (H, W, 3) uint8.
     mask: (H, W) bool, or None where a plain detector found it.
@@ -74,13 +74,13 @@ class ObjectView(NamedTuple):
 
 
 def record_attention(model: SOLQ, images: ImageBatch) -> list[LayerAttention]:
-    """Run the model on one image; where its queries look in every decoder layer, first to last.
+    """Run the model on one image and return the sampling points of every decoder layer, first to last.
 
     Args:
         model: in evaluation mode.
         images: one normalised image, B = 1.
     """
-    with listening(model) as layers, torch.no_grad():
+    with recording(model) as layers, torch.no_grad():
         model(images)
     return layers
 
@@ -88,54 +88,54 @@ def record_attention(model: SOLQ, images: ImageBatch) -> list[LayerAttention]:
 def predict_with_attention(
     predictor: Predictor, image: str | Path | Image.Image | np.ndarray
 ) -> tuple[Detections, list[LayerAttention]]:
-    """The objects in one image, and where all queries look on the way to them, on the CPU.
+    """The objects in one image, and the sampling points of all queries in every decoder layer, on the CPU.
 
     Args:
         predictor: built without `bucket`.
         image: as `Predictor.predict` takes it.
 
     Raises:
-        ValueError: a predictor that replays CUDA graphs, which no hook can hear.
+        ValueError: a predictor that replays CUDA graphs, which call no hooks.
         DataError: no image.
     """
     if predictor.bucket is not None:
-        raise ValueError(f"a predictor with bucket={predictor.bucket} cannot be listened to; build it with bucket=None")
-    with listening(predictor.model) as layers:
+        raise ValueError(f"a predictor with bucket={predictor.bucket} calls no hooks; build it with bucket=None")
+    with recording(predictor.model) as layers:
         detections = predictor.predict(image)
     return detections, layers
 
 
 @contextlib.contextmanager
-def listening(model: nn.Module) -> Iterator[list[LayerAttention]]:
-    """Within the block the model runs once, on one image; the list is filled when the block ends.
+def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
+    """Record a single run of the model, on one image, within the block; the list is filled when the block ends.
 
     Args:
         model: any network with decoder layers and query heads, SOLQ and the SQR baseline alike.
     """
-    looked: list[tuple[Tensor, Tensor, Tensor]] = []
-    answered: list[Tensor] = []
+    sampled: list[tuple[Tensor, Tensor, Tensor]] = []
+    predicted: list[Tensor] = []
 
-    def look(attention: MultiScaleDeformableAttention, arguments: tuple) -> None:
+    def record_points(attention: MultiScaleDeformableAttention, arguments: tuple) -> None:
         queries, reference, memory = arguments
         points, weights = attention.sampling(queries, reference, memory)
         ratios = memory.valid_ratios[:, None, None, :, None, :]  # (B, L, 2) -> (B, 1, 1, L, 1, 2)
         whole = reference[0, :, 0] / memory.valid_ratios[0, 0].repeat(reference.shape[-1] // 2)  # (J, 2 or 4)
-        looked.append(((points / ratios)[0].cpu(), weights[0].cpu(), whole.cpu()))
+        sampled.append(((points / ratios)[0].cpu(), weights[0].cpu(), whole.cpu()))
 
-    def answer(head: UnifiedQueryHead, arguments: tuple, prediction: LayerPrediction) -> None:
-        answered.append(prediction.boxes[0].cpu())
+    def record_boxes(head: UnifiedQueryHead, arguments: tuple, prediction: LayerPrediction) -> None:
+        predicted.append(prediction.boxes[0].cpu())
 
     decoder = [part for part in model.modules() if isinstance(part, DecoderLayer)]
     heads = [part for part in model.modules() if isinstance(part, UnifiedQueryHead)]
     layers: list[LayerAttention] = []
     with contextlib.ExitStack() as hooks:
         for layer in decoder:
-            hooks.callback(layer.cross_attention.register_forward_pre_hook(look).remove)
+            hooks.callback(layer.cross_attention.register_forward_pre_hook(record_points).remove)
         for head in heads:
-            hooks.callback(head.register_forward_hook(answer).remove)
+            hooks.callback(head.register_forward_hook(record_boxes).remove)
         yield layers
-    boxes = answered[len(answered) - len(looked) :]  # two-stage: the proposals' head has answered before
-    layers += [LayerAttention(*place, box) for place, box in zip(looked, boxes, strict=True)]
+    boxes = predicted[len(predicted) - len(sampled) :]  # two-stage: without the boxes of the proposals
+    layers += [LayerAttention(*place, box) for place, box in zip(sampled, boxes, strict=True)]
 
 
 def query_points(
@@ -149,7 +149,7 @@ def query_points(
     """Points and weights of one query; the weights count each head, and each layer, alike.
 
     Args:
-        layers: what `record_attention` gives.
+        layers: as returned by `record_attention`.
         query: which one, 0..J-1.
         layer: decoder layer, counted as Python counts: -1 is the last; None: all.
         head: attention head, 0..M-1; None: all.
@@ -165,7 +165,7 @@ def query_points(
     _check_index("query", query, count)
     chosen = list(layers)
     if layer is not None:
-        _check_index("layer", layer if layer >= 0 else layer + len(layers), len(layers), asked=layer)
+        _check_index("layer", layer if layer >= 0 else layer + len(layers), len(layers), shown=layer)
         chosen = [layers[layer]]
     head_range, level_range = slice(None), slice(None)
     if head is not None:
@@ -174,6 +174,7 @@ def query_points(
     if level is not None:
         _check_index("level", level, levels)
         level_range = slice(level, level + 1)
+
     weights = torch.stack([one.weights[query, head_range, level_range] for one in chosen])  # (layers, M, L, P)
     places = torch.stack([one.points[query, head_range, level_range] for one in chosen])  # (layers, M, L, P, 2)
     number = torch.arange(levels)[level_range].view(1, 1, -1, 1).expand_as(weights)
@@ -190,12 +191,12 @@ def object_view(
     head: int | None = None,
     level: int | None = None,
 ) -> ObjectView:
-    """An object and where its query looks.
+    """An object and the sampling points of its query.
 
     Args:
         pixels: (H, W, 3) uint8, the image.
         detections: its objects, in its pixels.
-        layers: where the queries look (`predict_with_attention`).
+        layers: as returned by `predict_with_attention`.
         row: which object.
         layer, head, level: as for `query_points`.
 
@@ -211,16 +212,16 @@ def object_view(
     return ObjectView(pixels, mask, detections.boxes[row].numpy(), reference, looked, caption)
 
 
-def heat_map(looked: QueryPoints, size: tuple[int, int], *, spread: float | None = None) -> np.ndarray:
-    """(H, W) float64: attention weight per pixel, every point spread as a Gaussian.
+def heat_map(looked: QueryPoints, size: tuple[int, int], *, std: float | None = None) -> np.ndarray:
+    """(H, W) float64: attention weight per pixel, every point blurred by a Gaussian.
 
     Args:
-        looked: what `query_points` gives.
+        looked: as returned by `query_points`.
         size: (H, W) of the map, pixels of whatever frame.
-        spread: standard deviation, pixels; None: 2 % of the diagonal.
+        std: of the Gaussian, pixels; None: 2 % of the diagonal.
 
     Returns:
-        A map that sums to the weight of the points in the image; what a Gaussian loses at an edge is mirrored.
+        A map that sums to the weight of the points in the image; a Gaussian is mirrored at the edges.
     """
     height, width = size
     x, y = (looked.points.double() * torch.tensor([width, height])).T.numpy()
@@ -228,11 +229,11 @@ def heat_map(looked: QueryPoints, size: tuple[int, int], *, spread: float | None
     pixel = y[inside].astype(int) * width + x[inside].astype(int)
     weights = looked.weights.double().numpy()[inside]
     heat = np.bincount(pixel, weights=weights, minlength=height * width).astype(float).reshape(height, width)
-    return gaussian_filter(heat, 0.02 * np.hypot(height, width) if spread is None else spread, mode="reflect")
+    return gaussian_filter(heat, 0.02 * np.hypot(height, width) if std is None else std, mode="reflect")
 
 
-def _check_index(name: str, index: int, count: int, *, asked: Any = None) -> None:
+def _check_index(name: str, index: int, count: int, *, shown: int | None = None) -> None:
     if count == 0:
         raise ValueError(f"{name} {index} does not exist: there is none")
     if not 0 <= index < count:
-        raise ValueError(f"{name} {index if asked is None else asked} does not exist; allowed are 0 to {count - 1}")
+        raise ValueError(f"{name} {index if shown is None else shown} does not exist; allowed are 0 to {count - 1}")

@@ -1,4 +1,4 @@
-"""A network made ready to predict: batch norms folded into the convolutions before them, weights packed for the CPU."""
+"""Preparing a network for inference: batch norms folded into convolutions, linear layers in oneDNN on the CPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from solq_lab.models.solq import SOLQ
 def prepare_for_inference(model: SOLQ) -> SOLQ:
     """A copy of the model that predicts the same, faster, and can no longer be trained.
 
-    Beyond `fold`, what is left of the backbone runs with channels last, as today's convolutions like it. On a CPU
-    linear layers keep a second copy of their weights, in the order that its kernels read.
+    Beyond `fold`, the convolutions run with channels last. On a CPU linear layers keep a second copy of their weights,
+    in the order that oneDNN reads.
 
     Args:
-        model: on the device where it will predict; stays as it is. Its copy's `state_dict` has other names and values.
+        model: on the device where it will predict; not changed. Its copy's `state_dict` has other names and values.
     """
     prepared = fold(model).to(memory_format=torch.channels_last)
     use_onednn(prepared, training=False)
@@ -29,11 +29,11 @@ def prepare_for_inference(model: SOLQ) -> SOLQ:
 
 
 def fold(model: SOLQ) -> SOLQ:
-    """A copy of the model in evaluation mode without what inference does not need; plain torch, to be traced or packed.
+    """A copy of the model in evaluation mode, reduced to what inference needs; plain torch, to be traced or packed.
 
-    In evaluation mode a batch norm multiplies and shifts every channel by constants. The convolution before it can do
-    that itself, at no cost. Swin has no batch norm to fold. Mask vectors come from the last decoder layer alone; the
-    earlier ones only refine boxes.
+    In evaluation mode a batch norm multiplies and shifts every channel by constants, at no cost once folded into the
+    convolution before it. Swin has no batch norm. Mask vectors come from the last decoder layer alone; the earlier ones
+    only refine boxes.
     """
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     _fold_batch_norms(folded.backbone)

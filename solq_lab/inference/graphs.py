@@ -1,4 +1,4 @@
-"""A forward pass kept as one CUDA graph per input size: one launch for the host instead of several hundred."""
+"""A forward pass as one CUDA graph per input size: one launch from the host instead of several hundred."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class _Captured(NamedTuple):
 class GraphedForward:
     """A forward pass on one GPU that is captured at the first batch of each size and replayed for the later ones.
 
-    Python runs only while capturing: a hook in the network is not called by a replay, and what `forward` decides must
-    follow from the batch's size alone. Not for use by several threads at once.
+    Python runs only while capturing: a replay calls no hooks, and the control flow of `forward` must depend on the
+    batch's size alone. Not thread-safe.
 
     Args:
-        forward: takes a batch on `device` to the last decoder layer's prediction, without waiting for the GPU.
+        forward: takes a batch on `device` to the last decoder layer's prediction, without synchronising with the GPU.
         device: the GPU.
         limit: sizes that get a graph; batches of any further size run without one.
     """
@@ -70,7 +70,7 @@ class GraphedForward:
                 self._forward(held)
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a loader's that pins memory, may go on with what a capture must not do.
+        # "thread_local": other threads, such as a loader's that pins memory, may call what a capture forbids.
         with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
             prediction = self._forward(held)
         return _Captured(graph, held, prediction)

@@ -16,7 +16,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.masks import encode_rle, paste_to_rle
 from solq_lab.structures import Detections, ImageMasks, LayerPrediction, unpadded_sizes
 
-PIXELS_PER_CHUNK = 2**22  # mask cells decoded at once: 256 masks of 128 x 128, 16 MiB in float32
+PIXELS_PER_CHUNK = 2**22  # mask pixels decoded at once: 256 masks of 128 x 128, 16 MiB in float32
 
 
 @torch.no_grad()
@@ -30,8 +30,8 @@ def postprocess(
 ) -> list[Detections]:
     """The `top_k` best (query, class) pairs of every image, with their masks at original size.
 
-    Selection and decoding run on the prediction's device; what comes to the host are the selected numbers and, chunk
-    by chunk, the decoded masks as bits. A query that speaks for several classes has its mask decoded and pasted once.
+    Selection and decoding run on the prediction's device; the selected numbers and, chunk by chunk, the binary masks
+    are copied to the host. A query with several classes has its mask decoded and pasted once.
 
     Args:
         prediction: of the last decoder layer, B images.
@@ -57,7 +57,7 @@ def postprocess(
         if prediction.masks is not None:
             masks = cut_out_masks(prediction.masks, image, queries[image], size)
         elif codec is not None:
-            masks = _draw_masks(prediction.vectors[image], queries[image], boxes[image], size, codec)
+            masks = _decode_masks(prediction.vectors[image], queries[image], boxes[image], size, codec)
         names = [class_names[label] for label in labels[image].tolist()]
         detections.append(Detections(scores[image], labels[image], boxes[image], queries[image], masks, names))
     return detections
@@ -78,15 +78,17 @@ def _select_best(
     return scores.float(), labels, queries, boxes.float()
 
 
-def _draw_masks(vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int, int], codec: MaskCodec) -> list[dict]:
+def _decode_masks(
+    vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int, int], codec: MaskCodec
+) -> list[dict]:
     """The RLEs of one image's detections: vectors (J, D) of all queries, queries (k,), boxes (k, 4) in pixels."""
     distinct, place = queries.unique(return_inverse=True)
-    box_of = boxes.new_empty(len(distinct), 4).index_copy_(0, place, boxes)  # same query, same box: any may win
+    box_of = boxes.new_empty(len(distinct), 4).index_copy_(0, place, boxes)  # same query, same box: any will do
     vectors = vectors[distinct.to(vectors.device, non_blocking=True)]
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    at_once = max(1, PIXELS_PER_CHUNK // codec.mask_size**2)
+    count = max(1, PIXELS_PER_CHUNK // codec.mask_size**2)
     rles = []
-    for some_vectors, some_boxes in zip(vectors.split(at_once), box_of.split(at_once), strict=True):
+    for some_vectors, some_boxes in zip(vectors.split(count), box_of.split(count), strict=True):
         masks = codec.decode_masks(some_vectors).cpu()
         rles += paste_to_rle(masks, some_boxes, size)
     return [dict(rles[row]) for row in place.tolist()]  # copies: a caller may rewrite its RLE's counts
@@ -95,7 +97,7 @@ def _draw_masks(vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int
 def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[int, int]) -> list[dict]:
     """The RLEs of one image's detections from masks in the image frame, where queries (k,) are the detections'.
 
-    As released: raised to the padded image, thresholded, cut to the image, and only then brought to `size`.
+    As released: upsampled to the padded image, thresholded, cropped to the image, and only then resized to `size`.
     """
     distinct, place = queries.unique(return_inverse=True)
     padding = masks.padding[image]
@@ -104,8 +106,8 @@ def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[in
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     rles = []
     for some in logits.split(max(1, PIXELS_PER_CHUNK // padding.numel())):
-        raised = F.interpolate(some, size=padding.shape, mode="bilinear")
-        inside = (raised[..., :height, :width] > 0).byte()  # a sigmoid above one half
+        upsampled = F.interpolate(some, size=padding.shape, mode="bilinear")
+        inside = (upsampled[..., :height, :width] > 0).byte()  # a sigmoid above one half
         rles += encode_rle(F.interpolate(inside, size=size).squeeze(1).bool())  # nearest
     return [dict(rles[row]) for row in place.tolist()]
 

@@ -1,4 +1,4 @@
-"""A trained model and everything around it: from an image to its objects in one call."""
+"""A trained model with everything around it: from an image to its objects in one call."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 
 
 class Predictor:
-    """Finds objects in single images with a trained model.
+    """Detects objects in single images with a trained model.
 
-    Everything but the weights comes out of the weight file too: the experiment (network, codec, test size) and the
-    class names. Building a predictor fetches nothing.
+    The experiment (network, codec, test size) and the class names are read from the weights file too. Building a
+    predictor downloads nothing.
 
     Args:
         weights_or_run: a weight file that this project wrote or imported, or a finished run or its folder.
@@ -41,12 +41,12 @@ class Predictor:
         top_k: detections per image; None: as many as the experiment evaluates.
         bucket: the resized image is padded, right and bottom, until its sides are multiples of this, pixels. On a GPU
             each of the few sizes that are left is captured as a CUDA graph when it first occurs. The padding changes
-            the numbers slightly, as that of a batch does. None: no padding, no graphs.
-        autocast: "bf16" multiplies in bfloat16, for processors that are good at it; "none" stays in float32.
+            the results slightly, as in a batch. None: no padding, no graphs.
+        autocast: "bf16" multiplies in bfloat16, for processors that are fast at it; "none" stays in float32.
 
     Attributes:
-        model: the network as `prepare_for_inference` leaves it, in evaluation mode and with batch norms folded.
-        codec: its mask code, None for a plain detector.
+        model: the network after `prepare_for_inference`, in evaluation mode and with batch norms folded.
+        codec: its mask codec, None for a plain detector.
         classes: names and category ids of the class channels.
         experiment: how the model was trained.
         device: where the model runs.
@@ -89,7 +89,7 @@ class Predictor:
         """The objects in one image, with boxes and masks in its pixels.
 
         A file is turned upright by its EXIF orientation, as `read_upright` does. The pixels of a PIL image or an array
-        are taken as they lie; so does our evaluation, because COCO's annotations ignore the orientation.
+        are used as they are; so does our evaluation, because COCO's annotations ignore the orientation.
 
         Args:
             image: path of an image file, PIL image, or uint8 array (H, W, 3) in RGB.
@@ -113,7 +113,7 @@ class Predictor:
 
 
 def read_upright(path: str | Path) -> Image.Image:
-    """The image in a file as 8-bit RGB, turned as its EXIF orientation says: what a viewer would show.
+    """The image in a file as 8-bit RGB, turned by its EXIF orientation, as a viewer shows it.
 
     Raises:
         DataError: no such file, no image, or more than 8 bits per channel.
@@ -129,14 +129,14 @@ def read_upright(path: str | Path) -> Image.Image:
 
 
 def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:
-    """What the last decoder layer says about uint8 images.
+    """Prediction of the last decoder layer for uint8 images.
 
     Args:
         model: on the device of the images.
         images: as a loader gives them.
         autocast: "none" or "bf16".
     """
-    # No cache of cast weights: within a CUDA graph it would hand out memory that the graph uses again.
+    # No cache of cast weights: within a CUDA graph its memory would be reused by the graph.
     with torch.autocast(images.pixels.device.type, torch.bfloat16, enabled=autocast == "bf16", cache_enabled=False):
         return model(images.normalised()).layers[-1]
 
@@ -178,7 +178,7 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
 
 
 def find_weights(weights_or_run: str | Path | Run) -> Path:
-    """The weight file that is meant: the path itself, or the finished model of a run.
+    """The path of a weights file, or of the finished model of a run.
 
     Raises:
         RunError: a folder that is no run, or a run without a finished model.
@@ -201,7 +201,7 @@ def find_weights(weights_or_run: str | Path | Run) -> Path:
 
 
 def read_trained(path: Path) -> tuple[WeightFile, Experiment, ClassMap]:
-    """A weights file with the experiment and the class map that it carries.
+    """A weights file with the experiment and the class map stored in it.
 
     Raises:
         WeightMismatch: no weights file, or one without experiment or classes.

@@ -177,7 +177,7 @@ def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
     rows, columns = HEAT_CELLS, max(round(HEAT_CELLS * (right - left) / (bottom - top)), 1)
     scale, corner = torch.tensor([width, height]), torch.tensor([left, top])
     inside = (view.looked.points * scale - corner) / torch.tensor([right - left, bottom - top])
-    heat = heat_map(view.looked._replace(points=inside), (rows, columns), spread=HEAT_STD * rows)
+    heat = heat_map(view.looked._replace(points=inside), (rows, columns), std=HEAT_STD * rows)
     heat /= max(heat.max(), 1e-12)
 
     painted = mpl.colormaps["inferno"](heat)

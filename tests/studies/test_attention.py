@@ -172,7 +172,7 @@ def test_an_image_is_predicted_and_listened_to_at_once(predictor: Predictor, ima
 
 def test_a_predictor_that_replays_graphs_cannot_be_listened_to(predictor: Predictor, image, tmp_path, root, model):
     bucketed = saved(tiny_experiment(root), model, tmp_path, bucket=32)
-    with pytest.raises(ValueError, match="bucket=32 cannot be listened to; build it with bucket=None"):
+    with pytest.raises(ValueError, match="bucket=32 calls no hooks; build it with bucket=None"):
         predict_with_attention(bucketed, image)
 
 
@@ -210,10 +210,10 @@ def looked_at(*points: tuple[float, float], weights: list[float] | None = None) 
 
 def test_a_heat_map_sums_to_the_weight_in_the_image_and_peaks_at_the_point():
     looked = looked_at((0.25, 0.5), (1.2, 0.5), weights=[0.7, 0.3])
-    heat = heat_map(looked, (40, 80), spread=3.0)
+    heat = heat_map(looked, (40, 80), std=3.0)
     assert heat.sum() == pytest.approx(0.7)
     assert np.unravel_index(heat.argmax(), heat.shape) == (20, 20)
-    assert heat_map(looked_at((0.0, 0.0)), (10, 10), spread=2.0).sum() == pytest.approx(1.0)  # mirrored at the edge
+    assert heat_map(looked_at((0.0, 0.0)), (10, 10), std=2.0).sum() == pytest.approx(1.0)  # mirrored at the edge
     for nothing in (looked_at(), looked_at((2.0, 0.5))):  # the only point lies outside
         assert (heat_map(nothing, (10, 10)) == np.zeros((10, 10))).all()
         assert heat_map(nothing, (10, 10)).dtype == np.float64
