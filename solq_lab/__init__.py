@@ -14,7 +14,7 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """The few names a user types, imported when they are asked for: `import solq_lab` alone loads nothing heavy."""
+    """Import the names that users type on first use: `import solq_lab` alone loads nothing heavy."""
     if name not in _HOMES:
         raise AttributeError(f"module 'solq_lab' has no attribute {name!r}; it offers {', '.join(_HOMES)}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""The command line as `python -m solq_lab`, for places that know an interpreter but not where scripts are installed."""
+"""The command line as `python -m solq_lab`, for callers that know only the interpreter."""
 
 from solq_lab.workbench.cli import main
 

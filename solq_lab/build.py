@@ -80,8 +80,8 @@ def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = 
     Args:
         experiment: sections `model` and `codec` are read, and `train.freeze_detector`.
         num_classes: number S of class channels.
-        pretrained: start from what `model.pretrained` names, as a training does: ImageNet weights of the backbone, or a
-            file of a backbone or of a whole detector. A model that is about to be loaded does not need it.
+        pretrained: load `model.pretrained`, as a training does: ImageNet weights of the backbone, or a file of a
+            backbone or of a whole detector.
 
     Raises:
         WeightMismatch: the file cannot be read, or nothing in it fits.
@@ -109,7 +109,7 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
 
 
 def _start_from_file(network: SOLQ, path: Path) -> None:
-    """Load all that fits of a detector's file, or the backbone from a classifier's."""
+    """Load what fits from a detector's file, or the backbone from a classifier's."""
     frozen = isinstance(network, SQRDetector) and network.freeze_detector
     names = read_official(path).state.keys()
     if frozen:
@@ -122,7 +122,7 @@ def _start_from_file(network: SOLQ, path: Path) -> None:
 
 
 def _check_frozen_part_is_whole(report: ImportReport, path: Path) -> None:
-    """A detector that is never trained must not keep a single fresh tensor."""
+    """A frozen detector must not keep a freshly initialised tensor."""
     fresh = [name for name in report.missing if not name.startswith("mask_branch.")]
     if fresh:
         raise WeightMismatch(
@@ -138,13 +138,13 @@ def build_dataset(
     *,
     with_masks: bool = False,
 ) -> CocoDataset:
-    """Images and targets of one split; training targets carry the masks that the model learns from.
+    """Images and targets of one split; training targets include masks.
 
     Args:
         experiment: sections `data` and `codec`, `model.mask_branch` and the seed are read.
         split: "train" augments, "val" only resizes.
-        classes: the class map of the training, or of a trained model; None: as this split's annotations say.
-        with_masks: validation targets carry masks too; evaluation needs none, images of the ground truth do.
+        classes: the class map of the training, or of a trained model; None: of this split's annotations.
+        with_masks: include masks in validation targets; evaluation does not need them, figures do.
 
     Raises:
         ConfigError: `data.root` is empty.
@@ -171,7 +171,7 @@ def build_dataset(
 
 
 def build_images(experiment: Experiment, classes: ClassMap | None = None) -> CocoDataset:
-    """The validation images as they lie in their files, with their true masks; for looking, whatever the model.
+    """The validation images without resizing, with ground-truth masks for figures.
 
     Raises:
         ConfigError, DataError: as in `build_dataset`.

@@ -18,25 +18,25 @@ Schema = TypeVar("Schema", bound=Section)
 
 
 class SweepRow(Section):
-    """One row of a sweep: what is changed, and which row of the paper it answers."""
+    """One row of a sweep: its changes, and the row of the paper to compare with."""
 
     name: str = Field(pattern=NAME)
     overrides: list[str] = Field([], description="section.key=value changes to the experiment")
     experiment: str | None = Field(None, description="instead of the sweep's")
-    paper: str | None = Field(None, description="row of the paper's table that this one answers")
+    paper: str | None = Field(None, description="row of the paper's table to compare with")
     run: str | None = Field(None, pattern=NAME, description="name of its runs, to share them with rows of other sweeps")
 
 
 class Sweep(Section):
-    """A table to fill: rows times seeds, each one a run of the same notebook."""
+    """A table of results: rows times seeds, each one a run of the same notebook."""
 
     name: str = Field(pattern=NAME)
     experiment: str = Field(description="YAML file that all rows start from; in the file, relative to it")
     overrides: list[str] = Field([], description="section.key=value changes that all rows share")
     rows: list[SweepRow] = Field(min_length=1)
     seeds: list[int] = Field([42], min_length=1)
-    notebook: str = Field("notebooks/train.ipynb", description="what makes a run")
-    paper: str | None = Field(None, description="table of paper_results.yaml that this sweep answers")
+    notebook: str = Field("notebooks/train.ipynb", description="executed for each run")
+    paper: str | None = Field(None, description="table of paper_results.yaml to compare with")
     metrics: list[str] = Field(["segm.AP", "box.AP"], min_length=1, description="columns of the table")
 
     @model_validator(mode="after")
@@ -57,7 +57,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
             holds a text.
 
     Raises:
-        ConfigError: the file, a key or a value cannot be used.
+        ConfigError: the file, a key or a value is not valid.
     """
     path = Path(path)
     values = _read_with_parents(path, seen=[])
@@ -68,10 +68,10 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """The sweep in a YAML file, called like the file, its experiments relative to the working directory.
+    """The sweep in a YAML file, named like the file, its experiments relative to the working directory.
 
     Raises:
-        ConfigError: the file, a key or a value cannot be used. The experiments are not opened yet.
+        ConfigError: the file, a key or a value is not valid. The experiments are not opened yet.
     """
     path = Path(path)
     values = {"name": path.stem} | read_yaml(path)
@@ -84,12 +84,12 @@ def load_sweep(path: str | Path) -> Sweep:
 
 
 def _beside(path: Path, relative: str) -> str:
-    """A path that is meant relative to a file's folder, seen from here."""
+    """A path relative to a file's folder, made relative to the working directory."""
     return os.path.normpath(path.parent / relative)
 
 
 def parse_experiment(text: str, *, source: str) -> Experiment:
-    """The experiment in a YAML text, as `to_yaml` writes it; `source` is what an error message calls it.
+    """The experiment in a YAML text, as `to_yaml` writes it; `source` names it in error messages.
 
     Raises:
         ConfigError: not plain YAML, an unknown key or a value that does not fit.
@@ -98,7 +98,7 @@ def parse_experiment(text: str, *, source: str) -> Experiment:
 
 
 def validate_experiment(values: dict[str, Any], *, source: str) -> Experiment:
-    """The experiment of a plain dictionary; `source` is what an error message calls it.
+    """The experiment of a plain dictionary; `source` names it in error messages.
 
     Raises:
         ConfigError: an unknown key or a value that does not fit; all faults are listed at once.
@@ -107,7 +107,7 @@ def validate_experiment(values: dict[str, Any], *, source: str) -> Experiment:
 
 
 def change_experiment(experiment: Experiment, changes: Mapping[str, Any], *, source: str) -> Experiment:
-    """The same experiment with other values of the keys "section.key"; `source` is what an error message calls it.
+    """The same experiment with other values of the keys "section.key"; `source` names it in error messages.
 
     Raises:
         ConfigError: an unknown key or a value that does not fit.
@@ -231,7 +231,7 @@ def _describe_fault(fault: dict[str, Any], schema: type[Section]) -> str:
 
 
 def _sections_with(key: object, schema: type[Section]) -> list[str]:
-    """Where a key belongs that was written elsewhere: `train.steps` for `steps`."""
+    """The sections that have a key: `train.steps` for `steps`."""
     sections = {name: field.annotation for name, field in schema.model_fields.items()}
     return [
         f"{name}.{key}"

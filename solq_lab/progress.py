@@ -12,12 +12,12 @@ from typing import Any
 
 from solq_lab.runs import Run
 
-STEPS_BEFORE_ESTIMATE = 30  # the first steps build operators and fill caches; they are no measure of the rest
+STEPS_BEFORE_ESTIMATE = 30  # the first steps are slower: they build operators and fill caches
 SECONDS_BETWEEN_LINES = 30.0  # where lines cannot be overwritten, in a log file
 
 
 class Progress:
-    """One line about a training, from what is new in metrics.jsonl since the last look."""
+    """One line about a training, from the new lines of metrics.jsonl."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -44,7 +44,7 @@ class Progress:
 
     def _new_lines(self) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError), self._run.metrics_file.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < self._offset:  # a resumed training took lines back
+            if os.fstat(file.fileno()).st_size < self._offset:  # a resumed training has removed lines
                 self._offset = 0
             file.seek(self._offset)
             for text in file:
@@ -56,7 +56,7 @@ class Progress:
 
 
 def describe_duration(seconds: float) -> str:
-    """A duration in the unit a person would choose: 40 s, 9 min, 5.2 h, 1.5 days."""
+    """A duration in a readable unit: 40 s, 9 min, 5.2 h, 1.5 days."""
     for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.{digits}f} {unit}"
@@ -65,10 +65,10 @@ def describe_duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """A function that shows a text in place of the one before.
+    """A function that shows a text in place of the previous one.
 
     In a notebook one output is updated, so that the executed notebook keeps only the last text; a terminal's line is
-    overwritten; a log file gets a new line now and then, and the last text.
+    overwritten; a log file gets a line every `SECONDS_BETWEEN_LINES`, and the last text.
     """
     if _in_notebook():
         yield _notebook_output()
@@ -104,7 +104,7 @@ def _overwriting(text: str) -> None:
 
 
 class _LogLines:
-    """Some of the texts as lines of standard error, always the last one."""
+    """Writes some of the texts as lines of standard error, and always the last one."""
 
     def __init__(self) -> None:
         self._shown = self._latest = ""

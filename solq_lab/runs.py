@@ -1,12 +1,13 @@
-"""Run folders: everything one experiment leaves behind, readable while it is still being written. Loads without torch.
+"""Run folders: all files of one experiment, readable while it trains. Loads without torch.
 
 runs/<name>/
     experiment.yaml      the resolved experiment; only keys of Role.MAY_CHANGE ever change
     environment.json     versions, git commit, operator implementation, fingerprints of data set and codec, command
-    status.json          what the training is doing: created, training, preempted, failed, finished
+    status.json          last reported state: created, training, preempted, failed, finished
     metrics.jsonl        one JSON object per line: "start", "train" and "evaluation" lines
     train.log            the training's log lines
-    trainer.lock         held by the one training process that may write here; names it
+    trainer.lock         locked by the training process, whose id and host it holds
+    train.pid            the process that was started to train, until it locks the folder
     checkpoints/step_XXXXXXX/{weights.safetensors, state.pt, sha256.json}
     flight/step_XXXXXXX/ a training step that was not finite, for `solq-lab replay`
     weights.safetensors  the trained model
@@ -44,7 +45,7 @@ SHIPPED = "shipped.json"
 
 
 class RunError(UserError):
-    """A run folder that cannot be used as asked: the message names the folder, what was found and the cure."""
+    """A run folder that cannot be used: the message names the folder, what was found and the cure."""
 
 
 class Run:
@@ -89,12 +90,12 @@ class Run:
 
     @property
     def environment(self) -> Path:
-        """What the run was made with, JSON."""
+        """Description of software, hardware and data, JSON."""
         return self.folder / "environment.json"
 
     @property
     def metrics_file(self) -> Path:
-        """The training's numbers, one JSON object per line."""
+        """The training's metrics, one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -124,18 +125,18 @@ class Run:
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; only those of one `kind` where it is given.
 
-        A line that is being written, or was torn by a kill, is left out and named in a log line.
+        An incomplete line, which is being written or was torn by a kill, is left out with a log line.
         """
         lines, _ = _read_lines(self.metrics_file)
         return [line for line in lines if kind is None or line.get("kind") == kind]
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl; readers see all of it or none."""
+        """Append one line to metrics.jsonl; readers see all of it or none."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
-        """Forget the lines after `step`, which a resumed training writes again, and unreadable ones."""
+        """Remove the lines after `step`, which a resumed training writes again, and unreadable ones."""
         lines, unreadable = _read_lines(self.metrics_file)
         kept = [line for line in lines if line.get("step", 0) <= step]
         if unreadable or len(kept) < len(lines):
@@ -144,16 +145,15 @@ class Run:
             write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def status(self) -> dict[str, Any]:
-        """What the training is doing: "state", "step", "message", "pid", "host", "time" (seconds since 1970).
+        """The last report of the training: "state", "step", "message", "pid", "host", "time" (seconds since 1970).
 
-        A state of "training" is the last one written: after a kill -9 it stands although nobody trains.
-        `trainer` and `is_training` ask whether the process lives.
+        After a kill -9 the state stays "training": `trainer` and `is_training` say whether the process runs.
         """
         path = self.folder / "status.json"
         return read_json(path) if path.exists() else {"state": "created", "step": 0, "message": ""}
 
     def write_status(self, state: State, *, step: int, message: str = "", exit_status: int | None = None) -> None:
-        """Write what the training is doing; `exit_status` tells a user's mistake (2) from another failure."""
+        """Write the state of the training; `exit_status` of a failed one is 2 for a mistake of the user."""
         status = {"state": state, "step": step, "message": message, "time": time.time()}
         status |= {"pid": os.getpid(), "host": socket.gethostname()}
         if exit_status is not None:
@@ -161,13 +161,13 @@ class Run:
         write_json(self.folder / "status.json", status)
 
     def differences(self, experiment: Experiment) -> list[str]:
-        """Every setting that another experiment changes, with both values; empty when it is the run's own."""
+        """Every key in which another experiment differs, with both values."""
         return _differences(self.experiment.model_dump(mode="json"), experiment.model_dump(mode="json"))
 
     def trainer(self) -> dict[str, Any] | None:
-        """The living process that holds the folder's lock ("pid", "host"), or None.
+        """The process that holds the folder's lock ("pid", "host"), or None.
 
-        Not for the process that trains: closing the file here would give its own lock away.
+        Must not be called by that process itself: closing the file would release its lock.
 
         Raises:
             RunError: the file system has no locks.
@@ -179,19 +179,17 @@ class Run:
             return None
 
     def is_training(self) -> bool:
-        """Whether a living process holds the folder's lock (`trainer`)."""
+        """Whether a process holds the folder's lock."""
         return self.trainer() is not None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for training. The kernel frees the lock when the process dies, however it dies.
-
-        A lock file that is left over therefore hinders nobody, whoever has got the process id that stands in it.
+        """Lock the folder for training. The kernel releases the lock when the process ends, however it ends.
 
         Raises:
-            RunError: another living process trains here, or the file system has no locks.
+            RunError: another process trains here, or the file system has no locks.
         """
-        # A POSIX record lock: unlike flock, loader processes do not inherit it and so cannot keep it after a kill -9.
+        # A POSIX record lock: unlike flock, it is not inherited by loader processes, which may outlive a kill -9.
         with self._lock_file.open("a+b") as file:
             if not _lock_soon(file):
                 owner = _read_owner(file)
@@ -205,49 +203,55 @@ class Run:
             yield
 
     def record_environment(self, facts: dict[str, Any]) -> None:
-        """Add facts to environment.json, over those of the same name."""
+        """Add facts to environment.json; they replace those of the same name."""
         known = read_json(self.environment) if self.environment.exists() else {}
         write_json(self.environment, known | facts)
 
 
 def create_run(experiment: Experiment, runs_dir: str | Path = "runs") -> Run:
-    """The run folder of an experiment, made if it is missing, opened if it holds the very same experiment.
+    """The run folder of an experiment, made if it is missing, opened if it holds the same experiment.
 
-    As long as it is not finished, keys with `Role.MAY_CHANGE` may differ: the next process takes the new ones.
+    As long as the run is not finished, keys with `Role.MAY_CHANGE` may differ: the next process takes the new values.
 
     Raises:
-        RunError: the folder exists and belongs to a different experiment, or to something else; nothing is written.
-        ConfigError: a new run would start from a file that is not there.
+        RunError: the folder belongs to a different experiment, or is no run folder; nothing is written.
+        ConfigError: a new run would start from a file that does not exist.
     """
     folder = Path(runs_dir) / experiment.name
     path = folder / "experiment.yaml"
     if path.exists():
-        run = Run(folder)
-        differences = run.differences(experiment)
-        finished = run.status()["state"] == "finished"
-        refused = [found for found in differences if finished or found.split()[0] not in keys_with(Role.MAY_CHANGE)]
-        if refused:
-            raise RunError(
-                f"{folder}: this run belongs to another experiment; it differs in {'; '.join(refused)}. "
-                "Give the new one another name (name=...), or remove the folder"
-            )
-        if not differences:
-            return run
-        log.info("%s: goes on with other settings: %s", folder, "; ".join(differences))
-        write_text(path, experiment.to_yaml())
-        return Run(folder)
+        return _open_for(experiment, folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists but is not a run folder (no experiment.yaml); choose another name=...")
     for key, file in experiment.starting_files.items():
         if not Path(file).exists():  # a file, or the folder of a run
             cure = "; `solq-lab fit-codec EXPERIMENT` writes it" if key == "codec.artifact" else ""
             raise ConfigError(f"{key}: found {file}, which does not exist{cure}")
+
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, experiment.to_yaml())
     run = Run(folder)
     run.record_environment(describe_software())
     run.write_status("created", step=0)
     return run
+
+
+def _open_for(experiment: Experiment, folder: Path) -> Run:
+    run = Run(folder)
+    differences = run.differences(experiment)
+    if not differences:
+        return run
+
+    allowed = keys_with(Role.MAY_CHANGE) if run.status()["state"] != "finished" else frozenset()
+    rejected = [difference for difference in differences if difference.split()[0] not in allowed]
+    if rejected:
+        raise RunError(
+            f"{folder}: this run belongs to another experiment; it differs in {'; '.join(rejected)}. "
+            "Give the new one another name (name=...), or remove the folder"
+        )
+    log.info("%s: continues with other settings: %s", folder, "; ".join(differences))
+    write_text(folder / "experiment.yaml", experiment.to_yaml())
+    return Run(folder)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -260,7 +264,7 @@ def load_run(folder: str | Path) -> Run:
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
-    """All runs in a folder, by name; a folder whose experiment cannot be read is left out and named in a log line."""
+    """All runs in a folder, by name; one whose experiment cannot be read is left out with a log line."""
     runs = []
     for path in sorted(Path(runs_dir).glob("*/experiment.yaml")):
         try:
@@ -271,9 +275,9 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
 
 
 def working_copy(run: Run, runs_dir: str | Path = "runs") -> Run:
-    """The run itself; of a run that comes with the project, a copy in `runs_dir`/shipped that may be written to.
+    """The run itself, or a writable copy in `runs_dir`/shipped of a run that comes with the project.
 
-    The copy is made on first use, and made anew when the project ships other weights.
+    The copy is made on first use, and again when the project's weights have changed.
 
     Raises:
         RunError: the place of the copy holds something else.
@@ -282,11 +286,13 @@ def working_copy(run: Run, runs_dir: str | Path = "runs") -> Run:
     copy = Path(runs_dir) / "shipped" / run.name
     if not shipped.is_file() or run.folder.resolve() == copy.resolve():
         return run
+
     if copy.exists():
         if not (copy / SHIPPED).is_file():
             raise RunError(f"{copy}: is no copy of {run.folder} (no {SHIPPED}); move it away, or give another runs_dir")
         if (copy / SHIPPED).read_bytes() == shipped.read_bytes():
             return Run(copy)
+
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{copy.name}-", dir=copy.parent) as unfinished:
         shutil.copytree(run.folder, Path(unfinished) / copy.name)
@@ -308,9 +314,10 @@ def _read_experiment(folder: Path) -> Experiment:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The readable lines of a file of JSON objects, and the number of others, each of which a log line names."""
+    """The readable lines of a file of JSON objects, and the number of others, each with a log line."""
     if not path.exists():
         return [], 0
+
     lines: list[dict[str, Any]] = []
     *whole, rest = path.read_bytes().split(b"\n")
     for number, text in enumerate(whole, start=1):
@@ -321,13 +328,14 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
             lines.append(line)
         except ValueError as error:
             log.warning("%s: line %d is damaged and left out: %s", path, number, error)
+
     if rest:  # being written, or torn by a kill
         log.info("%s: line %d is incomplete and left out", path, len(whole) + 1)
     return lines, len(whole) - len(lines) + bool(rest)
 
 
 def _read_owner(file: BinaryIO) -> dict[str, Any]:
-    """Who wrote its name into a lock file; empty in the instant before it has done so."""
+    """The process in a lock file; empty in the instant before it is written."""
     file.seek(0)
     try:
         return json.loads(file.read())
@@ -336,7 +344,7 @@ def _read_owner(file: BinaryIO) -> dict[str, Any]:
 
 
 def _lock_soon(file: BinaryIO) -> bool:
-    """Lock, or give up within a second: whoever asks for the `trainer` holds the lock for an instant."""
+    """Lock, or give up after a second: `Run.trainer` of another process holds the lock for an instant."""
     for _ in range(5):
         if _try_lock(file, fcntl.LOCK_EX):
             return True

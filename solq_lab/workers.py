@@ -1,4 +1,4 @@
-"""Work on independent pieces in several processes, with the same numbers however many there are."""
+"""Independent pieces of work in several processes; the results do not depend on their number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 Shared = TypeVar("Shared")
 
-_inherited: list[Any] = []  # in a worker: what the pieces share
+_inherited: list[Any] = []  # in a worker: the shared value
 
 
 def in_processes(
@@ -24,14 +24,14 @@ def in_processes(
 ) -> Generator[Result, None, None]:
     """work(shared, piece) of every piece, in order.
 
-    Workers are forked: they see `shared` in the parent's memory, so that a large data set is neither sent nor copied.
-    Each piece is worked on by one thread, here as there: the sums of a matrix product may depend on their number.
+    Workers are forked: they read `shared` in the parent's memory, so that a large data set is neither sent nor copied.
+    Each piece uses one thread, in this process too: sums in a matrix product may depend on the number of threads.
 
     Args:
-        work: a function of a module (it travels by name); it must not use a GPU where there are several processes.
-        shared: what all pieces need.
+        work: a function of a module, pickled by name; with several processes it must not use a GPU.
+        shared: data that all pieces need.
         pieces: small values, each an independent piece of work.
-        processes: how many; 1 works here.
+        processes: number of processes; 1 works in this process.
 
     Raises:
         ValueError: `processes` is not positive.
@@ -43,11 +43,12 @@ def in_processes(
         for piece in pieces:
             yield _on_one_thread(work, shared, piece)
         return
+
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_become_worker, initargs=(shared,))
     try:
         futures = deque(pool.submit(_work_here, work, piece) for piece in pieces)
-        while futures:  # each result is let go before the next one is fetched
+        while futures:  # frees each result before the next one is fetched
             yield futures.popleft().result()
     except BrokenProcessPool:
         raise RuntimeError(
@@ -58,16 +59,16 @@ def in_processes(
 
 
 def _become_worker(shared: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to the whole group; the parent ends its workers
     torch.set_num_threads(1)  # also because the parent's pool of threads does not survive a fork
     _inherited[:] = [shared]
 
 
-def _work_here(work: Callable, piece: Any) -> Any:
+def _work_here(work: Callable[[Any, Any], Any], piece: Any) -> Any:
     return work(_inherited[0], piece)
 
 
-def _on_one_thread(work: Callable, shared: Any, piece: Any) -> Any:
+def _on_one_thread(work: Callable[[Any, Any], Any], shared: Any, piece: Any) -> Any:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
