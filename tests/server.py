@@ -19,8 +19,8 @@ class Server(ThreadingHTTPServer):
     """Serves `files` by path, with programmable faults.
 
     breaks: for each coming request, after how many bytes of the body the connection is cut; None lets it through.
-    answers: for each coming request a (status, headers) to answer instead.
-    asked: the Range header of every request, None where there was none.
+    answers: for each coming request a (status, headers) to send instead.
+    ranges: the Range header of every request, None where there was none.
     """
 
     daemon_threads = True
@@ -30,7 +30,7 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.breaks: list[int | None] = []
         self.answers: list[tuple[int, dict[str, str]]] = []
-        self.asked: list[str | None] = []
+        self.ranges: list[str | None] = []
         self.knows_ranges, self.pause = True, 0.0
 
     @property
@@ -45,8 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         """Tests are quiet."""
 
     def do_GET(self) -> None:
-        server, asked = self.server, self.headers.get("Range")
-        server.asked.append(asked)
+        server, wanted = self.server, self.headers.get("Range")
+        server.ranges.append(wanted)
         if server.answers:
             status, headers = server.answers.pop(0)
             return self._answer(status, headers, b"not now")
@@ -54,8 +54,8 @@ class Handler(BaseHTTPRequestHandler):
         if body is None:
             return self._answer(404, {}, b"no such file")
         headers, start = {}, 0
-        if server.knows_ranges and asked:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if server.knows_ranges and wanted:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
             if start >= len(body):
                 return self._answer(416, {"Content-Range": f"bytes */{len(body)}"}, b"")
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"

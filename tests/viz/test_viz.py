@@ -1,4 +1,4 @@
-"""Figures are made from data alone, say what they compare, and bear the empty case."""
+"""Figures are made from data alone, name what they compare, and allow the empty case."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_tensor_is_drawn_like_an_array():
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4, 3)), torch.zeros(4, 4, 3, dtype=torch.uint8)])
-def test_what_is_no_image_is_refused_with_its_shape_and_type(image):
+def test_what_is_no_image_is_rejected_with_its_shape_and_type(image):
     with pytest.raises(ValueError, match=r"uint8, found \(4, 4"):
         draw_detections(image, detections())
 

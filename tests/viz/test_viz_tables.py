@@ -49,7 +49,7 @@ def test_ours_stand_below_the_papers_numbers_with_every_seed():
     assert "not run yet" not in written(figure)
 
 
-def test_a_table_that_was_not_run_says_so_with_the_command():
+def test_a_table_that_was_not_run_shows_the_command():
     assert "not run yet:\nsolq-lab sweep\nshapes_table3b" in written(beside_paper([table(row("1", [], "1"))]))
 
 
@@ -95,7 +95,7 @@ def test_learning_curves_have_what_a_run_has_written(trained):
     assert len(segm.lines[0].get_xydata()) == 0
 
 
-def test_without_runs_the_overview_says_so():
+def test_without_runs_the_overview_shows_none():
     assert "no runs yet" in written(learning_curves([]))
     assert runs_frame([]).empty
 

@@ -1,4 +1,4 @@
-"""The check of a data set finds every fault, calls refused exactly what the loader refuses, and leaves nothing out."""
+"""The check of a data set finds every fault, and "refused" is exactly what the loader rejects."""
 
 from __future__ import annotations
 
@@ -224,12 +224,12 @@ def test_a_truncated_jpeg_is_found_by_decoding_it_and_not_by_its_header(tmp_path
     assert broken(check(split, look="header")) == {}
 
 
-def test_a_link_out_of_the_folder_is_refused_as_in_training_unless_it_is_allowed(tmp_path):
+def test_a_link_out_of_the_folder_is_rejected_as_in_training_unless_it_is_allowed(tmp_path):
     split = write_split(tmp_path)
     (split.images / "b.png").rename(tmp_path / "stored.png")
     (split.images / "b.png").symlink_to(tmp_path / "stored.png")
     assert broken(check(split)) == {"path-leaves-folder": 1}
-    assert _is_refused_by_the_loader(split.images, split.annotations)
+    assert _is_rejected_by_the_loader(split.images, split.annotations)
     assert broken(check(split, allow_links=True)) == {}
 
 
@@ -246,14 +246,14 @@ def test_masks_are_not_looked_at_where_none_are_learnt(tmp_path):
     assert broken(check(split, with_masks=False)) == {}
 
 
-def test_a_split_without_an_object_to_learn_is_refused_and_one_of_many_crowds_is_harmful(tmp_path):
+def test_a_split_without_an_object_to_learn_is_rejected_and_one_of_many_crowds_is_harmful(tmp_path):
     def crowds(count: int) -> Change:
         return lambda document: [entry.update(iscrowd=1) for entry in document["annotations"][:count]]
 
     assert broken(check(write_split(tmp_path / "2", crowds(1)))) == {"many-crowds": 1}
     nothing = write_split(tmp_path / "3", crowds(3))
     assert broken(check(nothing)) == {"nothing-to-learn": 1}
-    assert _is_refused_by_the_loader(nothing.images, nothing.annotations)
+    assert _is_rejected_by_the_loader(nothing.images, nothing.annotations)
 
 
 def test_more_objects_than_queries_or_detections_are_found(tmp_path):
@@ -286,7 +286,7 @@ def test_categories_that_mean_something_else_in_val_are_found(tmp_path):
     assert broken(report) == {"categories-swapped": 1, "categories-differ": 1, "class-not-trained": 1}
 
 
-def test_a_category_that_only_val_knows_is_refused_as_in_training(tmp_path):
+def test_a_category_that_only_val_knows_is_rejected_as_in_training(tmp_path):
     def rename(document: dict[str, Any]) -> None:
         document["categories"][0]["id"] = document["annotations"][0]["category_id"] = 5
 
@@ -304,14 +304,14 @@ def _folder_of_images(root: Path) -> Path:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=annotation_files())
-def test_what_is_called_refused_is_what_the_loader_refuses(tmp_path_factory, content):
+def test_severity_refused_is_what_the_loader_rejects(tmp_path_factory, content):
     images = _folder_of_images(tmp_path_factory.getbasetemp() / "agreement")
     path = images.parent / "any.json"
     path.write_bytes(content)
-    assert _is_refused_by_the_check(images, path) == _is_refused_by_the_loader(images, path)
+    assert _is_rejected_by_the_check(images, path) == _is_rejected_by_the_loader(images, path)
 
 
-def _is_refused_by_the_loader(images: Path, annotations: Path) -> bool:
+def _is_rejected_by_the_loader(images: Path, annotations: Path) -> bool:
     try:
         dataset = CocoDataset(images, annotations, mask_size=8)
         for index in range(len(dataset)):
@@ -321,7 +321,7 @@ def _is_refused_by_the_loader(images: Path, annotations: Path) -> bool:
     return False
 
 
-def _is_refused_by_the_check(images: Path, annotations: Path) -> bool:
+def _is_rejected_by_the_check(images: Path, annotations: Path) -> bool:
     try:
         report = check(Split("any", images, annotations))
     except DataError:
@@ -332,11 +332,11 @@ def _is_refused_by_the_check(images: Path, annotations: Path) -> bool:
 
 
 @pytest.mark.parametrize("rule", sorted(FAULTS))
-def test_every_refused_fault_is_refused_by_the_loader_and_no_other_is(tmp_path, rule):
+def test_every_refused_fault_is_rejected_by_the_loader_and_no_other_is(tmp_path, rule):
     for number, change in enumerate(FAULTS[rule]):
         split = write_split(tmp_path / str(number), change)
-        refused = _is_refused_by_the_loader(split.images, split.annotations)
-        assert refused == (RULES[rule].severity == "refused")
+        rejected = _is_rejected_by_the_loader(split.images, split.annotations)
+        assert rejected == (RULES[rule].severity == "refused")
 
 
 # ---- masks against an independent count
