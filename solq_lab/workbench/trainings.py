@@ -79,7 +79,9 @@ def training_command(run: Run, processes: int, *, nodes: int = 1) -> list[str]:
 
 
 def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
-    """Show the progress of a training until it ends. Interrupting does not stop the training (`stop_training` does).
+    """Show the progress of a training until it ends, and the warnings in its log.
+
+    Interrupting does not stop the training (`stop_training` does).
 
     Args:
         run_folder: the run.
@@ -94,11 +96,18 @@ def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
     """
     run = load_run(run_folder)
     progress = Progress(run)
-    with status_line() as show:
-        while is_alive(run):
+    run.log_file.touch()
+    with status_line() as show, run.log_file.open(encoding="utf-8", errors="replace") as lines:
+        lines.seek(0, os.SEEK_END)
+        alive = True
+        while alive:
+            alive = is_alive(run)  # read the log and the progress once more after the end
+            for line in lines:
+                if " WARNING " in line:
+                    log.warning("%s", line.rstrip())
             show(progress.read())
-            time.sleep(interval)
-        show(progress.read())
+            if alive:
+                time.sleep(interval)
     if run.status()["state"] != "finished":
         raise diagnose_exit(run)
     return run

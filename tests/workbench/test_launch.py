@@ -101,6 +101,16 @@ def test_a_training_is_followed_to_its_end(run, stand_in, capsys):
     assert "a: step 1 of 10" in capsys.readouterr().err
 
 
+def test_warnings_in_the_log_of_a_training_are_shown(run, stand_in, caplog):
+    stand_in(
+        'time.sleep(0.3); print("now WARNING 3 of 4 objects cannot be learnt"); run.write_status("finished", step=10)'
+    )
+    start_training(run.folder)
+    follow_training(run.folder, interval=0.05)
+    assert "now WARNING 3 of 4 objects cannot be learnt" in caplog.messages
+    assert not any("a line of the log" in message for message in caplog.messages)
+
+
 def test_a_finished_run_is_not_trained_again(run, stand_in):
     stand_in("1 / 0")
     run.write_status("finished", step=10)
