@@ -143,7 +143,7 @@ class NonFiniteRecorder:
 
     def _write(self, result: StepResult, number: int, epoch: float) -> tuple[dict[str, Any], str | None]:
         """The facts about the step, and why they could not be written, if so; the same in every process."""
-        model, matcher = self._model, self._criterion.matcher
+        model, matcher, device = self._model, self._criterion.matcher, self._device.type
         passes = [describe_micro_batch(done, self._dataset.file_name) for done in result.micro_batches]
         shares = distributed.gather_objects({"rank": distributed.rank(), "passes": passes})
         gradients = describe_gradients(model, result.norm)
@@ -160,7 +160,12 @@ class NonFiniteRecorder:
             "weights_nonfinite": bad,
             "gradients": gradients,
             "shares": shares,
-            "environment": _describe_environment(self._device),
+            "environment": {  # what decides whether a step gives the same bits again
+                "device": device,
+                "threads": torch.get_num_threads(),
+                "operator": implementation_for(device),
+                "versions": describe_software()["versions"],
+            },
         }
 
         # Collected on the main process, which writes all files or none.
@@ -290,18 +295,6 @@ def _first_of(names: Sequence[str]) -> str:
 
 def _to_json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _describe_environment(device: torch.device) -> dict[str, Any]:
-    """What decides whether a step gives the same bits again: device, threads, operator and versions."""
-    cpu = f"{torch.backends.cpu.get_cpu_capability()} CPU"
-    return {
-        "device": device.type,
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "operator": implementation_for(device.type),
-        "versions": describe_software()["versions"],
-    }
 
 
 def _to_plain(result: StepResult, costs: list[dict[str, Tensor]]) -> dict[str, Any]:

@@ -21,13 +21,7 @@ from solq_lab.models.weights import load_state
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import RunError
 from solq_lab.training.losses import SetCriterion, build_criterion
-from solq_lab.training.nonfinite import (
-    StepDump,
-    count_nonfinite,
-    describe_gradients,
-    describe_micro_batch,
-    load_record,
-)
+from solq_lab.training.nonfinite import StepDump, count_nonfinite, describe_gradients, describe_micro_batch, load_record
 from solq_lab.training.optim import gradient_norm
 from solq_lab.training.random import restore_generators
 from solq_lab.training.step import forward_backward
@@ -41,42 +35,26 @@ class Replay(NamedTuple):
 
     facts: what was recorded.
     autocast: of the repetition.
-    passes: of every process, its repeated micro-batches (`describe_micro_batch`).
-    gradients: the repeated ones (`describe_gradients`).
-    same_costs: whether all matching costs are the recorded ones.
+    recorded, repeated: the losses and gradients that are not finite, by name.
+    exact: whether costs, losses and gradient norms are the recorded ones bit for bit.
     firsts: the first place where values were not finite: "forward", "loss", "backward"; missing where all are finite.
     """
 
     facts: dict[str, Any]
     autocast: str
-    passes: list[list[dict[str, Any]]]
-    gradients: dict[str, Any]
-    same_costs: bool
+    recorded: dict[str, str]
+    repeated: dict[str, str]
+    exact: bool
     firsts: dict[str, str]
-
-    @property
-    def exact(self) -> bool:
-        """Whether costs, losses and gradient norms are the recorded ones bit for bit."""
-        same_losses = _losses(self.passes) == _losses(self._recorded_passes)
-        same_gradients = all(self.facts["gradients"][kind] == value for kind, value in self.gradients.items())
-        return self.same_costs and same_losses and same_gradients
 
     @property
     def reproduced(self) -> bool:
         """Whether the same losses and gradients are not finite again."""
-        return _bad_values(self.passes, self.gradients).keys() == self._recorded_values.keys()
-
-    @property
-    def _recorded_passes(self) -> list[list[dict[str, Any]]]:
-        return [share["passes"] for share in self.facts["shares"]]
-
-    @property
-    def _recorded_values(self) -> dict[str, str]:
-        return _bad_values(self._recorded_passes, self.facts["gradients"])
+        return self.recorded.keys() == self.repeated.keys()
 
     def report(self) -> str:
         """The step, its images, what is not finite, the first places, and a verdict, as text."""
-        facts, recorded = self.facts, self._recorded_values
+        facts = self.facts
         rates = ", ".join(f"{name} {rate:.3g}" for name, rate in facts["learning_rates"].items())
         lines = [
             f"step {facts['step']}, epoch {facts['epoch']}: {facts['reason']}",
@@ -89,20 +67,18 @@ class Replay(NamedTuple):
                 images = ", ".join(f"{p['id']} ({p['file_name']}, {p['objects']} objects)" for p in done["images"])
                 lines.append(f"process {share['rank']}, micro-batch {number}: images {images}")
         lines += ["", "recorded values that are not finite"]
-        lines += [f"  {name}: {value}" for name, value in list(recorded.items())[:MAX_SHOWN]]
-        lines += [f"  and {len(recorded) - MAX_SHOWN} more"] if len(recorded) > MAX_SHOWN else []
+        lines += [f"  {name}: {value}" for name, value in list(self.recorded.items())[:MAX_SHOWN]]
+        lines += [f"  and {len(self.recorded) - MAX_SHOWN} more"] if len(self.recorded) > MAX_SHOWN else []
         lines += ["", "first value that is not finite in the repetition"]
         lines += [f"  {way}: {self.firsts.get(way, 'none')}" for way in ("forward", "loss", "backward")]
-        return "\n".join([*lines, "", self._verdict()])
 
-    def _verdict(self) -> str:
         if self.exact:
-            return "reproduced, bit for bit"
-        if self.reproduced:
-            return "reproduced: the same values are not finite, others differ"
-        if _bad_values(self.passes, self.gradients):
-            return "not reproduced: other values are not finite now"
-        return "not reproduced: every value is finite now"
+            verdict = "reproduced, bit for bit"
+        elif self.reproduced:
+            verdict = "reproduced: the same values are not finite, others differ"
+        else:
+            verdict = f"not reproduced: {'other values are not' if self.repeated else 'every value is'} finite now"
+        return "\n".join([*lines, "", verdict])
 
 
 def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
@@ -125,13 +101,27 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
     autocast = autocast or facts["autocast"]
     device = distributed.device() if facts["environment"]["device"] == "cuda" else torch.device("cpu")
     check_autocast(autocast, device, allowed=TRAINING)
-    with _threads(facts["environment"]["threads"]):
+    firsts: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        # Sums are split between the threads; another number of them would round differently.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(facts["environment"]["threads"])
         model, criterion = _rebuild(dump, str(folder), device)
-        firsts: dict[str, str] = {}
-        with _first_nonfinite(model, firsts):
-            passes, same_costs = _repeat(dump, model, criterion, autocast, device, firsts)
+        stack.enter_context(_first_nonfinite(model, firsts))
+        passes, same_costs = _repeat(dump, model, criterion, autocast, device, firsts)
         gradients = describe_gradients(model, gradient_norm(model))
-    return Replay(facts, autocast, passes, gradients, same_costs, firsts)
+
+    recorded = [share["passes"] for share in facts["shares"]]
+    same_losses = _losses(passes) == _losses(recorded)
+    same_gradients = all(facts["gradients"][kind] == values for kind, values in gradients.items())
+    return Replay(
+        facts,
+        autocast,
+        recorded=_bad_values(recorded, facts["gradients"]),
+        repeated=_bad_values(passes, gradients),
+        exact=same_costs and same_losses and same_gradients,
+        firsts=firsts,
+    )
 
 
 def _rebuild(dump: StepDump, source: str, device: torch.device) -> tuple[nn.Module, SetCriterion]:
@@ -226,17 +216,6 @@ def _first_nonfinite(model: nn.Module, firsts: dict[str, str]) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Within, torch computes with `count` threads: sums are split between them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _is_finite(values: Tensor) -> bool:
