@@ -52,6 +52,7 @@ def rasterize_in_box(
     compiled = cpu_operator("crop_codes")
     if compiled is not None:
         return _crop_compiled(compiled, segmentations, boxes, image_size, mask_size)
+
     masks = torch.zeros(len(segmentations), mask_size, mask_size, dtype=torch.bool)
     height, width = image_size
     for mask, segmentation, (x0, y0, x1, y1) in zip(masks, segmentations, boxes.numpy(), strict=True):
@@ -91,15 +92,11 @@ def crop_and_resize(masks: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 class _AxisSampling(NamedTuple):
-    """ROI-align along one axis: cell i of the box averages, over `samples`, weights[i] @ pixels[start:stop].
-
-    weights: (N, stop - start) float32, the summed bilinear weights of each cell's samples.
-    samples: how many samples a cell has along this axis.
-    """
+    """ROI-align along one axis: cell i of the box is weights[i] @ pixels[start:stop] / samples, samples per cell."""
 
     start: int
     stop: int
-    weights: Tensor
+    weights: Tensor  # (N, stop - start) float32, the summed bilinear weights of each cell's samples
     samples: int
 
 
@@ -114,6 +111,7 @@ def _sample_axis(low: np.float32, high: np.float32, cells: int, length: int) -> 
     inside = (position >= -1) & (position <= length)
     if not inside.any():
         return None
+
     position = position.clip(0, length - 1)  # the outermost pixels reach half a pixel further
     first = position.astype(np.int64)
     second = np.minimum(first + 1, length - 1)
@@ -147,8 +145,8 @@ def _window_rle(
     polygons = _checked_polygons(segmentation)
     if not polygons:
         return segmentation_to_rle([], image_size), 0, 0
-    # COCO's rasteriser first rounds vertices to fifths of a pixel, where coordinates of one decimal are ties. Rounding
-    # them here, before the shift by whole pixels, keeps the ties.
+    # COCO's rasteriser rounds vertices to fifths of a pixel, where coordinates of one decimal are ties. Rounding before
+    # the shift by whole pixels keeps the ties.
     fifths = [np.trunc(5 * polygon + 0.5) for polygon in polygons]
     low = np.min([polygon.min(axis=0) for polygon in fifths], axis=0) // 5
     x_shift, y_shift = shift = np.maximum(np.minimum(low, (left, top)), 0).astype(int)
@@ -171,15 +169,15 @@ def _crop_compiled(
     corners = boxes.nan_to_num(0, 0, 0).double().numpy()
     first = np.clip(np.floor(corners[:, :2]) - 1, 0, (width, height)).astype(int)
     last = np.clip(np.ceil(corners[:, 2:]) + 2, first + 1, (width, height)).astype(int)
+
     codes, heights, shifts = [], [], []
     for segmentation, (left, top), (right, bottom) in zip(segmentations, first.tolist(), last.tolist(), strict=True):
         rle, *shift = _window_rle(segmentation, (top, left, bottom, right), image_size)
         codes.append(rle["counts"])
         heights.append(rle["size"][0])
         shifts.append(shift)
-    heights = torch.tensor(heights, dtype=torch.int64)
-    shifts = torch.tensor(shifts, dtype=torch.int64).view(-1, 2)
-    return crop_codes(*join_codes(codes), heights, shifts, boxes.contiguous(), height, width, mask_size)
+    places = torch.tensor(heights, dtype=torch.int64), torch.tensor(shifts, dtype=torch.int64).view(-1, 2)
+    return crop_codes(*join_codes(codes), *places, boxes.contiguous(), height, width, mask_size)
 
 
 def _checked_polygons(polygons: Sequence[Sequence[float]]) -> list[np.ndarray]:
@@ -279,8 +277,7 @@ def _bilinear_cells(low: Tensor, high: Tensor, cells: int, start: int, stop: int
     """Where the centres of the pixels start..stop fall between `cells` cells that divide low..high.
 
     Returns:
-        the lower one of two neighbouring cells (stop - start,) int64, counted with a border of two cells, and the
-        weights of the lower and of the upper one.
+        The lower neighbouring cell (stop - start,) int64, counted with a border of two, and both cells' weights.
     """
     centers = torch.arange(start, stop, dtype=torch.float32, device=low.device) + 0.5
     grid = (centers - low) / (high - low) * 2 - 1  # to -1..1 and back: the roundings of `grid_sample`
@@ -355,6 +352,7 @@ def runs_of_rle(counts: bytes | str) -> np.ndarray:
     characters = np.frombuffer(code, dtype=np.uint8).astype(np.int64) - ord("0")  # (bytes,)
     if len(characters) == 0 or characters.min() < 0 or characters.max() > 63:
         raise ValueError("counts are characters from '0' to 'o', at least one")
+
     last = np.flatnonzero((characters & 32) == 0)  # (R,) where runs end
     if len(last) == 0 or last[-1] != len(characters) - 1:
         raise ValueError("the counts break off in the middle of a run")
@@ -371,10 +369,10 @@ def runs_of_rle(counts: bytes | str) -> np.ndarray:
 
 
 def segmentation_to_rle(segmentation: Segmentation, image_size: tuple[int, int]) -> dict:
-    """The compressed RLE of one COCO segmentation: polygons (their union), a compressed or an uncompressed RLE.
+    """The compressed RLE of a COCO segmentation.
 
     Args:
-        segmentation: list of polygons [x, y, x, y, ...], image pixels, or {"size": [H, W], "counts": ...}.
+        segmentation: polygons [x, y, x, y, ...], image pixels, or a compressed or uncompressed RLE.
         image_size: (H, W) of the image, pixels.
 
     Raises:

@@ -98,7 +98,7 @@ def evaluate_results(
         for channel, name in enumerate(scene.class_names):
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
             per_class[name] |= {f"{kind}.{number}": value for number, value in numbers.items()}
-    return Evaluation(metrics, per_class, tuple(area_sides), boundary_ratio, len(scene.images))
+    return Evaluation(metrics, per_class, (area_sides[0], area_sides[1]), boundary_ratio, len(scene.images))
 
 
 class Candidates(NamedTuple):
@@ -228,6 +228,7 @@ class _Scene:
                     f"{self.source}: annotation id {key}: category_id {category_id} is not in 'categories'; "
                     "add or correct it"
                 )
+
             entry = {"id": len(objects) + 1, "image_id": image_id, "category_id": category_id, "bbox": box}
             if with_masks:
                 entry["segmentation"] = truth.rle(row)

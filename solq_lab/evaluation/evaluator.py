@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,7 @@ def predict_dataset(
     *,
     device: torch.device | str = "cpu",
     workers: int = 0,
-) -> Iterator[tuple[int, Detections]]:
+) -> Generator[tuple[int, Detections]]:
     """Image id and detections of every image, one after the other; only one batch is in memory.
 
     In a process group, each process predicts its share of the batches. The batches do not depend on the number of
@@ -64,6 +64,7 @@ def predict_dataset(
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     share = batches[distributed.rank() :: distributed.world_size()]
     was_training = model.training
+
     model.eval()
     try:
         with _progress(sum(map(len, share))) as progress:

@@ -84,7 +84,7 @@ def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["a
 
 
 @contextlib.contextmanager
-def _opened(path: Path, *, compressed: bool) -> Iterator[BinaryIO]:
+def _opened(path: Path, *, compressed: bool) -> Iterator[BinaryIO | gzip.GzipFile]:
     """The file, open for writing; without a time stamp inside, so that equal results give equal files."""
     with path.open("wb") as file:
         if not compressed:
@@ -108,6 +108,7 @@ def read_results(path: str | Path) -> list[dict]:
         results = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as COCO results: {error}") from None
+
     if not isinstance(results, list):
         raise DataError(f"{path}: found a {type(results).__name__}, allowed is a list of results")
     for number, result in enumerate(results):

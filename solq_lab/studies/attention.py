@@ -129,7 +129,7 @@ def study_attention(
         partners, _ = pair_objects(detections, ground_truth)
         scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
 
-        for mask, partner in zip(decode_rle(ground_truth.masks).numpy(), partners.tolist(), strict=True):
+        for mask, partner in zip(decode_rle(ground_truth.masks or []).numpy(), partners.tolist(), strict=True):
             if partner == UNMATCHED or not mask.any():
                 continue
             query = int(detections.queries[partner])
@@ -199,8 +199,7 @@ def examples_by_size(
     for index in range(len(dataset))[:max_images]:
         ground_truth, image = dataset.objects(index), dataset[index][0].permute(1, 2, 0).numpy()
         ious = [pair_objects(predictor.predict(image).above(score), ground_truth)[1] for predictor in predictors]
-        for row, iou in enumerate(np.min(ious, axis=0).tolist()):
-            rle = ground_truth.masks[row]
+        for row, (rle, iou) in enumerate(zip(ground_truth.masks or [], np.min(ious, axis=0).tolist(), strict=True)):
             area, (_, _, width, height) = int(coco_rle.area(rle)), coco_rle.toBbox(rle)
             candidate = (area < FULL * width * height, iou, index, row)
             size = size_of(area, area_sides)
@@ -236,7 +235,7 @@ def view_of_true_object(
     if partner == UNMATCHED:
         raise ValueError(f"object {row} of image {dataset.image_ids[index]} is not found; choose another object")
     view = object_view(image, detections, layers, partner, layer=layer, head=head, level=level)
-    return view if view.mask is not None else view._replace(mask=decode_rle([ground_truth.masks[row]])[0].numpy())
+    return view if view.mask is not None else view._replace(mask=decode_rle(ground_truth.masks or [])[row].numpy())
 
 
 def near_zones(mask: np.ndarray, band: float) -> Zones:

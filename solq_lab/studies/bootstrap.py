@@ -107,6 +107,7 @@ def compare_runs(
                 f"{first.folder} and {second.folder} were scored on different {what}: {settings[0][what]} and "
                 f"{settings[1][what]}; only runs on the same images can be compared"
             )
+
     metrics = [read_json(run.results)["metrics"] for run in (first, second)]
     kinds = [kind for kind in ("box", "segm") if all(f"{kind}.AP" in numbers for numbers in metrics)]
     truth = GroundTruth(validation_annotations(first.experiment), with_masks="segm" in kinds, keep="all")
@@ -168,11 +169,11 @@ def compare_results(
         drawn = [precision_on_draws(one, counts) for one in matches]  # 2 x (draws, 10)
 
         for name, thresholds in NUMBERS.items():
-            values = [float(one[0, thresholds].mean()) for one in everything]
+            both = (float(one[0, thresholds].mean()) for one in everything)
             change = (drawn[1] - drawn[0])[:, thresholds].mean(axis=1)
             low, high = np.nanquantile(change, [tail, 1 - tail]) if not np.isnan(change).all() else (np.nan, np.nan)
-            better = float((change > 0).mean())
-            differences.append(Difference(f"{kind}.{name}", *values, float(low), float(high), better))
+            row = (f"{kind}.{name}", *both, float(low), float(high), float((change > 0).mean()))
+            differences.append(Difference._make(row))
     return BootstrapComparison(names, tuple(differences), images, draws, confidence)
 
 

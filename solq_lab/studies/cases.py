@@ -49,8 +49,8 @@ def worst_cases(
             box, category_id = truth.coco_boxes[row].tolist(), int(truth.category_ids[row])
             objects = [{"bbox": box, "category_id": category_id, "score": 1.0, "segmentation": truth.rle(row)}]
         detections = [] if case.result is None else [results[case.result]]
-        both = (_as_detections(entries, size, dataset.classes) for entries in (objects, detections))
-        cases[case.error].append((image, *both))
+        first, second = (_as_detections(entries, size, dataset.classes) for entries in (objects, detections))
+        cases[case.error].append((image, first, second))
     return cases
 
 

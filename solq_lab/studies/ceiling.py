@@ -123,6 +123,7 @@ def run_ceiling(run: Run, *, split: Literal["val", "train"] = "val") -> Evaluati
     codec = build_codec(experiment, tables=read_weights(run.weights).codec if run.weights.exists() else None)
     if codec is None:
         return None
+
     settings, ceiling_file = experiment.evaluation, file_of_split(run.folder / "ceiling.json", split)
     inputs = inputs_of_scoring(experiment) | {"codec": describe_codec(codec)}
     ceiling = stored_evaluation(ceiling_file, inputs)
@@ -211,22 +212,22 @@ def _reconstruct_piece(scene: _Scene, piece: _Piece) -> tuple[np.ndarray, list[d
     """IoU (k,) and COCO results of some objects."""
     codec, truth, noise = scene.codec, scene.truth, scene.noise
     boxes = truth.boxes[piece.rows].copy()  # (k, 4)
-    errors = None if piece.std is None else np.zeros((len(boxes), codec.vector_dim))
+    errors = np.zeros((len(boxes), codec.vector_dim))
     for place, key in enumerate(truth.ids[piece.rows].tolist()):
         random = np.random.default_rng((noise.seed, key % 2**64))
         boxes[place] = _move_edges(boxes[place], noise.box * random.standard_normal(4))
-        if errors is not None:
+        if piece.std is not None:
             errors[place] = noise.vector * piece.std * random.standard_normal(codec.vector_dim)
 
     true_masks = truth.box_masks(piece.rows, codec.mask_size)
-    decoded = reconstruct(codec, true_masks, vector_error=None if errors is None else torch.from_numpy(errors)).masks
+    decoded = reconstruct(codec, true_masks, vector_error=torch.from_numpy(errors) if piece.std is not None else None)
 
     ious, results = [np.zeros(0)], []
     for image, places in truth.by_image(piece.rows):
         rows = piece.rows[places]
         true_rles = [truth.rle(row) for row in rows.tolist()]
         rles, image_ious = paste_and_compare(
-            decoded[places], torch.from_numpy(boxes[places]), truth.size(image), true_rles
+            decoded.masks[places], torch.from_numpy(boxes[places]), truth.size(image), true_rles
         )
         ious.append(image_ious)
         results += [

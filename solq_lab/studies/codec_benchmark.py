@@ -104,6 +104,7 @@ def make_grid(
     for noises in product(box_noises, vector_noises):
         if not all(0 <= noise < math.inf for noise in noises):
             raise ConfigError(f"noise {noises[0]}, {noises[1]}: allowed are finite numbers from 0 on")
+
     settings = []
     for kind in kinds:
         if kind not in CODECS:
@@ -209,7 +210,9 @@ class CodecBenchmark:
         experiment = self._experiment(setting)
         if experiment.codec.is_fitted and not Path(experiment.codec.artifact).exists():
             fit_codec(experiment, max_objects=self.fit_objects)
-        return build_codec(experiment)
+        codec = build_codec(experiment)
+        assert codec is not None  # no setting is a plain detector
+        return codec
 
     def _measure_one(self, setting: CodecSetting) -> UpperBound:
         about = self._about(setting)
@@ -328,6 +331,7 @@ def describe_size_gap(bounds: Sequence[UpperBound]) -> str:
             verdict = f"to be kept as well, large ones need more than {bounds[-1].setting.vector_dim} numbers"
         else:
             verdict = f"to be kept as well, large ones need about {needed:.0f} numbers"
+
         length = bound.setting.vector_dim
         lines.append(
             f"n_k = {length:>4}: IoU of small objects {percent(small)}, of large ones {percent(large)}; {verdict}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,14 +45,14 @@ class Comparison(NamedTuple):
 class ComparedImage(NamedTuple):
     """One image, its K ground-truth objects, and the detections of one model or several.
 
-    index: of the image in its data set.
+    image_index: place in its data set.
     pixels: (H, W, 3) uint8.
     ground_truth: the objects.
     detections: model -> its detections, best score first.
     ious: model -> (K,) IoU of each object with its detection; 0 where it is not found.
     """
 
-    index: int
+    image_index: int
     pixels: np.ndarray
     ground_truth: Detections
     detections: dict[str, Detections]
@@ -94,8 +94,8 @@ def open_comparison(
 
 def run_names(runs: Sequence[Run]) -> list[str]:
     """Distinct names of runs: their methods, or where these are the same their names, or folders."""
-    methods, names = [run.experiment.method for run in runs], [run.name for run in runs]
-    folders = [str(run.folder) for run in runs]
+    methods: list[str] = [run.experiment.method for run in runs]
+    names, folders = [run.name for run in runs], [str(run.folder) for run in runs]
     return next((called for called in (methods, names) if len(set(called)) == len(runs)), folders)
 
 
@@ -136,7 +136,7 @@ def compare_images(
         max_images: only the first so many images. None: all.
     """
     without_masks = any(predictor.experiment.method == "Deformable DETR" for predictor in predictors.values())
-    by = "box" if without_masks else "mask"
+    by: Literal["box", "mask"] = "box" if without_masks else "mask"
     compared = []
     for index in tqdm(range(len(dataset))[:max_images], desc="comparing", unit="img"):
         pixels, ground_truth = dataset[index][0].permute(1, 2, 0).numpy(), dataset.objects(index)

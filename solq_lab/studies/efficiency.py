@@ -75,24 +75,16 @@ def count_costs(
         images = _blank(image_size)
         queries = torch.zeros(1, uqr.num_queries, experiment.model.width)
     codec = build_codec(variants["UQR"])
+    assert codec is not None
     vector = torch.zeros(1, codec.vector_dim, dtype=torch.float64)  # decoded in plain torch, whose products are counted
-    parameters = {name: _trained(model) for name, model in (("detector", detector), ("SQR", sqr), ("UQR", uqr))}
+
+    parameters = _trained(detector)
     alone = _multiply_adds(detector, images.normalised())
+    sqr_costs = _trained(sqr) - parameters, alone, _multiply_adds(sqr, images.normalised()) - alone
+    uqr_costs = _trained(uqr) - parameters, alone, _multiply_adds(uqr.heads[-1].get_submodule("vector"), queries)
     return {
-        "SQR": Cost(
-            parameters["detector"],
-            parameters["SQR"] - parameters["detector"],
-            alone,
-            _multiply_adds(sqr, images.normalised()) - alone,
-            None,
-        ),
-        "UQR": Cost(
-            parameters["detector"],
-            parameters["UQR"] - parameters["detector"],
-            alone,
-            _multiply_adds(uqr.heads[-1].vector, queries),
-            _multiply_adds(codec.decode, vector),
-        ),
+        "SQR": Cost(parameters, *sqr_costs, None),
+        "UQR": Cost(parameters, *uqr_costs, _multiply_adds(codec.decode, vector)),
     }
 
 

@@ -130,10 +130,10 @@ class ErrorAnalysis:
                 cases.append(ErrorCase(error, threshold, image_id, None, object_id, math.nan, 0.0))
                 continue
             about = detections.about[row]
-            object_id = None if about == UNMATCHED else int(objects.ids[about])
+            its_object = None if about == UNMATCHED else int(objects.ids[about])
             score, overlap = float(detections.scores[row]), float(detections.overlap[row])
             image_id, result = int(detections.image_ids[row]), int(detections.results[row])
-            cases.append(ErrorCase(error, threshold, image_id, result, object_id, score, overlap))
+            cases.append(ErrorCase(error, threshold, image_id, result, its_object, score, overlap))
         return cases
 
     def frame(self) -> pd.DataFrame:

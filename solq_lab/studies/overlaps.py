@@ -156,10 +156,7 @@ def _measure_image(
     classes: ClassMap,
     codec: MaskCodec | None,
 ) -> tuple[ObjectTable, DetectionTable, Pairs]:
-    """The tables of one image of `size` (height, width), whose rows count from 0.
-
-    Its objects are `rows` of the ground truth, its detections stand at `places` of `results`.
-    """
+    """The tables of one image of `size` (height, width): objects at `rows`, detections at `places`, counted from 0."""
     detections = [results[place] for place in places]
     rles = [masks.segmentation_to_rle(result["segmentation"], size) for result in detections]
     boxes = _corners(detections)
@@ -177,16 +174,14 @@ def _measure_image(
     its_overlap, reach, ceiling = np.zeros(len(detections)), np.zeros(len(detections)), np.ones(len(rows))
     its_overlap[known], reach[known] = overlap[known, about[known]], box_overlap[known, about[known]]
 
-    # What the codec leaves of every object, in the object's own box and in the boxes of the detections about it.
     if codec is not None and len(rows):
-        object_masks = truth.box_masks(rows, codec.mask_size).split(_MASKS_AT_ONCE)
-        decoded = torch.cat([reconstruct(codec, some).masks.cpu() for some in object_masks])
+        decoded = _reconstruct(codec, truth.box_masks(rows, codec.mask_size))
         _, ceiling = paste_and_compare(decoded, object_boxes, size, object_rles, both_empty=0.0)
         its_rles = [object_rles[row] for row in about[known].tolist()]
         _, reach[known] = paste_and_compare(decoded[about[known]], boxes[known], size, its_rles, both_empty=0.0)
 
     neighbours = _neighbours(object_rles, object_boxes, crowd, size)  # A + 1: the last, row UNMATCHED, for no object
-    partners = np.nonzero(same_class & (overlap >= THRESHOLDS[0]))
+    rows_of_pairs, columns_of_pairs = np.nonzero(same_class & (overlap >= THRESHOLDS[0]))
     return (
         ObjectTable(
             ids=truth.ids[rows],
@@ -209,8 +204,13 @@ def _measure_image(
             leak=_share_on(rles, neighbours, about),
             reach=reach,
         ),
-        Pairs(*partners, overlap[partners]),
+        Pairs(rows_of_pairs, columns_of_pairs, overlap[rows_of_pairs, columns_of_pairs]),
     )
+
+
+def _reconstruct(codec: MaskCodec, object_masks: Tensor) -> Tensor:
+    """Masks (A, N, N) bool after the codec, on the CPU, in batches that bound the memory."""
+    return torch.cat([reconstruct(codec, some).masks.cpu() for some in object_masks.split(_MASKS_AT_ONCE)])
 
 
 def _choose_objects(box_overlap: np.ndarray, same_class: np.ndarray) -> np.ndarray:

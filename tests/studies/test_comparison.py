@@ -90,7 +90,7 @@ def test_images_are_ranked_by_the_difference_of_the_mean_iou(root, dataset):
     close, loose, none = objects((0, 0, 10, 10)), objects((0, 0, 10, 8)), objects()
     predictors = {"SOLQ": Answers(root, loose, close, none), "SQR": Answers(root, close, none, none)}
     compared = compare_images(predictors, dataset, max_images=3)
-    assert [image.index for image in compared] == [1, 2, 0]
+    assert [image.image_index for image in compared] == [1, 2, 0]
     assert [image.gain for image in compared] == pytest.approx([0.5, 0.0, -0.2])
     frame = comparison_frame(compared)
     assert frame.loc["SOLQ"].tolist() == pytest.approx([3, 2, 1, 80.0, 0.0])
