@@ -249,6 +249,8 @@ def _add_legend(figure: Figure, views: Sequence[ObjectView]) -> None:
     }
     names = {level: f"level {level + 1}" + ("" if level else " (finest)") for level in levels}
     handles = [Line2D([], [], color=_level_colour(level), label=name, **dot) for level, name in names.items()]
+
+    # Layers that start from a point have a cross for a reference, the others a dashed box.
     points_only = all(len(view.reference) == 2 for view in views)
     outline = withStroke(linewidth=2.6, foreground="black")
     handles.append(Line2D([], [], color="white", linewidth=1.3, path_effects=[outline], label="predicted mask"))

@@ -64,6 +64,7 @@ def size_distribution(report: Report) -> Figure:
             weights = np.full(len(sides), 100 / len(sides))
             edges = np.geomspace(1, 2048, 45)
             panel.hist(np.maximum(sides, 1), edges, weights=weights, histtype="step", color=colour, label=split)
+
     for side in AREA_SIDES:
         panel.axvline(side, color=GREY, linestyle=":")
     panel.set_xscale("log", base=2)
@@ -119,6 +120,7 @@ def _draw_image(axes: Axes, path: Path) -> tuple[int, int]:
         return 1, 1
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
+
     axes.imshow(small, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     return height, width
 

@@ -106,6 +106,7 @@ def prediction_grid(
     figure, axes = new_figure(len(heights), 3 * across, size=size, title=title, height_ratios=heights)
     for place in axes.flat:
         hide_axes(place)
+
     for number, (pixels, (_, truth, prediction)) in enumerate(zip(images, examples, strict=True)):
         row, first = number // across, 3 * (number % across)
         colours = class_colours(truth.labels.tolist() + prediction.labels.tolist())

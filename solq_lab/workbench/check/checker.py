@@ -31,7 +31,6 @@ from solq_lab.data.annotations import (
 )
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.folders import Split, find_splits
-from solq_lab.data.ground_truth import MANY_CROWDS
 from solq_lab.data.images import LEAVES, check_size, decode_bytes, describe_missing, leaves_folder, read_file
 from solq_lab.data_folder import prepare_data
 from solq_lab.workbench.check import rules
@@ -144,17 +143,7 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
 
         image_ids = dict(zip(paths, (image.image_id for image in content.images), strict=True))
         report.findings.add(split.name, rules.images_twice(digests[split.name], image_ids))
-        total, cure = len(document["annotations"]), "see the findings of its objects"
-        if total and not summary.objects:
-            message = f"none of the {total} objects can be learnt, {summary.crowds} are crowds; {cure}"
-            report.findings.add(split.name, [Finding("nothing-to-learn", message)])
-        elif summary.crowds >= MANY_CROWDS * total > 0:
-            message = f"{summary.crowds} of {total} objects are marked as crowds (iscrowd 1) and not learnt"
-            report.findings.add(split.name, [Finding("many-crowds", message)])
-        empty = [name for name, count in summary.per_class.items() if not count]
-        report.findings.add(
-            split.name, (Finding("class-without-objects", f"category {shorten(name)}") for name in empty)
-        )
+        report.findings.add(split.name, rules.counts_of_split(summary, len(document["annotations"])))
         report.entries[split.name] = _entries_of(report.findings, split, document)
 
     train, *others = (split.name for split in splits)
@@ -298,6 +287,7 @@ def _summarise(checked: Sequence[_Checked], names: dict[int, str]) -> Summary:
     for category, name in names.items():
         if name:
             per_class[name] += per_category[category]
+
     counts = np.array([len(image.objects) for image in checked] or [0])
     return Summary(
         images=len(checked),

@@ -83,6 +83,7 @@ class Report(NamedTuple):
             rules = broken[broken["severity"] == severity]
             if len(rules):
                 lines += ["", heading]
+
             for rule, row in rules.iterrows():
                 counts = ", ".join(f"{row[split]} in {split}" for split in splits if row[split])
                 lines.append(f"  {rule}: {row['title']}: {counts}")

@@ -23,7 +23,9 @@ from solq_lab.data.annotations import (
     shorten,
 )
 from solq_lab.data.classes import ClassMap
+from solq_lab.data.ground_truth import MANY_CROWDS
 from solq_lab.workbench.check.findings import Finding
+from solq_lab.workbench.check.report import Summary
 
 # Annotators draw by hand: COCO's own polygons leave their boxes by up to a pixel, and stay up to 7 pixels inside.
 REACH = 1.0  # pixels that a box may reach out of its image, or a mask out of its box
@@ -158,6 +160,19 @@ def images_twice(digests: Mapping[str, bytes], image_ids: Mapping[str, int]) -> 
         if before != name:
             message = f"{shorten(before)} and {shorten(name)} have the same bytes"
             yield Finding("image-twice", message, name, image_ids[name])
+
+
+def counts_of_split(summary: Summary, entries: int) -> Iterator[Finding]:
+    """What the counts of a split with so many entries of `annotations` reveal."""
+    if entries and not summary.objects:
+        message = f"none of the {entries} objects can be learnt, {summary.crowds} are crowds"
+        yield Finding("nothing-to-learn", f"{message}; see the findings of its objects")
+    elif summary.crowds >= MANY_CROWDS * entries > 0:
+        message = f"{summary.crowds} of {entries} objects are marked as crowds (iscrowd 1) and not learnt"
+        yield Finding("many-crowds", message)
+    for name, count in summary.per_class.items():
+        if not count:
+            yield Finding("class-without-objects", f"category {shorten(name)}")
 
 
 def images_in_both(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iterator[Finding]:

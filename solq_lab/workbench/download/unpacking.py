@@ -78,6 +78,7 @@ def _check_members(file: zipfile.ZipFile, archive: Path) -> None:
             fault = "is a link or a device"
         elif name in seen:
             fault = "comes twice"
+
         if fault:
             raise DataError(
                 f"{archive}: member {name!r} {fault}; nothing was unpacked: images and annotations need no such "
