@@ -52,75 +52,40 @@ class Run:
     """One run folder.
 
     Attributes:
-        folder: the folder itself.
-        experiment: the resolved experiment that the folder belongs to.
+        folder, name: the folder, and its name, which is the experiment's.
+        experiment: the resolved experiment.
+        weights: the trained model; exists once the training is finished.
+        detections: COCO results of the final evaluation, gzipped JSON.
+        results: the final evaluation's numbers, JSON.
+        environment: description of software, hardware and data, JSON.
+        metrics_file: the training's metrics, one JSON object per line.
+        log_file: the training's log lines.
+        pid_file: the process that was started to train the run, JSON.
+        checkpoints, figures: their folders.
     """
 
     def __init__(self, folder: str | Path) -> None:
         """Open an existing run folder.
 
         Raises:
-            RunError: there is no such folder, or it holds no usable experiment.
+            RunError: there is no such folder, or it holds no valid experiment.
         """
         self.folder = Path(folder)
+        self.name = self.folder.name
         self.experiment = _read_experiment(self.folder)
+        self.weights = self.folder / "weights.safetensors"
+        self.detections = self.folder / "detections.json.gz"
+        self.results = self.folder / "results.json"
+        self.environment = self.folder / "environment.json"
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.log_file = self.folder / "train.log"
+        self.pid_file = self.folder / "train.pid"
+        self.checkpoints = self.folder / "checkpoints"
+        self.figures = self.folder / "figures"
+        self._lock_file = self.folder / "trainer.lock"
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r}, {self.status()['state']})"
-
-    @property
-    def name(self) -> str:
-        """The folder's name, which is the experiment's name."""
-        return self.folder.name
-
-    @property
-    def weights(self) -> Path:
-        """The trained model; exists once the training is finished."""
-        return self.folder / "weights.safetensors"
-
-    @property
-    def detections(self) -> Path:
-        """COCO results of the final evaluation, gzipped JSON."""
-        return self.folder / "detections.json.gz"
-
-    @property
-    def results(self) -> Path:
-        """The final evaluation's numbers, JSON."""
-        return self.folder / "results.json"
-
-    @property
-    def environment(self) -> Path:
-        """Description of software, hardware and data, JSON."""
-        return self.folder / "environment.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """The training's metrics, one JSON object per line."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        """The training's log lines."""
-        return self.folder / "train.log"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
-
-    @property
-    def pid_file(self) -> Path:
-        """The process that was started to train the run, JSON."""
-        return self.folder / "train.pid"
-
-    @property
-    def _lock_file(self) -> Path:
-        return self.folder / "trainer.lock"
-
-    @property
-    def figures(self) -> Path:
-        """Folder of the images."""
-        return self.folder / "figures"
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; only those of one `kind` where it is given.

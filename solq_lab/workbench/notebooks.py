@@ -72,18 +72,7 @@ def run_notebook(
     experiment = load_experiment(experiment_path, list(overrides))
     check_data_folder(experiment)
     run = create_run(experiment, runs_dir)
-
-    execution = _Execution(notebook, run.folder / notebook.name, values)
-    try:
-        execution.start()
-        _watch(execution, run)
-    except KeyboardInterrupt:
-        was_training = is_alive(run)
-        message = stop_training(run.folder)
-        if was_training:  # the cell that followed it ends, and papermill saves the notebook
-            execution.join(timeout=30.0)
-        raise Interrupted(message) from None
-    return execution.finish()
+    return _execute(notebook, run.folder / notebook.name, values, run)
 
 
 def run_report(
@@ -107,13 +96,7 @@ def run_report(
     notebook, folder = Path(notebook), Path(runs_dir) / "_reports"
     values = check_parameters(notebook, dict(parameters or {}) | {"runs_dir": str(Path(runs_dir).absolute())})
     folder.mkdir(parents=True, exist_ok=True)
-    execution = _Execution(notebook, folder / notebook.name, values)
-    try:
-        execution.start()
-        _watch(execution)
-    except KeyboardInterrupt:
-        raise Interrupted(f"{notebook}: interrupted; re-running starts it again") from None
-    return execution.finish()
+    return _execute(notebook, folder / notebook.name, values)
 
 
 def export_html(notebook: Path) -> Path:
@@ -127,50 +110,44 @@ def export_html(notebook: Path) -> Path:
     return target
 
 
-class _Execution(threading.Thread):
-    """Papermill in a thread, so that Ctrl-C reaches the main thread and not papermill's event loop."""
+def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], run: Run | None = None) -> Path:
+    """Execute a notebook into the file `executed`, with the progress of `run` in the terminal, and write its HTML."""
+    os.environ[WORKSPACE] = str(Path.cwd())  # the kernel inherits it
+    errors: list[Exception] = []
 
-    def __init__(self, notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
-        super().__init__(daemon=True)
-        os.environ[WORKSPACE] = str(Path.cwd())  # the kernel inherits it
-        self.notebook, self.executed, self._parameters = notebook, executed, parameters
-        self.error: Exception | None = None
-
-    def run(self) -> None:
+    def execute() -> None:
         import papermill
 
         logging.getLogger("papermill").setLevel(logging.ERROR)
+        files = str(notebook), str(executed)
         try:
-            papermill.execute_notebook(
-                str(self.notebook),
-                str(self.executed),
-                self._parameters,
-                progress_bar=False,
-                extra_arguments=QUIET_KERNEL,
-            )
-        except Exception as error:  # raised in the main thread, by `finish`
-            self.error = error
+            papermill.execute_notebook(*files, parameters, progress_bar=False, extra_arguments=QUIET_KERNEL)
+        except Exception as error:  # raised below, in the main thread
+            errors.append(error)
 
-    def finish(self) -> Path:
-        """Write the HTML of the executed notebook and return the notebook's path.
-
-        Raises:
-            NotebookFailed: a cell raised.
-        """
-        if self.executed.exists():
-            export_html(self.executed)
-        if self.error is not None:
-            raise _explain_failure(self.notebook, self.executed, self.error)
-        return self.executed
-
-
-def _watch(execution: _Execution, run: Run | None = None) -> None:
-    """Show the progress of a notebook's training, or how many cells are done, until the notebook ends."""
+    # In a thread, so that Ctrl-C reaches this one and not papermill's event loop.
+    thread = threading.Thread(target=execute, daemon=True)
     progress = None if run is None else Progress(run)
-    with status_line() as show:
-        while execution.is_alive():
-            execution.join(timeout=1.0)
-            show(progress.read() if progress and run.is_training() else _describe_cells(execution.executed))
+    try:
+        thread.start()
+        with status_line() as show:
+            while thread.is_alive():
+                thread.join(timeout=1.0)
+                show(progress.read() if progress and run and run.is_training() else _describe_cells(executed))
+    except KeyboardInterrupt:
+        if run is None:
+            raise Interrupted(f"{notebook}: interrupted; re-running starts it again") from None
+        was_training = is_alive(run)
+        message = stop_training(run.folder)
+        if was_training:  # the cell that followed it ends, and papermill saves the notebook
+            thread.join(timeout=30.0)
+        raise Interrupted(message) from None
+
+    if executed.exists():
+        export_html(executed)
+    if errors:
+        raise _explain_failure(notebook, executed, errors[0])
+    return executed
 
 
 def _describe_cells(executed: Path) -> str:
