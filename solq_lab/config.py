@@ -41,10 +41,10 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _nothing_comes_twice(self) -> Sweep:
-        for what, values in (("rows", [row.name for row in self.rows]), ("seeds", self.seeds)):
+        for what, values in (("rows", [row.name for row in self.rows]), ("seeds", [*map(str, self.seeds)])):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
-                raise ValueError(f"{what}: {', '.join(map(str, twice))} comes more than once; give each its own name")
+                raise ValueError(f"{what}: {', '.join(twice)} comes more than once; give each its own name")
         return self
 
 
@@ -123,7 +123,7 @@ def _validate(schema: type[Schema], values: dict[str, Any], *, source: str) -> S
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        faults = [_describe_fault(fault, schema) for fault in error.errors()]
+        faults = [_describe_fault(dict(fault), schema) for fault in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(faults)) from None
 
 
@@ -242,7 +242,7 @@ def _sections_with(key: object, schema: type[Section]) -> list[str]:
 
 def _allowed_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     for part in location:
-        if isinstance(part, str):  # a number is a place in a list, whose type the step before has found
-            annotation = schema.model_fields[part].annotation
+        if isinstance(part, str):  # a number is an index into a list, whose type is known already
+            annotation: Any = schema.model_fields[part].annotation
             schema = next(iter(get_args(annotation)), annotation)
     return list(schema.model_fields)

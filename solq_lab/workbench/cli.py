@@ -29,11 +29,12 @@ PANELS = {
 class _Panels(TyperGroup):
     """Lists the commands by panel in plain text; with rich, typer would also draw messages in boxes."""
 
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         width = formatter.width - 6 - max(map(len, self.commands))
+        commands: dict[str, Any] = dict(self.commands)
         for title in PANELS:
             with formatter.section(f"{title} commands"):
-                shown = {name: command for name, command in self.commands.items() if command.rich_help_panel == title}
+                shown = {name: command for name, command in commands.items() if command.rich_help_panel == title}
                 formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in shown.items()])
 
 

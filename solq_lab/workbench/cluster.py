@@ -176,7 +176,7 @@ class Cluster:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         record = log_file.with_suffix(".job.json")
         if self._resumable and record.is_file():
-            earlier = self._resumable(self._folder, read_json(record)["job_id"])
+            earlier: Any = self._resumable(self._folder, read_json(record)["job_id"])
             if not earlier.done(force_check=True):
                 log.info("%s: job %s, submitted earlier, has not ended yet", name, earlier.job_id)
                 return Submitted(earlier, log_file)

@@ -111,7 +111,7 @@ def _check(device: str, name: str) -> Implementation:
     serves = implementation_for(device) == name
     if name in COMPILED:
         try:
-            load_extension(name)
+            load_extension("cuda" if name == "cuda" else "cpu")
         except ExtensionBuildError as error:
             return Implementation(device, name, False, error.reason)
 

@@ -96,8 +96,8 @@ class ResultTable:
 
     def ranked(self, metric: str) -> list[TableRow]:
         """The rows that have this number, best mean first."""
-        known = [row for row in self.rows if row.mean(metric) is not None]
-        return sorted(known, key=lambda row: -row.mean(metric))
+        means = [(mean, row) for row in self.rows if (mean := row.mean(metric)) is not None]
+        return [row for _, row in sorted(means, key=lambda pair: -pair[0])]
 
     def frame(self) -> pd.DataFrame:
         """The table to read: mean ± standard deviation in percent, the paper's number in brackets."""

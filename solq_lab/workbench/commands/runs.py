@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,10 +50,10 @@ def run(
         raise ConfigError(f"{experiment}: changes an experiment; name the experiment's file before it")
     notebook = find_notebook(notebook)
     declared = read_parameters(notebook).get("experiment")
-    if experiment is None and declared is None:
+    path = experiment or (declared and declared.default)
+    if path is None:
         executed = run_report(notebook, runs_dir, parameters=given)
     else:
-        path = declared.default if experiment is None else experiment
         executed = run_notebook(notebook, path, overrides or [], runs_dir, parameters=given)
         _print_results(load_run(executed.parent))
     typer.echo(f"\nnotebook  {executed}\nHTML      {executed.with_suffix('.html')}")
@@ -157,7 +157,7 @@ def _print_results(run: Run) -> None:
     typer.echo(f"\n{run.name}, validation images\n{table}")
 
 
-def _stored_ceiling(run: Run, results: dict) -> Evaluation | None:
+def _stored_ceiling(run: Run, results: dict[str, Any]) -> Evaluation | None:
     """The codec's ceiling as the training measured it; None for a plain detector."""
     from solq_lab.evaluation.summary import Evaluation
 
