@@ -37,13 +37,13 @@ at::Tensor prepared(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
 }
 
-// A kernel that follows an address of another device ends every later call on its own.
+// An address of another device would fail inside the kernel, and with it every later CUDA call of the process.
 void check_device(const char* name, const at::Tensor& tensor, const at::Tensor& value) {
   TORCH_CHECK_VALUE(tensor.device() == value.device(), name, " must be on ", value.device(), " like the value, got ",
                     tensor.device());
 }
 
-// All that the kernels cannot do is refused here, before anything is allocated.
+// What the kernels cannot do is rejected here, before anything is allocated.
 Sizes read_cuda_sizes(const at::Tensor& value, at::IntArrayRef flat_shapes, const at::Tensor& locations,
                       const at::Tensor& weights) {
   check_device("sampling_locations", locations, value);

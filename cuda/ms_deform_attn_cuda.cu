@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem problem
   write<T, kVector>(output + row * width + channel, sums);
 }
 
-// How the gradients of cells are added up: in floating point as they come, or in integers, where order means nothing.
+// How the gradients of cells are added up: in floating point as they come, or in integers, whose sum does not depend on the order.
 // `row` is the place of a lane's channels of one cell.
 template <typename RealType>
 struct FastSums {
@@ -191,7 +191,7 @@ struct OrderlessSums {
   double scale;
 
   // One unit is 1 / scale, a power of two; the largest scale for which no sum can overflow 63 bits. It and its inverse
-  // stay numbers for the tiniest bound.
+  // stay finite for the smallest bound.
   __device__ __forceinline__ void prepare() {
     const double bound = double(largest[0]) * double(largest[1]);
     const int exponent = bound > 0 && isfinite(bound) ? 61 - headroom - ilogb(bound) : 0;
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 3)  // blocks a
   const int width = kWidth > 0 ? kWidth : problem.width;
   const int points = kPoints > 0 ? kPoints : problem.points;
   const unsigned index = blockIdx.x * kThreads + threadIdx.x;
-  // No thread may leave early, as the sums over a group want every lane of the warp: what is beyond the last query
+  // No thread may leave early, as the sums over a group need every lane of the warp: what is beyond the last query
   // works on that query with a gradient of zero and writes nothing.
   const bool real_query = index / kGroup < problem.queries;
   const int query = real_query ? index / kGroup : problem.queries - 1;

@@ -1,4 +1,4 @@
-// What the CUDA kernels need to know, free of torch: compiling torch's headers with nvcc takes six times as long.
+// The arguments of the CUDA kernels, free of torch: compiling torch's headers with nvcc takes six times as long.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -2,7 +2,7 @@
 // column after another, and what comes out is the list of places where 0 and 1 change. No image is ever made.
 //
 // A pixel lies between four cells, two neighbours of each of two neighbouring columns of the mask. Columns are kept as
-// bits, so that a few logical operations tell where all four agree; only pixels between the others are computed.
+// bits, so that a few logical operations find where all four agree; only pixels between the others are computed.
 //
 // The result equals, byte for byte, run-length coding of `solq_lab.masks.paste_masks`: every rounding is that of its
 // float32 operations, in its order. One task is some masks, so threads change nothing.
@@ -19,7 +19,7 @@ namespace solq {
 namespace {
 
 constexpr int64_t kWord = 64, kByte = 8;  // bits
-constexpr int64_t kBorder = kByte;        // cells of zeros around a mask, so that no sample has to ask where it is
+constexpr int64_t kBorder = kByte;        // cells of zeros around a mask, so that no sample needs a bounds check
 constexpr int64_t kMasksPerTask = 128;    // about a millisecond; for less, waking a thread costs more than it saves
 
 // Where the pixel centres start..stop of one axis fall between the cells of a mask.

@@ -1,4 +1,4 @@
-"""A GPU that says shapes and devices but computes nothing, beside a host that computes: for machines without a GPU.
+"""A fake GPU with shapes and devices but no arithmetic, beside a real host: for machines without a GPU.
 
 Tensors on "cuda" are torch's fake ones; operators among tensors of the host run for real.
 """
@@ -29,11 +29,11 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 
 class Traffic(TorchDispatchMode):
-    """Runs operators of the host for real, and notes where the host waits for the GPU.
+    """Runs operators of the host for real, and records where the host waits for the GPU.
 
     Attributes:
         waits: the function of this library behind every wait, in their order.
-        copies: the same for tensors of the host that travel without a wait.
+        copies: the same for tensors of the host that are copied without a wait.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Traffic(TorchDispatchMode):
             waits = crosses and not (kwargs.get("non_blocking") or True in args[2:])
         elif operator in INDEXING:  # indices and values of the host are copied, indices of bits are counted
             waits = crosses or any(index.dtype == torch.bool for index in _tensors(args[1]))
-        else:  # a single number of the host travels with the launch; the fake tensors refuse longer ones
+        else:  # a single number of the host is copied with the launch; fake tensors reject longer ones
             waits = operator in SIZED_BY_NUMBERS
         if waits or crosses:
             (self.waits if waits else self.copies).append(_caller())
@@ -120,12 +120,12 @@ def _place(module: nn.Module, device: torch.device | None, memory_format: torch.
 
 
 def _number_of(dtype: torch.dtype) -> bool | int:
-    """What the GPU is said to hold: whole numbers are one, because they often are sizes, all others zero."""
+    """The numbers of fake tensors: whole numbers are one, because they often are sizes, all others zero."""
     return False if dtype == torch.bool else int(not dtype.is_floating_point)
 
 
 def _caller() -> str:
-    """The function of this library that asked for the operator; "" where none did."""
+    """The function of this library that called the operator; "" where none did."""
     frame = sys._getframe()
     while frame is not None and not frame.f_code.co_filename.startswith(LIBRARY):
         frame = frame.f_back

@@ -36,8 +36,8 @@ def rows(device: torch.device | str = "cuda", work: Workload = COCO) -> Iterator
     for dtype, tolerance in TOLERANCES.items():
         tokens = sum(height * width for height, width in shapes)
         inputs, gradient = draw_inputs(tokens, shapes, batch=work.batch, device=device, dtype=dtype)
-        served = f"{str(dtype).removeprefix('torch.')}, {implementation_for(device.type)}"
-        what = f"encoder layer, {describe_size(work.image)}, batch {work.batch}, {served}"
+        kind = f"{str(dtype).removeprefix('torch.')}, {implementation_for(device.type)}"
+        what = f"encoder layer, {describe_size(work.image)}, batch {work.batch}, {kind}"
         settings = {"tolerance": tolerance, "deterministic": True, "measure": measure}
         yield from layer_rows("gpu", what, inputs, shapes, gradient, **settings)
 

@@ -1,4 +1,4 @@
-"""Deformable attention: the implementation that serves this machine against bilinear sampling by `grid_sample`."""
+"""Deformable attention: the implementation in use against bilinear sampling by `grid_sample`."""
 
 from __future__ import annotations
 

@@ -90,8 +90,11 @@ def load_extension(kind: Kind) -> None:
             try:
                 recipe = _recipe(kind)
                 if recipe.library.exists() or not _build(recipe):
-                    _load(recipe.library)
+                    torch.ops.load_library(recipe.library)
                 _outcomes[kind] = None
+            except OSError as error:
+                reason = f"the kept library {recipe.library} does not load ({error}); remove it to build it anew"
+                _outcomes[kind] = ExtensionBuildError(reason)
             except ExtensionBuildError as error:
                 _outcomes[kind] = error
         if error := _outcomes[kind]:
@@ -191,15 +194,6 @@ def _architecture_flags() -> tuple[str, ...]:
     return tuple(sorted(flags))
 
 
-def _load(library: Path) -> None:
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        raise ExtensionBuildError(
-            f"the kept library {library} does not load ({error}); remove it to build it anew"
-        ) from error
-
-
 def _build(recipe: Recipe) -> bool:
     """Compiles and loads the library and moves it to its place; False when another process did so meanwhile."""
     if find_compiler() is None:
@@ -264,7 +258,7 @@ def _compile(recipe: Recipe, build_folder: Path, ninja: str, toolkit: CudaToolki
             )
     except (RuntimeError, OSError, ValueError) as error:
         names = ", ".join(path.name for path in recipe.sources)
-        reason = f"compiling {names} failed; mend what the compiler says, or set SOLQ_OPS=reference to do without"
+        reason = f"compiling {names} failed; fix what the compiler reports, or set SOLQ_OPS=reference to do without"
         raise ExtensionBuildError(reason, str(error)) from error
     logger.info("compiled the %s operators in %.0f s", recipe.kind, time.monotonic() - started)
     return build_folder / f"{name}.so"

@@ -1,13 +1,12 @@
-"""Multi-scale deformable attention: every query samples a few points of every level and sums what it finds.
+"""Multi-scale deformable attention: every query samples a few points of every level and sums them up.
 
 Paper: section 3.1 (Deformable DETR, eq. 2). For a query q and a head m the result is the sum over levels l and points
 p of `weight[q, m, l, p] * value_l[m](location[q, m, l, p])`, where `value_l[m](x, y)` interpolates level l bilinearly,
 zero outside the image.
 
 `solq_lab::ms_deform_attn` is one operator with three implementations: "cuda" and "cpu" in C++ (folder `cuda/`, compiled
-at the first call), and "reference" in plain torch. A tensor is served by its device's compiled one where that can be
-built and by the reference elsewhere; the environment variable SOLQ_OPS=reference, or `use_implementation`, decides
-otherwise.
+at the first call), and "reference" in plain torch. The compiled one of a tensor's device runs where it can be built,
+elsewhere the reference; the environment variable SOLQ_OPS=reference and `use_implementation` override that.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from solq_lab.ops.extension import ExtensionBuildError, load_extension
 
 logger = logging.getLogger(__name__)
 
-COMPILED = ("cuda", "cpu")  # each serves the device of its name
+COMPILED = ("cuda", "cpu")  # each for the device of its name
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MULTIPLY_ADD = 2  # FLOPs; the convention of torch's own counter
@@ -58,7 +57,7 @@ def ms_deform_attn(
 
     Raises:
         ValueError: shapes, types or devices do not fit together.
-        ExtensionBuildError: an implementation asked for by name cannot be built.
+        ExtensionBuildError: the implementation chosen by name cannot be built.
     """
     _check_arguments(value, spatial_shapes, sampling_locations, attention_weights)
     flat_shapes = [side for shape in spatial_shapes for side in shape]
@@ -86,9 +85,8 @@ def ms_deform_attn_reference(
     for level, level_map in enumerate(maps):
         weights = _heads_first(attention_weights[:, :, :, level]).to(exact)  # (B*M, Q, P)
         if level_map.numel() and queries and points:
-            sums = sums + (_sample(level_map, sampling_locations[:, :, :, level].to(exact)) * weights.unsqueeze(1)).sum(
-                -1
-            )
+            sampled = _sample(level_map, sampling_locations[:, :, :, level].to(exact))
+            sums = sums + (sampled * weights.unsqueeze(1)).sum(-1)
     return sums.view(batch, heads * width, queries).transpose(1, 2).to(value.dtype)
 
 
@@ -191,7 +189,7 @@ def _check_arguments(
         )
 
 
-# Who serves whom.
+# Dispatch.
 
 
 class _Implementation(NamedTuple):
@@ -202,52 +200,56 @@ class _Implementation(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-_asked_for: str | None = None  # process-wide, as backward passes run in threads of their own
+_forced: str | None = None  # process-wide, as backward passes run in threads of their own
 
 
 @contextmanager
 def use_implementation(name: str) -> Iterator[None]:
-    """Within the context, "cuda", "cpu" or "reference" serves every call of this process, or fails.
+    """Within the context, every call of this process runs "cuda", "cpu" or "reference", or fails.
 
     Raises:
         ValueError: no such implementation.
         ExtensionBuildError: it cannot be built here.
     """
-    global _asked_for
+    global _forced
     _by_name(name)
-    before, _asked_for = _asked_for, name
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _asked_for = before
+        _forced = before
 
 
 def implementations() -> tuple[str, ...]:
     """Names of the implementations that work on this machine; builds what was not built yet."""
-    present = [name for name in COMPILED if name != "cuda" or torch.cuda.is_available()]
-    return tuple(name for name in (*present, "reference") if _works(name))
+    working = []
+    for name in (*COMPILED, "reference"):
+        if name != "cuda" or torch.cuda.is_available():
+            with suppress(ExtensionBuildError):
+                working.append(_by_name(name).name)
+    return tuple(working)
 
 
 def implementation_for(device_type: str) -> str:
-    """Name of the implementation that serves tensors of "cpu", "cuda", ... now."""
+    """Name of the implementation that runs for tensors on "cpu", "cuda", ... now."""
     return _implementation(device_type).name
 
 
 def _implementation(device_type: str) -> _Implementation:
-    if _asked_for is None:
+    if _forced is None:
         return _automatic(device_type)
-    if _asked_for in COMPILED and _asked_for != device_type:
-        raise ValueError(f"implementation {_asked_for!r} was asked for by name, but the tensors are on {device_type!r}")
-    return _by_name(_asked_for)
+    if _forced in COMPILED and _forced != device_type:
+        raise ValueError(f"implementation {_forced!r} was chosen by name, but the tensors are on {device_type!r}")
+    return _by_name(_forced)
 
 
 @functools.cache
 def _automatic(device_type: str) -> _Implementation:
-    wish = os.environ.get("SOLQ_OPS", "")
-    if wish not in ("", "reference"):
-        raise UserError(f"SOLQ_OPS={wish!r} is unknown; set it to 'reference' for plain torch, or unset it")
-    if wish == "reference":
-        logger.info("deformable attention on %s: plain torch, as SOLQ_OPS asks", device_type)
+    wanted = os.environ.get("SOLQ_OPS", "")
+    if wanted not in ("", "reference"):
+        raise UserError(f"SOLQ_OPS={wanted!r} is unknown; set it to 'reference' for plain torch, or unset it")
+    if wanted == "reference":
+        logger.info("deformable attention on %s: plain torch, because SOLQ_OPS=reference", device_type)
     elif device_type in COMPILED:
         try:
             return _by_name(device_type)
@@ -268,14 +270,6 @@ def _by_name(name: str) -> _Implementation:
     operators = torch.ops.solq_lab
     forward, backward = f"ms_deform_attn_{name}", f"ms_deform_attn_backward_{name}"
     return _Implementation(name, getattr(operators, forward).default, getattr(operators, backward).default)
-
-
-def _works(name: str) -> bool:
-    try:
-        _by_name(name)
-    except ExtensionBuildError:
-        return False
-    return True
 
 
 def _reference_forward(value: Tensor, flat_shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ def _inspect(home: Path) -> CudaToolkit | None:
     if not nvcc.is_file() or not (home / "include" / "cuda_runtime.h").is_file() or not runtimes:
         return None
     try:
-        answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    release = re.search(r"release (\d+)\.(\d+)", answer)
+    release = re.search(r"release (\d+)\.(\d+)", printed)
     return CudaToolkit(home, (int(release[1]), int(release[2])), runtimes[0]) if release else None

@@ -70,7 +70,7 @@ def test_an_unknown_part_and_an_empty_data_folder_are_named(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_part_for_gpus_is_refused_where_there_is_none():
+def test_the_part_for_gpus_is_rejected_where_there_is_none():
     with pytest.raises(UserError, match="part gpu needs an NVIDIA GPU that torch can use; `solq-lab doctor` shows"):
         run(["gpu"])
 

@@ -243,7 +243,7 @@ def test_masks_of_the_gpu_are_pasted_and_cropped_there():
     assert traffic.waits == []
 
 
-def test_tensors_of_two_devices_are_refused_by_name():
+def test_tensors_of_two_devices_are_rejected_by_name():
     with fake_gpu():
         value, weights = torch.zeros(1, 6, 2, 4, device="cuda"), torch.zeros(1, 1, 2, 1, 3, device="cuda")
         with pytest.raises(ValueError, match=r"value is on cuda:0, sampling_locations on cpu, .* share one device"):
@@ -252,7 +252,7 @@ def test_tensors_of_two_devices_are_refused_by_name():
 
 # What needs a GPU.
 
-# Deterministic mode asks for it; cuBLAS reads it once, at its first call.
+# Deterministic mode needs it; cuBLAS reads it once, at its first call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

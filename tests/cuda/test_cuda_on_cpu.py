@@ -1,6 +1,6 @@
-"""The CUDA kernels and their bindings, played on the CPU under sanitizers: no GPU needs to be here to prove them.
+"""The CUDA kernels and their bindings, emulated on the CPU under sanitizers, for machines without a GPU.
 
-`played_gpu.py` builds them, `cuda_on_cpu/` stands in for the CUDA toolkit. What this cannot see is time.
+`fake_gpu_kernels.py` builds them, `cuda_on_cpu/` replaces the CUDA toolkit. Speed is not tested here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 from attention_arguments import example
-from played_gpu import BINDINGS, KERNELS, KernelFault, build, kernels_for_the_cpu, played, reason_against
+from fake_gpu_kernels import BINDINGS, KERNELS, KernelFault, build, emulated, kernels_for_the_cpu, reason_against
 
 from solq_lab.ops.ms_deform_attn import _reference_backward, _reference_forward
 
@@ -23,13 +23,13 @@ def folder(tmp_path_factory):
     """Where this module's libraries are built, if they can be."""
     if reason := reason_against():
         pytest.skip(reason)
-    return tmp_path_factory.mktemp("played")
+    return tmp_path_factory.mktemp("emulated")
 
 
 @pytest.fixture(scope="module")
 def gpu(folder):
     """A GPU of the present generation that watches every address."""
-    with played(build(folder, guard="memory", architecture=900)) as gpu:
+    with emulated(build(folder, guard="memory", architecture=900)) as gpu:
         yield gpu
 
 
@@ -230,12 +230,12 @@ def too_much():
 
 
 @pytest.mark.parametrize("message", too_much())
-def test_what_the_kernels_cannot_count_is_refused(gpu, message):
+def test_what_the_kernels_cannot_count_is_rejected(gpu, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         gpu.call("ms_deform_attn_cuda", *too_much()[message])
 
 
-def test_a_launch_that_is_not_understood_is_refused():
+def test_a_launch_that_is_not_understood_is_rejected():
     with pytest.raises(ValueError, match="1 of 2 kernel launches were understood"):
         kernels_for_the_cpu("one<1><<<2, 32, 0, stream>>>(3); (which ? one<1> : two<2>)<<<2, 32, 0, stream>>>(3);")
 
@@ -243,7 +243,7 @@ def test_a_launch_that_is_not_understood_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize(("guard", "architecture"), [("memory", 800), ("memory", 900), ("races", 900)])
 def test_every_size_and_type_equals_the_reference(folder, guard, architecture):
-    with played(build(folder, guard=guard, architecture=architecture)) as gpu:
+    with emulated(build(folder, guard=guard, architecture=architecture)) as gpu:
         for dtype, width, points in itertools.product(TYPES, (5, 20, 32, 40, 48, 64, 130), (1, 2, 4, 5, 8)):
             seed = width + points
             sizes = {"batch": 1 + 2 * (seed % 2), "heads": 1 + seed % 3, "queries": (1, 7, 11)[points % 3]}
@@ -309,5 +309,5 @@ def test_a_planted_error_is_found(folder, error):
     if error == "odd addresses are taken as they are":
         value = torch.cat([torch.zeros(1), value.flatten()])[1:].view(value.shape)
     library = build(folder, guard=guard, architecture=800, mutation=mutation, name=error.replace(" ", "_"))
-    with played(library) as gpu, pytest.raises((KernelFault, AssertionError), match=report):
+    with emulated(library) as gpu, pytest.raises((KernelFault, AssertionError), match=report):
         assert_both_ways_like_the_reference(gpu, (value, *rest))

@@ -21,7 +21,7 @@ namespace {
 constexpr size_t kStackBytes = 256 * 1024;
 
 // A place where execution goes on. ucontext begins a fiber; the compiler's own jump changes between fibers, as
-// swapcontext asks the operating system for the signal mask each time, and a sample costs some 15 changes per lane.
+// swapcontext calls the operating system for the signal mask each time, and a sample costs some 15 changes per lane.
 using Jump = void* [5];
 
 [[noreturn]] __attribute__((noinline)) void jump(Jump& to) { __builtin_longjmp(to, 1); }
@@ -137,7 +137,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const void*, const std::
     fail("no GPU takes a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
   }
   if (!within(block.x, 1024) || block.x % kWarp || block.y != 1 || block.z != 1 || shared_bytes) {
-    fail("not played here: blocks of %u x %u x %u threads with %zu bytes", block.x, block.y, block.z, shared_bytes);
+    fail("not emulated: blocks of %u x %u x %u threads with %zu bytes", block.x, block.y, block.z, shared_bytes);
   }
   bear_lanes();
   kernel = &body;
@@ -157,7 +157,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const void*, const std::
 
 void exchange(unsigned mask, int distance, const void* mine, void* theirs, size_t size) {
   Lane& lane = *running;
-  if (mask != 0xffffffffu) fail("not played here: a shuffle of the lanes %08x", mask);
+  if (mask != 0xffffffffu) fail("not emulated: a shuffle of the lanes %08x", mask);
   if (distance < 0 || distance >= int(kWarp)) fail("a shuffle over %d lanes", distance);
   const int turn = lane.turn;
   lane.turn = 1 - turn;

@@ -1,8 +1,8 @@
-// A GPU played on one core, unkindly: what compute-sanitizer would report on a GPU ends the process with one line.
+// A strict emulation of a GPU on one core: what compute-sanitizer would report on a GPU ends the process with one line.
 //
 // The threads of a warp are fibers. Each runs alone until it meets the others at a shuffle or ends; blocks, warps and
-// lanes come in an order that `shuffle_threads` changes. Nothing that the kernels do not use is played: a kernel with
-// shared memory, barriers or partial warps does not compile or is refused.
+// lanes come in an order that `shuffle_threads` changes. Nothing that the kernels do not use is emulated: a kernel with
+// shared memory, barriers or partial warps does not compile or is rejected.
 #pragma once
 
 #include <cstddef>

@@ -64,15 +64,15 @@ void __tsan_func_exit() {}
 void __tsan_read_range(const void* address, size_t size) { races::note(address, size, races::kRead); }
 void __tsan_write_range(const void* address, size_t size) { races::note(address, size, races::kWrite); }
 void __tsan_vptr_update(void**, void*) {}
-#define LISTEN(size)                                                                      \
+#define CALLBACK(size)                                                                    \
   void __tsan_read##size(const void* at) { races::note(at, size, races::kRead); }         \
   void __tsan_write##size(const void* at) { races::note(at, size, races::kWrite); }       \
   void __tsan_unaligned_read##size(const void* at) { races::note(at, size, races::kRead); } \
   void __tsan_unaligned_write##size(const void* at) { races::note(at, size, races::kWrite); }
-LISTEN(1)
-LISTEN(2)
-LISTEN(4)
-LISTEN(8)
-LISTEN(16)
-#undef LISTEN
+CALLBACK(1)
+CALLBACK(2)
+CALLBACK(4)
+CALLBACK(8)
+CALLBACK(16)
+#undef CALLBACK
 }

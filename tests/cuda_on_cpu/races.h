@@ -1,6 +1,6 @@
 // The search for races: two threads of one launch at one address, one of them writing, not both by an atomic operation.
 //
-// The compiler reports every access to memory when asked with -fsanitize=thread; these are the listeners, in place of
+// The compiler reports every access to memory under -fsanitize=thread; these are the callbacks, in place of
 // its own library. Without that flag nothing is heard and nothing is found.
 #pragma once
 

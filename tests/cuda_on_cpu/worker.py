@@ -1,4 +1,4 @@
-"""Calls the operators of one library as its standard input asks, until that ends: see played_gpu.py.
+"""Calls the operators of one library as read from its standard input, until that ends: see fake_gpu_kernels.py.
 
 A fault in a kernel ends the process, with the report of what found the fault on its standard error.
 """
@@ -23,10 +23,10 @@ def serve(library: str) -> None:
         shuffle_threads(order)
         torch.use_deterministic_algorithms(deterministic)
         try:
-            answer = getattr(torch.ops.solq_lab, name)(*arguments)
+            result = getattr(torch.ops.solq_lab, name)(*arguments)
         except (ValueError, RuntimeError) as error:
-            answer = error
-        pickle.dump(answer, sys.stdout.buffer)
+            result = error
+        pickle.dump(result, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 

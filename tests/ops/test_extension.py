@@ -1,4 +1,4 @@
-"""Building the compiled operators: once for all processes, never half, and with a reason where it cannot be done."""
+"""Building the compiled operators: once for all processes, atomically, and with a reason where it fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMPILER = toolkit.find_compiler()
 NINJA = toolkit.find_ninja()
 needs_compiler = pytest.mark.skipif(COMPILER is None or NINJA is None, reason="no C++ compiler or no ninja here")
 
-# What a process of these tests runs: it says when it begins to compile, and that it got the library.
+# What a process of these tests runs: it logs when it begins to compile, and that it loaded the library.
 WORKER = """
 import logging, sys
 from pathlib import Path
@@ -266,7 +266,7 @@ def test_gpu_architectures_are_those_of_torchs_variable(monkeypatch, wanted, fla
     assert list(extension._architecture_flags()) == flags
 
 
-def test_an_unknown_gpu_architecture_is_refused(monkeypatch):
+def test_an_unknown_gpu_architecture_is_rejected(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(ExtensionBuildError, match=r"TORCH_CUDA_ARCH_LIST names 'Hopper'; give numbers such as 9\.0"):
         extension._architecture_flags()
@@ -323,7 +323,7 @@ def test_a_cuda_toolkit_that_is_absent_or_wrong_is_named(
         load_extension("cuda")
 
 
-def test_without_a_compiled_operator_plain_torch_serves_and_one_line_says_why(forgetful, monkeypatch, caplog):
+def test_without_a_compiled_operator_plain_torch_runs_and_one_line_gives_the_reason(forgetful, monkeypatch, caplog):
     def fail(kind):
         raise ExtensionBuildError("no C++ compiler (c++) is on the PATH; install one", "line of a compiler")
 
@@ -342,12 +342,12 @@ def test_without_a_compiled_operator_plain_torch_serves_and_one_line_says_why(fo
         pass
 
 
-def test_the_environment_can_ask_for_plain_torch(forgetful, monkeypatch):
+def test_the_environment_can_choose_plain_torch(forgetful, monkeypatch):
     monkeypatch.setenv("SOLQ_OPS", "reference")
     assert ms_deform_attn.implementation_for("cpu") == "reference"
 
 
-def test_an_unknown_wish_of_the_environment_is_refused(forgetful, monkeypatch):
+def test_an_unknown_value_of_the_environment_is_rejected(forgetful, monkeypatch):
     monkeypatch.setenv("SOLQ_OPS", "fast")
     with pytest.raises(ValueError, match="SOLQ_OPS='fast' is unknown; set it to 'reference'"):
         ms_deform_attn.implementation_for("cpu")
@@ -370,14 +370,14 @@ def cuda_toolkit():
 def test_cuda_kernels_keep_their_numbers_in_registers(cuda_toolkit, tmp_path, architecture):
     arch = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
     command = [cuda_toolkit.home / "bin" / "nvcc", "-std=c++20", *extension.NVCC_FLAGS, arch, "-Xptxas", "-v"]
-    answer = subprocess.run(
+    done = subprocess.run(
         [*command, "-c", CUDA_SOURCE, "-o", tmp_path / "kernels.o"], capture_output=True, text=True, timeout=300
     )
-    assert answer.returncode == 0, answer.stderr
-    spills = [line for line in answer.stderr.splitlines() if "spill" in line]
+    assert done.returncode == 0, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill" in line]
     assert spills
     assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
-    assert "warning" not in answer.stderr
+    assert "warning" not in done.stderr
 
 
 @pytest.mark.slow
@@ -388,11 +388,9 @@ def test_the_cuda_operators_build_and_load_without_a_gpu(tmp_path):
         "print(torch.ops.solq_lab.ms_deform_attn_backward_cuda.default)"
     )
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0"}
-    answer = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert "solq_lab.ms_deform_attn_backward_cuda" in answer.stdout
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "solq_lab.ms_deform_attn_backward_cuda" in done.stdout
 
 
 @pytest.mark.slow
@@ -408,7 +406,5 @@ def test_the_cpu_operators_build_from_nothing_with_only_a_compiler_on_the_path(t
     )
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "PATH": str(tools)}
     environment.pop("SOLQ_OPS", None)
-    answer = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert answer.stdout.strip() == "cpu", answer.stderr
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.stdout.strip() == "cpu", done.stderr

@@ -1,4 +1,4 @@
-"""Deformable attention: the sums, their gradients, and what the operator promises to torch, for each implementation."""
+"""Deformable attention: the sums, their gradients and the registration with torch, for each implementation."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_cpu_results_do_not_depend_on_the_number_of_threads():
 
 
 class Attention(torch.nn.Module):
-    """The least module that uses the operator."""
+    """The smallest module that uses the operator."""
 
     def forward(self, value, locations, weights):
         return ms_deform_attn(value * 2, SHAPES, locations, weights.softmax(-1)).sin()
@@ -286,7 +286,7 @@ def bad_arguments():
 
 
 @pytest.mark.parametrize(("arguments", "message"), bad_arguments())
-def test_arguments_that_do_not_fit_are_refused_with_their_values(arguments, message):
+def test_arguments_that_do_not_fit_are_rejected_with_their_values(arguments, message):
     with pytest.raises(ValueError, match=message):
         ms_deform_attn(*arguments)
 
@@ -310,7 +310,7 @@ def test_an_implementation_is_chosen_by_name_for_a_while():
     assert before in implementations()
 
 
-def test_an_unknown_implementation_is_refused_with_the_known_ones():
+def test_an_unknown_implementation_is_rejected_with_the_known_ones():
     with (
         pytest.raises(ValueError, match=r"no implementation 'gpu'.* there are cuda, cpu, reference"),
         use_implementation("gpu"),
@@ -319,8 +319,8 @@ def test_an_unknown_implementation_is_refused_with_the_known_ones():
 
 
 @pytest.mark.usefixtures("cpu_kernel")
-def test_an_implementation_for_another_device_is_refused():
-    with pytest.raises(ValueError, match=r"'cpu' was asked for by name, but the tensors are on 'meta'"):
+def test_an_implementation_for_another_device_is_rejected():
+    with pytest.raises(ValueError, match=r"'cpu' was chosen by name, but the tensors are on 'meta'"):
         implementation_for("meta")
 
 
@@ -355,7 +355,7 @@ def test_cuda_takes_empty_sizes(empty):
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("cuda_kernel")
-def test_cuda_refuses_tensors_of_another_device():
+def test_cuda_rejects_tensors_of_another_device():
     value, shapes, locations, weights = example(device="cuda")
     flat = [side for shape in shapes for side in shape]
     with pytest.raises(ValueError, match=r"sampling_locations must be on cuda:0 like the value, got cpu"):
@@ -461,7 +461,7 @@ def test_cuda_runs_on_the_current_stream():
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("cuda_kernel")
-def test_cuda_refuses_tensors_of_the_host():
+def test_cuda_rejects_tensors_of_the_host():
     value, shapes, locations, weights = example(device="cuda")
     with pytest.raises(ValueError, match="value is on cuda:0, sampling_locations on cpu, attention_weights on cuda:0"):
         ms_deform_attn(value, shapes, locations.cpu(), weights)

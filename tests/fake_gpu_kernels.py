@@ -1,7 +1,7 @@
-"""Builds the CUDA kernels and their bindings for the CPU, and runs them in a process that a fault may end.
+"""Builds the CUDA kernels and their bindings for the CPU, and runs them in a process of their own, which a fault ends.
 
-`cuda_on_cpu/` has what stands in for the CUDA toolkit. The sources are those of `cuda/`, except for the syntax of a
-launch, which no C++ compiler knows, and for the device that the operators are registered for.
+`cuda_on_cpu/` replaces the CUDA toolkit. The sources are those of `cuda/`, except for the syntax of a
+launch, which no C++ compiler accepts, and for the device that the operators are registered for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SANITIZER_OPTIONS = "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_
 
 
 class Guard(NamedTuple):
-    """What listens while the kernels run: flags of the compiler, and libraries that must be in the process first."""
+    """A sanitizer for the kernels: flags of the compiler, and libraries that must be in the process first."""
 
     flags: tuple[str, ...]
     libraries: tuple[str, ...]
@@ -43,7 +43,7 @@ GUARDS = {
         ("-O0", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
         ("libasan.so", "libubsan.so"),
     ),
-    # Two threads at one address; the listeners are in cuda_on_cpu/races.cpp. Optimised, or every local variable counts.
+    # Two threads at one address; the callbacks are in cuda_on_cpu/races.cpp. Optimised, or every local variable counts.
     "races": Guard(("-O1", "-fsanitize=thread"), ()),
 }
 
@@ -53,7 +53,7 @@ class KernelFault(RuntimeError):
 
 
 def reason_against() -> str:
-    """Why the kernels cannot be played here; '' where they can."""
+    """Why the kernels cannot run here; '' where they can."""
     if COMPILER is None:
         return "no g++ here"
     if missing := [name for guard in GUARDS.values() for name in guard.libraries if not os.path.isabs(_library(name))]:
@@ -86,7 +86,7 @@ def kernels_for_the_cpu(source: str) -> str:
 
 
 def bindings_for_the_cpu(source: str) -> str:
-    """The operators serve tensors on the CPU."""
+    """The operators are registered for tensors on the CPU."""
     return source.replace("torch::dispatch(c10::kCUDA,", "torch::dispatch(c10::kCPU,")
 
 
@@ -139,12 +139,12 @@ def _compile(source: Path, result: Path, flags: list[str]) -> None:
 
 
 def _call(arguments: list[str | Path]) -> None:
-    answer = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
+    done = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-class PlayedGpu:
-    """The operators of one library that `build` made, each call in a process that is begun anew after a fault."""
+class EmulatedGpu:
+    """The operators of one library that `build` made, each call in a process that is started again after a fault."""
 
     def __init__(self, library: Path) -> None:
         self._library, self._report = library, library.with_suffix(".report")
@@ -158,20 +158,20 @@ class PlayedGpu:
             deterministic: as torch.use_deterministic_algorithms.
 
         Raises:
-            KernelFault: something listened and found a fault.
+            KernelFault: a sanitizer found a fault.
             ValueError, RuntimeError: the operator's own.
         """
         process = self._process = self._process or self._begin()
         try:
             pickle.dump((name, arguments, order, deterministic), process.stdin)
             process.stdin.flush()
-            answer = pickle.load(process.stdout)
+            result = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError):
             self.end()
             raise KernelFault(self._report.read_text()) from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def end(self) -> None:
         """Ends the process, if there is one."""
@@ -192,9 +192,9 @@ class PlayedGpu:
 
 
 @contextlib.contextmanager
-def played(library: Path) -> Iterator[PlayedGpu]:
+def emulated(library: Path) -> Iterator[EmulatedGpu]:
     """The operators of a library that `build` made; their process ends with the context."""
-    gpu = PlayedGpu(library)
+    gpu = EmulatedGpu(library)
     try:
         yield gpu
     finally:
