@@ -189,6 +189,7 @@ def _read(path: Path) -> tuple[Description, dict[str, Tensor]]:
             f"{path}: a safetensors file without a codec's description; codec.artifact names files that "
             "`solq-lab fit-codec` wrote"
         )
+
     if about["format"] > FORMAT:
         raise ArtifactError(
             f"{path}: codec file of version {about['format']}, this program reads up to {FORMAT}; update solq-lab, or "

@@ -74,12 +74,14 @@ class Predictor:
         self.top_k = top_k or self.experiment.evaluation.top_k
         self.bucket, self.autocast = bucket, autocast
         check_autocast(autocast, self.device)
+
         model = build_model(self.experiment, len(self.classes))
         load_state(model, weights.state, source=str(path))
         self.model = prepare_for_inference(model.to(self.device))
         self.codec = build_codec(self.experiment, tables=weights.codec)
         if self.codec is not None:
             self.codec.to(self.device)
+
         self._graphed = None
         if bucket is not None and self.device.type == "cuda":
             self._graphed = GraphedForward(partial(predict_last_layer, self.model, autocast=autocast), self.device)
@@ -191,6 +193,7 @@ def find_weights(weights_or_run: str | Path | Run) -> Path:
         return Path(weights_or_run)
     if run.weights.is_file():
         return run.weights
+
     saved = sorted(run.checkpoints.glob("*/weights.safetensors"))
     if saved:
         cure = f"finish the training, or give its last checkpoint, {saved[-1]}"

@@ -260,6 +260,7 @@ def _initialise(backbone: nn.Module, pretrained: str, fetch: Callable[[], dict[s
     if pretrained != "imagenet":
         backbone.load_state_dict(read_backbone_weights(Path(pretrained), backbone.state_dict()))
         return
+
     if fetch is None:
         raise WeightMismatch(f"there are no ImageNet weights for {type(backbone).__name__}; set pretrained: none")
     try:
@@ -269,6 +270,8 @@ def _initialise(backbone: nn.Module, pretrained: str, fetch: Callable[[], dict[s
             f"the ImageNet weights of {type(backbone).__name__} cannot be downloaded ({error}); get them on a machine "
             "with a network and give their file as pretrained, or start without them: pretrained=none"
         ) from error
+
+    # The norms of Swin's maps are not in a classifier's weights.
     own = backbone.state_dict()
     missing, _ = backbone.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
     log.info("ImageNet weights loaded; not among them: %s", ", ".join(missing) or "nothing")

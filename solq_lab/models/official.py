@@ -76,6 +76,7 @@ def official_layout(state: Mapping[str, Tensor], *, source: str = "state dict") 
             f"{source}: no tensor transformer.level_embed (found {_some(state)}); allowed are released SOLQ and "
             "Deformable DETR checkpoints"
         )
+
     decoder_layers = _count(state, r"transformer\.decoder\.layers\.(\d+)\.")
     two_stage = "transformer.enc_output.weight" in state
     return Layout(
@@ -102,6 +103,7 @@ def own_layout(state: Mapping[str, Tensor], *, source: str = "state dict") -> La
     """
     if "level_embedding" not in state:
         raise WeightMismatch(f"{source}: no tensor level_embedding (found {_some(state)}); allowed are SOLQ weights")
+
     decoder_layers = _count(state, r"decoder\.(\d+)\.")
     two_stage = "proposal_projection.weight" in state
     backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
@@ -129,11 +131,11 @@ def own_aliases(layout: Layout) -> dict[str, str]:
     aliases = {}
     for layer in range(1, layout.decoder_layers):
         if layout.vectors:
-            aliases |= {f"heads.{layer}.vector.{name}": f"heads.0.vector.{name}" for name in _mlp()}
+            aliases |= {f"heads.{layer}.vector.{name}": f"heads.0.vector.{name}" for name in _MLP}
         if not layout.refine_boxes:
             aliases |= {
                 f"heads.{layer}.{name}": f"heads.0.{name}"
-                for name in (*_linears("classify"), *(f"box.{part}" for part in _mlp()))
+                for name in (*_linears("classify"), *(f"box.{part}" for part in _MLP))
             }
     return aliases
 
@@ -160,6 +162,7 @@ def infer_architecture(
         raise WeightMismatch(
             f"{source}: no tensor {absent}, which a model with its other tensors has; is the file whole?"
         )
+
     heads = args.get("nheads", DEFAULT_HEADS)
     model: dict[str, Any] = {
         "backbone": layout.backbone,
@@ -187,6 +190,7 @@ def infer_architecture(
             model[key] = args[key]
     if layout.mask_branch:
         model["mask_branch"] = "sqr"
+
     codec: dict[str, Any] = {"kind": "none"}
     if layout.vectors:
         codec = {"kind": "dct", "vector_dim": found["heads.0.vector.layers.2.bias"].shape[0]}
@@ -216,41 +220,38 @@ def own_swin_name(name: str) -> str:
 
 def _detector_names(layout: Layout) -> Iterator[tuple[str, str | None]]:
     yield "transformer.level_embed", "level_embedding"
-    for layer in range(layout.encoder_layers):
-        official, own = f"transformer.encoder.layers.{layer}.", f"encoder.{layer}."
-        yield from _pairs(f"{official}self_attn.", f"{own}attention.", _deformable())
-        yield from _pairs(f"{official}norm1.", f"{own}attention_norm.", WEIGHT_BIAS)
-        yield from _pairs(official, f"{own}feedforward.", _linears("linear1", "linear2"))
-        yield from _pairs(f"{official}norm2.", f"{own}feedforward.norm.", WEIGHT_BIAS)
-    for layer in range(layout.decoder_layers):
-        official, own = f"transformer.decoder.layers.{layer}.", f"decoder.{layer}."
-        yield from _pairs(f"{official}cross_attn.", f"{own}cross_attention.", _deformable())
-        yield from _pairs(f"{official}norm1.", f"{own}cross_norm.", WEIGHT_BIAS)
-        in_out = ("in_proj_weight", "in_proj_bias", *_linears("out_proj"))
-        yield from _pairs(f"{official}self_attn.", f"{own}self_attention.", in_out)
-        yield from _pairs(f"{official}norm2.", f"{own}self_norm.", WEIGHT_BIAS)
-        yield from _pairs(official, f"{own}feedforward.", _linears("linear1", "linear2"))
-        yield from _pairs(f"{official}norm3.", f"{own}feedforward.norm.", WEIGHT_BIAS)
-    heads = _official_heads(layout)
+    for stack, count, parts in (
+        ("encoder", layout.encoder_layers, _ENCODER_LAYER),
+        ("decoder", layout.decoder_layers, _DECODER_LAYER),
+    ):
+        for layer in range(count):
+            yield from ((f"transformer.{stack}.layers.{layer}.{name}", f"{stack}.{layer}.{own}") for name, own in parts)
+
+    # Our head module behind each number of the released lists `class_embed` and `bbox_embed`.
+    heads = [f"heads.{layer if layout.refine_boxes else 0}" for layer in range(layout.decoder_layers)]
+    heads += ["proposal_head"] if layout.two_stage else []
+    classes = [pair for number, head in enumerate(heads) for pair in _classify(number, head)]
+    boxes = [
+        pair for number, head in enumerate(heads) for pair in _pairs(f"bbox_embed.{number}.", f"{head}.box.", _MLP)
+    ]
+
+    # The decoder's copies of the heads, then the heads themselves.
     if layout.refine_boxes:
-        for number, head in enumerate(heads):
-            yield from _pairs(f"transformer.decoder.bbox_embed.{number}.", f"{head}.box.", _mlp())
+        yield from ((f"transformer.decoder.{name}", own) for name, own in boxes)
     if layout.two_stage:
-        for number, head in enumerate(heads):
-            yield from _pairs(f"transformer.decoder.class_embed.{number}.", f"{head}.classify.", WEIGHT_BIAS)
+        yield from ((f"transformer.decoder.{name}", own) for name, own in classes)
         yield from _pairs("transformer.enc_output.", "proposal_projection.", WEIGHT_BIAS)
         yield from _pairs("transformer.enc_output_norm.", "proposal_norm.", WEIGHT_BIAS)
         yield from _pairs("transformer.pos_trans.", "query_projection.", WEIGHT_BIAS)
         yield from _pairs("transformer.pos_trans_norm.", "query_norm.", WEIGHT_BIAS)
     else:
         yield from _pairs("transformer.reference_points.", "reference_points.", WEIGHT_BIAS)
-    for number, head in enumerate(heads):
-        yield from _pairs(f"class_embed.{number}.", f"{head}.classify.", WEIGHT_BIAS)
-    for number, head in enumerate(heads):
-        yield from _pairs(f"bbox_embed.{number}.", f"{head}.box.", _mlp())
+    yield from classes
+    yield from boxes
     if layout.vectors:
         for number in range(len(heads)):
-            yield from _pairs(f"vector_embed.{number}.", "heads.0.vector.", _mlp())
+            yield from _pairs(f"vector_embed.{number}.", "heads.0.vector.", _MLP)
+
     if not layout.two_stage:
         yield "query_embed.weight", "query_embedding"
     for level in range(layout.levels):
@@ -275,10 +276,8 @@ def _mask_branch_names() -> Iterator[tuple[str, str]]:
         yield from _pairs(f"seg_input_proj.{number}.", f"mask_branch.pyramid.{number}.", WEIGHT_BIAS)
 
 
-def _official_heads(layout: Layout) -> list[str]:
-    """Our head module behind each number that the released lists `class_embed` and `bbox_embed` have."""
-    heads = [f"heads.{layer if layout.refine_boxes else 0}" for layer in range(layout.decoder_layers)]
-    return [*heads, "proposal_head"] if layout.two_stage else heads
+def _classify(number: int, head: str) -> Iterator[tuple[str, str]]:
+    return _pairs(f"class_embed.{number}.", f"{head}.classify.", WEIGHT_BIAS)
 
 
 def _pairs(official: str, own: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -289,29 +288,36 @@ def _linears(*modules: str) -> list[str]:
     return [f"{module}.{part}" for module in modules for part in WEIGHT_BIAS]
 
 
-def _deformable() -> list[str]:
-    return _linears("sampling_offsets", "attention_weights", "value_proj", "output_proj")
-
-
-def _mlp() -> list[str]:
-    return _linears("layers.0", "layers.1", "layers.2")
+_MLP = _linears("layers.0", "layers.1", "layers.2")
+_DEFORMABLE = _linears("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+_ENCODER_LAYER = [
+    *_pairs("self_attn.", "attention.", _DEFORMABLE),
+    *_pairs("norm1.", "attention_norm.", WEIGHT_BIAS),
+    *_pairs("", "feedforward.", _linears("linear1", "linear2")),
+    *_pairs("norm2.", "feedforward.norm.", WEIGHT_BIAS),
+]
+_DECODER_LAYER = [
+    *_pairs("cross_attn.", "cross_attention.", _DEFORMABLE),
+    *_pairs("norm1.", "cross_norm.", WEIGHT_BIAS),
+    *_pairs("self_attn.", "self_attention.", ["in_proj_weight", "in_proj_bias", *_linears("out_proj")]),
+    *_pairs("norm2.", "self_norm.", WEIGHT_BIAS),
+    *_pairs("", "feedforward.", _linears("linear1", "linear2")),
+    *_pairs("norm3.", "feedforward.norm.", WEIGHT_BIAS),
+]
 
 
 def _resnet_names(blocks: tuple[int, ...]) -> Iterator[str]:
-    def norm(name: str) -> list[str]:
-        return [f"{name}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    def with_norm(convolution: str, norm: str) -> list[str]:
+        return [f"{convolution}.weight", *(f"{norm}.{part}" for part in (*WEIGHT_BIAS, "running_mean", "running_var"))]
 
-    yield "conv1.weight"
-    yield from norm("bn1")
+    yield from with_norm("conv1", "bn1")
     for stage, count in enumerate(blocks, start=1):
         for block in range(count):
             prefix = f"layer{stage}.{block}."
-            for convolution in (1, 2, 3):
-                yield f"{prefix}conv{convolution}.weight"
-                yield from norm(f"{prefix}bn{convolution}")
+            for number in (1, 2, 3):
+                yield from with_norm(f"{prefix}conv{number}", f"{prefix}bn{number}")
             if block == 0:
-                yield f"{prefix}downsample.0.weight"
-                yield from norm(f"{prefix}downsample.1")
+                yield from with_norm(f"{prefix}downsample.0", f"{prefix}downsample.1")
 
 
 def _swin_names(blocks: tuple[int, ...], norms: tuple[int, ...]) -> Iterator[str]:
@@ -319,9 +325,9 @@ def _swin_names(blocks: tuple[int, ...], norms: tuple[int, ...]) -> Iterator[str
     for stage, count in enumerate(blocks):
         for block in range(count):
             prefix = f"layers.{stage}.blocks.{block}."
-            yield from (f"{prefix}norm1.{part}" for part in WEIGHT_BIAS)
-            yield from (f"{prefix}attn.{name}" for name in ("relative_position_bias_table", SWIN_INDEX))
-            yield from (prefix + name for name in _linears("attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"))
+            index = [f"attn.{name}" for name in ("relative_position_bias_table", SWIN_INDEX)]
+            after = _linears("attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+            yield from (prefix + name for name in (*_linears("norm1"), *index, *after))
         if stage + 1 < len(blocks):
             yield f"layers.{stage}.downsample.reduction.weight"
             yield from _linears(f"layers.{stage}.downsample.norm")

@@ -94,6 +94,7 @@ class MaskBranch(Checkpointed):
         super().__init__()
         self.attention = AttentionMaps(width, heads)
         coarse_first = channels[::-1]
+
         self.pyramid = nn.ModuleList(
             nn.Conv2d(inputs, inputs // 2, kernel_size=3, stride=stride, padding=1) for inputs in coarse_first
         )
@@ -104,7 +105,8 @@ class MaskBranch(Checkpointed):
             nn.Conv2d(inputs // 2, outputs, kernel_size=1)
             for inputs, outputs in zip(coarse_first, widths[2:], strict=False)
         )
-        self.answer = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
+        self.answer = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)  # its name is that of weights files
+
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)

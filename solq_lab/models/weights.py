@@ -32,24 +32,6 @@ from solq_lab.models.official import (
     with_prefixes,
 )
 
-__all__ = [
-    "ImportReport",
-    "OfficialFile",
-    "WeightFile",
-    "WeightMismatch",
-    "export_official",
-    "import_official",
-    "infer_architecture",
-    "initialise",
-    "load_state",
-    "read_backbone_weights",
-    "read_official",
-    "read_weights",
-    "save_weights",
-    "to_official_state",
-    "translate_official_state",
-]
-
 log = logging.getLogger(__name__)
 
 SWIN_WINDOW = 7
@@ -121,6 +103,8 @@ def save_weights(
         codec: the mask codec's state dict: a fitted codec's tables belong to the network that learnt its vectors.
     """
     state = {**state, **{CODEC + name: table for name, table in (codec or {}).items()}}
+
+    # A tensor is stored under its first name; safetensors would store views of one memory several times.
     stored: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first_name: dict[tuple[Any, ...], str] = {}
@@ -130,6 +114,7 @@ def save_weights(
             shared[name] = first
         else:
             stored[name] = tensor.detach().cpu().contiguous()
+
     metadata = {"experiment": experiment, "classes": classes, "shared": json.dumps(shared)}
     with replacing(Path(path)) as temporary:
         save_file(stored, temporary, metadata)
@@ -152,6 +137,8 @@ def read_weights(path: Path) -> WeightFile:
             f"{path}: not a safetensors file ({error}); released .pth files have to be imported first: "
             "solq-lab import-weights"
         ) from None
+
+    # Tensors of several names are stored once; the header names the others.
     try:
         state |= {name: state[first] for name, first in json.loads(metadata.get("shared", "{}")).items()}
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
@@ -159,6 +146,7 @@ def read_weights(path: Path) -> WeightFile:
             f"{path}: its header names shared tensors that are not there ({metadata['shared'][:80]!r}); the file is "
             "damaged or not of this program; copy or export it again"
         ) from None
+
     codec = {name.removeprefix(CODEC): state.pop(name) for name in list(state) if name.startswith(CODEC)}
     return WeightFile(state, metadata.get("experiment"), metadata.get("classes"), codec)
 
@@ -310,6 +298,7 @@ def initialise(model: nn.Module, path: Path) -> ImportReport:
     if is_official(state):
         state, translated = _translate(state, str(path))
         left_over += translated.left_over
+
     own = model.state_dict()
     if "heads.0.vector.vector_center" not in own:
         state = _without_standardising(state)
@@ -318,6 +307,7 @@ def initialise(model: nn.Module, path: Path) -> ImportReport:
         raise WeightMismatch(
             f"{path}: none of its tensors fits this model (it holds {', '.join(list(state)[:3])}, ...)"
         )
+
     model.load_state_dict(fitting, strict=False)
     missing = tuple(name for name in own if name not in fitting)
     left_over += [f"{name} {_shape(tensor)}" for name, tensor in state.items() if name not in fitting]
@@ -337,11 +327,13 @@ def read_backbone_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Te
         WeightMismatch: the file cannot be read, or a tensor is missing or of another shape.
     """
     state = read_official(path).state
+    # A detector's file holds the backbone under a prefix, and the released Swin has other names.
     for prefix in (BODY, "backbone."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if "layers.0.downsample.reduction.weight" in state:
         state = {own_swin_name(name): tensor for name, tensor in state.items()}
+
     for name, tensor in own.items():
         if name not in state and name.startswith("norms."):
             continue
@@ -367,6 +359,7 @@ def _translate_whole(state: Mapping[str, Tensor], source: str) -> tuple[dict[str
 def _translate(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], ImportReport]:
     """Our names for a state dict in released naming, and what became of its tensors."""
     layout = official_layout(state, source=source)
+    # Several released names may share one of ours; their values have to be equal.
     own: dict[str, Tensor] = {}
     taken_from: dict[str, str] = {}
     table = name_table(layout)
@@ -380,6 +373,7 @@ def _translate(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tens
                 f"{source}: {first} and {official} are two names of one tensor, but their values differ; "
                 "the file is damaged, or was trained with code that does not share them"
             )
+
     missing = tuple(official for official, name in table if name is not None and name not in own)
     known = {official for official, _ in table}
     for alias, name in own_aliases(layout).items():
