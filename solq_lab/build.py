@@ -152,16 +152,17 @@ def build_dataset(
     """
     data, root = experiment.data, _data_root(experiment)
     training = split == "train"
-    wanted = training or with_masks
+    masks = training or with_masks
     annotations = root / (data.train_annotations if training else data.val_annotations)
+
     return CocoDataset(
         root / (data.train_images if training else data.val_images),
         annotations,
         classes=classes,
         class_ids=data.class_ids,
         num_classes=data.num_classes,
-        mask_size=experiment.codec.mask_size if wanted and experiment.codec.kind != "none" else None,
-        with_bitmaps=wanted and experiment.model.mask_branch != "none",
+        mask_size=experiment.codec.mask_size if masks and experiment.codec.kind != "none" else None,
+        with_bitmaps=masks and experiment.model.mask_branch != "none",
         transform=build_augmentation(data) if training else TestResize(data.test_scale, data.max_size),
         seed=experiment.seed,
         mask_route=data.mask_route,

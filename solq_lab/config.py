@@ -224,6 +224,7 @@ def _describe_fault(fault: dict[str, Any], schema: type[Section]) -> str:
     if fault["type"] == "model_type":
         keys = ", ".join(_allowed_keys(schema, fault["loc"]))
         return f"{location}: found {fault['input']!r}, allowed is a section with some of the keys {keys}"
+
     message = fault["msg"].removeprefix("Value error, ")
     shown = fault["type"] != "missing" and not isinstance(fault["input"], dict | BaseModel)
     found = f" (found {fault['input']!r})" if shown else ""

@@ -31,6 +31,7 @@ class Progress:
         train, evaluation = self._latest.get("train"), self._latest.get("evaluation")
         if train is None:
             return f"{self._run.name}: starting"
+
         total = self._latest.get("start", {}).get("total_steps") or self._run.experiment.train.steps
         parts = [f"step {train['step']}" + (f" of {total} ({100 * train['step'] // total} %)" if total else "")]
         parts += [f"loss {train['total']:.2f}", f"{train['images_per_second']:.1f} images/s"]

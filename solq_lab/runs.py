@@ -330,10 +330,10 @@ def _try_lock(file: BinaryIO, kind: int) -> bool:
     return True
 
 
-def _differences(stored: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(stored: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
-    for key in stored | asked:
-        before, after = stored.get(key), asked.get(key)
+    for key in stored | other:
+        before, after = stored.get(key), other.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found += _differences(before, after, f"{prefix}{key}.")
         elif before != after:

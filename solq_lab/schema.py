@@ -333,11 +333,13 @@ class Experiment(Section):
                 f"model.mask_branch {self.model.mask_branch} and codec.kind {self.codec.kind} would both make masks; "
                 "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
             )
+
         if self.train.finetune_from and self.model.pretrained not in ("imagenet", "none"):
             raise ValueError(
                 f"train.finetune_from {self.train.finetune_from} and model.pretrained {self.model.pretrained} both "
                 "name weights to start from; leave one out"
             )
+
         if self.train.freeze_detector and self.model.mask_branch == "none":
             raise ValueError(
                 "train.freeze_detector leaves nothing to train without a branch: set model.mask_branch: sqr"

@@ -52,8 +52,8 @@ for panel, functions in PANELS.items():
         app.command(rich_help_panel=panel)(function)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(show: bool) -> None:
+    if show:
         typer.echo(f"solq-lab {version('solq-lab')}")
         raise typer.Exit
 

@@ -92,6 +92,7 @@ def _machine() -> list[tuple[str, str]]:
     compiler = find_compiler()
     folder = cache_folder()
     capability = torch.backends.cpu.get_cpu_capability()
+
     return [
         ("torch", f"{torch.__version__}, {built_for}, Python {platform.python_version()}"),
         ("processor", f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"),

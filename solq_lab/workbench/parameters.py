@@ -65,6 +65,7 @@ def read_parameters(notebook: str | Path) -> dict[str, Parameter]:
             f"{notebook}: found {len(cells)} cells tagged {TAG!r}, allowed is exactly one; "
             "tag the cell in JupyterLab's property inspector (the gears at the top right)"
         )
+
     source = "".join(cells[0]["source"])
     try:
         statements = ast.parse(source).body
@@ -128,6 +129,7 @@ def _read_parameter(statement: ast.stmt, notebook: Path) -> tuple[str, Parameter
                     f"{notebook}: parameter {name}: the default has to be a plain value: {text}"
                 ) from None
             return name, Parameter(written, default)
+
     raise NotebookError(
         f"{notebook}: the cell tagged {TAG!r} allows only lines like `name: type = default`; found: {text}"
     )

@@ -58,6 +58,7 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
     if is_alive(run):
         log.info("%s: %s is training already", run.folder, describe_trainer(run))
         return None
+
     with run.log_file.open("ab") as output:
         child = subprocess.Popen(
             training_command(run, processes or run.experiment.train.gpus),

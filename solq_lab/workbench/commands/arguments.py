@@ -38,14 +38,14 @@ def file_with_its_folder(path: Path | None) -> Path | None:
     if path is not None:
         if path.is_dir():
             raise typer.BadParameter(f"{path}: is a folder; name a file in it")
-        _require_writable(_nearest_folder(path.parent), asked=path)
+        _require_writable(_nearest_folder(path.parent), named=path)
     return path
 
 
 def folder_to_write(path: Path | None) -> Path | None:
     """Reject a folder that could not be made or filled, before any work."""
     if path is not None:
-        _require_writable(_nearest_folder(path), asked=path)
+        _require_writable(_nearest_folder(path), named=path)
     return path
 
 
@@ -65,9 +65,9 @@ def _nearest_folder(path: Path) -> Path:
     return nearest
 
 
-def _require_writable(folder: Path, *, asked: Path) -> None:
+def _require_writable(folder: Path, *, named: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise typer.BadParameter(f"{asked}: {folder} cannot be written to; name another place")
+        raise typer.BadParameter(f"{named}: {folder} cannot be written to; name another place")
 
 
 ClusterKind = Literal["none", "local", "slurm"]
@@ -76,6 +76,7 @@ Split = Literal["val", "train"]
 NotebookFile = Annotated[Path, typer.Argument(help=f"Notebook: its file, or the name of one in {NOTEBOOKS}.")]
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment, a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the experiment.", metavar="SECTION.KEY=VALUE")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)]
 RunsDir = Annotated[Path, typer.Option(help="Folder of run folders.", callback=folder_to_read)]
 RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
 ClusterOptions = Annotated[

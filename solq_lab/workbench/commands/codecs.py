@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from solq_lab.workbench.commands.arguments import ExperimentFile, Overrides, Split, file_to_write, folder_to_write
+from solq_lab.workbench.commands.arguments import ExperimentFile, JsonFile, Overrides, Split, folder_to_write
+
+if TYPE_CHECKING:
+    from solq_lab.studies.codec_benchmark import CodecBenchmark, UpperBound
 
 Number = TypeVar("Number", int, float)
+Threshold = Literal["own", "middle", "half"]
+PCAVariant = Literal["plain", "released"]
 
 
 def fit_codec(
@@ -47,48 +52,30 @@ def fit_codec(
 def codec_ceiling(
     data: Annotated[Path, typer.Argument(help="COCO-format folder, annotation file, or experiment file (.yaml).")],
     overrides: Overrides = None,
-    codec: Annotated[
-        str, typer.Option(help="dct, pca, sparse, flatten; several with commas, as in all lists.")
-    ] = "dct",
+    codec: Annotated[str, typer.Option(help="Kind of codec; several with commas, as in all lists.")] = "dct",
     mask_size: Annotated[str, typer.Option(help="N: pixels per side of the box frame.")] = "128",
     vector_dim: Annotated[str, typer.Option(help="n_k: numbers per mask.")] = "256",
     box_noise: Annotated[str, typer.Option(help="Standard error of each box edge, in sides of the box.")] = "0",
-    vector_noise: Annotated[
-        str, typer.Option(help="Standard error of each entry, in units of its standard deviation over all objects.")
-    ] = "0",
-    threshold: Annotated[
-        Literal["own", "middle", "half"], typer.Option(help="The codec's own, the middle of the range, or 0.5.")
-    ] = "own",
-    pca: Annotated[Literal["plain", "released"], typer.Option(help="The paper's eq. 4, or as released.")] = "plain",
+    vector_noise: Annotated[str, typer.Option(help="The same of each vector entry, in its std over objects.")] = "0",
+    threshold: Annotated[Threshold, typer.Option(help="The codec's own, the middle of the range, or 0.5.")] = "own",
+    pca: Annotated[PCAVariant, typer.Option(help="The paper's eq. 4, or as released.")] = "plain",
     beta: Annotated[float, typer.Option(min=1e-9, help="Sparse coding: price of a coefficient.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of errors and fits.")] = 0,
     split: Annotated[Split, typer.Option(help="Images of the folder to measure on.")] = "val",
-    fit_on: Annotated[
-        Path | None, typer.Option(help="Annotations to fit pca and sparse to; by default the folder's training split.")
-    ] = None,
+    fit_on: Annotated[Path | None, typer.Option(help="Annotations to fit to; by default the training split.")] = None,
     fit_objects: Annotated[int | None, typer.Option(min=1, help="Fit to so many objects; by default all.")] = None,
-    area_sides: Annotated[
-        str, typer.Option(help="Small below, medium below, pixels; by default as the data says, or 32,96.")
-    ] = "",
-    boundary_ratio: Annotated[
-        float | None, typer.Option(min=1e-4, max=1.0, help="Boundary width over the diagonal; by default 0.02.")
-    ] = None,
+    area_sides: Annotated[str, typer.Option(help="Small below, medium below, pixels; default 32,96.")] = "",
+    boundary_ratio: Annotated[float | None, typer.Option(min=1e-4, max=1.0, help="Width over diagonal.")] = None,
     max_images: Annotated[int | None, typer.Option(min=1, help="Only the first so many images.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 2,
     output: Annotated[
-        Path,
-        typer.Option(help="Folder of results; what it holds already is not measured again.", callback=folder_to_write),
+        Path, typer.Option(help="Folder of results; those it holds are not measured again.", callback=folder_to_write)
     ] = Path("runs/ceilings"),
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
-    ] = None,
+    json_path: JsonFile = None,
 ) -> None:
     """Encode and decode ground truth, and score it. A network without errors would reach this."""
     from solq_lab.errors import Interrupted
-    from solq_lab.files import write_json
-    from solq_lab.studies.codec_benchmark import CodecBenchmark, ceiling_table, make_grid, write_csv
-    from solq_lab.viz.ceilings import ceiling_curves
-    from solq_lab.viz.style import save
+    from solq_lab.studies.codec_benchmark import CodecBenchmark, make_grid
 
     settings = make_grid(
         [kind.strip() for kind in codec.split(",")],
@@ -101,6 +88,8 @@ def codec_ceiling(
         beta=beta,
         seed=seed,
     )
+
+    # Options win over the experiment's own scoring.
     sides = _area_sides(area_sides) if area_sides else None
     scene = _scene(data, overrides or [], split, fit_on)
     if sides is not None:
@@ -110,17 +99,33 @@ def codec_ceiling(
     benchmark = CodecBenchmark(
         **scene, folder=output, fit_objects=fit_objects, max_images=max_images, processes=processes
     )
+
     typer.echo(benchmark)
     try:
         bounds = benchmark.measure(settings)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; finished settings are kept in {output}, re-running resumes") from None
+    _report(benchmark, bounds, output, json_path, title=f"{data}: upper bound of the mask codec")
+
+
+def _report(
+    benchmark: CodecBenchmark, bounds: Sequence[UpperBound], output: Path, json_path: Path | None, *, title: str
+) -> None:
+    """Print the table, and write it with its figure into the folder `output`."""
+    from solq_lab.files import write_json
+    from solq_lab.studies.codec_benchmark import ceiling_table, write_csv
+    from solq_lab.viz.ceilings import ceiling_curves
+    from solq_lab.viz.style import save
+
     typer.echo(ceiling_table(bounds))
     rows = [bound.row() for bound in bounds]
     write_csv(output / "ceilings.csv", bounds)
+
+    # The figure's axis: a noise that varies at one length of vectors, otherwise the length.
     varied = [key for key in ("box_noise", "vector_noise") if len({row[key] for row in rows}) > 1]
     over = varied[0] if varied and len({row["vector_dim"] for row in rows}) == 1 else "vector_dim"
-    save(ceiling_curves(rows, over=over, title=f"{data}: upper bound of the mask codec"), output / "ceilings.png")
+    save(ceiling_curves(rows, over=over, title=title), output / "ceilings.png")
+
     if json_path is not None:
         write_json(json_path, {"data": str(benchmark), "ceilings": rows})
     typer.echo(f"\ntable     {output / 'ceilings.csv'}\nfigure    {output / 'ceilings.png'}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from solq_lab.workbench.commands.arguments import FAILED, file_to_write
+from solq_lab.workbench.commands.arguments import FAILED, JsonFile
 
 
 def doctor() -> None:
@@ -28,9 +28,7 @@ def bench(
             "there is one. And memory."
         ),
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="File for the numbers.", callback=file_to_write)
-    ] = None,
+    json_path: JsonFile = None,
     data: Annotated[Path | None, typer.Option(help="COCO folder for the parts that read images.")] = None,
     arch: Annotated[
         str | None,

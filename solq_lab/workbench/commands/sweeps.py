@@ -15,6 +15,7 @@ from solq_lab.workbench.commands.arguments import (
     FAILED,
     ClusterKind,
     ClusterOptions,
+    JsonFile,
     Overrides,
     RunsDir,
     cluster_options,
@@ -56,9 +57,7 @@ def table(
     sweep_file: SweepFile,
     runs_dir: RunsDir = Path("runs"),
     results_dir: Annotated[Path, typer.Option(help="Folder of the results that the project carries.")] = RESULTS,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="File for the runs' numbers.", callback=file_to_write)
-    ] = None,
+    json_path: JsonFile = None,
     csv_path: Annotated[
         Path | None, typer.Option("--csv", help="File for means and standard deviations.", callback=file_to_write)
     ] = None,
