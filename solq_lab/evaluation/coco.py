@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_api
 
@@ -146,15 +147,21 @@ def measure_candidates(
     scene = _Scene(annotations, image_ids, with_masks=kind != "box")
     everything = _Share(scene.category_ids, list(scene.counted(results)))
     evaluator = scene.match(everything, kind, boundary_ratio)
-    detections = _best_detections(evaluator.cocoDt.dataset["annotations"], evaluator.params.maxDets[-1])
-    detection_places, object_places = _places(detections), _places(scene.objects)
+
+    # Detections by falling score, equal ones by image; of each image and class as many as COCO counts.
+    key = ["image_id", "category_id"]
+    objects = pd.DataFrame(scene.objects, columns=[*key, "iscrowd"])
+    detections = pd.DataFrame(evaluator.cocoDt.dataset["annotations"], columns=[*key, "score"])
+    detections = detections.sort_values(["score", "image_id"], ascending=[False, True])  # by two keys it is stable
+    detections = detections[detections.groupby(key).cumcount() < evaluator.params.maxDets[-1]].reset_index(drop=True)
 
     # faster-coco-eval's table of an image and a class: (detections by falling score, objects).
+    columns_of = objects.groupby(key).indices
     pairs = [np.zeros((0, 3))]
-    for key, rows in detection_places.items():
-        columns = object_places.get(key)
-        if columns:
-            overlap = np.asarray(evaluator.ious[key])
+    for place, rows in detections.groupby(key).indices.items():
+        columns = columns_of.get(place, ())
+        if len(columns):
+            overlap = np.asarray(evaluator.ious[place])
             pairs.append(np.column_stack([np.repeat(rows, len(columns)), np.tile(columns, len(rows)), overlap.ravel()]))
     joined = np.concatenate(pairs)
     joined = joined[np.argsort(joined[:, 0], kind="stable")]
@@ -163,9 +170,11 @@ def measure_candidates(
     return Candidates(
         images,
         scene.class_names,
-        *_rows(detections, images, scene.category_ids),
-        *_rows(scene.objects, images, scene.category_ids),
-        crowd=np.array([entry["iscrowd"] for entry in scene.objects], dtype=bool),
+        detection_images=np.searchsorted(images, detections["image_id"]),
+        detection_classes=np.searchsorted(scene.category_ids, detections["category_id"]),
+        object_images=np.searchsorted(images, objects["image_id"]),
+        object_classes=np.searchsorted(scene.category_ids, objects["category_id"]),
+        crowd=objects["iscrowd"].to_numpy(dtype=bool),
         detections=joined[:, 0].astype(np.int64),
         objects=joined[:, 1].astype(np.int64),
         overlap=joined[:, 2],
@@ -333,33 +342,6 @@ def _incomplete(number: int, result: object, error: Exception) -> DataError:
         f"result {number}: no {error} ({shorten(result)}); scoring boxes needs 'bbox', scoring masks "
         "'segmentation', both 'image_id', 'category_id' and 'score'. Leave out kinds that were not predicted"
     )
-
-
-def _best_detections(entries: list[dict], most: int) -> list[dict]:
-    """Detections by falling score (equal ones by image), at most so many of a class in an image."""
-    counts: Counter[tuple[int, int]] = Counter()
-    best = []
-    for entry in sorted(entries, key=lambda entry: (-entry["score"], entry["image_id"])):
-        key = entry["image_id"], entry["category_id"]
-        counts[key] += 1
-        if counts[key] <= most:
-            best.append(entry)
-    return best
-
-
-def _places(entries: list[dict]) -> dict[tuple[int, int], list[int]]:
-    """Image and category -> places of its entries in the list."""
-    places: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for place, entry in enumerate(entries):
-        places[entry["image_id"], entry["category_id"]].append(place)
-    return places
-
-
-def _rows(entries: list[dict], image_ids: np.ndarray, category_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Image row and class row of every entry; both lists of ids ascend."""
-    images = np.array([entry["image_id"] for entry in entries], dtype=np.int64)
-    classes = np.array([entry["category_id"] for entry in entries], dtype=np.int64)
-    return np.searchsorted(image_ids, images), np.searchsorted(category_ids, classes)
 
 
 def _summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
