@@ -1,7 +1,7 @@
-"""Masks between the image frame and the box frame, and their run-length codes.
+"""Masks between the image frame and the box frame, and their run-length encodings.
 
 Paper: section 3.2, the mask as an N x N bitmap inside its object's box. Image pixels: pixel (row i, column j) covers
-[j, j+1) x [i, i+1), boxes are (x0, y0, x1, y1). Box frame: N x N cells that divide the box evenly.
+[j, j+1) x [i, i+1), boxes are (x0, y0, x1, y1). Box frame: N x N mask pixels that divide the box.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _AxisSampling(NamedTuple):
 
 
 def _sample_axis(low: np.float32, high: np.float32, cells: int, length: int) -> _AxisSampling | None:
-    """How `cells` cells of low..high, pixels, sample an axis of `length` pixels; None where they meet none of it."""
+    """How `cells` cells of low..high, pixels, sample an axis of `length` pixels; None where none lies on it."""
     side = (high - low) / np.float32(cells)
     if not 0 < side < np.inf:
         return None
@@ -294,18 +294,18 @@ def _rle_of_window(inside: np.ndarray, corner: tuple[int, int], image_size: tupl
     change = np.diff(columns, axis=1)  # (w, h + 1)
     column, row = np.nonzero(change)
     edges = (left + column) * height + top + row  # starts and ends of runs, in turn
-    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])  # a run that reaches the bottom goes on in the next column
+    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])  # a run that reaches the bottom continues in the next column
     edges = np.delete(edges, np.concatenate([2 * joined + 1, 2 * joined + 2]))
     edges = np.concatenate([[0], edges, [height * width]])
     counts = np.diff(edges if len(edges) == 2 or edges[-1] != edges[-2] else edges[:-1])
     return coco_rle.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
 
 
-# Run-length codes
+# Run-length encodings
 
 
 def join_codes(codes: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    """Compressed codes as the C++ operators take them: one after another (bytes,) uint8, and where each ends (K,)."""
+    """Compressed counts of K RLEs for the C++ operators: one after another (bytes,) uint8, and where each ends (K,)."""
     ends = torch.tensor([len(code) for code in codes], dtype=torch.int64).cumsum(0)
     return torch.frombuffer(bytearray(b"".join(codes) or b" "), dtype=torch.uint8), ends
 
@@ -359,7 +359,7 @@ def runs_of_rle(counts: bytes | str) -> np.ndarray:
     first = np.concatenate([[0], last[:-1] + 1])
     groups = last - first + 1
     if groups.max() > 7:
-        raise ValueError("a run is longer than 32 bits can tell")
+        raise ValueError("a run is longer than 32 bits")
     place = np.arange(len(characters)) - np.repeat(first, groups)
     runs = np.add.reduceat((characters & 31) << (5 * place), first)
     runs -= np.where(characters[last] & 16, 1 << (5 * groups), 0)

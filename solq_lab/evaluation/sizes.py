@@ -1,4 +1,4 @@
-"""Small, medium and large objects, told apart by their areas as COCO does; an experiment sets the bounds."""
+"""Small, medium and large objects, by area as COCO defines them; an experiment sets the bounds."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Noise(NamedTuple):
 
     box: standard deviation of the error of each edge, over the side of the box.
     vector: standard deviation of the error of each entry, over that entry's standard deviation among the objects of
-        the data set: 1 is about as wrong as always predicting the mean vector.
+        the data set: 1 is about the error of always predicting the mean vector.
     seed: of the errors. An object's errors depend on this and its annotation id only, and grow in proportion.
     """
 
@@ -253,7 +253,7 @@ def _vector_std(sums: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
 
 
 def _move_edges(box: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """A box (x0, y0, x1, y1) whose edges are wrong by shares of its sides; edges that pass each other change places."""
+    """A box (x0, y0, x1, y1) with errors (4,) of its edges, shares of its sides; edges that cross are swapped."""
     sides = np.tile(box[2:] - box[:2], 2)
     corners = (box + error * sides).reshape(2, 2)
     return np.concatenate([corners.min(axis=0), corners.max(axis=0)])

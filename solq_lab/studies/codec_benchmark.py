@@ -159,7 +159,7 @@ class CodecBenchmark:
             folder: where results are stored; made when it is missing.
             fit_annotations: instances file that PCA and sparse coding are fitted to. None: they are rejected.
             fit_objects: fit to so many of its objects, drawn at random. None: all.
-            area_sides: as in `codec_ceiling`. None: as the file says in info.area_sides, otherwise COCO's 32 and 96.
+            area_sides: as in `codec_ceiling`. None: info.area_sides of the file, otherwise COCO's 32 and 96.
             boundary_ratio, max_images, processes: as in `codec_ceiling`.
 
         Raises:
@@ -176,8 +176,8 @@ class CodecBenchmark:
         rows = self.truth.rows(self._image_ids)
         if len(rows) == 0:
             raise DataError(
-                f"{annotations}: no object in the {len(self._image_ids)} images looked at (crowds and objects "
-                "without area do not count), so there is nothing to measure; check the split, or look at more images"
+                f"{annotations}: no object in the {len(self._image_ids)} measured images (crowds and objects "
+                "without area do not count), so there is nothing to measure; check the split, or measure more images"
             )
         self._areas = self.truth.areas_of(rows)
 
@@ -238,8 +238,8 @@ class CodecBenchmark:
 
     def _experiment(self, setting: CodecSetting) -> Experiment:
         """The setting as the experiment that builds and fits its codec."""
-        code = {"kind": setting.kind, "mask_size": setting.mask_size, "vector_dim": setting.vector_dim}
-        code |= {"pca": setting.pca, "beta": setting.beta, "threshold": setting.threshold}
+        codec = {"kind": setting.kind, "mask_size": setting.mask_size, "vector_dim": setting.vector_dim}
+        codec |= {"pca": setting.pca, "beta": setting.beta, "threshold": setting.threshold}
         data = {}
         if CODECS[setting.kind].fitted:
             if self.fit_annotations is None:
@@ -248,9 +248,9 @@ class CodecBenchmark:
                     "name them (--fit-on FILE), or leave this codec out"
                 )
             facts = {"fit": self._fit(setting), "pca": setting.pca, "beta": setting.beta}
-            code["artifact"] = str(stored_path(self.folder / "codecs", _file_name(setting), **facts))
+            codec["artifact"] = str(stored_path(self.folder / "codecs", _file_name(setting), **facts))
             data["train_annotations"] = str(self.fit_annotations.absolute())
-        values = {"name": "ceiling", "seed": setting.seed, "codec": code, "data": data}
+        values = {"name": "ceiling", "seed": setting.seed, "codec": codec, "data": data}
         return validate_experiment(values, source=f"setting {setting.method}")
 
     def _fit(self, setting: CodecSetting) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def efficiency_frame(costs: Mapping[str, Cost], paper: Mapping[str, Mapping[str,
 
 
 def _variants(experiment: Experiment) -> dict[str, Experiment]:
-    """The detector alone, with SQR and with UQR, otherwise as the experiment says."""
+    """The detector alone, with SQR and with UQR, otherwise with the experiment's settings."""
     if experiment.codec.kind == "none":
         raise ConfigError(
             f"{experiment.name}: codec.kind none has no mask vectors to measure; give an experiment with a codec, "

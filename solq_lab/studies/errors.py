@@ -174,7 +174,7 @@ def analyse_errors(
             lacking = "box" if "segmentation" in result else "mask"
             raise DataError(
                 f"result {number} has no {lacking}; the analysis of errors needs 'bbox' and 'segmentation' in every "
-                "result. A plain detector has no masks to look at"
+                "result. A plain detector has no masks to analyse"
             )
     if not isinstance(annotations, GroundTruth):
         annotations = GroundTruth(annotations, keep="all")

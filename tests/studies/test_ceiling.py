@@ -323,7 +323,7 @@ def test_a_code_without_masks_to_fit_it_to_is_refused_before_any_work(annotation
 def test_a_data_set_without_objects_is_refused(tmp_path, document):
     path = tmp_path / "empty.json"
     path.write_text(json.dumps(document | {"annotations": []}))
-    with pytest.raises(DataError, match=r"empty.json: no object in the 80 images looked at \(crowds"):
+    with pytest.raises(DataError, match=r"empty.json: no object in the 80 measured images \(crowds"):
         CodecBenchmark(path, tmp_path)
     assert math.isnan(codec_ceiling(path, CODE, processes=2, noise=Noise(vector=0.1)).metrics["segm.IoU"])
 

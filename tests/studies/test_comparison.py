@@ -51,7 +51,7 @@ def test_pairs_are_one_to_one_of_one_class_and_overlap_most_in_all(by):
     np.testing.assert_allclose(ious, [17 / 20, 15 / 25, 9 / 10], rtol=1e-6)
 
 
-def test_what_overlaps_too_little_is_nobodys():
+def test_what_overlaps_too_little_is_unmatched():
     partners, ious = pair_objects(objects((0, 0, 10, 10)), objects((5, 0, 10, 10)))
     assert partners.tolist() == [UNMATCHED]
     assert ious.tolist() == [0.0]
@@ -63,8 +63,8 @@ def test_images_without_detections_or_objects_have_no_pairs():
     assert pair_objects(objects((0, 0, 5, 5), masks=False), objects((0, 0, 5, 5)), by="mask")[0].tolist() == [UNMATCHED]
 
 
-class Answers:
-    """A predictor that says what it is told, image after image."""
+class FakePredictor:
+    """Predicts given detections, image after image."""
 
     def __init__(self, root: Path, *answers: Detections, **sections) -> None:
         self.experiment, self._answers = tiny_experiment(root, **sections), iter(answers)
@@ -88,7 +88,7 @@ def dataset(root: Path, monkeypatch):
 
 def test_images_are_ranked_by_the_difference_of_the_mean_iou(root, dataset):
     close, loose, none = objects((0, 0, 10, 10)), objects((0, 0, 10, 8)), objects()
-    predictors = {"SOLQ": Answers(root, loose, close, none), "SQR": Answers(root, close, none, none)}
+    predictors = {"SOLQ": FakePredictor(root, loose, close, none), "SQR": FakePredictor(root, close, none, none)}
     compared = compare_images(predictors, dataset, max_images=3)
     assert [image.image_index for image in compared] == [1, 2, 0]
     assert [image.gain for image in compared] == pytest.approx([0.5, 0.0, -0.2])
@@ -100,14 +100,14 @@ def test_images_are_ranked_by_the_difference_of_the_mean_iou(root, dataset):
 
 
 def test_one_run_alone_is_ranked_by_its_own_iou(root, dataset):
-    answers = Answers(root, objects((0, 0, 10, 8)), objects(), objects())
+    answers = FakePredictor(root, objects((0, 0, 10, 8)), objects(), objects())
     compared = compare_images({"SOLQ": answers}, dataset, max_images=3)
     assert [image.gain for image in compared] == pytest.approx([0.8, 0.0, 0.0])
     assert comparison_frame(compared).loc["SOLQ", ["found", "IoU of shared"]].tolist() == pytest.approx([1, 80.0])
 
 
 def test_a_model_without_masks_is_compared_by_boxes(root, dataset):
-    plain = Answers(root, *[objects((0, 0, 10, 8), masks=False)] * 3, codec={"kind": "none"})
+    plain = FakePredictor(root, *[objects((0, 0, 10, 8), masks=False)] * 3, codec={"kind": "none"})
     compared = compare_images({"Deformable DETR": plain}, dataset, max_images=1)
     assert compared[0].mean_iou("Deformable DETR") == pytest.approx(0.8)
 
