@@ -69,11 +69,13 @@ class ClassMap:
             if category_id in channels:
                 raise DataError(f"{source}: category id {category_id} comes more than once; ids have to be unique")
             channels[category_id] = (name_of_category(category, source), category_id)
+
         if class_ids == "raw" and max(channels, default=0) >= MAX_RAW_CHANNELS:
             raise DataError(
                 f"{source}: category id {max(channels)} as a class channel makes a network of as many; set "
                 f"data.class_ids: contiguous, or give ids below {MAX_RAW_CHANNELS}"
             )
+
         rows = sorted(channels.values(), key=lambda row: row[1])
         if class_ids == "raw":
             rows = [channels.get(channel, ("", UNUSED)) for channel in range(max(channels, default=-1) + 1)]

@@ -101,6 +101,7 @@ class CocoDataset(Dataset):
         self.with_bitmaps = with_bitmaps
         if not self.images.is_dir():
             raise DataError(f"{self.images}: no such image folder; check data.root and the names in the data section")
+
         self.truth = GroundTruth(self.annotations, with_masks=mask_size is not None or with_bitmaps)
         self.image_ids: list[int] = self.truth.image_ids.tolist()
         self.classes = classes or ClassMap.from_categories(
@@ -178,14 +179,17 @@ class CocoDataset(Dataset):
     def _masks(self, index: int, kept: np.ndarray, boxes: np.ndarray, steps: list[Step]) -> Tensor:
         """Masks (K, N, N) bool of the kept objects, whose boxes (K, 4) xyxy pixels are given after the steps."""
         if self.mask_route == "bitmap":
-            return self._masks_by_bitmap(index, kept, boxes, steps)
+            bitmaps = self._bitmaps(index, kept, steps)
+            return masks.crop_and_resize(bitmaps, torch.from_numpy(boxes).float(), self.mask_size) >= 0.5
+
         original = self.truth.boxes[self.truth.starts[index] + kept]
         windows = boxes_before(steps, boxes)
         windows = np.where(np.abs(windows - original) < SNAP, original, windows)
         if self._cache is None:
             box_masks = self._rasterize(index, kept, windows)
         else:
-            box_masks = self._cached_masks(index)[torch.from_numpy(kept)]
+            packed = self._cached(index).masks[kept]
+            box_masks = torch.from_numpy(np.unpackbits(packed, axis=-1, count=self.mask_size).view(np.bool_))
             cropped = np.flatnonzero((windows != original).any(axis=1))
             if len(cropped):
                 box_masks[torch.from_numpy(cropped)] = self._rasterize(index, kept[cropped], windows[cropped])
@@ -194,10 +198,6 @@ class CocoDataset(Dataset):
     def _rasterize(self, index: int, kept: np.ndarray, windows: np.ndarray) -> Tensor:
         segmentations = self.truth.segmentations(self.truth.starts[index] + kept)
         return masks.rasterize_in_box(segmentations, torch.from_numpy(windows), self.truth.size(index), self.mask_size)
-
-    def _masks_by_bitmap(self, index: int, kept: np.ndarray, boxes: np.ndarray, steps: list[Step]) -> Tensor:
-        bitmaps = self._bitmaps(index, kept, steps)
-        return masks.crop_and_resize(bitmaps, torch.from_numpy(boxes).float(), self.mask_size) >= 0.5
 
     def _bitmaps(self, index: int, kept: np.ndarray, steps: list[Step]) -> Tensor:
         """Full-image masks (K, H, W) bool of the kept objects after the steps."""
@@ -216,11 +216,6 @@ class CocoDataset(Dataset):
             return read_image(path, self.image_ids[index], self.truth.size(index))
         except DataError as error:
             raise DataError(f"{self.annotations}: {error}") from None
-
-    def _cached_masks(self, index: int) -> Tensor:
-        """Masks (K, N, N) bool of all objects of an image in their whole boxes."""
-        bits = np.unpackbits(self._cached(index).masks, axis=-1, count=self.mask_size)
-        return torch.from_numpy(bits.view(np.bool_))
 
     def _cached(self, index: int) -> Cached:
         if index not in self._cache:

@@ -75,12 +75,14 @@ def _parse_mapping(
         if not text.startswith(":", place):
             raise json.JSONDecodeError("Expecting ':' delimiter", text, place)
         place = _skip_space(text, place + 1)
+
         if key in long and text.startswith("[", place):
             starts, place = _find_entries(text, place)
             document[key] = Entries(text, starts, make_error)
         else:
             document[key], place = _DECODER.raw_decode(text, place)
         more, place = _go_on(text, place, "}")
+
     end = _skip_space(text, place)
     if end != len(text):
         raise json.JSONDecodeError("Extra data", text, end)

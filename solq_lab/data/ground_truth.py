@@ -7,6 +7,7 @@ counting references. Flat arrays are shared instead.
 from __future__ import annotations
 
 import logging
+import math
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -202,7 +203,8 @@ class GroundTruth:
             category_ids.append(entry["category_id"])
             boxes.extend(box)
             coco_boxes.extend(entry["bbox"])
-            areas.append(checked_area(entry, name) if keep_all else _area_or_nan(entry))
+            # Training needs no areas, so that a wrong one is no reason to stop it.
+            areas.append(checked_area(entry, name) if keep_all or is_measure(entry.get("area")) else math.nan)
             crowd.append(of_many)
             learnable.append(has_area and not of_many)
 
@@ -277,8 +279,3 @@ def _check_distinct(ids: np.ndarray, name: str) -> None:
     repeated = ordered[1:][np.diff(ordered) == 0]
     if len(repeated):
         raise DataError(f"{name} {repeated[0]} comes more than once; ids have to be unique: give every entry its own")
-
-
-def _area_or_nan(entry: dict[str, Any]) -> float:
-    area = entry.get("area")
-    return float(area) if is_measure(area) else np.nan

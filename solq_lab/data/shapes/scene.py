@@ -1,4 +1,4 @@
-"""One drawn image: textured shapes, one over the other, on a cluttered background, and the masks of what is visible.
+"""One drawn image: textured shapes, one over the other, on a cluttered background, and their visible masks.
 
 Everything is painted three times too large and averaged down, so that edges are smooth. This module needs numpy and
 Pillow only: the processes that draw start quickly.
@@ -146,6 +146,7 @@ class _Stage:
         high = self.side - low
         visible = self._pixels_of_objects(self.owner.ravel())
         needed = [MIN_VISIBLE * other.area for other in self.cutouts]
+
         second_choice = None
         for _ in range(PLACE_TRIES):
             center = (
@@ -283,6 +284,7 @@ def _scatter_clutter(canvas: np.ndarray, count: int, random: Random) -> None:
                 pen.arc(frame, start, start + random.uniform(60, 200), fill=255, width=thickness)
             case "speck":
                 pen.ellipse((x0, y0, x0 + 2 * thickness, y0 + 2 * thickness), fill=255)
+
         box = layer.getbbox()
         if box is not None:
             left, top, right, bottom = box
@@ -297,6 +299,7 @@ def _cut_out(level: Level, parts: list[Part], random: Random) -> _Cutout:
     stretch = np.exp(random.uniform(-0.15, 0.15))
     shear = np.array([[1, random.uniform(-0.15, 0.15)], [0, 1]]) * (stretch, 1 / stretch)
     matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ shear
+
     polygons = [part.corners @ matrix.T for part in parts]
     corners = np.concatenate([polygon for polygon, part in zip(polygons, parts, strict=True) if part.solid])
     low, high = corners.min(axis=0), corners.max(axis=0)

@@ -1,4 +1,4 @@
-"""A drawn data set that is worth learning: shapes in COCO format, the same on every machine for one seed."""
+"""A drawn data set of shapes in COCO format, the same on every machine for one seed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +19,7 @@ from tqdm.auto import tqdm
 from solq_lab import masks
 from solq_lab.data.annotations import DataError
 from solq_lab.data.shapes.scene import LEVELS, Level, draw_scene
+from solq_lab.workers import in_processes
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ SPLITS = ("train", "val")
 
 
 class Drawn(NamedTuple):
-    """What a drawing process hands back of one image.
+    """What a drawing process returns of one image.
 
     number: which image of its split, from 1; its image id.
     classes: K indices into `Level.classes`.
@@ -74,6 +72,7 @@ def write_shapes(
     if _already_there(root, settings):
         logger.info("%s holds these shapes already", root)
         return
+
     root.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
@@ -98,6 +97,7 @@ def _already_there(root: Path, settings: dict[str, Any]) -> bool:
         raise DataError(f"{root}: holds something else than drawn shapes; give an empty or a new folder") from None
     if found == settings:
         return True
+
     found = found if isinstance(found, dict) else {}
     differing = "; ".join(
         f"{key}: found {found.get(key)!r}, asked {value!r}"
@@ -111,14 +111,15 @@ def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any],
     """Draw the images of one split; the annotation document."""
     level = LEVELS[settings["level"]]
     folder.mkdir()
-    draw = partial(_draw, folder, settings["level"], (settings["seed"], SPLITS.index(split)))
+    work = folder, settings["level"], (settings["seed"], SPLITS.index(split))
     images, annotations = [], []
-    with closing(_in_processes(draw, count, processes)) as drawings:
+    with closing(in_processes(_draw, work, range(1, count + 1), processes)) as drawings:
         for drawn in tqdm(drawings, total=count, desc=f"drawing {split}", unit="image"):
             name = _file_name(drawn.number)
             images.append({"id": drawn.number, "file_name": name, "height": level.side, "width": level.side})
             for entry in _describe_objects(drawn, level):
                 annotations.append({"id": len(annotations) + 1, "image_id": drawn.number, **entry})
+
     return {
         "info": {
             "description": f"Drawn shapes, level {settings['level']}, {split}",
@@ -135,21 +136,9 @@ def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any],
     }
 
 
-def _in_processes(draw: partial[Drawn], count: int, processes: int) -> Iterator[Drawn]:
-    """The drawings 1 .. count in order."""
-    numbers = range(1, count + 1)
-    if processes == 1:
-        yield from map(draw, numbers)
-        return
-    pool = ProcessPoolExecutor(processes)
-    try:
-        yield from pool.map(draw, numbers, chunksize=16)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _draw(folder: Path, level: str, seed: tuple[int, int], number: int) -> Drawn:
-    """Draw one image and write its file."""
+def _draw(work: tuple[Path, str, tuple[int, int]], number: int) -> Drawn:
+    """Draw one image and write its file; `work` is the folder, the level and the seed of the split."""
+    folder, level, seed = work
     scene = draw_scene(LEVELS[level], np.random.default_rng((*seed, number)))
     Image.fromarray(scene.image).save(folder / _file_name(number), compress_level=1)
     return Drawn(number, scene.classes, np.packbits(scene.masks, axis=-1))
@@ -166,6 +155,7 @@ def _describe_objects(drawn: Drawn, level: Level) -> list[dict[str, Any]]:
     for class_index, mask, rle in zip(drawn.classes, bits, masks.encode_rle(torch.from_numpy(bits)), strict=True):
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         top, left = int(rows[0]), int(columns[0])
+
         entries.append(
             {
                 "category_id": class_index + 1,

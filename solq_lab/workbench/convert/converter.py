@@ -106,9 +106,11 @@ def read_lvis(annotations: Path, images: Path) -> dict[str, Any]:
                     "'coco_url' with folder and name of the image"
                 )
             entry["file_name"] = "/".join(parts) if (images / parts[0]).is_dir() else parts[1]
+
         check_image_entry(entry, place, annotations)
         entries.append(entry)
         partly += bool(entry.get("not_exhaustive_category_ids"))
+
     if partly:
         message = "%s: %d images have classes that are not labelled everywhere; COCO's AP counts these finds as wrong"
         logger.warning(message, annotations, partly)
