@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from solq_lab.workbench.commands.arguments import FAILED, Overrides, folder_to_write
 
 
-class Level(StrEnum):
-    """How hard the drawn shapes are."""
-
-    easy = "easy"
-    hard = "hard"
-
-
 def make_shapes(
     root: Annotated[
         Path, typer.Argument(help="Folder to write: images and COCO annotations.", callback=folder_to_write)
     ],
-    level: Annotated[Level, typer.Option(help="Small upright shapes, or any size and rotation.")] = Level.easy,
+    level: Annotated[
+        Literal["easy", "hard"], typer.Option(help="Small upright shapes, or any size and rotation.")
+    ] = "easy",
     train_images: Annotated[int, typer.Option("--train", min=1, help="Training images.")] = 6000,
     val_images: Annotated[int, typer.Option("--val", min=1, help="Validation images.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
@@ -31,23 +25,15 @@ def make_shapes(
     """Draw overlapping, textured shapes as a COCO-format folder."""
     from solq_lab.data.shapes.writer import write_shapes
 
-    write_shapes(root, level=level.value, train=train_images, val=val_images, seed=seed, processes=processes)
+    write_shapes(root, level=level, train=train_images, val=val_images, seed=seed, processes=processes)
     typer.echo(f"{train_images} + {val_images} images in {root}")
-
-
-class CocoSplit(StrEnum):
-    """Parts of COCO 2017."""
-
-    train = "train"
-    val = "val"
-    test = "test"
 
 
 def download_coco(
     folder: Annotated[Path, typer.Argument(help="Data folder to fill.", callback=folder_to_write)],
     split: Annotated[
-        list[CocoSplit] | None,
-        typer.Option(help="Images to fetch, several times for more; by default train and val."),
+        list[str] | None,
+        typer.Option(help="Images to fetch: train, val or test, several times for more; by default train and val."),
     ] = None,
     base_url: Annotated[str | None, typer.Option(help="Another server with COCO's archives, http or https.")] = None,
     sums: Annotated[
@@ -62,7 +48,7 @@ def download_coco(
     from solq_lab.errors import Interrupted
     from solq_lab.workbench.download import coco as download
 
-    splits = list(dict.fromkeys(part.value for part in split or (CocoSplit.train, CocoSplit.val)))
+    splits = list(dict.fromkeys(split or ("train", "val")))
     try:
         with logging_redirect_tqdm():  # messages appear above the bar, not in the middle of it
             download.download_coco(
@@ -78,26 +64,21 @@ def download_coco(
     typer.echo(f"{' and '.join(splits)} of COCO 2017 in {folder}\ncheck it:  solq-lab check-data {folder}")
 
 
-class Part(StrEnum):
-    """Parts of a data set."""
-
-    train = "train"
-    val = "val"
-
-
 def convert_data(
     source: Annotated[Path, typer.Argument(help="LVIS file (.json), or YOLO segmentation folder with a data.yaml.")],
     target: Annotated[
         Path, typer.Argument(help="COCO-format folder to write; it may hold the other split.", callback=folder_to_write)
     ],
     images: Annotated[Path | None, typer.Option(help="LVIS: folder of COCO's train2017 and val2017.")] = None,
-    split: Annotated[Part | None, typer.Option(help="LVIS: by default as the file's name says.")] = None,
+    split: Annotated[
+        Literal["train", "val"] | None, typer.Option(help="LVIS: by default as the file's name says.")
+    ] = None,
     link: Annotated[bool, typer.Option("--link/--no-link", help="Link the images into the folder.")] = True,
 ) -> None:
     """Make a COCO-format folder of LVIS or YOLO segmentation. Images stay where they are."""
     from solq_lab.workbench.convert.converter import convert_data as convert
 
-    splits = convert(source, target, images=images, split=None if split is None else split.value, link=link)
+    splits = convert(source, target, images=images, split=split, link=link)
     settings = [f"data.root={target}"]
     for part in splits:
         settings.append(f"data.{part.name}_images={part.name if link else part.images}")
@@ -105,32 +86,20 @@ def convert_data(
     typer.echo(f"check it:  solq-lab check-data {target}\nuse it:    {' '.join(settings)}")
 
 
-class Look(StrEnum):
-    """How closely images are looked at."""
-
-    decode = "decode"
-    header = "header"
-    names = "names"
-
-
-class Severity(StrEnum):
-    """How bad a finding is."""
-
-    refused = "refused"
-    harmful = "harmful"
-    note = "note"
-
-
 def check_data(
     data: Annotated[Path, typer.Argument(help="COCO-format folder, annotation file, or experiment file (.yaml).")],
     overrides: Overrides = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images, where it is not found.")] = None,
-    look: Annotated[Look, typer.Option(help="Decode every image, read its header only, or not open it.")] = Look.decode,
+    look: Annotated[
+        Literal["decode", "header", "names"],
+        typer.Option(help="Decode every image, read its header only, or not open it."),
+    ] = "decode",
     queries: Annotated[int | None, typer.Option(min=1, help="J: objects found per image; by default 300.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 2,
     fail_on: Annotated[
-        Severity, typer.Option(help="Exit with 1 for what stops a training, harms it too, or any note.")
-    ] = Severity.harmful,
+        Literal["refused", "harmful", "note"],
+        typer.Option(help="Exit with 1 for what stops a training, harms it too, or any note."),
+    ] = "harmful",
     allow: Annotated[
         list[str] | None, typer.Option(help="A rule that may be broken, so often at most.", metavar="RULE[=COUNT]")
     ] = None,
@@ -149,7 +118,7 @@ def check_data(
     if overrides and data.suffix not in (".yaml", ".yml"):
         raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
     splits, options, name = find_data(data, overrides or [], images)
-    options = options._replace(look=look.value, queries=queries or options.queries)
+    options = options._replace(look=look, queries=queries or options.queries)
     report = check(splits, options, processes=processes)
     typer.echo(report.table(str(data)))
     folder = output or Path("runs/data_checks") / name
@@ -157,7 +126,7 @@ def check_data(
     write_json(folder / "report.json", report.to_dict(worst) | {"allowed": allowed})
     typer.echo(f"\nnumbers {folder / 'report.json'}")
     typer.echo(f"images  solq-lab run notebooks/data_report.ipynb -p root={data}")
-    failing = report.findings.failing(fail_on.value, allowed)
+    failing = report.findings.failing(fail_on, allowed)
     if failing:
         allowing = " ".join(f"--allow {rule}" for rule in failing)
         typer.echo(f"problems: {', '.join(failing)}\nmend them, or let them pass with {allowing}")
