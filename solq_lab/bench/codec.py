@@ -44,7 +44,7 @@ def _rows() -> Iterator[Row]:
     training = blob_masks(1, count=TRAINING_MASKS, size=MASK_SIZE)
     pca = PCACodec(MASK_SIZE, VECTOR_DIM)
     pca.fit([training])
-    table = pca.components.numpy()
+    table = pca.get_buffer("components").numpy()
     yield from _both_ways("PCA", pca, *_products(np.ascontiguousarray(table.T), table), repeats=REPEATS)
 
     sparse = SparseCodingCodec(MASK_SIZE, VECTOR_DIM)
@@ -100,7 +100,8 @@ def _sparse_rows(codec: SparseCodingCodec) -> Iterator[Row]:
     from sklearn.linear_model import Lasso
 
     masks = blob_masks(0, count=MASKS, size=codec.mask_size)
-    pixels, atoms = masks.flatten(1).numpy().astype(np.float64), codec.atoms.numpy().astype(np.float64)
+    table = codec.get_buffer("atoms").numpy()
+    pixels, atoms = masks.flatten(1).numpy().astype(np.float64), table.astype(np.float64)
     lasso = Lasso(
         codec.beta / codec.mask_size**2,  # scikit-learn averages the squared error over the pixels
         fit_intercept=False,
@@ -123,7 +124,7 @@ def _sparse_rows(codec: SparseCodingCodec) -> Iterator[Row]:
         ]
         return bool((np.abs(costs[0] - costs[1]) <= codec.tolerance * energy).all())
 
-    _, decode = _products(codec.atoms.numpy().T, codec.atoms.numpy())
+    _, decode = _products(table.T, table)
     yield from _both_ways("sparse", codec, encode, decode, repeats=REPEATS, same_vectors=equally_good)
 
 

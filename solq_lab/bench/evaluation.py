@@ -7,6 +7,7 @@ import copy
 import io
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from pycocotools import mask as coco_rle
@@ -31,9 +32,9 @@ def rows(num_images: int = NUM_IMAGES) -> Iterator[Row]:
         yield compare(
             "eval",
             f"{iou_type}, {num_images} images x {DETECTIONS} detections",
-            lambda kept=kept, iou_type=iou_type: evaluate_plainly(document, kept, iou_type),
-            lambda kept=kept, kind=kind: evaluate_results(document, kept, kinds=[kind]).metrics,
-            lambda expected, found, kind=kind: same_numbers(expected, found, kind),
+            partial(evaluate_plainly, document, kept, iou_type),
+            partial(_evaluate, document, kept, kind),
+            partial(same_numbers, kind=kind),
         )
 
 
@@ -48,6 +49,10 @@ def evaluate_plainly(document: dict, results: list[dict], iou_type: str) -> np.n
         evaluator.accumulate()
         evaluator.summarize()
     return evaluator.stats
+
+
+def _evaluate(document: dict, results: list[dict], kind: str) -> dict[str, float]:
+    return evaluate_results(document, results, kinds=[kind]).metrics
 
 
 def keep_shape(results: list[dict], kind: str) -> list[dict]:

@@ -38,8 +38,9 @@ def rows(device: torch.device | str = "cuda", work: Workload = COCO) -> Iterator
         inputs, gradient = draw_inputs(tokens, shapes, batch=work.batch, device=device, dtype=dtype)
         kind = f"{str(dtype).removeprefix('torch.')}, {implementation_for(device.type)}"
         what = f"encoder layer, {describe_size(work.image)}, batch {work.batch}, {kind}"
-        settings = {"tolerance": tolerance, "deterministic": True, "measure": measure}
-        yield from layer_rows("gpu", what, inputs, shapes, gradient, **settings)
+        yield from layer_rows(
+            "gpu", what, inputs, shapes, gradient, tolerance=tolerance, deterministic=True, measure=measure
+        )
 
     for autocast, tolerance in OUTPUT_TOLERANCES.items():
         name = "bfloat16" if autocast == "bf16" else "float32"

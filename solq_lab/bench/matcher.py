@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -29,8 +30,8 @@ def rows() -> Iterator[Row]:
         yield compare(
             "matcher",
             f"batch {len(counts)}, {LAYERS} layers, {QUERIES} queries, objects {'/'.join(map(str, counts))}",
-            lambda predictions=predictions, targets=targets: match_layer_by_layer(predictions, targets),
-            lambda predictions=predictions, targets=targets: matcher(predictions, targets),
+            partial(match_layer_by_layer, predictions, targets),
+            partial(matcher, predictions, targets),
             lambda expected, found: expected == _pairs(found),
         )
 
@@ -80,20 +81,14 @@ def _draw_batch(counts: tuple[int, ...]) -> tuple[Predictions, list[Target]]:
     generator = torch.Generator().manual_seed(0)
 
     def boxes(*shape: int) -> Tensor:
-        return torch.rand(*shape, 4, generator=generator) * torch.tensor([0.6, 0.6, 0.3, 0.3]) + torch.tensor(
-            [0.2, 0.2, 0.05, 0.05]
-        )
+        low, extent = torch.tensor([0.2, 0.2, 0.05, 0.05]), torch.tensor([0.6, 0.6, 0.3, 0.3])
+        return torch.rand(*shape, 4, generator=generator) * extent + low
 
-    layers = [
-        LayerPrediction(
-            torch.randn(len(counts), QUERIES, CLASSES, generator=generator) - 3, boxes(len(counts), QUERIES), None
-        )
-        for _ in range(LAYERS)
-    ]
-    targets = [
-        Target(
-            image, torch.randint(CLASSES, (count,), generator=generator), boxes(count), None, (800, 1066), (480, 640)
-        )
-        for image, count in enumerate(counts)
-    ]
+    layers, targets = [], []
+    for _ in range(LAYERS):
+        logits = torch.randn(len(counts), QUERIES, CLASSES, generator=generator) - 3
+        layers.append(LayerPrediction(logits, boxes(len(counts), QUERIES), None))
+    for image, count in enumerate(counts):
+        labels = torch.randint(CLASSES, (count,), generator=generator)
+        targets.append(Target(image, labels, boxes(count), None, (800, 1066), (480, 640)))
     return Predictions(layers, None), targets

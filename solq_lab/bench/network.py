@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from solq_lab.allocation import keep_freed_memory
 from solq_lab.bench.codec import zigzag_places
@@ -26,6 +26,7 @@ from solq_lab.inference.graphs import GraphedForward
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import predict_last_layer
 from solq_lab.models.onednn import use_onednn
+from solq_lab.models.solq import SOLQ
 from solq_lab.ops.ms_deform_attn import use_implementation
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction, Target
 from solq_lab.training.losses import SetCriterion
@@ -101,17 +102,11 @@ def infer_row(
 ) -> Row:
     """One image of the host to run-length codes, against the network as it was trained, in float32.
 
-    Args:
-        part, what: name the row.
-        work: what is measured.
-        device: where the network runs.
-        autocast: "none" or "bf16", of ours.
-        tolerance: of the largest logit, box or vector entry.
-        settings: further arguments of `compare`.
+    Equal means: within `tolerance` of the largest logit, box or vector entry.
     """
 
     def same(expected: Prediction, found: Prediction) -> bool:
-        return are_near(expected[0][:3], _on_host(found[0])[:3], tolerance=tolerance)
+        return are_near(_outputs(expected[0]), _outputs(found[0]), tolerance=tolerance)
 
     plainly, ours = inference_ways(work, device, autocast)
     return compare(part, what, plainly, ours, same, **{"repeats": work.repeats, **settings})
@@ -120,15 +115,17 @@ def infer_row(
 def inference_ways(
     work: Workload, device: torch.device = CPU, autocast: str = "none"
 ) -> tuple[Callable[[], Prediction], Callable[[], Prediction]]:
-    """The plain way of predicting one image, and ours, on a GPU as a CUDA graph. Arguments as in `infer_row`."""
+    """The plain way of predicting one image, and ours, on a GPU as a CUDA graph."""
     model, images = build_network(work.experiment).eval().to(device), draw_images(work.shown)
-    codec, names = build_codec(work.experiment).to(device), [str(channel) for channel in range(CLASSES)]
+    codec, names = build_codec(work.experiment), [str(channel) for channel in range(CLASSES)]
+    assert codec is not None, "the bench measures networks with mask vectors"
+    codec.to(device)
     kept = zigzag_places(codec.mask_size)[: codec.vector_dim]
 
     @torch.inference_mode()
     def plainly() -> Prediction:
         with use_implementation("reference"):
-            last = _on_host(model(images.to(device).normalised()).layers[-1])
+            last = LayerPrediction(*_outputs(model(images.to(device).normalised()).layers[-1]))
             return last, postprocess_one_by_one(last, kept)
 
     predict = partial(predict_last_layer, prepare_for_inference(model), autocast=autocast)
@@ -152,16 +149,7 @@ def train_row(
     equal: Callable[[Numbers, Numbers], bool],
     **settings: Any,
 ) -> Row:
-    """An optimiser step, against one in float32 with `grid_sample`.
-
-    Args:
-        part, what: name the row.
-        work: what is measured.
-        device: where the network runs.
-        autocast: "none" or "bf16", of ours.
-        equal: whether two steps are the same.
-        settings: further arguments of `compare`.
-    """
+    """An optimiser step, against one in float32 with `grid_sample`."""
     network = build_network(work.experiment).train()
     batch = draw_batch(work, pinned=device.type == "cuda")
     plain_step = stepper(copy.deepcopy(network).to(device), work.experiment, batch)
@@ -199,7 +187,7 @@ def stepper(model: nn.Module, experiment: Experiment, batch: Batch, autocast: st
     return step
 
 
-def build_network(experiment: Experiment) -> nn.Module:
+def build_network(experiment: Experiment) -> SOLQ:
     """A fresh network whose zero matrices are drawn too: otherwise all queries would give one and the same mask."""
     torch.manual_seed(0)
     model = build_model(experiment, CLASSES)
@@ -237,5 +225,7 @@ def describe_size(size: tuple[int, int]) -> str:
     return "x".join(map(str, size))
 
 
-def _on_host(prediction: LayerPrediction) -> LayerPrediction:
-    return LayerPrediction(*(part.float().cpu() for part in prediction[:3]))
+def _outputs(prediction: LayerPrediction) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, boxes and mask vectors on the host, in float32."""
+    assert prediction.vectors is not None, "the bench measures networks with mask vectors"
+    return prediction.logits.float().cpu(), prediction.boxes.float().cpu(), prediction.vectors.float().cpu()

@@ -38,15 +38,7 @@ def layer_rows(
     deterministic: bool = False,
     measure: Callable[..., Row] = compare,
 ) -> Iterator[Row]:
-    """Forward and backward of one layer; the plain way computes in float32.
-
-    Args:
-        part, what: name the rows.
-        inputs, shapes, gradient: as `draw_inputs` gives them.
-        tolerance: of the largest number, to which the results agree.
-        deterministic: whether to add a row for torch's deterministic mode.
-        measure: `compare`, or that with other settings.
-    """
+    """Forward and backward of one layer, also in torch's deterministic mode; the plain way computes in float32."""
     exact = (inputs[0].detach().float().requires_grad_(), *inputs[1:])
 
     def same(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
@@ -108,14 +100,7 @@ def draw_inputs(
     """Inputs of one layer and the gradient of its output.
 
     Samples keep off the pixel centres: the gradient with respect to a location jumps there, and rounding would decide
-    on which side each way stands.
-
-    Args:
-        queries: Q.
-        shapes: (H, W) of each level, cells.
-        batch: B.
-        device: where they are.
-        dtype: of the values and of the gradient; locations and weights are float32.
+    on which side each way stands. `dtype` is that of the values and the gradient; locations and weights are float32.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = sum(height * width for height, width in shapes)

@@ -67,6 +67,7 @@ def postprocess_one_by_one(prediction: LayerPrediction, kept: np.ndarray) -> Det
     queries, labels = best // CLASSES, best % CLASSES
     center, side = prediction.boxes[0][queries].split(2, dim=-1)
     boxes = torch.cat([center - side / 2, center + side / 2], dim=-1) * torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    assert prediction.vectors is not None, "the bench measures networks with mask vectors"
     decoded = decode_one_by_one(prediction.vectors[0][queries].double().numpy(), kept, MASK_SIZE)
     rles = encode_pasted(binarize_one_by_one(decoded), boxes)
     return Detections(scores, labels, boxes, queries, rles, [str(label) for label in labels.tolist()])
@@ -83,6 +84,8 @@ def _draw_prediction(codec: DCTCodec) -> LayerPrediction:
 
 def _same_detections(expected: Detections, found: Detections) -> bool:
     """Equal scores, classes and queries, boxes to a thousandth of a pixel, masks to a mean IoU of 0.999."""
+    assert expected.masks is not None
+    assert found.masks is not None
     ious = [coco_rle.iou([one], [other], [0])[0, 0] for one, other in zip(expected.masks, found.masks, strict=True)]
     numbers = all(
         torch.equal(getattr(expected, name), getattr(found, name)) for name in ("scores", "labels", "queries")

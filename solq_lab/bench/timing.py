@@ -5,13 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Result = TypeVar("Result")
-Timer = Callable[[Callable[[], Result]], tuple[float, Result]]
+Timer = Callable[[Callable[[], Any]], tuple[float, Any]]  # runs a way: milliseconds, and its result
 
 REPEATS = 9  # timed runs of each way, at most
 SECONDS = 12.0  # that the timed runs of a pair may take together; the first run of each is never cut short
@@ -48,9 +47,9 @@ class Row(NamedTuple):
 def compare(
     part: str,
     what: str,
-    baseline: Callable[[], Result],
-    ours: Callable[[], Result],
-    equal: Callable[[Result, Result], bool],
+    baseline: Callable[[], Any],
+    ours: Callable[[], Any],
+    equal: Callable[[Any, Any], bool],
     *,
     repeats: int = REPEATS,
     seconds: float = SECONDS,
@@ -95,7 +94,7 @@ def are_near(expected: Iterable[Tensor], found: Iterable[Tensor], *, tolerance: 
     return all(bool((theirs - ours).abs().max() <= tolerance * theirs.abs().max()) for theirs, ours in pairs)
 
 
-def timed_by_wall(way: Callable[[], Result]) -> tuple[float, Result]:
+def timed_by_wall(way: Callable[[], Any]) -> tuple[float, Any]:
     """Run a way: milliseconds of wall-clock time, and its result."""
     started = time.perf_counter()
     result = way()
@@ -103,19 +102,14 @@ def timed_by_wall(way: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def timer(device: torch.device, calls: int = 1) -> Timer:
-    """A timer for `compare`: on a GPU by the GPU's clock, from an idle GPU until all is done.
+    """A timer for `compare`, of the mean of several calls: on a GPU by its own clock, from idle until all is done."""
 
-    Args:
-        device: where the way runs.
-        calls: that are timed together; the result is that of the last, the time the mean.
-    """
-
-    def repeated(way: Callable[[], Result]) -> Result:
+    def repeated(way: Callable[[], Any]) -> Any:
         for _ in range(calls):
             result = way()
         return result
 
-    def by_events(way: Callable[[], Result]) -> tuple[float, Result]:
+    def by_events(way: Callable[[], Any]) -> tuple[float, Any]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         with torch.cuda.device(device):
@@ -125,7 +119,7 @@ def timer(device: torch.device, calls: int = 1) -> Timer:
         end.synchronize()
         return start.elapsed_time(end) / calls, result
 
-    def by_wall(way: Callable[[], Result]) -> tuple[float, Result]:
+    def by_wall(way: Callable[[], Any]) -> tuple[float, Any]:
         milliseconds, result = timed_by_wall(lambda: repeated(way))
         return milliseconds / calls, result
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -97,8 +96,8 @@ def load_extension(kind: Kind) -> None:
                 _outcomes[kind] = ExtensionBuildError(reason)
             except ExtensionBuildError as error:
                 _outcomes[kind] = error
-        if error := _outcomes[kind]:
-            raise error
+        if failure := _outcomes[kind]:
+            raise failure
 
 
 @functools.cache
@@ -281,7 +280,7 @@ def _fitting_toolkit() -> CudaToolkit:
 
 
 @contextmanager
-def _tools(cpp_extension: ModuleType, ninja: str, toolkit: CudaToolkit | None) -> Iterator[None]:
+def _tools(cpp_extension: Any, ninja: str, toolkit: CudaToolkit | None) -> Iterator[None]:
     """Within: torch's builder finds ninja and the toolkit, and quotes its library folder for the linker.
 
     It guesses the toolkit when it is imported, and may have found a wrapper of nvcc instead. A library folder with a

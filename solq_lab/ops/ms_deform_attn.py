@@ -266,7 +266,7 @@ def _by_name(name: str) -> _Implementation:
         raise ValueError(
             f"no implementation {name!r} of deformable attention; there are {', '.join(COMPILED)}, reference"
         )
-    load_extension(name)
+    load_extension("cuda" if name == "cuda" else "cpu")
     operators = torch.ops.solq_lab
     forward, backward = f"ms_deform_attn_{name}", f"ms_deform_attn_backward_{name}"
     return _Implementation(name, getattr(operators, forward).default, getattr(operators, backward).default)
