@@ -1,4 +1,4 @@
-"""The values that flow through the house, as typed tuples: images and targets in, predictions and detections out.
+"""Data classes shared by model, data and evaluation: images and targets, predictions and detections.
 
 Shape letters, here and everywhere: B batch, J queries, K objects, S classes, C channels, H W image, N mask side,
 D vector_dim, L levels, P points, M heads. Frames: *image pixels*, *normalised image* (0..1 over the unpadded image),
@@ -52,7 +52,7 @@ class ImageBatch(NamedTuple):
         return ImageBatch(self.pixels.pin_memory(), self.padding.pin_memory())
 
     def normalised(self, dtype: torch.dtype = torch.float32) -> ImageBatch:
-        """The batch as the network wants it: ImageNet-normalised floats, zero on padded cells."""
+        """The input of the network: ImageNet-normalised floats, zero on padded cells."""
         mean = filled(PIXEL_MEAN, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
         std = filled(PIXEL_STD, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
         pixels = (self.pixels.to(dtype) / 255 - mean) / std
@@ -65,10 +65,10 @@ class Target(NamedTuple):
     image_id: the id in the annotation file.
     labels: (K,) int64 class channels (not category ids).
     boxes: (K, 4) float32 (cx, cy, w, h), normalised image.
-    masks: (K, N, N) bool in the box frame, or None where no masks are wanted.
+    masks: (K, N, N) bool in the box frame, or None without masks.
     image_size: (height, width) of the network input before padding, pixels.
     original_size: (height, width) of the image in the file, pixels.
-    bitmaps: (K, height, width) bool, the masks in the image frame at `image_size`, or None where none are wanted.
+    bitmaps: (K, height, width) bool, the masks in the image frame at `image_size`, or None without them.
     """
 
     image_id: int
@@ -88,7 +88,7 @@ class Target(NamedTuple):
 
 
 class ImageMasks(NamedTuple):
-    """Masks of all queries in the image frame, coarse: what the mask branch of the SQR baseline draws.
+    """Masks of all queries in the image frame, coarse; output of the mask branch of the SQR baseline.
 
     logits: (B, J, h, w) over the whole padded images, one sigmoid each.
     padding: (B, H, W) bool of those images, True on padded cells.
@@ -99,7 +99,7 @@ class ImageMasks(NamedTuple):
 
 
 class LayerPrediction(NamedTuple):
-    """What the queries say after one decoder layer.
+    """Predictions of the queries after one decoder layer.
 
     logits: (B, J, S) class logits, one sigmoid each.
     boxes: (B, J, 4) (cx, cy, w, h), normalised image.
@@ -129,7 +129,7 @@ class Detections(NamedTuple):
     scores: (K,) float32 in 0..1.
     labels: (K,) int64 class channels.
     boxes: (K, 4) float32 (x0, y0, x1, y1), pixels of the original image, not clipped.
-    queries: (K,) int64, the query each object came from; one query may speak for several classes.
+    queries: (K,) int64, the query each object came from; one query may predict several classes.
     masks: K compressed COCO RLEs ({"size": [H, W], "counts": bytes}) at original size, or None for a plain detector.
     names: K class names, parallel to labels.
     """

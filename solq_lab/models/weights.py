@@ -57,7 +57,7 @@ class OfficialFile(NamedTuple):
     """The parts of a released checkpoint that are used.
 
     state: tensors by released names, without the prefixes that wrappers add.
-    args: the configuration that the checkpoint carries; empty where it carries none.
+    args: the configuration stored in the checkpoint, empty where there is none.
     """
 
     state: dict[str, Tensor]
@@ -162,10 +162,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
     for name, tensor in own.items():
         if name not in state:
             raise WeightMismatch(f"{source}: no tensor {name}, the model expects one of shape {_shape(tensor)}; {cure}")
-        if state[name].shape != tensor.shape:
-            raise WeightMismatch(
-                f"{source}: {name} has shape {_shape(state[name])}, the model expects {_shape(tensor)}; {cure}"
-            )
+        found, expected = _shape(state[name]), _shape(tensor)
+        if found != expected:
+            raise WeightMismatch(f"{source}: {name} has shape {found}, the model expects {expected}; {cure}")
     superfluous = [name for name in state if name not in own]
     if superfluous:
         raise WeightMismatch(f"{source}: the model has no tensor {superfluous[0]} ({len(superfluous)} such); {cure}")
@@ -252,13 +251,10 @@ def to_official_state(
 def import_official(
     source: Path, destination: Path, describe: Callable[[dict[str, dict[str, Any]]], tuple[str, str]]
 ) -> ImportReport:
-    """Turn a released checkpoint into a weights file of ours.
+    """Turn a released checkpoint (SOLQ, Deformable DETR or SQR) into a weights file of ours.
 
-    Args:
-        source: the checkpoint; SOLQ, Deformable DETR, or the latter with a mask branch (SQR).
-        destination: the safetensors file to write.
-        describe: from the inferred sections of the experiment (`infer_architecture`) to the texts stored in the file,
-            the experiment as YAML and the class map as JSON.
+    `describe` turns the inferred sections of the experiment (`infer_architecture`) into the texts stored in the file:
+    the experiment as YAML and the class map as JSON.
 
     Raises:
         WeightMismatch: the file cannot be used (`read_official`, `translate_official_state`).
@@ -304,9 +300,8 @@ def initialise(model: nn.Module, path: Path) -> ImportReport:
         state = _without_standardising(state)
     fitting = {name: tensor for name, tensor in state.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
-        raise WeightMismatch(
-            f"{path}: none of its tensors fits this model (it holds {', '.join(list(state)[:3])}, ...)"
-        )
+        shown = ", ".join(list(state)[:3])
+        raise WeightMismatch(f"{path}: none of its tensors fits this model (it holds {shown}, ...)")
 
     model.load_state_dict(fitting, strict=False)
     missing = tuple(name for name in own if name not in fitting)

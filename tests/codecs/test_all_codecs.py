@@ -1,4 +1,4 @@
-"""The laws that all mask codes share, and the fitted and the flat one against independent computations."""
+"""The laws that all mask codecs share, and the fitted and the flat one against independent computations."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_nothing_is_lost_when_nothing_is_cut(kind, size):
     torch.testing.assert_close(codec.decode(codec.encode(masks)), masks.float(), rtol=0, atol=1e-4)
 
 
-def test_the_released_code_loses_no_cell_of_its_training_masks_when_nothing_is_cut():
+def test_the_released_codec_loses_no_cell_of_its_training_masks_when_nothing_is_cut():
     masks = draw_masks(30, 8)
     codec = fitted("released", 8, 64, masks)
     assert torch.equal(codec.binarize(codec.decode(codec.encode(masks))), masks)
@@ -203,7 +203,7 @@ def test_a_full_mask_comes_back_full_under_both_rules(codec, threshold):
     assert codec.decode_masks(vector).all()
 
 
-def test_an_unknown_threshold_is_refused_with_the_known_ones():
+def test_an_unknown_threshold_is_rejected_with_the_known_ones():
     codec = DCTCodec(4, 4)
     codec.threshold = "otsu"
     with pytest.raises(ValueError, match="threshold 'otsu': allowed are 'middle' and 'half'"):
@@ -211,13 +211,13 @@ def test_an_unknown_threshold_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_numbers_than_cells_are_refused(kind):
+def test_more_numbers_than_cells_are_rejected(kind):
     with pytest.raises(ValueError, match=r"vector_dim 81 does not fit mask_size 8: allowed are 1\.\.64"):
         new(kind, 8, 81)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_wrong_shapes_are_refused_with_the_expected_ones(kind):
+def test_wrong_shapes_are_rejected_with_the_expected_ones(kind):
     codec = fitted(kind, 8, 9, draw_masks(12, 8))
     with pytest.raises(ValueError, match=r"masks have shape \(2, 9, 8\), expected \(K, 8, 8\)"):
         codec.encode(torch.zeros(2, 9, 8))
@@ -226,7 +226,7 @@ def test_wrong_shapes_are_refused_with_the_expected_ones(kind):
 
 
 @pytest.mark.parametrize("kind", ["pca", "released", "sparse"])
-def test_a_code_without_tables_refuses_to_work_and_says_how_to_get_them(kind):
+def test_a_codec_without_tables_refuses_to_work_and_says_how_to_get_them(kind):
     codec = new(kind, 8, 9)
     for attempt in (lambda: codec.encode(torch.zeros(1, 8, 8)), lambda: codec.decode(torch.zeros(1, 9))):
         with pytest.raises(ValueError, match=r"has no tables yet: fit it .*solq-lab fit-codec.* or load them"):
@@ -315,7 +315,7 @@ def test_the_moments_of_the_doubt_are_those_of_many_draws():
     assert noise_moments() == pytest.approx((logits.mean(), logits.std()), abs=3e-3)
 
 
-def test_in_training_the_released_code_draws_its_doubt_around_the_vector_it_gives_otherwise():
+def test_in_training_the_released_codec_draws_its_doubt_around_the_vector_it_gives_otherwise():
     masks = draw_masks(20, 8)
     codec = fitted("released", 8, 9, masks)
     calm = codec.encode(masks)
@@ -328,7 +328,7 @@ def test_in_training_the_released_code_draws_its_doubt_around_the_vector_it_give
     assert ((draws.mean(dim=0) - calm).abs() < 5 * error + 1e-5).all()
 
 
-def test_the_released_code_names_its_loss_and_rule():
+def test_the_released_codec_names_its_loss_and_rule():
     codec = PCACodec.released()
     assert (codec.mask_size, codec.vector_dim, codec.loss, codec.threshold) == (28, 60, "l2_dice", "half")
     assert (PCACodec(8, 4).loss, SparseCodingCodec(8, 4).loss, FlattenCodec().loss) == ("l1", "l1", "l2_dice")
@@ -372,7 +372,7 @@ def test_codes_meet_the_conditions_of_a_minimum(dictionary):
     assert (gap <= 1e-9 * cells.square().sum(1) / 2 + 1e-12).all()
 
 
-def test_the_gap_bounds_how_far_a_code_is_from_the_minimum(dictionary):
+def test_the_gap_bounds_how_far_a_codec_is_from_the_minimum(dictionary):
     cells, atoms = draw_masks(20, 10, seed=8).flatten(1).double(), dictionary.atoms.double()
     best = dictionary.encode(cells.unflatten(1, (10, 10)))
     poor = 0.7 * best + 0.1
@@ -394,7 +394,7 @@ def test_a_dearer_coefficient_leaves_fewer_of_them():
 
 
 @pytest.mark.parametrize("arguments", [{"beta": 0.0}, {"tolerance": -1.0}])
-def test_prices_and_tolerances_that_are_not_positive_are_refused(arguments):
+def test_prices_and_tolerances_that_are_not_positive_are_rejected(arguments):
     with pytest.raises(ValueError, match="allowed are positive numbers"):
         SparseCodingCodec(8, 4, **arguments)
 
@@ -427,6 +427,6 @@ def test_a_coarser_grid_averages_and_interpolates_as_torch_does(size, data):
     torch.testing.assert_close(codec.encode(masks).mean(dim=1), masks.float().mean(dim=(1, 2)))
 
 
-def test_a_grid_that_is_no_square_is_refused_with_the_nearest_ones():
+def test_a_grid_that_is_no_square_is_rejected_with_the_nearest_ones():
     with pytest.raises(ValueError, match=r"vector_dim 200 is no square number.*the nearest are 196 and 225"):
         FlattenCodec(28, 200)

@@ -1,4 +1,4 @@
-"""The mask codes: against scipy's transforms, against the released implementation, and against their own laws."""
+"""The mask codecs: against scipy's transforms, against the released implementation, and against their own laws."""
 
 from __future__ import annotations
 
@@ -177,12 +177,12 @@ def test_binarize_cuts_at_the_middle_of_each_masks_range_and_flat_ones_at_one_ha
 
 
 @pytest.mark.parametrize(("size", "vector_dim"), [(8, 65), (8, 0), (0, 1)])
-def test_sizes_that_do_not_fit_are_refused_with_what_is_allowed(size, vector_dim):
+def test_sizes_that_do_not_fit_are_rejected_with_what_is_allowed(size, vector_dim):
     with pytest.raises(ValueError, match=rf"vector_dim {vector_dim} does not fit mask_size {size}: allowed are 1\.\."):
         DCTCodec(size, vector_dim)
 
 
-def test_wrong_shapes_are_refused_with_the_expected_ones():
+def test_wrong_shapes_are_rejected_with_the_expected_ones():
     codec = DCTCodec(8, 10)
     with pytest.raises(ValueError, match=r"masks have shape \(2, 9, 8\), expected \(K, 8, 8\)"):
         codec.encode(torch.zeros(2, 9, 8))

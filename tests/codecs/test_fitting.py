@@ -158,7 +158,7 @@ def test_a_fit_to_some_objects_uses_so_many_and_says_so(annotated, tmp_path):
     assert about.dataset["used"] == about.quality["masks"] == 30 < about.dataset["objects"]
 
 
-def test_a_finished_file_is_kept_and_one_of_another_code_or_data_is_never_written_over(annotated, tmp_path):
+def test_a_finished_file_is_kept_and_one_of_another_codec_or_data_is_never_written_over(annotated, tmp_path):
     path = tmp_path / "code.safetensors"
     fit_codec(experiment_for(annotated, path, {"kind": "pca"}))
     before = path.stat().st_mtime_ns
@@ -171,7 +171,7 @@ def test_a_finished_file_is_kept_and_one_of_another_code_or_data_is_never_writte
     assert path.stat().st_mtime_ns == before
 
 
-def test_a_code_that_needs_no_fitting_and_data_without_objects_are_refused(annotated, tmp_path):
+def test_a_codec_that_needs_no_fitting_and_data_without_objects_are_rejected(annotated, tmp_path):
     with pytest.raises(ConfigError, match=r"codec\.kind=dct: nothing to fit; 'pca' and 'sparse' are fitted"):
         fit_codec(experiment_for(annotated, tmp_path / "code.safetensors", {"kind": "dct"}))
     with pytest.raises(DataError, match=r"train\.json: no such annotation file; check data\.root"):
@@ -184,19 +184,19 @@ def test_a_code_that_needs_no_fitting_and_data_without_objects_are_refused(annot
 
 
 @pytest.mark.parametrize("kind", ["pca", "sparse"])
-def test_a_fitted_code_without_a_file_is_refused_with_the_command_that_writes_it(tmp_path, kind):
+def test_a_fitted_codec_without_a_file_is_rejected_with_the_command_that_writes_it(tmp_path, kind):
     with pytest.raises(ConfigError, match=r"needs fitted tables: name their file .*solq-lab fit-codec EXPERIMENT"):
         tiny_experiment(tmp_path, codec={"kind": kind})
     with pytest.raises(ConfigError, match=r"no such codec file; `solq-lab fit-codec EXPERIMENT` writes it"):
         build_codec(experiment_for(tmp_path, tmp_path / "absent.safetensors", {"kind": kind}))
 
 
-def test_a_flat_code_of_no_square_length_is_refused_with_the_experiment(tmp_path):
+def test_a_flat_codec_of_no_square_length_is_rejected_with_the_experiment(tmp_path):
     with pytest.raises(ConfigError, match="kind 'flatten' needs a square number"):
         tiny_experiment(tmp_path, codec={"kind": "flatten", "vector_dim": 20})
 
 
-def test_an_experiment_chooses_the_threshold_and_each_code_has_its_own_otherwise(tmp_path):
+def test_an_experiment_chooses_the_threshold_and_each_codec_has_its_own_otherwise(tmp_path):
     assert build_codec(tiny_experiment(tmp_path)).threshold == "middle"
     assert build_codec(tiny_experiment(tmp_path, codec={"threshold": "half"})).threshold == "half"
     released = {"kind": "pca", "pca": "released", "artifact": "unused.safetensors"}
@@ -215,7 +215,7 @@ def artifact(tmp_path) -> Path:
     return path
 
 
-def test_a_truncated_file_is_refused(artifact):
+def test_a_truncated_file_is_rejected(artifact):
     whole = artifact.read_bytes()
     for length in (0, 5, len(whole) // 2, len(whole) - 1):
         artifact.write_bytes(whole[:length])
@@ -223,14 +223,14 @@ def test_a_truncated_file_is_refused(artifact):
             load_codec(artifact)
 
 
-def test_a_file_of_a_newer_version_is_refused_with_both_versions(artifact):
+def test_a_file_of_a_newer_version_is_rejected_with_both_versions(artifact):
     tensors, header = read_tensors(artifact)
     write_tensors(artifact, tensors, {"description": header["description"] | {"format": FORMAT + 1, "shape": "new"}})
     with pytest.raises(ArtifactError, match=rf"of version {FORMAT + 1}, this program reads up to {FORMAT}; update"):
         load_codec(artifact)
 
 
-def test_files_that_are_something_else_are_refused(artifact):
+def test_files_that_are_something_else_are_rejected(artifact):
     tensors, header = read_tensors(artifact)
     write_tensors(artifact, tensors, {})
     with pytest.raises(ArtifactError, match="without a codec's description"):
@@ -246,7 +246,7 @@ def test_files_that_are_something_else_are_refused(artifact):
         load_codec(artifact)
 
 
-def test_a_file_of_other_sizes_or_settings_than_the_experiments_is_refused_with_both(artifact, tmp_path):
+def test_a_file_of_other_sizes_or_settings_than_the_experiments_is_rejected_with_both(artifact, tmp_path):
     same = {"kind": "pca", "mask_size": 8, "vector_dim": 5}
     assert build_codec(experiment_for(tmp_path, artifact, same)).fitted
     for change, message in (
@@ -275,7 +275,7 @@ def test_writing_is_all_or_nothing(artifact, monkeypatch):
 # Quality
 
 
-def test_a_code_that_cuts_nothing_has_perfect_quality_and_equal_masks_no_variance():
+def test_a_codec_that_cuts_nothing_has_perfect_quality_and_equal_masks_no_variance():
     masks = blob_masks(0, count=20, size=9)
     quality = measure_quality(FlattenCodec(9), masks)
     assert quality == {"explained_variance": 1.0, "mean_iou": 1.0, "masks": 20}
@@ -315,7 +315,7 @@ def test_every_kind_trains_and_its_model_needs_no_file_but_the_weights(data_root
     assert len(recorded["sha256"]) == 64
 
 
-def test_a_training_with_a_code_of_other_data_is_refused_before_it_begins(data_root, annotated, tmp_path):
+def test_a_training_with_a_codec_of_other_data_is_rejected_before_it_begins(data_root, annotated, tmp_path):
     artifact = tmp_path / "code.safetensors"
     fit_codec(experiment_for(annotated, artifact, {"kind": "pca"}))
     experiment = experiment_for(data_root, artifact, {"kind": "pca"})

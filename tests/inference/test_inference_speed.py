@@ -159,7 +159,7 @@ def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(weights: Path, mo
     assert message.startswith("autocast=bf16: this CPU has no bf16 instructions")
 
 
-def test_a_bucket_or_autocast_that_does_not_exist_is_refused(weights: Path):
+def test_a_bucket_or_autocast_that_does_not_exist_is_rejected(weights: Path):
     with pytest.raises(ValueError, match="bucket 0: allowed are positive numbers of pixels"):
         Predictor(weights, device="cpu", bucket=0)
     with pytest.raises(ValueError, match="autocast='fp16' is unknown; allowed are none, bf16"):

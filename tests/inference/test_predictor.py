@@ -143,12 +143,14 @@ def test_a_plain_detector_predicts_without_masks(tmp_path: Path, image: np.ndarr
         (np.zeros((0, 4, 3), np.uint8), r"array \(0, 4, 3\) of uint8; .*at least one pixel"),
     ],
 )
-def test_an_array_of_another_type_or_shape_is_refused_with_the_cure(predictor: Predictor, array: np.ndarray, cure: str):
+def test_an_array_of_another_type_or_shape_is_rejected_with_the_cure(
+    predictor: Predictor, array: np.ndarray, cure: str
+):
     with pytest.raises(DataError, match=cure):
         predictor.predict(array)
 
 
-def test_something_that_is_no_image_is_refused_by_name(predictor: Predictor, tmp_path: Path, image: np.ndarray):
+def test_something_that_is_no_image_is_rejected_by_name(predictor: Predictor, tmp_path: Path, image: np.ndarray):
     with pytest.raises(DataError, match=r"missing\.jpg: no such file"):
         predictor.predict(tmp_path / "missing.jpg")
     (tmp_path / "notes.txt").write_text("not an image")
@@ -166,7 +168,7 @@ def test_something_that_is_no_image_is_refused_by_name(predictor: Predictor, tmp
         predictor.predict(torch.zeros(3, 4, 4))
 
 
-def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path):
+def test_a_file_that_is_no_checkpoint_is_rejected_by_name(tmp_path: Path):
     with pytest.raises(WeightMismatch, match=r"missing\.safetensors: no such weights file"):
         Predictor(tmp_path / "missing.safetensors")
     (tmp_path / "notes.txt").write_text("not a checkpoint")
@@ -174,7 +176,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path):
         Predictor(tmp_path / "notes.txt")
 
 
-def test_weights_without_an_experiment_or_classes_are_refused_with_the_cure(tmp_path: Path, experiment):
+def test_weights_without_an_experiment_or_classes_are_rejected_with_the_cure(tmp_path: Path, experiment):
     path = tmp_path / "bare.safetensors"
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(WeightMismatch, match=r"bare\.safetensors: .* no experiment.*solq-lab import-weights"):
@@ -184,7 +186,7 @@ def test_weights_without_an_experiment_or_classes_are_refused_with_the_cure(tmp_
         Predictor(path)
 
 
-def test_weights_of_another_network_than_the_one_beside_them_are_refused(weights: Path, tmp_path: Path, experiment):
+def test_weights_of_another_network_than_the_one_beside_them_are_rejected(weights: Path, tmp_path: Path, experiment):
     state = build_model(experiment, 3).state_dict()
     path = tmp_path / "other.safetensors"
     save_weights(path, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
