@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import yaml
@@ -10,15 +11,15 @@ MAX_VALUES = 100_000  # of a file with all its aliases written out; the paper's 
 
 
 class PlainYamlError(yaml.YAMLError):
-    """YAML that is more than plain data, or holds a value that is none."""
+    """YAML that is more than plain data, or holds an invalid value."""
 
 
 def load_yaml(text: str) -> Any:
-    """The value that a YAML text stands for, made of mappings, lists, texts, numbers, true, false and null.
+    """The value of a YAML text: mappings, lists, texts, numbers, true, false and null.
 
     Raises:
-        yaml.YAMLError: not YAML, an object tag, or a value that cannot be; aliases that contain themselves, or
-            unfold into more than `MAX_VALUES` values.
+        yaml.YAMLError: not YAML, an object tag or an invalid value; aliases that contain themselves, or unfold into
+            more than `MAX_VALUES` values.
     """
     loader = yaml.SafeLoader(text)
     try:
@@ -31,20 +32,16 @@ def load_yaml(text: str) -> Any:
     except RecursionError:
         raise PlainYamlError("nested too deeply, or in itself") from None
     except (ValueError, LookupError, AttributeError) as error:  # as PyYAML fails at !!timestamp x or a number 0x_
-        raise PlainYamlError(f"a value that cannot be: {error}") from None
+        raise PlainYamlError(f"an invalid value: {error}") from None
     finally:
         loader.dispose()
 
 
 def _count(node: yaml.Node, counted: dict[int, int]) -> int:
-    """How many values a node has, aliases written out; endless for one that contains itself, as Python notices."""
+    """Number of values of a node with its aliases written out; RecursionError for one that contains itself."""
     if id(node) not in counted:
-        match node:
-            case yaml.MappingNode(value=pairs):
-                children = [part for pair in pairs for part in pair]
-            case yaml.SequenceNode(value=children):
-                pass
-            case _:
-                children = []
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = itertools.chain.from_iterable(children)  # pairs of key and value
         counted[id(node)] = 1 + sum(_count(child, counted) for child in children)
     return counted[id(node)]

@@ -34,7 +34,7 @@ class TrainingFailed(ExplainedError):
     """The training process ended without a trained model; the message says how, with the last lines of its log."""
 
 
-class TrainingRefused(RunError):
+class TrainingRejected(RunError):
     """The training rejected the experiment, its data or its weights before it began."""
 
 
@@ -92,7 +92,7 @@ def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
         The finished run.
 
     Raises:
-        TrainingRefused: the training rejected the experiment, its data or its weights.
+        TrainingRejected: the training rejected the experiment, its data or its weights.
         TrainingFailed: the training ended otherwise.
     """
     run = load_run(run_folder)
@@ -158,11 +158,11 @@ def describe_trainings(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def diagnose_exit(run: Run) -> TrainingRefused | TrainingFailed:
+def diagnose_exit(run: Run) -> TrainingRejected | TrainingFailed:
     """The exception for a training that ended without finishing."""
     status = run.status()
     if status["state"] == "failed" and status.get("exit_status") == UserError.exit_status:
-        return TrainingRefused(status["message"].partition(": ")[2])
+        return TrainingRejected(status["message"].partition(": ")[2])
     if status["state"] == "preempted":
         return TrainingFailed(f"{run.folder}: stopped at step {status['step']}; re-running resumes it there")
 

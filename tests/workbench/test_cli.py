@@ -38,8 +38,8 @@ def command(command_line, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def refused(command):
-    """Run a command that has to be refused; its message."""
+def rejected(command):
+    """Run a command that has to be rejected; its message."""
 
     def run(*arguments: object) -> str:
         status, output = command(*arguments)
@@ -105,12 +105,12 @@ def test_the_version_is_that_of_the_package(command):
     assert command("--version") == (0, f"solq-lab {metadata.version('solq-lab')}\n")
 
 
-def test_an_unknown_choice_is_refused_with_those_that_exist(refused):
-    assert "'tst' is not one of 'val', 'train'" in refused("evaluate", "run", "--split", "tst")
+def test_an_unknown_choice_is_rejected_with_those_that_exist(rejected):
+    assert "'tst' is not one of 'val', 'train'" in rejected("evaluate", "run", "--split", "tst")
 
 
-def test_an_unknown_command_is_refused(refused):
-    assert "No such command 'trian'" in refused("trian")
+def test_an_unknown_command_is_rejected(rejected):
+    assert "No such command 'trian'" in rejected("trian")
 
 
 def test_help_needs_no_torch():
@@ -122,28 +122,28 @@ def test_help_needs_no_torch():
 # ---- experiments and data
 
 
-def test_a_misspelt_key_is_refused(refused, experiment):
-    assert "unknown key train.stpes; did you mean steps?" in refused("train", experiment, "train.stpes=3")
+def test_a_misspelt_key_is_rejected(rejected, experiment):
+    assert "unknown key train.stpes; did you mean steps?" in rejected("train", experiment, "train.stpes=3")
 
 
-def test_a_wrong_type_is_refused(refused, experiment):
-    message = refused("train", experiment, "train.steps=many")
+def test_a_wrong_type_is_rejected(rejected, experiment):
+    message = rejected("train", experiment, "train.steps=many")
     assert "train.steps" in message
     assert "'many'" in message
 
 
-def test_sizes_that_do_not_fit_are_refused(refused, experiment):
-    message = refused("train", experiment, "codec.mask_size=4")
+def test_sizes_that_do_not_fit_are_rejected(rejected, experiment):
+    message = rejected("train", experiment, "codec.mask_size=4")
     assert "vector_dim 20 exceeds mask_size squared (16)" in message
 
 
-def test_a_missing_data_folder_is_refused(refused, experiment, data_root):
-    message = refused("train", experiment, f"data.root={data_root}s")
+def test_a_missing_data_folder_is_rejected(rejected, experiment, data_root):
+    message = rejected("train", experiment, f"data.root={data_root}s")
     assert f"data.root: found {data_root}s, which does not exist; did you mean {data_root}?" in message
 
 
-def test_an_experiment_that_wants_its_folder_given_says_so(refused):
-    message = refused("train", REPOSITORY / "experiments" / "coco_small.yaml")
+def test_an_experiment_that_wants_its_folder_given_says_so(rejected):
+    message = rejected("train", REPOSITORY / "experiments" / "coco_small.yaml")
     assert "data.root=FOLDER" in message
 
 
@@ -158,13 +158,13 @@ def test_an_experiment_that_wants_its_folder_given_says_so(refused):
         ),
     ],
 )
-def test_refused_experiments_leave_no_run_behind(refused, experiment, tmp_path, change, said):
-    assert said in refused("train", experiment, change)
+def test_rejected_experiments_leave_no_run_behind(rejected, experiment, tmp_path, change, said):
+    assert said in rejected("train", experiment, change)
     assert not (tmp_path / "runs").exists()
 
 
-def test_tables_that_nobody_has_fitted_are_refused_with_the_command_that_fits_them(refused, experiment, tmp_path):
-    message = refused("train", experiment, "codec.kind=pca", "codec.artifact=nowhere.safetensors")
+def test_missing_tables_are_rejected_with_the_command_that_fits_them(rejected, experiment, tmp_path):
+    message = rejected("train", experiment, "codec.kind=pca", "codec.artifact=nowhere.safetensors")
     assert (
         "codec.artifact: found nowhere.safetensors, which does not exist; `solq-lab fit-codec EXPERIMENT` writes it"
         in message
@@ -172,8 +172,8 @@ def test_tables_that_nobody_has_fitted_are_refused_with_the_command_that_fits_th
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_change_in_the_experiments_place_is_named(refused):
-    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", "train.steps=3")
+def test_a_change_in_the_experiments_place_is_named(rejected):
+    message = rejected("run", REPOSITORY / "notebooks" / "train.ipynb", "train.steps=3")
     assert "train.steps=3: changes an experiment; name the experiment's file before it" in message
 
 
@@ -184,21 +184,21 @@ def change_annotations(data_root: Path, change) -> None:
     path.write_text(json.dumps(document))
 
 
-def test_an_annotation_file_that_is_not_coco_is_refused(refused, experiment, data_root, train_here):
+def test_an_annotation_file_that_is_not_coco_is_rejected(rejected, experiment, data_root, train_here):
     (data_root / "train.json").write_text('{"images": []}')
-    message = refused("train", experiment)
+    message = rejected("train", experiment)
     assert "train.json" in message
     assert "images" in message
 
 
-def test_an_annotation_file_that_is_not_json_is_refused(refused, experiment, data_root, train_here):
+def test_an_annotation_file_that_is_not_json_is_rejected(rejected, experiment, data_root, train_here):
     (data_root / "train.json").write_text("<xml/>")
-    assert "train.json" in refused("train", experiment)
+    assert "train.json" in rejected("train", experiment)
 
 
-def test_a_category_outside_the_map_is_refused_by_its_ids(refused, experiment, data_root, train_here):
+def test_a_category_outside_the_map_is_rejected_by_its_ids(rejected, experiment, data_root, train_here):
     change_annotations(data_root, lambda document: document["annotations"][0].update(category_id=77))
-    message = refused("train", experiment)
+    message = rejected("train", experiment)
     assert "category id 77" in message
     assert "annotation id 1" in message
 
@@ -210,31 +210,31 @@ def test_a_box_without_area_is_named(command, experiment, data_root, train_here,
     assert "1" in (said := next(line for line in (caplog.text + output).splitlines() if "area" in line)), said
 
 
-def test_a_missing_image_is_refused_by_name_and_id(refused, experiment, data_root, train_here):
+def test_a_missing_image_is_rejected_by_name_and_id(rejected, experiment, data_root, train_here):
     (data_root / "train" / "2.png").unlink()
-    message = refused("train", experiment)
+    message = rejected("train", experiment)
     assert "'2.png' (image id 2)" in message
 
 
-def test_a_truncated_image_is_refused_by_name(refused, experiment, data_root, train_here):
+def test_a_truncated_image_is_rejected_by_name(rejected, experiment, data_root, train_here):
     image = data_root / "train" / "2.png"
     image.write_bytes(image.read_bytes()[:60])
-    message = refused("train", experiment)
+    message = rejected("train", experiment)
     assert "2.png" in message
 
 
-def test_a_refusal_in_the_training_process_reaches_the_terminal(refused, experiment, data_root):
+def test_a_rejection_in_the_training_process_reaches_the_terminal(rejected, experiment, data_root):
     (data_root / "train" / "2.png").unlink()
-    message = refused("train", experiment)
+    message = rejected("train", experiment)
     assert "'2.png' (image id 2)" in message
 
 
-def test_another_experiment_of_the_same_name_is_refused_and_the_run_left_alone(
-    command, refused, experiment, tmp_path, train_here
+def test_another_experiment_of_the_same_name_is_rejected_and_the_run_left_alone(
+    command, rejected, experiment, tmp_path, train_here
 ):
     assert command("train", experiment, "train.steps=1")[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    message = refused("train", experiment, "train.steps=2")
+    message = rejected("train", experiment, "train.steps=2")
     assert "train.steps (there 1, asked 2)" in message
     assert before == {path: path.read_bytes() for path in before}
 
@@ -242,25 +242,25 @@ def test_another_experiment_of_the_same_name_is_refused_and_the_run_left_alone(
 # ---- notebooks
 
 
-def test_an_unknown_notebook_parameter_is_refused(refused, experiment):
-    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "image=3")
+def test_an_unknown_notebook_parameter_is_rejected(rejected, experiment):
+    message = rejected("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "image=3")
     assert "unknown parameter image; did you mean images?" in message
 
 
-def test_a_notebook_is_found_by_its_name(refused, experiment):
+def test_a_notebook_is_found_by_its_name(rejected, experiment):
     Path("notebooks").mkdir()
     notebook = write_notebook(Path("notebooks") / "train.ipynb")
-    assert f"{notebook}: unknown parameter pictres" in refused("run", "train", experiment, "-p", "pictres=3")
-    assert f"notebooks/trian.ipynb: no such notebook; did you mean {notebook}?" in refused("run", "trian", experiment)
+    assert f"{notebook}: unknown parameter pictres" in rejected("run", "train", experiment, "-p", "pictres=3")
+    assert f"notebooks/trian.ipynb: no such notebook; did you mean {notebook}?" in rejected("run", "trian", experiment)
 
 
-def test_a_parameter_without_a_value_is_refused(refused, experiment):
-    message = refused("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "images")
+def test_a_parameter_without_a_value_is_rejected(rejected, experiment):
+    message = rejected("run", REPOSITORY / "notebooks" / "train.ipynb", experiment, "-p", "images")
     assert "allowed is name=value" in message
 
 
-def test_a_missing_notebook_is_refused(refused, experiment):
-    message = refused("run", REPOSITORY / "notebooks" / "trian.ipynb", experiment)
+def test_a_missing_notebook_is_rejected(rejected, experiment):
+    message = rejected("run", REPOSITORY / "notebooks" / "trian.ipynb", experiment)
     assert "train.ipynb?" in message
 
 
@@ -296,15 +296,15 @@ def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_
     assert "segm, class" in again
 
 
-def test_evaluating_an_untrained_run_is_refused(refused, experiment):
+def test_evaluating_an_untrained_run_is_rejected(rejected, experiment):
     from solq_lab.runs import create_run
 
     create_run(load_experiment(experiment), "runs")
-    assert "finish the training first" in refused("evaluate", "runs/tiny")
+    assert "finish the training first" in rejected("evaluate", "runs/tiny")
 
 
-def test_evaluating_what_is_no_run_is_refused(refused):
-    assert "not a run folder" in refused("evaluate", "runs/none")
+def test_evaluating_what_is_no_run_is_rejected(rejected):
+    assert "not a run folder" in rejected("evaluate", "runs/none")
 
 
 def test_what_goes_wrong_outside_ends_in_status_1_and_its_message(command, monkeypatch):
@@ -346,33 +346,33 @@ def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights
     assert "none with a score of at least 1; the best has 0.0" in output  # of an untrained model
 
 
-def test_an_image_that_does_not_exist_is_refused_before_another_is_looked_at(refused, weights, data_root, tmp_path):
-    message = refused("predict", weights, data_root / "val" / "1.png", "nowhere.jpg")
+def test_an_image_that_does_not_exist_is_rejected_before_another_is_looked_at(rejected, weights, data_root, tmp_path):
+    message = rejected("predict", weights, data_root / "val" / "1.png", "nowhere.jpg")
     assert "nowhere.jpg: no such file" in message
     assert not (tmp_path / "predictions").exists()
 
 
-def test_a_folder_in_the_place_of_an_image_is_refused_with_the_way_to_name_its_files(refused, weights, data_root):
-    assert f"{data_root}: is a folder; name the files in it" in refused("predict", weights, data_root)
+def test_a_folder_in_the_place_of_an_image_is_rejected_with_the_way_to_name_its_files(rejected, weights, data_root):
+    assert f"{data_root}: is a folder; name the files in it" in rejected("predict", weights, data_root)
 
 
-def test_a_truncated_image_is_refused_in_prediction_too(refused, weights, data_root):
+def test_a_truncated_image_is_rejected_in_prediction_too(rejected, weights, data_root):
     image = data_root / "val" / "1.png"
     image.write_bytes(image.read_bytes()[:60])
-    assert "1.png: not an image that can be read" in refused("predict", weights, image)
+    assert "1.png: not an image that can be read" in rejected("predict", weights, image)
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(refused, data_root):
-    message = refused("predict", data_root / "train.json", data_root / "val" / "1.png")
+def test_a_file_that_is_no_checkpoint_is_rejected(rejected, data_root):
+    message = rejected("predict", data_root / "train.json", data_root / "val" / "1.png")
     assert "train.json: not a safetensors file" in message
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(refused, tmp_path, data_root):
+def test_a_checkpoint_of_another_architecture_is_rejected(rejected, tmp_path, data_root):
     settings = tiny_experiment(data_root)
     wider = tiny_experiment(data_root, model={"width": 64})
     path = tmp_path / "other.safetensors"
     save_weights(path, build_model(wider, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
-    message = refused("predict", path, data_root / "val" / "1.png")
+    message = rejected("predict", path, data_root / "val" / "1.png")
     assert "other.safetensors" in message
 
 
@@ -426,9 +426,9 @@ def test_annotations_name_the_classes_of_imported_weights(command, official, dat
     assert ClassMap.from_json(read_weights(Path("ours.safetensors")).classes).names[:3] == ("", "triangle", "diamond")
 
 
-def test_an_existing_file_is_not_written_over(refused, official, tmp_path):
+def test_an_existing_file_is_not_written_over(rejected, official, tmp_path):
     (tmp_path / "mine.safetensors").write_text("precious")
-    assert "is not written over" in refused("import-weights", official, "mine.safetensors")
+    assert "is not written over" in rejected("import-weights", official, "mine.safetensors")
     assert (tmp_path / "mine.safetensors").read_text() == "precious"
 
 
@@ -439,17 +439,17 @@ class Touch:
         return os.mkdir, ("executed",)
 
 
-def test_a_pickle_with_code_in_it_is_refused_and_not_executed(refused, tmp_path):
+def test_a_pickle_with_code_in_it_is_rejected_and_not_executed(rejected, tmp_path):
     torch.save({"model": {"a": torch.zeros(1)}, "args": Touch()}, tmp_path / "evil.pth")
-    message = refused("import-weights", "evil.pth", "out.safetensors")
+    message = rejected("import-weights", "evil.pth", "out.safetensors")
     assert "nothing in it was executed" in message
     assert not (tmp_path / "executed").exists()
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_text_file_is_no_checkpoint(refused, tmp_path):
+def test_a_text_file_is_no_checkpoint(rejected, tmp_path):
     (tmp_path / "notes.pth").write_text("not weights")
-    assert "notes.pth" in refused("import-weights", "notes.pth", "out.safetensors")
+    assert "notes.pth" in rejected("import-weights", "notes.pth", "out.safetensors")
 
 
 # ---- places to write to
@@ -469,9 +469,9 @@ def test_a_text_file_is_no_checkpoint(refused, tmp_path):
         ("ship", "runs/tiny", "notes.txt"),
     ],
 )
-def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(refused, tmp_path, arguments):
+def test_a_file_in_the_place_of_a_folder_is_rejected_before_any_work(rejected, tmp_path, arguments):
     (tmp_path / "notes.txt").write_text("precious")
-    assert "name a folder" in refused(*arguments)
+    assert "name a folder" in rejected(*arguments)
     assert (tmp_path / "notes.txt").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -486,62 +486,62 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(refused, tmp
         ("import-weights", "official.pth"),
     ],
 )
-def test_a_folder_in_the_place_of_a_file_and_a_missing_folder_are_refused_before_any_work(refused, tmp_path, arguments):
+def test_a_folder_in_place_of_a_file_and_a_missing_folder_are_rejected_before_any_work(rejected, tmp_path, arguments):
     (tmp_path / "folder").mkdir()
-    assert "folder: is a folder; name a file in it" in refused(*arguments, "folder")
-    assert "nowhere/x.onnx: there is no folder nowhere" in refused(*arguments, "nowhere/x.onnx")
+    assert "folder: is a folder; name a file in it" in rejected(*arguments, "folder")
+    assert "nowhere/x.onnx: there is no folder nowhere" in rejected(*arguments, "nowhere/x.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_an_export_makes_its_folder_and_is_refused_one_that_cannot_be_made(command, refused, weights, tmp_path):
+def test_an_export_makes_its_folder_and_is_rejected_one_that_cannot_be_made(command, rejected, weights, tmp_path):
     assert command("export", weights, "exports/mine.safetensors")[0] == 0
-    assert "is a folder; name a file in it" in refused("export", weights, "exports")
-    assert "weights.safetensors: is a file; name a folder" in refused("export", weights, f"{weights}/mine.safetensors")
+    assert "is a folder; name a file in it" in rejected("export", weights, "exports")
+    assert "weights.safetensors: is a file; name a folder" in rejected("export", weights, f"{weights}/mine.safetensors")
 
 
-def test_a_place_that_may_not_be_written_to_is_refused_before_any_work(refused, tmp_path, monkeypatch):
+def test_a_place_that_may_not_be_written_to_is_rejected_before_any_work(rejected, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert "cannot be written to; name another place" in refused("make-shapes", "shapes")
-    assert "cannot be written to; name another place" in refused("bench", "matcher", "--json", "bench.json")
+    assert "cannot be written to; name another place" in rejected("make-shapes", "shapes")
+    assert "cannot be written to; name another place" in rejected("bench", "matcher", "--json", "bench.json")
 
 
-def test_what_the_operating_system_refuses_is_told_with_the_place_and_without_a_traceback(refused, monkeypatch):
-    def refuse(*_, **__):
+def test_what_the_operating_system_rejects_is_told_with_the_place_and_without_a_traceback(rejected, monkeypatch):
+    def reject(*_, **__):
         raise PermissionError(13, "Permission denied", "runs/tiny")
 
-    monkeypatch.setattr(runs, "open_run", refuse)
-    assert refused("evaluate", "runs/tiny").strip() == "runs/tiny: Permission denied"
+    monkeypatch.setattr(runs, "open_run", reject)
+    assert rejected("evaluate", "runs/tiny").strip() == "runs/tiny: Permission denied"
 
 
 # ---- the rest
 
 
-def test_an_export_of_no_detections_is_refused(refused):
-    assert "Invalid value for '--top-k'" in refused("export", "weights.safetensors", "a.onnx", "--top-k", 0)
+def test_an_export_of_no_detections_is_rejected(rejected):
+    assert "Invalid value for '--top-k'" in rejected("export", "weights.safetensors", "a.onnx", "--top-k", 0)
 
 
 @pytest.mark.parametrize("sides", ["5", "96,32", "0,32", "1,2,3", "big"])
-def test_sizes_that_do_not_rise_are_refused(refused, sides):
-    assert "Invalid value for --area-sides: found" in refused("codec-ceiling", "images", "--area-sides", sides)
+def test_sizes_that_do_not_rise_are_rejected(rejected, sides):
+    assert "Invalid value for --area-sides: found" in rejected("codec-ceiling", "images", "--area-sides", sides)
 
 
-def test_make_shapes_writes_a_folder_and_refuses_to_change_one(command, refused, tmp_path):
+def test_make_shapes_writes_a_folder_and_rejects_to_change_one(command, rejected, tmp_path):
     assert command("make-shapes", "s", "--train", 2, "--val", 1, "--processes", 1)[0] == 0
     assert len(list((tmp_path / "s" / "train").iterdir())) == 2
     before = (tmp_path / "s" / "annotations" / "instances_train.json").read_bytes()
-    message = refused("make-shapes", "s", "--train", 3, "--val", 1, "--processes", 1)
+    message = rejected("make-shapes", "s", "--train", 3, "--val", 1, "--processes", 1)
     assert "s" in message
     assert (tmp_path / "s" / "annotations" / "instances_train.json").read_bytes() == before
 
 
-def test_an_unknown_level_is_refused_with_those_that_exist(refused):
-    message = refused("make-shapes", "s", "--level", "medium")
+def test_an_unknown_level_is_rejected_with_those_that_exist(rejected):
+    message = rejected("make-shapes", "s", "--level", "medium")
     assert "easy" in message
     assert "hard" in message
 
 
-def test_bench_refuses_an_unknown_part(refused):
-    message = refused("bench", "opp")
+def test_bench_rejects_an_unknown_part(rejected):
+    message = rejected("bench", "opp")
     assert "opp" in message
     assert "postprocess" in message
 

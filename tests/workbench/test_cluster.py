@@ -101,7 +101,7 @@ def test_a_job_that_its_cluster_lost_has_failed_and_the_log_says_so(submitted):
         (["--cluster", "local", "--cluster-option", "timeout_mni=9"], "timeout_mni"),
     ],
 )
-def test_a_training_that_cannot_be_submitted_is_refused_before_any_work(tmp_path, arguments, said):
+def test_a_training_that_cannot_be_submitted_is_rejected_before_any_work(tmp_path, arguments, said):
     experiment = tmp_path / "tiny.yaml"
     experiment.write_text(tiny_experiment(write_tiny_dataset(tmp_path / "images")).to_yaml())
     runner = CliRunner().invoke(cli.app, ["train", str(experiment), "--runs-dir", str(tmp_path / "runs"), *arguments])

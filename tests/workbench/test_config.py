@@ -27,7 +27,7 @@ def write(tmp_path):
     return write_file
 
 
-def refusal(path, overrides=()) -> str:
+def rejection(path, overrides=()) -> str:
     with pytest.raises(ConfigError) as caught:
         load_experiment(path, overrides)
     message = str(caught.value)
@@ -56,40 +56,40 @@ def test_writing_and_reading_gives_the_same_experiment(seed, rate, scales):
     assert validate_experiment(yaml.safe_load(experiment.to_yaml()), source="text") == experiment
 
 
-def test_a_misspelt_key_is_refused_with_the_nearest_one(write):
-    message = refusal(write("train: {bach_size: 8}"))
+def test_a_misspelt_key_is_rejected_with_the_nearest_one(write):
+    message = rejection(write("train: {bach_size: 8}"))
     assert "mine.yaml" in message
     assert "unknown key train.bach_size; did you mean batch_size?" in message
 
 
-def test_a_misspelt_section_is_refused_with_the_nearest_one(write):
-    assert "unknown key modle; did you mean model?" in refusal(write("modle: {width: 256}"))
+def test_a_misspelt_section_is_rejected_with_the_nearest_one(write):
+    assert "unknown key modle; did you mean model?" in rejection(write("modle: {width: 256}"))
 
 
-def test_a_key_in_the_wrong_place_is_refused_with_the_right_one(write):
-    assert "unknown key steps; did you mean train.steps?" in refusal(write(""), ["steps=3"])
-    assert "unknown key train.lr; did you mean optim.lr?" in refusal(write("train: {lr: 0.1}"))
-    message = refusal(write("batch_size: 4"))
+def test_a_key_in_the_wrong_place_is_rejected_with_the_right_one(write):
+    assert "unknown key steps; did you mean train.steps?" in rejection(write(""), ["steps=3"])
+    assert "unknown key train.lr; did you mean optim.lr?" in rejection(write("train: {lr: 0.1}"))
+    message = rejection(write("batch_size: 4"))
     assert "did you mean train.batch_size or evaluation.batch_size?" in message
 
 
-def test_a_value_in_the_place_of_a_section_is_refused_with_the_sections_keys(write):
-    assert "matcher: found 3, allowed is a section with some of the keys class_cost" in refusal(
+def test_a_value_in_the_place_of_a_section_is_rejected_with_the_sections_keys(write):
+    assert "matcher: found 3, allowed is a section with some of the keys class_cost" in rejection(
         write(""), ["matcher=3"]
     )
 
 
-def test_a_parent_that_is_not_there_is_refused_with_the_file_that_names_it(write):
-    message = refusal(write("extends: nowhere.yaml"))
+def test_a_parent_that_is_not_there_is_rejected_with_the_file_that_names_it(write):
+    message = rejection(write("extends: nowhere.yaml"))
     assert "mine.yaml: extends: found nowhere.yaml, allowed is the path of a YAML file as seen from" in message
 
 
-def test_a_key_like_no_other_is_refused_with_all_that_are_allowed(write):
-    assert "allowed are kind, mask_size, vector_dim" in refusal(write("codec: {zzz: 1}"))
+def test_a_key_like_no_other_is_rejected_with_all_that_are_allowed(write):
+    assert "allowed are kind, mask_size, vector_dim" in rejection(write("codec: {zzz: 1}"))
 
 
-def test_a_misspelt_override_is_refused_like_a_misspelt_key(write):
-    assert "unknown key optim.lrr; did you mean lr?" in refusal(write(""), ["optim.lrr=1"])
+def test_a_misspelt_override_is_rejected_like_a_misspelt_key(write):
+    assert "unknown key optim.lrr; did you mean lr?" in rejection(write(""), ["optim.lrr=1"])
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_a_misspelt_override_is_refused_like_a_misspelt_key(write):
     ],
 )
 def test_a_wrong_type_or_value_is_named_with_what_was_found_and_what_is_allowed(write, text, said):
-    message = refusal(write(text))
+    message = rejection(write(text))
     assert all(part in message for part in said), message
 
 
 def test_all_faults_of_a_file_are_named_at_once(write):
-    message = refusal(write("train: {epochs: 0}\noptim: {momentum: 0.9}"))
+    message = rejection(write("train: {epochs: 0}\noptim: {momentum: 0.9}"))
     assert "train.epochs" in message
     assert "optim.momentum" in message
 
@@ -131,24 +131,24 @@ def test_all_faults_of_a_file_are_named_at_once(write):
         ("evaluation: {area_sides: [96, 32]}", ("evaluation: area_sides [96.0, 32.0]", "ascending")),
     ],
 )
-def test_numbers_that_do_not_fit_together_are_refused_with_their_values(write, text, said):
-    message = refusal(write(text))
+def test_numbers_that_do_not_fit_together_are_rejected_with_their_values(write, text, said):
+    message = rejection(write(text))
     assert all(part in message for part in said), message
 
 
-def test_a_missing_file_is_refused_with_the_nearest_name(write):
+def test_a_missing_file_is_rejected_with_the_nearest_name(write):
     path = write("", "solq_r50.yaml")
-    assert f"did you mean {path}?" in refusal(path.with_name("solq_r5.yaml"))
+    assert f"did you mean {path}?" in rejection(path.with_name("solq_r5.yaml"))
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "just words", "a: [1", "a: !!python/object/apply:os.getcwd []"])
-def test_a_file_that_is_no_mapping_is_refused_and_runs_nothing(write, text):
-    assert "mine.yaml" in refusal(write(text))
+def test_a_file_that_is_no_mapping_is_rejected_and_runs_nothing(write, text):
+    assert "mine.yaml" in rejection(write(text))
 
 
-def test_a_file_that_extends_itself_is_refused(write):
+def test_a_file_that_extends_itself_is_rejected(write):
     write("extends: b.yaml", "a.yaml")
-    assert "extends itself" in refusal(write("extends: a.yaml", "b.yaml"))
+    assert "extends itself" in rejection(write("extends: a.yaml", "b.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_an_override_of_a_text_is_taken_as_typed_and_any_other_as_yaml(write, ov
     assert (experiment.name if key == "name" else experiment.value(key)) == found
 
 
-def test_a_choice_that_yaml_takes_for_another_type_is_refused_as_typed(write):
-    assert "(found 'no')" in refusal(write(""), ["train.autocast=no"])
+def test_a_choice_that_yaml_takes_for_another_type_is_rejected_as_typed(write):
+    assert "(found 'no')" in rejection(write(""), ["train.autocast=no"])
 
 
 def test_keys_have_the_roles_that_runs_sweeps_and_shared_models_rely_on():
@@ -189,12 +189,12 @@ def test_keys_have_the_roles_that_runs_sweeps_and_shared_models_rely_on():
 
 
 @pytest.mark.parametrize("override", ["train.batch_size", "=3", "train.batch_size.more=3", "train.steps=[1"])
-def test_an_override_of_another_form_is_refused(write, override):
-    assert override in refusal(write("train: {batch_size: 8}"), [override])
+def test_an_override_of_another_form_is_rejected(write, override):
+    assert override in rejection(write("train: {batch_size: 8}"), [override])
 
 
-def test_a_name_that_is_no_folder_name_is_refused(write):
-    assert "name" in refusal(write(""), ["name=../elsewhere"])
+def test_a_name_that_is_no_folder_name_is_rejected(write):
+    assert "name" in rejection(write(""), ["name=../elsewhere"])
 
 
 def test_an_experiment_cannot_be_changed_after_loading(write):

@@ -92,7 +92,7 @@ def test_the_smoke_run_is_the_demo_but_for_its_length():
     assert smoke.train.steps < demo.train.steps / 20
 
 
-def test_nobody_trains_on_validation_images():
+def test_no_experiment_trains_on_validation_images():
     for path in FILES:
         data = load_experiment(path).data
         assert data.train_images != data.val_images

@@ -1,4 +1,4 @@
-"""Launching: refusals before any work, notebooks that fail clearly, and trainings that outlive whoever started them.
+"""Launching: rejections before any work, notebooks that fail clearly, and trainings that outlive their launcher.
 
 The training processes here are stand-ins that write a run folder as a training does, without importing torch.
 """
@@ -33,7 +33,7 @@ from solq_lab.workbench.parameters import NotebookError
 from solq_lab.workbench.processes import find_trainer, is_alive
 from solq_lab.workbench.trainings import (
     TrainingFailed,
-    TrainingRefused,
+    TrainingRejected,
     describe_trainings,
     follow_training,
     start_training,
@@ -143,7 +143,7 @@ def test_a_process_that_has_got_the_id_of_a_dead_training_is_not_taken_for_it(ru
 
 
 @pytest.mark.parametrize("jump", [-86400.0, 86400.0])
-def test_a_clock_that_jumps_starts_nothing_twice_and_takes_nobody_for_dead(run, stand_in, monkeypatch, jump):
+def test_a_clock_that_jumps_changes_nothing(run, stand_in, monkeypatch, jump):
     stand_in("time.sleep(60)")
     start_training(run.folder)
     now = time.time()
@@ -264,12 +264,12 @@ def test_a_training_that_somebody_else_started_and_that_died_is_reported_too(run
         follow_training(run.folder)
 
 
-def test_a_refused_training_is_the_users_mistake_and_nothing_else(run, stand_in):
+def test_a_rejected_training_is_the_users_mistake_and_nothing_else(run, stand_in):
     stand_in(
         'run.write_status("failed", step=0, message="DataError: train.json: not COCO", exit_status=2); sys.exit(2)'
     )
     start_training(run.folder)
-    with pytest.raises(TrainingRefused) as caught:
+    with pytest.raises(TrainingRejected) as caught:
         follow_training(run.folder, interval=0.05)
     assert str(caught.value) == "train.json: not COCO"
 
@@ -281,7 +281,7 @@ def test_several_processes_are_started_by_torchrun(run):
     assert trainings.training_command(run, 1, nodes=2)[2:4] == ["solq_lab.training.torchrun", "--nproc-per-node=1"]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_no_run_is_rejected(tmp_path):
     with pytest.raises(RunError, match="not a run folder"):
         start_training(tmp_path)
 
@@ -318,17 +318,17 @@ def test_shapes_are_not_drawn_into_whatever_folder_this_is():
     assert "data.root: found '', allowed is a folder to draw the shapes into" in data_refusal(generate="easy")
 
 
-def test_a_missing_data_folder_is_refused_with_the_nearest_name(coco_folder):
+def test_a_missing_data_folder_is_rejected_with_the_nearest_name(coco_folder):
     message = data_refusal(root=str(coco_folder.with_name("cocoo")))
     assert f"did you mean {coco_folder}?" in message
 
 
-def test_a_folder_far_from_anything_is_refused_with_what_is_there(tmp_path):
+def test_a_folder_far_from_anything_is_rejected_with_what_is_there(tmp_path):
     (tmp_path / "holiday").mkdir()
     assert f"{tmp_path} holds holiday" in data_refusal(root=str(tmp_path / "coco" / "deep" / "er"))
 
 
-def test_a_missing_annotation_file_is_refused_by_its_key(coco_folder):
+def test_a_missing_annotation_file_is_rejected_by_its_key(coco_folder):
     message = data_refusal(root=str(coco_folder), val_annotations="annotations/instances_val2014.json")
     assert message.startswith("data.val_annotations: found ")
     assert "did you mean" in message
@@ -423,7 +423,7 @@ def test_a_killed_kernel_is_named_and_does_not_look_like_a_crash_of_ours(tmp_pat
         ({"overrides": ["data.generate=none"]}, ConfigError, "data.root: found none, which does not exist"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_written(tmp_path, experiment, change, error, said):
+def test_mistakes_are_rejected_before_anything_is_written(tmp_path, experiment, change, error, said):
     notebook = write_notebook(tmp_path / "look.ipynb", "1 / 0")
     arguments = {"overrides": [], "parameters": {}} | change
     with pytest.raises(error, match=said):
@@ -431,7 +431,7 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path, experiment, c
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_notebook_without_the_shared_parameters_is_refused(tmp_path, experiment):
+def test_a_notebook_without_the_shared_parameters_is_rejected(tmp_path, experiment):
     notebook = write_notebook(tmp_path / "look.ipynb", parameters="x: int = 1")
     with pytest.raises(NotebookError, match="unknown parameter experiment; allowed are x"):
         run_notebook(notebook, experiment)
@@ -451,7 +451,7 @@ def test_a_notebook_about_several_runs_leaves_its_report_beside_them(tmp_path, m
         run_report(notebook, "mine", parameters={"deeep": "3"})
 
 
-def test_another_experiment_under_the_same_name_is_refused_with_what_differs(tmp_path, experiment):
+def test_another_experiment_under_the_same_name_is_rejected_with_what_differs(tmp_path, experiment):
     notebook = write_notebook(tmp_path / "look.ipynb")
     folder = create_run(load_experiment(experiment), tmp_path / "runs").folder
     before = (folder / "experiment.yaml").read_bytes()
@@ -496,7 +496,7 @@ def followed(tmp_path, experiment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # Shells start background jobs deaf to Ctrl-C, and children inherit that: these tests may run in one.
+        # A background job of a shell ignores Ctrl-C, and its children inherit that: these tests may run in one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     folder = tmp_path / "runs" / "mine"

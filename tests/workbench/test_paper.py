@@ -1,4 +1,4 @@
-"""The paper's numbers: all of them are there, as printed, and what is not is refused by its name."""
+"""The paper's numbers: all of them are there, as printed, and what is not is rejected by its name."""
 
 from __future__ import annotations
 
@@ -59,25 +59,25 @@ def test_a_row_gives_its_numbers_by_column():
     assert paper_table("table2", FILE).row("D-DETR*, R50")["segm.AP"] is None
 
 
-def test_a_missing_table_is_refused_with_the_nearest():
+def test_a_missing_table_is_rejected_with_the_nearest():
     with pytest.raises(ConfigError, match=r"no table 'table3'; did you mean 'table"):
         paper_table("table3", FILE)
     with pytest.raises(ConfigError, match="no table 'figure'; there are table1, table2"):
         paper_table("figure", FILE)
 
 
-def test_a_missing_row_is_refused_with_the_nearest():
+def test_a_missing_row_is_rejected_with_the_nearest():
     with pytest.raises(ConfigError, match=r"no row 'SOLQ, R102' .*; did you mean 'SOLQ, R101'\?"):
         paper_table("table1", FILE).row("SOLQ, R102")
 
 
-def test_a_row_of_another_length_than_the_header_is_refused(tmp_path):
+def test_a_row_of_another_length_than_the_header_is_rejected(tmp_path):
     broken = tmp_path / "results.yaml"
     broken.write_text("table1: {title: t, columns: [a, b], rows: {x: [1]}}")
     with pytest.raises(ConfigError, match="table1: row 'x' has 1 values, the table 2 columns"):
         paper_table("table1", broken)
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_a_missing_file_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="no such"):
         paper_table("table1", tmp_path / "none.yaml")

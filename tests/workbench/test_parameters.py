@@ -1,4 +1,4 @@
-"""A notebook's parameters are typed, and refused before any work with the nearest name or the allowed type."""
+"""A notebook's parameters are typed, and rejected before any work with the nearest name or the allowed type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def notebook(tmp_path):
     return write_notebook(tmp_path / "look.ipynb", "print(images)", parameters=DECLARED)
 
 
-def refusal(notebook, given=()) -> str:
+def rejection(notebook, given=()) -> str:
     with pytest.raises(NotebookError) as caught:
         check_parameters(notebook, dict(given))
     message = str(caught.value)
@@ -55,36 +55,36 @@ def test_text_becomes_the_declared_type(notebook, name, text, value):
     assert (found, type(found)) == (value, type(value))
 
 
-def test_an_unknown_parameter_is_refused_with_the_nearest(notebook):
-    assert "unknown parameter image; did you mean images?" in refusal(notebook, {"image": 3})
+def test_an_unknown_parameter_is_rejected_with_the_nearest(notebook):
+    assert "unknown parameter image; did you mean images?" in rejection(notebook, {"image": 3})
 
 
-def test_a_parameter_like_no_other_is_refused_with_all(notebook):
-    assert "allowed are images, score, title, names, first, loud" in refusal(notebook, {"zzz": 3})
+def test_a_parameter_like_no_other_is_rejected_with_all(notebook):
+    assert "allowed are images, score, title, names, first, loud" in rejection(notebook, {"zzz": 3})
 
 
 @pytest.mark.parametrize(
     ("name", "text", "allowed"),
     [("images", "many", "int"), ("images", "2.5", "int"), ("names", "a", "list[str]"), ("loud", "1", "bool")],
 )
-def test_a_value_of_another_type_is_refused_with_both(notebook, name, text, allowed):
-    message = refusal(notebook, {name: text})
+def test_a_value_of_another_type_is_rejected_with_both(notebook, name, text, allowed):
+    message = rejection(notebook, {name: text})
     assert f"parameter {name}: found" in message
     assert f"allowed is {allowed}" in message
 
 
-def test_a_notebook_without_a_tagged_cell_is_refused_with_the_cure(tmp_path):
-    message = refusal(write_notebook(tmp_path / "a.ipynb", "x = 1", parameters=None))
+def test_a_notebook_without_a_tagged_cell_is_rejected_with_the_cure(tmp_path):
+    message = rejection(write_notebook(tmp_path / "a.ipynb", "x = 1", parameters=None))
     assert "found 0 cells tagged 'parameters', allowed is exactly one" in message
     assert "property inspector" in message
 
 
-def test_two_tagged_cells_are_refused(tmp_path):
+def test_two_tagged_cells_are_rejected(tmp_path):
     notebook = write_notebook(tmp_path / "a.ipynb", "x = 1")
     document = json.loads(notebook.read_text())
     document["cells"][1]["metadata"]["tags"] = ["parameters"]
     notebook.write_text(json.dumps(document))
-    assert "found 2 cells" in refusal(notebook)
+    assert "found 2 cells" in rejection(notebook)
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ def test_two_tagged_cells_are_refused(tmp_path):
         ("x: int = = 3", "not Python: line 1"),
     ],
 )
-def test_a_line_that_is_no_typed_parameter_is_refused(tmp_path, cell, said):
-    assert said in refusal(write_notebook(tmp_path / "a.ipynb", parameters=cell))
+def test_a_line_that_is_no_typed_parameter_is_rejected(tmp_path, cell, said):
+    assert said in rejection(write_notebook(tmp_path / "a.ipynb", parameters=cell))
 
 
-def test_a_missing_notebook_is_refused_with_the_nearest_name(notebook):
+def test_a_missing_notebook_is_rejected_with_the_nearest_name(notebook):
     missing = notebook.with_name("lok.ipynb")
-    assert f"did you mean {notebook}?" in refusal(missing)
+    assert f"did you mean {notebook}?" in rejection(missing)
 
 
 @pytest.mark.parametrize("text", ["", "not json", "[]", '{"cells": 3}', '{"a": 1}'])
-def test_a_file_that_is_no_notebook_is_refused(tmp_path, text):
+def test_a_file_that_is_no_notebook_is_rejected(tmp_path, text):
     path = tmp_path / "a.ipynb"
     path.write_text(text)
-    assert "not a Jupyter notebook" in refusal(path)
+    assert "not a Jupyter notebook" in rejection(path)

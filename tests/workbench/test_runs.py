@@ -36,7 +36,7 @@ def test_creating_the_same_run_again_opens_it(tmp_path):
     assert create_run(experiment(), tmp_path).metrics() == [{"kind": "train", "step": 1}]
 
 
-def test_another_experiment_in_the_same_folder_is_refused_by_its_differing_keys(tmp_path):
+def test_another_experiment_in_the_same_folder_is_rejected_by_its_differing_keys(tmp_path):
     create_run(experiment(), tmp_path)
     with pytest.raises(RunError) as error:
         create_run(experiment(optim={"lr": 1e-3}, seed=7), tmp_path)
@@ -124,15 +124,15 @@ with run.locked():
 """
 
 
-def test_a_second_trainer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+def test_a_second_trainer_is_rejected_and_a_killed_one_leaves_no_lock(tmp_path):
     run = create_run(experiment(), tmp_path)
     assert not run.is_training()
     holder = subprocess.Popen([sys.executable, "-c", HOLD_THE_LOCK, run.folder], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         assert run.is_training()
-        refusal = rf"process {holder.pid} on .* is training here; .*another name=\.\.\."
-        with pytest.raises(RunError, match=refusal), run.locked():
+        rejection = rf"process {holder.pid} on .* is training here; .*another name=\.\.\."
+        with pytest.raises(RunError, match=rejection), run.locked():
             pass
     finally:
         holder.kill()

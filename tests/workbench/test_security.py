@@ -171,9 +171,9 @@ MALICIOUS = {
     "bomb": (bomb(), "its aliases unfold into more than 100000 values"),
     "endless": ("train: &a [*a]", "nested too deeply, or in itself"),
     "deep": ("train: " + "[" * 600, "nested too deeply"),
-    "digits": ("seed: " + "9" * 5000, "a value that cannot be"),
-    "day": ("seed: 2024-02-30", "a value that cannot be"),
-    "stamp": ("seed: !!timestamp now", "a value that cannot be"),
+    "digits": ("seed: " + "9" * 5000, "an invalid value"),
+    "day": ("seed: 2024-02-30", "an invalid value"),
+    "stamp": ("seed: !!timestamp now", "an invalid value"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: what is finished is skipped, what fails is reported and stops nobody, and a cluster gives the same table.
+"""Sweeps: finished runs are skipped, failed ones reported without stopping others, and a cluster gives the same table.
 
 Most jobs here are stand-ins that leave a run folder as a training notebook does, without a kernel and without torch.
 """
@@ -130,7 +130,7 @@ def test_a_sweep_file_is_strict(workspace, change, said):
     assert said in str(caught.value)
 
 
-def test_a_sweep_is_found_by_its_name_and_an_unknown_one_refused_with_the_nearest(monkeypatch):
+def test_a_sweep_is_found_by_its_name_and_an_unknown_one_rejected_with_the_nearest(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert find_sweep("table3b") == Path("experiments/ablations/table3b.yaml")
     assert find_sweep("other/mine.yaml") == Path("other/mine.yaml")
@@ -229,14 +229,14 @@ def test_rows_times_seeds_become_runs_seed_by_seed(workspace):
     assert (experiment.train.steps, experiment.loss.vector_weight) == (2, 3.0)
 
 
-def test_a_rows_mistake_is_refused_by_its_name_before_any_work(workspace):
+def test_a_rows_mistake_is_rejected_by_its_name_before_any_work(workspace):
     Path("sweep.yaml").write_text(SWEEP.replace("vector_weight=3", "vector_wieght=3"))
     with pytest.raises(ConfigError, match=r"sweep sweep, row three: .*did you mean vector_weight"):
         check(jobs_of())
     assert not Path("runs").exists()
 
 
-def test_a_run_folder_of_other_settings_is_refused(workspace):
+def test_a_run_folder_of_other_settings_is_rejected(workspace):
     check(jobs_of())
     job = jobs_of()[0]
     create_run(load_experiment(job.experiment_path, [*job.overrides, "train.steps=9"]))
@@ -281,7 +281,7 @@ def test_a_notebook_whose_kernel_was_killed_is_not_finished(workspace):
     assert survivor.is_finished()
 
 
-def test_a_failing_row_is_reported_and_stops_nobody(stand_in, caplog):
+def test_a_failing_row_is_reported_and_stops_no_other(stand_in, caplog):
     stand_in('if weight == 3 and seed == 5: print("the last word", flush=True); sys.exit(3)')
     outcomes = run_sweep(jobs_of())
     assert {outcome.job.run: outcome.status for outcome in outcomes} == {
@@ -304,7 +304,7 @@ def test_two_jobs_run_at_the_same_time(stand_in):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_lets_every_job_save_and_the_same_sweep_goes_on(stand_in, number):
+def test_a_stop_lets_every_job_save_and_re_running_resumes(stand_in, number):
     stand_in("Path(folder.name).touch()\ntime.sleep(60)")
 
     def stop_when_both_work() -> None:
@@ -339,7 +339,7 @@ def test_submitit_gives_the_same_table_by_the_same_code(stand_in):
     assert read_table("sweep.yaml", runs_dir="cluster").csv() == expected.csv()
 
 
-def test_an_option_that_a_cluster_does_not_know_is_refused(workspace):
+def test_an_option_that_a_cluster_does_not_know_is_rejected(workspace):
     with pytest.raises(ConfigError, match=r"cluster local: .*timeout_mni"):
         ClusterStarter("local", "runs", {"timeout_mni": 3})
 
@@ -403,14 +403,14 @@ def test_a_run_of_other_settings_is_pointed_out(stand_in):
     assert note in read_table("sweep.yaml").text()
 
 
-def test_a_broken_results_file_is_refused(workspace):
+def test_a_broken_results_file_is_rejected(workspace):
     Path("carried").mkdir()
     Path("carried/sweep.json").write_text('{"rows": [{}]}')
     with pytest.raises(RunError, match=r"carried/sweep.json: not a table of results .*solq-lab table"):
         read_table("sweep.yaml", results_dir="carried")
 
 
-def test_a_row_that_the_paper_does_not_have_is_refused(workspace):
+def test_a_row_that_the_paper_does_not_have_is_rejected(workspace):
     Path("sweep.yaml").write_text(SWEEP.replace('paper: "3"', 'paper: "33"'))
     with pytest.raises(ConfigError, match=r"no row '33' .*did you mean '3'\?"):
         read_table("sweep.yaml")
@@ -468,7 +468,7 @@ def test_the_exit_status_tells_of_a_failure_and_the_table_is_printed_all_the_sam
         (("sweep", "sweep.yaml", "data.generate=none"), "data.root: found drawn, which does not exist"),
     ],
 )
-def test_mistakes_are_refused(command, arguments, said):
+def test_mistakes_are_rejected(command, arguments, said):
     status, output = command(*arguments)
     assert status == 2
     assert said in output
