@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_rle
 
 from solq_lab import masks
 from solq_lab.data.entries import Entries, parse_document
@@ -151,6 +152,18 @@ def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, fl
         )
     x1, y1 = x + max(w, 0), y + max(h, 0)
     return min(max(x, 0), width), min(max(y, 0), height), min(max(x1, 0), width), min(max(y1, 0), height)
+
+
+def with_box(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict[str, Any]:
+    """An entry of `annotations` with the `bbox` of its mask where it has a mask and no box.
+
+    Raises:
+        DataError: as `checked_segmentation`.
+    """
+    if entry.get("bbox") is not None or not has_segmentation(entry):
+        return entry
+    rle = masks.segmentation_to_rle(checked_segmentation(entry["segmentation"], size, name), size)
+    return entry | {"bbox": coco_rle.toBbox(rle).tolist()}
 
 
 def checked_area(entry: dict[str, Any], name: str) -> float:

@@ -32,6 +32,7 @@ from solq_lab.data.annotations import (
     name_of,
     owner_of,
     read_annotations,
+    with_box,
 )
 
 logger = logging.getLogger(__name__)
@@ -182,6 +183,7 @@ class GroundTruth:
                 left_out[CROWDS].append(entry["id"])
                 continue
 
+            entry = with_box(entry, tuple(sizes[image]), name)
             box = clamped_box(entry.get("bbox"), *sizes[image], name)
             has_area = box[2] > box[0] and box[3] > box[1]
             # What is left out by its box is not looked at further: its mask may be anything.
@@ -216,13 +218,10 @@ class GroundTruth:
         self._packed, self._places = packed, order
         self.image_rows = owners[order]
         self.starts = np.searchsorted(self.image_rows, np.arange(len(sizes) + 1))
-        self.ids = np.array(ids, dtype=np.int64)[order]
-        self.category_ids = np.array(category_ids, dtype=np.int64)[order]
-        self.boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)[order]
-        self.coco_boxes = np.array(coco_boxes, dtype=np.float64).reshape(-1, 4)[order]
+        self.ids, self.category_ids = (np.array(column, dtype=np.int64)[order] for column in (ids, category_ids))
+        self.boxes, self.coco_boxes = (np.array(sides).reshape(-1, 4)[order] for sides in (boxes, coco_boxes))
         self.areas = np.array(areas, dtype=np.float64)[order]
-        self.crowd = np.array(crowd, dtype=bool)[order]
-        self.learnable = np.array(learnable, dtype=bool)[order]
+        self.crowd, self.learnable = (np.array(marks, dtype=bool)[order] for marks in (crowd, learnable))
 
     def _report_left_out(self, left_out: dict[str, list[int]], *, kept: int, total: int) -> None:
         reasons = {reason: ids for reason, ids in left_out.items() if ids}

@@ -98,6 +98,18 @@ def test_an_object_that_lies_outside_its_box_has_an_empty_mask():
     assert not GroundTruth(document((1, (4, 4, 8, 8)), bbox=[30, 20, 8, 8])).box_masks([0], 12).any()
 
 
+def test_a_missing_box_is_the_masks():
+    content = document(*THREE)
+    rows = [GroundTruth(content).boxes]
+    for entry in content["annotations"]:
+        del entry["bbox"]
+    rows.append(GroundTruth(content).boxes)
+    assert rows[0].tolist() == rows[1].tolist()
+    del content["annotations"][0]["segmentation"]
+    with pytest.raises(DataError, match="annotation id 1: bbox None; needed are four numbers"):
+        GroundTruth(content)
+
+
 def test_a_missing_area_is_the_masks():
     content = document(*THREE, area=7.5)
     truth = GroundTruth(content, keep="all")

@@ -184,7 +184,7 @@ FAULTS = {
     "mask-smaller-than-box": [put("annotations", 0, bbox=[10, 5, 30, 10])],
     "area": [put("annotations", 0, area=area) for area in (400, -9, float("nan"), 10**400)],
     "crowd": [
-        put("annotations", 2, bbox=None),
+        put("annotations", 2, bbox=[1, 2]),
         put("annotations", 2, category_id=99),
         put("annotations", 2, segmentation={"size": [1, 1], "counts": [1]}),
     ],

@@ -21,6 +21,7 @@ from solq_lab.data.annotations import (
     is_measure,
     name_of,
     shorten,
+    with_box,
 )
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import MANY_CROWDS
@@ -57,6 +58,7 @@ def check_object(
     try:
         crowd = is_crowd(entry, name)
         reading = "box"
+        entry = with_box(entry, size, name)
         x0, y0, x1, y1 = box = clamped_box(entry.get("bbox"), *size, name)
         faults += _box_faults(entry["bbox"], box, size)
         learnt = x1 > x0 and y1 > y0
