@@ -19,7 +19,7 @@ from torchvision.ops import roi_align
 
 from solq_lab.ops.extension import cpu_operator
 
-Segmentation = list[list[float]] | dict  # COCO's two spellings: polygons in image pixels, or an RLE
+Segmentation = Sequence[Sequence[float]] | dict  # COCO's two spellings: polygons in image pixels, or an RLE
 ROI_ALIGN_CHUNK = 16  # full-size float bitmaps at once; bounds the memory on images with hundreds of objects
 
 
