@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_api
 
@@ -77,11 +76,11 @@ def evaluate_results(
         raise ValueError(f"evaluation kinds {unknown or list(kinds)}: allowed are {', '.join(KINDS)}")
     if not 0 < area_sides[0] < area_sides[1]:
         raise ValueError(f"area_sides {area_sides}: allowed are two ascending positive sides in pixels")
-    scene = _Scene(annotations, image_ids, with_masks=any(kind != "box" for kind in kinds))
-    shares = scene.shares(results)
+    data = ScoringData(annotations, image_ids, with_masks=any(kind != "box" for kind in kinds))
+    shares = data.shares(results)
     ranges = {size: list(bounds) for size, bounds in area_ranges(area_sides).items()}
     metrics: dict[str, float] = {}
-    per_class: dict[str, dict[str, float]] = {name: {} for name in scene.class_names}
+    per_class: dict[str, dict[str, float]] = {name: {} for name in data.class_names}
 
     for kind in (kind for kind in KINDS if kind in kinds):
         # Classes are independent, so a few of them at a time bound the memory.
@@ -89,106 +88,27 @@ def evaluate_results(
         for share in shares:
             if should_stop is not None and should_stop():
                 raise EvaluationStopped("the scoring was asked to stop")
-            evaluator = scene.match(share, kind, boundary_ratio, ranges)
+            evaluator = data.match(share, kind, boundary_ratio, ranges)
             evaluator.accumulate()
             precisions.append(evaluator.eval["precision"])
             recalls.append(evaluator.eval["recall"])
 
         precision, recall = np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
         metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall).items()}
-        for channel, name in enumerate(scene.class_names):
+        for channel, name in enumerate(data.class_names):
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
             per_class[name] |= {f"{kind}.{number}": value for number, value in numbers.items()}
-    return Evaluation(metrics, per_class, (area_sides[0], area_sides[1]), boundary_ratio, len(scene.images))
+    return Evaluation(metrics, per_class, (area_sides[0], area_sides[1]), boundary_ratio, len(data.images))
 
 
-class Candidates(NamedTuple):
-    """Which detections may match which objects: F detections by falling score, A objects, P pairs, I images.
-
-    Of an image's detections of one class, only the 100 best are here, as COCO counts.
-
-    image_ids: (I,) images, ascending.
-    class_names: S names, by rising category id.
-    detection_images, object_images: (F,), (A,) rows of `image_ids`.
-    detection_classes, object_classes: (F,), (A,) rows of `class_names`.
-    crowd: (A,) bool.
-    detections, objects, overlap: (P,) rows of a detection and of an object of its class in its image, and their IoU.
-    """
-
-    image_ids: np.ndarray
-    class_names: list[str]
-    detection_images: np.ndarray
-    detection_classes: np.ndarray
-    object_images: np.ndarray
-    object_classes: np.ndarray
-    crowd: np.ndarray
-    detections: np.ndarray
-    objects: np.ndarray
-    overlap: np.ndarray
-
-
-def measure_candidates(
-    annotations: str | Path | dict | GroundTruth,
-    results: Sequence[dict],
-    *,
-    kind: str,
-    boundary_ratio: float = DEFAULTS.boundary_ratio,
-    image_ids: Collection[int] | None = None,
-) -> Candidates:
-    """The overlaps that `evaluate_results` matches by, for analyses that match or count in another way.
-
-    Args:
-        annotations, results, boundary_ratio, image_ids: as in `evaluate_results`.
-        kind: "box", "segm" or "boundary".
-
-    Raises:
-        DataError: the annotations or a result cannot be used; the message names the entry and the cure.
-    """
-    scene = _Scene(annotations, image_ids, with_masks=kind != "box")
-    everything = _Share(scene.category_ids, list(scene.counted(results)))
-    evaluator = scene.match(everything, kind, boundary_ratio)
-
-    # Detections by falling score, equal ones by image; of each image and class as many as COCO counts.
-    key = ["image_id", "category_id"]
-    objects = pd.DataFrame(scene.objects, columns=[*key, "iscrowd"])
-    detections = pd.DataFrame(evaluator.cocoDt.dataset["annotations"], columns=[*key, "score"])
-    detections = detections.sort_values(["score", "image_id"], ascending=[False, True])  # by two keys it is stable
-    detections = detections[detections.groupby(key).cumcount() < evaluator.params.maxDets[-1]].reset_index(drop=True)
-
-    # faster-coco-eval's table of an image and a class: (detections by falling score, objects).
-    columns_of = objects.groupby(key).indices
-    pairs = [np.zeros((0, 3))]
-    for place, rows in detections.groupby(key).indices.items():
-        columns = columns_of.get(place, ())
-        if len(columns):
-            overlap = np.asarray(evaluator.ious[place])
-            pairs.append(np.column_stack([np.repeat(rows, len(columns)), np.tile(columns, len(rows)), overlap.ravel()]))
-    joined = np.concatenate(pairs)
-    joined = joined[np.argsort(joined[:, 0], kind="stable")]
-
-    images = np.array(sorted(scene.images), dtype=np.int64)
-    return Candidates(
-        images,
-        scene.class_names,
-        detection_images=np.searchsorted(images, detections["image_id"]),
-        detection_classes=np.searchsorted(scene.category_ids, detections["category_id"]),
-        object_images=np.searchsorted(images, objects["image_id"]),
-        object_classes=np.searchsorted(scene.category_ids, objects["category_id"]),
-        crowd=objects["iscrowd"].to_numpy(dtype=bool),
-        detections=joined[:, 0].astype(np.int64),
-        objects=joined[:, 1].astype(np.int64),
-        overlap=joined[:, 2],
-    )
-
-
-class _Share(NamedTuple):
+class ClassShare(NamedTuple):
     """Some of the classes, by rising category id, and their results, each with its place in the list."""
 
     category_ids: list[int]
     numbered: list[tuple[int, dict]]
 
 
-class _Scene:
+class ScoringData:
     """The images, classes and objects that count, in the form faster-coco-eval reads.
 
     source: the annotation file, for messages.
@@ -254,21 +174,21 @@ class _Scene:
             if result["image_id"] in self.images:
                 yield number, result
 
-    def shares(self, results: Sequence[dict]) -> list[_Share]:
+    def shares(self, results: Sequence[dict]) -> list[ClassShare]:
         """The results that count by class, in shares of about `DETECTIONS_AT_ONCE`; at least one share."""
         by_class: dict[int, list[tuple[int, dict]]] = {category_id: [] for category_id in self.category_ids}
         for number, result in self.counted(results):
             by_class[result["category_id"]].append((number, result))
-        shares = [_Share([], [])]
+        shares = [ClassShare([], [])]
         for category_id, numbered in by_class.items():
             if shares[-1].numbered and len(shares[-1].numbered) + len(numbered) > DETECTIONS_AT_ONCE:
-                shares.append(_Share([], []))
+                shares.append(ClassShare([], []))
             shares[-1].category_ids.append(category_id)
             shares[-1].numbered.extend(numbered)
         return shares
 
     def match(
-        self, share: _Share, kind: str, boundary_ratio: float, ranges: dict[str, list[float]] | None = None
+        self, share: ClassShare, kind: str, boundary_ratio: float, ranges: dict[str, list[float]] | None = None
     ) -> COCOeval_faster:
         """faster-coco-eval after matching the results of some classes; `ranges` are its areas by size."""
         category_ids = set(share.category_ids)

@@ -100,11 +100,6 @@ class Evaluation:
         )
 
 
-def percent(share: float, *, sign: str = "") -> str:
-    """A share in percent with one digit; "-" where it is not defined."""
-    return "-" if math.isnan(share) else f"{100 * share:{sign}.1f}"
-
-
 def to_text(frame: pd.DataFrame) -> str:
     """A frame of percentages as aligned text with one digit; "-" where a number is not defined."""
     return frame.to_string(float_format="{:.1f}".format, na_rep="-")

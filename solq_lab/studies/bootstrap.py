@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from solq_lab.data.ground_truth import GroundTruth
-from solq_lab.evaluation.coco import DEFAULTS, measure_candidates
+from solq_lab.evaluation.coco import DEFAULTS, ClassShare, ScoringData
 from solq_lab.evaluation.evaluator import validation_annotations
 from solq_lab.evaluation.results import read_results
 from solq_lab.files import read_json
@@ -203,26 +203,53 @@ def match_results(
     """Match results with ground truth at COCO's ten thresholds.
 
     Args:
-        annotations, results, kind, boundary_ratio, image_ids: as in `measure_candidates`.
+        annotations, results, boundary_ratio, image_ids: as in `compare_results`.
+        kind: "box", "segm" or "boundary".
     """
-    found = measure_candidates(annotations, results, kind=kind, boundary_ratio=boundary_ratio, image_ids=image_ids)
-    close = found.overlap >= THRESHOLDS[0]
+    data = ScoringData(annotations, image_ids, with_masks=kind != "box")
+    image_rows, class_rows = np.array(sorted(data.images), dtype=np.int64), np.array(data.category_ids, dtype=np.int64)
+    evaluator = data.match(ClassShare(data.category_ids, list(data.counted(results))), kind, boundary_ratio)
+
+    # Detections by falling score, equal ones by image; of each image and class as many as COCO counts.
+    key = ["image_id", "category_id"]
+    objects = pd.DataFrame(data.objects, columns=[*key, "iscrowd"])
+    detections = pd.DataFrame(evaluator.cocoDt.dataset["annotations"], columns=[*key, "score"])
+    detections = detections.sort_values(["score", "image_id"], ascending=[False, True])  # by two keys it is stable
+    detections = detections[detections.groupby(key).cumcount() < evaluator.params.maxDets[-1]].reset_index(drop=True)
+
+    # faster-coco-eval's table of an image and a class: (detections by falling score, objects).
+    columns_of = objects.groupby(key).indices
+    pairs = [np.zeros((0, 3))]
+    for place, rows in detections.groupby(key).indices.items():
+        columns = columns_of.get(place, ())
+        if len(columns):
+            overlap = np.asarray(evaluator.ious[place])
+            pairs.append(np.column_stack([np.repeat(rows, len(columns)), np.tile(columns, len(rows)), overlap.ravel()]))
+    joined = np.concatenate(pairs)
+    joined = joined[joined[:, 2] >= THRESHOLDS[0]]
+    joined = joined[np.argsort(joined[:, 0], kind="stable")]
+
+    crowd = objects["iscrowd"].to_numpy(dtype=bool)
     matched = match_detections(
-        found.detections[close],
-        found.objects[close],
-        found.overlap[close],
-        count=len(found.detection_images),
-        crowd=found.crowd,
-        ignored=found.crowd,
+        joined[:, 0].astype(np.int64),
+        joined[:, 1].astype(np.int64),
+        joined[:, 2],
+        count=len(detections),
+        crowd=crowd,
+        ignored=crowd,
         thresholds=THRESHOLDS,
     )
-    false_positive = matched == UNMATCHED
-    true_positive = ~np.append(found.crowd, True)[matched]  # UNMATCHED, -1, reads the appended place
-
-    # Objects that are no crowd, of each class in each image.
-    objects = np.zeros((len(found.class_names), len(found.image_ids)))
-    np.add.at(objects, (found.object_classes[~found.crowd], found.object_images[~found.crowd]), 1.0)
-    return Matches(found.detection_images, found.detection_classes, true_positive, false_positive, objects)
+    to_find = np.zeros((len(class_rows), len(image_rows)))
+    single = objects[~crowd]
+    places = np.searchsorted(class_rows, single["category_id"]), np.searchsorted(image_rows, single["image_id"])
+    np.add.at(to_find, places, 1.0)
+    return Matches(
+        images=np.searchsorted(image_rows, detections["image_id"]),
+        classes=np.searchsorted(class_rows, detections["category_id"]),
+        true_positive=~np.append(crowd, True)[matched],  # UNMATCHED, -1, reads the appended place
+        false_positive=matched == UNMATCHED,
+        objects=to_find,
+    )
 
 
 def precision_on_draws(matches: Matches, counts: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS
 from solq_lab.evaluation.sizes import select_by_size
-from solq_lab.evaluation.summary import Evaluation, percent
+from solq_lab.evaluation.summary import Evaluation
 from solq_lab.files import hash_file, read_json, replacing, write_json
 from solq_lab.fitting import fit_codec
 from solq_lab.studies.ceiling import Noise, codec_ceiling
@@ -313,30 +313,22 @@ def length_for(bounds: Sequence[UpperBound], number: str, share: float) -> float
     return math.nan
 
 
-def describe_size_gap(bounds: Sequence[UpperBound]) -> str:
-    """What a fixed vector length costs large objects more than small ones, one line per length. Paper: appendix A.1.
+def size_gap_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:
+    """What a fixed vector length costs large objects more than small ones. Paper: appendix A.1.
 
     Args:
         bounds: one codec at rising lengths, without errors.
+
+    Returns:
+        A row per n_k: the IoU of "small" and "large" objects, percent, and "n_k for large", the length at which large
+        objects reach the IoU of the small ones; NaN where the longest vector does not, or there are no such objects.
     """
-    lines = []
+    rows = []
     for bound in bounds:
         small, large = (bound.evaluation.metrics[f"segm.IoU{size}"] for size in "sl")
         needed = length_for(bounds, "segm.IoUl", small)
-        if math.isnan(small) or math.isnan(large):
-            verdict = "no objects of both sizes to compare"
-        elif large >= small:
-            verdict = "large objects are kept as well"
-        elif math.isnan(needed):
-            verdict = f"to be kept as well, large ones need more than {bounds[-1].setting.vector_dim} numbers"
-        else:
-            verdict = f"to be kept as well, large ones need about {needed:.0f} numbers"
-
-        length = bound.setting.vector_dim
-        lines.append(
-            f"n_k = {length:>4}: IoU of small objects {percent(small)}, of large ones {percent(large)}; {verdict}"
-        )
-    return "\n".join(lines)
+        rows.append([bound.setting.vector_dim, 100 * small, 100 * large, needed])
+    return pd.DataFrame(rows, columns=["n_k", "small", "large", "n_k for large"]).set_index("n_k")
 
 
 def write_csv(path: Path, bounds: Sequence[UpperBound]) -> None:

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_rle
 from rectangles import HEIGHT, WIDTH, result_of, truth_of
 from tiny import tiny_experiment, write_tiny_dataset
 
-from solq_lab.evaluation.coco import evaluate_results, measure_candidates
+from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.results import write_results
 from solq_lab.files import hash_file, write_json
 from solq_lab.runs import RunError, create_run
@@ -77,7 +77,7 @@ def test_more_than_a_hundred_detections_of_an_image_count_as_coco_counts_them():
     truth = truth_of([(1, 1, (0, 0, 20, 20))], 1)
     results = [result_of(1, 1, (30, 20, 10, 10), 0.9 - i / 1000) for i in range(100)]
     results.append(result_of(1, 1, (0, 0, 20, 20), 0.1))
-    assert len(measure_candidates(truth, results, kind="box").detection_images) == 100
+    assert len(match_results(truth, results, kind="box").images) == 100
     assert precision_on_draws(match_results(truth, results, kind="box"), np.ones((1, 1))).max() == 0.0
 
 
