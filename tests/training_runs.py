@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from tiny import tiny_experiment
@@ -40,14 +41,16 @@ def before_each_step(patch, act):
     patch.setattr(Trainer, "_next_batches", load_and_act)
 
 
-def signal_after(patch, steps, number=signal.SIGTERM):
-    """Send this process a signal in its step of that number, which is still taken."""
+def signal_after(patch, steps, *numbers, pause=0.0):
+    """Send this process signals, SIGTERM by default, in its step of that number, which is still taken."""
     taken = []
 
     def count_and_signal(trainer, batches):
         taken.append(trainer.step)
         if len(taken) == steps:
-            os.kill(os.getpid(), number)
+            for number in numbers or (signal.SIGTERM,):
+                os.kill(os.getpid(), number)
+                time.sleep(pause)
 
     before_each_step(patch, count_and_signal)
 

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -217,7 +217,7 @@ def test_the_rendezvous_of_a_slurm_step_is_on_its_first_machine(tmp_path, monkey
 
 
 def children_of(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def is_open(port):
@@ -226,8 +226,7 @@ def is_open(port):
 
 
 def rank_of(pid):
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
+    return int(psutil.Process(pid).environ()["RANK"])
 
 
 class Started:
@@ -248,7 +247,7 @@ class Started:
         """The launcher's exit status, once it and all processes are gone; within a minute."""
         deadline = time.monotonic() + seconds
         status = self.launcher.wait(seconds)
-        while any(Path(f"/proc/{pid}").exists() for pid in self.ranks):
+        while any(map(psutil.pid_exists, self.ranks)):
             assert time.monotonic() < deadline, "processes were left behind"
             time.sleep(0.05)
         return status
@@ -312,8 +311,8 @@ def test_without_their_launcher_the_processes_save_and_stop(start):
     status = training.run.status()
     assert status["state"] == "preempted"
     assert newest_checkpoint(training.run) == status["step"]
-    said = f"the launcher, process {training.launcher.pid} on {socket.gethostname()}, is gone"
-    assert said in training.run.log_file.read_text()
+    reason = f"the launcher, process {training.launcher.pid} on {socket.gethostname()}, is gone"
+    assert reason in training.run.log_file.read_text()
 
 
 @pytest.mark.slow

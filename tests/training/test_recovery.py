@@ -16,14 +16,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tiny import tiny_experiment, write_tiny_dataset
-from training_runs import before_each_step
+from training_runs import ENVIRONMENT, TESTS, before_each_step, signal_after, what_was_learned
 
 from solq_lab.config import load_experiment
 from solq_lab.data.coco import CocoDataset
-from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError, create_run
 from solq_lab.training import signals
 from solq_lab.training import trainer as module
@@ -32,8 +32,7 @@ from solq_lab.training.faults import DiskFull, OutOfMemory, explain_fault
 from solq_lab.training.trainer import Trainer, train_run
 from solq_lab.workbench.trainings import follow_training, start_training
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+REPOSITORY = TESTS.parent
 WITH_EVERY_STATE = {"ema": 0.9, "accumulate": 2, "evaluate_every": 2}  # what a resumed training could forget
 
 
@@ -53,17 +52,6 @@ def whole(data_root, tmp_path_factory):
 @pytest.fixture
 def run(data_root, tmp_path):
     return create_run(tiny_experiment(data_root, train=WITH_EVERY_STATE), tmp_path / "runs")
-
-
-def weights(run):
-    """The bytes of every trained tensor."""
-    return {name: value.numpy().tobytes() for name, value in read_weights(run.weights).state.items()}
-
-
-def what_was_learned(run):
-    """The trained weights, and all of the metrics but the time they took."""
-    lines = [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in run.metrics()]
-    return weights(run), lines
 
 
 def interrupt(number=signal.SIGTERM):
@@ -151,20 +139,8 @@ def test_a_stop_while_a_slow_disk_is_waited_for_does_not_wait(data_root, tmp_pat
     assert what_was_learned(run) == whole
 
 
-def signal_after_step(monkeypatch, step, *numbers, pause=0.0):
-    """Send this process signals in that step, which is still taken, and wait in between."""
-
-    def send(trainer, batches):
-        if trainer.step + 1 == step:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-                time.sleep(pause)
-
-    before_each_step(monkeypatch, send)
-
-
 def test_a_signal_that_torchrun_sends_once_more_is_no_second_one(run, monkeypatch):
-    signal_after_step(monkeypatch, 4, signal.SIGINT, signal.SIGINT, signal.SIGTERM)
+    signal_after(monkeypatch, 4, signal.SIGINT, signal.SIGINT, signal.SIGTERM)
     assert train_run(run) == "preempted"
     assert list_checkpoints(run.checkpoints)[-1].name == "step_0000004"
 
@@ -172,15 +148,12 @@ def test_a_signal_that_torchrun_sends_once_more_is_no_second_one(run, monkeypatc
 def test_a_second_ctrl_c_does_not_wait_for_the_saving_and_costs_the_steps_since(run, whole, monkeypatch):
     monkeypatch.setattr(signals, "FORWARDED_SECONDS", 0.05)
     with monkeypatch.context() as patch:
-        signal_after_step(patch, 5, signal.SIGINT, signal.SIGINT, pause=0.1)
+        signal_after(patch, 5, signal.SIGINT, signal.SIGINT, pause=0.1)
         with pytest.raises(KeyboardInterrupt):
             train_run(run)
     status = run.status()
-    assert (status["state"], status["step"], status["message"]) == (
-        "preempted",
-        3,
-        "a second Ctrl-C, without saving",
-    )
+    expected = ("preempted", 3, "a second Ctrl-C, without saving")
+    assert (status["state"], status["step"], status["message"]) == expected
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_0000003"]
     assert train_run(run) == "finished"
     assert what_was_learned(run) == whole
@@ -303,7 +276,7 @@ def test_out_of_memory_names_the_settings_that_take_less(run, whole, monkeypatch
 
 def test_after_out_of_memory_a_run_resumes_with_smaller_micro_batches(data_root, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        signal_after_step(patch, 4, signal.SIGTERM)
+        signal_after(patch, 4, signal.SIGTERM)
         train_run(run)
     smaller = tiny_experiment(data_root, train=WITH_EVERY_STATE | {"accumulate": 4})
     run = create_run(smaller, tmp_path / "runs")
@@ -316,7 +289,7 @@ def test_after_out_of_memory_a_run_resumes_with_smaller_micro_batches(data_root,
 
 def test_a_damaged_line_of_metrics_is_named_and_the_training_resumes(run, whole, monkeypatch, caplog):
     with monkeypatch.context() as patch:
-        signal_after_step(patch, 4, signal.SIGTERM)
+        signal_after(patch, 4, signal.SIGTERM)
         train_run(run)
     first, second, *others = run.metrics_file.read_bytes().splitlines(keepends=True)
     for damage in (b"\0" * 80, b'{"kind": "train", "step": "x"}', b"[3]", second[:30]):
@@ -325,9 +298,9 @@ def test_a_damaged_line_of_metrics_is_named_and_the_training_resumes(run, whole,
         run.metrics()
         assert f"{run.metrics_file}: line 2 is damaged and left out" in caplog.text
     assert train_run(run) == "finished"
-    learned, lines = what_was_learned(run)
-    assert learned == whole[0]
-    assert lines == [whole[1][0], *whole[1][2:]]  # all but the damaged one
+    lines, learned = what_was_learned(run)
+    assert learned == whole[1]
+    assert lines == [whole[0][0], *whole[0][2:]]  # all but the damaged one
 
 
 def test_a_clock_that_jumps_changes_nothing(run, whole, monkeypatch):
@@ -335,7 +308,7 @@ def test_a_clock_that_jumps_changes_nothing(run, whole, monkeypatch):
     clock = time.time
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: clock() + (-1) ** next(jumps) * 86400.0)
-        signal_after_step(patch, 5, signal.SIGTERM)
+        signal_after(patch, 5, signal.SIGTERM)
         assert train_run(run) == "preempted"
         assert not run.is_training()
     assert train_run(run) == "finished"
@@ -390,32 +363,20 @@ def handles(pid, number):
     return bool(int(line.split()[1], 16) >> (number - 1) & 1)
 
 
-def children(pid):
-    """The process ids of a process's children."""
-    lists = (task / "children" for task in Path(f"/proc/{pid}/task").iterdir())
-    return [int(child) for file in lists for child in file.read_text().split()]
+def descendants(process):
+    return psutil.Process(process.pid).children(recursive=True)
 
 
-def family(pid):
-    """The process ids of a process's descendants."""
-    with contextlib.suppress(OSError):  # one that ends meanwhile
-        return [member for child in children(pid) for member in (child, *family(child))]
-    return []
+def name_of(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name()
 
 
-def name_of(pid):
-    """The name of a process's program."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return None
-
-
-def live(pid):
-    """Whether a process exists and is is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+def is_running(process):
+    """Whether a process exists and is not a zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def test_a_stop_while_torch_is_imported_is_handled(run):
@@ -447,12 +408,12 @@ def test_the_loader_processes_of_a_killed_trainer_end(data_root, tmp_path):
     run = create_run(tiny_experiment(data_root, train={"steps": 1000}, data={"workers": 2}), tmp_path)
     with training(run) as process:
         wait_for(lambda: run.metrics("train"), process)
-        loaders = family(process.pid)
+        loaders = descendants(process)
         assert len(loaders) >= 2
         process.kill()
         process.wait()
         deadline = time.monotonic() + 30
-        while any(map(live, loaders)):
+        while any(map(is_running, loaders)):
             assert time.monotonic() < deadline, "loader processes outlive their trainer"
             time.sleep(0.1)
 
@@ -468,28 +429,28 @@ def test_a_stop_while_shapes_are_drawn_leaves_no_half_data_set_and_no_process(da
     run = create_run(tiny_experiment(data_root, data=data), tmp_path / "runs")
     with training(run) as process:
         wait_for(lambda: any(tmp_path.glob(".drawn-*/train/000002.png")), process)
-        drawing = family(process.pid)
+        drawing = descendants(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, process.stderr.read()
     assert run.status()["state"] == "preempted"
     assert not drawn.exists()
     assert not list(tmp_path.glob(".drawn-*"))
-    assert not any(map(live, drawing))
+    assert not any(map(is_running, drawing))
 
 
 @pytest.mark.slow
 def test_a_stop_while_the_operators_are_compiled_leaves_no_half_library_and_no_compiler(run, tmp_path):
     cache = tmp_path / "extensions"
     with training(run, TORCH_EXTENSIONS_DIR=str(cache)) as process:
-        wait_for(lambda: "cc1plus" in map(name_of, family(process.pid)), process)
-        compiling = family(process.pid)
+        wait_for(lambda: "cc1plus" in map(name_of, descendants(process)), process)
+        compiling = descendants(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, process.stderr.read()
     assert run.status()["state"] == "preempted"
     assert not list(cache.glob("*/*.so"))
     assert not list(cache.glob("*/*building*"))
     deadline = time.monotonic() + 10
-    while any(map(live, compiling)):
+    while any(map(is_running, compiling)):
         assert time.monotonic() < deadline, "a compiler outlives its trainer"
         time.sleep(0.1)
 
