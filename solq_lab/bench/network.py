@@ -179,8 +179,8 @@ def stepper(model: nn.Module, experiment: Experiment, batch: Batch, autocast: st
     def step() -> Numbers:
         optimizer.zero_grad(set_to_none=True)
         done = forward_backward(model, criterion, scaler, batch, num_boxes, autocast)
-        norm = gradient_norm(model)
-        clip_gradients(model, experiment.optim.clip_norm, norm)
+        norm = gradient_norm(model.parameters())
+        clip_gradients(model.parameters(), experiment.optim.clip_norm, norm)
         optimizer.step()
         return done.losses["total"].item(), norm.item()
 

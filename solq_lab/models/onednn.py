@@ -192,7 +192,7 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         return (
             _multiply(gradient, weight.t()) if ctx.needs_input_grad[0] else None,
-            rows.t() @ features.flatten(0, -2) if ctx.needs_input_grad[1] else None,
+            _multiply(rows.t(), features.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None,
             rows.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
@@ -217,8 +217,8 @@ class _FeedForward(torch.autograd.Function):
         for inputs, active, grad_output, place in zip(*chunks, strict=True):
             grad_hidden = torch.ops.aten.threshold_backward(_multiply(grad_output, weight2.t()), active, 0)
             place.copy_(_multiply(grad_hidden, weight1.t()))
-            grad_weight1.addmm_(grad_hidden.t(), inputs)
-            grad_weight2.addmm_(grad_output.t(), active)
+            grad_weight1.add_(_multiply(grad_hidden.t(), inputs.t()))
+            grad_weight2.add_(_multiply(grad_output.t(), active.t()))
             grad_bias1.add_(grad_hidden.sum(0))
         return grad_tokens, grad_weight1, grad_bias1, grad_weight2, gradient.flatten(0, -2).sum(0)
 

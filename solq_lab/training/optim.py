@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -69,12 +70,12 @@ def square_root_rule(batch_size: int) -> dict[str, float]:
     return {"optim.lr": paper.lr * factor, "optim.backbone_lr": paper.backbone_lr * factor}
 
 
-def gradient_norm(model: nn.Module) -> torch.Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """The common L2 norm of all gradients, a scalar tensor on their device; not finite when one of them is not."""
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def clip_gradients(model: nn.Module, largest_norm: float, norm: torch.Tensor) -> None:
+def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float, norm: torch.Tensor) -> None:
     """Scale all gradients so that their common L2 norm, now `norm`, is at most `largest_norm`; 0 leaves them alone."""
     limit = largest_norm if largest_norm > 0 else math.inf
-    nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -109,7 +109,7 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
         model, criterion = _rebuild(dump, str(folder), device)
         stack.enter_context(_first_nonfinite(model, firsts))
         passes, same_costs = _repeat(dump, model, criterion, autocast, device, firsts)
-        gradients = describe_gradients(model, gradient_norm(model))
+        gradients = describe_gradients(model, gradient_norm(model.parameters()))
 
     recorded = [share["passes"] for share in facts["shares"]]
     same_losses = _losses(passes) == _losses(recorded)

@@ -210,7 +210,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self.experiment.optim)
         self.average = AveragedWeights(self.model, train.ema) if train.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.autocast == "fp16")
-        # A skipped step restores the statistics of batch norms.
+        # Lists, because walking through the modules takes longer than the norm of a small network's gradients. A
+        # skipped step restores the buffers, statistics of batch norms.
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._buffers = list(self.model.buffers())
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
 
@@ -257,10 +259,10 @@ class Trainer:
 
             # Unscale, clip, step, average; or skip the step, alike in all processes.
             self.scaler.unscale_(self.optimizer)
-            norm = gradient_norm(self.model)
+            norm = gradient_norm(self._parameters)
             kind = check_finite(micro_batches, norm, self.scaler)
             if kind == "finite":
-                clip_gradients(self.model, optim.clip_norm, norm)
+                clip_gradients(self._parameters, optim.clip_norm, norm)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
                 if self.average is not None:

@@ -104,9 +104,9 @@ def test_clipping_shrinks_to_the_largest_norm_and_zero_leaves_gradients_alone():
     model = nn.Linear(2, 1, bias=False)
     for limit, expected in ((0.5, [0.3, 0.4]), (0.0, [3.0, 4.0]), (10.0, [3.0, 4.0])):
         model.weight.grad = torch.tensor([[3.0, 4.0]])
-        norm = gradient_norm(model)
+        norm = gradient_norm(model.parameters())
         assert norm.item() == pytest.approx(5.0)
-        clip_gradients(model, limit, norm)
+        clip_gradients(model.parameters(), limit, norm)
         assert model.weight.grad.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -115,8 +115,8 @@ def test_norm_and_clipping_together_are_torchs_own_bit_for_bit():
     for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
         mine.grad = torch.randn_like(mine)
         reference.grad = mine.grad.clone()
-    norm = gradient_norm(ours)
-    clip_gradients(ours, 0.1, norm)
+    norm = gradient_norm(ours.parameters())
+    clip_gradients(ours.parameters(), 0.1, norm)
     assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs.parameters(), 0.1))
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
@@ -125,4 +125,4 @@ def test_one_gradient_that_is_not_finite_shows_in_the_norm():
     model = nn.Linear(2, 1)
     for value in (math.nan, math.inf):
         model.weight.grad, model.bias.grad = torch.ones(1, 2), torch.tensor([value])
-        assert not gradient_norm(model).isfinite()
+        assert not gradient_norm(model.parameters()).isfinite()
