@@ -63,7 +63,7 @@ def fit_codec(
     annotations = _train_annotations(experiment)
     if not annotations.is_file():
         raise DataError(f"{annotations}: no such annotation file; check data.root and data.train_annotations")
-    dataset = {"annotations": annotations.name, "sha256": hash_file(annotations)}
+    dataset: dict[str, Any] = {"annotations": annotations.name, "sha256": hash_file(annotations)}
     if path.exists():
         return _already_there(path, codec, dataset)
     try:

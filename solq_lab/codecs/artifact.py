@@ -11,13 +11,13 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from solq_lab.codecs.base import FittedCodec
+from solq_lab.codecs.base import FittedCodec, Threshold
 from solq_lab.codecs.kinds import CODECS, fitted_kinds
 from solq_lab.errors import UserError
 from solq_lab.files import replacing, write_json
@@ -49,8 +49,8 @@ class Description(NamedTuple):
     mask_size: int
     vector_dim: int
     settings: dict[str, Any]
-    loss: str
-    threshold: str
+    loss: Literal["l1", "l2_dice"]
+    threshold: Threshold
     dataset: dict[str, Any]
     quality: dict[str, Any]
 
@@ -90,7 +90,7 @@ def load_codec(path: str | Path) -> FittedCodec:
         spec = CODECS.get(about.method)
         if spec is None or not spec.fitted:
             raise ArtifactError(f"{path}: method {about.method!r}: allowed are {fitted_kinds()}")
-        codec = spec.load()(about.mask_size, about.vector_dim, **about.settings)
+        codec = cast(FittedCodec, spec.load()(about.mask_size, about.vector_dim, **about.settings))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}; fit the codec anew with `solq-lab fit-codec`") from None
     codec.loss, codec.threshold = about.loss, about.threshold

@@ -43,6 +43,10 @@ class DCTCodec(MaskCodec):
     that a bool mask is a few runs of ones and that basis functions are symmetric.
     """
 
+    row_basis: Tensor
+    column_basis: Tensor
+    kept: Tensor
+
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__(mask_size, vector_dim)
         kept = zigzag(mask_size)[:vector_dim]

@@ -25,6 +25,8 @@ class FlattenCodec(MaskCodec):
     """
 
     loss = "l2_dice"
+    averaging: Tensor
+    interpolation: Tensor
 
     def __init__(self, mask_size: int = 28, vector_dim: int | None = None) -> None:
         super().__init__(mask_size, mask_size**2 if vector_dim is None else vector_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ class PCACodec(FittedCodec):
     """
 
     method = "pca"
+    components: Tensor
+    mean: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -56,11 +59,12 @@ class PCACodec(FittedCodec):
         return codec
 
     @classmethod
-    def from_options(cls, mask_size: int, vector_dim: int, *, pca: Literal["plain", "released"] = "plain") -> PCACodec:
-        return cls.released(mask_size, vector_dim) if pca == "released" else cls(mask_size, vector_dim)
+    def from_options(cls, mask_size: int, vector_dim: int, **options: Any) -> PCACodec:
+        """The codec of eq. 4, or with pca="released" the released variant."""
+        return cls.released(mask_size, vector_dim) if options.get("pca") == "released" else cls(mask_size, vector_dim)
 
     @property
-    def settings(self) -> dict[str, bool]:
+    def settings(self) -> dict[str, bool | float]:
         return {"centered": self.centered, "whitened": self.whitened, "inverse_sigmoid": self.inverse_sigmoid}
 
     def start_fit(self, seed: int = 0) -> PCAFit:

@@ -35,6 +35,7 @@ class SparseCodingCodec(FittedCodec):
     """
 
     method = "sparse"
+    atoms: Tensor
 
     def __init__(self, mask_size: int, vector_dim: int, *, beta: float = 1.0, tolerance: float = 1e-4) -> None:
         super().__init__(mask_size, vector_dim)
@@ -44,7 +45,7 @@ class SparseCodingCodec(FittedCodec):
         self.register_buffer("atoms", torch.zeros(vector_dim, mask_size**2))  # unit rows
 
     @property
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, bool | float]:
         return {"beta": self.beta}
 
     def start_fit(self, seed: int = 0) -> DictionaryFit:

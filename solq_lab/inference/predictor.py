@@ -103,9 +103,9 @@ class Predictor:
         height, width = pixels.shape[1:]
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
         steps = resize.plan((height, width), np.random.default_rng())
-        image, multiple = apply_to_image(steps, pixels), self.bucket or 1
-        padded = tuple(-(-side // multiple) * multiple for side in image.shape[1:])
-        batch = ImageBatch.from_list([image], padded).to(self.device)
+        resized, multiple = apply_to_image(steps, pixels), self.bucket or 1
+        padded_height, padded_width = (-(-side // multiple) * multiple for side in resized.shape[1:])
+        batch = ImageBatch.from_list([resized], (padded_height, padded_width)).to(self.device)
 
         if self._graphed is not None:
             last = self._graphed(batch)

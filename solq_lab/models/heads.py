@@ -25,9 +25,10 @@ class MLP(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)])
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
+        first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
+        self.layers = nn.ModuleList([first, second, last])
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
@@ -45,6 +46,9 @@ class VectorMLP(MLP):
         standardise: predict in units of the training vectors' std (`set_statistics`). Otherwise, as released,
             coefficients 2 and higher start at -2.
     """
+
+    vector_center: Tensor
+    vector_spread: Tensor
 
     def __init__(self, width: int, hidden: int, vector_dim: int, *, standardise: bool = False) -> None:
         super().__init__(width, hidden, vector_dim)

@@ -128,7 +128,7 @@ def name_table(layout: Layout) -> list[tuple[str, str | None]]:
 
 def own_aliases(layout: Layout) -> dict[str, str]:
     """Our names of shared tensors -> the one of them that `name_table` uses."""
-    aliases = {}
+    aliases: dict[str, str] = {}
     for layer in range(1, layout.decoder_layers):
         if layout.vectors:
             aliases |= {f"heads.{layer}.vector.{name}": f"heads.0.vector.{name}" for name in _MLP}

@@ -81,7 +81,7 @@ class OneDNNLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise.binary(features, others, self._packed_weight, self.bias, "add")
 
     def _pack(self) -> None:
-        self._packed_weight = torch.ops.mkldnn._reorder_linear_weight(self.weight) if self.packed else None
+        self._packed_weight: Any = torch.ops.mkldnn._reorder_linear_weight(self.weight) if self.packed else None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed_weight": None}  # packed weights cannot be copied
@@ -97,6 +97,9 @@ class OneDNNFeedForward(FeedForward):
     Args:
         plain: the block whose layers, `OneDNNLinear` already, this one takes over.
     """
+
+    linear1: OneDNNLinear
+    linear2: OneDNNLinear
 
     def __init__(self, plain: FeedForward) -> None:
         nn.Module.__init__(self)

@@ -6,6 +6,7 @@ Shape letters: B batch, J queries, C width, L levels, T tokens of all levels, S 
 from __future__ import annotations
 
 import copy
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from solq_lab.structures import ImageBatch, LayerPrediction, Predictions, filled
 GROUPS = 32  # of the group norm after each projection
 PROPOSAL_SIDE = 0.05  # of a proposal on the finest level, share of the image; doubles from level to level
 PROPOSAL_MARGIN = 0.01  # proposals whose centre or side is nearer to 0 or 1 are not used
+
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 class SOLQ(Checkpointed):
@@ -84,7 +88,12 @@ class SOLQ(Checkpointed):
         self.projections = _level_projections(backbone.channels, width, levels)
         # Only the encoder reads positions; without one an idle trainable tensor would stall distributed training.
         self.level_embedding = nn.Parameter(torch.randn(levels, width), requires_grad=encoder_layers > 0)
-        shared = {"levels": levels, "feedforward": feedforward, "dropout": dropout, "activation": activation}
+        shared: dict[str, Any] = {
+            "levels": levels,
+            "feedforward": feedforward,
+            "dropout": dropout,
+            "activation": activation,
+        }
         self.encoder = nn.ModuleList(
             EncoderLayer(width, heads, points=encoder_points, **shared) for _ in range(encoder_layers)
         )
@@ -242,6 +251,6 @@ def _query_heads(head: UnifiedQueryHead, layers: int, refine_boxes: bool) -> nn.
     return nn.ModuleList(copy.deepcopy(head, {id(vector): vector}) for _ in range(layers))
 
 
-def _xavier(layer: nn.Module) -> nn.Module:
+def _xavier(layer: Layer) -> Layer:
     nn.init.xavier_uniform_(layer.weight)
     return layer
