@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from solq_lab.errors import did_you_mean
 from solq_lab.plain_yaml import load_yaml
 from solq_lab.schema import NAME, ConfigError, Experiment, Section
 
@@ -153,10 +153,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         neighbours = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        nearest = difflib.get_close_matches(path.name, neighbours, n=1)
-        found = ", ".join(neighbours) or "no YAML"
-        hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else f"; found there: {found}"
-        raise ConfigError(f"{path}: no such experiment file{hint}") from None
+        hint = did_you_mean(path.name, neighbours, "found there:", folder=path.parent)
+        raise ConfigError(f"{path}: no such experiment file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     return _parse_mapping(text, source=str(path))
@@ -215,12 +213,10 @@ def _holds_text(keys: Sequence[str]) -> bool:
 def _describe_fault(fault: dict[str, Any], schema: type[Section]) -> str:
     location = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        allowed = _allowed_keys(schema, fault["loc"][:-1])
-        nearest = _sections_with(fault["loc"][-1], schema) or difflib.get_close_matches(
-            str(fault["loc"][-1]), allowed, n=1, cutoff=0.5
-        )
-        hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"allowed are {', '.join(allowed)}"
-        return f"unknown key {location}; {hint}"
+        *place, key = fault["loc"]
+        elsewhere = " or ".join(_sections_with(key, schema))
+        hint = did_you_mean(str(key), _allowed_keys(schema, place))
+        return f"unknown key {location}; {f'did you mean {elsewhere}?' if elsewhere else hint}"
     if fault["type"] == "model_type":
         keys = ", ".join(_allowed_keys(schema, fault["loc"]))
         return f"{location}: found {fault['input']!r}, allowed is a section with some of the keys {keys}"
@@ -241,7 +237,7 @@ def _sections_with(key: object, schema: type[Section]) -> list[str]:
     ]
 
 
-def _allowed_keys(schema: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+def _allowed_keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
     for part in location:
         if isinstance(part, str):  # a number is an index into a list, whose type is known already
             annotation: Any = schema.model_fields[part].annotation

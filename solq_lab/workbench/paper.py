@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
 from solq_lab.config import ConfigError, read_yaml
+from solq_lab.errors import did_you_mean
 from solq_lab.schema import Section
 
 PAPER_RESULTS = Path("experiments/paper_results.yaml")
@@ -35,7 +34,8 @@ class PaperTable(Section):
             ConfigError: the table has no such row.
         """
         if name not in self.rows:
-            raise ConfigError(f"no row {name!r} in the paper's table ({self.title}); {_nearest(name, self.rows)}")
+            hint = did_you_mean(repr(name), map(repr, self.rows), "there are")
+            raise ConfigError(f"no row {name!r} in the paper's table ({self.title}); {hint}")
         return dict(zip(self.columns, self.rows[name], strict=True))
 
 
@@ -47,16 +47,10 @@ def paper_table(name: str, path: str | Path = PAPER_RESULTS) -> PaperTable:
     """
     tables = read_yaml(Path(path))
     if name not in tables:
-        raise ConfigError(f"{path}: no table {name!r}; {_nearest(name, tables)}")
+        raise ConfigError(f"{path}: no table {name!r}; {did_you_mean(name, tables, 'there are')}")
     try:
         return PaperTable.model_validate(tables[name])
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, (name, *fault["loc"])))
         raise ConfigError(f"{path}: {place}: {fault['msg'].removeprefix('Value error, ')}") from None
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(names)}"

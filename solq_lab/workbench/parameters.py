@@ -6,7 +6,6 @@ A notebook has one code cell with the tag `parameters`; each of its lines is `na
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from solq_lab.errors import UserError
+from solq_lab.errors import UserError, did_you_mean
 from solq_lab.plain_yaml import load_yaml
 
 TAG = "parameters"
@@ -89,9 +88,7 @@ def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str
     declared = read_parameters(notebook)
     for name in given:
         if name not in declared:
-            nearest = difflib.get_close_matches(name, declared, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"allowed are {', '.join(declared) or 'none'}"
-            raise NotebookError(f"{notebook}: unknown parameter {name}; {hint}")
+            raise NotebookError(f"{notebook}: unknown parameter {name}; {did_you_mean(name, declared)}")
     return {
         name: _convert(value, declared[name].annotation, f"{notebook}: parameter {name}")
         for name, value in given.items()
@@ -103,9 +100,7 @@ def _read_cells(notebook: Path) -> list[dict[str, Any]]:
         document = json.loads(notebook.read_text(encoding="utf-8"))
     except FileNotFoundError:
         neighbours = sorted(path.name for path in notebook.parent.glob("*.ipynb"))
-        nearest = difflib.get_close_matches(notebook.name, neighbours, n=1)
-        found = f"found there: {', '.join(neighbours) or 'none'}"
-        hint = f"did you mean {notebook.parent / nearest[0]}?" if nearest else found
+        hint = did_you_mean(notebook.name, neighbours, "found there:", folder=notebook.parent)
         raise NotebookError(f"{notebook}: no such notebook; {hint}") from None
     except (OSError, ValueError):
         document = None

@@ -7,7 +7,6 @@ state but the run folders: finished runs are skipped, stopped ones are resumed. 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from solq_lab.config import ConfigError, Experiment, Sweep, load_experiment
 from solq_lab.data_folder import check_data_folder, prepare_data
-from solq_lab.errors import Interrupted
+from solq_lab.errors import Interrupted, did_you_mean
 from solq_lab.files import FileError, last_lines, read_json
 from solq_lab.progress import Progress, describe_duration, status_line
 from solq_lab.runs import RunError, load_run
@@ -125,9 +124,7 @@ def find_sweep(named: str | Path) -> Path:
     path = SWEEPS / f"{named}.yaml"
     if not path.is_file():
         known = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
-        nearest = difflib.get_close_matches(str(named), known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known) or 'none'}"
-        raise ConfigError(f"no sweep {named} in {SWEEPS}; {hint}")
+        raise ConfigError(f"no sweep {named} in {SWEEPS}; {did_you_mean(str(named), known, 'there are')}")
     return path
 
 

@@ -121,20 +121,13 @@ class ResultTable:
         """One line per row and metric: mean, standard deviation, number of runs, the paper's number; percent."""
         import pandas as pd
 
+        columns = ["row", "metric", "mean", "spread", "runs", "paper_row", "paper"]
         lines = [
-            {
-                "row": row.name,
-                "metric": metric,
-                "mean": row.mean(metric),
-                "spread": row.std(metric),
-                "runs": len(row.values(metric)),
-                "paper_row": row.paper_name,
-                "paper": row.paper.get(metric),
-            }
+            (row.name, name, row.mean(name), row.std(name), len(row.values(name)), row.paper_name, row.paper.get(name))
             for row in self.rows
-            for metric in self.metrics
+            for name in self.metrics
         ]
-        frame = pd.DataFrame(lines).astype({"mean": float, "spread": float})
+        frame = pd.DataFrame(lines, columns=columns).astype({"mean": float, "spread": float})
         return frame.round({"mean": 2, "spread": 2}).to_csv(index=False, lineterminator="\n")
 
     def to_dict(self) -> dict[str, Any]:

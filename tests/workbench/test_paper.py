@@ -60,7 +60,7 @@ def test_a_row_gives_its_numbers_by_column():
 
 
 def test_a_missing_table_is_rejected_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"no table 'table3'; did you mean 'table"):
+    with pytest.raises(ConfigError, match=r"no table 'table3'; did you mean table"):
         paper_table("table3", FILE)
     with pytest.raises(ConfigError, match="no table 'figure'; there are table1, table2"):
         paper_table("figure", FILE)
