@@ -19,7 +19,7 @@ from torchvision.ops import roi_align
 
 from solq_lab.ops.extension import cpu_operator
 
-Segmentation = Sequence[Sequence[float]] | dict  # COCO's two spellings: polygons in image pixels, or an RLE
+Segmentation = Sequence[Sequence[float] | np.ndarray] | dict  # COCO's: polygons in image pixels, or an RLE
 ROI_ALIGN_CHUNK = 16  # full-size float bitmaps at once; bounds the memory on images with hundreds of objects
 
 
@@ -180,7 +180,7 @@ def _crop_compiled(
     return crop_codes(*join_codes(codes), *places, boxes.contiguous(), height, width, mask_size)
 
 
-def _checked_polygons(polygons: Sequence[Sequence[float]]) -> list[np.ndarray]:
+def _checked_polygons(polygons: Sequence[Sequence[float] | np.ndarray]) -> list[np.ndarray]:
     """The polygons that have an area, each as vertices (n, 2) float64."""
     for polygon in polygons:
         if len(polygon) % 2:

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from pycocotools import mask as coco_rle
@@ -92,12 +92,12 @@ def is_image_entry(entry: dict[str, Any]) -> bool:
     )
 
 
-def is_id(value: Any) -> bool:
+def is_id(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number of 64 bits; JSON's true and 1.0 are none."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-def is_measure(value: Any) -> bool:
+def is_measure(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number that can be a length or an area, in pixels; true and "1" are none."""
     return type(value) in (int, float) and abs(value) <= MAX_SIDE**3  # false for nan
 
@@ -136,8 +136,8 @@ def is_crowd(entry: dict[str, Any], name: str) -> bool:
     return bool(mark)
 
 
-def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) inside the image of a COCO box (x, y, w, h).
+def clamped_box(box: Any, size: tuple[int, int], name: str) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) of the part of a COCO box (x, y, w, h) inside an image of `size` (height, width).
 
     Raises:
         DataError: not four finite numbers.
@@ -150,7 +150,7 @@ def clamped_box(box: Any, height: int, width: int, name: str) -> tuple[float, fl
             f"{name}: bbox {shorten(box)} has a value that is not finite, or larger than any image; correct or "
             "remove the object"
         )
-    x1, y1 = x + max(w, 0), y + max(h, 0)
+    (height, width), x1, y1 = size, x + max(w, 0), y + max(h, 0)
     return min(max(x, 0), width), min(max(y, 0), height), min(max(x1, 0), width), min(max(y1, 0), height)
 
 

@@ -111,7 +111,8 @@ class CocoDataset(Dataset):
         if classes is not None:
             _check_names(self.truth, classes)
         self._labels = _channels(self.truth, self.classes)
-        self._cache: dict[int, Cached] | None = {} if cache else None
+        self.cache = cache
+        self._cached_images: dict[int, Cached] = {}
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -178,6 +179,7 @@ class CocoDataset(Dataset):
 
     def _masks(self, index: int, kept: np.ndarray, boxes: np.ndarray, steps: list[Step]) -> Tensor:
         """Masks (K, N, N) bool of the kept objects, whose boxes (K, 4) xyxy pixels are given after the steps."""
+        assert self.mask_size is not None
         if self.mask_route == "bitmap":
             bitmaps = self._bitmaps(index, kept, steps)
             return masks.crop_and_resize(bitmaps, torch.from_numpy(boxes).float(), self.mask_size) >= 0.5
@@ -185,17 +187,19 @@ class CocoDataset(Dataset):
         original = self.truth.boxes[self.truth.starts[index] + kept]
         windows = boxes_before(steps, boxes)
         windows = np.where(np.abs(windows - original) < SNAP, original, windows)
-        if self._cache is None:
+        if not self.cache:
             box_masks = self._rasterize(index, kept, windows)
         else:
-            packed = self._cached(index).masks[kept]
-            box_masks = torch.from_numpy(np.unpackbits(packed, axis=-1, count=self.mask_size).view(np.bool_))
+            packed = self._cached(index).masks
+            assert packed is not None
+            box_masks = torch.from_numpy(np.unpackbits(packed[kept], axis=-1, count=self.mask_size).view(np.bool_))
             cropped = np.flatnonzero((windows != original).any(axis=1))
             if len(cropped):
                 box_masks[torch.from_numpy(cropped)] = self._rasterize(index, kept[cropped], windows[cropped])
         return box_masks.flip(-1) if mirrored(steps) else box_masks
 
     def _rasterize(self, index: int, kept: np.ndarray, windows: np.ndarray) -> Tensor:
+        assert self.mask_size is not None
         segmentations = self.truth.segmentations(self.truth.starts[index] + kept)
         return masks.rasterize_in_box(segmentations, torch.from_numpy(windows), self.truth.size(index), self.mask_size)
 
@@ -208,7 +212,7 @@ class CocoDataset(Dataset):
         return apply_to_bitmaps(steps, masks.decode_rle(rles))
 
     def _image(self, index: int) -> Tensor:
-        return self._read_image(index) if self._cache is None else self._cached(index).image.clone()
+        return self._read_image(index) if not self.cache else self._cached(index).image.clone()
 
     def _read_image(self, index: int) -> Tensor:
         path = self.images / self.truth.file_names[index]
@@ -218,14 +222,14 @@ class CocoDataset(Dataset):
             raise DataError(f"{self.annotations}: {error}") from None
 
     def _cached(self, index: int) -> Cached:
-        if index not in self._cache:
+        if index not in self._cached_images:
             packed = None
             if self.mask_size is not None and self.mask_route == "window":
                 first, end = self.truth.starts[index : index + 2]
                 whole = self._rasterize(index, np.arange(end - first), self.truth.boxes[first:end])
                 packed = np.packbits(whole.numpy(), axis=-1)
-            self._cache[index] = Cached(self._read_image(index), packed)
-        return self._cache[index]
+            self._cached_images[index] = Cached(self._read_image(index), packed)
+        return self._cached_images[index]
 
 
 def _check_names(truth: GroundTruth, classes: ClassMap) -> None:

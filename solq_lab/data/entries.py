@@ -32,7 +32,7 @@ class Entries(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, place: int) -> Any:
+    def __getitem__(self, place: int) -> Any:  # type: ignore[override]  # no slices
         return self._decode(self._starts[place])
 
     def __iter__(self) -> Iterator[Any]:
@@ -117,4 +117,4 @@ def _go_on(text: str, place: int, end: str) -> tuple[bool, int]:
 
 
 def _skip_space(text: str, place: int) -> int:
-    return _SPACE.match(text, place).end()
+    return _SPACE.match(text, place).end()  # type: ignore[union-attr]  # it matches everywhere

@@ -57,9 +57,10 @@ def find_splits(data: Path | str, images: Path | None = None) -> tuple[Split, ..
     data = Path(data)
     if data.is_file():
         return (Split(data.stem, images or _image_folder(data), data),)
-    names = [name for name in ("train", "val") if any(data.glob(f"annotations/instances_{name}*.json"))]
+    both: tuple[Literal["train", "val"], ...] = ("train", "val")
+    names = [name for name in both if any(data.glob(f"annotations/instances_{name}*.json"))]
     splits = []
-    for name in names or ["train"]:
+    for name in names or both[:1]:
         annotations = find_annotations(data, name)
         splits.append(Split(name, images or _image_folder(annotations), annotations))
     return tuple(splits)

@@ -167,7 +167,7 @@ class GroundTruth:
     def _read_objects(self, entries: Sequence[Any]) -> None:
         keep_all = self.keep == "all"
         image_of = {image_id: row for row, image_id in enumerate(self.image_ids.tolist())}
-        sizes = self.sizes.tolist()
+        sizes = [self.size(image) for image in range(len(self.sizes))]
         packed = _PackedSegmentations()
         all_ids, ids, images, category_ids = array("q"), array("q"), array("q"), array("q")
         boxes, coco_boxes, areas = array("d"), array("d"), array("d")
@@ -183,15 +183,15 @@ class GroundTruth:
                 left_out[CROWDS].append(entry["id"])
                 continue
 
-            entry = with_box(entry, tuple(sizes[image]), name)
-            box = clamped_box(entry.get("bbox"), *sizes[image], name)
+            entry = with_box(entry, sizes[image], name)
+            box = clamped_box(entry.get("bbox"), sizes[image], name)
             has_area = box[2] > box[0] and box[3] > box[1]
             # What is left out by its box is not looked at further: its mask may be anything.
             if self.has_masks and (has_area or keep_all):
                 if not has_segmentation(entry):
                     left_out[WITHOUT_MASK].append(entry["id"])
                     continue
-                segmentation = checked_segmentation(entry.get("segmentation"), tuple(sizes[image]), name)
+                segmentation = checked_segmentation(entry.get("segmentation"), sizes[image], name)
                 has_area = has_area and bool(segmentation)
             if not (has_area or of_many):
                 left_out[WITHOUT_AREA].append(entry["id"])
@@ -241,9 +241,9 @@ class _PackedSegmentations:
     """Segmentations of many objects: polygon coordinates end to end in one array, the RLEs beside it."""
 
     def __init__(self) -> None:
-        self._coordinates: array | np.ndarray = array("d")
-        self._polygon_ends: array | np.ndarray = array("q")  # per polygon, where it ends in `_coordinates`
-        self._object_ends: array | np.ndarray = array("q")  # per object, where it ends in `_polygon_ends`
+        self._coordinates: Any = array("d")
+        self._polygon_ends: Any = array("q")  # per polygon, where it ends in `_coordinates`
+        self._object_ends: Any = array("q")  # per object, where it ends in `_polygon_ends`
         self._rles: dict[int, dict] = {}
 
     def __getitem__(self, place: int) -> list[np.ndarray] | dict:

@@ -95,7 +95,7 @@ class BatchLoader:
         with _stop_signals_blocked(), _child_handler_kept():
             self._readings = iter(loader)
         started = [process for process in multiprocessing.active_children() if process not in others]
-        self._workers = sorted(started, key=lambda process: process.pid)
+        self._workers = sorted(started, key=lambda process: process.pid or 0)
         # At its end Python sends SIGTERM to its children and waits for them; workers ignore it, so kill them before.
         self._end = partial(_kill, self._workers)
         atexit.register(self._end)
@@ -177,7 +177,7 @@ class _Readable(Dataset):
                 faults.append(str(error))
                 if self.substitutes:
                     epoch, index = key
-                    key = epoch, (index + 1) % len(self.dataset)
+                    key = epoch, (index + 1) % len(self.dataset)  # type: ignore[arg-type]  # it has a length
         return None, faults
 
 

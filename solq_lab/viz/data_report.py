@@ -137,7 +137,7 @@ def _draw_object(axes: Axes, entry: dict, size: tuple[int, int]) -> None:
         outline_mask(axes, window, SKY)
 
     try:
-        clamped_box(entry.get("bbox"), height, width, "box")
+        clamped_box(entry.get("bbox"), (height, width), "box")
     except DataError:
         return
     x, y, w, h = entry["bbox"]

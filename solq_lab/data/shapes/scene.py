@@ -319,7 +319,7 @@ def _paint(
     """Paint an object into a region (3, h, w): textured, its rounded edge lit from `light`, over its soft shadow."""
     relief = Image.fromarray(inside.astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(softness))
     toward_y, toward_x = (softness * component for component in light)
-    down, right = np.gradient(np.asarray(relief, np.float32) / 255)
+    down, right = np.asarray(np.gradient(np.asarray(relief, np.float32) / 255))
     shading = 1 - 0.8 * (toward_y * down[inside] + toward_x * right[inside])  # bright where the edge falls to the light
     shadow = relief.transform(relief.size, Image.Transform.AFFINE, (1, 0, toward_x, 0, 1, toward_y))
 
@@ -327,7 +327,8 @@ def _paint(
     colour = _contrasting_colour(below, contrast, random)
     accent = np.clip(colour * random.uniform(0.5, 0.8) + random.integers(2) * np.float32(0.3), 0, 1)
     kind = TEXTURES[int(random.integers(len(TEXTURES)))]
-    pattern = _pattern(kind, *inside.shape, random)[inside]
+    height, width = inside.shape
+    pattern = _pattern(kind, height, width, random)[inside]
     surface = colour + (accent - colour) * pattern  # (3, n) for the n pixels inside
 
     region *= 1 - np.asarray(shadow, np.float32) * (0.4 / 255)

@@ -112,7 +112,8 @@ def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any],
     level = LEVELS[settings["level"]]
     folder.mkdir()
     work = folder, settings["level"], (settings["seed"], SPLITS.index(split))
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     with closing(in_processes(_draw, work, range(1, count + 1), processes)) as drawings:
         for drawn in tqdm(drawings, total=count, desc=f"drawing {split}", unit="image"):
             name = _file_name(drawn.number)

@@ -59,7 +59,7 @@ def check_object(
         crowd = is_crowd(entry, name)
         reading = "box"
         entry = with_box(entry, size, name)
-        x0, y0, x1, y1 = box = clamped_box(entry.get("bbox"), *size, name)
+        x0, y0, x1, y1 = box = clamped_box(entry.get("bbox"), size, name)
         faults += _box_faults(entry["bbox"], box, size)
         learnt = x1 > x0 and y1 > y0
         if learnt and with_masks and not has_segmentation(entry):

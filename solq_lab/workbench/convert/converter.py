@@ -45,7 +45,8 @@ def convert_data(
     if source.suffix == ".json":
         if images is None or not images.is_dir():
             raise DataError(f"{images or source}: --images needs the folder that holds COCO's train2017 and val2017")
-        documents = {split or _split_in(source.stem): (images, read_lvis(source, images))}
+        name: str = split or _split_in(source.stem)
+        documents = {name: (images, read_lvis(source, images))}
     elif images is not None or split is not None:
         raise DataError(f"{source}: --images and --split belong to an LVIS file (.json); a YOLO folder has both itself")
     else:
@@ -73,7 +74,7 @@ def convert_data(
     return splits
 
 
-def _split_in(stem: str) -> Literal["train", "val"]:
+def _split_in(stem: str) -> str:
     found = [name for name in ("train", "val") if name in stem]
     if len(found) != 1:
         raise DataError(f"{stem}.json: the name does not tell train from val; give --split")
