@@ -1,1 +1,1 @@
-"""How good are the detections: box, mask and boundary AP."""
+"""COCO evaluation of detections: box, mask and boundary AP."""

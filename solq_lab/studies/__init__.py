@@ -1,1 +1,1 @@
-"""Measurements that no training needs: ceilings of codecs, error types, bootstrap intervals, attention, efficiency."""
+"""Studies beyond AP: upper bounds of codecs, types of errors, bootstrap intervals, attention, efficiency."""

@@ -78,6 +78,7 @@ def count_costs(
     assert codec is not None
     vector = torch.zeros(1, codec.vector_dim, dtype=torch.float64)  # decoded in plain torch, whose products are counted
 
+    # Parameters are counted first: `_multiply_adds` freezes the module.
     parameters = _trained(detector)
     alone = _multiply_adds(detector, images.normalised())
     sqr_costs = _trained(sqr) - parameters, alone, _multiply_adds(sqr, images.normalised()) - alone
