@@ -114,11 +114,11 @@ def test_a_model_predicts_in_evaluation_mode_and_keeps_the_mode_it_came_in(datas
 
 
 def test_an_evaluation_stops_between_two_images_and_leaves_the_model_as_it_was(dataset, codec):
-    model, asked = OracleDetector(dataset, codec).train(), []
+    model, calls = OracleDetector(dataset, codec).train(), []
 
     def after_two_images() -> bool:
-        asked.append(1)
-        return len(asked) > 2
+        calls.append(1)
+        return len(calls) > 2
 
     with pytest.raises(EvaluationStopped):
         evaluate_model(model, codec, dataset, should_stop=after_two_images)

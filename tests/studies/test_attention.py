@@ -112,13 +112,11 @@ def test_points_are_those_of_an_independent_forward_pass(model, images):
         memory = encode(memory)
     queries, query_pos, reference, _ = model.initial_queries(memory)
     for decode, head, recorded in zip(model.decoder, model.heads, layers, strict=True):
-        said = decode.self_norm(queries + decode.self_attention(queries, query_pos))
-        asking, attention = (said + query_pos)[0].double(), decode.cross_attention
-        offsets = F.linear(asking, attention.sampling_offsets.weight.double(), attention.sampling_offsets.bias.double())
+        values = decode.self_norm(queries + decode.self_attention(queries, query_pos))
+        qk, attention = (values + query_pos)[0].double(), decode.cross_attention
+        offsets = F.linear(qk, attention.sampling_offsets.weight.double(), attention.sampling_offsets.bias.double())
         offsets = offsets.view(QUERIES, HEADS, LEVELS, POINTS, 2)
-        logits = F.linear(
-            asking, attention.attention_weights.weight.double(), attention.attention_weights.bias.double()
-        )
+        logits = F.linear(qk, attention.attention_weights.weight.double(), attention.attention_weights.bias.double())
         weights = logits.view(QUERIES, HEADS, LEVELS * POINTS).softmax(-1).view(QUERIES, HEADS, LEVELS, POINTS)
         start = reference[0].double()
         for level, (height, width) in enumerate(memory.spatial_shapes):

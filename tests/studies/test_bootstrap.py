@@ -32,8 +32,8 @@ def scene(seed: int, *, noise: float, num_images: int = NUM_IMAGES) -> tuple[dic
             for _ in range(int(random.integers(0, 3))):
                 dx, dy = np.rint(random.normal(0, noise, 2)).astype(int).tolist()
                 box = (min(max(x + dx, 0), WIDTH - w), min(max(y + dy, 0), HEIGHT - h), w, h)
-                said = category if random.random() < 0.8 else 3 - category
-                results.append(result_of(image, said, box, random.random()))
+                predicted = category if random.random() < 0.8 else 3 - category
+                results.append(result_of(image, predicted, box, random.random()))
     truth = truth_of(objects, num_images)
     for entry in truth["annotations"][::7]:
         entry["iscrowd"] = 1

@@ -298,13 +298,13 @@ def test_other_data_or_another_scale_is_measured_anew(annotations, document, tmp
 
 
 def test_pca_is_fitted_to_the_training_masks_once(annotations, root, tmp_path, measured):
-    asked = CodecBenchmark(annotations, tmp_path, fit_annotations=root / "train.json")
+    benchmark = CodecBenchmark(annotations, tmp_path, fit_annotations=root / "train.json")
     settings = [
         CodecSetting("pca", 8, 5),
         CodecSetting("pca", 8, 5, vector_noise=0.1),
         CodecSetting("pca", 8, 5, pca="released"),
     ]
-    plain, noisy, released = asked.measure(settings)
+    plain, noisy, released = benchmark.measure(settings)
     assert plain.evaluation.metrics["segm.IoU"] > noisy.evaluation.metrics["segm.IoU"] > 0.3
     assert released.evaluation.metrics["segm.IoU"] != plain.evaluation.metrics["segm.IoU"]
     tables = sorted((tmp_path / "codecs").glob("*.safetensors"))
@@ -332,9 +332,9 @@ def test_the_size_of_objects_is_read_as_the_data_says(annotations, document, tmp
     assert CodecBenchmark(annotations, tmp_path).area_sides == (32.0, 96.0)
     path = tmp_path / "with_sides.json"
     path.write_text(json.dumps(document | {"info": {"area_sides": [13, 16]}}))
-    asked = CodecBenchmark(path, tmp_path)
-    assert asked.area_sides == (13.0, 16.0)
-    assert str(asked).startswith(f"{path}: 80 images, {len(document['annotations'])} objects, ")
+    benchmark = CodecBenchmark(path, tmp_path)
+    assert benchmark.area_sides == (13.0, 16.0)
+    assert str(benchmark).startswith(f"{path}: 80 images, {len(document['annotations'])} objects, ")
 
 
 # What is shown and written

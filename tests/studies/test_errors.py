@@ -132,8 +132,8 @@ def test_a_poor_mask_in_a_right_box_is_a_vector_error():
 
 def test_what_the_code_cannot_say_is_codec_truncation():
     codec = Exact(lost=8)  # a quarter of every mask
-    said = masked(result_of(1, CAT, LEFT), rectangle(4, 8, 15, 24))
-    analysis = analyse(truth_of([(1, CAT, LEFT)]), [said], codec)
+    found = masked(result_of(1, CAT, LEFT), rectangle(4, 8, 15, 24))
+    analysis = analyse(truth_of([(1, CAT, LEFT)]), [found], codec)
     np.testing.assert_allclose(analysis.overlaps.objects.ceiling, 0.75, atol=1e-9)
     assert types_at(analysis, 0.75) == [None]
     assert types_at(analysis, 0.8) == ["codec"]
