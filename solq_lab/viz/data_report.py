@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 
 from solq_lab.data.annotations import DataError, clamped_box
 from solq_lab.data.folders import Split
+from solq_lab.schema import EvaluationSection
 from solq_lab.viz.images import MaskWindow, outline_mask
 from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
 from solq_lab.workbench.check.findings import RULES, Finding
@@ -27,7 +28,7 @@ MAX_PIXELS = 640  # of a shown image's longer side
 CHARACTERS = 46  # of a line above an image
 SPLIT_COLOURS = (BLUE, ORANGE)
 MAX_CLASSES = 100  # in the chart
-AREA_SIDES = (32, 96)  # pixels: COCO's small, medium and large
+AREA_SIDES = EvaluationSection().area_sides  # COCO's limits between small, medium and large, pixels
 
 
 @mpl.rc_context(STYLE)
