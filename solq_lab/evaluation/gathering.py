@@ -85,6 +85,8 @@ def _chunks(items: Iterable[Item], should_stop: Callable[[], bool] | None) -> It
             chunk.append(next(source))
         except StopIteration:
             break
+
+        # Also after some seconds, so that the other processes do not wait long for a slow one.
         if len(chunk) == CHUNK_SIZE or time.monotonic() > until:
             yield chunk
             chunk, until = [], time.monotonic() + SECONDS_BETWEEN_ROUNDS

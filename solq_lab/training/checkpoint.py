@@ -109,11 +109,14 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
             log.warning("%s: damaged checkpoint left aside: %s", path, " ".join(str(error).split()))
             damaged.append(path)
             continue
+
+        # Only now: where no checkpoint can be read, nothing is renamed.
         for broken in damaged:
             aside = broken.with_name(f"damaged_{broken.name}")
             shutil.rmtree(aside, ignore_errors=True)
             broken.rename(aside)
         return checkpoint
+
     if found:
         names = ", ".join(path.name for path in found)
         raise RunError(

@@ -192,9 +192,12 @@ class NonFiniteRecorder:
             )
             for rank, dump in enumerate(ranks):
                 torch.save(dump, partial / f"rank_{rank}.pt")
+
+            # Last, as it holds the hashes of the others.
             hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
             text = json.dumps({**facts, "files": hashes}, indent=1) + "\n"
             (partial / "record.json").write_text(text, encoding="utf-8")
+
         for old in list_records(folder.parent)[:-KEPT]:
             shutil.rmtree(old)
 
