@@ -48,6 +48,7 @@ class Traffic(TorchDispatchMode):
         if all(map(_is_on_host, given)) and (target is None or torch.device(target).type == "cpu"):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+
         operator = func.overloadpacket
         if operator in WHOLE_IN_INFERENCE:
             with self:
@@ -61,6 +62,7 @@ class Traffic(TorchDispatchMode):
             with unset_fake_temporarily():
                 dtype = kwargs.get("dtype") or given[0].dtype
                 return torch.full(given[0].shape, _number_of(given[0].dtype), dtype=dtype)
+
         crosses = any(map(_is_on_host, given))
         if operator in (aten._to_copy, aten.copy_):
             waits = crosses and not (kwargs.get("non_blocking") or True in args[2:])

@@ -35,6 +35,7 @@ def rows(split: tuple[Path, Path] | None = None, *, num_images: int = NUM_IMAGES
         images, annotations = split or write_coco_folder(Path(folder), seed=0, num_images=num_images)
         dataset = CocoDataset(images, annotations, mask_size=MASK_SIZE, transform=TestResize(SHORT, MAX_SIDE))
         plain, chosen = PlainLoader(images, annotations), dataset.image_ids[:num_images]
+
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

@@ -50,6 +50,7 @@ def match_layer_by_layer(predictions: Predictions, targets: list[Target]) -> Pai
             + COSTS.l1_cost * torch.cdist(boxes, truth, p=1)
             - COSTS.giou_cost * giou
         )
+
         blocks = cost.view(len(targets), QUERIES, -1).cpu().split(counts, dim=-1)
         first = 0
         for image, count in enumerate(counts):

@@ -51,6 +51,7 @@ def rows(num_images: int = NUM_IMAGES, size: tuple[int, int] = TRAINING_SIZE) ->
         _in_processes("score", num_images, processes=PROCESSES),
         lambda expected, found: same_numbers(np.array(expected), found, "segm"),
     )
+
     trained = Workload(released_model(), image=size, shown=size, batch=1, repeats=1)
     yield _row(
         f"one training step, {trained.describe(size, 1)}, with activation checkpointing; baseline without",
@@ -58,6 +59,7 @@ def rows(num_images: int = NUM_IMAGES, size: tuple[int, int] = TRAINING_SIZE) ->
         _in_processes("train", True, *size),
         lambda expected, found: np.allclose(expected, found, rtol=1e-5),  # sums in float32, by several threads
     )
+
     demo = load_experiment(DEMO)
     side = demo.data.max_size
     yield _row(
@@ -66,6 +68,7 @@ def rows(num_images: int = NUM_IMAGES, size: tuple[int, int] = TRAINING_SIZE) ->
         _in_processes("train_demo", "cpu"),
         lambda expected, found: np.allclose(expected, found, rtol=1e-2),
     )
+
     yield _row(
         f"prediction, {TABLE_5.describe(TABLE_5.shown, 1)}, with masks; baseline with grid_sample, mask by mask",
         _in_processes("predict", "plainly"),

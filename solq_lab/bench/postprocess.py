@@ -32,6 +32,7 @@ def rows() -> Iterator[Row]:
         lambda: masks.paste_to_rle(bits, boxes, (HEIGHT, WIDTH)),
         lambda expected, found: expected == found,
     )
+
     codec = DCTCodec(MASK_SIZE, VECTOR_DIM)
     prediction = _draw_prediction(codec)
     kept = zigzag_places(MASK_SIZE)[:VECTOR_DIM]

@@ -42,6 +42,7 @@ def coco_document(seed: int, *, num_images: int, objects: int = OBJECTS) -> dict
         "categories": [{"id": number, "name": f"class {number}"} for number in range(1, CATEGORIES + 1)],
         "annotations": [],
     }
+
     for image in document["images"]:
         present = random.integers(1, CATEGORIES + 1, size=4)
         for _ in range(random.integers(1, 2 * objects)):

@@ -103,6 +103,7 @@ def _reference_backward(
     exact = sampling_locations.dtype
     grad_sums = grad_output.to(exact).transpose(1, 2).reshape(batch * heads, width, queries, 1)
     grad_maps, grad_locations, grad_weights = [], [], []
+
     for level, level_map in enumerate(_level_maps(value.to(exact), _pairs(flat_shapes))):
         locations = sampling_locations[:, :, :, level]
         weights = _heads_first(attention_weights[:, :, :, level])  # (B*M, Q, P)
@@ -115,9 +116,12 @@ def _reference_backward(
         else:
             grad_map, grad_weight = torch.zeros_like(level_map), torch.zeros_like(weights)
             grad_grid = weights.new_zeros((*weights.shape, 2))
+
         grad_maps.append(grad_map.flatten(2))  # (B*M, D, H*W)
         grad_weights.append(grad_weight.view(batch, heads, queries, points))
+        # The grid runs from -1 to 1, twice as far as the locations.
         grad_locations.append(2 * grad_grid.view(batch, heads, queries, points, 2))
+
     grad_value = torch.cat(grad_maps, dim=2).view(batch, heads, width, value.shape[1]).permute(0, 3, 1, 2)
     return (
         grad_value.to(value.dtype).contiguous(),
@@ -163,6 +167,7 @@ def _check_arguments(
     tokens = sum(height * width for height, width in spatial_shapes)
     if tokens != value.shape[1]:
         raise ValueError(f"spatial_shapes {list(spatial_shapes)} hold {tokens} tokens, value has {value.shape[1]}")
+
     batch, _, heads, _ = value.shape
     found = tuple(sampling_locations.shape)
     if len(found) != 6 or (found[0], found[2], found[3], found[5]) != (batch, heads, len(spatial_shapes), 2):
@@ -174,6 +179,7 @@ def _check_arguments(
         raise ValueError(
             f"attention_weights must be {found[:-1]} like the locations, got {tuple(attention_weights.shape)}"
         )
+
     for name, tensor in (("value", value), ("attention_weights", attention_weights)):
         if tensor.dtype not in FLOATING:
             raise ValueError(f"{name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
