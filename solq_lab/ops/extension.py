@@ -168,7 +168,9 @@ def _recipe(kind: Kind) -> Recipe:
     digest = hashlib.sha256()
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.name.encode() + path.read_bytes())
-    environment = (torch.__version__, sys.implementation.cache_tag, platform.machine(), processor_features())
+    # A build for a named level is the same on every processor that runs it: a cluster shares it.
+    processor = processor_features() if "-march=native" in flags else platform.machine()
+    environment = (torch.__version__, sys.implementation.cache_tag, processor)
     digest.update(repr((flags, cuda_flags, environment)).encode())
     return Recipe(kind, sources, flags, cuda_flags, cache_folder() / f"{kind}-{digest.hexdigest()[:16]}.so")
 

@@ -39,6 +39,10 @@ def test_the_architecture_is_that_of_the_environment_and_joins_the_librarys_name
     assert f"-march={name}" in recipe.flags
     assert (recipe.library == native.library) == (name == "native")
 
+    monkeypatch.setattr(extension, "processor_features", lambda: f"another {' '.join(CPU_ARCHITECTURES.values())}")
+    elsewhere = extension._recipe("cpu")
+    assert (recipe.library == elsewhere.library) == (name != "native")
+
 
 def test_an_unknown_architecture_is_rejected_with_the_allowed_ones(monkeypatch):
     monkeypatch.setenv("SOLQ_CPU_ARCH", "avx2")
