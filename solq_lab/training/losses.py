@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.schema import Experiment
-from solq_lab.structures import ImageMasks, Predictions, Target
+from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.matcher import HungarianMatcher, Matching
 
+PROPOSAL_TERMS = ("class", "l1", "giou")  # of the encoder's proposals, which have no mask vectors
 DICE_FLOOR = 1e-5  # as released: keeps the dice of an empty mask finite
 
 
@@ -34,6 +35,29 @@ class Objects(NamedTuple):
     boxes: Tensor
     masks: Tensor | None
     vectors: Tensor | None
+
+
+class MatchedLayers(NamedTuple):
+    """What the terms of the loss compare: Z layers, and the T pairs of each.
+
+    logits: (Z, B, J, S) of all queries.
+    boxes: (Z, T, 4) of the matched queries.
+    true_boxes: (Z, T, 4) of their objects.
+    vectors: (B, J, D) of all queries for each of the last layers that have a vector loss; none for a plain detector.
+    matching: the pairs.
+    objects: of the batch.
+    count: what sums are divided by.
+    mean_over: number of pairs of the "mean" vector loss.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    true_boxes: Tensor
+    vectors: list[Tensor]
+    matching: Matching
+    objects: Objects
+    count: float
+    mean_over: float
 
 
 class SetCriterion(nn.Module):
@@ -92,6 +116,10 @@ class SetCriterion(nn.Module):
         self.matcher = matcher
         self.weights = {"class": class_weight, "l1": l1_weight, "giou": giou_weight, "vector": vector_weight}
         self.weights |= {"mask": mask_weight, "dice": dice_weight}
+        # A new term of every layer is a method (MatchedLayers) -> (Z,), a line here, and its weight above.
+        self.terms = {"class": self._class_loss, "l1": self._l1_loss, "giou": self._giou_loss}
+        if codec is not None:
+            self.terms["vector"] = self._vector_loss
         self.vector_layers = vector_layers
         self.vector_normalisation = vector_normalisation
         self.focal_alpha = focal_alpha
@@ -122,21 +150,17 @@ class SetCriterion(nn.Module):
             matches = self.matcher(predictions, targets)
             count = max(float(len(objects.labels)) if num_boxes is None else num_boxes, 1.0)
 
-            logits = torch.stack([layer.logits for layer in predictions.layers])  # (Z, B, J, S)
-            boxes = torch.stack([layer.boxes for layer in predictions.layers])  # (Z, B, J, 4)
-            by_term = self._detection_losses(logits, boxes, matches.layers, objects, count)
-            if self.codec is not None:
-                mean_over = count if num_boxes is not None else max(float(len(matches.layers.images)), 1.0)
-                by_term["vector"] = self._vector_losses(predictions, matches.layers, objects, count, mean_over)
-            losses = _name_by_layer(by_term, len(predictions.layers))
+            layers = self._match_layers(predictions.layers, matches.layers, objects, count)
+            if num_boxes is None:
+                layers = layers._replace(mean_over=max(float(len(matches.layers.images)), 1.0))
+            losses = _name_by_layer({name: term(layers) for name, term in self.terms.items()}, len(predictions.layers))
             if predictions.layers[-1].masks is not None:
                 losses |= self._mask_losses(predictions.layers[-1].masks, matches.layers, targets, count)
 
             if predictions.proposals is not None:
-                logits, boxes = predictions.proposals.logits[None], predictions.proposals.boxes[None]  # Z = 1
                 anything = objects._replace(labels=torch.zeros_like(objects.labels))
-                by_term = self._detection_losses(logits, boxes, matches.proposals, anything, count)
-                losses |= {f"{term}/proposals": values.squeeze(0) for term, values in by_term.items()}
+                proposals = self._match_layers([predictions.proposals], matches.proposals, anything, count)
+                losses |= {f"{name}/proposals": self.terms[name](proposals).squeeze(0) for name in PROPOSAL_TERMS}
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -164,43 +188,52 @@ class SetCriterion(nn.Module):
         with torch.no_grad():
             return Objects(labels, boxes, masks, self.codec.encode(masks))
 
-    def _detection_losses(
-        self, logits: Tensor, boxes: Tensor, matching: Matching, objects: Objects, count: float
-    ) -> dict[str, Tensor]:
-        """Class, L1 and GIoU losses (Z,) of logits (Z, B, J, S) and boxes (Z, B, J, 4)."""
-        logits = _at_least_float32(logits)
+    def _match_layers(
+        self, layers: Sequence[LayerPrediction], matching: Matching, objects: Objects, count: float
+    ) -> MatchedLayers:
+        boxes = _at_least_float32(_matched(torch.stack([layer.boxes for layer in layers]), matching))  # (Z, T, 4)
+        vectors = [layer.vectors for layer in layers[-self.vector_layers :] if layer.vectors is not None]
+        logits = _at_least_float32(torch.stack([layer.logits for layer in layers]))  # (Z, B, J, S)
+        true_boxes = objects.boxes[matching.objects].to(boxes.dtype)
+        return MatchedLayers(logits, boxes, true_boxes, vectors, matching, objects, count, mean_over=count)
+
+    def _class_loss(self, layers: MatchedLayers) -> Tensor:
+        """Focal loss (Z,) of all queries; those without an object are to have no class."""
+        logits, matching = layers.logits, layers.matching
         truth = torch.zeros_like(logits)
-        layers = torch.arange(len(logits), device=logits.device)[:, None]
-        present = (layers, matching.images, matching.queries, objects.labels[matching.objects])
+        index = torch.arange(len(logits), device=logits.device)[:, None]
+        present = (index, matching.images, matching.queries, layers.objects.labels[matching.objects])
         truth.index_put_(present, truth.new_ones(()))  # `= 1.0` would be a copy from the host, which waits
         focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
-        boxes = _at_least_float32(_matched(boxes, matching))  # (Z, T, 4)
-        true_boxes = objects.boxes[matching.objects].to(boxes.dtype)
-        overlap = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(true_boxes))  # (Z, T)
-        return {
-            "class": focal.sum((1, 2, 3)) / count,
-            "l1": (boxes - true_boxes).abs().sum((1, 2)) / count,
-            "giou": (1 - overlap).sum(1) / count,
-        }
+        return focal.sum((1, 2, 3)) / layers.count
 
-    def _vector_losses(
-        self, predictions: Predictions, matching: Matching, objects: Objects, count: float, mean_over: float
-    ) -> Tensor:
-        """Vector losses of the last `vector_layers` layers, as a tensor of that length."""
-        first = max(len(predictions.layers) - self.vector_layers, 0)
-        matching = matching._replace(queries=matching.queries[first:], objects=matching.objects[first:])
-        vectors = torch.stack([layer.vectors for layer in predictions.layers[first:]])  # (Z, B, J, D)
-        vectors = _at_least_float32(_matched(vectors, matching))  # (Z, T, D)
+    def _l1_loss(self, layers: MatchedLayers) -> Tensor:
+        """L1 distance (Z,) of matched boxes."""
+        return (layers.boxes - layers.true_boxes).abs().sum((1, 2)) / layers.count
+
+    def _giou_loss(self, layers: MatchedLayers) -> Tensor:
+        """One minus the generalised IoU (Z,) of matched boxes."""
+        overlap = generalized_iou(cxcywh_to_xyxy(layers.boxes), cxcywh_to_xyxy(layers.true_boxes))  # (Z, T)
+        return (1 - overlap).sum(1) / layers.count
+
+    def _vector_loss(self, layers: MatchedLayers) -> Tensor:
+        """Distance of matched mask vectors in the last `vector_layers` layers, a tensor of that length."""
+        depth, objects = len(layers.vectors), layers.objects
+        matching = layers.matching._replace(
+            queries=layers.matching.queries[-depth:], objects=layers.matching.objects[-depth:]
+        )
+        vectors = _at_least_float32(_matched(torch.stack(layers.vectors), matching))  # (Z, B, J, D) -> (Z, T, D)
         truth = objects.vectors[matching.objects].to(vectors.dtype)
         if self.codec.loss == "l2_dice":
             decoded = self.codec.decode(vectors.flatten(0, 1)).flatten(1)  # (Z, T, D) -> (Z*T, N*N)
             masks = objects.masks[matching.objects].flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
             dice = dice_loss(decoded, masks.to(decoded.dtype)).view(truth.shape[:2])  # (Z, T)
-            return ((vectors - truth).square().sum((1, 2)) / self.codec.vector_dim + dice.sum(1)) / count
+            return ((vectors - truth).square().sum((1, 2)) / self.codec.vector_dim + dice.sum(1)) / layers.count
+
         distance = (vectors - truth).abs().sum((1, 2))  # (Z,)
         if self.vector_normalisation == "mean":
-            return distance / (mean_over * self.codec.vector_dim)
-        return distance / count
+            return distance / (layers.mean_over * self.codec.vector_dim)
+        return distance / layers.count
 
     def _mask_losses(
         self, masks: ImageMasks, matching: Matching, targets: Sequence[Target], count: float
