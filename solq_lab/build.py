@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from solq_lab import distributed
 from solq_lab.codecs.artifact import ArtifactError, load_tables
 from solq_lab.codecs.base import FittedCodec, MaskCodec
 from solq_lab.codecs.kinds import CODECS
@@ -17,6 +18,7 @@ from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.kinds import AUGMENTATIONS
+from solq_lab.data.order import BatchStream
 from solq_lab.data.transforms import TestResize, Transform
 from solq_lab.models.kinds import BACKBONES
 from solq_lab.models.official import is_official
@@ -168,6 +170,23 @@ def build_dataset(
         mask_route=data.mask_route,
         cache=data.cache,
         allow_links=data.allow_links,
+    )
+
+
+def build_stream(
+    experiment: Experiment, dataset: CocoDataset, *, total_steps: int, start_step: int, accumulate: int
+) -> BatchStream:
+    """The images of this process, from the next step to the last, `accumulate` batches per step."""
+    return BatchStream(
+        len(dataset),
+        experiment.train.batch_size,
+        seed=experiment.seed,
+        total_steps=total_steps,
+        start_step=start_step,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        accumulate=accumulate,
+        aspects=dataset.aspects if experiment.data.bucket_by_aspect else None,
     )
 
 

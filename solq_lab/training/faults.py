@@ -1,13 +1,16 @@
-"""Errors of the machine, not of the training: memory or disk is full. Loads without torch."""
+"""Errors of the machine, memory or disk full, and the last status of a failed training. Loads without torch."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 
 from solq_lab.config import Experiment
 from solq_lab.errors import ExplainedError
-from solq_lab.runs import Run
+from solq_lab.runs import Run, State
+
+log = logging.getLogger(__name__)
 
 MEGABYTE = 2**20
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "std::bad_alloc")  # torch on the CPU
@@ -59,3 +62,11 @@ def advise_on_memory(experiment: Experiment) -> str:
         f"train.batch_size {train.batch_size} gives micro-batches of {images} images (gpus {train.gpus}, accumulate "
         f"{train.accumulate}); less memory take: {'; '.join(cures)}. Re-running resumes from the last checkpoint"
     )
+
+
+def write_last_status(run: Run, state: State, message: str, exit_status: int | None = None) -> None:
+    """Write how the training ended, or log an error if the disk is full; the step is that of the last checkpoint."""
+    try:
+        run.write_status(state, step=run.status()["step"], message=message, exit_status=exit_status)
+    except OSError as error:
+        log.error("%s: %s could not be written: %s", run.folder, state, error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -121,6 +122,13 @@ def micro_batches_per_process(train: TrainSection) -> int:
             f"python -m solq_lab.training.torchrun --nproc-per-node={train.gpus} RUN_FOLDER"
         )
     return passes // processes
+
+
+def check_gpus() -> None:
+    """Raise RunError where this machine has fewer GPUs than processes, before a process takes one."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available() and here > gpus:
+        raise RunError(f"{here} processes were started on a machine with {gpus} GPUs; start at most {gpus} on it")
 
 
 def share_gradients(model: nn.Module, device: torch.device, *, micro_batches: int) -> nn.Module:

@@ -1,10 +1,9 @@
-"""The training of one run: the loop, and how it goes on after an interruption. Paper: section 4.2."""
+"""The training of one run: the loop, its checkpoints, and resuming from them. Paper: section 4.2."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,9 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from solq_lab import distributed
-from solq_lab.build import build_codec, build_dataset, build_model
+from solq_lab.build import build_codec, build_dataset, build_model, build_stream
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
-from solq_lab.data.order import BatchStream
 from solq_lab.data_folder import prepare_data
 from solq_lab.errors import ExplainedError
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run
@@ -28,11 +26,12 @@ from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.onednn import use_onednn
 from solq_lab.models.weights import save_weights
 from solq_lab.precision import TRAINING, check_autocast
-from solq_lab.runs import Run, RunError, State
+from solq_lab.runs import Run, State
+from solq_lab.training import random as rng
 from solq_lab.training.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
-from solq_lab.training.faults import explain_fault
+from solq_lab.training.faults import explain_fault, write_last_status
 from solq_lab.training.finetune import TrainedModel, open_trained
 from solq_lab.training.losses import build_criterion
 from solq_lab.training.metrics import MetricLogger
@@ -45,19 +44,13 @@ from solq_lab.training.optim import (
     set_learning_rate,
 )
 from solq_lab.training.preparation import describe_training, log_start, measure_start
-from solq_lab.training.random import (
-    generator_states,
-    random_state,
-    random_state_kept,
-    restore_random_state,
-    seed_generators,
-)
 from solq_lab.training.signals import Stopped, StopRequest
 from solq_lab.training.step import (
     Batch,
     StepResult,
     boxes_per_process,
     check_finite,
+    check_gpus,
     forward_backward,
     micro_batches_per_process,
     no_sync,
@@ -69,11 +62,11 @@ log = logging.getLogger(__name__)
 
 
 def train_run(run: Run, stop: StopRequest | None = None) -> State:
-    """Train a run to its end, or until a signal stops it; go on where an earlier process stood.
+    """Train a run to its end, or until a signal stops it; resume from its newest checkpoint.
 
     Args:
         run: the run.
-        stop: listens for signals already; None: only from here on.
+        stop: handles signals already; None: they are handled from here on.
 
     Returns:
         "finished" or "preempted"; the same is written to the run's status.
@@ -81,25 +74,25 @@ def train_run(run: Run, stop: StopRequest | None = None) -> State:
     Raises:
         ConfigError, DataError, RunError, WeightMismatch: the experiment cannot be trained as it stands.
         NonFiniteError: the training diverged.
-        SaveError, DiskFull, OutOfMemory: disk or memory are at their end.
+        SaveError, DiskFull, OutOfMemory: disk or memory are exhausted.
         KeyboardInterrupt: a second Ctrl-C, before the first one's checkpoint was written.
     """
     if stop is None:
         with StopRequest() as stop:
             return train_run(run, stop)
-    _check_gpus()
-    on_fatal = partial(_write_last_status, run, "failed")
+    check_gpus()
+    on_fatal = partial(write_last_status, run, "failed")
     group = distributed.process_group(rank_timeout=run.experiment.train.rank_timeout, on_fatal=on_fatal)
     try:
         with group, run.locked() if distributed.is_main() else contextlib.nullcontext():
             return _train_locked(run, stop)
-    except Stopped as signal:  # before the first step; other processes are not waited for, they were asked as well
-        log.info("%s: stopped before the first step of this process; the same command goes on", signal)
+    except Stopped as signal:  # before the first step; the other processes received the signal as well
+        log.info("%s: stopped before the first step of this process; re-running resumes", signal)
         return "preempted"
 
 
 def _train_locked(run: Run, stop: StopRequest) -> State:
-    """Train; however it ends, say so in the run's status."""
+    """Train, and write how it ended into the run's status."""
     if run.status()["state"] == "finished":
         log.info("%s is finished; remove the folder to train it anew", run.folder)
         return "finished"
@@ -109,22 +102,14 @@ def _train_locked(run: Run, stop: StopRequest) -> State:
         return trainer.train(stop)
     except (Stopped, KeyboardInterrupt) as end:
         if distributed.is_main():
-            _write_last_status(run, "preempted", str(end) or "a second Ctrl-C, without saving")
+            write_last_status(run, "preempted", str(end) or "a second Ctrl-C, without saving")
         raise
     except Exception as error:
         cause = explain_fault(distributed.diagnose(error), run)
         if distributed.is_reporting_rank():
             exit_status = cause.exit_status if isinstance(cause, ExplainedError) else 1
-            _write_last_status(run, "failed", f"{type(cause).__name__}: {cause}", exit_status)
+            write_last_status(run, "failed", f"{type(cause).__name__}: {cause}", exit_status)
         raise cause from (None if cause is error else error)
-
-
-def _write_last_status(run: Run, state: State, message: str, exit_status: int | None = None) -> None:
-    """Say how the training ended, if the disk still takes it; the step is that of the last checkpoint."""
-    try:
-        run.write_status(state, step=run.status()["step"], message=message, exit_status=exit_status)
-    except OSError as error:
-        log.error("%s: %s could not be written: %s", run.folder, state, error)
 
 
 class Trainer:
@@ -138,7 +123,7 @@ class Trainer:
         check_autocast(train.autocast, self.device, setting="train.autocast", allowed=TRAINING)
         check_tracking(train)
         torch.set_num_threads(train.threads or torch.get_num_threads())
-        seed_generators(run.experiment.seed)
+        rng.seed_generators(run.experiment.seed)
 
         checkpoint = load_newest_checkpoint(run.checkpoints)
         trained = self._prepare_files(resuming=checkpoint is not None)
@@ -148,7 +133,7 @@ class Trainer:
         self.recorder = NonFiniteRecorder(run, self.model, self.criterion, self.optimizer, self.train_set, self.device)
 
         if checkpoint is None:  # each process draws its own dropout
-            seed_generators(run.experiment.seed + distributed.rank())
+            rng.seed_generators(run.experiment.seed + distributed.rank())
         else:
             self._restore(checkpoint)
 
@@ -175,7 +160,9 @@ class Trainer:
         steps_per_epoch = len(self.train_set) // train.batch_size
         self.total_steps = train.steps or train.epochs * steps_per_epoch
         self.evaluate_every = train.evaluate_every * steps_per_epoch
-        self.stream = self._order_images()
+        self.stream = build_stream(
+            experiment, self.train_set, total_steps=self.total_steps, start_step=self.step, accumulate=self.accumulate
+        )
 
         tensorboard = open_tensorboard(self.run, step=self.step) if distributed.is_main() else None
         self.metrics = MetricLogger(
@@ -247,7 +234,7 @@ class Trainer:
             set_learning_rate(self.optimizer, learning_rate_factor(optim, self.step, self.total_steps))
 
             # Forward and backward; DDP averages the gradients in the last micro-batch only.
-            generators, scale = generator_states(self.device), self.scaler.get_scale()
+            generators, scale = rng.generator_states(self.device), self.scaler.get_scale()
             torch._foreach_copy_(self._buffers_before, self._buffers)
             num_boxes = boxes_per_process(batches, self.device)
             micro_batches = []
@@ -282,21 +269,14 @@ class Trainer:
         return True
 
     def _next_batches(self, loader: Iterator[Batch], stop: StopRequest) -> list[Batch] | None:
-        """The batches of one step; None, on all processes alike, after any of them received a stop signal.
-
-        A stop signal also interrupts waiting for data. The step has not begun, so nothing is lost.
-        """
+        """The batches of one step; None in all processes after one received a stop signal, even while waiting."""
         batches = None
         with contextlib.suppress(Stopped), stop.at_once():
             batches = [next(loader) for _ in range(self.accumulate)]
         return None if distributed.any_process(stop.received is not None, self.device) else batches
 
     def _skip_step(self, step: int, result: StepResult) -> None:
-        """Log why the step was skipped, and record what was not finite.
-
-        Raises:
-            NonFiniteError: more steps in a row were not finite than `train.skip_nonfinite` allows.
-        """
+        """Log and record why the step was skipped; raise NonFiniteError after too many of them in a row."""
         if result.kind == "overflow":
             self.metrics.skip_step(step, "overflow", {"scale": result.scale})
             log.info("step %d: gradients of losses times %g overflow in fp16; skipped", step, result.scale)
@@ -306,24 +286,9 @@ class Trainer:
         if error is not None:
             raise error
 
-    def _order_images(self) -> BatchStream:
-        """Which images this process sees, from the next step to the last, `accumulate` batches per step."""
-        train = self.experiment.train
-        return BatchStream(
-            len(self.train_set),
-            train.batch_size,
-            seed=self.experiment.seed,
-            total_steps=self.total_steps,
-            start_step=self.step,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            accumulate=self.accumulate,
-            aspects=self.train_set.aspects if self.experiment.data.bucket_by_aspect else None,
-        )
-
     def _load_batches(self) -> Iterator[Batch]:
         """This process's batches, loaded in `stream`'s order."""
-        with random_state_kept(self.device):  # an iterator draws a seed for its workers
+        with rng.random_state_kept(self.device):  # an iterator draws a seed for its workers
             return BatchLoader(
                 self.train_set,
                 self.stream,
@@ -338,21 +303,14 @@ class Trainer:
         return self.step < self.total_steps and not self.metrics.has_evaluation(self.step)
 
     def _checkpoint_is_due(self) -> bool:
-        return (
-            self.step % self.experiment.train.save_every == 0
-            or self.step == self.total_steps
-            or self._evaluation_is_due()
-        )
+        every = self.experiment.train.save_every
+        return self.step % every == 0 or self.step == self.total_steps or self._evaluation_is_due()
 
     def _evaluate(self, stop: StopRequest) -> None:
-        """Validate the model as it stands, with averaged weights where there are some.
-
-        Raises:
-            Stopped, EvaluationStopped: by a signal; model and random generators are as before.
-        """
+        """Evaluate the model, averaged if it is; Stopped or EvaluationStopped on a signal leave all as before."""
         distributed.copy_from_main(self.model.buffers())  # batch norms saw different images in their last step
         averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
-        with averaged, as_written(), random_state_kept(self.device), _interrupted_by(stop):
+        with averaged, as_written(), rng.random_state_kept(self.device), _interrupted_by(stop):
             _, evaluation = evaluate_model(
                 self.model,
                 self.criterion.codec,
@@ -367,7 +325,7 @@ class Trainer:
         distributed.wait_for_all()
 
     def _save(self) -> None:
-        """Write a checkpoint, from which `_restore` makes a trainer that goes on in the very same way."""
+        """Write a checkpoint; a trainer that restores it continues bit for bit."""
         self.recorder.check_weights(self.step)
         state = {
             "optimizer": self.optimizer.state_dict(),
@@ -375,7 +333,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "nonfinite_in_a_row": self.recorder.in_a_row,
             "journal": self.metrics.state_dict(),
-            "random": distributed.gather_objects(random_state(self.device)),
+            "random": distributed.gather_objects(rng.random_state(self.device)),
         }
         if distributed.is_main():
             if self.run.metrics_file.exists():  # not to lose lines that a resumed training would not write again
@@ -385,7 +343,7 @@ class Trainer:
             self.run.write_status("training", step=self.step)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """Take over all but the weights and the step, which are in place already."""
+        """Restore all but the weights and the step, which are in place already."""
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint.state["average"])
@@ -394,10 +352,10 @@ class Trainer:
         self.metrics.load_state_dict(checkpoint.state["journal"], self.device)
         generators, processes = checkpoint.state["random"], distributed.world_size()
         if len(generators) == processes:
-            restore_random_state(generators[distributed.rank()], self.device)
-        else:  # the images and their changes are drawn per image, and stay what they would have been
-            log.warning("%d processes go on where there were %d: dropout is drawn anew", processes, len(generators))
-            seed_generators(self.experiment.seed + distributed.rank())
+            rng.restore_random_state(generators[distributed.rank()], self.device)
+        else:  # images and their augmentation have seeds of their own, and stay the same
+            log.warning("%d processes resume a run of %d: dropout is drawn anew", processes, len(generators))
+            rng.seed_generators(self.experiment.seed + distributed.rank())
         if distributed.is_main():
             self.run.rewind_metrics(self.step)
 
@@ -405,7 +363,7 @@ class Trainer:
         self._save()
         if distributed.is_main():
             reason = stop.received or "another process was stopped"
-            log.info("%s: saved at step %d of %d; the same command goes on", reason, self.step, self.total_steps)
+            log.info("%s: saved at step %d of %d; re-running resumes", reason, self.step, self.total_steps)
             self.run.write_status("preempted", step=self.step, message=reason)
         return "preempted"
 
@@ -424,26 +382,19 @@ class Trainer:
         return "finished"
 
     def _codec_tables(self) -> dict[str, Tensor]:
-        """What a reader of the weights needs of the mask code besides the experiment."""
+        """Tables of a fitted codec, which its weights file holds."""
         return {} if self.codec is None else self.codec.state_dict()
 
     def _metadata(self) -> dict[str, str]:
         return {"experiment": self.experiment.to_yaml(), "classes": self.train_set.classes.to_json()}
 
     def _remaining_steps(self) -> Iterable[int]:
-        """Numbers of the steps that are left, the first of all being 1, under a bar where a person sees a terminal."""
+        """Numbers of the steps that are left, the first of all being 1; a progress bar in a terminal."""
         hidden = not (distributed.is_main() and sys.stderr.isatty())
         steps, done = range(self.step + 1, self.total_steps + 1), self.step
         return tqdm(steps, total=self.total_steps, initial=done, desc=self.run.name, unit="step", disable=hidden)
 
 
 def _interrupted_by(stop: StopRequest) -> contextlib.AbstractContextManager[None]:
-    """Within: a stop signal ends an evaluation at once where this process is alone; others agree between images."""
+    """Within, a stop signal interrupts the evaluation of a single process; several stop together between images."""
     return stop.at_once() if distributed.world_size() == 1 else contextlib.nullcontext()
-
-
-def _check_gpus() -> None:
-    """Before a process takes its GPU: raises RunError where this machine has fewer of them than processes."""
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if torch.cuda.is_available() and here > gpus:
-        raise RunError(f"{here} processes were started on a machine with {gpus} GPUs; start at most {gpus} on it")
