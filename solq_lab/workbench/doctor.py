@@ -52,7 +52,7 @@ class Implementation(NamedTuple):
         return self.difference is None or self.difference <= TOLERANCE
 
     def __str__(self) -> str:
-        role = "serves" if self.serves else "stands by"
+        role = "in use" if self.serves else "available"
         title = f"{self.name} on {self.device}"
         if self.difference is None:
             return f"{title:22}cannot be used: {self.note}"
