@@ -317,7 +317,7 @@ def test_a_shared_file_needs_nothing_else(tmp_path: Path, monkeypatch, capsys):
             write_pca(work, experiment)
         expected[kind] = Predictor(weights, device="cpu").predict(image)
         assert run_command(monkeypatch, str(weights), str(tmp_path / "away" / kind / "model.safetensors")) == 0
-        assert "2 classes, code and experiment inside" in capsys.readouterr().out
+        assert "2 classes, codec and experiment inside" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(tmp_path / "work")
     script = (
