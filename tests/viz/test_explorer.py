@@ -28,7 +28,7 @@ from solq_lab.viz.widgets.codec_explorer import CodecExplorer
 from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS
 from solq_lab.viz.widgets.codec_panels import TABLE, Errors, HeatMap, Original, Target, Vector
 from solq_lab.viz.widgets.objects import Split, find_splits
-from solq_lab.viz.widgets.trial import best_thresholds
+from solq_lab.viz.widgets.reconstruction import best_thresholds
 from solq_lab.workbench.notebooks import run_notebook
 
 NOTEBOOK = REPOSITORY / "notebooks" / "codec_explorer.ipynb"
@@ -66,7 +66,7 @@ def explorer(shapes, tmp_path) -> CodecExplorer:
 
 
 def shown(explorer: CodecExplorer, panel: type) -> bytes:
-    return explorer._canvases[panel].image.value
+    return explorer._live_panels[panel].image.value
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -84,28 +84,28 @@ def said(explorer: CodecExplorer) -> dict[str, str]:
 
 def test_the_decoded_mask_is_a_truncated_cosine_transform(explorer):
     view = explorer.view()
-    spectrum = dctn(view.trial.bits.numpy().astype(float), norm="ortho")
+    spectrum = dctn(view.reconstruction.target.numpy().astype(float), norm="ortho")
     kept = np.zeros_like(spectrum)
     places = sorted(np.ndindex(28, 28), key=lambda at: (sum(at), at[0] if sum(at) % 2 else at[1]))[:64]
     for place in places:
         kept[place] = spectrum[place]
-    np.testing.assert_allclose(view.trial.decoded, idctn(kept, norm="ortho"), atol=1e-5)
-    np.testing.assert_allclose(view.trial.vector, [spectrum[place] for place in places], atol=1e-4)
+    np.testing.assert_allclose(view.reconstruction.decoded, idctn(kept, norm="ortho"), atol=1e-5)
+    np.testing.assert_allclose(view.reconstruction.vector, [spectrum[place] for place in places], atol=1e-4)
 
 
 def test_the_ious_are_those_of_the_masks_in_the_image(explorer):
     view = explorer.view()
-    truth, found = decode_rle([view.item.rle, view.trial.rle]).numpy()
-    assert view.trial.iou == pytest.approx((truth & found).sum() / (truth | found).sum())
+    truth, found = decode_rle([view.item.rle, view.reconstruction.rle]).numpy()
+    assert view.reconstruction.iou == pytest.approx((truth & found).sum() / (truth | found).sum())
     width = max(1, round(0.02 * np.hypot(*view.item.size)))
     bands = [mask & ~binary_erosion(mask, np.ones((3, 3)), iterations=width) for mask in (truth, found)]
-    assert view.trial.boundary_iou == pytest.approx((bands[0] & bands[1]).sum() / (bands[0] | bands[1]).sum())
+    assert view.reconstruction.boundary_iou == pytest.approx((bands[0] & bands[1]).sum() / (bands[0] | bands[1]).sum())
 
 
 def test_every_object_comes_back_as_the_ceiling_says(explorer, shapes):
     ceiling = reconstruct_objects(find_splits(shapes)["val"].annotations, DCTCodec(28, 64))
     setting = explorer.setting
-    ours = [explorer.lab.trial(setting._replace(row=row)).iou for row in range(len(ceiling.ious))]
+    ours = [explorer.lab.reconstruction(setting._replace(row=row)).iou for row in range(len(ceiling.ious))]
     np.testing.assert_allclose(ours, ceiling.ious, rtol=1e-6)
     worst = explorer.lab.worst(setting, 5)
     np.testing.assert_allclose([one.iou for one in worst], np.sort(ceiling.ious)[:5], rtol=1e-6)
@@ -117,46 +117,46 @@ def test_the_present_setting_lies_on_its_line(explorer):
         explorer.method.value, explorer.vector_dim.value = method, count
         view = explorer.view()
         curve = view.curves[method]
-        assert curve.ious[curve.vector_dims.index(count)] == pytest.approx(view.trial.iou, abs=1e-6), method
+        assert curve.ious[curve.vector_dims.index(count)] == pytest.approx(view.reconstruction.iou, abs=1e-6), method
 
 
 def test_the_best_threshold_is_the_best_of_all():
     torch.manual_seed(0)
-    values, bits = torch.rand(5, 30).round(decimals=1), torch.rand(5, 30) > 0.6
-    cuts = best_thresholds(values, bits)
+    values, target = torch.rand(5, 30).round(decimals=1), torch.rand(5, 30) > 0.6
+    cuts = best_thresholds(values, target)
 
-    def iou(row: int, cut: float) -> float:
-        mask = values[row] > cut
-        return float((mask & bits[row]).sum() / (mask | bits[row]).sum())
+    def iou(row: int, threshold: float) -> float:
+        mask = values[row] > threshold
+        return float((mask & target[row]).sum() / (mask | target[row]).sum())
 
     for row in range(5):
         assert iou(row, cuts[row]) == max(iou(row, tenth / 10 - 0.05) for tenth in range(11))
 
 
 def test_partial_sums_grow_to_the_whole(explorer):
-    whole = explorer.view().trial
+    whole = explorer.view().reconstruction
     explorer.terms.value = 10
-    part = explorer.view().trial
+    part = explorer.view().reconstruction
     assert (part.received[10:] == 0).all()
     torch.testing.assert_close(part.received[:10], whole.vector[:10])
     explorer.terms.value = 64
-    torch.testing.assert_close(explorer.view().trial.decoded, whole.decoded)
+    torch.testing.assert_close(explorer.view().reconstruction.decoded, whole.decoded)
 
 
 def test_the_largest_entries_of_a_sparse_code_come_first(explorer):
     explorer.method.value, explorer.vector_dim.value = "sparse", 16
     explorer.terms.value = 3
-    trial = explorer.view().trial
-    left_out = trial.vector[trial.received == 0].abs()
-    assert trial.received.abs().sort().values[-3] >= left_out.max()
+    reconstruction = explorer.view().reconstruction
+    left_out = reconstruction.vector[reconstruction.received == 0].abs()
+    assert reconstruction.received.abs().sort().values[-3] >= left_out.max()
 
 
 def test_noise_grows_in_proportion_and_costs_overlap(explorer):
-    clean = explorer.view().trial
+    clean = explorer.view().reconstruction
     explorer.error.value = 0.1
-    little = explorer.view().trial
+    little = explorer.view().reconstruction
     explorer.error.value = 1.0
-    much = explorer.view().trial
+    much = explorer.view().reconstruction
     error = 10 * (little.received - clean.received)
     torch.testing.assert_close(much.received - clean.received, error, rtol=1e-3, atol=1e-3)
     assert much.iou < clean.iou
@@ -191,10 +191,10 @@ def test_another_object_and_another_size_redraw_what_depends_on_them(explorer):
 
 
 def test_one_change_is_one_drawing(explorer):
-    drawn = {panel: canvas.drawn for panel, canvas in explorer._canvases.items()}
+    drawn = {panel: live.drawn for panel, live in explorer._live_panels.items()}
     explorer.image.value = 3
     explorer.vector_dim.value = 16
-    extra = {panel: canvas.drawn - drawn[panel] for panel, canvas in explorer._canvases.items()}
+    extra = {panel: live.drawn - drawn[panel] for panel, live in explorer._live_panels.items()}
     assert extra == {panel: 1 if panel in (Original, Target) else 2 for panel in TABLE}
 
 
@@ -210,8 +210,8 @@ def test_the_animation_ends_with_the_whole_vector_whatever_its_length(explorer):
 def test_no_text_of_the_live_panels_is_cut_off(explorer, error):
     explorer.mask_size.value, explorer.vector_dim.value, explorer.error.value = 64, 784, error
     explorer.terms.value = 783
-    for canvas in explorer._canvases.values():
-        axes, renderer = canvas.panel.axes, canvas._agg.get_renderer()
+    for live in explorer._live_panels.values():
+        axes, renderer = live.panel.axes, live._agg.get_renderer()
         left, right = axes.get_xlim()
         ticks = [label for label in axes.get_xticklabels() if axes.axison and left <= label.get_position()[0] <= right]
         for text in (axes.title, *ticks):
@@ -261,25 +261,43 @@ def test_the_colours_of_the_errors_are_those_of_the_legend(explorer):
 def test_a_click_in_the_gallery_goes_to_that_object(explorer):
     explorer.find_worst()
     assert "worst of shapes after dct, N = 28, n_k = 64" in explorer._gallery_note.value
-    drawn = explorer._canvases[Original].drawn
+    drawn = explorer._live_panels[Original].drawn
     explorer._buttons[2].click()
     one = explorer._worst[2]
     assert explorer.setting.row == one.row
     assert said(explorer)["IoU"] == f"{one.iou:.3f}"
     assert explorer._captions[2].value.endswith(f"{one.iou:.2f}")
-    assert explorer._canvases[Original].drawn <= drawn + 1
+    assert explorer._live_panels[Original].drawn <= drawn + 1
+
+
+def test_a_click_in_the_gallery_restores_what_the_gallery_was_made_with(shapes, rectangles, tmp_path):
+    splits = {"shapes": find_splits(shapes)["val"], "rectangles": rectangles["boxes"]}
+    explorer = CodecExplorer(splits, tmp_path / "codecs", mask_size=28, vector_dim=36)
+    explorer.find_worst()
+    one = explorer._worst[0]
+    explorer.data_set.value, explorer.method.value, explorer.vector_dim.value = "rectangles", "flatten", 16
+    explorer._buttons[0].click()
+    assert explorer.setting[:5] == ("shapes", one.row, "dct", 28, 36)
+    assert said(explorer)["IoU"] == f"{one.iou:.3f}"
+
+
+def test_what_goes_wrong_in_a_control_is_shown(explorer, monkeypatch, caplog):
+    monkeypatch.setattr(explorer.lab, "view", lambda setting: 1 / 0)
+    explorer.vector_dim.value = 36
+    assert explorer.message == "ZeroDivisionError: division by zero"
+    assert "Traceback" in caplog.text
 
 
 def test_fitted_tables_are_kept_for_the_next_time(explorer, tmp_path, shapes, monkeypatch):
     explorer.method.value = "pca"
     explorer.vector_dim.value = 9
-    vector = explorer.view().trial.vector
+    vector = explorer.view().reconstruction.vector
     files = list((tmp_path / "codecs").glob("*.safetensors"))
     assert len(files) == 1
     monkeypatch.setattr("solq_lab.codecs.pca.PCACodec.start_fit", None)  # whoever fits now fails
     again = CodecExplorer(find_splits(shapes), tmp_path / "codecs", method="pca", mask_size=28, vector_dim=9)
     again.data_set.value = "val"
-    torch.testing.assert_close(again.view().trial.vector, vector, rtol=0, atol=0)
+    torch.testing.assert_close(again.view().reconstruction.vector, vector, rtol=0, atol=0)
 
 
 def test_a_truncated_table_is_fitted_again(explorer, tmp_path, shapes, caplog):
@@ -327,12 +345,12 @@ def test_an_image_without_objects_says_so_and_the_next_one_is_shown(rectangles, 
     explorer.image.value = 1
     assert explorer.message == "Image 1 has no object; choose another one."
     assert explorer.setting is None
-    assert all(canvas.image.layout.visibility == "hidden" for canvas in explorer._canvases.values())
+    assert all(live.image.layout.visibility == "hidden" for live in explorer._live_panels.values())
     explorer.find_worst()
     assert "has no object" in explorer._gallery_note.value
     explorer.image.value = 2
     assert explorer.message == ""
-    assert explorer._canvases[Original].image.layout.visibility == "visible"
+    assert explorer._live_panels[Original].image.layout.visibility == "visible"
 
 
 @pytest.mark.parametrize("rule", ["middle", "half"])

@@ -100,41 +100,41 @@ def test_the_wipe_shows_the_first_model_on_its_left_and_the_second_on_its_right(
     assert np.array_equal(mixed[:, : seam - 2], first[:, : seam - 2])
     assert np.array_equal(mixed[:, seam + 2 :], second[:, seam + 2 :])
     assert (mixed[:, seam] == 0).all()
-    assert np.array_equal(pixels(both.stage.image.value), mixed)
+    assert np.array_equal(pixels(both.clickable.image.value), mixed)
 
 
 def test_an_object_that_is_switched_off_or_clicked_is_gone(both):
     before, count = both.composed(), len(both.switches["SOLQ"])
     both.switches["SOLQ"][0].value = False
     assert len(both.shown("SOLQ").names) == count - 1
-    assert len(both.stage.buttons) == count - 1
+    assert len(both.clickable.buttons) == count - 1
     both.switches["SOLQ"][0].value = True
     assert np.array_equal(both.composed(), before)
-    both.stage.buttons[0].click()
+    both.clickable.buttons[0].click()
     assert not both.switches["SOLQ"][0].value
 
 
 def test_clicks_are_for_the_model_that_has_the_larger_part(both):
     both.wipe.value = 0.2
-    assert len(both.stage.buttons) == len(both.shown("SQR").names)
+    assert len(both.clickable.buttons) == len(both.shown("SQR").names)
 
 
 def test_ground_truth_takes_the_place_of_both(both):
     both.truth.value = True
-    assert both.stage.buttons == []
+    assert both.clickable.buttons == []
     assert (both.composed()[:, WIDTH // 2] != 0).any()
 
 
 def test_buttons_lie_over_their_objects_and_small_ones_on_top(both):
     found = both.shown("SOLQ")
-    for button, box in zip(both.stage.buttons, found.boxes.tolist(), strict=True):
+    for button, box in zip(both.clickable.buttons, found.boxes.tolist(), strict=True):
         left, width = (float(text.rstrip("%")) for text in (button.layout.left, button.layout.width))
         low, high = (100 * min(max(edge / 48, 0), 1) for edge in box[::2])
         assert (left, left + width) == pytest.approx((low, high), abs=0.02)
-    areas = [float(b.layout.width[:-1]) * float(b.layout.height[:-1]) for b in both.stage.widget.children[1:]]
+    areas = [float(b.layout.width[:-1]) * float(b.layout.height[:-1]) for b in both.clickable.widget.children[1:]]
     whole = [(box[2] - box[0]) * (box[3] - box[1]) for box in found.boxes.tolist()]
     assert len(areas) == len(whole)
-    assert both.stage.widget.children[-1] is both.stage.buttons[int(np.argmin(whole))]
+    assert both.clickable.widget.children[-1] is both.clickable.buttons[int(np.argmin(whole))]
 
 
 def test_one_model_alone_has_no_wipe_but_all_the_rest(predictors, dataset):
@@ -200,10 +200,10 @@ def test_the_view_is_the_chosen_objects_query(attention, predictors, dataset):
 
 def test_clicking_an_object_chooses_it_and_marks_it(attention):
     before = attention.panels.value
-    attention.stage.buttons[1].click()
+    attention.clickable.buttons[1].click()
     assert attention.object.value == 1
-    assert "solq-chosen" in attention.stage.buttons[1]._dom_classes
-    assert "solq-chosen" not in attention.stage.buttons[0]._dom_classes
+    assert "solq-chosen" in attention.clickable.buttons[1]._dom_classes
+    assert "solq-chosen" not in attention.clickable.buttons[0]._dom_classes
     assert attention.panels.value != before
 
 

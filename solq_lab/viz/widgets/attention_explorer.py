@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import html
 from functools import lru_cache
 
 import ipywidgets as widgets
@@ -17,8 +18,9 @@ from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
 from solq_lab.viz.attention import attention_of_object
 from solq_lab.viz.style import class_colours
-from solq_lab.viz.widgets.canvas import as_png
-from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_image, figure_pixels
+from solq_lab.viz.widgets.callbacks import Callbacks
+from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, draw_image, figure_pixels
+from solq_lab.viz.widgets.live_panel import as_png
 
 WIDTH = 320  # of the image, pixels of the screen
 ALL = -1  # of a list's options: everything summed up
@@ -31,7 +33,7 @@ class AttentionExplorer:
     Attributes:
         image, score, object, layer, head, level, close_up: the controls; setting the value of one redraws what
             depends on it. `layer`, `head` and `level` count from 0, and are `ALL` where they are summed up.
-        stage: the image; clicking an object chooses it.
+        clickable: the image; clicking an object chooses it.
         panels: the drawn attention.
         message: the sentence that is shown where there is nothing to draw, else empty.
         widget: all of it, for JupyterLab to show.
@@ -52,15 +54,16 @@ class AttentionExplorer:
             raise ValueError("the data set has no images to explore")
         self._predictor, self._dataset = predictor, dataset
         self._look = lru_cache(16)(lambda index: predict_with_attention(predictor, self._pixels(index)))
-        self._stage_pixels = lru_cache(16)(self._draw_stage)
+        self._clickable_pixels = lru_cache(16)(self._draw_clickable)
         self._quiet = False
         self.message = ""
+        self._status = widgets.HTML()
+        self._callbacks = Callbacks(self._report)
         self._make_controls(score)
-        self.stage = Stage(WIDTH, self._click)
+        self.clickable = ClickableImage(WIDTH, self._click)
         self.panels = widgets.Image(
             format="png", layout=widgets.Layout(width="100%", max_width="1020px", min_width="0")
         )
-        self._status = widgets.HTML()
         self.widget = self._lay_out()
         self._choose_image()
 
@@ -97,17 +100,20 @@ class AttentionExplorer:
         found = self.detections
         chosen = -1 if self.object.value is None else self.object.value
         size = tuple(self._pixels(self.image.value).shape[:2])
-        self.stage.show(self._stage_pixels(self.image.value, self.score.value), found, size=size, chosen=chosen)
+        self.clickable.show(self._clickable_pixels(self.image.value, self.score.value), found, size=size, chosen=chosen)
         try:
             drawn = self.figure()
         except ValueError as reason:
-            self.message = str(reason)
+            self._report(str(reason))
             self.panels.layout.visibility = "hidden"
         else:
-            self.message = ""
+            self._report("")
             self.panels.value = as_png(figure_pixels(drawn))
             self.panels.layout.visibility = "visible"
-        self._status.value = self.message
+
+    def _report(self, sentence: str) -> None:
+        self.message = sentence
+        self._status.value = html.escape(sentence)
 
     def _make_controls(self, score: float) -> None:
         model = self._predictor.experiment.model
@@ -131,10 +137,8 @@ class AttentionExplorer:
         self.level = self._make_list("level", model.levels, layout=narrow)
         self._choices = {"layer": self.layer, "head": self.head, "level": self.level}
         self.close_up = widgets.Checkbox(value=True, description="close-up", indent=False)
-        for control in (self.image, self.score):
-            control.observe(lambda _: self._choose_image(), "value")
-        for control in (self.object, *self._choices.values(), self.close_up):
-            control.observe(lambda _: self.update(), "value")
+        self._callbacks.on_change(self._choose_image, self.image, self.score)
+        self._callbacks.on_change(self.update, self.object, *self._choices.values(), self.close_up)
 
     def _make_list(self, name: str, count: int, *, layout: widgets.Layout) -> widgets.Dropdown:
         options = [("all", ALL)] + [(str(number + 1), number) for number in range(count)]
@@ -143,7 +147,7 @@ class AttentionExplorer:
     def _lay_out(self) -> widgets.Widget:
         chosen = [self.image, self.score, self.object, *self._choices.values(), self.close_up, self._status]
         controls = widgets.VBox(chosen, layout=widgets.Layout(flex="1 1 auto", min_width="0"))
-        top = widgets.HBox([self.stage.widget, controls])
+        top = widgets.HBox([self.clickable.widget, controls])
         panels = widgets.VBox([self.panels], layout=widgets.Layout(align_items="flex-start"))  # stretched otherwise
         return widgets.VBox([widgets.HTML(STYLE_SHEET), top, panels])
 
@@ -163,7 +167,7 @@ class AttentionExplorer:
     def _looked(self) -> tuple[Detections, list[LayerAttention]]:
         return self._look(self.image.value)
 
-    def _draw_stage(self, index: int, score: float) -> np.ndarray:
+    def _draw_clickable(self, index: int, score: float) -> np.ndarray:
         found = self._look(index)[0].above(score)
         return draw_image(self._pixels(index), found, class_colours(found.labels.tolist()), width=WIDTH)
 

@@ -1,4 +1,4 @@
-"""The codec explorer: look at any object of a data set on its way through a mask code. Paper: section 3.2, table 3.
+"""The codec explorer: look at any object of a data set on its way through a codec. Paper: section 3.2, table 3.
 
 `CodecExplorer.widget` is for JupyterLab; `figure`, `partial_sums` and `gallery` are the same views as plain figures.
 """
@@ -16,13 +16,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from solq_lab.data.annotations import DataError
-from solq_lab.viz.style import CODEC_COLOURS, GREY, KIND_COLOURS, STYLE, hide_axes, new_figure
-from solq_lab.viz.widgets.canvas import Canvas, as_png, table_figure
-from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS, CodecLab, Reconstructed, object_title
+from solq_lab.viz.style import STYLE, hide_axes, new_figure
+from solq_lab.viz.widgets.callbacks import Callbacks
+from solq_lab.viz.widgets.codec_cache import METHODS
+from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS, CodecLab, ScoredObject, object_title
+from solq_lab.viz.widgets.codec_numbers import numbers, numbers_html
 from solq_lab.viz.widgets.codec_panels import SIDE, TABLE, Setting, View, error_image, fit_square, grey
+from solq_lab.viz.widgets.live_panel import LivePanel, as_png, table_figure
 from solq_lab.viz.widgets.objects import ObjectFolder, Split
-from solq_lab.viz.widgets.shelf import METHODS
-from solq_lab.viz.widgets.trial import RULES
+from solq_lab.viz.widgets.reconstruction import RULES
 
 MASK_SIZES = (28, 64, 128)
 GALLERY = 10  # objects
@@ -31,25 +33,19 @@ FRAMES = 48  # of the animation, about
 FRAME_MILLISECONDS = 200
 MIN_SIDES = {"all": 0, "16 pixels and more": 16, "32 pixels and more": 32, "96 pixels and more": 96}
 TOOLTIPS = {
-    "data_set": "whose images and objects are shown; PCA and sparse codes are fitted to its masks",
+    "data_set": "whose images and objects are shown; PCA and sparse coding are fitted to its masks",
     "image": "images by rising id, counted from 0",
     "object": "class and box, pixels",
-    "method": "the mask code: what a vector means",
-    "mask_size": "N: the mask is drawn into N x N cells of its box",
+    "method": "the codec: what a vector means",
+    "mask_size": "N: the mask is drawn into N x N pixels of its box",
     "vector_dim": "how many numbers a mask becomes",
     "rule": "which value parts the mask from the background",
-    "error": "normal noise on the vector, in spreads of each entry over the data set",
+    "error": "normal noise on the vector, in standard deviations of each entry over the data set",
     "terms": "how many of the vector's entries are decoded; press play to add one after the other",
     "compare": "fit PCA and sparse coding at this N, so that their lines can be drawn",
-    "search": "look through the data set with this code and threshold",
+    "search": "look through the data set with this codec and threshold",
     "least_side": "only objects whose box is at least as large as this square",
 }
-NUMBER = (
-    '<div style="flex:1;padding:4px 12px;border-left:3px solid {colour};min-width:0">'
-    '<div style="font-size:11px;line-height:1.3;opacity:.7">{name}</div>'
-    '<div style="font-size:19px;line-height:1.3;font-variant-numeric:tabular-nums">{value}</div>'
-    '<div style="font-size:11px;line-height:1.3;opacity:.7">{note}</div></div>'
-)
 
 
 class CodecExplorer:
@@ -76,9 +72,9 @@ class CodecExplorer:
 
         Args:
             splits: data sets by name, at least one.
-            cache: folder for fitted codes.
+            cache: folder for fitted codecs.
             method: "dct", "pca", "sparse" or "flatten".
-            mask_size: N, cells.
+            mask_size: N, pixels.
             vector_dim: n_k.
             boundary_ratio: boundary width over the image's diagonal.
 
@@ -97,10 +93,12 @@ class CodecExplorer:
         self.lab = CodecLab(splits, Path(cache), boundary_ratio=boundary_ratio, report=self._report)
         self.message = ""
         self._quiet = False
+        self._callbacks = Callbacks(self._report)
         self._make_controls(list(splits), method, mask_size, vector_dim)
-        self._canvases = {panel: Canvas(panel) for panel in TABLE}
+        self._live_panels = {panel: LivePanel(panel) for panel in TABLE}
         self._numbers, self._status = widgets.HTML(), widgets.HTML()
-        self._worst: list[Reconstructed] = []
+        self._worst: list[ScoredObject] = []
+        self._searched: Setting | None = None  # what the gallery was made with
         self._thumbnails = [widgets.Image(format="png", layout={"width": "100%"}) for _ in range(GALLERY)]
         self._captions = [widgets.Label() for _ in range(GALLERY)]
         self._buttons = [self._gallery_button(place) for place in range(GALLERY)]
@@ -145,25 +143,18 @@ class CodecExplorer:
         except ValueError as reason:
             self._show_nothing(str(reason))
             return
-        for canvas in self._canvases.values():
-            canvas.show(view)
-            canvas.image.layout.visibility = "visible"
-        empty = not view.trial.bits.any()
+        for live in self._live_panels.values():
+            live.show(view)
+            live.image.layout.visibility = "visible"
+        empty = not view.reconstruction.target.any()
         self._report("This object is too small to fill half a cell: its mask is empty." if empty else "")
-        self._numbers.value = (
-            '<div style="display:flex;width:100%">'
-            + "".join(
-                NUMBER.format(colour=colour, name=name, value=value, note=note)
-                for name, value, note, colour in numbers(view)
-            )
-            + "</div>"
-        )
+        self._numbers.value = numbers_html(view)
 
     def find_worst(self) -> None:
-        """Fill the gallery with the objects that come back worst from the present code."""
+        """Fill the gallery with the objects that come back worst from the present codec."""
         setting = self.setting
         if setting is None:
-            self._gallery_note.value = "This image has no object; choose one to say which code is meant."
+            self._gallery_note.value = "This image has no object; choose one to say which codec is meant."
             return
         self._gallery_note.value = "Looking ..."
         try:
@@ -171,6 +162,7 @@ class CodecExplorer:
         except ValueError as reason:
             self._worst, self._gallery_note.value = [], html.escape(str(reason))
         else:
+            self._searched = setting
             self._gallery_note.value = gallery_title(setting, len(self._worst))
         for place in range(GALLERY):
             shown = place < len(self._worst)
@@ -191,7 +183,7 @@ class CodecExplorer:
             self.object.value = row
 
     def compare_methods(self) -> None:
-        """Fit the codes that the lines of all methods need at the present N."""
+        """Fit the codecs that the lines of all methods need at the present N."""
         if self.setting is not None:
             self.lab.compare_methods(self.setting)
             self.update()
@@ -209,11 +201,11 @@ class CodecExplorer:
         title = f"{view.item.name}: partial sums of its {view.setting.method} vector; below, the errors"
         figure, axes = new_figure(2, len(counts), size=(1.18 * len(counts), 3.0), title=title)
         for place, count in enumerate(counts):
-            trial = self.lab.trial(view.setting._replace(terms=count))
-            axes[0, place].imshow(grey(trial.decoded.numpy()))
+            reconstruction = self.lab.reconstruction(view.setting._replace(terms=count))
+            axes[0, place].imshow(grey(reconstruction.decoded.numpy()))
             axes[0, place].set_title(f"{count}")
-            axes[1, place].imshow(fit_square(error_image(view.pixels, view.item, trial.rle)[0], sharp=True))
-            axes[1, place].set_title(f"IoU {trial.iou:.2f}")
+            axes[1, place].imshow(fit_square(error_image(view.pixels, view.item, reconstruction.rle)[0], sharp=True))
+            axes[1, place].set_title(f"IoU {reconstruction.iou:.2f}")
         for place in axes.flat:
             hide_axes(place)
         return figure
@@ -258,14 +250,15 @@ class CodecExplorer:
         self.least_side = widgets.Dropdown(options=MIN_SIDES, description="box side", style=style)
         for name, tooltip in TOOLTIPS.items():
             getattr(self, name).tooltip = tooltip
-        self.data_set.observe(lambda _: self._choose_data_set(), "value")
-        self.image.observe(lambda _: self._choose_image(), "value")
-        self.vector_dim.observe(lambda _: self._choose_length(), "value")
-        for control in (self.object, self.method, self.mask_size, self.terms, self.rule, self.error):
-            control.observe(lambda _: self._redraw(), "value")
-        self.play.observe(lambda change: setattr(self.terms, "value", change["new"]), "value")
-        self.compare.on_click(lambda _: self.compare_methods())
-        self.search.on_click(lambda _: self.find_worst())
+
+        self._callbacks.on_change(self._choose_data_set, self.data_set)
+        self._callbacks.on_change(self._choose_image, self.image)
+        self._callbacks.on_change(self._choose_length, self.vector_dim)
+        drawn = (self.object, self.method, self.mask_size, self.terms, self.rule, self.error)
+        self._callbacks.on_change(self._redraw, *drawn)
+        self._callbacks.on_change(lambda: setattr(self.terms, "value", self.play.value), self.play)
+        self._callbacks.on_click(self.compare_methods, self.compare)
+        self._callbacks.on_click(self.find_worst, self.search)
 
     def _lay_out(self) -> widgets.Widget:
         third = widgets.Layout(width="33.3%", min_width="0")
@@ -276,10 +269,10 @@ class CodecExplorer:
         )
         controls = widgets.HBox([widgets.VBox(column, layout=third) for column in columns])
         panels = []
-        for panel, canvas in self._canvases.items():
+        for panel, live in self._live_panels.items():
             row, column = TABLE[panel]
-            canvas.image.layout.grid_area = f"{row + 1} / {column + 1} / auto / span {panel.columns}"
-            panels.append(canvas.image)
+            live.image.layout.grid_area = f"{row + 1} / {column + 1} / auto / span {panel.columns}"
+            panels.append(live.image)
         grid = widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns="repeat(5, 1fr)", width="100%"))
         self._status.layout.min_height = "24px"
         line = widgets.HBox([self.play, self.compare, self._status])
@@ -303,8 +296,18 @@ class CodecExplorer:
         """A button without a face, over a thumbnail and its caption."""
         button = widgets.Button(layout=widgets.Layout(width="100%", height="100%", margin="0", visibility="hidden"))
         button.style.button_color = "transparent"
-        button.on_click(lambda _: self.show_object(self._worst[place].row))
+        self._callbacks.on_click(lambda: self._open_thumbnail(place), button)
         return button
+
+    def _open_thumbnail(self, place: int) -> None:
+        """Show an object of the gallery as it was found: its data set, codec and threshold are restored."""
+        searched = self._searched
+        assert searched is not None  # the buttons are hidden before the first search
+        with self._together():
+            self.data_set.value = searched.data_set
+            self.method.value, self.mask_size.value = searched.method, searched.mask_size
+            self.vector_dim.value, self.rule.value = searched.vector_dim, searched.rule
+            self.show_object(self._worst[place].row)
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -369,32 +372,18 @@ class CodecExplorer:
     def _show_nothing(self, reason: str) -> None:
         self._report(reason)
         self._numbers.value = ""
-        for canvas in self._canvases.values():
-            canvas.image.layout.visibility = "hidden"
+        for live in self._live_panels.values():
+            live.image.layout.visibility = "hidden"
 
-    def _thumbnail(self, setting: Setting, one: Reconstructed, *, side: int = THUMBNAIL) -> tuple[np.ndarray, str]:
+    def _thumbnail(self, setting: Setting, one: ScoredObject, *, side: int = THUMBNAIL) -> tuple[np.ndarray, str]:
         """Pixels (side, side, 3) and caption of an object in the gallery."""
         whole = setting._replace(row=one.row, terms=setting.vector_dim, error=0.0)
         item = self.lab.folder(setting.data_set)[one.row]
         pixels = self.lab.pixels(setting.data_set, item.image)
         return (
-            fit_square(error_image(pixels, item, self.lab.trial(whole).rle)[0], side, sharp=True),
+            fit_square(error_image(pixels, item, self.lab.reconstruction(whole).rle)[0], side, sharp=True),
             f"{item.name} {one.iou:.2f}",
         )
-
-
-def numbers(view: View) -> list[tuple[str, str, str, str]]:
-    """What is said in numbers about a view: name, value, note and colour of each."""
-    setting, trial = view.setting, view.trial
-    bitmap, rle = (setting.mask_size**2 + 7) // 8, len(view.item.rle["counts"])
-    length = 4 * setting.vector_dim
-    return [
-        ("IoU", f"{trial.iou:.3f}", "with the true mask", KIND_COLOURS["segm"]),
-        ("boundary IoU", f"{trial.boundary_iou:.3f}", "of a band along the outline", KIND_COLOURS["boundary"]),
-        ("vector", f"{length:,} bytes", f"n_k = {setting.vector_dim}, float32", CODEC_COLOURS[setting.method]),
-        ("bitmap", f"{bitmap:,} bytes", f"{setting.mask_size} x {setting.mask_size} bits", GREY),
-        ("run lengths", f"{rle:,} bytes", "the mask in COCO's own code", GREY),
-    ]
 
 
 def gallery_title(setting: Setting, count: int) -> str:

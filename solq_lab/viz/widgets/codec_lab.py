@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solq_lab.viz.widgets.codec_cache import MAX_COMPONENTS, METHODS, CodecCache
 from solq_lab.viz.widgets.codec_panels import Curve, Setting, View
 from solq_lab.viz.widgets.objects import BoxedObject, ObjectFolder, Split
-from solq_lab.viz.widgets.shelf import MAX_COMPONENTS, METHODS, CodecShelf
-from solq_lab.viz.widgets.trial import Rule, Trial, decode_ious, decode_trial, term_order
+from solq_lab.viz.widgets.reconstruction import Reconstruction, Rule, decode_ious, reconstruct, term_order
 
 VECTOR_DIMS = (1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 300, 324, 361, 400, 576, 784)
 CURVE_DIMS = (1, 4, 9, 16, 25, 36, 64, 100, 144, 196, 256, 324, 400, 784)
-SPARSE_DIMS = (16, 64, 256)  # of the curve of sparse codes: each is a dictionary of its own, and slow to encode
+SPARSE_DIMS = (16, 64, 256)  # of the curve of sparse coding: each is a dictionary of its own, and slow to encode
 NESTED = ("dct", "pca")  # a shorter vector is the beginning of a longer one
 REMEMBERED = 64  # objects
 
 
-class Reconstructed(NamedTuple):
+class ScoredObject(NamedTuple):
     """An object and the IoU it comes back with."""
 
     row: int
@@ -32,11 +32,11 @@ class Reconstructed(NamedTuple):
 
 
 class CodecLab:
-    """Objects of some data sets and what mask codes make of them.
+    """Objects of some data sets and what codecs make of them.
 
     Args:
         splits: the data sets by name; each is read when it is first looked at.
-        cache: folder for fitted codes.
+        cache: folder for fitted codecs.
         boundary_ratio: boundary width over the image's diagonal.
         report: is given a sentence before something takes seconds.
     """
@@ -44,11 +44,11 @@ class CodecLab:
     def __init__(
         self, splits: Mapping[str, Split], cache: Path, *, boundary_ratio: float, report: Callable[[str], None]
     ) -> None:
-        self._splits, self._cache, self._ratio, self._report = dict(splits), Path(cache), boundary_ratio, report
+        self._splits, self._codec_folder, self._ratio, self._report = dict(splits), Path(cache), boundary_ratio, report
         self._folders: dict[str, ObjectFolder] = {}
-        self._shelves: dict[str, CodecShelf] = {}
+        self._caches: dict[str, CodecCache] = {}
         self._read_image = lru_cache(8)(lambda name, image: self.folder(name).pixels(image))
-        self._bits = lru_cache(REMEMBERED)(lambda name, row, size: self.folder(name).bits([row], size)[0])
+        self._target = lru_cache(REMEMBERED)(lambda name, row, size: self.folder(name).box_masks([row], size)[0])
         self._vector = lru_cache(8 * REMEMBERED)(self._encode)
         self._curve = lru_cache(8 * REMEMBERED)(self._measure_curve)
 
@@ -66,29 +66,29 @@ class CodecLab:
         """All that is shown for a setting.
 
         Raises:
-            ValueError: there is no such code, or the image cannot be read.
+            ValueError: there is no such codec, or the image cannot be read.
         """
         item = self.folder(setting.data_set)[setting.row]
-        codec = self._shelf(setting.data_set).codec(setting.method, setting.mask_size, setting.vector_dim)
+        codec = self._cache_of(setting.data_set).codec(setting.method, setting.mask_size, setting.vector_dim)
         vector = self._vector(setting.data_set, setting.row, setting.method, setting.mask_size, setting.vector_dim)
         return View(
             setting,
             item,
             self.pixels(setting.data_set, item.image),
-            self.trial(setting),
+            self.reconstruction(setting),
             self._continued(setting, vector),
             term_order(codec, vector),
             self._curves(setting),
         )
 
-    def trial(self, setting: Setting) -> Trial:
-        """The object's way through the code. Raises as `view` does."""
+    def reconstruction(self, setting: Setting) -> Reconstruction:
+        """The object's way through the codec. Raises as `view` does."""
         key = (setting.method, setting.mask_size, setting.vector_dim)
-        codec = self._shelf(setting.data_set).codec(*key)
+        codec = self._cache_of(setting.data_set).codec(*key)
         vector = self._vector(setting.data_set, setting.row, *key)
-        return decode_trial(
+        return reconstruct(
             self.folder(setting.data_set)[setting.row],
-            self._bits(setting.data_set, setting.row, setting.mask_size),
+            self._target(setting.data_set, setting.row, setting.mask_size),
             vector,
             codec,
             terms=setting.terms,
@@ -103,15 +103,15 @@ class CodecLab:
 
     def compare_methods(self, setting: Setting) -> None:
         """Fit what the lines of all methods need at this setting's N, so that they are there from now on."""
-        shelf = self._shelf(setting.data_set)
-        most = min(MAX_COMPONENTS, len(shelf.rows), setting.mask_size**2)
-        shelf.codec("pca", setting.mask_size, most)
+        cache = self._cache_of(setting.data_set)
+        most = min(MAX_COMPONENTS, len(cache.rows), setting.mask_size**2)
+        cache.codec("pca", setting.mask_size, most)
         for count in SPARSE_DIMS:
             if count <= setting.mask_size**2:
-                shelf.codec("sparse", setting.mask_size, count)
+                cache.codec("sparse", setting.mask_size, count)
 
-    def worst(self, setting: Setting, count: int, *, least_side: float = 0.0) -> list[Reconstructed]:
-        """The objects of the sample that come back worst from this code and threshold, without noise.
+    def worst(self, setting: Setting, count: int, *, least_side: float = 0.0) -> list[ScoredObject]:
+        """The objects of the sample that come back worst from this codec and threshold, without noise.
 
         Args:
             setting: its object, terms and noise do not matter.
@@ -119,37 +119,39 @@ class CodecLab:
             least_side: only objects whose box covers at least the square of this, pixels.
 
         Raises:
-            ValueError: there is no such code.
+            ValueError: there is no such codec.
         """
-        folder, shelf = self.folder(setting.data_set), self._shelf(setting.data_set)
-        codec = shelf.codec(setting.method, setting.mask_size, setting.vector_dim)
-        bits = shelf.sample(setting.mask_size)
-        vectors = shelf.vectors(setting.method, setting.mask_size, setting.vector_dim)
+        folder, cache = self.folder(setting.data_set), self._cache_of(setting.data_set)
+        codec = cache.codec(setting.method, setting.mask_size, setting.vector_dim)
+        target = cache.sample(setting.mask_size)
+        vectors = cache.vectors(setting.method, setting.mask_size, setting.vector_dim)
         large = folder.sides() >= least_side
         found = [
-            Reconstructed(row, decode_ious(folder[row], bits[place], vectors[place][None], codec, setting.rule)[0])
-            for place, row in enumerate(shelf.rows)
+            ScoredObject(row, decode_ious(folder[row], target[place], vectors[place][None], codec, setting.rule)[0])
+            for place, row in enumerate(cache.rows)
             if large[row]
         ]
         return sorted(found, key=lambda one: one.iou)[:count]
 
-    def _shelf(self, data_set: str) -> CodecShelf:
-        if data_set not in self._shelves:
-            self._shelves[data_set] = CodecShelf(self.folder(data_set), self._cache, self._report)
-        return self._shelves[data_set]
+    def _cache_of(self, data_set: str) -> CodecCache:
+        if data_set not in self._caches:
+            self._caches[data_set] = CodecCache(self.folder(data_set), self._codec_folder, self._report)
+        return self._caches[data_set]
 
     @torch.inference_mode()
     def _encode(self, data_set: str, row: int, method: str, mask_size: int, vector_dim: int) -> Tensor:
-        shelf = self._shelf(data_set)
-        if method == "sparse" and row in shelf.places:  # one by one they would take too long
-            return shelf.vectors(method, mask_size, vector_dim)[shelf.places[row]]
-        codec = shelf.codec(method, mask_size, vector_dim)
-        return codec.encode(self._bits(data_set, row, mask_size)[None])[0]
+        cache = self._cache_of(data_set)
+        if method == "sparse" and row in cache.places:  # one by one they would take too long
+            return cache.vectors(method, mask_size, vector_dim)[cache.places[row]]
+        codec = cache.codec(method, mask_size, vector_dim)
+        return codec.encode(self._target(data_set, row, mask_size)[None])[0]
 
     def _longest(self, setting: Setting) -> int:
-        """Length of the longest vector that is shown for a nested code."""
+        """Length of the longest vector that is shown for a nested codec."""
         most = (
-            MAX_COMPONENTS if setting.method == "dct" else min(MAX_COMPONENTS, len(self._shelf(setting.data_set).rows))
+            MAX_COMPONENTS
+            if setting.method == "dct"
+            else min(MAX_COMPONENTS, len(self._cache_of(setting.data_set).rows))
         )
         return max(setting.vector_dim, min(most, setting.mask_size**2))
 
@@ -160,14 +162,14 @@ class CodecLab:
         return self._vector(setting.data_set, setting.row, setting.method, setting.mask_size, longest)
 
     def _error(self, setting: Setting) -> Tensor | None:
-        """(D,) a normal error in spreads of each entry, the same direction whatever its size."""
+        """(D,) a normal error in standard deviations of each entry, the same direction whatever its size."""
         if setting.error == 0:
             return None
-        vectors = self._shelf(setting.data_set).vectors(setting.method, setting.mask_size, setting.vector_dim)
-        spread = vectors.std(dim=0, correction=0)
+        vectors = self._cache_of(setting.data_set).vectors(setting.method, setting.mask_size, setting.vector_dim)
+        std = vectors.std(dim=0, correction=0)
         random = np.random.default_rng(setting.row)
         direction = torch.from_numpy(random.standard_normal(setting.vector_dim)).float()
-        return setting.error * spread * direction
+        return setting.error * std * direction
 
     def _curves(self, setting: Setting) -> dict[str, Curve]:
         """The lines of all methods that are fitted."""
@@ -180,33 +182,33 @@ class CodecLab:
         return curves
 
     def _curve_dims(self, setting: Setting, method: str) -> list[int]:
-        shelf, cells = self._shelf(setting.data_set), setting.mask_size**2
+        cache, cells = self._cache_of(setting.data_set), setting.mask_size**2
         match method:
             case "flatten":
                 return [count for count in CURVE_DIMS if count <= cells and math.isqrt(count) ** 2 == count]
             case "sparse":
                 return [
-                    count for count in SPARSE_DIMS if count <= cells and shelf.has(method, setting.mask_size, count)
+                    count for count in SPARSE_DIMS if count <= cells and cache.has(method, setting.mask_size, count)
                 ]
         longest = self._longest(setting._replace(method=method, vector_dim=1))
-        known = shelf.has(method, setting.mask_size, longest)
+        known = cache.has(method, setting.mask_size, longest)
         return [count for count in CURVE_DIMS if count <= longest] if known else []
 
     def _measure_curve(
         self, data_set: str, row: int, method: str, mask_size: int, rule: Rule, counts: tuple[int, ...]
     ) -> list[float]:
-        item, bits = self.folder(data_set)[row], self._bits(data_set, row, mask_size)
-        shelf = self._shelf(data_set)
+        item, target = self.folder(data_set)[row], self._target(data_set, row, mask_size)
+        cache = self._cache_of(data_set)
         if method in NESTED:
             vector = self._vector(data_set, row, method, mask_size, counts[-1])
             kept = torch.arange(len(vector)) < torch.tensor(counts)[:, None]  # (K, D)
-            return decode_ious(item, bits, vector * kept, shelf.codec(method, mask_size, counts[-1]), rule)
+            return decode_ious(item, target, vector * kept, cache.codec(method, mask_size, counts[-1]), rule)
         return [
             decode_ious(
                 item,
-                bits,
+                target,
                 self._vector(data_set, row, method, mask_size, count)[None],
-                shelf.codec(method, mask_size, count),
+                cache.codec(method, mask_size, count),
                 rule,
             )[0]
             for count in counts

@@ -1,4 +1,4 @@
-"""The panels of the codec explorer: a mask on its way through a code, and what the way costs. Paper: section 3.2."""
+"""The panels of the codec explorer: a mask on its way through a codec, and what the way costs. Paper: section 3.2."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from solq_lab.codecs.dct import zigzag
 from solq_lab.masks import decode_rle
 from solq_lab.viz.style import ADDED, BLUE, CODEC_COLOURS, GREY, MISSED
-from solq_lab.viz.widgets.canvas import Cell, ImagePanel, Panel
+from solq_lab.viz.widgets.live_panel import Cell, ImagePanel, Panel
 from solq_lab.viz.widgets.objects import BoxedObject
-from solq_lab.viz.widgets.trial import Trial
+from solq_lab.viz.widgets.reconstruction import Reconstruction
 
 SIDE = 226  # of the square images, pixels of the screen
 MARGIN = 0.12  # around an object, as a share of its larger side
@@ -29,7 +29,7 @@ ABOVE_LEGEND = 0.5  # an IoU below it has its number above its point, or it woul
 
 
 class Setting(NamedTuple):
-    """What the controls say; `data_set` and `row` name the object, `error` is the noise in spreads of the vectors."""
+    """The values of the controls; `data_set` and `row` name the object, `error` is noise in stds of the vectors."""
 
     data_set: str
     row: int
@@ -49,16 +49,16 @@ class Curve(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the panels show: an object, its image (H, W, 3) uint8, and its way through a code.
+    """What the panels show: an object, its image (H, W, 3) uint8, and its way through a codec.
 
-    continued: (>= D,) the vector and the entries that follow where the code were longer, for codes where they exist.
+    continued: (>= D,) the vector and the entries that follow where the codec were longer, for codecs where they exist.
     order: (D,) the vector's entries by importance; the first `setting.terms` are kept.
     """
 
     setting: Setting
     item: BoxedObject
     pixels: np.ndarray
-    trial: Trial
+    reconstruction: Reconstruction
     continued: Tensor
     order: Tensor
     curves: Mapping[str, Curve]
@@ -83,7 +83,10 @@ class Target(ImagePanel):
         return view.setting.data_set, view.setting.row, view.setting.mask_size
 
     def show(self, view: View) -> None:
-        self.set(grey(view.trial.bits.numpy()), f"in its box: {view.setting.mask_size} x {view.setting.mask_size} bits")
+        self.set(
+            grey(view.reconstruction.target.numpy()),
+            f"in its box: {view.setting.mask_size} x {view.setting.mask_size} pixels",
+        )
 
 
 class Decoded(ImagePanel):
@@ -92,26 +95,26 @@ class Decoded(ImagePanel):
     def show(self, view: View) -> None:
         terms, count = view.setting.terms, view.setting.vector_dim
         kept = f"{terms} of {count}" if terms < count else f"{count} number{'s' if count > 1 else ''}"
-        self.set(grey(view.trial.decoded.numpy()), f"decoded from {kept}")
+        self.set(grey(view.reconstruction.decoded.numpy()), f"decoded from {kept}")
 
 
 class Binary(ImagePanel):
     """The reconstruction as a mask."""
 
     def show(self, view: View) -> None:
-        self.set(grey(view.trial.back.numpy()), f"above the threshold, {view.trial.cut:.2f}")
+        self.set(grey(view.reconstruction.binary.numpy()), f"above the threshold, {view.reconstruction.threshold:.2f}")
 
 
 class Errors(ImagePanel):
     """The reconstruction in the image: pixels missed and pixels added."""
 
     def show(self, view: View) -> None:
-        pixels, missed, added = error_image(view.pixels, view.item, view.trial.rle)
+        pixels, missed, added = error_image(view.pixels, view.item, view.reconstruction.rle)
         self.set(fit_square(pixels, sharp=True), f"missed {missed}, added {added} pixels")
 
 
 class Vector(Panel):
-    """The coefficients in their order: kept, left out of the sum, and cut off by the code's length."""
+    """The coefficients in their order: kept, left out of the sum, and cut off by the codec's length."""
 
     columns = 2
     place = (0.085, 0.16, 0.885, 0.73)
@@ -138,7 +141,7 @@ class Vector(Panel):
         kept[view.order[: setting.terms].numpy()] = CODEC_COLOURS[setting.method]
         heights = values.copy()
         heights[: setting.vector_dim] = np.where(
-            kept[: setting.vector_dim] == GREY, heights[: setting.vector_dim], view.trial.received.numpy()
+            kept[: setting.vector_dim] == GREY, heights[: setting.vector_dim], view.reconstruction.received.numpy()
         )
         places = np.arange(1, len(values) + 1)
         self._bars.set_segments([((place, 0), (place, height)) for place, height in zip(places, heights, strict=True)])
@@ -152,7 +155,7 @@ class HeatMap(ImagePanel):
     """The same as a map: the corner of the cosine spectrum; other vectors row by row."""
 
     def show(self, view: View) -> None:
-        setting, vector = view.setting, view.trial.received.numpy()
+        setting, vector = view.setting, view.reconstruction.received.numpy()
         if setting.method == "dct":
             places = zigzag(setting.mask_size)[: len(vector)].numpy()
             rows, columns = places // setting.mask_size, places % setting.mask_size
@@ -195,7 +198,7 @@ class Curves(Panel):
     def show(self, view: View) -> None:
         for name, line in self._lines.items():
             line.set_data(view.curves.get(name, Curve([], [])))
-        count, iou = view.setting.vector_dim, view.trial.iou
+        count, iou = view.setting.vector_dim, view.reconstruction.iou
         self._guide.set_xdata([count, count])
         self._here.set_data([count], [iou])
         self._here.set_markerfacecolor(CODEC_COLOURS[view.setting.method])
@@ -218,9 +221,9 @@ TABLE: dict[type[Panel], Cell] = {
 }
 
 
-def grey(cells: np.ndarray) -> np.ndarray:
-    """(N, N, 3) uint8 of cells that lie around 0..1: 0 is nearly black and 1 nearly white, to show what overshoots."""
-    shade = ((cells.astype(np.float32) + 0.2) / 1.4).clip(0, 1) * 255
+def grey(values: np.ndarray) -> np.ndarray:
+    """(N, N, 3) uint8 of values that lie around 0..1: 0 is nearly black and 1 nearly white, to show what overshoots."""
+    shade = ((values.astype(np.float32) + 0.2) / 1.4).clip(0, 1) * 255
     return np.repeat(shade.astype(np.uint8)[..., None], 3, axis=2)
 
 

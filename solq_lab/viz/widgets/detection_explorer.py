@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -18,7 +19,8 @@ from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
 from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import STYLE, class_colours, new_figure
-from solq_lab.viz.widgets.stage import STYLE_SHEET, Stage, draw_image, pick
+from solq_lab.viz.widgets.callbacks import Callbacks
+from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, draw_image, pick
 
 WIDTH = 460  # of the image, pixels of the screen
 MIN_SCORE = 0.05  # below it are hundreds of guesses; the slider starts here
@@ -34,7 +36,7 @@ class DetectionExplorer:
         image, score, truth, wipe: the controls; setting the value of one redraws the image. Left of the wipe, a
             share of the width, the first model is shown, right of it the second.
         switches: model -> one switch per object of at least the score, best first; clicking an object turns it off.
-        stage: the image.
+        clickable: the image.
         widget: all of it, for JupyterLab to show.
     """
 
@@ -54,6 +56,8 @@ class DetectionExplorer:
         if len(dataset) == 0:
             raise ValueError("the data set has no images to explore")
         self._predictors, self._dataset = dict(predictors), dataset
+        self._status = widgets.HTML()
+        self._callbacks = Callbacks(self._report)
         self._find = lru_cache(64)(self._predict)
         self._draw = lru_cache(64)(self._draw_objects)
         self.image = widgets.BoundedIntText(value=0, min=0, max=len(dataset) - 1, description="image")
@@ -65,13 +69,11 @@ class DetectionExplorer:
         self.wipe = widgets.FloatSlider(value=0.5, min=0, max=1, step=0.01, readout=False, layout=wide)
         self.wipe.tooltip = "the line between the two models"
         self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in predictors}
-        self.stage = Stage(WIDTH, self._turn_off)
+        self.clickable = ClickableImage(WIDTH, self._turn_off)
         self._columns = {name: widgets.VBox(layout=widgets.Layout(min_width="170px")) for name in predictors}
         self.widget = self._lay_out()
-        for control in (self.image, self.score):
-            control.observe(lambda _: self._choose(), "value")
-        for control in (self.truth, self.wipe):
-            control.observe(lambda _: self.update(), "value")
+        self._callbacks.on_change(self._choose, self.image, self.score)
+        self._callbacks.on_change(self.update, self.truth, self.wipe)
         self._choose()
 
     @property
@@ -85,7 +87,7 @@ class DetectionExplorer:
         return pick(found, [row for row, switch in enumerate(self.switches[name]) if switch.value])
 
     def composed(self) -> np.ndarray:
-        """(h, w, 3) uint8: the image as the stage shows it."""
+        """(h, w, 3) uint8: the image as it is shown."""
         if self.truth.value:
             return self._draw("", self.image.value, ())
         sides = [self._drawn(name) for name in self.names]
@@ -101,7 +103,7 @@ class DetectionExplorer:
         """Show the image for the controls' present values."""
         size = self._dataset[self.image.value][0].shape[1:]
         boxes = None if self.truth.value else self.shown(self._clickable())
-        self.stage.show(self.composed(), boxes, size=tuple(size))
+        self.clickable.show(self.composed(), boxes, size=tuple(size))
 
     @mpl.rc_context(STYLE)
     def figure(self) -> Figure:
@@ -117,11 +119,14 @@ class DetectionExplorer:
             place.set_title(heading)
         return figure
 
+    def _report(self, sentence: str) -> None:
+        self._status.value = html.escape(sentence)
+
     def _lay_out(self) -> widgets.Widget:
-        controls = widgets.HBox([self.image, self.score, self.truth])
+        controls = widgets.HBox([self.image, self.score, self.truth, self._status])
         # No description: the slider is as wide as the image, so that its handle stays under the line.
         under = [self.wipe, widgets.HTML(WIPE_NAMES.format(*self.names))] if len(self._predictors) == 2 else []
-        image = widgets.VBox([self.stage.widget, *under])
+        image = widgets.VBox([self.clickable.widget, *under])
         return widgets.VBox([widgets.HTML(STYLE_SHEET), controls, widgets.HBox([image, *self._columns.values()])])
 
     def _choose(self) -> None:
@@ -132,11 +137,12 @@ class DetectionExplorer:
             self.switches[name] = [self._make_switch(f"{label} {score:.2f}") for label, score in captions]
             count = f"{len(found.labels)} found" if len(found.labels) else "nothing found"
             column.children = [widgets.HTML(f"<b>{name}</b>: {count}"), *self.switches[name]]
+        self._report("")
         self.update()
 
     def _make_switch(self, caption: str) -> widgets.ToggleButton:
         switch = widgets.ToggleButton(value=True, description=caption, layout=widgets.Layout(width="150px"))
-        switch.observe(lambda _: self.update(), "value")
+        self._callbacks.on_change(self.update, switch)
         return switch
 
     def _turn_off(self, row: int) -> None:

@@ -84,7 +84,7 @@ class ObjectFolder:
         if len(self) == 0:
             raise DataError(
                 f"{self.annotations}: none of the {self.images} images has an object (crowds do not count); "
-                "a mask code needs masks to show: choose another data set"
+                "a codec needs masks to show: choose another data set"
             )
 
     def __len__(self) -> int:
@@ -121,11 +121,11 @@ class ObjectFolder:
         x0, y0, x1, y1 = self._truth.boxes.T
         return np.sqrt((x1 - x0) * (y1 - y0))
 
-    def bits(self, rows: Sequence[int], mask_size: int) -> Tensor:
+    def box_masks(self, rows: Sequence[int], mask_size: int) -> Tensor:
         """Masks (K, N, N) bool of objects, box frame."""
         return self._truth.box_masks(rows, mask_size)
 
-    def spread(self, most: int) -> list[int]:
+    def evenly(self, most: int) -> list[int]:
         """At most `most` rows, evenly over the data set."""
         return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int)).tolist()
 

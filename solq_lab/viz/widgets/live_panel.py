@@ -76,7 +76,7 @@ class ImagePanel(Panel):
         self.title.set_text(title)
 
 
-class Canvas:
+class LivePanel:
     """One live panel and the widget that shows it.
 
     Attributes:

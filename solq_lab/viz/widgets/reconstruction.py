@@ -1,4 +1,4 @@
-"""One object's way through a mask code and back, and what is left of it. Paper: section 3.2."""
+"""One object's way through a codec and back, and what is left of it. Paper: section 3.2."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from solq_lab.viz.widgets.objects import BoxedObject
 
 Rule = Literal["codec", "middle", "half", "best"]
 RULES: dict[str, Rule] = {
-    "as the code says": "codec",
+    "as the codec says": "codec",
     "middle of the range": "middle",
     "one half": "half",
     "best for this object": "best",
 }
 
 
-class Trial(NamedTuple):
+class Reconstruction(NamedTuple):
     """What became of a mask.
 
-    bits: (N, N) bool, the mask in its box.
-    vector: (D,) its code.
-    received: (D,) the code after noise, zero where terms are left out.
+    target: (N, N) bool, the mask in its box.
+    vector: (D,) its mask vector.
+    received: (D,) the codec after noise, zero where terms are left out.
     decoded: (N, N) float32.
-    cut: cells above it belong to the mask.
-    back: (N, N) bool.
-    rle: `back` pasted into the box, in pixels of the image.
+    threshold: values above it belong to the mask.
+    binary: (N, N) bool.
+    rle: `binary` pasted into the box, in pixels of the image.
     iou, boundary_iou: with the true mask in the image, 0 where both are empty.
     """
 
-    bits: Tensor
+    target: Tensor
     vector: Tensor
     received: Tensor
     decoded: Tensor
-    cut: float
-    back: Tensor
+    threshold: float
+    binary: Tensor
     rle: dict
     iou: float
     boundary_iou: float
 
 
 @torch.inference_mode()
-def decode_trial(
+def reconstruct(
     item: BoxedObject,
-    bits: Tensor,
+    target: Tensor,
     vector: Tensor,
     codec: MaskCodec,
     *,
@@ -58,16 +58,16 @@ def decode_trial(
     rule: Rule = "codec",
     error: Tensor | None = None,
     boundary_ratio: float = 0.02,
-) -> Trial:
+) -> Reconstruction:
     """Decode an object's vector, make it binary and paste it.
 
     Args:
         item: the object.
-        bits: (N, N) its mask in the box.
-        vector: (D,) its code.
-        codec: the mask code.
+        target: (N, N) its mask in the box.
+        vector: (D,) its mask vector.
+        codec: the codec.
         terms: how many entries of the vector are kept, the rest is zero: the first ones, or the largest ones of a
-            sparse code, whose atoms have no order. None: all.
+            sparse vector, whose atoms have no order. None: all.
         rule: the threshold.
         error: (D,) what is added to the vector; None: nothing.
         boundary_ratio: boundary width over the image's diagonal.
@@ -77,21 +77,23 @@ def decode_trial(
         received = received.clone()
         received[term_order(codec, vector)[terms:]] = 0
     decoded = codec.decode(received[None])
-    cut = thresholds(decoded, bits[None], codec, rule)
-    back = decoded > cut[:, None, None]
-    (rle,), (iou,) = paste_and_compare(back, item.box[None], item.size, [item.rle], both_empty=0.0)
+    threshold = thresholds(decoded, target[None], codec, rule)
+    binary = decoded > threshold[:, None, None]
+    (rle,), (iou,) = paste_and_compare(binary, item.box[None], item.size, [item.rle], both_empty=0.0)
     boundaries = [[rle_api.rleToBoundary(one, boundary_ratio)] for one in (item.rle, rle)]
     boundary_iou = float(rle_iou(*boundaries, both_empty=0.0)[0])
-    return Trial(bits, vector, received, decoded[0], float(cut), back[0], rle, float(iou), boundary_iou)
+    return Reconstruction(
+        target, vector, received, decoded[0], float(threshold), binary[0], rle, float(iou), boundary_iou
+    )
 
 
 @torch.inference_mode()
-def decode_ious(item: BoxedObject, bits: Tensor, vectors: Tensor, codec: MaskCodec, rule: Rule) -> list[float]:
-    """IoU of an object, whose mask in its box is `bits` (N, N), with what each of K vectors (K, D) decodes to."""
+def decode_ious(item: BoxedObject, target: Tensor, vectors: Tensor, codec: MaskCodec, rule: Rule) -> list[float]:
+    """IoU of an object, whose mask in its box is `target` (N, N), with what each of K vectors (K, D) decodes to."""
     decoded = codec.decode(vectors)
-    back = decoded > thresholds(decoded, bits.expand(decoded.shape), codec, rule)[:, None, None]
+    binary = decoded > thresholds(decoded, target.expand(decoded.shape), codec, rule)[:, None, None]
     boxes, true_rles = item.box.expand(len(vectors), 4), [item.rle] * len(vectors)
-    return paste_and_compare(back, boxes, item.size, true_rles, both_empty=0.0)[1].tolist()
+    return paste_and_compare(binary, boxes, item.size, true_rles, both_empty=0.0)[1].tolist()
 
 
 def term_order(codec: MaskCodec, vector: Tensor) -> Tensor:
@@ -101,8 +103,8 @@ def term_order(codec: MaskCodec, vector: Tensor) -> Tensor:
     return torch.arange(len(vector))
 
 
-def thresholds(decoded: Tensor, bits: Tensor, codec: MaskCodec, rule: Rule) -> Tensor:
-    """(K,) values that part reconstructions (K, N, N) into mask and background; bits (K, N, N) are the true masks."""
+def thresholds(decoded: Tensor, target: Tensor, codec: MaskCodec, rule: Rule) -> Tensor:
+    """(K,) values that part reconstructions (K, N, N) into mask and background; target (K, N, N) are the true masks."""
     flat = decoded.flatten(1)  # (K, N, N) -> (K, N*N)
     match codec.threshold if rule == "codec" else rule:
         case "half":
@@ -110,19 +112,19 @@ def thresholds(decoded: Tensor, bits: Tensor, codec: MaskCodec, rule: Rule) -> T
         case "middle":
             return middle_of_range(decoded)
         case "best":
-            return best_thresholds(flat, bits.flatten(1))
+            return best_thresholds(flat, target.flatten(1))
     raise ValueError(f"threshold rule {rule!r}: allowed are {', '.join(RULES.values())}")
 
 
-def best_thresholds(values: Tensor, bits: Tensor) -> Tensor:
-    """(K,) thresholds of values (K, M) with the highest IoU of {value > threshold} and bits (K, M).
+def best_thresholds(values: Tensor, target: Tensor) -> Tensor:
+    """(K,) thresholds of values (K, M) with the highest IoU of {value > threshold} and target (K, M).
 
-    The cells are taken one by one in falling order of their values; each number of taken cells has an IoU.
+    The pixels are taken one by one in falling order of their values; each number of taken pixels has an IoU.
     """
     ordered, order = values.sort(dim=1, descending=True)
-    hits = bits.gather(1, order).cumsum(dim=1)
+    hits = target.gather(1, order).cumsum(dim=1)
     taken = torch.arange(1, values.shape[1] + 1)
-    iou = hits / (taken + bits.sum(dim=1, keepdim=True) - hits)
+    iou = hits / (taken + target.sum(dim=1, keepdim=True) - hits)
     following = torch.cat([ordered[:, 1:], ordered[:, -1:] - 1], dim=1)
     iou[following == ordered] = -1  # no threshold parts equal values
     best = iou.argmax(dim=1, keepdim=True)

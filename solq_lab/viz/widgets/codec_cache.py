@@ -1,4 +1,4 @@
-"""The mask codes of one data set, fitted to its masks when they are first asked for, and kept on disk."""
+"""The codecs of one data set, fitted to its masks when they are first asked for, and kept on disk."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from solq_lab.viz.widgets.objects import ObjectFolder
 
 METHODS = tuple(CODECS)
 MAX_COMPONENTS = 400  # of one principal component analysis; shorter vectors are its first entries
-MAX_MASKS = 512  # that a code is fitted to: seconds, not minutes
+MAX_MASKS = 512  # that a codec is fitted to: seconds, not minutes
 
 
-class CodecShelf:
-    """Mask codes by method and sizes.
+class CodecCache:
+    """codecs by method and sizes.
 
     Args:
-        objects: whose masks the codes are fitted to.
+        objects: whose masks the codecs are fitted to.
         folder: where fitted tables are kept.
         report: is given a sentence before something takes seconds.
 
@@ -39,11 +39,11 @@ class CodecShelf:
         self._samples: dict[int, Tensor] = {}
         self._vectors: dict[tuple[str, int, int], Tensor] = {}
         self._fingerprint = hashlib.sha256(objects.annotations.read_bytes()).hexdigest()[:12]
-        self.rows = objects.spread(MAX_MASKS)
+        self.rows = objects.evenly(MAX_MASKS)
         self.places = {row: place for place, row in enumerate(self.rows)}
 
     def codec(self, method: str, mask_size: int, vector_dim: int) -> MaskCodec:
-        """The code of these sizes.
+        """The codec of these sizes.
 
         Raises:
             ValueError: there is none, for example with more principal components than masks; the message says why.
@@ -54,14 +54,14 @@ class CodecShelf:
         return self._codecs[key]
 
     def has(self, method: str, mask_size: int, vector_dim: int) -> bool:
-        """Whether the code can be had without fitting it."""
+        """Whether the codec can be had without fitting it."""
         needed = self._tables_key(method, mask_size, vector_dim)
         return not CODECS[method].fitted or needed in self._codecs or self._file(*needed).exists()
 
     def sample(self, mask_size: int) -> Tensor:
         """(K, N, N) bool masks of at most `MAX_MASKS` objects, those in `rows`."""
         if mask_size not in self._samples:
-            self._samples[mask_size] = self._objects.bits(self.rows, mask_size)
+            self._samples[mask_size] = self._objects.box_masks(self.rows, mask_size)
         return self._samples[mask_size]
 
     @torch.inference_mode()
@@ -89,7 +89,7 @@ class CodecShelf:
         if codec.vector_dim > most:
             raise ValueError(
                 f"PCA: n_k = {codec.vector_dim} asks for more components than there are: {len(self.rows)} masks of "
-                f"{codec.mask_size} x {codec.mask_size} cells were looked at, and at most {MAX_COMPONENTS} components "
+                f"{codec.mask_size} x {codec.mask_size} pixels were looked at, and at most {MAX_COMPONENTS} components "
                 f"are kept. Lower n_k to {most}"
             )
         key = ("pca", codec.mask_size, most)

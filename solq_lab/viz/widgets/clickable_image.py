@@ -13,18 +13,18 @@ from matplotlib.figure import Figure
 from solq_lab.structures import Detections
 from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import STYLE
-from solq_lab.viz.widgets.canvas import DPI, as_png
+from solq_lab.viz.widgets.live_panel import DPI, as_png
 
 STYLE_SHEET = """<style>
-.solq-stage {position: relative; overflow: hidden; padding: 0}
-.solq-stage img {width: 100%; height: 100%; margin: 0}
-.solq-stage .solq-object {position: absolute; margin: 0; padding: 0; background: transparent; border: none}
-.solq-stage .solq-object:hover {box-shadow: inset 0 0 0 2px white, inset 0 0 0 3px black}
-.solq-stage .solq-chosen {box-shadow: inset 0 0 0 3px white, inset 0 0 0 4px black}
+.solq-clickable {position: relative; overflow: hidden; padding: 0}
+.solq-clickable img {width: 100%; height: 100%; margin: 0}
+.solq-clickable .solq-object {position: absolute; margin: 0; padding: 0; background: transparent; border: none}
+.solq-clickable .solq-object:hover {box-shadow: inset 0 0 0 2px white, inset 0 0 0 3px black}
+.solq-clickable .solq-chosen {box-shadow: inset 0 0 0 3px white, inset 0 0 0 4px black}
 </style>"""
 
 
-class Stage:
+class ClickableImage:
     """The image and its buttons.
 
     Attributes:
@@ -34,12 +34,12 @@ class Stage:
     """
 
     def __init__(self, width: int, on_click: Callable[[int], None]) -> None:
-        """A stage `width` pixels of the screen wide; `on_click` is given the row of the object that was clicked."""
+        """A clickable image `width` screen pixels wide; `on_click` is given the row of the clicked object."""
         self._width, self._on_click = width, on_click
         self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%", margin="0"))
         self.buttons: list[widgets.Button] = []
         self.widget = widgets.Box(layout=widgets.Layout(width=f"{width}px", flex="0 0 auto"))
-        self.widget.add_class("solq-stage")
+        self.widget.add_class("solq-clickable")
 
     def show(
         self, pixels: np.ndarray, detections: Detections | None, *, size: tuple[int, int], chosen: int = -1
