@@ -19,7 +19,7 @@ _INSTRUCTIONS = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_f
 def check_autocast(
     autocast: str, device: torch.device, *, setting: str = "autocast", allowed: Sequence[str] = PREDICTING
 ) -> None:
-    """Say so in the log where half precision makes a network slower.
+    """Check the type, and warn where half precision makes a network slower.
 
     Args:
         autocast: one of `allowed`.

@@ -1,7 +1,7 @@
 """`torch.compile` for training: the layers of the transformer, each kind once and for images of any size.
 
 A layer compiles in a minute or two on a CPU, the whole network in many; and a network that is compiled layer by layer
-still shares its gradients while the backward pass runs, and still recomputes its activations where that is asked.
+still averages its gradients while the backward pass runs, and still checkpoints its activations.
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ def compile_layers(model: SOLQ, device: torch.device) -> bool:
 
 
 def as_written() -> AbstractContextManager:
-    """Within, nothing that was compiled is used and nothing is compiled: an evaluation needs no compiler."""
+    """Within, compiled layers run as written: an evaluation needs no compiler."""
     return torch.compiler.set_stance("force_eager")

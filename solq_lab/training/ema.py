@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class AveragedWeights:
-    """Follows a model: after each step every float moves by (1 - decay) towards the model's; integers are copied."""
+    """Exponential moving average of a model: floats move by (1 - decay) towards the model's; integers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -24,7 +24,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take one step of the model into the average."""
+        """Average in the model's weights after a step."""
         current = model.state_dict()
         averages = [self._average[name] for name in self._floats]
         torch._foreach_lerp_(averages, [current[name] for name in self._floats], 1 - self.decay)
@@ -36,13 +36,13 @@ class AveragedWeights:
         return self._average
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from averaged weights that `state_dict` gave."""
+        """Restore averaged weights that `state_dict` returned."""
         for name, value in self._average.items():
             value.copy_(state[name])
 
     @contextlib.contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
-        """Run the block with the averaged weights in the model; its own return afterwards."""
+        """Within the block the model has the averaged weights; afterwards its own again."""
         own = {name: value.detach().clone() for name, value in model.state_dict().items()}
         model.load_state_dict(self._average)
         try:

@@ -28,7 +28,7 @@ class Objects(NamedTuple):
     labels: (K,) int64 class channels.
     boxes: (K, 4) (cx, cy, w, h), normalised image.
     masks: (K, N, N) bool in the box frame, or None for a plain detector.
-    vectors: (K, D) codes of the masks, or None.
+    vectors: (K, D) mask vectors, or None.
     """
 
     labels: Tensor
@@ -72,7 +72,7 @@ class SetCriterion(nn.Module):
 
     Args:
         codec: gives the target vectors, and by its `loss` the kind of vector loss; None for a plain detector.
-        matcher: decides which query answers for which object.
+        matcher: assigns queries to objects.
         class_weight: weight of the focal loss.
         l1_weight: weight of the L1 box loss.
         giou_weight: weight of the GIoU box loss.
@@ -265,7 +265,7 @@ def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: fl
         gamma: focusing power.
     """
     probability = logits.sigmoid()
-    miss = truth + probability - 2 * truth * probability  # 1 - p of the true answer
+    miss = truth + probability - 2 * truth * probability  # 1 - p of the true class
     balance = alpha * truth + (1 - alpha) * (1 - truth)
     return balance * miss**gamma * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
 
@@ -283,9 +283,9 @@ def soft_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
 
 
 def vector_plateau(vectors: Tensor) -> float:
-    """Mean L1 loss of the best constant answer to vectors (K, D): each coefficient's median. 0 when K = 0.
+    """Mean L1 loss of the best constant prediction for vectors (K, D): each coefficient's median. 0 when K = 0.
 
-    A vector head that has learnt nothing about the image stalls here; a training curve means something below it.
+    A vector head that has learnt nothing about the image reaches this value and no lower one.
     """
     if len(vectors) == 0:
         return 0.0

@@ -44,7 +44,7 @@ class Matching(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """Who answers for which object: in each decoder layer, and among the proposals of the encoder (Z = 1), if any."""
+    """The matched pairs of all decoder layers, and of the encoder's proposals (Z = 1), if there are any."""
 
     layers: Matching
     proposals: Matching | None
@@ -106,7 +106,7 @@ class HungarianMatcher:
     def costs(self, predictions: Predictions, targets: Sequence[Target]) -> dict[str, Tensor]:
         """Weighted costs by name, each (K, Z*J): the objects of the batch by the queries of all layers, side by side.
 
-        A row meets the queries of its own image only: the costs between images are never computed. Proposals come last;
+        A row has the queries of its own image only: costs between images are never computed. Proposals come last;
         `columns_by_layer` says which columns belong to which layer.
         """
         device = predictions.layers[0].logits.device

@@ -14,7 +14,7 @@ from solq_lab.schema import OptimSection, TrainSection
 def parameter_group(name: str) -> str:
     """The group of the parameter with this name: "backbone", "offsets" or "main".
 
-    "offsets" are the layers that say where to look, `sampling_offsets` and `reference_points`; they learn more slowly.
+    "offsets" are the layers that place the samples, `sampling_offsets` and `reference_points`; they learn more slowly.
     """
     if name.startswith("backbone."):
         return "backbone"
@@ -24,7 +24,7 @@ def parameter_group(name: str) -> str:
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
-    """AdamW over all parameters that want a gradient; weight decay on every one of them, norms and biases too.
+    """AdamW over all parameters that require a gradient; weight decay on every one of them, norms and biases too.
 
     Each group carries its `name` and its `base_lr`, the learning rate that `set_learning_rate` scales.
     """
@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
 
 
 def learning_rate_factor(optim: OptimSection, step: int, total_steps: int) -> float:
-    """What multiplies every group's learning rate in optimiser step `step` (0-based) of `total_steps`.
+    """Factor of every group's learning rate in optimiser step `step` (0-based) of `total_steps`.
 
     Linear warm-up over the first `optim.warmup` of the training, then the step drop or the cosine.
     """

@@ -1,4 +1,4 @@
-"""The numbers of metrics.jsonl in TensorBoard too, for those who watch many runs there; metrics.jsonl is the record."""
+"""The numbers of metrics.jsonl in TensorBoard as well; metrics.jsonl is the record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AXIS = ("kind", "step")  # of a line: what it is and where it stands, no numbers
 
 
 def check_tracking(train: TrainSection) -> None:
-    """Refuse a training that is to be tracked by what is not installed.
+    """Check that what is to track the training is installed.
 
     Raises:
         ConfigError: TensorBoard is asked for and missing.
@@ -32,11 +32,11 @@ def check_tracking(train: TrainSection) -> None:
 
 
 class TensorBoard:
-    """Scalars of a run in its folder `tensorboard`; a disk that takes no more of them costs the curves, not the run.
+    """Scalars of a run in its folder `tensorboard`; where they cannot be written, the training continues without.
 
     Args:
         folder: where the event files go.
-        step: optimiser steps done. What an earlier process wrote of later ones is taken back: they will be repeated.
+        step: optimiser steps done. What an earlier process wrote of later steps is purged: they will be repeated.
     """
 
     def __init__(self, folder: Path, *, step: int) -> None:
@@ -60,13 +60,13 @@ class TensorBoard:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Go on without: whatever a library of plots fails at, it must not end a training of days."""
+        """Continue without: an error of a plotting library must not end a training of days."""
         log.warning("%s: no longer written, the training goes on: %s: %s", self._folder, type(error).__name__, error)
         self._writer = None
 
 
 def open_tensorboard(run: Run, *, step: int) -> TensorBoard | None:
-    """The run's TensorBoard folder, to go on after `step`; None where the experiment asks for none."""
+    """The run's TensorBoard folder, continued after `step`; None where train.tensorboard is off."""
     return TensorBoard(run.folder / FOLDER, step=step) if run.experiment.train.tensorboard else None
 
 

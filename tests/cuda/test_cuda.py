@@ -170,7 +170,7 @@ def test_a_prepared_network_predicts_without_waiting_or_copying_from_the_host(mo
 
 
 @pytest.mark.parametrize(
-    ("variant", "for_masks"), [("solq", ["_draw_masks"]), ("sqr", ["cut_out_masks", "encode_rle"])]
+    ("variant", "for_masks"), [("solq", ["_decode_masks"]), ("sqr", ["cut_out_masks", "encode_rle"])]
 )
 def test_after_the_network_the_host_waits_for_what_it_shows(variant, for_masks):
     experiment = tiny_experiment(Path(), **VARIANTS[variant])
