@@ -6,9 +6,9 @@ import dataclasses
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from solq_lab import distributed
 from solq_lab.codecs.artifact import ArtifactError, load_tables
@@ -32,6 +32,9 @@ from solq_lab.models.weights import (
     read_official,
 )
 from solq_lab.schema import DataSection, ModelSection
+
+if TYPE_CHECKING:
+    from solq_lab.models.backbone import Backbone
 
 
 def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None = None) -> MaskCodec | None:
@@ -69,7 +72,7 @@ def new_codec(experiment: Experiment) -> MaskCodec | None:
     return codec
 
 
-def build_backbone(model: ModelSection, *, imagenet: bool = False) -> nn.Module:
+def build_backbone(model: ModelSection, *, imagenet: bool = False) -> Backbone:
     """The backbone, fresh or with ImageNet weights; C5 alone where the network has one level."""
     return BACKBONES[model.backbone].build(
         pretrained="imagenet" if imagenet else "none", dilation=model.dilation, c5_only=model.levels == 1

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from solq_lab.models.backbone import FrozenBatchNorm2d
+from solq_lab.models.heads import UnifiedQueryHead
 from solq_lab.models.onednn import use_onednn
 from solq_lab.models.solq import SOLQ
 
@@ -38,6 +39,7 @@ def fold(model: SOLQ) -> SOLQ:
     folded = copy.deepcopy(model).eval().requires_grad_(False)
     _fold_batch_norms(folded.backbone)
     for head in folded.heads:
+        assert isinstance(head, UnifiedQueryHead)
         if head is not folded.heads[-1]:  # without box refinement all layers share one head
             head.vector = None
     return folded

@@ -1,7 +1,6 @@
 """Backbones: from an image to the maps C3, C4, C5. Paper: sections 3.2 and 4.2 (ResNet), table 1 (Swin).
 
 `SmallBackbone` is not in the paper: it lets a CPU train a detector from scratch in minutes.
-Every backbone has `strides` and `channels`, one number per map it returns.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 
 from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.weights import WeightMismatch, read_backbone_weights
+
+if TYPE_CHECKING:
+    from timm.models.swin_transformer import SwinTransformerBlock
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,19 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         return torch.addcmul(shift.view(1, -1, 1, 1), maps, scale.view(1, -1, 1, 1))
 
 
-class ResNetBackbone(Checkpointed):
+class Backbone(Checkpointed):
+    """A module from normalised pixels (B, 3, H, W) to maps, finest first.
+
+    Attributes:
+        strides: of the maps that it returns, pixels.
+        channels: of the same maps.
+    """
+
+    strides: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+class ResNetBackbone(Backbone):
     """ResNet whose batch norms are constants and whose first layers are frozen.
 
     Args:
@@ -64,8 +78,8 @@ class ResNetBackbone(Checkpointed):
         self.conv1, self.bn1 = body.conv1, body.bn1
         self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
         self.c5_only = c5_only
-        self.strides: tuple[int, ...] = (8, 16, 16 if dilation else 32)
-        self.channels: tuple[int, ...] = (512, 1024, 2048)
+        self.strides = (8, 16, 16 if dilation else 32)
+        self.channels = (512, 1024, 2048)
         if c5_only:
             self.strides, self.channels = self.strides[-1:], self.channels[-1:]
         self.conv1.requires_grad_(False)
@@ -84,7 +98,7 @@ class ResNetBackbone(Checkpointed):
         return maps[-1:] if self.c5_only else maps[1:]
 
 
-class SwinBackbone(Checkpointed):
+class SwinBackbone(Backbone):
     """Swin Transformer with windows of 7 cells; each returned map has its own layer norm.
 
     The modules and their ImageNet weights are timm's, the forward pass is ours: the released models pad a map to whole
@@ -108,15 +122,15 @@ class SwinBackbone(Checkpointed):
         except ImportError:
             raise ImportError(f"backbone {name} needs timm; install it with: pip install 'solq-lab[swin]'") from None
         timm_name, drop_path = _look_up(name, SWINS)
-        body = timm.create_model(
+        body: Any = timm.create_model(  # its layers have no declared types
             timm_name, num_classes=0, drop_path_rate=drop_path, strict_img_size=False, always_partition=True
         )
         self.patch_embed, self.layers = body.patch_embed, body.layers
         self.window: int = self.layers[0].blocks[0].window_size[0]
         width = body.embed_dim[0] if isinstance(body.embed_dim, list | tuple) else body.embed_dim
         returned = (3,) if c5_only else (1, 2, 3)
-        self.strides: tuple[int, ...] = tuple(4 * 2**stage for stage in returned)
-        self.channels: tuple[int, ...] = tuple(width * 2**stage for stage in returned)
+        self.strides = tuple(4 * 2**stage for stage in returned)
+        self.channels = tuple(width * 2**stage for stage in returned)
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(width * 2**stage) for stage in returned})
         _initialise(self, pretrained, lambda: timm.create_model(timm_name, pretrained=True, num_classes=0).state_dict())
 
@@ -135,12 +149,12 @@ class SwinBackbone(Checkpointed):
                 maps.append(self.norms[str(stage)](tokens).permute(0, 3, 1, 2))
         return maps
 
-    def _transform(self, block: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _transform(self, block: SwinTransformerBlock, tokens: Tensor, mask: Tensor) -> Tensor:
         """One transformer block; tokens (B, H, W, C) in and out."""
         tokens = tokens + block.drop_path1(self._attend(block, block.norm1(tokens), mask))
         return tokens + block.drop_path2(block.mlp(block.norm2(tokens)))
 
-    def _attend(self, block: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _attend(self, block: SwinTransformerBlock, tokens: Tensor, mask: Tensor) -> Tensor:
         """Attention within (shifted) windows; tokens (B, H, W, C) in and out."""
         batch, height, width, channels = tokens.shape
         window, shift = self.window, block.shift_size[0]
@@ -176,7 +190,7 @@ def _shift_mask(height: int, width: int, window: int, like: Tensor) -> Tensor:
     return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
 
 
-class SmallBackbone(Checkpointed):
+class SmallBackbone(Backbone):
     """ResNet of basic blocks, about a million weights, trained from scratch; its batch norms learn.
 
     Args:
@@ -210,8 +224,8 @@ class SmallBackbone(Checkpointed):
             inputs = width
         self.stages = nn.ModuleList(stages)
         self.c5_only = c5_only
-        self.strides: tuple[int, ...] = (32,) if c5_only else (8, 16, 32)
-        self.channels: tuple[int, ...] = tuple(widths[-1:] if c5_only else widths[1:])
+        self.strides = (32,) if c5_only else (8, 16, 32)
+        self.channels = widths[-1:] if c5_only else widths[1:]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -222,6 +236,7 @@ class SmallBackbone(Checkpointed):
         current = F.relu(self.stem_norm(self.stem(pixels)), inplace=True)
         maps = []
         for stage in self.stages:
+            assert isinstance(stage, nn.Sequential)
             for block in stage:
                 current = self.checkpoint(block, current)
             maps.append(current)
@@ -237,7 +252,7 @@ class _BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != width:
             projection = nn.Conv2d(inputs, width, kernel_size=1, stride=stride, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width))

@@ -30,6 +30,13 @@ class MLP(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
+    @property
+    def output_bias(self) -> Tensor:
+        """(outputs,) the last layer's."""
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        return last.bias
+
     def forward(self, features: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
         first, second, last = self.layers
@@ -57,7 +64,7 @@ class VectorMLP(MLP):
             self.register_buffer("vector_center", torch.zeros(vector_dim))
             self.register_buffer("vector_spread", torch.ones(vector_dim))
         else:
-            nn.init.constant_(self.layers[2].bias[2:], -2.0)
+            nn.init.constant_(self.output_bias[2:], -2.0)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., C) -> (..., D)."""

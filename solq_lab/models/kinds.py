@@ -9,14 +9,14 @@ import pkgutil
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from torch import nn
+    from solq_lab.models.backbone import Backbone
 
 
 class BackboneSpec(NamedTuple):
     """A backbone.
 
     path: "module:name" of a class or function; it takes `arguments`, and `pretrained` and `c5_only` by name, and
-        returns a module with `strides` and `channels` (see `models.backbone`).
+        returns a `models.backbone.Backbone`, or any module with its attributes.
     arguments: its positional arguments.
     dilates: whether it takes `dilation` by name.
     any_size: whether it can be traced for images of any size.
@@ -27,7 +27,7 @@ class BackboneSpec(NamedTuple):
     dilates: bool = False
     any_size: bool = True
 
-    def build(self, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> nn.Module:
+    def build(self, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> Backbone:
         """The backbone.
 
         Args:

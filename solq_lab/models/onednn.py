@@ -40,7 +40,9 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
         elif type(child) is FeedForward and isinstance(child.linear1, OneDNNLinear):
             setattr(model, name, OneDNNFeedForward(child))
         elif (
-            isinstance(model, DecoderLayer) and name == "cross_attention" and isinstance(child.value_proj, OneDNNLinear)
+            isinstance(model, DecoderLayer)
+            and isinstance(child, MultiScaleDeformableAttention)
+            and isinstance(child.value_proj, OneDNNLinear)
         ):
             setattr(model, name, SampleFirstAttention(child))
 

@@ -6,7 +6,7 @@ Shape letters: B batch, J queries, C width, L levels, T tokens of all levels, S 
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
 from solq_lab.models.position import cell_centers, sine_encoding, sine_features
 from solq_lab.structures import ImageBatch, LayerPrediction, Predictions, filled, unpadded_sizes
+
+if TYPE_CHECKING:
+    from solq_lab.models.backbone import Backbone
 
 GROUPS = 32  # of the group norm after each projection
 PROPOSAL_SIDE = 0.05  # of a proposal on the finest level, share of the image; doubles from level to level
@@ -57,7 +60,7 @@ class SOLQ(Checkpointed):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         num_classes: int,
         *,
         vector_dim: int | None,
@@ -103,7 +106,8 @@ class SOLQ(Checkpointed):
         vector = None
         if vector_dim is not None:
             vector = VectorMLP(width, vector_hidden, vector_dim, standardise=standardise_vectors)
-        self.heads = _query_heads(UnifiedQueryHead(width, num_classes, vector), decoder_layers, refine_boxes)
+        query_heads = _query_heads(UnifiedQueryHead(width, num_classes, vector), decoder_layers, refine_boxes)
+        self.heads = nn.ModuleList(query_heads)
         if two_stage:
             self.proposal_head = UnifiedQueryHead(width, num_classes, None)
             self.proposal_projection = _xavier(nn.Linear(width, width))
@@ -114,7 +118,7 @@ class SOLQ(Checkpointed):
             self.query_embedding = nn.Parameter(torch.randn(queries, 2 * width))
             self.reference_points = _xavier(nn.Linear(width, 2))
             nn.init.zeros_(self.reference_points.bias)
-            nn.init.constant_(self.heads[0].box.layers[2].bias[2:], -2.0)  # first boxes are small
+            nn.init.constant_(query_heads[0].box.output_bias[2:], -2.0)  # first boxes are small
 
     def forward(self, images: ImageBatch) -> Predictions:
         """Classes, boxes and mask vectors of all queries after every decoder layer.
@@ -223,9 +227,11 @@ class SOLQ(Checkpointed):
         Raises:
             ValueError: the model has no mask vectors or does not standardise them, or the lengths differ.
         """
-        if self.heads[0].vector is None:
+        first = self.heads[0]  # all heads share one vector MLP
+        assert isinstance(first, UnifiedQueryHead)
+        if first.vector is None:
             raise ValueError("a plain detector (vector_dim=None) has no mask vectors to standardise")
-        self.heads[0].vector.set_statistics(mean, std)
+        first.vector.set_statistics(mean, std)
 
 
 def _level_projections(channels: tuple[int, ...], width: int, levels: int) -> nn.ModuleList:
@@ -239,16 +245,18 @@ def _level_projections(channels: tuple[int, ...], width: int, levels: int) -> nn
     convolutions = [nn.Conv2d(inputs, width, kernel_size=1) for inputs in channels]
     convolutions += [nn.Conv2d(inputs, width, kernel_size=3, stride=2, padding=1) for inputs in extra]
     for convolution in convolutions:
-        nn.init.zeros_(_xavier(convolution).bias)
+        _xavier(convolution)
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
     return nn.ModuleList(nn.Sequential(convolution, nn.GroupNorm(GROUPS, width)) for convolution in convolutions)
 
 
-def _query_heads(head: UnifiedQueryHead, layers: int, refine_boxes: bool) -> nn.ModuleList:
+def _query_heads(head: UnifiedQueryHead, layers: int, refine_boxes: bool) -> list[UnifiedQueryHead]:
     """One head per decoder layer: the same for all, or with refinement copies that share only the vector MLP."""
     if not refine_boxes:
-        return nn.ModuleList([head] * layers)
+        return [head] * layers
     vector = head.vector
-    return nn.ModuleList(copy.deepcopy(head, {id(vector): vector}) for _ in range(layers))
+    return [copy.deepcopy(head, {id(vector): vector}) for _ in range(layers)]
 
 
 def _xavier(layer: Layer) -> Layer:

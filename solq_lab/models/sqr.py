@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from solq_lab.models.attention import Memory
 from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.solq import SOLQ
 from solq_lab.structures import ImageBatch, ImageMasks, Predictions
+
+if TYPE_CHECKING:
+    from solq_lab.models.backbone import Backbone
 
 GROUPS = 8  # of the branch's group norms; narrow maps that do not divide have fewer
 
@@ -37,9 +40,7 @@ class SQRDetector(SOLQ):
         ValueError: the numbers do not fit together.
     """
 
-    def __init__(
-        self, backbone: nn.Module, num_classes: int, *, freeze_detector: bool = False, **detector: Any
-    ) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, *, freeze_detector: bool = False, **detector: Any) -> None:
         super().__init__(backbone, num_classes, vector_dim=None, **detector)
         if len(backbone.channels) != 3:
             raise ValueError("the mask branch needs the maps C3, C4 and C5; levels 1 gives it C5 alone")
@@ -47,9 +48,8 @@ class SQRDetector(SOLQ):
         if freeze_detector:
             self.requires_grad_(False)
         levels, width = self.level_embedding.shape
-        heads = self.decoder[-1].cross_attention.heads
         above = levels > len(backbone.channels)
-        self.mask_branch = MaskBranch(width, heads, backbone.channels, stride=2 if above else 1)
+        self.mask_branch = MaskBranch(width, detector["heads"], backbone.channels, stride=2 if above else 1)
         self.train()  # modules start in training mode, a frozen part should not
 
     def forward(self, images: ImageBatch) -> Predictions:
@@ -110,6 +110,7 @@ class MaskBranch(Checkpointed):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, queries: Tensor, levels: Memory, memory: Memory, features: list[Tensor]) -> Tensor:

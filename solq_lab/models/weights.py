@@ -183,7 +183,8 @@ def read_official(path: Path) -> OfficialFile:
     content = _load_pickle(path)
     checkpoint = content if isinstance(content, dict) else {}
     named = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    entries = named.items() if isinstance(named, dict) else ()
+    tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
     if not tensors:
         raise WeightMismatch(f"{path}: holds no tensors by name; allowed are state dicts and {{'model': state dict}}")
     args = checkpoint.get("args")

@@ -318,7 +318,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path: Path, content: bytes,
 
 
 def test_a_checkpoint_without_tensors_is_named(tmp_path: Path):
-    for content in ({"epoch": 3}, [1, 2], {"model": {"a": 1}}):
+    for content in ({"epoch": 3}, [1, 2], {"model": {"a": 1}}, {"model": None}, {"model": 3}):
         torch.save(content, tmp_path / "empty.pth")
         with pytest.raises(WeightMismatch, match=r"empty\.pth: holds no tensors by name; allowed are state dicts"):
             read_official(tmp_path / "empty.pth")
