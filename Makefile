@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every worker keeps one core busy; tests of one file stay together, for they share what they made.
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test test-slow test-v3 test-browser lab bench lint install clean
+.PHONY: help demo test test-slow test-browser lab bench lint install clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,9 +23,6 @@ test: install  ## the quick tests
 
 test-slow: install  ## the long ones
 	$(PYTEST) -m slow
-
-test-v3: install  ## operators, codecs and masks as a processor with AVX2 alone runs them
-	SOLQ_CPU_ARCH=x86-64-v3 $(PYTEST) tests/ops tests/codecs
 
 test-browser: install  ## drive the explorers in JupyterLab with Chromium
 	$(BIN)/pytest tests -m browser

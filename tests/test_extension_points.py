@@ -1,8 +1,9 @@
-"""One table each for what a researcher adds: a codec, a backbone or an augmentation is one class and one entry."""
+"""One table each for what a researcher adds: codec, backbone, augmentation and loss are one definition and one entry."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from solq_lab.data.transforms import Crop, Resize, Step
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.kinds import BACKBONES, BackboneSpec
 from solq_lab.runs import create_run
+from solq_lab.training.losses import MatchedLayers, SetCriterion
 from solq_lab.training.trainer import train_run
 
 
@@ -64,14 +66,26 @@ class LeftHalf:
         return [Crop(0, 0, height, width // 2), Resize((height, width // 2), (self.test_scale, self.test_scale // 2))]
 
 
+def center_loss(layers: MatchedLayers) -> Tensor:
+    """A toy loss: squared distance (Z,) of matched centres."""
+    return (layers.boxes[..., :2] - layers.true_boxes[..., :2]).square().sum((1, 2)) / layers.count
+
+
 @pytest.fixture
 def toys(monkeypatch):
+    build = SetCriterion.__init__
+
+    def build_with_center_loss(self: SetCriterion, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        self.terms["center"], self.weights["center"] = center_loss, 2.0
+
+    monkeypatch.setattr(SetCriterion, "__init__", build_with_center_loss)
     monkeypatch.setitem(AUGMENTATIONS, "toy", f"{__name__}:LeftHalf")
     monkeypatch.setitem(CODECS, "toy", CodecSpec(f"{__name__}:RowSums"))
     monkeypatch.setitem(BACKBONES, "toy", BackboneSpec(f"{__name__}:Patches"))
 
 
-def test_a_codec_a_backbone_and_an_augmentation_of_ones_own_train_and_predict(toys, tmp_path):
+def test_a_codec_a_backbone_an_augmentation_and_a_loss_of_ones_own_train_and_predict(toys, tmp_path):
     experiment = tiny_experiment(
         write_tiny_dataset(tmp_path / "data"),
         model={"backbone": "toy"},
@@ -82,7 +96,9 @@ def test_a_codec_a_backbone_and_an_augmentation_of_ones_own_train_and_predict(to
     assert build_dataset(experiment, "train")[0][0].shape == (3, SIDE, SIDE // 2)
     run = create_run(experiment, tmp_path / "runs")
     assert train_run(run) == "finished"
-    assert [line["step"] for line in run.metrics() if line["kind"] == "train"] == [1, 2, 3]
+    lines = list(run.metrics("train"))
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all({"center", "center/0"} <= set(line["losses"]) for line in lines)
     predictor = Predictor(run)
     assert isinstance(predictor.codec, RowSums)
     assert len(predictor.predict(tmp_path / "data" / "val" / "1.png").masks) > 0
