@@ -1,4 +1,4 @@
-"""One table each for what a researcher adds: codec, backbone, augmentation and loss are one definition and one entry."""
+"""One table each for what a researcher adds: a codec, a backbone, an augmentation, a loss is one object, one entry."""
 
 from __future__ import annotations
 
