@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from solq_lab.heartbeat import HeartbeatMonitor
+from solq_lab.heartbeat import Error, HeartbeatMonitor, ProcessLost
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # an evaluation on rank 0 may keep the others waiting for long
 
@@ -79,7 +79,7 @@ def report_step(step: int) -> None:
         _monitor.step = step
 
 
-def diagnose(error: BaseException) -> BaseException:
+def diagnose(error: Error) -> Error | ProcessLost:
     """The cause of an error: a `ProcessLost` where another process died or hangs, else the error itself.
 
     An error of this process itself is published to the others.

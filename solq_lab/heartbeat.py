@@ -19,12 +19,14 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import psutil
 import torch.distributed as dist
 
 from solq_lab.errors import ExplainedError
+
+Error = TypeVar("Error", bound=BaseException)
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class HeartbeatMonitor(threading.Thread):
             with contextlib.suppress(RuntimeError):  # the store is gone, and so are its readers
                 self._beat(finished=True)
 
-    def diagnose(self, error: BaseException) -> BaseException:
+    def diagnose(self, error: Error) -> Error | ProcessLost:
         """The cause of an error of this process: a `ProcessLost`, or `error` itself, which is then published."""
         if isinstance(error, ProcessLost) or self._diagnosed:
             return error

@@ -47,5 +47,5 @@ def autocast_to(autocast: str, device: torch.device) -> torch.autocast:
 
 
 def _cpu_multiplies(autocast: str) -> bool:
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # new in some torch later than our oldest
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # new in some torch later than our oldest
     return any(known.get(name, False) for name in _INSTRUCTIONS[autocast])

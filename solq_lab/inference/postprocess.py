@@ -57,6 +57,7 @@ def postprocess(
         if prediction.masks is not None:
             masks = cut_out_masks(prediction.masks, image, queries[image], size)
         elif codec is not None:
+            assert prediction.vectors is not None  # `_check_fit` has looked
             masks = _decode_masks(prediction.vectors[image], queries[image], boxes[image], size, codec)
         names = [class_names[label] for label in labels[image].tolist()]
         detections.append(Detections(scores[image], labels[image], boxes[image], queries[image], masks, names))

@@ -158,6 +158,7 @@ class SetCriterion(nn.Module):
                 losses |= self._mask_losses(predictions.layers[-1].masks, matches.layers, targets, count)
 
             if predictions.proposals is not None:
+                assert matches.proposals is not None  # the matcher matches proposals where there are any
                 anything = objects._replace(labels=torch.zeros_like(objects.labels))
                 proposals = self._match_layers([predictions.proposals], matches.proposals, anything, count)
                 losses |= {f"{name}/proposals": self.terms[name](proposals).squeeze(0) for name in PROPOSAL_TERMS}
@@ -172,19 +173,21 @@ class SetCriterion(nn.Module):
         boxes = torch.cat([target.boxes for target in targets])
         if self.codec is None:
             return Objects(labels, boxes, None, None)
+        by_image = []
         for target in targets:
             found = None if target.masks is None else tuple(target.masks.shape)
             allowed = (len(target.labels), self.codec.mask_size, self.codec.mask_size)
-            if found != allowed:
+            if target.masks is None or found != allowed:
                 raise ValueError(f"image {target.image_id}: masks {found} do not fit the codec, which wants {allowed}")
+            by_image.append(target.masks)
         for index, layer in enumerate(predictions.layers):
-            found = None if layer.vectors is None else layer.vectors.shape[-1]
-            if found != self.codec.vector_dim:
+            length = None if layer.vectors is None else layer.vectors.shape[-1]
+            if length != self.codec.vector_dim:
                 raise ValueError(
-                    f"decoder layer {index} predicts vectors of length {found}, the codec has {self.codec.vector_dim}; "
+                    f"decoder layer {index} predicts vectors of length {length}, the codec has {self.codec.vector_dim}; "
                     "build the model with the codec's vector_dim"
                 )
-        masks = torch.cat([target.masks for target in targets])
+        masks = torch.cat(by_image)
         with torch.no_grad():
             return Objects(labels, boxes, masks, self.codec.encode(masks))
 
@@ -218,28 +221,31 @@ class SetCriterion(nn.Module):
 
     def _vector_loss(self, layers: MatchedLayers) -> Tensor:
         """Distance of matched mask vectors in the last `vector_layers` layers, a tensor of that length."""
-        depth, objects = len(layers.vectors), layers.objects
+        depth, objects, codec = len(layers.vectors), layers.objects, self.codec
+        assert codec is not None  # no such term without one
+        assert objects.masks is not None
+        assert objects.vectors is not None
         matching = layers.matching._replace(
             queries=layers.matching.queries[-depth:], objects=layers.matching.objects[-depth:]
         )
         vectors = _at_least_float32(_matched(torch.stack(layers.vectors), matching))  # (Z, B, J, D) -> (Z, T, D)
         truth = objects.vectors[matching.objects].to(vectors.dtype)
-        if self.codec.loss == "l2_dice":
-            decoded = self.codec.decode(vectors.flatten(0, 1)).flatten(1)  # (Z, T, D) -> (Z*T, N*N)
+        if codec.loss == "l2_dice":
+            decoded = codec.decode(vectors.flatten(0, 1)).flatten(1)  # (Z, T, D) -> (Z*T, N*N)
             masks = objects.masks[matching.objects].flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
             dice = dice_loss(decoded, masks.to(decoded.dtype)).view(truth.shape[:2])  # (Z, T)
-            return ((vectors - truth).square().sum((1, 2)) / self.codec.vector_dim + dice.sum(1)) / layers.count
+            return ((vectors - truth).square().sum((1, 2)) / codec.vector_dim + dice.sum(1)) / layers.count
 
         distance = (vectors - truth).abs().sum((1, 2))  # (Z,)
         if self.vector_normalisation == "mean":
-            return distance / (layers.mean_over * self.codec.vector_dim)
+            return distance / (layers.mean_over * codec.vector_dim)
         return distance / layers.count
 
     def _mask_losses(
         self, masks: ImageMasks, matching: Matching, targets: Sequence[Target], count: float
     ) -> dict[str, Tensor]:
         """Focal and dice loss of the last layer's masks, at the padded size of the images, padding included."""
-        padded_size = masks.padding.shape[-2:]
+        padded_size = masks.padding.shape[-2], masks.padding.shape[-1]
         truth = _gather_bitmaps(targets, padded_size)[matching.objects[-1]]  # (T, H, W)
         logits = _at_least_float32(masks.logits[matching.images, matching.queries[-1]])  # (T, h, w)
         logits = F.interpolate(logits.unsqueeze(1), size=padded_size, mode="bilinear").flatten(1)  # (T, H*W)
@@ -302,7 +308,7 @@ def _gather_bitmaps(targets: Sequence[Target], padded_size: tuple[int, int]) -> 
     for target in targets:
         found = None if target.bitmaps is None else tuple(target.bitmaps.shape)
         allowed = (len(target.labels), *target.image_size)
-        if found != allowed:
+        if target.bitmaps is None or found != allowed:
             raise ValueError(f"image {target.image_id}: bitmaps {found} do not fit the mask branch, expected {allowed}")
         height, width = target.image_size
         bitmaps.append(F.pad(target.bitmaps, (0, padded_size[1] - width, 0, padded_size[0] - height)))

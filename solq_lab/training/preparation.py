@@ -14,6 +14,7 @@ from solq_lab.codecs.base import MaskCodec, describe_codec
 from solq_lab.data.coco import CocoDataset
 from solq_lab.environment import describe_hardware, describe_software
 from solq_lab.files import hash_file
+from solq_lab.models.solq import SOLQ
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.runs import Run
 from solq_lab.schema import TrainSection
@@ -29,7 +30,7 @@ SAMPLED_IMAGES = 1000
 
 
 def measure_start(
-    run: Run, model: nn.Module, codec: MaskCodec | None, train_set: CocoDataset, trained: TrainedModel | None
+    run: Run, model: SOLQ, codec: MaskCodec | None, train_set: CocoDataset, trained: TrainedModel | None
 ) -> dict[str, Any]:
     """Give a new model the units of its mask vectors and the weights of `trained`, and measure what it must beat.
 
@@ -47,6 +48,7 @@ def measure_start(
         run.record_environment({"finetuned": {"from": run.experiment.train.finetune_from, "lines": lines}})
     if codec is not None:
         ceiling = run_ceiling(run)
+        assert ceiling is not None  # only a plain detector has none
         line["ceiling"] = ceiling.to_dict()["metrics"]
         log.info("the mask code alone allows, on the validation split:\n%s", ceiling.table())
         log.info("predicting the median vector gives a vector loss of %.3f", line["plateau"]["vector"])
@@ -62,6 +64,7 @@ def sample_vectors(dataset: CocoDataset, codec: MaskCodec, *, seed: int) -> Tens
     vectors, count = [torch.zeros(0, codec.vector_dim)], 0
     for index in order.tolist():
         masks = dataset[index][1].masks
+        assert masks is not None  # training targets have masks where there is a codec
         vectors.append(codec.encode(masks).float())
         count += len(masks)
         if count >= SAMPLED_VECTORS:

@@ -27,22 +27,24 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def restore_generators(states: Mapping[str, Tensor | None], device: torch.device) -> None:
-    """Set torch's generators to what `generator_states` returned."""
+def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set torch's generators to what `generator_states` returned, perhaps on a machine without a GPU."""
     torch.set_rng_state(states["cpu"])
-    on_gpu = states.get("cuda")  # None where the states were saved on a machine without a GPU
-    if device.type == "cuda" and on_gpu is not None:
-        torch.cuda.set_rng_state(on_gpu, device)
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """States of all generators of this process, as tensors and numbers that a checkpoint can hold."""
-    _, keys, position, has_gauss, cached_gauss = np.random.get_state()  # noqa: NPY002
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002
     version, internal, gauss_next = random.getstate()
     states = generator_states(device)
     state = {
         "torch": states.pop("cpu"),
-        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": (position, has_gauss, cached_gauss)},
+        "numpy": {
+            "keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "rest": (numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]),
+        },
         "python": {"version": version, "internal": torch.tensor(internal), "gauss_next": gauss_next},
     }
     return state | states
@@ -53,7 +55,8 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     keys, python = state["numpy"]["keys"].numpy().astype(np.uint32), state["python"]
     np.random.set_state(("MT19937", keys, *state["numpy"]["rest"]))  # noqa: NPY002
     random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss_next"]))
-    restore_generators({"cpu": state["torch"], "cuda": state.get("cuda")}, device)
+    on_gpu = {} if state.get("cuda") is None else {"cuda": state["cuda"]}
+    restore_generators({"cpu": state["torch"], **on_gpu}, device)
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ class DetectionGraph(nn.Module):
             return (_rows(last.masks.logits.flatten(2), queries).unflatten(2, last.masks.logits.shape[2:]),)
         if self.codec is None:
             return ()
+        assert last.vectors is not None  # a codec comes with a model that has mask vectors
         vectors = _rows(last.vectors, queries)
         masks = self.codec.decode_masks(vectors.flatten(0, 1))  # (B, K, D) -> (B*K, D) -> (B*K, N, N)
         return (masks.unflatten(0, vectors.shape[:2]),)

@@ -161,13 +161,14 @@ def _write(
         reason = " ".join(str(error).split())[:400]
         raise ExportError(f"this model cannot be traced{cure}: {type(error).__name__}: {reason}") from error
 
-    written.model.ir_version = IR_VERSION
-    _name_sides(written.model)
+    model: Any = written.model  # in general its values may be without name or shape, these have both
+    model.ir_version = IR_VERSION
+    _name_sides(model)
     inputs = {
         value.name: [side if isinstance(side, int) else str(side) for side in value.shape]
-        for value in written.model.graph.inputs
+        for value in model.graph.inputs
     }
-    written.model.metadata_props.update(_metadata(predictor, inputs))
+    model.metadata_props.update(_metadata(predictor, inputs))
     written.save(path)
     return inputs
 
@@ -179,7 +180,7 @@ def _translate(graph: DetectionGraph, example: tuple[Tensor, ...], shapes: dict[
         logging.getLogger(chatty).setLevel(logging.ERROR)
     program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
     program = program.run_decompositions({torch.ops.solq_lab.ms_deform_attn.default: _sample_plainly})
-    return torch.onnx.export(
+    written = torch.onnx.export(
         program,
         dynamo=True,
         input_names=INPUTS,
@@ -188,6 +189,8 @@ def _translate(graph: DetectionGraph, example: tuple[Tensor, ...], shapes: dict[
         external_data=False,
         verbose=False,
     )
+    assert written is not None  # with dynamo=True
+    return written
 
 
 def _sample_plainly(value: Tensor, flat_shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:

@@ -108,9 +108,12 @@ def package_run(run: Run, destination: Path, experiment: Experiment, *, images: 
             or half precision moves the detections further than `TOLERANCE`.
     """
     _check(run, destination, experiment)
+    trained = read_weights(run.weights)
+    if trained.classes is None:
+        raise WeightMismatch(f"{run.weights}: the file holds no class map; package a run that this project trained")
+
     with replacing_folder(destination) as unfinished:
-        trained, weights = read_weights(run.weights), unfinished / run.weights.name
-        yaml = experiment.to_yaml()
+        weights, yaml = unfinished / run.weights.name, experiment.to_yaml()
         save_weights(weights, halved(trained.state), experiment=yaml, classes=trained.classes, codec=trained.codec)
 
         exact, rounded = Predictor(run.weights), Predictor(weights)
@@ -154,8 +157,6 @@ def _check(run: Run, destination: Path, experiment: Experiment) -> None:
     for section in ("model", "codec"):
         if getattr(experiment, section) != getattr(run.experiment, section):
             raise RunError(f"{run.folder}: a packaged run keeps its {section}; change only its name and its data")
-    if read_weights(run.weights).classes is None:
-        raise WeightMismatch(f"{run.weights}: the file holds no class map; package a run that this project trained")
 
 
 def _checked_loss(run: Run, difference: Difference) -> PrecisionLoss:
