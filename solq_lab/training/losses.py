@@ -46,7 +46,7 @@ class MatchedLayers(NamedTuple):
     vectors: (B, J, D) of all queries for each of the last layers that have a vector loss; none for a plain detector.
     matching: the pairs.
     objects: of the batch.
-    count: what sums are divided by.
+    divisor: of sums.
     mean_over: number of pairs of the "mean" vector loss.
     """
 
@@ -56,7 +56,7 @@ class MatchedLayers(NamedTuple):
     vectors: list[Tensor]
     matching: Matching
     objects: Objects
-    count: float
+    divisor: float
     mean_over: float
 
 
@@ -181,10 +181,10 @@ class SetCriterion(nn.Module):
                 raise ValueError(f"image {target.image_id}: masks {found} do not fit the codec, which wants {allowed}")
             by_image.append(target.masks)
         for index, layer in enumerate(predictions.layers):
-            length = None if layer.vectors is None else layer.vectors.shape[-1]
-            if length != self.codec.vector_dim:
+            length, expected = None if layer.vectors is None else layer.vectors.shape[-1], self.codec.vector_dim
+            if length != expected:
                 raise ValueError(
-                    f"decoder layer {index} predicts vectors of length {length}, the codec has {self.codec.vector_dim}; "
+                    f"decoder layer {index} predicts vectors of length {length}, the codec has {expected}; "
                     "build the model with the codec's vector_dim"
                 )
         masks = torch.cat(by_image)
@@ -208,16 +208,16 @@ class SetCriterion(nn.Module):
         present = (index, matching.images, matching.queries, layers.objects.labels[matching.objects])
         truth.index_put_(present, truth.new_ones(()))  # `= 1.0` would be a copy from the host, which waits
         focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
-        return focal.sum((1, 2, 3)) / layers.count
+        return focal.sum((1, 2, 3)) / layers.divisor
 
     def _l1_loss(self, layers: MatchedLayers) -> Tensor:
         """L1 distance (Z,) of matched boxes."""
-        return (layers.boxes - layers.true_boxes).abs().sum((1, 2)) / layers.count
+        return (layers.boxes - layers.true_boxes).abs().sum((1, 2)) / layers.divisor
 
     def _giou_loss(self, layers: MatchedLayers) -> Tensor:
         """One minus the generalised IoU (Z,) of matched boxes."""
         overlap = generalized_iou(cxcywh_to_xyxy(layers.boxes), cxcywh_to_xyxy(layers.true_boxes))  # (Z, T)
-        return (1 - overlap).sum(1) / layers.count
+        return (1 - overlap).sum(1) / layers.divisor
 
     def _vector_loss(self, layers: MatchedLayers) -> Tensor:
         """Distance of matched mask vectors in the last `vector_layers` layers, a tensor of that length."""
@@ -234,12 +234,12 @@ class SetCriterion(nn.Module):
             decoded = codec.decode(vectors.flatten(0, 1)).flatten(1)  # (Z, T, D) -> (Z*T, N*N)
             masks = objects.masks[matching.objects].flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
             dice = dice_loss(decoded, masks.to(decoded.dtype)).view(truth.shape[:2])  # (Z, T)
-            return ((vectors - truth).square().sum((1, 2)) / codec.vector_dim + dice.sum(1)) / layers.count
+            return ((vectors - truth).square().sum((1, 2)) / codec.vector_dim + dice.sum(1)) / layers.divisor
 
         distance = (vectors - truth).abs().sum((1, 2))  # (Z,)
         if self.vector_normalisation == "mean":
             return distance / (layers.mean_over * codec.vector_dim)
-        return distance / layers.count
+        return distance / layers.divisor
 
     def _mask_losses(
         self, masks: ImageMasks, matching: Matching, targets: Sequence[Target], count: float

@@ -98,8 +98,14 @@ def pick(detections: Detections, rows: Sequence[int]) -> Detections:
     """Some of the objects."""
     chosen = list(rows)
     masks = None if detections.masks is None else [detections.masks[row] for row in chosen]
-    tensors = (part[chosen] for part in (detections.scores, detections.labels, detections.boxes, detections.queries))
-    return Detections(*tensors, masks, [detections.names[row] for row in chosen])
+    return Detections(
+        detections.scores[chosen],
+        detections.labels[chosen],
+        detections.boxes[chosen],
+        detections.queries[chosen],
+        masks,
+        [detections.names[row] for row in chosen],
+    )
 
 
 def _area(box: Sequence[float]) -> float:

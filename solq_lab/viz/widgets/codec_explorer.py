@@ -352,9 +352,9 @@ class CodecExplorer:
 
     def _list_objects(self) -> None:
         folder = self._folder()
-        rows = () if folder is None else folder.rows_of(self.image.value)
-        self.object.options = [(object_title(folder[row], place), row) for place, row in enumerate(rows, start=1)]
-        self.object.value = rows[0] if rows else None
+        objects = [] if folder is None else [folder[row] for row in folder.rows_of(self.image.value)]
+        self.object.options = [(object_title(item, place), item.row) for place, item in enumerate(objects, start=1)]
+        self.object.value = objects[0].row if objects else None
 
     def _folder(self) -> ObjectFolder | None:
         """The present data set; None where it cannot be used, and `update` says why."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -18,7 +18,7 @@ from solq_lab.masks import decode_rle
 from solq_lab.viz.style import ADDED, BLUE, CODEC_COLOURS, GREY, MISSED
 from solq_lab.viz.widgets.live_panel import Cell, ImagePanel, Panel
 from solq_lab.viz.widgets.objects import BoxedObject
-from solq_lab.viz.widgets.reconstruction import Reconstruction
+from solq_lab.viz.widgets.reconstruction import Reconstruction, Rule
 
 SIDE = 226  # of the square images, pixels of the screen
 MARGIN = 0.12  # around an object, as a share of its larger side
@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     mask_size: int
     vector_dim: int
     terms: int
-    rule: str
+    rule: Rule
     error: float
 
 
@@ -143,8 +143,10 @@ class Vector(Panel):
         heights[: setting.vector_dim] = np.where(
             kept[: setting.vector_dim] == GREY, heights[: setting.vector_dim], view.reconstruction.received.numpy()
         )
-        places = np.arange(1, len(values) + 1)
-        self._bars.set_segments([((place, 0), (place, height)) for place, height in zip(places, heights, strict=True)])
+        bars = np.zeros((len(heights), 2, 2))  # each from (place, 0) to (place, height)
+        bars[:, :, 0] = np.arange(1, len(heights) + 1)[:, None]
+        bars[:, 1, 1] = heights
+        self._bars.set_segments(list(bars))
         self._bars.set_color(kept.tolist())
         order = {"dct": ", in zig-zag order", "pca": ", by component", "sparse": ", by atom", "flatten": ", by cell"}
         kind = "coefficients" if setting.vector_dim > 1 else "coefficient"
@@ -182,7 +184,7 @@ class Curves(Panel):
         axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 784]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        look = {"marker": ".", "markersize": 4.5, "linewidth": 1.4}
+        look: dict[str, Any] = {"marker": ".", "markersize": 4.5, "linewidth": 1.4}
         self._lines = {name: axes.plot([], [], color=CODEC_COLOURS[name], **look)[0] for name in CODEC_COLOURS}
         self._guide = axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
         (self._here,) = axes.plot([], [], marker="o", markersize=9, markeredgecolor="black", linestyle="none")

@@ -101,9 +101,9 @@ class DetectionExplorer:
 
     def update(self) -> None:
         """Show the image for the controls' present values."""
-        size = self._dataset[self.image.value][0].shape[1:]
+        _, height, width = self._dataset[self.image.value][0].shape
         boxes = None if self.truth.value else self.shown(self._clickable())
-        self.clickable.show(self.composed(), boxes, size=tuple(size))
+        self.clickable.show(self.composed(), boxes, size=(height, width))
 
     @mpl.rc_context(STYLE)
     def figure(self) -> Figure:
