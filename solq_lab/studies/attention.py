@@ -70,10 +70,30 @@ class AttentionStudy(NamedTuple):
             columns = {
                 (near, whose): 100 * self.mean(f"{prefix}{near}", size)
                 for near in ("outline", "extremities")
-                for whose, prefix in (("query", ""), ("other", "other_"), ("even", "even_"))
+                for whose, prefix in (("own query", ""), ("other query", "other_"), ("uniform", "even_"))
             }
             rows[f"{word}, {(self.sizes == size).sum()} objects"] = pd.DataFrame(columns, index=layers)
         return pd.concat(rows)
+
+    def shape_frame(self) -> pd.DataFrame:
+        """Whether the last layer follows each object's own shape: its query against the other object's, in percent.
+
+        Returns:
+            A row for outline and extremities: means over the K' objects that have another query to compare with, their
+            paired difference, its 95 % interval (normal approximation; infinite below two objects), and a verdict.
+        """
+        rows = {}
+        for near in ("outline", "extremities"):
+            own, other = (100 * getattr(self, name)[:, -1] for name in (near, f"other_{near}"))
+            own, other = own[np.isfinite(other)], other[np.isfinite(other)]
+            gains = own - other
+            mean = gains.mean() if len(gains) else math.nan
+            half = 1.96 * gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+            means = [values.mean() if len(values) else math.nan for values in (own, other)]
+            verdict = "follows the shape" if mean > half else "below the other" if mean < -half else "may be chance"
+            rows[near] = [len(gains), *means, mean, mean - half, mean + half, verdict]
+        columns = ["objects", "own query", "other query", "difference", "low", "high", "verdict"]
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns).astype({"objects": int})
 
 
 class Zones(NamedTuple):

@@ -155,8 +155,8 @@ def comparison_frame(images: Sequence[ComparedImage]) -> pd.DataFrame:
     """One row per model: objects found, those that no other model finds, and how closely the shared ones are met.
 
     Returns:
-        Columns "objects", "found", "found alone"; "IoU of shared", percent, the mean over the objects that all find;
-        and "closest", the percentage of them on which the model's IoU is the largest.
+        Columns "objects", "found", "found by it alone"; "IoU of shared, %", the mean over the objects that all find; and
+        "best IoU of shared, %", the percentage of them on which the model's IoU is the largest.
     """
     names = list(images[0].ious) if images else []
     rows = {}
@@ -164,9 +164,9 @@ def comparison_frame(images: Sequence[ComparedImage]) -> pd.DataFrame:
     shared = ious[:, (ious > 0).all(axis=0)] if names else ious
     for row, name in enumerate(names):
         others = np.delete(ious, row, axis=0)
-        closest = (shared[row] > np.delete(shared, row, axis=0)).all(axis=0)
+        best = (shared[row] > np.delete(shared, row, axis=0)).all(axis=0)
         alone = (ious[row] > 0) & ~(others > 0).any(axis=0)
-        means = [100 * values.mean() if values.size else np.nan for values in (shared[row], closest)]
+        means = [100 * values.mean() if values.size else np.nan for values in (shared[row], best)]
         rows[name] = [ious.shape[1], (ious[row] > 0).sum(), alone.sum(), *means]
-    columns = ["objects", "found", "found alone", "IoU of shared", "closest"]
+    columns = ["objects", "found", "found by it alone", "IoU of shared, %", "best IoU of shared, %"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)

@@ -27,14 +27,15 @@ IMAGE_SIZE = (512, 852)  # height and width of the network's input in table 5, p
 CLASS_CHANNELS = 91  # of the released models on COCO
 METHODS = ("SQR", "UQR")
 
-_SHOWN = {  # columns of the paper's table -> title, and how many of ours make one of its units
+_SHOWN = {  # columns of the paper's table -> title, and how many of ours make one of the unit shown
     "detector_parameters": ("detector, M parameters", 1e6),
     "mask_parameters": ("mask branch, M parameters", 1e6),
     "detector_multiply_adds": ("detector, G multiply-adds", 1e9),
     "mask_multiply_adds": ("mask branch, G multiply-adds", 1e9),
-    "decoding_multiply_adds": ("decoding one mask, G multiply-adds", 1e9),
+    "decoding_multiply_adds": ("decoding one mask, M multiply-adds", 1e6),
     "images_per_second": ("images per second", 1),
 }
+_PAPER_UNITS = {"decoding_multiply_adds": 1000.0}  # printed in 10^9, shown in millions
 
 
 class Cost(NamedTuple):
@@ -140,7 +141,8 @@ def efficiency_frame(costs: Mapping[str, Cost], paper: Mapping[str, Mapping[str,
     for name, cost in costs.items():
         ours = {column: getattr(cost, column) for column in _SHOWN}
         columns[name, "here"] = [value and value / _SHOWN[column][1] for column, value in ours.items()]
-        columns[name, "paper"] = [paper.get(name, {}).get(column) for column in _SHOWN]
+        printed = {column: paper.get(name, {}).get(column) for column in _SHOWN}
+        columns[name, "paper"] = [value and value * _PAPER_UNITS.get(column, 1.0) for column, value in printed.items()]
     frame = pd.DataFrame(columns, index=[title for title, _ in _SHOWN.values()], dtype=float)
 
     speeds = frame.loc["images per second"]

@@ -95,7 +95,8 @@ def attention_by_size(
     for number, (name, views) in enumerate(runs.items()):
         for what, draw in kinds:
             row = next(places)
-            row[0].set_ylabel(f"{name}\n{what}" if len(runs) > 1 else what, fontsize=10)
+            names = [name] * (len(runs) > 1) + [what] * (with_heat or len(runs) == 1)
+            row[0].set_ylabel("\n".join(names), fontsize=10)
             for place, view, window in zip(row, views, windows, strict=True):
                 draw(place, view, window)
         for place, column, view in zip(axes[number * len(kinds)], columns, views, strict=True):
@@ -109,7 +110,7 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
     """Share of the attention near outlines and near extremities, by decoder layer and size of the object.
 
     Args:
-        studies: method -> what was measured. Dashed: points of another object's query. Dotted: even over the box.
+        studies: method -> what was measured. Dashed: points of another object's query. Dotted: uniform over the box.
         title: what is compared.
     """
     figure, axes = new_figure(2, len(SIZES), size=(9.5, 5.2), title=title)
@@ -138,8 +139,8 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
             place.set_ylim(0, top)
 
     handles = [Line2D([], [], color=colour, marker="o", label=name) for name, colour in colours.items()]
-    handles.append(Line2D([], [], color=GREY, linestyle="--", label="another object's points in this box"))
-    handles.append(Line2D([], [], color=GREY, linestyle=":", label="even over the box"))
+    handles.append(Line2D([], [], color=GREY, linestyle="--", label="points of another object's query"))
+    handles.append(Line2D([], [], color=GREY, linestyle=":", label="uniform over the box"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
@@ -200,7 +201,7 @@ def _show(axes: Axes, pixels: np.ndarray, window: Window) -> None:
         "zorder": 4,
     }
     axes.plot([x - 0.5, x + length - 0.5], [y, y], linewidth=2.2, solid_capstyle="butt", **halo)
-    axes.text(x - 0.5, y - 0.02 * (window[3] - window[1]), f"{length:g} px", fontsize=8, **halo)
+    axes.text(x - 0.5, y - 0.03 * (window[3] - window[1]), f"{length:g} px", fontsize=8, va="bottom", **halo)
 
 
 def _frame(axes: Axes, window: Window) -> None:
@@ -250,12 +251,15 @@ def _add_legend(figure: Figure, views: Sequence[ObjectView]) -> None:
     names = {level: f"level {level + 1}" + ("" if level else " (finest)") for level in levels}
     handles = [Line2D([], [], color=_level_colour(level), label=name, **dot) for level, name in names.items()]
 
-    # Layers that start from a point have a cross for a reference, the others a dashed box.
-    points_only = all(len(view.reference) == 2 for view in views)
     outline = withStroke(linewidth=2.6, foreground="black")
     handles.append(Line2D([], [], color="white", linewidth=1.3, path_effects=[outline], label="predicted mask"))
+
+    # Layers that start from a point have a cross for a reference, the others a dashed box.
     cross: dict[str, Any] = {"marker": "+", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
-    handles.append(Line2D([], [], color="black", label="reference", **(cross if points_only else {"linestyle": "--"})))
+    kinds = {len(view.reference) for view in views}
+    for length, name, look in ((2, "reference point", cross), (4, "reference box", {"linestyle": "--"})):
+        if length in kinds:
+            handles.append(Line2D([], [], color="black", label=name, **look))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.4)
 
 

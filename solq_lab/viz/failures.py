@@ -126,7 +126,7 @@ def _draw_types(axes: Axes, group: Losses) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.2 * max(1.0, alone.max(), in_turn.max()))
-    axes.set_xlabel("mask AP points given back")
+    axes.set_xlabel("mask AP points gained")
     axes.set_title("repaired in turn (full colour), alone (pale)")
 
 
@@ -137,7 +137,7 @@ def _draw_groups(axes: Axes, groups: Mapping[str, Losses]) -> None:
     places = np.arange(len(names)) + 0.5 * np.searchsorted([1, 4], np.arange(len(names)), side="right")
     pieces = {"AP": [group.ap for group in groups.values()]}
     pieces |= {error: [group.in_turn[error] for group in groups.values()] for error in ERROR_COLOURS}
-    titles = {"AP": "AP as it is"} | ERROR_TITLES
+    titles = {"AP": "AP without repair"} | ERROR_TITLES
 
     start = np.zeros(len(names))
     for piece, shares in pieces.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from tiny import SIDE, tiny_experiment, write_tiny_dataset
@@ -28,7 +29,7 @@ from solq_lab.masks import encode_rle
 from solq_lab.models.weights import save_weights
 from solq_lab.structures import Detections, ImageBatch
 from solq_lab.studies import attention as study
-from solq_lab.studies.attention import examples_by_size, near_zones, study_attention, view_of_true_object
+from solq_lab.studies.attention import AttentionStudy, examples_by_size, near_zones, study_attention, view_of_true_object
 from solq_lab.viz.attention import attention_by_size, attention_of_object, attention_shares
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
@@ -305,7 +306,23 @@ def test_shares_count_the_weight_near_the_outline_and_the_measures_of_chance(one
     assert found.sizes.tolist() == [1, 1]
     np.testing.assert_allclose(found.mean("outline", 1), [0.375, 0.375])
     first = found.frame().loc["medium, 2 objects", 1]
-    assert (first["outline", "query"], first["outline", "other"]) == (37.5, 75.0)
+    assert (first["outline", "own query"], first["outline", "other query"]) == (37.5, 75.0)
+
+
+@pytest.mark.parametrize(
+    ("own", "verdict"), [(0.9, "follows the shape"), (0.5, "may be chance"), (0.1, "below the other")]
+)
+def test_a_verdict_needs_a_paired_difference_that_excludes_zero(own, verdict):
+    noise = np.random.default_rng(0).uniform(-0.05, 0.05, (50, 1))
+    shares, other = own + noise - noise.mean(), np.full((50, 1), 0.5)
+    other[0] = np.nan  # the first object has no other query to compare with
+    even = np.full(50, 0.3)
+    found = AttentionStudy(2.0, np.ones(50, int), shares, even, other, shares, even, other)
+    row = found.shape_frame().loc["outline"]
+    gains = 100 * (shares[1:, 0] - 0.5)
+    low, high = scipy.stats.norm.interval(0.95, gains.mean(), scipy.stats.sem(gains))
+    assert (row["objects"], row["verdict"]) == (49, verdict)
+    np.testing.assert_allclose(row[["difference", "low", "high"]].astype(float), [gains.mean(), low, high], rtol=1e-4)
 
 
 def test_every_edge_of_a_square_is_an_extremity(one_square):
@@ -319,6 +336,7 @@ def test_a_model_that_finds_nothing_has_an_empty_study(predictor: Predictor, roo
     assert found.outline.shape == (0, 2)
     assert np.isnan(found.mean("outline", 0)).all()
     assert found.frame().loc["small, 0 objects"].isna().all(axis=None)
+    assert found.shape_frame()["verdict"].tolist() == ["may be chance"] * 2
     assert attention_shares({"SOLQ": found}, title="nothing").axes
     assert examples_by_size([predictor], dataset, area_sides=(16, 32), score=1.0) == {}
     figure = attention_by_size({"SOLQ": []}, [], title="none")

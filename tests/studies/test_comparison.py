@@ -103,7 +103,7 @@ def test_one_run_alone_is_ranked_by_its_own_iou(root, dataset):
     answers = FakePredictor(root, objects((0, 0, 10, 8)), objects(), objects())
     compared = compare_images({"SOLQ": answers}, dataset, max_images=3)
     assert [image.gain for image in compared] == pytest.approx([0.8, 0.0, 0.0])
-    assert comparison_frame(compared).loc["SOLQ", ["found", "IoU of shared"]].tolist() == pytest.approx([1, 80.0])
+    assert comparison_frame(compared).loc["SOLQ", ["found", "IoU of shared, %"]].tolist() == pytest.approx([1, 80.0])
 
 
 def test_a_model_without_masks_is_compared_by_boxes(root, dataset):
