@@ -27,7 +27,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -237,6 +238,12 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
         except RunError as error:
             log.warning("left out: %s", error)
     return runs
+
+
+def label_runs(runs: Sequence[Run]) -> list[str]:
+    """The names of runs; of those with one name also the folder that each run folder is in."""
+    counts = Counter(run.name for run in runs)
+    return [run.name if counts[run.name] == 1 else f"{run.folder.parent.name}/{run.name}" for run in runs]
 
 
 def working_copy(run: Run, runs_dir: str | Path = "runs") -> Run:

@@ -155,8 +155,8 @@ def comparison_frame(images: Sequence[ComparedImage]) -> pd.DataFrame:
     """One row per model: objects found, those that no other model finds, and how closely the shared ones are met.
 
     Returns:
-        Columns "objects", "found", "found by it alone"; "IoU of shared, %", the mean over the objects that all find; and
-        "best IoU of shared, %", the percentage of them on which the model's IoU is the largest.
+        Columns "objects", "found", "found by it alone"; "IoU of shared, %", the mean over the objects that all find;
+        and "best IoU of shared, %", the percentage of them on which the model's IoU is the largest.
     """
     names = list(images[0].ious) if images else []
     rows = {}

@@ -29,7 +29,7 @@ def reconstructions(mask: Tensor, vector_dims: Sequence[int] = (9, 36, 100, 256)
     size = mask.shape[-1]
     largest = DCTCodec(size, min(max(vector_dims), size**2))
     ratios = [1.0, 1.5] + [1.0] * len(vector_dims)
-    heading = f"{title} (line: the reconstruction made binary)".strip()
+    heading = f"{title} (line: binarised reconstruction)".strip()
     figure, axes = new_figure(1, len(ratios), size=(11.0, 2.5), title=heading, width_ratios=ratios)
     _show(axes[0, 0], mask.numpy(), f"mask, {size} x {size} pixels")
     _show_spectrum(figure, axes[0, 1], largest.encode(mask[None])[0], size)

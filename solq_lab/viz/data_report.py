@@ -28,6 +28,7 @@ MAX_PIXELS = 640  # of a shown image's longer side
 CHARACTERS = 46  # of a line above an image
 SPLIT_COLOURS = (BLUE, ORANGE)
 MAX_CLASSES = 100  # in the chart
+MAX_LINEAR = 50  # times the smallest class that the largest may have on a linear scale
 AREA_SIDES = EvaluationSection().area_sides  # COCO's limits between small, medium and large, pixels
 
 
@@ -39,7 +40,7 @@ def class_distribution(report: Report) -> Figure:
     every = dict.fromkeys(name for summary in summaries.values() for name in summary.per_class)
     names = sorted(every, key=lambda name: first.get(name, 0), reverse=True)[:MAX_CLASSES]
     title = "objects per class" + (f", {len(names)} of {len(every)} classes" if len(names) < len(every) else "")
-    figure, axes = new_figure(1, 1, size=(9.0, 0.9 + 0.16 * len(names)), title=title)
+    figure, axes = new_figure(1, 1, size=(9.0, 1.2 + 0.16 * len(names)), title=title)
 
     panel, height = axes[0, 0], 0.8 / len(summaries)
     for row, (split, summary) in enumerate(summaries.items()):
@@ -48,10 +49,13 @@ def class_distribution(report: Report) -> Figure:
         panel.barh(offsets, counts, height, color=SPLIT_COLOURS[row % 2], label=f"{split} ({sum(counts)})")
     panel.set_yticks(range(len(names)), [_printable(name, 30) for name in names], fontsize=7)
     panel.set_ylim(max(len(names), 1) - 0.5, -0.5)
-    panel.set_xscale("symlog", linthresh=1)
+    # A logarithm only where counts differ so much that small ones would have no bar.
+    counts = [count for summary in summaries.values() for count in summary.per_class.values() if count]
+    if counts and max(counts) > MAX_LINEAR * min(counts):
+        panel.set_xscale("symlog", linthresh=1)
     panel.set_xlabel("objects")
     panel.grid(axis="y", visible=False)
-    panel.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(summaries))
     return figure
 
 
@@ -68,7 +72,10 @@ def size_distribution(report: Report) -> Figure:
 
     for side in AREA_SIDES:
         panel.axvline(side, color=GREY, linestyle=":")
+    shown = np.concatenate([[*AREA_SIDES], *report.sides.values()])
     panel.set_xscale("log", base=2)
+    panel.set_xlim(max(shown.min(), 1) / 1.3, shown.max() * 1.3)
+    panel.xaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("square root of the box's area, pixels")
     panel.set_ylabel("objects, percent")
     if panel.patches:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from solq_lab.runs import Run
+from solq_lab.runs import Run, label_runs
 from solq_lab.viz.style import BLUE, GREY, OBJECT_COLOURS, STYLE, VERMILION, YELLOW, new_figure
 
 COLOURS = [colour for colour in OBJECT_COLOURS if colour != YELLOW]  # too pale for a line
@@ -22,9 +22,11 @@ def learning_curves(runs: Sequence[Run], *, title: str = "") -> Figure:
         title: what is compared.
     """
     figure, axes = new_figure(1, 3, size=(11.0, 3.6), title=title)
-    for number, run in enumerate(runs):
-        look = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.3, "label": run.name}
+    for number, (label, run) in enumerate(zip(label_runs(runs), runs, strict=True)):
+        look = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.3, "label": label}
         train, evaluations = run.metrics("train"), run.metrics("evaluation")
+        if not train and not evaluations:
+            continue
         axes[0, 0].plot([line["step"] for line in train], [line["total"] for line in train], **look)
         for panel, metric in zip(axes[0, 1:], ("box.AP", "segm.AP"), strict=True):
             known = [line for line in evaluations if line["metrics"].get(metric) is not None]
@@ -34,10 +36,10 @@ def learning_curves(runs: Sequence[Run], *, title: str = "") -> Figure:
     for panel, name in zip(axes.flat, ("total loss", "box AP, percent", "segm AP, percent"), strict=True):
         panel.set(title=name, xlabel="optimiser step")
         panel.set_xlim(left=0)
-        panel.set_ylim(bottom=0)
-    if runs:
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 4))
+        panel.set_ylim(0, 1.05 * panel.get_ylim()[1])  # room for the markers at the top
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4))
     else:
         axes[0, 1].text(0.5, 0.5, "no runs yet", transform=axes[0, 1].transAxes, ha="center", color=GREY)
     return figure
@@ -64,7 +66,7 @@ def change_intervals(
         face = "white" if colour == GREY else colour
         panel.plot(100 * change, line, "o", markersize=7, markeredgecolor=colour, markerfacecolor=face)
 
-    panel.set_yticks(range(len(changes)), list(changes))
+    panel.set_yticks(range(len(changes)), [metric.replace(".", " ") for metric in changes])
     panel.set_ylim(len(changes) - 0.5, -0.5)
-    panel.set_xlabel(f"{names[1]} less {names[0]}, percentage points, with {100 * confidence:g} % interval")
+    panel.set_xlabel(f"{names[1]} - {names[0]}, percentage points, with {100 * confidence:g} % interval")
     return figure

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from solq_lab.config import load_sweep
 from solq_lab.files import read_json
-from solq_lab.runs import Run, RunError, load_run
+from solq_lab.runs import Run, RunError, label_runs, load_run
 from solq_lab.schema import Role, keys_with
 from solq_lab.workbench.paper import PAPER_RESULTS, PaperTable, paper_table
 from solq_lab.workbench.sweeps import Job, find_sweep, plan
@@ -188,13 +188,13 @@ def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for run in runs:
+    for label, run in zip(label_runs(runs), runs, strict=True):
         status = run.status()
         state = "training" if run.is_training() else status["state"]
         metrics = read_json(run.results)["metrics"] if run.results.is_file() else {}
         shares = {f"{kind}.AP": metrics.get(f"{kind}.AP") for kind in ("box", "segm", "boundary")}
         percents = {name: math.nan if share is None else 100 * share for name, share in shares.items()}
-        rows.append({"run": run.name, "state": state, "step": status["step"]} | percents)
+        rows.append({"run": label, "state": state, "step": status["step"]} | percents)
     return pd.DataFrame(rows).set_index("run") if rows else pd.DataFrame()
 
 

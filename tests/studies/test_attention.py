@@ -29,7 +29,13 @@ from solq_lab.masks import encode_rle
 from solq_lab.models.weights import save_weights
 from solq_lab.structures import Detections, ImageBatch
 from solq_lab.studies import attention as study
-from solq_lab.studies.attention import AttentionStudy, examples_by_size, near_zones, study_attention, view_of_true_object
+from solq_lab.studies.attention import (
+    AttentionStudy,
+    examples_by_size,
+    near_zones,
+    study_attention,
+    view_of_true_object,
+)
 from solq_lab.viz.attention import attention_by_size, attention_of_object, attention_shares
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))

@@ -76,7 +76,7 @@ def test_a_change_is_filled_only_where_its_interval_excludes_zero():
     (axes,) = change_intervals(changes, ("one", "two"), confidence=0.95).axes
     marks = [line for line in axes.lines if line.get_marker() == "o"]
     assert [mark.get_markerfacecolor() for mark in marks] == [BLUE, "white"]
-    assert "two less one, percentage points, with 95 % interval" in axes.get_xlabel()
+    assert "two - one, percentage points, with 95 % interval" in axes.get_xlabel()
 
 
 @pytest.fixture
@@ -98,6 +98,13 @@ def test_learning_curves_have_what_a_run_has_written(trained):
 def test_without_runs_the_overview_shows_none():
     assert "no runs yet" in written(learning_curves([]))
     assert runs_frame([]).empty
+
+
+def test_runs_of_one_name_are_told_apart_and_only_curves_have_a_legend(trained, tmp_path):
+    namesake = create_run(trained.experiment, tmp_path / "others")
+    assert list(runs_frame([trained, namesake]).index) == [f"{trained.folder.parent.name}/a", "others/a"]
+    (legend,) = learning_curves([trained, namesake]).legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"{trained.folder.parent.name}/a"]
 
 
 def test_runs_are_summed_up_in_a_line_each(trained):

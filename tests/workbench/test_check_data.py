@@ -478,7 +478,7 @@ def test_the_frames_list_what_the_report_holds(tmp_path):
     rules = report.findings.frame(["train"])
     assert rules.loc["area", ["severity", "train"]].tolist() == ["harmful", 1]
     worst = report.findings.worst_frame(["train"], 5).set_index("rule")
-    assert worst.loc["area", "message"] == "annotation id 1: area 400 of a mask of 100 pixels"
+    assert worst.loc["area", "finding"] == "annotation id 1: area 400 of a mask of 100 pixels"
 
 
 @pytest.mark.slow

@@ -138,14 +138,15 @@ class Findings:
         return pd.DataFrame(rows, index=pd.Index(rules, name="rule"), columns=["severity", "title", *splits, "cure"])
 
     def worst_frame(self, splits: Sequence[str], count: int) -> pd.DataFrame:
-        """The `count` worst findings of each broken rule and split."""
-        rows = [
-            {"split": split} | finding._asdict()
-            for rule in self.frame(splits).index
+        """The `count` worst findings of each broken rule and split, without notes."""
+        found = [
+            (rule, split, finding)
+            for rule in self.failing("harmful")
             for split in splits
             for finding in self.worst(rule, split, count)
         ]
-        return pd.DataFrame(rows, columns=["split", *Finding._fields])
+        rows = [[rule, split, finding.file_name or "-", finding.message] for rule, split, finding in found]
+        return pd.DataFrame(rows, columns=["rule", "split", "image", "finding"])
 
     def to_dict(self, count: int = KEPT) -> dict[str, Any]:
         """For JSON: each broken rule with its counts and its worst findings."""

@@ -55,6 +55,14 @@ class Summary(NamedTuple):
     per_class: dict[str, int]
 
 
+_TITLES = {
+    "empty": "images without objects",
+    "crowds": "crowd regions",
+    "median": "objects per image, median",
+    "most": "objects per image, maximum",
+}
+
+
 class Report(NamedTuple):
     """What was found in a data set.
 
@@ -72,7 +80,7 @@ class Report(NamedTuple):
     def frame(self) -> pd.DataFrame:
         """What there is, one column per split."""
         summaries = {name: summary._asdict() for name, summary in self.summaries.items()}
-        return pd.DataFrame(summaries, dtype=object).drop("per_class")
+        return pd.DataFrame(summaries, dtype=object).drop("per_class").rename(index=_TITLES)
 
     def table(self, title: str) -> str:
         """The frame, then the broken rules of each severity, each with its counts and its worst finding."""
