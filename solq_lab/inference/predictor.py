@@ -120,14 +120,16 @@ def read_upright(path: str | Path) -> Image.Image:
     Raises:
         DataError: no such file, no image, or more than 8 bits per channel.
     """
+    damaged = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error)  # by PIL's readers
     try:
         with Image.open(path) as opened:
-            return _to_rgb(ImageOps.exif_transpose(opened), name=str(path))
+            upright = ImageOps.exif_transpose(opened)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:  # what PIL's readers raise
+    except (*damaged, Image.DecompressionBombError) as error:
         reason = "a format unknown to Pillow" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{path}: not an image that can be read ({reason}); JPEG, PNG and the like are") from None
+    return _to_rgb(upright, name=str(path))
 
 
 def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:

@@ -14,12 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from solq_lab.errors import ExplainedError, UserError
-from solq_lab.workbench.commands import codecs, data, flight, machine, runs, sweeps, weights
+from solq_lab.workbench.commands import codecs, data, flight, machine, predict, runs, sweeps, weights
 
 PANELS = {
     "Run": (runs.run, runs.train, runs.evaluate, runs.status, flight.replay),
     "Sweep": (sweeps.sweep, sweeps.table),
-    "Model": (weights.predict, weights.import_weights, weights.export, weights.ship),
+    "Model": (predict.predict, weights.import_weights, weights.export, weights.ship),
     "Data": (data.make_shapes, data.download_coco, data.check_data, data.convert_data),
     "Codec": (codecs.fit_codec, codecs.codec_ceiling),
     "Machine": (machine.doctor, machine.bench),

@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
 from notebook import write_notebook
 from PIL import Image
+from pycocotools.mask import decode
 from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.build import build_model
 from solq_lab.config import Experiment, load_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.loader import LoaderError
+from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import read_weights, save_weights, to_official_state
 from solq_lab.runs import load_run
+from solq_lab.workbench.cli import main
 from solq_lab.workbench.commands import runs
 from solq_lab.workbench.workspace import WORKSPACE
 
@@ -328,15 +331,87 @@ def test_predict_lists_and_draws_the_objects(command, weights, data_root, tmp_pa
     assert Image.open(tmp_path / "drawn" / "1.png").size == Image.open(data_root / "val" / "1.png").size
 
 
+def put_images(tmp_path, data_root, *names):
+    """Copies of one image under these names."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(data_root / "val" / "1.png").convert("RGB").save(tmp_path / name)
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
 def test_predict_writes_over_no_image_and_no_other_drawing(command, weights, data_root, tmp_path):
-    images = [tmp_path / folder / "1.png" for folder in ("own", "other")]
-    for image in images:
-        image.parent.mkdir()
-        shutil.copy(data_root / "val" / "1.png", image)
-    status, _ = command("predict", weights, *images, "--out", "own")
+    put_images(tmp_path, data_root, "own/1.png", "own/1.jpg")
+    before = (tmp_path / "own" / "1.png").read_bytes()
+    status, _ = command("predict", weights, "own/1.png", "own/1.jpg", "--out", "own")
     assert status == 0
-    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["1.png", "1_2.png", "1_3.png"]
-    assert (tmp_path / "own" / "1.png").read_bytes() == (data_root / "val" / "1.png").read_bytes()
+    assert files_in(tmp_path / "own") == ["1.jpg", "1.png", "1_2.png", "1_3.png"]
+    assert (tmp_path / "own" / "1.png").read_bytes() == before
+
+
+def test_drawings_lie_as_their_images_do(command, weights, data_root, tmp_path):
+    put_images(tmp_path, data_root, "a/1.jpg", "b/1.jpg")
+    assert command("predict", weights, "a/1.jpg", "b/1.jpg", "--out", "drawn")[0] == 0
+    assert files_in(tmp_path / "drawn") == ["a/1.png", "b/1.png"]
+
+
+def test_predict_takes_the_images_of_a_folder_and_with_recursive_of_its_folders(command, weights, data_root, tmp_path):
+    put_images(tmp_path, data_root, "photos/1.jpg", "photos/deep/er/1.png")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    assert command("predict", weights, "photos", "--out", "flat")[0] == 0
+    assert files_in(tmp_path / "flat") == ["1.png"]
+    for _ in range(2):  # the drawings of the first call are no images of the second
+        assert command("predict", weights, "photos", "photos/1.jpg", "--recursive", "--out", "photos/drawn")[0] == 0
+    assert files_in(tmp_path / "photos" / "drawn") == ["1.png", "deep/er/1.png"]
+
+
+def test_a_folder_without_images_is_rejected_with_the_way_to_look_deeper(rejected, weights, data_root):
+    message = rejected("predict", weights, data_root)
+    assert f"{data_root}: no images in this folder (.bmp, " in message
+    assert "--recursive looks into its folders too" in message
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xd8\xff\xe0" + bytes(40), "half", "header"])
+def test_a_damaged_image_is_named_and_skipped_and_the_others_are_drawn(command, weights, data_root, tmp_path, damage):
+    put_images(tmp_path, data_root, "p/a.png", "p/b.png", "p/c.png")
+    whole = (tmp_path / "p" / "b.png").read_bytes()
+    cuts = {"half": whole[:60], "header": whole[:11] + b"\x05" + whole[12:]}
+    (tmp_path / "p" / "b.png").write_bytes(cuts.get(damage, damage))
+    status, output = command("predict", weights, "p", "--out", "drawn")
+    assert status == 1
+    assert "p/b.png: not an image that can be read" in output
+    assert output.endswith("1 of 3 images could not be read and were skipped: p/b.png\n")
+    assert files_in(tmp_path / "drawn") == ["a.png", "c.png"]
+
+
+def test_predict_writes_coco_results_as_json_lines(weights, data_root, tmp_path, monkeypatch, capsys):
+    put_images(tmp_path, data_root, "p/a.png", "p/b.png", "p/c.png")
+    (tmp_path / "p" / "b.png").write_bytes(b"damaged")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["solq-lab", "predict", str(weights), "p", "--json", "--score", "0"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+
+    written = capsys.readouterr()
+    lines = [json.loads(line) for line in written.out.splitlines()]
+    assert [(line["id"], line["file_name"], line["drawing"]) for line in lines] == [
+        (1, "p/a.png", "predictions/a.png"),
+        (3, "p/c.png", "predictions/c.png"),
+    ]
+    assert "p/a.png: 16 objects" in written.err
+    width, height = Image.open(data_root / "val" / "1.png").size
+    assert (lines[0]["width"], lines[0]["height"]) == (width, height)
+    found = Predictor(weights).predict(tmp_path / "p" / "a.png")
+    assert [result["score"] for result in lines[0]["detections"]] == found.scores.tolist()
+    for result, rle, name in zip(lines[0]["detections"], found.masks, found.names, strict=True):
+        assert (result["image_id"], result["category_name"]) == (1, name)
+        assert np.array_equal(decode(result["segmentation"]), decode(rle))
+        x, y, w, h = result["bbox"]
+        assert 0 <= x <= x + w <= width + 1e-3  # inside the image, whatever the network predicts
+        assert 0 <= y <= y + h <= height + 1e-3
 
 
 def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights, data_root):
@@ -350,16 +425,6 @@ def test_an_image_that_does_not_exist_is_rejected_before_another_is_looked_at(re
     message = rejected("predict", weights, data_root / "val" / "1.png", "nowhere.jpg")
     assert "nowhere.jpg: no such file" in message
     assert not (tmp_path / "predictions").exists()
-
-
-def test_a_folder_in_the_place_of_an_image_is_rejected_with_the_way_to_name_its_files(rejected, weights, data_root):
-    assert f"{data_root}: is a folder; name the files in it" in rejected("predict", weights, data_root)
-
-
-def test_a_truncated_image_is_rejected_in_prediction_too(rejected, weights, data_root):
-    image = data_root / "val" / "1.png"
-    image.write_bytes(image.read_bytes()[:60])
-    assert "1.png: not an image that can be read" in rejected("predict", weights, image)
 
 
 def test_a_file_that_is_no_checkpoint_is_rejected(rejected, data_root):

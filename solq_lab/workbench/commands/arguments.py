@@ -16,13 +16,11 @@ from solq_lab.workbench.parameters import NOTEBOOKS
 FAILED = 1  # exit status
 
 
-def existing_files(paths: list[Path]) -> list[Path]:
-    """Reject files that do not exist, before any work."""
+def existing_paths(paths: list[Path]) -> list[Path]:
+    """Reject files and folders that do not exist, before any work."""
     for path in paths:
-        if path.is_dir():
-            raise typer.BadParameter(f"{path}: is a folder; name the files in it, as in {path / '*.jpg'}")
         if not path.exists():
-            raise typer.BadParameter(f"{path}: no such file")
+            raise typer.BadParameter(f"{path}: no such file or folder")
     return paths
 
 

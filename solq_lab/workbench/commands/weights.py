@@ -1,10 +1,9 @@
-"""Commands for weights: predict, import-weights, export, ship."""
+"""Commands for weights: import-weights, export, ship."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,6 @@ import typer
 from solq_lab.workbench.commands.arguments import (
     Overrides,
     RunFolder,
-    existing_files,
     file_to_write,
     file_with_its_folder,
     folder_to_write,
@@ -21,41 +19,6 @@ from solq_lab.workbench.commands.arguments import (
 
 if TYPE_CHECKING:
     from solq_lab.data.classes import ClassMap
-
-
-def predict(
-    weights: Annotated[Path, typer.Argument(help="Weights file, or the folder of a finished run.")],
-    images: Annotated[list[Path], typer.Argument(help="Images.", callback=existing_files)],
-    out: Annotated[
-        Path, typer.Option(help="Folder for the images with their objects drawn in.", callback=folder_to_write)
-    ] = Path("predictions"),
-    score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Objects below this score are left out.")] = 0.3,
-) -> None:
-    """Find the objects in images, draw and list them. A line has class, score and box (x0 y0 x1 y1, pixels)."""
-    import numpy as np
-
-    from solq_lab.inference.predictor import Predictor, read_upright
-    from solq_lab.viz.images import paint_detections
-
-    predictor = Predictor(weights)
-    taken = {path.resolve() for path in images}
-    for path in images:
-        image = read_upright(path)
-        everything = predictor.predict(image)
-        found = everything.above(score)
-        out.mkdir(parents=True, exist_ok=True)
-        # Neither an image of the user nor the drawing of another image of this name is written over.
-        names = chain([f"{path.stem}.png"], (f"{path.stem}_{number}.png" for number in count(2)))
-        drawn = next(out / name for name in names if (out / name).resolve() not in taken)
-        taken.add(drawn.resolve())
-        paint_detections(np.asarray(image), found).save(drawn, compress_level=1)
-        objects = len(found.names)
-        typer.echo(f"{path}: {objects} {'object' if objects == 1 else 'objects'}, drawn in {drawn}")
-        if objects == 0:
-            best = everything.scores.max().item()
-            typer.echo(f"  none with a score of at least {score:g}; the best has {best:.2f}, a lower --score shows it")
-        for name, value, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True):
-            typer.echo(f"  {value:.2f}  {name:<20} " + " ".join(f"{edge:7.1f}" for edge in box))
 
 
 def import_weights(
