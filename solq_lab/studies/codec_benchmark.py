@@ -272,22 +272,24 @@ class CodecBenchmark:
 def ceiling_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:
     """Mean IoU, mask AP and boundary AP in percent, each overall and by object size, one row per setting.
 
-    Errors have a column only where one is added.
+    The index names the setting, so that rounding the numbers leaves it as it is; errors are in it where one is added.
     """
     varied = [name for name in ("box_noise", "vector_noise") if any(getattr(bound.setting, name) for bound in bounds)]
     rows = []
     for bound in bounds:
         setting = bound.setting
-        row = {"method": setting.method, "N": setting.mask_size, "n_k": setting.vector_dim}
+        row = {"codec": setting.method, "N": setting.mask_size, "n_k": setting.vector_dim}
         row |= {name.replace("_", " "): getattr(setting, name) for name in varied}
         rows.append(row | {_heading(name): 100 * bound.evaluation.metrics[name] for name in NUMBERS})
-    return pd.DataFrame(rows, columns=None if rows else ["method", "N", "n_k", *map(_heading, NUMBERS)])
+    setting_columns = ["codec", "N", "n_k", *(name.replace("_", " ") for name in varied)]
+    return pd.DataFrame(rows, columns=[*setting_columns, *map(_heading, NUMBERS)]).set_index(setting_columns)
 
 
 def ceiling_table(bounds: Sequence[UpperBound]) -> str:
     """`ceiling_frame` as text, with its legend."""
     shares = dict.fromkeys(("box noise", "vector noise"), "{:g}".format)
-    text = ceiling_frame(bounds).to_string(index=False, float_format="{:.1f}".format, na_rep="-", formatters=shares)
+    frame = ceiling_frame(bounds).reset_index()
+    text = frame.to_string(index=False, float_format="{:.1f}".format, na_rep="-", formatters=shares)
     return "\n".join([text, *(bound.evaluation.legend for bound in bounds[:1])])
 
 

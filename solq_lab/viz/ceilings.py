@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from solq_lab.viz.style import BLACK, CODEC_COLOURS, STYLE, new_figure
+from solq_lab.viz.style import BLACK, CODEC_COLOURS, CODEC_NAMES, STYLE, new_figure
 
 Row = Mapping[str, Any]
 
@@ -93,7 +93,7 @@ def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:
     """Codecs by colour and, where there are several, sides N by line style, below the panels."""
     kinds = dict.fromkeys(row["kind"] for row in rows)
     sides = sorted({row["mask_size"] for row in rows})
-    handles = [Line2D([], [], color=CODEC_COLOURS[kind], linewidth=2, label=kind) for kind in kinds]
+    handles = [Line2D([], [], color=CODEC_COLOURS[kind], linewidth=2, label=CODEC_NAMES[kind]) for kind in kinds]
     for place, side in enumerate(sides if len(sides) > 1 else []):
         line, marker = _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)]
         label = f"N = {side}"

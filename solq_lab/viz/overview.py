@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from solq_lab.runs import Run, label_runs
-from solq_lab.viz.style import BLUE, GREY, OBJECT_COLOURS, STYLE, VERMILION, YELLOW, new_figure
+from solq_lab.viz.style import BLUE, GREY, OBJECT_COLOURS, STYLE, VERMILION, YELLOW, metric_title, new_figure
 
 COLOURS = [colour for colour in OBJECT_COLOURS if colour != YELLOW]  # too pale for a line
 
@@ -66,7 +66,7 @@ def change_intervals(
         face = "white" if colour == GREY else colour
         panel.plot(100 * change, line, "o", markersize=7, markeredgecolor=colour, markerfacecolor=face)
 
-    panel.set_yticks(range(len(changes)), [metric.replace(".", " ") for metric in changes])
+    panel.set_yticks(range(len(changes)), list(map(metric_title, changes)))
     panel.set_ylim(len(changes) - 0.5, -0.5)
     panel.set_xlabel(f"{names[1]} - {names[0]}, percentage points, with {100 * confidence:g} % interval")
     return figure

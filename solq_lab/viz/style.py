@@ -24,6 +24,7 @@ METHOD_COLOURS = {"SOLQ": BLUE, "SQR": ORANGE, "Deformable DETR": GREEN, "ceilin
 LOSS_COLOURS = {"class": VERMILION, "l1": GREEN, "giou": SKY, "vector": PURPLE, "mask": BLUE, "dice": ORANGE}
 KIND_COLOURS = {"box": GREEN, "segm": BLUE, "boundary": PURPLE}
 CODEC_COLOURS = {"dct": BLUE, "pca": ORANGE, "sparse": GREEN, "flatten": PURPLE}
+CODEC_NAMES = {"dct": "DCT", "pca": "PCA", "sparse": "sparse coding", "flatten": "flatten"}
 MISSED, ADDED = VERMILION, SKY  # false negative and false positive pixels of a reconstruction
 OBJECT_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)
 
@@ -65,6 +66,13 @@ def save(figure: Figure, path: Path) -> Figure:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return figure
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name on an axis: "boundary.APs" is "boundary AP, small"."""
+    kind, _, number = metric.partition(".")
+    sizes = {"APs": "AP, small", "APm": "AP, medium", "APl": "AP, large"}
+    return f"{kind} {sizes.get(number, number)}"
 
 
 def hide_axes(axes: Axes) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from solq_lab.viz.style import BLACK, BLUE, FIGURE_WIDTH, GREY, KIND_COLOURS, STYLE, VERMILION, new_figure
+from solq_lab.viz.style import BLACK, BLUE, FIGURE_WIDTH, GREY, KIND_COLOURS, STYLE, VERMILION, metric_title, new_figure
 from solq_lab.workbench.paper import PaperTable
 from solq_lab.workbench.tables import ResultTable
 
@@ -30,7 +30,7 @@ def beside_paper(tables: Sequence[ResultTable], metric: str = "segm.AP", *, titl
         title: what is compared.
     """
     ratios = [max(3, len(table.rows)) for table in tables]
-    size = max(5.0, 1.0 + 0.52 * sum(ratios)), 5.0
+    size = max(6.0, 1.0 + 0.52 * sum(ratios)), 5.0
     figure, axes = new_figure(2, len(tables), size=size, title=title, width_ratios=ratios)
     colour = KIND_COLOURS[metric.partition(".")[0]]
 
@@ -50,7 +50,7 @@ def beside_paper(tables: Sequence[ResultTable], metric: str = "segm.AP", *, titl
             below.text(0.5, 0.5, hint, transform=below.transAxes, ha="center", va="center", color=GREY, fontsize=8)
             below.set_yticks([])
     for panel in axes[:, 0]:
-        panel.set_ylabel(f"{metric}, percent")
+        panel.set_ylabel(f"{metric_title(metric)}, percent")
     return figure
 
 
@@ -84,11 +84,12 @@ def among_methods(
                 panel.errorbar(mean, line, xerr=std or 0.0, color=VERMILION, marker="D", markersize=6, capsize=3)
         panel.set_ylim(len(names) - 0.5, -0.5)
         panel.set_yticks(range(len(names)), names if place == 0 else [])
-        panel.set_xlabel(f"{metric}, percent")
+        panel.set_xlabel(f"{metric_title(metric)}\npercent")
 
     axes[0, 0].plot([], [], "o", color=GREY, label="paper, other methods")
     axes[0, 0].plot([], [], "o", color=BLUE, label="paper, SOLQ")
-    axes[0, 0].plot([], [], "D", color=VERMILION, label="ours" if len(table.missing) == 0 else "ours (where run)")
+    extent = " (where run)" if any(row.runs for row in table.rows) else " (not run)"
+    axes[0, 0].plot([], [], "D", color=VERMILION, label="ours" + (extent if table.missing else ""))
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 

@@ -142,7 +142,7 @@ class ResultTable:
         remarks = [f"percent, mean ± standard deviation over seeds{against}"]
         if self.missing:
             count = len(self.missing)
-            remarks.append(f"{count} run{'s' if count > 1 else ''} not finished; `{self.command}` makes them")
+            remarks.append(f"{count} run{'s' if count > 1 else ''} not finished; `{self.command}` runs the rest")
         return "\n".join([*remarks, *self.notes])
 
 

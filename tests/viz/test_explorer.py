@@ -260,7 +260,7 @@ def test_the_colours_of_the_errors_are_those_of_the_legend(explorer):
 
 def test_a_click_in_the_gallery_goes_to_that_object(explorer):
     explorer.find_worst()
-    assert "worst of shapes after dct, N = 28, n_k = 64" in explorer._gallery_note.value
+    assert "worst reconstructions of shapes: DCT, N = 28, n_k = 64" in explorer._gallery_note.value
     drawn = explorer._live_panels[Original].drawn
     explorer._buttons[2].click()
     one = explorer._worst[2]

@@ -366,7 +366,7 @@ def test_a_table_has_mean_and_spread_beside_the_paper(stand_in):
     assert header.split() == ["segm.AP", "box.AP", "seeds"]
     assert first.split(maxsplit=1)[1].split("  ") == ["21.6 ± 0.1 (27.2)", "40.0 ± 0.0 (39.7)", "2 of 2"]
     assert "(29.7)" in second
-    assert remarks[1] == "1 run not finished; `solq-lab sweep sweep.yaml` makes them"
+    assert remarks[1] == "1 run not finished; `solq-lab sweep sweep.yaml` runs the rest"
     assert table.csv().splitlines()[1] == "one,segm.AP,21.55,0.07,2,1,27.2"
     assert table.markdown().startswith("|  | segm.AP | box.AP | seeds |\n| --- | ---: | ---: | ---: |\n| one | 21.6 ±")
 
@@ -376,7 +376,7 @@ def test_without_any_run_a_table_shows_the_paper_and_the_command(workspace):
     assert table.rows[0].mean("segm.AP") is None
     assert table.rows[0].paper == {"segm.AP": 27.2, "box.AP": 39.7}
     assert "- (27.2)" in table.text()
-    assert "4 runs not finished; `solq-lab sweep sweep.yaml` makes them" in table.text()
+    assert "4 runs not finished; `solq-lab sweep sweep.yaml` runs the rest" in table.text()
 
 
 def test_a_carried_table_stands_in_for_runs_that_are_not_here_and_a_run_here_wins(stand_in):

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from solq_lab.data.annotations import DataError
-from solq_lab.viz.style import STYLE, hide_axes, new_figure
+from solq_lab.viz.style import CODEC_NAMES, STYLE, hide_axes, new_figure
 from solq_lab.viz.widgets.callbacks import Callbacks
 from solq_lab.viz.widgets.codec_cache import METHODS
 from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS, CodecLab, ScoredObject, object_title
@@ -198,7 +198,7 @@ class CodecExplorer:
         """The reconstruction from more and more of the vector's entries. Raises as `view` does."""
         view = self.view()
         counts = [count for count in terms if count < view.setting.vector_dim] + [view.setting.vector_dim]
-        title = f"{view.item.name}: partial sums of its {view.setting.method} vector; below, the errors"
+        title = f"{view.item.name}: partial sums of its {CODEC_NAMES[view.setting.method]} vector; below, the errors"
         figure, axes = new_figure(2, len(counts), size=(1.18 * len(counts), 3.0), title=title)
         for place, count in enumerate(counts):
             reconstruction = self.lab.reconstruction(view.setting._replace(terms=count))
@@ -388,5 +388,6 @@ class CodecExplorer:
 
 def gallery_title(setting: Setting, count: int) -> str:
     """What the gallery shows."""
-    code = f"{setting.method}, N = {setting.mask_size}, n_k = {setting.vector_dim}"
-    return f"The {count} worst of {setting.data_set} after {code}" if count else f"No object of this size after {code}"
+    codec = f"{CODEC_NAMES[setting.method]}, N = {setting.mask_size}, n_k = {setting.vector_dim}"
+    what = f"{count} worst reconstructions of" if count else "No object of this size in"
+    return f"{what} {setting.data_set}: {codec}"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from solq_lab.codecs.dct import zigzag
 from solq_lab.masks import decode_rle
-from solq_lab.viz.style import ADDED, BLUE, CODEC_COLOURS, GREY, MISSED
+from solq_lab.viz.style import ADDED, BLUE, CODEC_COLOURS, CODEC_NAMES, GREY, MISSED
 from solq_lab.viz.widgets.live_panel import Cell, ImagePanel, Panel
 from solq_lab.viz.widgets.objects import BoxedObject
 from solq_lab.viz.widgets.reconstruction import Reconstruction, Rule
@@ -148,7 +148,7 @@ class Vector(Panel):
         bars[:, 1, 1] = heights
         self._bars.set_segments(list(bars))
         self._bars.set_color(kept.tolist())
-        order = {"dct": ", in zig-zag order", "pca": ", by component", "sparse": ", by atom", "flatten": ", by cell"}
+        order = {"dct": ", in zig-zag order", "pca": ", by component", "sparse": ", by atom", "flatten": ", by pixel"}
         kind = "coefficients" if setting.vector_dim > 1 else "coefficient"
         self.axes.title.set_text(f"{setting.vector_dim} {kind}{order[setting.method]}")
 
@@ -180,7 +180,7 @@ class Curves(Panel):
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
         axes.set_xscale("log")
-        axes.set(xlim=(0.9, 900), ylim=(0, 1.05), xlabel="$n_k$, numbers per mask", title="IoU of this object")
+        axes.set(xlim=(0.9, 900), ylim=(0, 1.05), xlabel="vector length $n_k$", title="IoU of this object")
         axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 784]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -191,7 +191,7 @@ class Curves(Panel):
         self._here.set_clip_on(False)
         self._number = axes.text(1, 1, "", fontsize=10, fontweight="bold")
         self._number.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0})
-        axes.legend(self._lines.values(), self._lines.keys(), loc="lower right", ncols=2)
+        axes.legend(self._lines.values(), map(CODEC_NAMES.get, self._lines), loc="lower right", ncols=2)
         self.moving = [self._guide, *self._lines.values(), self._here, self._number]
 
     def depends_on(self, view: View) -> Hashable:
