@@ -80,8 +80,8 @@ class AttentionStudy(NamedTuple):
 
         Returns:
             A row for outline and extremities: means over the K' objects that have another query to compare with, their
-            paired difference, its 95 % interval, and a verdict. The interval is the normal approximation for independent
-            objects, infinite below two.
+            paired difference, its 95 % interval, and a verdict. The interval is the normal approximation for
+            independent objects, infinite below two.
         """
         rows = {}
         for near in ("outline", "extremities"):
