@@ -297,7 +297,7 @@ class TrainSection(Section):
 class EvaluationSection(Section):
     """What is reported (paper, section 4.1)."""
 
-    top_k: int = Field(100, gt=0, description="detections kept per image")
+    top_k: int = Field(100, gt=0, description="detections kept and scored per image")
     batch_size: int = Field(1, gt=0, description="images per forward pass and process")
     max_images: int | None = Field(None, gt=0, description="evaluate the first so many images only")
     area_sides: tuple[PositiveFloat, PositiveFloat] = Field(

@@ -42,3 +42,14 @@ def truth_of(objects: list[tuple[int, int, tuple[int, int, int, int]]], images: 
 def result_of(image_id: int, category_id: int, box: tuple[int, int, int, int], score: float = 0.9) -> dict:
     result = {"image_id": image_id, "category_id": category_id, "bbox": list(box), "score": score}
     return result | {"segmentation": rle_of(rectangle(*box))}
+
+
+def many_objects() -> tuple[dict, list[dict]]:
+    """150 objects of one class in an image, and results that find most of them, some not quite in place."""
+    boxes = [(1 + 4 * (k % 15), 1 + 4 * (k // 15), 3, 3) for k in range(150)]
+    results = [
+        result_of(1, 1, (x + (k % 7 == 0), y, w, h), score=0.99 - 0.005 * k)
+        for k, (x, y, w, h) in enumerate(boxes)
+        if k % 5
+    ]
+    return truth_of([(1, 1, box) for box in boxes]), results

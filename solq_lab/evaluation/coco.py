@@ -25,7 +25,7 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.sizes import area_ranges
-from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
+from solq_lab.evaluation.summary import AP_COLUMNS, MAX_DETECTIONS, Evaluation
 from solq_lab.schema import EvaluationSection
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ DETECTIONS_AT_ONCE = 50_000  # matched at once, or one class where it has more: 
 
 _IOU_TYPE = {"box": "bbox", "segm": "segm", "boundary": "boundary"}
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # area ranges, in the order of faster-coco-eval's arrays
+_AR_LIMITS = (1, 10, 100)  # detections of a class in an image
 _AP50, _AP75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55, ... 0.95
 
 
@@ -46,6 +47,7 @@ def evaluate_results(
     kinds: Collection[str] = KINDS,
     area_sides: tuple[float, float] = DEFAULTS.area_sides,
     boundary_ratio: float = DEFAULTS.boundary_ratio,
+    max_detections: int = MAX_DETECTIONS,
     image_ids: Collection[int] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
@@ -59,6 +61,8 @@ def evaluate_results(
         kinds: which of "box", "segm", "boundary".
         area_sides: square roots of the areas, pixels, between small and medium and between medium and large objects.
         boundary_ratio: boundary width over the image's diagonal.
+        max_detections: of a class in an image that are scored, the best ones. AR1, AR10 and AR100 are at most at
+            1, 10 and 100 of them; all other numbers are of all of them.
         image_ids: images to evaluate; results elsewhere are left out. None: all images of the file.
         should_stop: called every few classes. None: never.
 
@@ -68,7 +72,7 @@ def evaluate_results(
 
     Raises:
         DataError: the annotations or a result cannot be used; the message names the entry and the cure.
-        ValueError: an unknown kind, or sizes that do not ascend.
+        ValueError: an unknown kind, sizes that do not ascend, or no detections to score.
         EvaluationStopped: `should_stop` returned True.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -76,6 +80,8 @@ def evaluate_results(
         raise ValueError(f"evaluation kinds {unknown or list(kinds)}: allowed are {', '.join(KINDS)}")
     if not 0 < area_sides[0] < area_sides[1]:
         raise ValueError(f"area_sides {area_sides}: allowed are two ascending positive sides in pixels")
+    if max_detections < 1:
+        raise ValueError(f"max_detections {max_detections}: allowed are positive numbers")
     data = ScoringData(annotations, image_ids, with_masks=any(kind != "box" for kind in kinds))
     shares = data.shares(results)
     ranges = {size: list(bounds) for size, bounds in area_ranges(area_sides).items()}
@@ -88,17 +94,19 @@ def evaluate_results(
         for share in shares:
             if should_stop is not None and should_stop():
                 raise EvaluationStopped("the scoring was asked to stop")
-            evaluator = data.match(share, kind, boundary_ratio, ranges)
+            evaluator = data.match(share, kind, boundary_ratio, max_detections, ranges)
             evaluator.accumulate()
             precisions.append(evaluator.eval["precision"])
             recalls.append(evaluator.eval["recall"])
 
         precision, recall = np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
-        metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall).items()}
+        metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall, max_detections).items()}
         for channel, name in enumerate(data.class_names):
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
             per_class[name] |= {f"{kind}.{number}": value for number, value in numbers.items()}
-    return Evaluation(metrics, per_class, (area_sides[0], area_sides[1]), boundary_ratio, len(data.images))
+    return Evaluation(
+        metrics, per_class, (area_sides[0], area_sides[1]), boundary_ratio, len(data.images), max_detections
+    )
 
 
 class ClassShare(NamedTuple):
@@ -188,7 +196,12 @@ class ScoringData:
         return shares
 
     def match(
-        self, share: ClassShare, kind: str, boundary_ratio: float, ranges: dict[str, list[float]] | None = None
+        self,
+        share: ClassShare,
+        kind: str,
+        boundary_ratio: float,
+        max_detections: int,
+        ranges: dict[str, list[float]] | None = None,
     ) -> COCOeval_faster:
         """faster-coco-eval after matching the results of some classes; `ranges` are its areas by size."""
         category_ids = set(share.category_ids)
@@ -208,6 +221,7 @@ class ScoringData:
             print_function=logger.debug,
             ranges=ranges,
         )
+        evaluator.params.maxDets = _limits(max_detections)
         evaluator.evaluate()
         return evaluator
 
@@ -264,14 +278,21 @@ def _incomplete(number: int, result: object, error: Exception) -> DataError:
     )
 
 
-def _summarise(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+def _limits(max_detections: int) -> list[int]:
+    """Numbers of detections per class and image that recall is measured at; the last one is of all that are scored."""
+    return sorted({min(count, max_detections) for count in (*_AR_LIMITS, max_detections)})
+
+
+def _summarise(precision: np.ndarray, recall: np.ndarray, max_detections: int) -> dict[str, float]:
     """COCO's twelve numbers.
 
     Args:
-        precision: (thresholds, recalls, classes, areas, detections per image 1 / 10 / 100), -1 without ground truth.
-        recall: (thresholds, classes, areas, detections per image), likewise.
+        precision: (thresholds, recalls, classes, areas, `_limits`), -1 without ground truth.
+        recall: (thresholds, classes, areas, `_limits`), likewise.
+        max_detections: of a class in an image that are scored.
     """
-    recalls = {f"AR{count}": _mean(recall[:, :, _ALL, index]) for index, count in enumerate((1, 10, 100))}
+    place = {count: _limits(max_detections).index(min(count, max_detections)) for count in _AR_LIMITS}
+    recalls = {f"AR{count}": _mean(recall[:, :, _ALL, place[count]]) for count in _AR_LIMITS}
     sizes = {"ARs": _SMALL, "ARm": _MEDIUM, "ARl": _LARGE}
     recalls |= {name: _mean(recall[:, :, size, -1]) for name, size in sizes.items()}
     return _average_precisions(precision) | recalls

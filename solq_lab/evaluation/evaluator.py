@@ -23,7 +23,7 @@ from solq_lab.data.loader import BatchLoader
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import detections_to_results, write_results
-from solq_lab.evaluation.summary import Evaluation
+from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.files import hash_file, read_json, write_json
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
@@ -132,6 +132,7 @@ def evaluate_model(
             kinds=KINDS if codec is not None or isinstance(model, SQRDetector) else ("box",),
             area_sides=settings.area_sides,
             boundary_ratio=settings.boundary_ratio,
+            max_detections=settings.top_k,
             image_ids=list(dataset.image_ids[: settings.max_images]),
             should_stop=should_stop,
         )
@@ -208,10 +209,12 @@ def validation_annotations(experiment: Experiment) -> Path:
 def inputs_of_scoring(experiment: Experiment) -> dict:
     """What scores depend on besides the detections, as JSON types."""
     annotations = validation_annotations(experiment)
-    return {
+    inputs = {
         "settings": experiment.evaluation.model_dump(mode="json"),
         "annotations": hash_file(annotations) if annotations.is_file() else None,
     }
+    # 0.1.0 scored 100 detections per class and image whatever top_k was: its numbers are not those of a larger one.
+    return inputs if experiment.evaluation.top_k <= MAX_DETECTIONS else inputs | {"scored": "top_k"}
 
 
 def file_of_split(path: Path, split: str) -> Path:

@@ -12,6 +12,7 @@ from solq_lab.evaluation.sizes import describe_sizes
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 AR_COLUMNS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _SHOWN = (*AP_COLUMNS, "AR100")
+MAX_DETECTIONS = 100  # of a class in an image that are scored; COCO's rule
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Evaluation:
     area_sides: side in pixels below which an object is small, and below which it is medium (square roots of areas).
     boundary_ratio: boundary width over the image's diagonal.
     images: number of images evaluated.
+    max_detections: of a class in an image that were scored, the best ones.
     """
 
     metrics: dict[str, float]
@@ -32,6 +34,7 @@ class Evaluation:
     area_sides: tuple[float, float]
     boundary_ratio: float
     images: int
+    max_detections: int = MAX_DETECTIONS
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -73,10 +76,13 @@ class Evaluation:
 
     @property
     def legend(self) -> str:
-        """One line that explains the sizes and the boundary."""
+        """One line that explains the sizes and the boundary, and how many detections count, where not COCO's 100."""
         sizes = describe_sizes(self.area_sides, "sml")
         boundary = f"; boundary: {100 * self.boundary_ratio:g} % of the diagonal" if "boundary" in self.kinds else ""
-        return f"{self.images} images, percent; {sizes}{boundary}"
+        limit = ""
+        if self.max_detections != MAX_DETECTIONS:
+            limit = f"; at most {self.max_detections} detections of a class in an image"
+        return f"{self.images} images, percent; {sizes}{boundary}{limit}"
 
     def to_dict(self) -> dict:
         """The evaluation as JSON types; NaN becomes None, which strict JSON knows."""
@@ -86,6 +92,7 @@ class Evaluation:
             "area_sides": list(self.area_sides),
             "boundary_ratio": self.boundary_ratio,
             "images": self.images,
+            "max_detections": self.max_detections,
         }
 
     @classmethod
@@ -97,6 +104,7 @@ class Evaluation:
             area_sides=tuple(values["area_sides"]),
             boundary_ratio=values["boundary_ratio"],
             images=values["images"],
+            max_detections=values.get("max_detections", MAX_DETECTIONS),  # files of 0.1.0 lack it
         )
 
 

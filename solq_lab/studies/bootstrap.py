@@ -21,6 +21,7 @@ from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, ClassShare, ScoringData
 from solq_lab.evaluation.evaluator import validation_annotations
 from solq_lab.evaluation.results import read_results
+from solq_lab.evaluation.summary import MAX_DETECTIONS
 from solq_lab.files import read_json
 from solq_lab.runs import Run, RunError
 from solq_lab.studies.rules import RECALLS, THRESHOLDS, UNMATCHED, match_detections
@@ -120,6 +121,7 @@ def compare_runs(
         draws=draws,
         confidence=confidence,
         seed=seed,
+        max_detections=first.experiment.evaluation.top_k,
         image_ids=truth.image_ids[: first.experiment.evaluation.max_images].tolist(),
     )
 
@@ -135,6 +137,7 @@ def compare_results(
     confidence: float = 0.95,
     seed: int = 0,
     boundary_ratio: float = DEFAULTS.boundary_ratio,
+    max_detections: int = MAX_DETECTIONS,
     image_ids: Collection[int] | None = None,
 ) -> BootstrapComparison:
     """Compare two lists of COCO results on the same ground truth.
@@ -148,6 +151,7 @@ def compare_results(
         confidence: of the interval, for example 0.95.
         seed: of the draws.
         boundary_ratio: boundary width over the image's diagonal.
+        max_detections: of a class in an image that are scored.
         image_ids: images to evaluate. None: all.
 
     Raises:
@@ -160,7 +164,14 @@ def compare_results(
     differences, images = [], 0
     for kind in kinds:
         matches = [
-            match_results(annotations, results, kind=kind, boundary_ratio=boundary_ratio, image_ids=image_ids)
+            match_results(
+                annotations,
+                results,
+                kind=kind,
+                boundary_ratio=boundary_ratio,
+                max_detections=max_detections,
+                image_ids=image_ids,
+            )
             for results in (first, second)
         ]
         images = matches[0].objects.shape[1]
@@ -198,19 +209,22 @@ def match_results(
     *,
     kind: str,
     boundary_ratio: float = DEFAULTS.boundary_ratio,
+    max_detections: int = MAX_DETECTIONS,
     image_ids: Collection[int] | None = None,
 ) -> Matches:
     """Match results with ground truth at COCO's ten thresholds.
 
     Args:
-        annotations, results, boundary_ratio, image_ids: as in `compare_results`.
+        annotations, results, boundary_ratio, max_detections, image_ids: as in `compare_results`.
         kind: "box", "segm" or "boundary".
     """
     data = ScoringData(annotations, image_ids, with_masks=kind != "box")
     image_rows, class_rows = np.array(sorted(data.images), dtype=np.int64), np.array(data.category_ids, dtype=np.int64)
-    evaluator = data.match(ClassShare(data.category_ids, list(data.counted(results))), kind, boundary_ratio)
+    evaluator = data.match(
+        ClassShare(data.category_ids, list(data.counted(results))), kind, boundary_ratio, max_detections
+    )
 
-    # Detections by falling score, equal ones by image; of each image and class as many as COCO counts.
+    # Detections by falling score, equal ones by image; of each image and class as many as are scored.
     key = ["image_id", "category_id"]
     objects = pd.DataFrame(data.objects, columns=[*key, "iscrowd"])
     detections = pd.DataFrame(evaluator.cocoDt.dataset["annotations"], columns=[*key, "score"])

@@ -23,7 +23,7 @@ from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.evaluator import file_of_split, inputs_of_scoring, stored_evaluation, validation_annotations
 from solq_lab.evaluation.sizes import select_by_size
-from solq_lab.evaluation.summary import Evaluation
+from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.files import write_json
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run
@@ -162,6 +162,12 @@ class _Scene(NamedTuple):
     noise: Noise
 
 
+def max_objects_of_a_class(truth: GroundTruth, rows: np.ndarray) -> int:
+    """The most objects of one class in one image among those at `rows`; 0 where there are none."""
+    pairs = np.column_stack([truth.image_rows[rows], truth.category_ids[rows]])
+    return int(np.unique(pairs, axis=0, return_counts=True)[1].max(initial=0))
+
+
 class _Scoring(NamedTuple):
     scene: _Scene
     results: list[dict]
@@ -266,5 +272,7 @@ def _score(scoring: _Scoring, kind: str) -> Evaluation:
         kinds=(kind,),
         area_sides=scoring.area_sides,
         boundary_ratio=scoring.boundary_ratio,
+        # All objects count: the bound is the codec's, not that of a limit on detections.
+        max_detections=max(MAX_DETECTIONS, max_objects_of_a_class(scoring.scene.truth, scoring.scene.rows)),
         image_ids=scoring.scene.image_ids,
     )

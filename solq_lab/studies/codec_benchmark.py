@@ -24,10 +24,10 @@ from solq_lab.data.annotations import DataError
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS
 from solq_lab.evaluation.sizes import select_by_size
-from solq_lab.evaluation.summary import Evaluation
+from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.files import hash_file, read_json, replacing, write_json
 from solq_lab.fitting import fit_codec
-from solq_lab.studies.ceiling import Noise, codec_ceiling
+from solq_lab.studies.ceiling import Noise, codec_ceiling, max_objects_of_a_class
 
 NUMBERS = tuple(f"{kind}{size}" for kind in ("segm.IoU", "segm.AP", "boundary.AP") for size in ("", "s", "m", "l"))
 
@@ -180,6 +180,7 @@ class CodecBenchmark:
                 "without area do not count), so there is nothing to measure; check the split, or measure more images"
             )
         self._areas = self.truth.areas_of(rows)
+        self._max_objects = max_objects_of_a_class(self.truth, rows)
 
         if self.fit_annotations is not None and not self.fit_annotations.is_file():
             raise DataError(
@@ -258,7 +259,7 @@ class CodecBenchmark:
 
     def _about(self, setting: CodecSetting) -> dict[str, Any]:
         """All that the numbers depend on, as JSON types."""
-        return {
+        about: dict[str, Any] = {
             "version": _VERSION,
             "setting": dataclasses.asdict(setting),
             "annotations": self._sha256,
@@ -267,6 +268,8 @@ class CodecBenchmark:
             "boundary_ratio": self.boundary_ratio,
             "max_images": self.max_images,
         }
+        # 0.1.0 scored 100 objects of a class in an image: its numbers are not those of more.
+        return about if self._max_objects <= MAX_DETECTIONS else about | {"max_objects": self._max_objects}
 
 
 def ceiling_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:

@@ -43,6 +43,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.sizes import area_ranges, describe_sizes
+from solq_lab.evaluation.summary import MAX_DETECTIONS
 from solq_lab.studies.overlaps import Overlaps, measure_overlaps
 from solq_lab.studies.rules import THRESHOLDS, UNMATCHED, average_precision, match_detections
 
@@ -153,6 +154,7 @@ def analyse_errors(
     *,
     area_sides: tuple[float, float] = DEFAULTS.area_sides,
     occlusions: tuple[float, float] = OCCLUSIONS,
+    max_detections: int = MAX_DETECTIONS,
     image_ids: Collection[int] | None = None,
 ) -> ErrorAnalysis:
     """Types every error of a model's results, and measures how much mask AP each type costs.
@@ -164,6 +166,7 @@ def analyse_errors(
             "codec", and "box" ones are those whose boxes have an IoU below t.
         area_sides: square roots of the areas, pixels, between small and medium and between medium and large objects.
         occlusions: shares of an object's box on other objects that part free from touched, and touched from crowded.
+        max_detections: of a class in an image that are scored.
         image_ids: images to analyse. None: all.
 
     Raises:
@@ -179,7 +182,7 @@ def analyse_errors(
     if not isinstance(annotations, GroundTruth):
         annotations = GroundTruth(annotations, keep="all")
     evaluate_results(annotations, results, kinds=("segm",), area_sides=area_sides, image_ids=image_ids)  # checks both
-    overlaps = measure_overlaps(annotations, results, codec, image_ids=image_ids)
+    overlaps = measure_overlaps(annotations, results, codec, max_detections=max_detections, image_ids=image_ids)
 
     objects, detections, (low, high) = overlaps.objects, overlaps.detections, occlusions
     outcomes = {"all": _Outcome(overlaps, np.full(len(objects.ids), True), np.full(len(detections.scores), True))}

@@ -22,11 +22,11 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
+from solq_lab.evaluation.summary import MAX_DETECTIONS
 from solq_lab.studies.rules import THRESHOLDS, UNMATCHED
 
 SAME_OBJECT = 0.1  # box IoU from which a detection is about an object of its class
 SAME_PLACE = 0.5  # box IoU from which it is about an object of another class
-MAX_DETECTIONS = 100  # per image and class; COCO's rule
 _MASKS_AT_ONCE = 256  # decoded together; bounds the memory at N = 256
 
 
@@ -107,6 +107,7 @@ def measure_overlaps(
     results: Sequence[dict],
     codec: MaskCodec | None,
     *,
+    max_detections: int = MAX_DETECTIONS,
     image_ids: Collection[int] | None = None,
 ) -> Overlaps:
     """Overlaps of results with ground truth, and the ones that the codec and the predicted boxes would have allowed.
@@ -116,6 +117,7 @@ def measure_overlaps(
             `evaluate_results` accepts.
         results: COCO results with "bbox" and "segmentation", that it accepts too.
         codec: the codec of the model, on any device; None for a model without one.
+        max_detections: of a class in an image that count, the best ones.
         image_ids: images to measure. None: all.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
@@ -127,20 +129,20 @@ def measure_overlaps(
     parts = [_measure_image(truth, np.arange(0), 0, (1, 1), [], results, classes, codec)]  # types of empty columns
     for image, image_id in enumerate(truth.image_ids.tolist()):
         if image_ids is None or image_id in image_ids:
-            places = _best_of_each_class(results, places_of[image_id])
+            places = _best_of_each_class(results, places_of[image_id], max_detections)
             rows, size = np.arange(*truth.starts[image : image + 2]), truth.size(image)
             parts.append(_measure_image(truth, rows, image_id, size, places, results, classes, codec))
     return Overlaps(*_join(parts), list(classes.names))
 
 
-def _best_of_each_class(results: Sequence[dict], places: list[int]) -> list[int]:
-    """Places of one image's detections, best score first, without those that COCO's limit per class leaves out."""
+def _best_of_each_class(results: Sequence[dict], places: list[int], max_detections: int) -> list[int]:
+    """Places of one image's detections, best score first, at most so many of each class."""
     kept: list[int] = []
     counts: dict[int, int] = defaultdict(int)
     for place in sorted(places, key=lambda place: -results[place]["score"]):
         category_id = results[place]["category_id"]
         counts[category_id] += 1
-        if counts[category_id] <= MAX_DETECTIONS:
+        if counts[category_id] <= max_detections:
             kept.append(place)
     return kept
 

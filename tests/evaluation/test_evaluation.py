@@ -14,10 +14,11 @@ import torch
 from faster_coco_eval.core import mask as faster_rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from rectangles import rectangle, result_of, truth_of
+from rectangles import many_objects, rectangle, result_of, truth_of
 from scipy import ndimage
 
 from solq_lab.codecs.dct import DCTCodec
+from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import UNUSED, ClassMap
 from solq_lab.evaluation.coco import KINDS, evaluate_results
@@ -438,3 +439,48 @@ def test_a_missing_file_and_another_ending_are_named(tmp_path):
         write_results(tmp_path / "results.txt", [])
     with pytest.raises(DataError, match=r"absent\.json"):
         evaluate_results(tmp_path / "absent.json", [])
+
+
+# More than a hundred objects of a class in an image
+
+
+@pytest.mark.parametrize("limit", [30, 100, 120, 500])
+@pytest.mark.parametrize("kind", ["box", "segm"])
+def test_as_many_detections_are_scored_as_pycocotools_scores_with_that_limit(tmp_path, kind, limit):
+    truth, results = many_objects()
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(truth))
+    reference = COCO(str(path))
+    evaluator = COCOeval(
+        reference,
+        reference.loadRes(copy.deepcopy(results)),
+        {"box": "bbox", "segm": "segm"}[kind],
+    )
+    evaluator.params.maxDets = [1, 10, limit]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    precision, recall = evaluator.eval["precision"][:, :, 0, 0, -1], evaluator.eval["recall"][:, 0, 0, :]
+
+    found = evaluate_results(truth, results, kinds=[kind], max_detections=limit)
+    assert found.metrics[f"{kind}.AP"] == pytest.approx(precision.mean(), abs=1e-12)
+    assert found.metrics[f"{kind}.AR10"] == pytest.approx(recall[:, 1].mean(), abs=1e-12)
+    assert found.metrics[f"{kind}.ARs"] == pytest.approx(recall[:, 2].mean(), abs=1e-12)
+    if limit <= 100:
+        assert found.metrics[f"{kind}.AR100"] == found.metrics[f"{kind}.ARs"]
+
+
+def test_the_limit_of_detections_is_named_below_the_table_where_it_is_not_cocos():
+    truth, results = many_objects()
+    standard, wide = (evaluate_results(truth, results, kinds=["box"], max_detections=limit) for limit in (100, 500))
+    assert wide.metrics["box.AP"] > standard.metrics["box.AP"]
+    assert wide.metrics["box.AR100"] == standard.metrics["box.AR100"] < wide.metrics["box.ARs"]
+    assert "detections" not in standard.legend
+    assert wide.legend.endswith("; at most 500 detections of a class in an image")
+    assert Evaluation.from_dict(wide.to_dict()) == wide
+    of_old = {name: value for name, value in standard.to_dict().items() if name != "max_detections"}
+    assert Evaluation.from_dict(of_old) == standard
+
+
+def test_the_ceiling_is_of_the_codec_whatever_the_number_of_objects():
+    ceiling = codec_ceiling(many_objects()[0], FlattenCodec(8, 64))
+    assert ceiling.metrics["segm.IoU"] == ceiling.metrics["segm.AP"] == ceiling.metrics["boundary.AP"] == 1.0

@@ -12,12 +12,18 @@ from oracle_detector import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, OracleDetector, o
 
 from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
-from solq_lab.config import Experiment
+from solq_lab.config import Experiment, change_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import TestResize
 from solq_lab.evaluation import evaluator
-from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run, predict_dataset
+from solq_lab.evaluation.evaluator import (
+    evaluate_model,
+    evaluate_run,
+    inputs_of_scoring,
+    predict_dataset,
+    stored_evaluation,
+)
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.results import read_results
 from solq_lab.evaluation.summary import Evaluation
@@ -90,8 +96,9 @@ def test_a_split_that_lists_fewer_categories_than_the_training_is_scored_on_thos
 
 
 def test_top_k_bounds_the_results_of_an_image(dataset, codec):
-    results, _ = evaluate_model(OracleDetector(dataset, codec), codec, dataset, EvaluationSection(top_k=3))
+    results, evaluation = evaluate_model(OracleDetector(dataset, codec), codec, dataset, EvaluationSection(top_k=3))
     assert len(results) == 3 * NUM_IMAGES
+    assert evaluation.max_detections == 3
 
 
 def test_a_plain_detector_has_box_numbers_only(dataset):
@@ -195,6 +202,20 @@ def test_a_run_is_evaluated_again_only_when_its_weights_change(run, dataset, mon
     run.detections.unlink()
     evaluate_run(run)
     assert used == [1, 1]
+
+
+@pytest.mark.parametrize(("top_k", "again"), [(100, False), (300, True)])
+def test_numbers_of_an_earlier_version_are_used_where_its_limit_of_100_detections_cut_nothing(
+    run, tmp_path, top_k, again
+):
+    experiment = change_experiment(run.experiment, {"evaluation.top_k": top_k}, source="test")
+    inputs = inputs_of_scoring(experiment)
+    numbers = {"metrics": {}, "per_class": {}, "area_sides": [16, 32], "boundary_ratio": 0.05, "images": 1}
+    old = {name: value for name, value in inputs.items() if name in ("settings", "annotations")}
+    (tmp_path / "results.json").write_text(json.dumps(numbers | old))
+    assert (stored_evaluation(tmp_path / "results.json", inputs) is None) == again
+    (tmp_path / "results.json").write_text(json.dumps(numbers | inputs))
+    assert stored_evaluation(tmp_path / "results.json", inputs) is not None
 
 
 def test_the_training_images_are_evaluated_into_files_of_their_own(run, dataset):

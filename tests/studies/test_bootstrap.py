@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 from pycocotools import mask as coco_rle
-from rectangles import HEIGHT, WIDTH, result_of, truth_of
+from rectangles import HEIGHT, WIDTH, many_objects, result_of, truth_of
 from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.evaluation.coco import evaluate_results
@@ -51,6 +51,14 @@ def repeated(truth: dict, results: list[dict], counts: list[int]) -> tuple[dict,
                 annotations.append(entry | {"image_id": new, "id": len(annotations) + 1})
             found += [result | {"image_id": new} for result in results if result["image_id"] == image["id"]]
     return truth | {"images": images, "annotations": annotations}, found
+
+
+@pytest.mark.parametrize("limit", [60, 100, 500])
+def test_as_many_detections_count_as_the_evaluation_scores(limit):
+    truth, results = many_objects()
+    expected = evaluate_results(truth, results, kinds=["segm"], max_detections=limit).metrics["segm.AP"]
+    (row, *_) = compare_results(truth, results, results, kinds=["segm"], draws=5, max_detections=limit).differences
+    assert row.first == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["box", "segm", "boundary"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rectangles import HEIGHT, WIDTH, rectangle, result_of, rle_of, truth_of
+from rectangles import HEIGHT, WIDTH, many_objects, rectangle, result_of, rle_of, truth_of
 from torch import Tensor
 
 from solq_lab.codecs.base import MaskCodec
@@ -266,6 +266,14 @@ def test_on_photographs_ap_is_cocos_and_repairs_add_up(golden_root: Path, coco_t
     reference = evaluate_results(annotations, results, kinds=("segm",)).metrics
     for group, number in (("all", "AP"), ("small", "APs"), ("medium", "APm"), ("large", "APl")):
         assert analysis.groups[group].ap == pytest.approx(reference[f"segm.{number}"], abs=1e-9)
+
+
+@pytest.mark.parametrize("limit", [60, 100, 500])
+def test_as_many_detections_are_typed_as_the_evaluation_scores(limit):
+    truth, results = many_objects()
+    expected = evaluate_results(truth, results, kinds=["segm"], max_detections=limit).metrics["segm.AP"]
+    analysis = analyse_errors(truth, results, DCTCodec(16, 30), max_detections=limit)
+    assert analysis.groups["all"].ap == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_class_without_objects_has_no_ap():
