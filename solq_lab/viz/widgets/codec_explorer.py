@@ -217,7 +217,7 @@ class CodecExplorer:
         worst = self.lab.worst(setting, GALLERY, least_side=self.least_side.value)
         rows = 2
         across = GALLERY // rows
-        title = gallery_title(setting, len(worst))
+        title = gallery_title(setting, len(worst)).replace("n_k", "$n_k$")
         figure, axes = new_figure(rows, across, size=(11.8, 5.4), title=title)
         for place in axes.flat:
             hide_axes(place)
