@@ -16,7 +16,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.masks import encode_rle, paste_to_rle
 from solq_lab.structures import Detections, ImageMasks, LayerPrediction, unpadded_sizes
 
-PIXELS_PER_CHUNK = 2**22  # mask pixels decoded at once: 256 masks of 128 x 128, 16 MiB in float32
+PIXELS_PER_CHUNK = 2**22  # mask pixels at once, or one mask: 256 of 128 x 128, 16 MiB in float32
 
 
 @torch.no_grad()
@@ -105,8 +105,9 @@ def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[in
     ((height, width),) = unpadded_sizes(padding.unsqueeze(0)).tolist()
     logits = masks.logits[image, distinct.to(masks.logits.device, non_blocking=True)].unsqueeze(1)  # (k, 1, h, w)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    pixels = max(padding.numel(), size[0] * size[1])  # a photograph has many more than the network's input
     rles = []
-    for some in logits.split(max(1, PIXELS_PER_CHUNK // padding.numel())):
+    for some in logits.split(max(1, PIXELS_PER_CHUNK // pixels)):
         upsampled = F.interpolate(some, size=padding.shape, mode="bilinear")
         inside = (upsampled[..., :height, :width] > 0).byte()  # a sigmoid above one half
         rles += encode_rle(F.interpolate(inside, size=size).squeeze(1).bool())  # nearest

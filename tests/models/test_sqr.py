@@ -25,6 +25,7 @@ from solq_lab.config import ConfigError
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import ReleasedAugmentation
 from solq_lab.files import read_json
+from solq_lab.inference import postprocess as postprocessing
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import crop_and_resize, decode_rle
@@ -275,6 +276,23 @@ def test_a_mask_is_cut_to_its_image_and_brought_to_the_original_size():
     assert torch.equal(found[1], expected)
     second.masks[0]["counts"] = b""
     assert second.masks[1]["counts"] != b""
+
+
+def test_masks_of_a_photograph_are_brought_to_its_size_a_few_at_a_time(monkeypatch):
+    size, at_once = (1500, 2000), []
+
+    def encode(masks: torch.Tensor, _real=postprocessing.encode_rle) -> list[dict]:
+        at_once.append(masks.numel())
+        return _real(masks)
+
+    monkeypatch.setattr(postprocessing, "encode_rle", encode)
+    logits = torch.randn(1, 10, 8, 8)
+    masks = ImageMasks(logits, torch.zeros(1, 32, 32, dtype=torch.bool))
+    prediction = LayerPrediction(torch.zeros(1, 10, 1), torch.full((1, 10, 4), 0.5), None, masks)
+    [found] = postprocess(prediction, [size], None, top_k=10, class_names=["a"])
+    assert max(at_once) <= postprocessing.PIXELS_PER_CHUNK
+    whole = F.interpolate((F.interpolate(logits[0, :, None], (32, 32), mode="bilinear") > 0).byte(), size)[:, 0].bool()
+    assert torch.equal(decode_rle(found.masks), whole[found.queries])
 
 
 # Settings
