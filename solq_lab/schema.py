@@ -381,9 +381,8 @@ class Experiment(Section):
             raise ConfigError(f"split {split!r}: allowed are 'val' and 'train'")
         if split == "val":
             return self
-        images, annotations = self.data.train_images, self.data.train_annotations
-        data = self.data.model_copy(update={"val_images": images, "val_annotations": annotations})
-        return self.model_copy(update={"data": data})
+        train = {"val_images": self.data.train_images, "val_annotations": self.data.train_annotations}
+        return self.model_copy(update={"data": self.data.model_copy(update=train)})
 
     def to_yaml(self) -> str:
         """The experiment as YAML that `load_experiment` reads back unchanged."""

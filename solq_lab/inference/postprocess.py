@@ -53,6 +53,7 @@ def postprocess(
     for image, size in enumerate(original_sizes):
         if not (scores[image].isfinite().all() and boxes[image].isfinite().all()):
             raise ValueError(f"image {image} of the batch: scores or boxes are not finite; the weights have diverged")
+
         masks = None
         if prediction.masks is not None:
             masks = cut_out_masks(prediction.masks, image, queries[image], size)

@@ -121,12 +121,14 @@ class SwinBackbone(Backbone):
             import timm
         except ImportError:
             raise ImportError(f"backbone {name} needs timm; install it with: pip install 'solq-lab[swin]'") from None
+
         timm_name, drop_path = _look_up(name, SWINS)
         body: Any = timm.create_model(  # its layers have no declared types
             timm_name, num_classes=0, drop_path_rate=drop_path, strict_img_size=False, always_partition=True
         )
         self.patch_embed, self.layers = body.patch_embed, body.layers
         self.window: int = self.layers[0].blocks[0].window_size[0]
+
         width = body.embed_dim[0] if isinstance(body.embed_dim, list | tuple) else body.embed_dim
         returned = (3,) if c5_only else (1, 2, 3)
         self.strides = tuple(4 * 2**stage for stage in returned)

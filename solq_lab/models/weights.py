@@ -205,6 +205,7 @@ def _load_pickle(path: Path) -> Any:
             f"{path}: rejected, {found}; nothing in it was executed. Allowed are tensors, plain values and an "
             "argparse.Namespace; save the state dict alone with torch.save and give that"
         ) from None
+
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise WeightMismatch(
             f"{path}: not a checkpoint, or cut short ({type(error).__name__}); allowed are files that torch.save wrote"
@@ -386,10 +387,7 @@ def _without_standardising(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state)
     plain = {name: tensor for name, tensor in state.items() if ".vector.vector_" not in name}
     last = "heads.0.vector.layers.2."
-    folded = {
-        "weight": plain[f"{last}weight"] * std.unsqueeze(1),
-        "bias": plain[f"{last}bias"] * std + mean,
-    }
+    folded = {"weight": plain[f"{last}weight"] * std.unsqueeze(1), "bias": plain[f"{last}bias"] * std + mean}
     return {
         name: folded[name.rpartition(".")[2]] if ".vector.layers.2." in name else tensor
         for name, tensor in plain.items()

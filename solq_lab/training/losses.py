@@ -173,6 +173,7 @@ class SetCriterion(nn.Module):
         boxes = torch.cat([target.boxes for target in targets])
         if self.codec is None:
             return Objects(labels, boxes, None, None)
+
         by_image = []
         for target in targets:
             found = None if target.masks is None else tuple(target.masks.shape)
@@ -180,6 +181,7 @@ class SetCriterion(nn.Module):
             if target.masks is None or found != allowed:
                 raise ValueError(f"image {target.image_id}: masks {found} do not fit the codec, which wants {allowed}")
             by_image.append(target.masks)
+
         for index, layer in enumerate(predictions.layers):
             length, expected = None if layer.vectors is None else layer.vectors.shape[-1], self.codec.vector_dim
             if length != expected:
@@ -187,6 +189,7 @@ class SetCriterion(nn.Module):
                     f"decoder layer {index} predicts vectors of length {length}, the codec has {expected}; "
                     "build the model with the codec's vector_dim"
                 )
+
         masks = torch.cat(by_image)
         with torch.no_grad():
             return Objects(labels, boxes, masks, self.codec.encode(masks))

@@ -113,6 +113,7 @@ class HungarianMatcher:
         images = _image_of_object([len(target.labels) for target in targets])
         images = images.to(device, non_blocking=True)  # the host does not wait for the forward pass yet
         labels = torch.cat([target.labels for target in targets])
+
         with torch.autocast(device.type, enabled=False):
             by_layer = [layer.logits[images, :, labels] for layer in predictions.layers]  # each (K, J)
             if predictions.proposals is not None:
@@ -120,6 +121,7 @@ class HungarianMatcher:
             logits = torch.cat(by_layer, dim=1)
             boxes = torch.cat([layer.boxes for layer in _all_layers(predictions)], dim=1)  # (B, Z*J, 4)
             truth = torch.cat([target.boxes for target in targets])[:, None]  # (K, 4) -> (K, 1, 4)
+
             dtype = torch.promote_types(logits.dtype, torch.float32)
             boxes, truth = boxes.to(dtype), truth.to(dtype)
             corners, true_corners = _rows(cxcywh_to_xyxy(boxes), images), cxcywh_to_xyxy(truth)

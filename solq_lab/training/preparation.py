@@ -43,14 +43,16 @@ def measure_start(
         if run.experiment.model.standardise_vectors:
             model.set_vector_statistics(*vector_statistics(vectors))
         line["plateau"] = {"vector": vector_plateau(vectors)}
+
     if trained is not None:  # after the statistics: the weights of its vector heads are converted to the new units
         lines = start_from_trained(model, codec, train_set.classes.names, trained)
         run.record_environment({"finetuned": {"from": run.experiment.train.finetune_from, "lines": lines}})
+
     if codec is not None:
         ceiling = run_ceiling(run)
         assert ceiling is not None  # only a plain detector has none
         line["ceiling"] = ceiling.to_dict()["metrics"]
-        log.info("the mask code alone allows, on the validation split:\n%s", ceiling.table())
+        log.info("the codec alone allows, on the validation split:\n%s", ceiling.table())
         log.info("predicting the median vector gives a vector loss of %.3f", line["plateau"]["vector"])
     return line
 

@@ -85,6 +85,13 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def interrupted_by(stop: StopRequest) -> contextlib.AbstractContextManager[None]:
+    """Within, a stop signal interrupts the evaluation of a single process; several stop together between images."""
+    from solq_lab import distributed  # loads torch, before which the handlers are set
+
+    return stop.at_once() if distributed.world_size() == 1 else contextlib.nullcontext()
+
+
 def end_children() -> None:
     """Kill every process that this one has started or adopted."""
     deadline = time.monotonic() + SECONDS_TO_DIE

@@ -44,7 +44,7 @@ from solq_lab.training.optim import (
     set_learning_rate,
 )
 from solq_lab.training.preparation import describe_training, log_start, measure_start
-from solq_lab.training.signals import Stopped, StopRequest
+from solq_lab.training.signals import Stopped, StopRequest, interrupted_by
 from solq_lab.training.step import (
     Batch,
     StepResult,
@@ -96,6 +96,7 @@ def _train_locked(run: Run, stop: StopRequest) -> State:
     if run.status()["state"] == "finished":
         log.info("%s is finished; remove the folder to train it anew", run.folder)
         return "finished"
+
     try:
         with stop.at_once():
             trainer = Trainer(run)
@@ -310,7 +311,7 @@ class Trainer:
         """Evaluate the model, averaged if it is; Stopped or EvaluationStopped on a signal leave all as before."""
         distributed.copy_from_main(self.model.buffers())  # batch norms saw different images in their last step
         averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
-        with averaged, as_written(), rng.random_state_kept(self.device), _interrupted_by(stop):
+        with averaged, as_written(), rng.random_state_kept(self.device), interrupted_by(stop):
             _, evaluation = evaluate_model(
                 self.model,
                 self.criterion.codec,
@@ -320,6 +321,7 @@ class Trainer:
                 workers=self.experiment.data.workers,
                 should_stop=lambda: stop.received is not None,
             )
+
         if distributed.is_main():
             self.metrics.write_evaluation(self.step, evaluation)
         distributed.wait_for_all()
@@ -335,6 +337,7 @@ class Trainer:
             "journal": self.metrics.state_dict(),
             "random": distributed.gather_objects(rng.random_state(self.device)),
         }
+
         if distributed.is_main():
             if self.run.metrics_file.exists():  # not to lose lines that a resumed training would not write again
                 flush_to_disk(self.run.metrics_file)
@@ -373,7 +376,7 @@ class Trainer:
             weights = self.model.state_dict() if self.average is None else self.average.state_dict()
             save_weights(self.run.weights, weights, codec=self._codec_tables(), **self._metadata())
         distributed.wait_for_all()
-        with _interrupted_by(stop):
+        with interrupted_by(stop):
             evaluation = evaluate_run(self.run, device=self.device, should_stop=lambda: stop.received is not None)
         if distributed.is_main():
             if not self.metrics.has_evaluation(self.step):
@@ -393,8 +396,3 @@ class Trainer:
         hidden = not (distributed.is_main() and sys.stderr.isatty())
         steps, done = range(self.step + 1, self.total_steps + 1), self.step
         return tqdm(steps, total=self.total_steps, initial=done, desc=self.run.name, unit="step", disable=hidden)
-
-
-def _interrupted_by(stop: StopRequest) -> contextlib.AbstractContextManager[None]:
-    """Within, a stop signal interrupts the evaluation of a single process; several stop together between images."""
-    return stop.at_once() if distributed.world_size() == 1 else contextlib.nullcontext()

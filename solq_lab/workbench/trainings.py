@@ -109,6 +109,7 @@ def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
             show(progress.read())
             if alive:
                 time.sleep(interval)
+
     if run.status()["state"] != "finished":
         raise diagnose_exit(run)
     return run

@@ -178,6 +178,7 @@ def _translate(graph: DetectionGraph, example: tuple[Tensor, ...], shapes: dict[
     """The graph as ONNX, traced with example inputs; `shapes` names their free sides."""
     for chatty in ("onnxscript", "onnx_ir"):  # a line for every node that they simplify, a warning for others
         logging.getLogger(chatty).setLevel(logging.ERROR)
+
     program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
     program = program.run_decompositions({torch.ops.solq_lab.ms_deform_attn.default: _sample_plainly})
     written = torch.onnx.export(

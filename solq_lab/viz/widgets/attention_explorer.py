@@ -52,6 +52,7 @@ class AttentionExplorer:
         """
         if len(dataset) == 0:
             raise ValueError("the data set has no images to explore")
+
         self._predictor, self._dataset = predictor, dataset
         self._look = lru_cache(16)(lambda index: predict_with_attention(predictor, self._pixels(index)))
         self._clickable_pixels = lru_cache(16)(self._draw_clickable)
@@ -59,6 +60,7 @@ class AttentionExplorer:
         self.message = ""
         self._status = widgets.HTML()
         self._callbacks = Callbacks(self._report)
+
         self._make_controls(score)
         self.clickable = ClickableImage(WIDTH, self._click)
         self.panels = widgets.Image(
@@ -101,6 +103,7 @@ class AttentionExplorer:
         chosen = -1 if self.object.value is None else self.object.value
         size = tuple(self._pixels(self.image.value).shape[:2])
         self.clickable.show(self._clickable_pixels(self.image.value, self.score.value), found, size=size, chosen=chosen)
+
         try:
             drawn = self.figure()
         except ValueError as reason:
@@ -130,6 +133,7 @@ class AttentionExplorer:
             readout_format=".2f",
             layout=widgets.Layout(width="340px"),
         )
+
         self.object = widgets.Dropdown(description="object", layout=narrow)
         self.layer = self._make_list("layer", model.decoder_layers, layout=narrow)
         self.layer.value = model.decoder_layers - 1
@@ -137,6 +141,7 @@ class AttentionExplorer:
         self.level = self._make_list("level", model.levels, layout=narrow)
         self._choices = {"layer": self.layer, "head": self.head, "level": self.level}
         self.close_up = widgets.Checkbox(value=True, description="close-up", indent=False)
+
         self._callbacks.on_change(self._choose_image, self.image, self.score)
         self._callbacks.on_change(self.update, self.object, *self._choices.values(), self.close_up)
 

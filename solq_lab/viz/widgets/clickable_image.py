@@ -68,6 +68,7 @@ class ClickableImage:
             place = widgets.Layout(
                 left=f"{x0:.2f}%", top=f"{y0:.2f}%", width=f"{x1 - x0:.2f}%", height=f"{y1 - y0:.2f}%"
             )
+
             button = widgets.Button(tooltip=f"object {row + 1}: {name}", layout=place)
             button.add_class("solq-object")
             if row == chosen:

@@ -92,6 +92,7 @@ class CodecCache:
                 f"{codec.mask_size} x {codec.mask_size} pixels were looked at, and at most {MAX_COMPONENTS} components "
                 f"are kept. Lower n_k to {most}"
             )
+
         key = ("pca", codec.mask_size, most)
         if key not in self._codecs:
             self._codecs[key] = self._fitted(PCACodec(codec.mask_size, most), "pca")

@@ -90,6 +90,7 @@ class CodecExplorer:
             raise ValueError(
                 f"vector_dim {vector_dim} does not fit mask_size {mask_size}: allowed are 1..{mask_size**2}"
             )
+
         self.lab = CodecLab(splits, Path(cache), boundary_ratio=boundary_ratio, report=self._report)
         self.message = ""
         self._quiet = False
@@ -97,6 +98,7 @@ class CodecExplorer:
         self._make_controls(list(splits), method, mask_size, vector_dim)
         self._live_panels = {panel: LivePanel(panel) for panel in TABLE}
         self._numbers, self._status = widgets.HTML(), widgets.HTML()
+
         self._worst: list[ScoredObject] = []
         self._searched: Setting | None = None  # what the gallery was made with
         self._thumbnails = [widgets.Image(format="png", layout={"width": "100%"}) for _ in range(GALLERY)]
@@ -104,6 +106,7 @@ class CodecExplorer:
         self._buttons = [self._gallery_button(place) for place in range(GALLERY)]
         self._gallery_note = widgets.HTML()
         self._gallery_grid = self._lay_out_gallery()
+
         self.widget = self._lay_out()
         self.lab.folder(self.data_set.value)  # the first has to be usable
         self._choose_data_set()
@@ -156,6 +159,7 @@ class CodecExplorer:
         if setting is None:
             self._gallery_note.value = "This image has no object; choose one to say which codec is meant."
             return
+
         self._gallery_note.value = "Looking ..."
         try:
             self._worst = self.lab.worst(setting, GALLERY, least_side=self.least_side.value)
@@ -164,6 +168,7 @@ class CodecExplorer:
         else:
             self._searched = setting
             self._gallery_note.value = gallery_title(setting, len(self._worst))
+
         for place in range(GALLERY):
             shown = place < len(self._worst)
             self._buttons[place].layout.visibility = "visible" if shown else "hidden"
@@ -268,12 +273,14 @@ class CodecExplorer:
             (self.rule, self.error, self.terms),
         )
         controls = widgets.HBox([widgets.VBox(column, layout=third) for column in columns])
+
         panels = []
         for panel, live in self._live_panels.items():
             row, column = TABLE[panel]
             live.image.layout.grid_area = f"{row + 1} / {column + 1} / auto / span {panel.columns}"
             panels.append(live.image)
         grid = widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns="repeat(5, 1fr)", width="100%"))
+
         self._status.layout.min_height = "24px"
         line = widgets.HBox([self.play, self.compare, self._status])
         search = widgets.HBox([self.search, self.least_side, self._gallery_note])

@@ -203,6 +203,7 @@ class CodecLab:
             vector = self._vector(data_set, row, method, mask_size, counts[-1])
             kept = torch.arange(len(vector)) < torch.tensor(counts)[:, None]  # (K, D)
             return decode_ious(item, target, vector * kept, cache.codec(method, mask_size, counts[-1]), rule)
+
         return [
             decode_ious(
                 item,

@@ -139,6 +139,7 @@ class Vector(Panel):
         kept = np.full(len(values), PALE)
         kept[: setting.vector_dim] = GREY
         kept[view.order[: setting.terms].numpy()] = CODEC_COLOURS[setting.method]
+
         heights = values.copy()
         heights[: setting.vector_dim] = np.where(
             kept[: setting.vector_dim] == GREY, heights[: setting.vector_dim], view.reconstruction.received.numpy()
@@ -148,6 +149,7 @@ class Vector(Panel):
         bars[:, 1, 1] = heights
         self._bars.set_segments(list(bars))
         self._bars.set_color(kept.tolist())
+
         order = {"dct": ", in zig-zag order", "pca": ", by component", "sparse": ", by atom", "flatten": ", by pixel"}
         kind = "coefficients" if setting.vector_dim > 1 else "coefficient"
         self.axes.title.set_text(f"{setting.vector_dim} {kind}{order[setting.method]}")
@@ -184,14 +186,17 @@ class Curves(Panel):
         axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 784]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
         look: dict[str, Any] = {"marker": ".", "markersize": 4.5, "linewidth": 1.4}
         self._lines = {name: axes.plot([], [], color=CODEC_COLOURS[name], **look)[0] for name in CODEC_COLOURS}
         self._guide = axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
+
         (self._here,) = axes.plot([], [], marker="o", markersize=9, markeredgecolor="black", linestyle="none")
         self._here.set_clip_on(False)
         self._number = axes.text(1, 1, "", fontsize=10, fontweight="bold")
         self._number.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0})
-        axes.legend(self._lines.values(), map(CODEC_NAMES.get, self._lines), loc="lower right", ncols=2)
+
+        axes.legend(self._lines.values(), [CODEC_NAMES[name] for name in self._lines], loc="lower right", ncols=2)
         self.moving = [self._guide, *self._lines.values(), self._here, self._number]
 
     def depends_on(self, view: View) -> Hashable:

@@ -55,11 +55,13 @@ class DetectionExplorer:
             raise ValueError(f"{len(predictors)} models: allowed are one, or two with a wipe between them")
         if len(dataset) == 0:
             raise ValueError("the data set has no images to explore")
+
         self._predictors, self._dataset = dict(predictors), dataset
         self._status = widgets.HTML()
         self._callbacks = Callbacks(self._report)
         self._find = lru_cache(64)(self._predict)
         self._draw = lru_cache(64)(self._draw_objects)
+
         self.image = widgets.BoundedIntText(value=0, min=0, max=len(dataset) - 1, description="image")
         self.score = widgets.FloatSlider(
             value=score, min=MIN_SCORE, max=0.95, step=0.05, description="score", readout_format=".2f"
@@ -68,10 +70,12 @@ class DetectionExplorer:
         wide = widgets.Layout(width=f"{WIDTH}px", margin="0")
         self.wipe = widgets.FloatSlider(value=0.5, min=0, max=1, step=0.01, readout=False, layout=wide)
         self.wipe.tooltip = "the line between the two models"
+
         self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in predictors}
         self.clickable = ClickableImage(WIDTH, self._turn_off)
         self._columns = {name: widgets.VBox(layout=widgets.Layout(min_width="170px")) for name in predictors}
         self.widget = self._lay_out()
+
         self._callbacks.on_change(self._choose, self.image, self.score)
         self._callbacks.on_change(self.update, self.truth, self.wipe)
         self._choose()

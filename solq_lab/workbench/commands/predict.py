@@ -92,6 +92,7 @@ def _find_images(given: list[Path], out: Path, *, recursive: bool) -> list[Path]
             if not inside:
                 hint = "" if recursive else "; --recursive looks into its folders too"
                 raise UserError(f"{path}: no images in this folder ({', '.join(sorted(SUFFIXES))}){hint}")
+
         for file in inside:
             found.setdefault(os.path.abspath(file), file)
     return list(found.values())
