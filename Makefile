@@ -8,7 +8,7 @@ STAMP := .venv/installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # Every worker keeps one core busy; tests of one file stay together, for they share what they made.
-PYTEST := $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/pytest -n auto --dist loadfile
 
 .PHONY: help demo test test-slow test-browser lab bench lint install clean
 

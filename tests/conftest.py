@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from solq_lab.workbench import cli
@@ -15,6 +16,12 @@ from solq_lab.workbench import cli
 REPOSITORY = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: more threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker per core, at most eight, and as far as memory reaches: the tests of one hold up to 4 GiB."""
+    return max(1, min(os.cpu_count() or 1, 8, psutil.virtual_memory().total // (5 << 30)))
 
 
 def golden_folder() -> Path:
