@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from solq_lab.errors import did_you_mean
 from solq_lab.plain_yaml import load_yaml
-from solq_lab.schema import NAME, ConfigError, Experiment, Section
+from solq_lab.schema import Experiment
+from solq_lab.sections import NAME, ConfigError, Section
 
 Schema = TypeVar("Schema", bound=Section)
 

@@ -36,7 +36,8 @@ from solq_lab.config import ConfigError, Experiment, read_yaml, validate_experim
 from solq_lab.environment import describe_software
 from solq_lab.errors import UserError
 from solq_lab.files import read_json, write_json, write_text
-from solq_lab.schema import Role, keys_with
+from solq_lab.schema import keys_with
+from solq_lab.sections import Role
 
 log = logging.getLogger(__name__)
 

@@ -6,58 +6,15 @@ Loads without torch.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from enum import Enum
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.data.kinds import AUGMENTATIONS
-from solq_lab.errors import UserError
 from solq_lab.models.kinds import BACKBONES
-
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, sweeps and their rows: folders and files are called so
-
-
-class Role(Enum):
-    """What a key means to code that compares, shares or adapts experiments; stands in the annotation of its field."""
-
-    MAY_CHANGE = "in a run that is not finished: it concerns cost or robustness, not what the model learns"
-    MACHINE = "of the machine; experiments that differ in it alone have the same results"
-    START = "a file that a training starts from"
-    ADAPTED = "key of the network that fine-tuning adapts; all others have to be those of the trained weights"
-
-
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home folder
-
-
-class ConfigError(UserError):
-    """An experiment that cannot be used: the message names file and key, what was found and what is allowed."""
-
-
-class Section(BaseModel):
-    """Base class: unknown keys are rejected, values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _one_of(name: str, known: Iterable[str]) -> str:
-    """`name`, where it is known. Raises ValueError with the names that are."""
-    if name not in known:
-        raise ValueError(f"allowed are {', '.join(map(repr, known))}")
-    return name
+from solq_lab.sections import NAME, ConfigError, PathText, Role, Section, one_of
 
 
 class ModelSection(Section):
@@ -92,7 +49,7 @@ class ModelSection(Section):
     @field_validator("backbone")
     @classmethod
     def _backbone_exists(cls, name: str) -> str:
-        return _one_of(name, BACKBONES)
+        return one_of(name, BACKBONES)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelSection:
@@ -138,7 +95,7 @@ class CodecSection(Section):
     @field_validator("kind")
     @classmethod
     def _kind_exists(cls, name: str) -> str:
-        return _one_of(name, [*CODECS, "none"])
+        return one_of(name, [*CODECS, "none"])
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> CodecSection:
@@ -164,6 +121,9 @@ class MatcherSection(Section):
     giou_cost: float = Field(2.0, ge=0)
 
 
+NO_VECTORS = ("codec", "raw", 0.0)  # vector_kind, vector_units, decoded_dice_weight of a model without a codec
+
+
 class LossSection(Section):
     """Weights of eq. 2 and eq. 5."""
 
@@ -175,6 +135,13 @@ class LossSection(Section):
     vector_normalisation: Literal["mean", "num_boxes"] = Field(
         "mean", description="mean over pairs and coefficients (released models), or sum over both / number of boxes"
     )
+    vector_kind: Literal["codec", "l1", "smooth_l1", "l2"] = Field(
+        "codec", description="distance of vectors; codec: the one its paper trains it with"
+    )
+    vector_units: Literal["raw", "std"] = Field(
+        "raw", description="std: every coefficient over its standard deviation; needs model.standardise_vectors"
+    )
+    decoded_dice_weight: float = Field(0.0, ge=0, description="dice loss of decoded masks, beside the vector loss")
     mask_weight: float = Field(1.0, ge=0, description="focal loss of the mask branch's pixels (released)")
     dice_weight: float = Field(1.0, ge=0, description="dice loss of the mask branch (released)")
     focal_alpha: float = Field(0.25, ge=0, le=1)
@@ -222,7 +189,7 @@ class DataSection(Section):
     @field_validator("augment")
     @classmethod
     def _augmentation_exists(cls, name: str) -> str:
-        return _one_of(name, AUGMENTATIONS)
+        return one_of(name, AUGMENTATIONS)
 
     @model_validator(mode="after")
     def _sizes_ascend(self) -> DataSection:
@@ -332,6 +299,18 @@ class Experiment(Section):
             raise ValueError(
                 f"model.mask_branch {self.model.mask_branch} and codec.kind {self.codec.kind} would both make masks; "
                 "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
+            )
+
+        loss = self.loss
+        if self.codec.kind == "none" and (loss.vector_kind, loss.vector_units, loss.decoded_dice_weight) != NO_VECTORS:
+            raise ValueError(
+                f"loss.vector_kind {loss.vector_kind}, loss.vector_units {loss.vector_units} and "
+                f"loss.decoded_dice_weight {loss.decoded_dice_weight:g} concern mask vectors, and codec.kind is none; "
+                "leave them out, or choose a codec"
+            )
+        if loss.vector_units == "std" and not self.model.standardise_vectors:
+            raise ValueError(
+                "loss.vector_units std needs model.standardise_vectors: true, which measures the standard deviations"
             )
 
         if self.train.finetune_from and self.model.pretrained not in ("imagenet", "none"):

@@ -68,7 +68,7 @@ class LeftHalf:
 
 def center_loss(layers: MatchedLayers) -> Tensor:
     """A toy loss: squared distance (Z,) of matched centres."""
-    return (layers.boxes[..., :2] - layers.true_boxes[..., :2]).square().sum((1, 2)) / layers.count
+    return (layers.boxes[..., :2] - layers.true_boxes[..., :2]).square().sum((1, 2)) / layers.divisor
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "solq_lab"
-MAX_LINES = 27_600  # of the whole package
+MAX_LINES = 27_700  # of the whole package
 MAX_TEST_LINES = 22_300
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without the docstring

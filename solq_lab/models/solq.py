@@ -221,6 +221,13 @@ class SOLQ(Checkpointed):
         query_pos, queries = encoded.chunk(2, dim=-1)
         return queries, query_pos, reference, proposals
 
+    @property
+    def vector_std(self) -> Tensor | None:
+        """The buffer (D,) of `set_vector_statistics`; None in a model that does not standardise its vectors."""
+        first = self.heads[0]
+        assert isinstance(first, UnifiedQueryHead)
+        return first.vector.vector_spread if first.vector is not None and first.vector.standardise else None
+
     def set_vector_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Set mean and std, each (D,), of the training vectors in a model built with `standardise_vectors`.
 

@@ -24,7 +24,8 @@ from solq_lab.inference.predictor import find_weights, read_trained
 from solq_lab.models.heads import VectorMLP
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import WeightFile, WeightMismatch
-from solq_lab.schema import Experiment, ModelSection, Role, keys_with
+from solq_lab.schema import Experiment, ModelSection, keys_with
+from solq_lab.sections import Role
 
 log = logging.getLogger(__name__)
 

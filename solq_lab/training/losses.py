@@ -71,7 +71,7 @@ class SetCriterion(nn.Module):
     Everything is computed in float32 at least, outside autocast.
 
     Args:
-        codec: gives the target vectors, and by its `loss` the kind of vector loss; None for a plain detector.
+        codec: gives the target vectors, and by its `loss` the default kind of vector loss; None for a plain detector.
         matcher: assigns queries to objects.
         class_weight: weight of the focal loss.
         l1_weight: weight of the L1 box loss.
@@ -79,7 +79,12 @@ class SetCriterion(nn.Module):
         vector_weight: weight of the vector loss, lambda_vec.
         vector_layers: how many of the last decoder layers have a vector loss (table 3c); at least one.
         vector_normalisation: of the "l1" vector loss: "mean" over pairs and coefficients, as the released models were
-            trained, or "num_boxes", the sum over both by the number of boxes. "l2_dice" always does the latter.
+            trained, or "num_boxes", the sum over both by the number of boxes. "l2" and "l2_dice" always take the mean
+            over coefficients and the sum over pairs by the number of boxes.
+        vector_kind: "codec", or "l1", "smooth_l1", "l2" instead of the codec's own loss.
+        vector_units: "raw", or "std": differences are divided by `vector_std`.
+        decoded_dice_weight: weight of the dice loss "vector_dice" of decoded vectors; 0: no such loss.
+        vector_std: standard deviations (D,) of the training vectors, for units of "std"; kept as it is, not copied.
         mask_weight: weight of the mask branch's focal loss over pixels.
         dice_weight: weight of the mask branch's dice loss.
         focal_alpha: share of the positive term in both focal losses.
@@ -104,6 +109,10 @@ class SetCriterion(nn.Module):
         dice_weight: float,
         focal_alpha: float,
         focal_gamma: float,
+        vector_kind: Literal["codec", "l1", "smooth_l1", "l2"] = "codec",
+        vector_units: Literal["raw", "std"] = "raw",
+        decoded_dice_weight: float = 0.0,
+        vector_std: Tensor | None = None,
     ) -> None:
         super().__init__()
         if vector_normalisation not in ("mean", "num_boxes"):
@@ -112,6 +121,8 @@ class SetCriterion(nn.Module):
             raise ValueError(f"vector_layers {vector_layers}: allowed is 1 (the last layer alone) or more")
         if codec is not None and codec.loss not in ("l1", "l2_dice"):
             raise ValueError(f"{type(codec).__name__}.loss {codec.loss!r}: allowed are 'l1' and 'l2_dice'")
+        if vector_units == "std" and vector_std is None:
+            raise ValueError("vector_units 'std' needs vector_std, of a model built with standardise_vectors")
         self.codec = codec
         self.matcher = matcher
         self.weights = {"class": class_weight, "l1": l1_weight, "giou": giou_weight, "vector": vector_weight}
@@ -120,8 +131,12 @@ class SetCriterion(nn.Module):
         self.terms = {"class": self._class_loss, "l1": self._l1_loss, "giou": self._giou_loss}
         if codec is not None:
             self.terms["vector"] = self._vector_loss
+        if codec is not None and decoded_dice_weight > 0:
+            self.terms["vector_dice"], self.weights["vector_dice"] = self._decoded_dice_loss, decoded_dice_weight
         self.vector_layers = vector_layers
         self.vector_normalisation = vector_normalisation
+        self.vector_kind = codec.loss if codec is not None and vector_kind == "codec" else vector_kind
+        self.vector_std = vector_std if vector_units == "std" else None  # the model's own buffer, on its device
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
 
@@ -224,25 +239,44 @@ class SetCriterion(nn.Module):
 
     def _vector_loss(self, layers: MatchedLayers) -> Tensor:
         """Distance of matched mask vectors in the last `vector_layers` layers, a tensor of that length."""
-        depth, objects, codec = len(layers.vectors), layers.objects, self.codec
-        assert codec is not None  # no such term without one
-        assert objects.masks is not None
-        assert objects.vectors is not None
-        matching = layers.matching._replace(
-            queries=layers.matching.queries[-depth:], objects=layers.matching.objects[-depth:]
-        )
-        vectors = _at_least_float32(_matched(torch.stack(layers.vectors), matching))  # (Z, B, J, D) -> (Z, T, D)
-        truth = objects.vectors[matching.objects].to(vectors.dtype)
-        if codec.loss == "l2_dice":
-            decoded = codec.decode(vectors.flatten(0, 1)).flatten(1)  # (Z, T, D) -> (Z*T, N*N)
-            masks = objects.masks[matching.objects].flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
-            dice = dice_loss(decoded, masks.to(decoded.dtype)).view(truth.shape[:2])  # (Z, T)
-            return ((vectors - truth).square().sum((1, 2)) / codec.vector_dim + dice.sum(1)) / layers.divisor
+        assert self.codec is not None  # no such term without one
+        assert layers.objects.vectors is not None
+        vectors, rows = self._matched_vectors(layers)
+        difference = vectors - layers.objects.vectors[rows].to(vectors.dtype)  # (Z, T, D)
+        if self.vector_std is not None:
+            difference = difference / self.vector_std
 
-        distance = (vectors - truth).abs().sum((1, 2))  # (Z,)
+        if self.vector_kind in ("l2", "l2_dice"):
+            squared = difference.square().sum((1, 2)) / self.codec.vector_dim
+            dice = self._dice(vectors, rows, layers.objects) if self.vector_kind == "l2_dice" else None
+            return (squared if dice is None else squared + dice) / layers.divisor
+
+        if self.vector_kind == "smooth_l1":
+            distance = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none").sum((1, 2))
+        else:
+            distance = difference.abs().sum((1, 2))  # (Z,)
         if self.vector_normalisation == "mean":
-            return distance / (layers.mean_over * codec.vector_dim)
+            return distance / (layers.mean_over * self.codec.vector_dim)
         return distance / layers.divisor
+
+    def _decoded_dice_loss(self, layers: MatchedLayers) -> Tensor:
+        """Dice loss of what matched vectors decode to, of the same layers as the vector loss."""
+        vectors, rows = self._matched_vectors(layers)
+        return self._dice(vectors, rows, layers.objects) / layers.divisor
+
+    def _matched_vectors(self, layers: MatchedLayers) -> tuple[Tensor, Tensor]:
+        """Vectors (Z, T, D) of the last layers, and the rows (Z, T) of their objects."""
+        depth, matching = len(layers.vectors), layers.matching
+        matching = matching._replace(queries=matching.queries[-depth:], objects=matching.objects[-depth:])
+        return _at_least_float32(_matched(torch.stack(layers.vectors), matching)), matching.objects
+
+    def _dice(self, vectors: Tensor, rows: Tensor, objects: Objects) -> Tensor:
+        """Sums (Z,) of the dice losses of decoded vectors (Z, T, D) and the masks of their objects, `rows` (Z, T)."""
+        assert self.codec is not None
+        assert objects.masks is not None
+        decoded = self.codec.decode(vectors.flatten(0, 1)).flatten(1)  # (Z, T, D) -> (Z*T, N*N)
+        masks = objects.masks[rows].flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
+        return dice_loss(decoded, masks.to(decoded.dtype)).view(rows.shape).sum(1)
 
     def _mask_losses(
         self, masks: ImageMasks, matching: Matching, targets: Sequence[Target], count: float
@@ -257,11 +291,19 @@ class SetCriterion(nn.Module):
         return {"mask": focal.mean(1).sum() / count, "dice": soft_dice_loss(logits.sigmoid(), truth).sum() / count}
 
 
-def build_criterion(experiment: Experiment, codec: MaskCodec | None) -> SetCriterion:
-    """The criterion of an experiment, in training mode: the released PCA codec adds noise there."""
+def build_criterion(
+    experiment: Experiment, codec: MaskCodec | None, *, vector_std: Tensor | None = None
+) -> SetCriterion:
+    """The criterion of an experiment, in training mode: the released PCA codec adds noise there.
+
+    Args:
+        experiment: gives weights and kinds.
+        codec: gives the target vectors; None for a plain detector.
+        vector_std: `SOLQ.vector_std` of the model that is trained.
+    """
     loss, costs = experiment.loss, experiment.matcher.model_dump()
     matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
-    return SetCriterion(codec, matcher, **loss.model_dump()).train()
+    return SetCriterion(codec, matcher, **loss.model_dump(), vector_std=vector_std).train()
 
 
 def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:

@@ -42,7 +42,10 @@ def measure_start(
         vectors = sample_vectors(train_set, codec, seed=run.experiment.seed)
         if run.experiment.model.standardise_vectors:
             model.set_vector_statistics(*vector_statistics(vectors))
-        line["plateau"] = {"vector": vector_plateau(vectors)}
+        loss = run.experiment.loss
+        if loss.vector_kind == "l1" or (loss.vector_kind == "codec" and codec.loss == "l1"):
+            std = vector_statistics(vectors)[1] if loss.vector_units == "std" else vectors.new_ones(())
+            line["plateau"] = {"vector": vector_plateau(vectors / std)}
 
     if trained is not None:  # after the statistics: the weights of its vector heads are converted to the new units
         lines = start_from_trained(model, codec, train_set.classes.names, trained)
@@ -53,7 +56,8 @@ def measure_start(
         assert ceiling is not None  # only a plain detector has none
         line["ceiling"] = ceiling.to_dict()["metrics"]
         log.info("the codec alone allows, on the validation split:\n%s", ceiling.table())
-        log.info("predicting the median vector gives a vector loss of %.3f", line["plateau"]["vector"])
+        if line["plateau"]:
+            log.info("predicting the median vector gives a vector loss of %.3f", line["plateau"]["vector"])
     return line
 
 

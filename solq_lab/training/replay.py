@@ -137,7 +137,8 @@ def _rebuild(dump: StepDump, source: str, device: torch.device) -> tuple[nn.Modu
         use_onednn(model, training=True)
     if experiment.train.gradient_checkpointing:
         checkpoint_activations(model)
-    criterion = build_criterion(experiment, build_codec(experiment, tables=dump.weights.codec)).to(device)
+    codec, std = build_codec(experiment, tables=dump.weights.codec), getattr(model, "vector_std", None)
+    criterion = build_criterion(experiment, codec, vector_std=std).to(device)
     return model, criterion
 
 

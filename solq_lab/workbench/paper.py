@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from solq_lab.config import ConfigError, read_yaml
 from solq_lab.errors import did_you_mean
-from solq_lab.schema import Section
+from solq_lab.sections import Section
 
 PAPER_RESULTS = Path("experiments/paper_results.yaml")
 

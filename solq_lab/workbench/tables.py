@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from solq_lab.config import load_sweep
 from solq_lab.files import read_json
 from solq_lab.runs import Run, RunError, label_runs, load_run
-from solq_lab.schema import Role, keys_with
+from solq_lab.schema import keys_with
+from solq_lab.sections import Role
 from solq_lab.workbench.paper import PAPER_RESULTS, PaperTable, paper_table
 from solq_lab.workbench.sweeps import Job, find_sweep, plan
 

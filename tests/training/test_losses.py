@@ -30,9 +30,11 @@ class SquashedDCT(DCTCodec):
         return super().decode(vectors).sigmoid()
 
 
-def make_criterion(codec: MaskCodec | None, *, vector_layers: int = 6, vector_normalisation: str = "mean"):
+def make_criterion(
+    codec: MaskCodec | None, *, vector_layers: int = 6, vector_normalisation: str = "mean", **options: object
+):
     matcher = HungarianMatcher(class_cost=2.0, l1_cost=5.0, giou_cost=2.0, **FOCAL)
-    options = {"vector_layers": vector_layers, "vector_normalisation": vector_normalisation}
+    options |= {"vector_layers": vector_layers, "vector_normalisation": vector_normalisation}
     return SetCriterion(codec, matcher, **WEIGHTS, **FOCAL, **options)
 
 
@@ -181,6 +183,44 @@ def test_l2_dice_follows_its_formula():
     decoded, masks = codec.decode(vectors), masks.double()
     overlap = (decoded * masks).sum((1, 2)) * 2 / ((decoded**2).sum((1, 2)) + masks.sum((1, 2)) + 1e-5)
     assert losses["vector"].item() == pytest.approx((squared + (1 - overlap).sum()).item() / 3, rel=1e-7)
+
+
+def test_l2_and_decoded_dice_are_the_two_parts_of_l2_dice():
+    generator = torch.Generator().manual_seed(2)
+    predictions = Predictions([random_layer(generator, 2, 6) for _ in range(3)], None)
+    targets = random_targets(generator, [2, 3])
+    codec = SquashedDCT(MASK_SIZE, VECTOR_DIM)
+    whole = make_criterion(codec)(predictions, targets)
+    parts = make_criterion(codec, vector_kind="l2", decoded_dice_weight=1.0)(predictions, targets)
+    assert {name for name in parts if name.startswith("vector_dice")} == {
+        "vector_dice/0",
+        "vector_dice/1",
+        "vector_dice",
+    }
+    for layer in ("", "/0", "/1"):
+        torch.testing.assert_close(parts[f"vector{layer}"] + parts[f"vector_dice{layer}"], whole[f"vector{layer}"])
+
+
+@pytest.mark.parametrize("kind", ["l1", "smooth_l1", "l2"])
+def test_units_of_the_standard_deviation_divide_every_coefficient(kind):
+    generator = torch.Generator().manual_seed(3)
+    layer, targets = random_layer(generator, 2, 6), random_targets(generator, [2, 3])
+    std = torch.linspace(0.5, 4.0, VECTOR_DIM)
+    criterion = make_criterion(DCTCodec(MASK_SIZE, VECTOR_DIM), vector_kind=kind, vector_units="std", vector_std=std)
+    predictions = Predictions([layer], None)
+    matching = criterion.matcher(predictions, targets).layers
+    true = criterion.codec.encode(torch.cat([target.masks for target in targets]))[matching.objects[0]]
+    difference = (layer.vectors[matching.images, matching.queries[0]] - true) / std
+    distance = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[kind]
+    expected = distance(difference, torch.zeros_like(difference))  # all five objects have a pair
+    torch.testing.assert_close(criterion(predictions, targets)["vector"], expected)
+
+
+def test_units_without_standard_deviations_are_rejected():
+    with pytest.raises(
+        ValueError, match="vector_units 'std' needs vector_std, of a model built with standardise_vectors"
+    ):
+        make_criterion(DCTCodec(MASK_SIZE, VECTOR_DIM), vector_units="std")
 
 
 def test_a_perfect_reconstruction_has_no_dice_loss_and_an_empty_pair_a_finite_one():

@@ -82,15 +82,22 @@ def test_the_loss_falls_below_what_a_constant_answer_gives(data_root, tmp_path):
     assert sum(vector) / 10 < run.metrics("start")[0]["plateau"]["vector"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+DECODED = {"vector_kind": "l2", "vector_units": "std", "decoded_dice_weight": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("number", "loss"),
+    [(signal.SIGINT, {}), (signal.SIGTERM, {}), (signal.SIGUSR1, {}), (signal.SIGTERM, DECODED)],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1", "std units and decoded dice"],
+)
 def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
-    data_root, tmp_path, monkeypatch, number
+    data_root, tmp_path, monkeypatch, number, loss
 ):
     # dropout, averaged weights, accumulation, windows of three steps and an evaluation between: all of it has a state
     train = {"ema": 0.9, "accumulate": 2, "log_every": 3, "evaluate_every": 2}
-    whole = new_run(data_root, tmp_path / "whole", train=train)
+    whole = new_run(data_root, tmp_path / "whole", train=train, loss=loss)
     train_run(whole)
-    parts = new_run(data_root, tmp_path / "parts", train=train)
+    parts = new_run(data_root, tmp_path / "parts", train=train, loss=loss)
     with monkeypatch.context() as patch:
         signal_after(patch, 5, number)
         assert train_run(parts) == "preempted"
@@ -276,9 +283,13 @@ def test_the_command_refuses_in_one_line_and_with_status_2(data_root, tmp_path):
     assert "missing.json" in run.status()["message"]
 
 
-@pytest.mark.parametrize("shares", [{"accumulate": 2}, {"gpus": 2, "accumulate": 2}])
-def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares):
-    same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}}
+@pytest.mark.parametrize(
+    ("shares", "loss"),
+    [({"accumulate": 2}, {}), ({"gpus": 2, "accumulate": 2}, {}), ({"gpus": 2, "accumulate": 2}, DECODED)],
+    ids=["accumulated", "two processes", "two processes, std units and decoded dice"],
+)
+def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares, loss):
+    same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}, "loss": loss}
     whole = losses_and_gradients(new_run(data_root, tmp_path / "whole", **same).folder)
     run = new_run(data_root, tmp_path / "shared", train=shares, **same)
     if "gpus" in shares:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solq_lab.config import ConfigError, Experiment, load_experiment, validate_experiment
-from solq_lab.schema import Role, keys_with
+from solq_lab.schema import keys_with
+from solq_lab.sections import Role
 
 
 @pytest.fixture
@@ -214,3 +215,19 @@ def test_an_experiment_can_be_validated_on_its_training_images():
     assert (data.val_images, data.val_annotations) == ("seen", "seen.json")
     with pytest.raises(ConfigError, match=r"split 'test': allowed are 'val' and 'train'"):
         experiment.evaluated_on("test")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"codec": {"kind": "none"}, "loss": {"decoded_dice_weight": 2.0}},
+            "decoded_dice_weight 2 concern mask vec",
+        ),
+        ({"codec": {"kind": "none"}, "loss": {"vector_kind": "l2"}}, "codec.kind is none; leave them out, or choose"),
+        ({"loss": {"vector_units": "std"}}, "vector_units std needs model.standardise_vectors: true"),
+    ],
+)
+def test_losses_of_vectors_that_do_not_fit_the_model_are_rejected(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        validate_experiment({"name": "x", **sections}, source="x.yaml")

@@ -12,7 +12,8 @@ from conftest import REPOSITORY
 from solq_lab.config import Experiment, load_experiment
 from solq_lab.workbench.parameters import check_parameters
 
-FILES = sorted(path for path in (REPOSITORY / "experiments").glob("*.yaml") if path.stem != "paper_results")
+FOLDERS = (REPOSITORY / "experiments", REPOSITORY / "experiments" / "plus")
+FILES = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml") if path.stem != "paper_results")
 IDS = [path.stem for path in FILES]
 
 

@@ -1,0 +1,43 @@
+"""What the sections of an experiment's schema are made of. Loads without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from enum import Enum
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from solq_lab.errors import UserError
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of runs, sweeps and their rows: folders and files are called so
+
+
+class Role(Enum):
+    """What a key means to code that compares, shares or adapts experiments; stands in the annotation of its field."""
+
+    MAY_CHANGE = "in a run that is not finished: it concerns cost or robustness, not what the model learns"
+    MACHINE = "of the machine; experiments that differ in it alone have the same results"
+    START = "a file that a training starts from"
+    ADAPTED = "key of the network that fine-tuning adapts; all others have to be those of the trained weights"
+
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home folder
+
+
+class ConfigError(UserError):
+    """An experiment that cannot be used: the message names file and key, what was found and what is allowed."""
+
+
+class Section(BaseModel):
+    """Base class: unknown keys are rejected, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def one_of(name: str, known: Iterable[str]) -> str:
+    """`name`, where it is known. Raises ValueError with the names that are."""
+    if name not in known:
+        raise ValueError(f"allowed are {', '.join(map(repr, known))}")
+    return name
