@@ -138,7 +138,7 @@ def test_the_onnx_file_is_kept_because_it_finds_the_same(solq_lab, training, wor
 
 
 def test_the_shared_file_alone_lists_and_draws_objects(solq_lab, shared, workspace, coco_tiny):
-    assert "walk.safetensors: 5.0 MB, 80 classes, code and experiment inside" in shared.stdout
+    assert "walk.safetensors: 5.0 MB, 80 classes, codec and experiment inside" in shared.stdout
     image = next((workspace / "data" / "coco" / "val2017").iterdir())
     names = {
         c["name"] for c in json.loads((coco_tiny / "annotations" / "instances_val2017.json").read_text())["categories"]
