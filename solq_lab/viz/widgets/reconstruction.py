@@ -16,7 +16,7 @@ from solq_lab.viz.widgets.objects import BoxedObject
 
 Rule = Literal["codec", "middle", "half", "best"]
 RULES: dict[str, Rule] = {
-    "as the codec says": "codec",
+    "the codec's own": "codec",
     "middle of the range": "middle",
     "one half": "half",
     "best for this object": "best",
