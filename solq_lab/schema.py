@@ -121,9 +121,6 @@ class MatcherSection(Section):
     giou_cost: float = Field(2.0, ge=0)
 
 
-NO_VECTORS = ("codec", "raw", 0.0)  # vector_kind, vector_units, decoded_dice_weight of a model without a codec
-
-
 class LossSection(Section):
     """Weights of eq. 2 and eq. 5."""
 
@@ -301,8 +298,9 @@ class Experiment(Section):
                 "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
             )
 
-        loss = self.loss
-        if self.codec.kind == "none" and (loss.vector_kind, loss.vector_units, loss.decoded_dice_weight) != NO_VECTORS:
+        loss, unchanged = self.loss, LossSection()
+        of_vectors = ("vector_kind", "vector_units", "decoded_dice_weight")
+        if self.codec.kind == "none" and any(getattr(loss, key) != getattr(unchanged, key) for key in of_vectors):
             raise ValueError(
                 f"loss.vector_kind {loss.vector_kind}, loss.vector_units {loss.vector_units} and "
                 f"loss.decoded_dice_weight {loss.decoded_dice_weight:g} concern mask vectors, and codec.kind is none; "

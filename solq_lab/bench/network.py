@@ -29,8 +29,7 @@ from solq_lab.models.onednn import use_onednn
 from solq_lab.models.solq import SOLQ
 from solq_lab.ops.ms_deform_attn import use_implementation
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction, Target
-from solq_lab.training.losses import SetCriterion
-from solq_lab.training.matcher import HungarianMatcher
+from solq_lab.training.losses import build_criterion
 from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
 from solq_lab.training.step import Batch, boxes_per_process, forward_backward
 
@@ -172,7 +171,8 @@ def train_row(
 def stepper(model: nn.Module, experiment: Experiment, batch: Batch, autocast: str = "none") -> Callable[[], Numbers]:
     """A function that takes one optimiser step of `model` on `batch`: loss and gradient norm."""
     device = next(model.parameters()).device
-    criterion, optimizer = build_criterion(experiment).to(device), build_optimizer(model, experiment.optim)
+    criterion = build_criterion(experiment, build_codec(experiment)).to(device)
+    optimizer = build_optimizer(model, experiment.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     num_boxes = boxes_per_process([batch], device)
 
@@ -196,13 +196,6 @@ def build_network(experiment: Experiment) -> SOLQ:
             if parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
     return model
-
-
-def build_criterion(experiment: Experiment) -> SetCriterion:
-    """The losses of an experiment with mask vectors."""
-    costs, loss = experiment.matcher.model_dump(), experiment.loss
-    matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
-    return SetCriterion(build_codec(experiment), matcher, **loss.model_dump())
 
 
 def draw_images(size: tuple[int, int], batch: int = 1) -> ImageBatch:

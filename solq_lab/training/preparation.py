@@ -40,12 +40,12 @@ def measure_start(
     line: dict[str, Any] = {"kind": "start", "step": 0, "plateau": {}, "ceiling": {}}
     if codec is not None:
         vectors = sample_vectors(train_set, codec, seed=run.experiment.seed)
+        center, std = vector_statistics(vectors)
         if run.experiment.model.standardise_vectors:
-            model.set_vector_statistics(*vector_statistics(vectors))
+            model.set_vector_statistics(center, std)
         loss = run.experiment.loss
         if loss.vector_kind == "l1" or (loss.vector_kind == "codec" and codec.loss == "l1"):
-            std = vector_statistics(vectors)[1] if loss.vector_units == "std" else vectors.new_ones(())
-            line["plateau"] = {"vector": vector_plateau(vectors / std)}
+            line["plateau"] = {"vector": vector_plateau(vectors / std if loss.vector_units == "std" else vectors)}
 
     if trained is not None:  # after the statistics: the weights of its vector heads are converted to the new units
         lines = start_from_trained(model, codec, train_set.classes.names, trained)
