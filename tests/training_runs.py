@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
+from losses_and_gradients import losses_and_gradients
 from tiny import tiny_experiment
 
 from solq_lab.models.weights import read_weights
-from solq_lab.runs import create_run
+from solq_lab.runs import Run, create_run
 from solq_lab.training.trainer import Trainer
 
 TESTS = Path(__file__).parent
@@ -58,3 +62,29 @@ def signal_after(patch, steps, *numbers, pause=0.0):
 def torchrun(*arguments):
     """The command that starts two processes."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, arguments)]
+
+
+def assert_shares_learn_as_the_whole(whole: Run, shared_run: Run, output: Path) -> None:
+    """Losses and gradients of a step are the same where its batch is divided among passes or two processes.
+
+    Args:
+        whole: takes its batch at once.
+        shared_run: divides it, as `train.gpus` and `train.accumulate` say.
+        output: a file for what the processes find.
+    """
+    expected = losses_and_gradients(whole.folder)
+    if shared_run.experiment.train.gpus > 1:
+        command = torchrun(TESTS / "losses_and_gradients.py", shared_run.folder, output)
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        shared = torch.load(output, weights_only=True)
+    else:
+        shared = losses_and_gradients(shared_run.folder)
+
+    assert shared["losses"].keys() == expected["losses"].keys()
+    for name, loss in expected["losses"].items():
+        assert shared["losses"][name] == pytest.approx(loss, rel=1e-5), name
+    assert shared["gradients"].keys() == expected["gradients"].keys()
+    largest = max(gradient.abs().max().item() for gradient in expected["gradients"].values())
+    for name, gradient in expected["gradients"].items():  # float32 sums in another order
+        assert torch.allclose(shared["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest), name

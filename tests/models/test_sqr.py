@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import golden
@@ -13,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from losses_and_gradients import losses_and_gradients
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny import SIDE, tiny_experiment, write_tiny_dataset
 from torchvision.ops import sigmoid_focal_loss
-from training_runs import before_each_step
+from training_runs import assert_shares_learn_as_the_whole, before_each_step
 
 from solq_lab.build import build_dataset, build_model
 from solq_lab.config import ConfigError
@@ -391,22 +387,9 @@ def test_a_frozen_detector_stays_as_it_was_while_the_branch_learns(data_root, de
 @pytest.mark.parametrize("shares", [{"accumulate": 2}, {"gpus": 2}], ids=["two passes", "two processes"])
 def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares):
     same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}}
-    whole = losses_and_gradients(create_run(sqr_experiment(data_root, **same), tmp_path / "whole").folder)
-    run = create_run(sqr_experiment(data_root, train=shares, **same), tmp_path / "shared")
-    if "gpus" in shares:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += [str(TESTS / "losses_and_gradients.py"), str(run.folder), str(tmp_path / "output.pt")]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        shared = torch.load(tmp_path / "output.pt", weights_only=True)
-    else:
-        shared = losses_and_gradients(run.folder)
-    assert shared["losses"].keys() == whole["losses"].keys()
-    for name, loss in whole["losses"].items():
-        assert shared["losses"][name] == pytest.approx(loss, rel=1e-5), name
-    largest = max(gradient.abs().max().item() for gradient in whole["gradients"].values())
-    for name, gradient in whole["gradients"].items():  # float32 sums in another order
-        assert torch.allclose(shared["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest), name
+    whole = create_run(sqr_experiment(data_root, **same), tmp_path / "whole")
+    shared = create_run(sqr_experiment(data_root, train=shares, **same), tmp_path / "shared")
+    assert_shares_learn_as_the_whole(whole, shared, tmp_path / "output.pt")
 
 
 @pytest.mark.golden

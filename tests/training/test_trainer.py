@@ -12,9 +12,15 @@ import time
 
 import pytest
 import torch
-from losses_and_gradients import losses_and_gradients
 from tiny import write_tiny_dataset
-from training_runs import ENVIRONMENT, TESTS, new_run, signal_after, torchrun, what_was_learned
+from training_runs import (
+    ENVIRONMENT,
+    assert_shares_learn_as_the_whole,
+    new_run,
+    signal_after,
+    torchrun,
+    what_was_learned,
+)
 
 from solq_lab import distributed
 from solq_lab.data.annotations import DataError
@@ -290,22 +296,9 @@ def test_the_command_refuses_in_one_line_and_with_status_2(data_root, tmp_path):
 )
 def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares, loss):
     same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}, "loss": loss}
-    whole = losses_and_gradients(new_run(data_root, tmp_path / "whole", **same).folder)
-    run = new_run(data_root, tmp_path / "shared", train=shares, **same)
-    if "gpus" in shares:
-        command = torchrun(TESTS / "losses_and_gradients.py", run.folder, tmp_path / "output.pt")
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        shared = torch.load(tmp_path / "output.pt", weights_only=True)
-    else:
-        shared = losses_and_gradients(run.folder)
-    assert shared["losses"].keys() == whole["losses"].keys()
-    for name, loss in whole["losses"].items():
-        assert shared["losses"][name] == pytest.approx(loss, rel=1e-5), name
-    assert shared["gradients"].keys() == whole["gradients"].keys()
-    largest = max(gradient.abs().max().item() for gradient in whole["gradients"].values())
-    for name, gradient in whole["gradients"].items():  # float32 sums in another order
-        assert torch.allclose(shared["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest), name
+    whole = new_run(data_root, tmp_path / "whole", **same)
+    shared = new_run(data_root, tmp_path / "shared", train=shares, **same)
+    assert_shares_learn_as_the_whole(whole, shared, tmp_path / "output.pt")
 
 
 @pytest.mark.slow
