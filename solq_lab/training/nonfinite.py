@@ -5,7 +5,7 @@ Such a step is skipped and counted; no value is ever replaced by a finite one. W
 RUN/flight/step_XXXXXXX/
     record.json          what was not finite, losses of every process, learning rates, environment, file hashes
     weights.safetensors  the network before the step, with experiment, classes and mask codec inside
-    rank_N.pt            of process N: images, targets, matching costs, and states of the random generators
+    rank_N.pt            of process N: images, targets, and states of the random generators
 
 In JSON, numbers that are not finite are the texts "nan", "inf" and "-inf".
 """
@@ -17,7 +17,7 @@ import logging
 import math
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,30 +47,17 @@ class NonFiniteError(ExplainedError):
     """Too many steps in a row were not finite; the message names the step, the images, the reason and the record."""
 
 
-class RankDump(NamedTuple):
-    """One process's part of a step.
-
-    batches: one per micro-batch.
-    costs: of each micro-batch, the matching costs by term, (K, Z*J) each.
-    generators: states of torch's random generators before the first forward pass.
-    """
-
-    batches: list[Batch]
-    costs: list[dict[str, Tensor]]
-    generators: dict[str, Tensor]
-
-
 class StepDump(NamedTuple):
     """A recorded step.
 
     facts: the content of record.json.
     weights: the network before the step, with experiment, classes and mask codec.
-    ranks: the dumps of all processes, by rank.
+    ranks: of each process its batches, one per micro-batch, and the states of its random generators before the first.
     """
 
     facts: dict[str, Any]
     weights: WeightFile
-    ranks: list[RankDump]
+    ranks: list[tuple[list[Batch], dict[str, Tensor]]]
 
 
 class NonFiniteRecorder:
@@ -143,8 +130,11 @@ class NonFiniteRecorder:
 
     def _write(self, result: StepResult, number: int, epoch: float) -> tuple[dict[str, Any], str | None]:
         """The facts about the step, and why they could not be written, if so; the same in every process."""
-        model, matcher, device = self._model, self._criterion.matcher, self._device.type
-        passes = [describe_micro_batch(done, self._dataset.file_name) for done in result.micro_batches]
+        model, device = self._model, self._device.type
+        passes = [
+            {"images": [self._describe_image(target) for target in done.targets], **describe_losses(done)}
+            for done in result.micro_batches
+        ]
         shares = distributed.gather_objects({"rank": distributed.rank(), "passes": passes})
         gradients = describe_gradients(model, result.norm)
         bad = nonfinite_tensors([*model.named_parameters(), *model.named_buffers()])
@@ -169,8 +159,7 @@ class NonFiniteRecorder:
         }
 
         # Collected on the main process, which writes all files or none.
-        costs = [matcher.costs(done.predictions, done.targets) for done in result.micro_batches]
-        ranks = distributed.gather_on_main(_to_plain(result, costs))
+        ranks = distributed.gather_on_main(_to_plain(result))
         problem = None
         if distributed.is_main():
             try:
@@ -178,6 +167,10 @@ class NonFiniteRecorder:
             except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors at a full disk
                 problem = " ".join(str(error).split())
         return facts, distributed.gather_objects(problem)[0]
+
+    def _describe_image(self, target: Target) -> dict[str, Any]:
+        name = self._dataset.file_name(target.image_id)
+        return {"id": target.image_id, "file_name": name, "objects": len(target.labels)}
 
     def _save(self, folder: Path, facts: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> None:
         """Write a record, and remove all but the last `KEPT`."""
@@ -240,14 +233,9 @@ def load_record(folder: Path) -> StepDump:
         raise RunError(f"{folder}: not a record that can be replayed: {' '.join(str(error).split())}") from None
 
 
-def describe_micro_batch(done: MicroBatch, file_name: Callable[[int], str]) -> dict[str, Any]:
-    """Images and losses of a micro-batch, and what the matcher found wrong with it; `file_name` maps image ids."""
-    images = [
-        {"id": target.image_id, "file_name": file_name(target.image_id), "objects": len(target.labels)}
-        for target in done.targets
-    ]
-    losses = {name: _to_json(value.item()) for name, value in done.losses.items()}
-    return {"images": images, "fault": done.fault, "losses": losses}
+def describe_losses(done: MicroBatch) -> dict[str, Any]:
+    """Losses of a micro-batch, and what the matcher found wrong with it."""
+    return {"fault": done.fault, "losses": {name: _to_json(value.item()) for name, value in done.losses.items()}}
 
 
 def describe_gradients(model: nn.Module, norm: Tensor) -> dict[str, Any]:
@@ -276,17 +264,22 @@ def count_nonfinite(values: Tensor) -> str:
     return f"{int((~values.detach().isfinite()).sum())} of {values.numel()}"
 
 
-def _explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], weights: Sequence[str]) -> str:
-    """One sentence: the first value that was not finite, in the order weights, costs, losses, gradients."""
-    before = f"{_first_of(weights)} was not finite before the step already; " if weights else ""
+def first_bad_loss(shares: Sequence[Mapping[str, Any]]) -> str:
+    """The first cost or loss that is not finite, in words; "" where all are finite."""
     for share in shares:
         where = f"in process {share['rank']}, " if len(shares) > 1 else ""
         for done in share["passes"]:
-            if done["fault"]:
-                return f"{before}{where}{done['fault']}"
             bad = [f"{name} is {value}" for name, value in done["losses"].items() if isinstance(value, str)]
-            if bad:
-                return f"{before}{where}the loss {_first_of(bad)}"
+            if done["fault"] or bad:
+                return where + (done["fault"] or f"the loss {_first_of(bad)}")
+    return ""
+
+
+def _explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], weights: Sequence[str]) -> str:
+    """One sentence: the first value that was not finite, in the order weights, costs, losses, gradients."""
+    before = f"{_first_of(weights)} was not finite before the step already; " if weights else ""
+    if in_losses := first_bad_loss(shares):
+        return before + in_losses
     if gradients["nonfinite"]:
         return f"{before}all losses are finite, the gradient of {_first_of(list(gradients['nonfinite']))} is not"
     return f"{before}every gradient is finite, and their norm is {gradients['norm']}"
@@ -300,21 +293,20 @@ def _to_json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _to_plain(result: StepResult, costs: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """A process's dump on the CPU, in containers that load with `weights_only=True`."""
+def _to_plain(result: StepResult) -> dict[str, Any]:
+    """A process's part of a step on the CPU, in containers that load with `weights_only=True`."""
     passes = [
         {
             "images": done.images.to("cpu")._asdict(),
             "targets": [target.to("cpu")._asdict() for target in done.targets],
-            "costs": {term: values.cpu() for term, values in terms.items()},
         }
-        for done, terms in zip(result.micro_batches, costs, strict=True)
+        for done in result.micro_batches
     ]
     return {"passes": passes, "generators": result.generators}
 
 
-def _from_plain(plain: Mapping[str, Any]) -> RankDump:
+def _from_plain(plain: Mapping[str, Any]) -> tuple[list[Batch], dict[str, Tensor]]:
     batches = [
         (ImageBatch(**done["images"]), [Target(**target) for target in done["targets"]]) for done in plain["passes"]
     ]
-    return RankDump(batches, [done["costs"] for done in plain["passes"]], plain["generators"])
+    return batches, plain["generators"]

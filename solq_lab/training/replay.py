@@ -21,7 +21,14 @@ from solq_lab.models.weights import load_state
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import RunError
 from solq_lab.training.losses import SetCriterion, build_criterion
-from solq_lab.training.nonfinite import StepDump, count_nonfinite, describe_gradients, describe_micro_batch, load_record
+from solq_lab.training.nonfinite import (
+    StepDump,
+    count_nonfinite,
+    describe_gradients,
+    describe_losses,
+    first_bad_loss,
+    load_record,
+)
 from solq_lab.training.optim import gradient_norm
 from solq_lab.training.random import restore_generators
 from solq_lab.training.step import forward_backward
@@ -36,7 +43,7 @@ class Replay(NamedTuple):
     facts: what was recorded.
     autocast: of the repetition.
     recorded, repeated: the losses and gradients that are not finite, by name.
-    exact: whether costs, losses and gradient norms are the recorded ones bit for bit.
+    exact: whether losses and gradient norms are the recorded ones bit for bit.
     firsts: the first place where values were not finite: "forward", "loss", "backward"; missing where all are finite.
     """
 
@@ -108,18 +115,17 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
         torch.set_num_threads(facts["environment"]["threads"])
         model, criterion = _rebuild(dump, str(folder), device)
         stack.enter_context(_first_nonfinite(model, firsts))
-        passes, same_costs = _repeat(dump, model, criterion, autocast, device, firsts)
+        shares = _repeat(dump, model, criterion, autocast, device)
         gradients = describe_gradients(model, gradient_norm(model.parameters()))
 
-    recorded = [share["passes"] for share in facts["shares"]]
-    same_losses = _losses(passes) == _losses(recorded)
-    same_gradients = all(facts["gradients"][kind] == values for kind, values in gradients.items())
+    if in_losses := first_bad_loss(shares):
+        firsts["loss"] = in_losses
     return Replay(
         facts,
         autocast,
-        recorded=_bad_values(recorded, facts["gradients"]),
-        repeated=_bad_values(passes, gradients),
-        exact=same_costs and same_losses and same_gradients,
+        recorded=_bad_values(facts["shares"], facts["gradients"]),
+        repeated=_bad_values(shares, gradients),
+        exact=shares == facts["shares"] and gradients == facts["gradients"],
         firsts=firsts,
     )
 
@@ -143,49 +149,34 @@ def _rebuild(dump: StepDump, source: str, device: torch.device) -> tuple[nn.Modu
 
 
 def _repeat(
-    dump: StepDump,
-    model: nn.Module,
-    criterion: SetCriterion,
-    autocast: str,
-    device: torch.device,
-    firsts: dict[str, str],
-) -> tuple[list[list[dict[str, Any]]], bool]:
-    """The micro-batches of every process, and whether their costs are the recorded ones.
+    dump: StepDump, model: nn.Module, criterion: SetCriterion, autocast: str, device: torch.device
+) -> list[dict[str, Any]]:
+    """What was recorded of every process, with the losses of now.
 
     The mean of the processes' gradients is left in the model, as DDP does.
     """
     facts = dump.facts
     scale = facts["scale"] if autocast == facts["autocast"] else INIT_SCALE
     scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=autocast == "fp16")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    unscaling = torch.optim.SGD(parameters)  # takes no step
+    shares: list[dict[str, Any]] = []
     means: dict[nn.Parameter, Tensor] = {}
-    shares, same_costs = [], True
-    for rank, recorded in zip(dump.ranks, facts["shares"], strict=True):
-        names = {image["id"]: image["file_name"] for done in recorded["passes"] for image in done["images"]}
-        restore_generators(rank.generators, device)
+    for (batches, generators), recorded in zip(dump.ranks, facts["shares"], strict=True):
+        restore_generators(generators, device)
         model.zero_grad()
         passes = []
-        for batch, costs in zip(rank.batches, rank.costs, strict=True):
+        for batch, known in zip(batches, recorded["passes"], strict=True):
             done = forward_backward(model, criterion, scaler, batch, facts["num_boxes"], autocast)
-            now = criterion.matcher.costs(done.predictions, done.targets)
-            same_costs &= all(
-                torch.allclose(now[term].cpu(), costs[term], rtol=0, atol=0, equal_nan=True) for term in costs
-            )
-            passes.append(describe_micro_batch(done, names.__getitem__))
-            bad = [f"{name} is {value}" for name, value in passes[-1]["losses"].items() if isinstance(value, str)]
-            if done.fault or bad:
-                firsts.setdefault("loss", done.fault or bad[0])
-        shares.append(passes)
+            passes.append(known | describe_losses(done))
+        shares.append(recorded | {"passes": passes})
 
-        scaler.unscale_(unscaling)
-        scaler.update(scale)
-        for parameter in parameters:
+        # The scale is a power of two: dividing by it rounds nothing.
+        for parameter in model.parameters():
             if parameter.grad is not None:
-                means[parameter] = means.get(parameter, 0) + parameter.grad / len(dump.ranks)
+                mean = parameter.grad / scaler.get_scale() / len(dump.ranks)
+                means[parameter] = means[parameter] + mean if parameter in means else mean
     for parameter, mean in means.items():
         parameter.grad = mean
-    return shares, same_costs
+    return shares
 
 
 @contextlib.contextmanager
@@ -233,17 +224,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _losses(passes: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
-    return [[done["losses"] for done in share] for share in passes]
-
-
-def _bad_values(passes: list[list[dict[str, Any]]], gradients: dict[str, Any]) -> dict[str, str]:
+def _bad_values(shares: list[dict[str, Any]], gradients: dict[str, Any]) -> dict[str, str]:
     """The losses and gradients that are not finite, by name."""
-    found: dict[str, str] = {}
-    for rank, share in enumerate(_losses(passes)):
-        for number, losses in enumerate(share, start=1):
-            bad = {name: value for name, value in losses.items() if isinstance(value, str)}
-            found |= {f"process {rank}, micro-batch {number}, loss {name}": value for name, value in bad.items()}
+    found = {
+        f"process {share['rank']}, micro-batch {number}, loss {name}": value
+        for share in shares
+        for number, done in enumerate(share["passes"], start=1)
+        for name, value in done["losses"].items()
+        if isinstance(value, str)
+    }
     if isinstance(gradients["norm"], str):
         found["gradient norm"] = gradients["norm"]
     return found | {f"gradient of {name}": value for name, value in gradients["nonfinite"].items()}
