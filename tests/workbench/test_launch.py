@@ -66,14 +66,12 @@ def run(tmp_path):
 @pytest.fixture
 def stand_in(monkeypatch):
     """Let `start_training` start a process of our own; what it leaves running is killed afterwards."""
-    started = []
 
     def use(body: str) -> None:
-        def command(run, processes):
-            started.append(run)
-            return [sys.executable, "-c", STAND_IN.format(body=body), str(run.folder)]
-
-        monkeypatch.setattr(trainings, "training_command", command)
+        script = STAND_IN.format(body=body)
+        monkeypatch.setattr(
+            trainings, "training_command", lambda run, processes: [sys.executable, "-c", script, str(run.folder)]
+        )
 
     yield use
     for child in processes._children.values():
@@ -111,8 +109,10 @@ def test_warnings_in_the_log_of_a_training_are_shown(run, stand_in, caplog):
     assert not any("a line of the log" in message for message in caplog.messages)
 
 
-def test_a_finished_run_is_not_trained_again(run, stand_in):
+def test_a_finished_run_is_not_trained_again_and_another_folder_is_rejected(run, stand_in, tmp_path):
     stand_in("1 / 0")
+    with pytest.raises(RunError, match="not a run folder"):
+        start_training(tmp_path)
     run.write_status("finished", step=10)
     assert start_training(run.folder) is None
     assert follow_training(run.folder).name == "a"
@@ -245,22 +245,16 @@ def test_a_death_on_a_full_disk_names_the_disk(run, stand_in, monkeypatch):
         follow_training(run.folder, interval=0.05)
 
 
-def test_a_crashed_training_is_reported_with_its_exit_status(run, stand_in):
-    stand_in("raise SystemExit(3)")
-    start_training(run.folder)
-    with pytest.raises(TrainingFailed, match="exit status 3"):
-        follow_training(run.folder, interval=0.05)
-
-
-def test_a_failed_training_is_reported_with_its_error(run):
-    run.write_status("failed", step=4, message="OSError: no space left")
-    with pytest.raises(TrainingFailed, match="ended at step 4 with OSError: no space left"):
-        follow_training(run.folder)
-
-
-def test_a_training_that_somebody_else_started_and_that_died_is_reported_too(run):
-    run.write_status("training", step=5)
-    with pytest.raises(TrainingFailed, match="ended at step 5 with an unknown exit status"):
+@pytest.mark.parametrize(
+    ("state", "message", "said"),
+    [
+        ("failed", "OSError: no space left", "ended at step 4 with OSError: no space left"),
+        ("training", "", "ended at step 4 with an unknown exit status"),  # somebody else started it, and it died
+    ],
+)
+def test_a_training_that_ended_before_it_is_followed_is_reported_too(run, state, message, said):
+    run.write_status(state, step=4, message=message)
+    with pytest.raises(TrainingFailed, match=said):
         follow_training(run.folder)
 
 
@@ -281,11 +275,6 @@ def test_several_processes_are_started_by_torchrun(run):
     assert trainings.training_command(run, 1, nodes=2)[2:4] == ["solq_lab.training.torchrun", "--nproc-per-node=1"]
 
 
-def test_a_folder_that_is_no_run_is_rejected(tmp_path):
-    with pytest.raises(RunError, match="not a run folder"):
-        start_training(tmp_path)
-
-
 # ---- data
 
 
@@ -299,44 +288,28 @@ def coco_folder(tmp_path):
     return root
 
 
-def data_refusal(**data) -> str:
-    with pytest.raises(ConfigError) as caught:
-        check_data_folder(Experiment(name="a", data=data))
-    return str(caught.value)
-
-
-def test_a_whole_data_folder_is_accepted(coco_folder):
+def test_data_folders_that_can_be_used_are_accepted(coco_folder):
     check_data_folder(Experiment(name="a", data={"root": str(coco_folder)}))
+    check_data_folder(Experiment(name="a", data={"root": f"{coco_folder}/none", "generate": "easy"}))  # to be drawn
 
 
-def test_a_data_folder_that_was_not_given_is_asked_for():
-    assert "data.root: found ''" in (message := data_refusal())
-    assert "data.root=FOLDER" in message
-
-
-def test_shapes_are_not_drawn_into_whatever_folder_this_is():
-    assert "data.root: found '', allowed is a folder to draw the shapes into" in data_refusal(generate="easy")
-
-
-def test_a_missing_data_folder_is_rejected_with_the_nearest_name(coco_folder):
-    message = data_refusal(root=str(coco_folder.with_name("cocoo")))
-    assert f"did you mean {coco_folder}?" in message
-
-
-def test_a_folder_far_from_anything_is_rejected_with_what_is_there(tmp_path):
-    (tmp_path / "holiday").mkdir()
-    assert f"{tmp_path} holds holiday" in data_refusal(root=str(tmp_path / "coco" / "deep" / "er"))
-
-
-def test_a_missing_annotation_file_is_rejected_by_its_key(coco_folder):
-    message = data_refusal(root=str(coco_folder), val_annotations="annotations/instances_val2014.json")
-    assert message.startswith("data.val_annotations: found ")
-    assert "did you mean" in message
-    assert "instances_val2017.json?" in message
-
-
-def test_shapes_need_no_folder_yet(tmp_path):
-    check_data_folder(Experiment(name="a", data={"root": str(tmp_path / "none"), "generate": "easy"}))
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({}, "data.root: found ''.* data.root=FOLDER"),
+        ({"generate": "easy"}, "data.root: found '', allowed is a folder to draw the shapes into"),
+        ({"root": "cocoo"}, "data.root: found cocoo, .* did you mean coco?"),
+        ({"root": "coco/deep/er"}, "coco holds annotations, train2017, val2017"),
+        (
+            {"root": "coco", "val_annotations": "annotations/instances_val2014.json"},
+            "data.val_annotations: found .* did you mean .*instances_val2017.json?",
+        ),
+    ],
+)
+def test_another_data_folder_is_rejected_by_its_key_with_what_is_there(coco_folder, monkeypatch, data, said):
+    monkeypatch.chdir(coco_folder.parent)
+    with pytest.raises(ConfigError, match=said):
+        check_data_folder(Experiment(name="a", data=data))
 
 
 # ---- workspace
@@ -402,13 +375,6 @@ def test_a_failing_cell_is_told_in_a_few_lines_and_its_traceback_kept_in_the_not
     assert "ZeroDivisionError" in executed.with_suffix(".html").read_text()
 
 
-def test_a_users_mistake_found_in_a_cell_counts_as_one(tmp_path, experiment):
-    cell = "from solq_lab.runs import load_run\nload_run('nowhere')"
-    with pytest.raises(NotebookFailed, match="RunError: nowhere: not a run folder") as caught:
-        run_notebook(write_notebook(tmp_path / "look.ipynb", cell), experiment)
-    assert caught.value.exit_status == 2
-
-
 def test_a_killed_kernel_is_named_and_does_not_look_like_a_crash_of_ours(tmp_path, experiment):
     cell = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     with pytest.raises(NotebookFailed, match=r"its kernel was killed .*re-running follows it again"):
@@ -419,22 +385,16 @@ def test_a_killed_kernel_is_named_and_does_not_look_like_a_crash_of_ours(tmp_pat
     ("change", "error", "said"),
     [
         ({"parameters": {"pictres": "3"}}, NotebookError, "unknown parameter pictres"),
+        ({"declared": "x: int = 1"}, NotebookError, "unknown parameter experiment; allowed are x"),
         ({"overrides": ["train.stesp=3"]}, ConfigError, "unknown key train.stesp; did you mean steps?"),
         ({"overrides": ["data.generate=none"]}, ConfigError, "data.root: found none, which does not exist"),
     ],
 )
 def test_mistakes_are_rejected_before_anything_is_written(tmp_path, experiment, change, error, said):
-    notebook = write_notebook(tmp_path / "look.ipynb", "1 / 0")
-    arguments = {"overrides": [], "parameters": {}} | change
+    notebook = write_notebook(tmp_path / "look.ipynb", "1 / 0", parameters=change.get("declared", SHARED))
     with pytest.raises(error, match=said):
-        run_notebook(notebook, experiment, arguments["overrides"], parameters=arguments["parameters"])
+        run_notebook(notebook, experiment, change.get("overrides", []), parameters=change.get("parameters"))
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_notebook_without_the_shared_parameters_is_rejected(tmp_path, experiment):
-    notebook = write_notebook(tmp_path / "look.ipynb", parameters="x: int = 1")
-    with pytest.raises(NotebookError, match="unknown parameter experiment; allowed are x"):
-        run_notebook(notebook, experiment)
 
 
 def test_a_notebook_about_several_runs_leaves_its_report_beside_them(tmp_path, monkeypatch):

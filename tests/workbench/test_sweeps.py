@@ -25,7 +25,7 @@ from solq_lab.config import ConfigError, Experiment, load_experiment, load_sweep
 from solq_lab.errors import Interrupted
 from solq_lab.files import read_json, write_json
 from solq_lab.runs import RunError, create_run
-from solq_lab.workbench import cli, sweeps
+from solq_lab.workbench import sweeps
 from solq_lab.workbench.paper import paper_table
 from solq_lab.workbench.sweeps import ClusterStarter, check, find_sweep, plan, run_sweep
 from solq_lab.workbench.tables import read_table
@@ -420,15 +420,8 @@ def test_a_row_that_the_paper_does_not_have_is_rejected(workspace):
 
 
 @pytest.fixture
-def command(workspace, capsys, monkeypatch):
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["solq-lab", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out + captured.err
-
-    return run
+def command(workspace, command_line):
+    return command_line
 
 
 def test_a_dry_run_lists_the_runs_and_makes_nothing(command, stand_in):
