@@ -36,7 +36,13 @@ class Comparison(NamedTuple):
     missing: str
 
     def __str__(self) -> str:
-        lines = [f"{name}: {run.folder}" for name, run in zip(self.predictors, self.runs, strict=True)]
+        steps = {name: run.status()["step"] for name, run in zip(self.predictors, self.runs, strict=True)}
+        lines = [
+            f"{name}: {run.folder}, {steps[name]:,} steps" for name, run in zip(self.predictors, self.runs, strict=True)
+        ]
+        if len(set(steps.values())) > 1:
+            longest = max(steps, key=lambda name: steps[name])
+            lines.append(f"WARNING: {longest} was trained for more steps; what it does better may be due to that alone")
         if self.missing:
             lines.append(f"{self.missing} is missing, so one run is shown; name a second run's experiment.yaml")
         return "\n".join(lines)

@@ -16,12 +16,13 @@ from solq_lab.data_folder import check_data_folder
 from solq_lab.errors import ExplainedError, Interrupted, UserError
 from solq_lab.files import write_text
 from solq_lab.progress import Progress, status_line
-from solq_lab.runs import Run, create_run
-from solq_lab.workbench.parameters import check_parameters
+from solq_lab.runs import Run
+from solq_lab.workbench.parameters import check_parameters, read_parameters
 from solq_lab.workbench.processes import is_alive
 from solq_lab.workbench.trainings import stop_training
-from solq_lab.workbench.workspace import WORKSPACE
+from solq_lab.workbench.workspace import WORKSPACE, experiment_run
 
+OWN_DATA = ("data", "folder", "root")  # parameters that make a notebook one about a data set, not about a run
 QUIET_KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it logs unencrypted local sockets, and its own shutdown
 
 
@@ -41,8 +42,9 @@ def run_notebook(
     *,
     parameters: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Execute a notebook for an experiment; it is written into the run folder cell by cell, and as HTML at the end.
+    """Execute a notebook for an experiment; it is written beside its figures cell by cell, and as HTML at the end.
 
+    That is `data_report_folder`, or the folder of `experiment_run`.
     The parameters, the experiment and the data folder are checked first.
 
     Args:
@@ -53,7 +55,7 @@ def run_notebook(
         parameters: further parameters of the notebook; text is converted to the declared type.
 
     Returns:
-        The executed notebook, in the run folder; the HTML lies beside it.
+        The executed notebook; the HTML lies beside it.
 
     Raises:
         NotebookError: the notebook or a parameter is not valid.
@@ -70,15 +72,18 @@ def run_notebook(
     }
     values = check_parameters(notebook, dict(parameters or {}) | shared)
     experiment = load_experiment(experiment_path, list(overrides))
+    folder = data_report_folder(notebook, values, runs_dir)
+    if folder is not None:
+        return _execute(notebook, folder / notebook.name, values)
     check_data_folder(experiment)
-    run = create_run(experiment, runs_dir)
+    run = experiment_run(experiment_path, overrides, runs_dir)
     return _execute(notebook, run.folder / notebook.name, values, run)
 
 
 def run_report(
     notebook: str | Path, runs_dir: str | Path = "runs", *, parameters: Mapping[str, Any] | None = None
 ) -> Path:
-    """Execute a notebook about several runs, which declares no experiment; it is written into `runs_dir`/_reports.
+    """Execute a notebook that declares no experiment; one about several runs is written into `runs_dir`/_reports.
 
     Args:
         notebook: a notebook with one cell tagged `parameters` that declares runs_dir.
@@ -93,10 +98,17 @@ def run_report(
         NotebookFailed: a cell raised; the full traceback is in the executed notebook.
         Interrupted: Ctrl-C.
     """
-    notebook, folder = Path(notebook), Path(runs_dir) / "_reports"
+    notebook = Path(notebook)
     values = check_parameters(notebook, dict(parameters or {}) | {"runs_dir": str(Path(runs_dir).absolute())})
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = data_report_folder(notebook, values, runs_dir) or Path(runs_dir) / "_reports"
     return _execute(notebook, folder / notebook.name, values)
+
+
+def data_report_folder(notebook: Path, parameters: Mapping[str, Any], runs_dir: str | Path) -> Path | None:
+    """`runs_dir`/NOTEBOOK/DATA, where a notebook about a data set leaves report and figures; None for any other."""
+    declared = read_parameters(notebook)
+    data = next((parameters.get(name, declared[name].default) for name in OWN_DATA if name in declared), None)
+    return None if data is None else Path(runs_dir) / notebook.stem / Path(data).name
 
 
 def export_html(notebook: Path) -> Path:
@@ -113,6 +125,7 @@ def export_html(notebook: Path) -> Path:
 def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], run: Run | None = None) -> Path:
     """Execute a notebook into the file `executed`, with the progress of `run` in the terminal, and write its HTML."""
     os.environ[WORKSPACE] = str(Path.cwd())  # the kernel inherits it
+    executed.parent.mkdir(parents=True, exist_ok=True)
     errors: list[Exception] = []
 
     def execute() -> None:

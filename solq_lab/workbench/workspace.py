@@ -8,7 +8,7 @@ from pathlib import Path
 
 from solq_lab.config import load_experiment
 from solq_lab.data_folder import prepare_data
-from solq_lab.runs import Run, RunError, load_run, working_copy
+from solq_lab.runs import Run, RunError, create_run, load_run, working_copy
 
 WORKSPACE = "SOLQ_LAB_WORKSPACE"  # environment variable: the workspace of a launched notebook
 CHECKOUT = ("experiments", "notebooks")  # the folders that make a folder a workspace
@@ -48,15 +48,30 @@ def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
 def run_folder(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Path:
     """The folder of an experiment's run, whether it exists or not.
 
-    That is the folder of the experiment file where it holds trained weights (a run that comes with the project);
-    otherwise the experiment's folder in `runs_dir`.
+    That is the folder of the experiment file where it holds trained weights (a run that comes with the project) and no
+    override makes another experiment of it; otherwise the experiment's folder in `runs_dir`.
 
     Raises:
         ConfigError: the experiment is not valid.
     """
     experiment, beside = load_experiment(experiment_path, list(overrides)), Path(experiment_path).parent
-    shipped = (beside / "weights.safetensors").is_file()
+    shipped = (beside / "weights.safetensors").is_file() and not load_run(beside).differences(experiment)
     return beside if shipped else Path(runs_dir) / experiment.name
+
+
+def experiment_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:
+    """The run of an experiment, made where it is missing; of one that comes with the project its copy in `runs_dir`.
+
+    Raises:
+        ConfigError, RunError: as `create_run`.
+    """
+    folder, experiment = (
+        run_folder(experiment_path, overrides, runs_dir),
+        load_experiment(experiment_path, [*overrides]),
+    )
+    if folder.resolve() == Path(experiment_path).parent.resolve():
+        return working_copy(load_run(folder), runs_dir)
+    return create_run(experiment, runs_dir)
 
 
 def trained_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:

@@ -18,7 +18,7 @@ from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.runs import Run, RunError, create_run, load_run, working_copy
 from solq_lab.workbench import cli
-from solq_lab.workbench.workspace import open_run, run_folder, trained_run
+from solq_lab.workbench.workspace import experiment_run, open_run, run_folder, trained_run
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 
@@ -172,6 +172,9 @@ def test_a_notebooks_experiment_names_its_run_beside_the_file_or_in_the_runs_fol
     run: Run, packaged: Path, tmp_path: Path
 ):
     opened = trained_run(packaged / "experiment.yaml", [], tmp_path / "runs")
+    assert experiment_run(packaged / "experiment.yaml", [], tmp_path / "runs").folder == opened.folder
+    with pytest.raises(RunError, match="not a run folder"):  # another seed is another experiment
+        trained_run(packaged / "experiment.yaml", ["seed=1"], tmp_path / "runs")
     assert opened.folder == tmp_path / "runs" / "shipped" / "tiny"
     experiment = tmp_path / "mine.yaml"
     experiment.write_text(run.experiment.to_yaml())

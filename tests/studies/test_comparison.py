@@ -144,7 +144,14 @@ def test_a_second_run_that_is_missing_is_named_and_the_first_one_shown(root, tmp
     run = create_run(experiment, tmp_path / "runs")
     state = build_model(experiment, len(CLASSES)).state_dict()
     save_weights(run.weights, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+    run.write_status("finished", step=1200)
     comparison = open_comparison(run.folder / "experiment.yaml", tmp_path / "none.yaml", runs_dir=tmp_path / "runs")
+    assert "1,200 steps" in str(comparison)
+    assert "WARNING" not in str(comparison)
+    shorter = create_run(experiment.model_copy(update={"name": "shorter"}), tmp_path / "runs")
+    assert "WARNING: SOLQ was trained for more steps" in str(
+        comparison._replace(runs=[run, shorter], predictors=comparison.predictors | {"SQR": None})
+    )
     assert list(comparison.predictors) == ["SOLQ"]
     assert str(comparison).startswith(f"SOLQ: {run.folder}")
     assert "none.yaml is missing, so one run is shown" in str(comparison)

@@ -361,6 +361,14 @@ def test_a_notebook_runs_in_the_run_folder_and_becomes_html(tmp_path, experiment
     assert load_experiment(executed.with_name("experiment.yaml")).seed == 3
 
 
+@pytest.mark.parametrize("data", ["", "/somewhere/mine"])
+def test_a_notebook_about_a_data_set_files_its_report_under_the_data(tmp_path, experiment, data):
+    notebook = write_notebook(tmp_path / "look.ipynb", "1", parameters=f'{SHARED}\nfolder: str = ""')
+    executed = run_notebook(notebook, experiment, parameters={"folder": data})
+    assert executed == Path("runs/look") / Path(data).name / "look.ipynb"
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
 def test_a_failing_cell_is_told_in_a_few_lines_and_its_traceback_kept_in_the_notebook(tmp_path, experiment):
     notebook = write_notebook(tmp_path / "look.ipynb", "before = 1", "seen = before\nseen / 0", "after = 2")
     with pytest.raises(NotebookFailed) as caught:

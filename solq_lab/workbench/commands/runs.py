@@ -44,7 +44,7 @@ def run(
         list[str] | None, typer.Option("--parameter", "-p", help="A further parameter of the notebook, name=value.")
     ] = None,
 ) -> None:
-    """Execute a notebook for an experiment. The report appears in the run folder."""
+    """Execute a notebook for an experiment. The report appears beside its figures, as a rule in the run folder."""
     given = dict(_split_parameter(text) for text in parameter or [])
     if experiment is not None and "=" in experiment.name and not experiment.exists():
         raise ConfigError(f"{experiment}: changes an experiment; name the experiment's file before it")
@@ -55,7 +55,8 @@ def run(
         executed = run_report(notebook, runs_dir, parameters=given)
     else:
         executed = run_notebook(notebook, path, overrides or [], runs_dir, parameters=given)
-        _print_results(load_run(executed.parent))
+        if (executed.parent / "experiment.yaml").is_file():
+            _print_results(load_run(executed.parent))
     typer.echo(f"\nnotebook  {executed}\nHTML      {executed.with_suffix('.html')}")
 
 
