@@ -39,6 +39,10 @@ class ModelSection(Section):
     activation: Literal["relu", "gelu", "silu"] = "relu"
     refine_boxes: bool = Field(True, description="iterative box refinement; on in all released SOLQ models")
     two_stage: bool = Field(False, description="queries from the encoder's best proposals")
+    mixed_queries: bool = Field(False, description="positions of queries from the best proposals, content learned")
+    look_twice: Annotated[bool, Role.ADAPTED] = Field(
+        False, description="a layer's box loss also trains the layer before; needs refine_boxes"
+    )
     standardise_vectors: Annotated[bool, Role.ADAPTED] = Field(
         False, description="vectors in units of their standard deviation in training"
     )
@@ -61,8 +65,11 @@ class ModelSection(Section):
             raise ValueError("levels 2 does not exist: 1 is C5 alone, 3 is C3-C5, 4 adds the stride-64 level")
         if self.mask_branch == "sqr" and self.levels == 1:
             raise ValueError("mask_branch sqr needs the maps C3-C5: give levels 3 or more, or mask_branch: none")
-        if self.two_stage and not self.refine_boxes:
-            raise ValueError("two_stage needs refine_boxes: true; proposals are refined layer by layer")
+        for key in ("two_stage", "mixed_queries", "look_twice"):
+            if getattr(self, key) and not self.refine_boxes:
+                raise ValueError(f"{key}: true needs refine_boxes: true; it is about boxes that the layers refine")
+        if self.two_stage and self.mixed_queries:
+            raise ValueError("two_stage and mixed_queries both say where queries come from; set one of them to false")
         if self.dilation and not BACKBONES[self.backbone].dilates:
             dilating = ", ".join(name for name, spec in BACKBONES.items() if spec.dilates)
             raise ValueError(f"dilation is for {dilating}, not {self.backbone}")

@@ -105,22 +105,26 @@ class LayerPrediction(NamedTuple):
     boxes: (B, J, 4) (cx, cy, w, h), normalised image.
     vectors: (B, J, D) mask vectors, or None for a plain detector.
     masks: of the last layer of a model with a mask branch, else None.
+    next_anchor: (B, J, 4) the same boxes, their gradient reaching no other layer than this; of a query head.
     """
 
     logits: Tensor
     boxes: Tensor
     vectors: Tensor | None
     masks: ImageMasks | None = None
+    next_anchor: Tensor | None = None
 
 
 class Predictions(NamedTuple):
-    """All decoder layers, first to last, and the encoder's proposals where the model is two-stage.
+    """All decoder layers, first to last, and the encoder's proposals where queries come from them.
 
-    proposals: a `LayerPrediction` over all encoder tokens (B, S_tokens, ...) without vectors, or None.
+    proposals: a `LayerPrediction` over all encoder tokens (B, T, ...) without vectors, or None.
+    proposals_have_classes: whether their logits are those of the classes; otherwise channel 0 stands for any object.
     """
 
     layers: list[LayerPrediction]
     proposals: LayerPrediction | None
+    proposals_have_classes: bool = False
 
 
 class Detections(NamedTuple):

@@ -104,17 +104,24 @@ class UnifiedQueryHead(nn.Module):
         self.vector = vector
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
 
-    def forward(self, queries: Tensor, reference: Tensor) -> LayerPrediction:
+    def forward(self, queries: Tensor, anchor: Tensor) -> LayerPrediction:
         """Predictions of the queries.
 
         Args:
             queries: (B, J, C).
-            reference: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image; boxes are
-                predicted relative to it.
+            anchor: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image; boxes are predicted relative
+                to it.
         """
         delta = self.box(queries)
-        anchor = inverse_sigmoid(reference)
-        if reference.shape[-1] == 2:
-            anchor = F.pad(anchor, (0, 2))  # a point has no size
+        boxes = _moved(anchor, delta)
+        next_anchor = _moved(anchor.detach(), delta) if anchor.requires_grad else boxes
         vectors = None if self.vector is None else self.vector(queries)
-        return LayerPrediction(self.classify(queries), (delta + anchor).sigmoid(), vectors)
+        return LayerPrediction(self.classify(queries), boxes, vectors, next_anchor=next_anchor)
+
+
+def _moved(anchor: Tensor, delta: Tensor) -> Tensor:
+    """Boxes (B, J, 4): points or boxes `anchor`, moved and scaled by (B, J, 4) logits."""
+    logits = inverse_sigmoid(anchor)
+    if anchor.shape[-1] == 2:
+        logits = F.pad(logits, (0, 2))  # a point has no size
+    return (delta + logits).sigmoid()

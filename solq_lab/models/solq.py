@@ -52,6 +52,9 @@ class SOLQ(Checkpointed):
         activation: of the feed-forward blocks: "relu", "gelu" or "silu".
         refine_boxes: each layer starts from the box of the one before, and has its own class and box head.
         two_stage: queries come from the encoder's best proposals; needs `refine_boxes`.
+        mixed_queries: positions of queries come from the encoder's best proposals, which have classes; their content is
+            learned (DINO's mixed query selection). Instead of `two_stage`; needs `refine_boxes`.
+        look_twice: a layer's box loss also trains the layer before (DINO's look forward twice); needs `refine_boxes`.
         standardise_vectors: the vector head predicts in units of the training vectors' std.
 
     Raises:
@@ -78,14 +81,20 @@ class SOLQ(Checkpointed):
         activation: str,
         refine_boxes: bool,
         two_stage: bool = False,
+        mixed_queries: bool = False,
+        look_twice: bool = False,
         standardise_vectors: bool = False,
     ) -> None:
         super().__init__()
         if width % GROUPS:
             raise ValueError(f"width {width} is not a multiple of {GROUPS}, the groups of the group norm")
-        if two_stage and not refine_boxes:
-            raise ValueError("two_stage needs refine_boxes=True: proposals are boxes that the layers refine")
-        self.refine_boxes, self.two_stage, self.num_queries = refine_boxes, two_stage, queries
+        for name, wanted in (("two_stage", two_stage), ("mixed_queries", mixed_queries), ("look_twice", look_twice)):
+            if wanted and not refine_boxes:
+                raise ValueError(f"{name} needs refine_boxes=True: it is about boxes that the layers refine")
+        if two_stage and mixed_queries:
+            raise ValueError("two_stage and mixed_queries both say where queries come from; leave one out")
+        self.refine_boxes, self.look_twice, self.num_queries = refine_boxes, look_twice, queries
+        self.two_stage, self.mixed_queries = two_stage, mixed_queries
 
         self.backbone = backbone
         self.projections = _level_projections(backbone.channels, width, levels)
@@ -108,13 +117,16 @@ class SOLQ(Checkpointed):
             vector = VectorMLP(width, vector_hidden, vector_dim, standardise=standardise_vectors)
         query_heads = _query_heads(UnifiedQueryHead(width, num_classes, vector), decoder_layers, refine_boxes)
         self.heads = nn.ModuleList(query_heads)
-        if two_stage:
+        if two_stage or mixed_queries:
             self.proposal_head = UnifiedQueryHead(width, num_classes, None)
             self.proposal_projection = _xavier(nn.Linear(width, width))
             self.proposal_norm = nn.LayerNorm(width)
-            self.query_projection = _xavier(nn.Linear(2 * width, 2 * width))
-            self.query_norm = nn.LayerNorm(2 * width)
-        else:
+            outputs = 2 * width if two_stage else width  # position and content, or position alone
+            self.query_projection = _xavier(nn.Linear(2 * width, outputs))
+            self.query_norm = nn.LayerNorm(outputs)
+        if mixed_queries:
+            self.query_embedding = nn.Parameter(torch.randn(queries, width))
+        elif not two_stage:
             self.query_embedding = nn.Parameter(torch.randn(queries, 2 * width))
             self.reference_points = _xavier(nn.Linear(width, 2))
             nn.init.zeros_(self.reference_points.bias)
@@ -135,14 +147,15 @@ class SOLQ(Checkpointed):
     def decode(self, memory: Memory) -> tuple[Predictions, Tensor]:
         """The decoder: predictions of every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
-        layers = []
+        layers, anchor = [], reference
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
             queries = self.checkpoint(decode, queries, query_pos, reference, memory)  # (B, J, C)
-            prediction = head(queries, reference)  # logits, boxes, mask vectors
+            prediction = head(queries, anchor)  # logits, boxes, mask vectors
             layers.append(prediction)
             if self.refine_boxes:
                 reference = prediction.boxes.detach()
-        return Predictions(layers=layers, proposals=proposals), queries
+                anchor = prediction.next_anchor if self.look_twice else reference
+        return Predictions(layers, proposals, proposals_have_classes=self.mixed_queries), queries
 
     def embed_levels(self, features: list[Tensor], padding: Tensor) -> Memory:
         """All levels at width C, flattened into one row of tokens, with their positions.
@@ -189,7 +202,7 @@ class SOLQ(Checkpointed):
             queries (B, J, C), query_pos (B, J, C), reference (B, J, 2 or 4) in the normalised image, and the
             proposals of all tokens (None with learned queries).
         """
-        if self.two_stage:
+        if self.two_stage or self.mixed_queries:
             return self._queries_from_proposals(memory)
         embedding = self.query_embedding.expand(memory.tokens.shape[0], -1, -1)  # (J, 2C) -> (B, J, 2C)
         query_pos, queries = embedding.chunk(2, dim=-1)
@@ -198,7 +211,7 @@ class SOLQ(Checkpointed):
         return queries, query_pos, reference.to(exact).sigmoid(), None
 
     def _queries_from_proposals(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor, LayerPrediction]:
-        """Two-stage: each token proposes a box around its cell; the best J become references and queries."""
+        """Each token proposes a box around its cell; the best J become references and queries, or their positions."""
         if memory.tokens.shape[1] < self.num_queries:
             raise ValueError(
                 f"{self.num_queries} queries cannot be chosen from the {memory.tokens.shape[1]} tokens of this "
@@ -214,10 +227,16 @@ class SOLQ(Checkpointed):
         proposals = self.proposal_head(self.proposal_norm(self.proposal_projection(tokens)), cells)
         proposals = proposals._replace(boxes=proposals.boxes.masked_fill(~usable.unsqueeze(-1), 1.0))
 
-        best = proposals.logits[..., 0].topk(self.num_queries, dim=1).indices  # stage one has one class, channel 0
+        if self.mixed_queries:
+            scores = proposals.logits.amax(-1).masked_fill(~usable, -torch.inf)
+        else:
+            scores = proposals.logits[..., 0]  # stage one has one class, channel 0
+        best = scores.topk(self.num_queries, dim=1).indices
         reference = proposals.boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach()
         encoded = sine_features(reference, memory.tokens.shape[-1] // 2).flatten(2)  # (B, J, 4) -> (B, J, 2C)
         encoded = self.query_norm(self.query_projection(encoded.to(memory.tokens.dtype)))
+        if self.mixed_queries:
+            return self.query_embedding.expand(len(encoded), -1, -1), encoded, reference, proposals
         query_pos, queries = encoded.chunk(2, dim=-1)
         return queries, query_pos, reference, proposals
 

@@ -174,8 +174,9 @@ class SetCriterion(nn.Module):
 
             if predictions.proposals is not None:
                 assert matches.proposals is not None  # the matcher matches proposals where there are any
-                anything = objects._replace(labels=torch.zeros_like(objects.labels))
-                proposals = self._match_layers([predictions.proposals], matches.proposals, anything, count)
+                if not predictions.proposals_have_classes:
+                    objects = objects._replace(labels=torch.zeros_like(objects.labels))
+                proposals = self._match_layers([predictions.proposals], matches.proposals, objects, count)
                 losses |= {f"{name}/proposals": self.terms[name](proposals).squeeze(0) for name in PROPOSAL_TERMS}
         return losses
 

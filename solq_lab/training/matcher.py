@@ -54,7 +54,7 @@ class HungarianMatcher:
     """Finds, for every layer and image on its own, the cheapest one-to-one matching of queries and objects.
 
     In the result a query and an object occur at most once per layer; with K <= J every object occurs.
-    The encoder's proposals are matched without regard to class: every object counts as class 0 there.
+    Proposals without classes are matched without regard to class: every object counts as class 0 there.
 
     Args:
         class_cost: weight of the focal class cost, positive minus negative term at the object's class.
@@ -117,7 +117,8 @@ class HungarianMatcher:
         with torch.autocast(device.type, enabled=False):
             by_layer = [layer.logits[images, :, labels] for layer in predictions.layers]  # each (K, J)
             if predictions.proposals is not None:
-                by_layer.append(predictions.proposals.logits[images, :, 0])
+                channels = labels if predictions.proposals_have_classes else torch.zeros_like(labels)
+                by_layer.append(predictions.proposals.logits[images, :, channels])
             logits = torch.cat(by_layer, dim=1)
             boxes = torch.cat([layer.boxes for layer in _all_layers(predictions)], dim=1)  # (B, Z*J, 4)
             truth = torch.cat([target.boxes for target in targets])[:, None]  # (K, 4) -> (K, 1, 4)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -103,10 +104,10 @@ def test_onnxruntime_finds_what_the_model_finds(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("two_stage", [False, True], ids=["learned queries", "two-stage"])
-def test_one_file_serves_any_size_and_any_number_of_images(two_stage: bool, tmp_path: Path):
+@pytest.mark.parametrize("model", [{}, {"two_stage": True}, {"mixed_queries": True}], ids=str)
+def test_one_file_serves_any_size_and_any_number_of_images(model: dict[str, Any], tmp_path: Path):
     """Three images of three shapes: a padded batch of two, then one alone."""
-    weights, _ = write_model(tmp_path, model={"two_stage": two_stage})
+    weights, _ = write_model(tmp_path, model=model)
     report = export_onnx(weights, tmp_path / "free.onnx")
     assert (report.parity.images, report.parity.detections, report.parity.matched) == (3, 48, 48)
     assert report.parity.mask_iou > 0.999

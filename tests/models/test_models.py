@@ -96,11 +96,11 @@ def test_predictions_have_the_promised_shapes():
         assert layer.boxes.max() < 1
 
 
-@pytest.mark.parametrize("two_stage", [False, True])
-def test_padding_does_not_change_the_predictions(two_stage: bool):
+@pytest.mark.parametrize("changes", [{}, {"two_stage": True}, {"mixed_queries": True}])
+def test_padding_does_not_change_the_predictions(changes: dict[str, Any]):
     random = torch.Generator().manual_seed(3)
     maps = [torch.randn(1, 32, 12 // 2**k, 16 // 2**k, generator=random).double() for k in range(3)]
-    model = small_model(two_stage=two_stage).double().eval()
+    model = small_model(**changes).double().eval()
     model.projections = nn.ModuleList([nn.Identity()] * 3)  # group norms look at the padded map as a whole
 
     model.backbone = FixedMaps(maps)
@@ -136,6 +136,7 @@ def test_a_plain_detector_is_solq_without_its_vectors():
         {},
         {"refine_boxes": False},
         {"two_stage": True},
+        {"mixed_queries": True, "look_twice": True},
         {"vector_dim": None},
         {"levels": 5},
         {"encoder_layers": 0},
@@ -169,13 +170,36 @@ def test_two_stage_never_proposes_from_padding():
     assert (boxes[2:10, 1:4] < 1).all()
 
 
-def test_a_layer_s_box_reaches_its_own_head_and_no_earlier_one():
-    model = small_model(decoder_layers=3)
+@pytest.mark.parametrize("look_twice", [False, True])
+def test_a_layer_s_box_reaches_its_own_head_and_only_by_a_second_look_the_one_before(look_twice: bool):
+    model = small_model(decoder_layers=3, look_twice=look_twice)
     layers = model(batch((64, 64))).layers
     for number, layer in enumerate(layers):
         inputs = [head.box.layers[0].weight for head in model.heads]
         gradients = torch.autograd.grad(layer.boxes.sum(), inputs, retain_graph=True, allow_unused=True)
-        assert [gradient is not None for gradient in gradients] == [k == number for k in range(3)]
+        reached = {number, number - look_twice}
+        assert [gradient is not None for gradient in gradients] == [k in reached for k in range(3)]
+
+
+def test_looking_twice_changes_gradients_alone():
+    once, twice = small_model(), small_model(look_twice=True)
+    for before, after in zip(once(batch((64, 64))).layers, twice(batch((64, 64))).layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
+
+
+def test_mixed_queries_take_their_place_from_the_proposals_with_the_best_class_and_share_their_content():
+    model, images = small_model(mixed_queries=True), batch((96, 96), (64, 80))
+    memory = model.embed_levels(model.backbone(images.pixels), images.padding)
+    queries, query_pos, reference, proposals = model.initial_queries(memory)
+    assert torch.equal(queries, model.query_embedding.expand(2, -1, -1))
+    assert query_pos.shape == (2, 7, 32)
+    for image in range(2):
+        usable = proposals.boxes[image, :, 0] < 1
+        best = proposals.logits[image].amax(-1)[usable].topk(7).indices
+        assert torch.equal(reference[image], proposals.boxes[image][usable][best])
+    assert model(images).proposals_have_classes
+    with pytest.raises(WeightMismatch, match="mixed_queries has no released counterpart"):
+        to_official_state(small_model(mixed_queries=True).state_dict())
 
 
 def test_references_are_detached_between_layers_but_the_first_box_trains_the_initial_reference():
@@ -364,6 +388,9 @@ def test_without_a_network_the_message_names_the_cure(monkeypatch: pytest.Monkey
         (lambda: small_model(levels=2), r"levels 2 does not fit a backbone with 3 maps"),
         (lambda: small_model(levels=1), r"levels 1 does not fit"),
         (lambda: small_model(two_stage=True, refine_boxes=False), r"two_stage needs refine_boxes"),
+        (lambda: small_model(mixed_queries=True, refine_boxes=False), r"mixed_queries needs refine_boxes"),
+        (lambda: small_model(look_twice=True, refine_boxes=False), r"look_twice needs refine_boxes"),
+        (lambda: small_model(mixed_queries=True, two_stage=True), r"two_stage and mixed_queries both .*leave one out"),
         (lambda: FeedForward(32, 32, 0.0, "tanh"), r"'tanh' is unknown; allowed are relu, gelu, silu"),
         (lambda: SelfAttention(32, 5), r"width 32 is not a multiple of heads 5"),
         (lambda: ResNetBackbone("resnet18"), r"'resnet18' is unknown; allowed are resnet50, resnet101"),
@@ -392,7 +419,7 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
     assert not torch.equal(model(images).layers[-1].logits, model(images).layers[-1].logits)
 
 
-@pytest.mark.parametrize("changes", [{}, {"refine_boxes": False}, {"two_stage": True}])
+@pytest.mark.parametrize("changes", [{}, {"refine_boxes": False}, {"two_stage": True}, {"mixed_queries": True}])
 def test_boxes_stay_float32_under_bfloat16_autocast(changes: dict[str, Any]):
     model = small_model(**changes)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -74,14 +74,15 @@ def test_golden_matcher_costs_and_assignments_are_the_released_ones(golden_root)
             first += count
 
 
-def test_every_layer_and_image_has_the_cheapest_one_to_one_matching():
+@pytest.mark.parametrize("classes", [False, True], ids=["proposals of anything", "proposals with classes"])
+def test_every_layer_and_image_has_the_cheapest_one_to_one_matching(classes: bool):
     generator = torch.Generator().manual_seed(0)
     predictions = Predictions(
-        [random_layer(generator, 3, 5) for _ in range(2)], proposals=random_layer(generator, 3, 6)
+        [random_layer(generator, 3, 5) for _ in range(2)], random_layer(generator, 3, 6), proposals_have_classes=classes
     )
     targets = random_targets(generator, [3, 0, 4])
     matches = HungarianMatcher(**WEIGHTS)(predictions, targets)
-    as_class_0 = [target._replace(labels=torch.zeros_like(target.labels)) for target in targets]
+    as_class_0 = [target._replace(labels=target.labels * classes) for target in targets]
     sets = [(matches.layers, 0, predictions.layers[0], targets), (matches.layers, 1, predictions.layers[1], targets)]
     sets.append((matches.proposals, 0, predictions.proposals, as_class_0))
     for matching, row, layer, wanted in sets:
