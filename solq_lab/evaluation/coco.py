@@ -9,6 +9,8 @@ as background. Against a crowd region a pair keeps its mask IoU.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import math
 from collections import Counter
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_api
+from pycocotools import mask as coco_rle
 
 from solq_lab.data.annotations import DataError, shorten
 from solq_lab.data.classes import ClassMap
@@ -34,12 +37,24 @@ KINDS = ("box", "segm", "boundary")
 DEFAULTS = EvaluationSection()
 DETECTIONS_AT_ONCE = 50_000  # matched at once, or one class where it has more: about 150 MB of tables
 
-_IOU_TYPE = {"box": "bbox", "segm": "segm", "boundary": "boundary"}
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)  # area ranges, in the order of faster-coco-eval's arrays
 _AR_LIMITS = (1, 10, 100)  # detections of a class in an image
 _AP50, _AP75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55, ... 0.95
 
 
+@contextlib.contextmanager
+def _collecting_no_garbage() -> Iterator[None]:
+    """Scoring makes dictionaries by the hundred thousand, in no cycle: the collector searches them for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collecting_no_garbage()
 def evaluate_results(
     annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
@@ -114,6 +129,20 @@ class ClassShare(NamedTuple):
 
     category_ids: list[int]
     numbered: list[tuple[int, dict]]
+
+
+class _MaskEvaluator(COCOeval_faster):
+    """Compares masks as they are; faster-coco-eval would first decode each of them and encode it again."""
+
+    def computeIoU(self, imgId: int, catId: int) -> np.ndarray:
+        """(F, K) overlaps of the best detections, by falling score, with the objects of a class in an image."""
+        objects, detections = (
+            [entry for entry in index.imgToAnns[imgId] if entry["category_id"] == catId]
+            for index in (self.cocoGt, self.cocoDt)
+        )
+        detections = sorted(detections, key=lambda entry: -entry["score"])[: self.params.maxDets[-1]]
+        found, true = ([entry["segmentation"] for entry in entries] for entries in (detections, objects))
+        return coco_rle.iou(found, true, [entry["iscrowd"] for entry in objects])
 
 
 class ScoringData:
@@ -213,10 +242,10 @@ class ScoringData:
             for entry, area in zip(detections, areas.tolist(), strict=True):
                 entry["area"] = area
 
-        evaluator = COCOeval_faster(
+        evaluator = (_MaskEvaluator if kind == "segm" else COCOeval_faster)(
             self._index(objects, share.category_ids),
             self._index(detections, share.category_ids),
-            _IOU_TYPE[kind],
+            "boundary" if kind == "boundary" else "bbox",
             boundary_dilation_ratio=boundary_ratio,
             print_function=logger.debug,
             ranges=ranges,
@@ -255,10 +284,17 @@ class ScoringData:
         except KeyError as error:
             raise _incomplete(number, result, error) from None
         image_id = result["image_id"]
-        entry = {"id": number + 1, "image_id": image_id, "category_id": result["category_id"]}
-        entry |= {"score": result["score"], "iscrowd": 0}
+        entry = {
+            "id": number + 1,
+            "image_id": image_id,
+            "category_id": result["category_id"],
+            "score": result["score"],
+            "iscrowd": 0,
+            "segmentation" if masks else "bbox": shape,
+        }
         if not masks:
-            return entry | {"bbox": shape, "area": shape[2] * shape[3]}
+            entry["area"] = shape[2] * shape[3]
+            return entry
 
         if not isinstance(shape, dict) or not isinstance(shape.get("counts"), str | bytes):
             raise DataError(f"result {number}: segmentation {shorten(shape)}; allowed is a compressed RLE")
@@ -268,7 +304,7 @@ class ScoringData:
                 f"result {number}: a mask of size {list(shape['size'])}, but image {image_id} has height and width "
                 f"{height}, {width}; masks are scored at the original size"
             )
-        return entry | {"segmentation": shape}
+        return entry
 
 
 def _incomplete(number: int, result: object, error: Exception) -> DataError:

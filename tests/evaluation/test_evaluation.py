@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import random
@@ -388,6 +389,16 @@ def test_an_unusable_result_is_named(change, message):
     truth = truth_of([(1, 1, (4, 4, 20, 20))])
     with pytest.raises(DataError, match=message):
         evaluate_results(truth, [result_of(1, 1, (4, 4, 20, 20)) | change])
+
+
+def test_scoring_leaves_the_garbage_collector_as_it_was():
+    truth, result = truth_of([(1, 1, (4, 4, 20, 20))]), result_of(1, 1, (4, 4, 20, 20))
+    for enabled in (True, False, True):
+        (gc.enable if enabled else gc.disable)()
+        evaluate_results(truth, [result])
+        with pytest.raises(DataError):
+            evaluate_results(truth, [result | {"score": math.nan}])
+        assert gc.isenabled() == enabled
 
 
 def test_scoring_masks_of_a_plain_detector_says_to_leave_them_out():
