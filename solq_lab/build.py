@@ -20,6 +20,7 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.data.kinds import AUGMENTATIONS
 from solq_lab.data.order import BatchStream
 from solq_lab.data.transforms import TestResize, Transform
+from solq_lab.data_folder import split_of
 from solq_lab.models.kinds import BACKBONES
 from solq_lab.models.official import is_official
 from solq_lab.models.solq import SOLQ
@@ -155,13 +156,12 @@ def build_dataset(
         ConfigError: `data.root` is empty.
         DataError: a folder or file is missing, or the annotations are not COCO.
     """
-    data, root = experiment.data, _data_root(experiment)
-    training = split == "train"
+    data, training = experiment.data, split == "train"
     masks = training or with_masks
-    annotations = root / (data.train_annotations if training else data.val_annotations)
+    _, images, annotations = split_of(experiment, split)
 
     return CocoDataset(
-        root / (data.train_images if training else data.val_images),
+        images,
         annotations,
         classes=classes,
         class_ids=data.class_ids,
@@ -199,24 +199,17 @@ def build_images(experiment: Experiment, classes: ClassMap | None = None) -> Coc
     Raises:
         ConfigError, DataError: as in `build_dataset`.
     """
-    data, root = experiment.data, _data_root(experiment)
+    data = experiment.data
+    _, images, annotations = split_of(experiment, "val")
     return CocoDataset(
-        root / data.val_images,
-        root / data.val_annotations,
+        images,
+        annotations,
         classes=classes,
         class_ids=data.class_ids,
         num_classes=data.num_classes,
         mask_size=experiment.codec.mask_size,
         allow_links=data.allow_links,
     )
-
-
-def _data_root(experiment: Experiment) -> Path:
-    if not experiment.data.root:
-        raise ConfigError(
-            "data.root is empty: give the folder that holds the images and annotations (data.root=FOLDER)"
-        )
-    return Path(experiment.data.root)
 
 
 def build_augmentation(data: DataSection) -> Transform:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from solq_lab.data.folders import found_names
 from solq_lab.errors import did_you_mean
 from solq_lab.plain_yaml import load_yaml
 from solq_lab.schema import Experiment
@@ -52,6 +53,8 @@ class Sweep(Section):
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment in a YAML file, its parents (`extends`) filled in and the overrides applied.
 
+    Names of images and annotations that are left empty are filled in as they are found in `data.root`.
+
     Args:
         path: YAML file; its optional key `extends` names a parent file relative to it.
         overrides: `section.key=value` strings, later ones win. The value is YAML, or the text as typed for a key that
@@ -61,11 +64,29 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigError: the file, a key or a value is not valid.
     """
     path = Path(path)
-    values = _read_with_parents(path, seen=[])
+    values = {"name": path.stem} | _read_with_parents(path, seen=[])
+    return with_found_data(_with_overrides(values, overrides, source=str(path)))
+
+
+def default_experiment(overrides: Sequence[str] = ()) -> Experiment:
+    """The schema's defaults with `section.key=value` changes, under the name "default".
+
+    Raises:
+        ConfigError: a key or a value is not valid.
+    """
+    return _with_overrides({"name": "default"}, overrides, source="the default experiment")
+
+
+def _with_overrides(values: dict[str, Any], overrides: Sequence[str], *, source: str) -> Experiment:
     for override in overrides:
         _apply_override(values, override)
-    values.setdefault("name", path.stem)
-    return validate_experiment(values, source=str(path))
+    return validate_experiment(values, source=source)
+
+
+def with_found_data(experiment: Experiment) -> Experiment:
+    """The experiment with the names of images and annotations that it leaves empty, as far as they are found."""
+    found = found_names(experiment.data.model_dump())
+    return experiment.model_copy(update={"data": experiment.data.model_copy(update=found)}) if found else experiment
 
 
 def load_sweep(path: str | Path) -> Sweep:

@@ -1,39 +1,42 @@
-"""The data folder of an experiment: checked, or drawn where it is to hold shapes."""
+"""The data folder of an experiment: found, checked, or drawn where it is to hold shapes."""
 
 from __future__ import annotations
 
-import difflib
+import logging
 import os
 from pathlib import Path
+from typing import Literal
 
-from solq_lab.config import ConfigError, Experiment
+from solq_lab.config import ConfigError, Experiment, with_found_data
+from solq_lab.data.folders import Split, explain_missing
+from solq_lab.errors import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 
 def check_data_folder(experiment: Experiment) -> None:
-    """Check that the data folder of an experiment exists, unless it is drawn on demand.
+    """Check that the data folder of an experiment exists, unless it is drawn on demand; one log line names its parts.
 
     Raises:
         ConfigError: data.root is empty or missing, or lacks a file or folder that the experiment names.
+        DataError: names that the experiment leaves empty are not found, or there is more than one reading.
     """
-    data = experiment.data
-    if not data.root:
-        wanted = "with images and annotations" if data.generate == "none" else "to draw the shapes into"
-        raise ConfigError(f"data.root: found '', allowed is a folder {wanted}; add data.root=FOLDER")
-    if data.generate != "none":
-        return
-    _require("data.root", Path(data.root))
-    for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
-        _require(f"data.{key}", Path(data.root) / getattr(data, key))
+    _check(experiment)
+    data = with_found_data(experiment).data
+    if data.generate == "none":
+        logger.info(
+            "%s: train images %s with %s, val images %s with %s",
+            *(data.root, data.train_images, data.train_annotations, data.val_images, data.val_annotations),
+        )
 
 
 def prepare_data(experiment: Experiment) -> None:
     """Draw the shapes of an experiment where they are missing; check any other data folder.
 
     Raises:
-        ConfigError: the data folder is missing, or lacks a file or folder that the experiment names.
-        DataError: the folder holds shapes of other settings.
+        ConfigError, DataError: as `check_data_folder`; or the folder holds shapes of other settings.
     """
-    check_data_folder(experiment)
+    _check(experiment)
     data = experiment.data
     if data.generate == "none":
         return
@@ -42,16 +45,62 @@ def prepare_data(experiment: Experiment) -> None:
     write_shapes(Path(data.root), level=data.generate, train=data.generate_train, val=data.generate_val)
 
 
+def split_of(experiment: Experiment, name: Literal["train", "val"]) -> Split:
+    """The images and the annotation file of a split, as the experiment names them or as they are found.
+
+    Raises:
+        ConfigError: data.root is empty.
+        DataError: they are not found, or cannot be made of what is there.
+    """
+    data = with_found_data(experiment).data
+    images = getattr(data, f"{name}_images")
+    if data.root and not images:
+        raise explain_missing(Path(data.root), name, data.val_fraction)
+    return Split(name, Path(data.root) / images, annotations_of(experiment, name))
+
+
+def annotations_of(experiment: Experiment, name: Literal["train", "val"]) -> Path:
+    """The annotation file of a split alone; raises as `split_of`."""
+    from solq_lab.data.derived import annotation_file
+
+    data = with_found_data(experiment).data
+    annotations = getattr(data, f"{name}_annotations")
+    if annotations:
+        return annotation_file(Path(data.root) / annotations, data.val_fraction)
+    if not data.root:
+        raise ConfigError(
+            "data.root is empty: give the folder that holds the images and annotations (data.root=FOLDER)"
+        )
+    raise explain_missing(Path(data.root), name, data.val_fraction)
+
+
+def _check(experiment: Experiment) -> None:
+    """Raise where the data folder, or a part of it, is missing."""
+    data = with_found_data(experiment).data
+    if not data.root:
+        wanted = "with images and annotations" if data.generate == "none" else "to draw the shapes into"
+        raise ConfigError(f"data.root: found '', allowed is a folder {wanted}; add data.root=FOLDER")
+    if data.generate != "none":
+        return
+
+    root = Path(data.root)
+    _require("data.root", root)
+    for name in ("train", "val"):
+        for key in (f"{name}_annotations", f"{name}_images"):
+            value = getattr(data, key)
+            if not value:
+                raise explain_missing(root, name, data.val_fraction)
+            whole, _, part = value.rpartition("#")
+            _require(f"data.{key}", root / (whole if part in ("train", "val", "test") else value))
+
+
 def _require(key: str, path: Path) -> None:
     """Raise ConfigError where a path does not exist, with the nearest that does."""
     if path.exists():
         return
-
     folder = path.parent
     while not folder.is_dir():
         folder = folder.parent
-    names = sorted(os.listdir(folder))
     missing = path.relative_to(folder).parts[0]
-    nearest = difflib.get_close_matches(missing, names, n=1)
-    hint = f"did you mean {folder / nearest[0]}?" if nearest else f"{folder} holds {', '.join(names[:8]) or 'nothing'}"
+    hint = did_you_mean(missing, sorted(os.listdir(folder))[:50], f"{folder} holds", folder=folder)
     raise ConfigError(f"{key}: found {path}, which does not exist; {hint}; set {key}=...")

@@ -28,6 +28,7 @@ from solq_lab.codecs.kinds import fitted_kinds
 from solq_lab.codecs.reconstruct import box_frame_iou, reconstruct
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.ground_truth import DataError, GroundTruth
+from solq_lab.data_folder import annotations_of
 from solq_lab.files import hash_file
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def fit_codec(
     codec, path = new_codec(experiment), Path(experiment.codec.artifact)
     if not isinstance(codec, FittedCodec):
         raise ConfigError(f"codec.kind={experiment.codec.kind}: nothing to fit; {fitted_kinds()} are fitted")
-    annotations = _train_annotations(experiment)
+    annotations = annotations_of(experiment, "train")
     if not annotations.is_file():
         raise DataError(f"{annotations}: no such annotation file; check data.root and data.train_annotations")
     dataset: dict[str, Any] = {"annotations": annotations.name, "sha256": hash_file(annotations)}
@@ -95,7 +96,7 @@ def check_fitted_data(experiment: Experiment) -> None:
     """
     if not isinstance(new_codec(experiment), FittedCodec):
         return
-    path, annotations = experiment.codec.artifact, _train_annotations(experiment)
+    path, annotations = experiment.codec.artifact, annotations_of(experiment, "train")
     try:
         fitted_on = read_description(path).dataset
     except ArtifactError as error:
@@ -192,7 +193,3 @@ def _already_there(path: Path, codec: FittedCodec, dataset: dict[str, Any]) -> D
         )
     log.info("%s: fitted to this data already", path)
     return about
-
-
-def _train_annotations(experiment: Experiment) -> Path:
-    return Path(experiment.data.root) / experiment.data.train_annotations

@@ -153,13 +153,19 @@ class LossSection(Section):
 
 
 class DataSection(Section):
-    """A COCO-format folder, and the transforms of its images."""
+    """A data folder, and the transforms of its images.
+
+    Names that are left empty are those that `data.folders` finds in the folder.
+    """
 
     root: Annotated[PathText, Role.MACHINE] = Field("", description="folder of images and annotations; has to be given")
-    train_images: str = "train2017"
-    train_annotations: str = "annotations/instances_train2017.json"
-    val_images: str = "val2017"
-    val_annotations: str = "annotations/instances_val2017.json"
+    train_images: str = Field("", description="folder, relative to root; empty: found, as the next three")
+    train_annotations: str = Field("", description="COCO file, or FILE#PART: a split of a data.yaml or of val_fraction")
+    val_images: str = ""
+    val_annotations: str = ""
+    val_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the images that becomes val, the same always, where there is no val"
+    )
     class_ids: Literal["contiguous", "raw"] = Field("contiguous", description="raw: the category id is the channel")
     num_classes: int | None = Field(None, gt=0, description="class channels; None: as in the annotations")
     generate: Literal["none", "easy", "hard"] = Field("none", description="draw shapes into root when it is missing")
@@ -365,6 +371,8 @@ class Experiment(Section):
             raise ConfigError(f"split {split!r}: allowed are 'val' and 'train'")
         if split == "val":
             return self
+        if self.data.root and not self.data.train_annotations:
+            raise ConfigError(f"data.train_annotations: found '', allowed is the annotation file of {self.data.root}")
         train = {"val_images": self.data.train_images, "val_annotations": self.data.train_annotations}
         return self.model_copy(update={"data": self.data.model_copy(update=train)})
 

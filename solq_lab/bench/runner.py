@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 
 from solq_lab.bench import codec, evaluation, gpu, loader, matcher, memory, network, op, postprocess, targets
 from solq_lab.bench.timing import Row
-from solq_lab.data.annotations import DataError
+from solq_lab.data.folders import explain_missing, find_splits
 from solq_lab.environment import describe_software, processor_name
 from solq_lab.errors import UserError
 from solq_lab.files import read_json, write_json
 from solq_lab.ops.extension import instruction_set
-from solq_lab.schema import DataSection
 
 Split = tuple[Path, Path] | None  # image folder and annotation file
 
@@ -145,12 +144,10 @@ def check_parts(parts: Sequence[str]) -> None:
 
 
 def _validation_split(root: Path) -> tuple[Path, Path]:
-    names = DataSection()
-    images, annotations = root / names.val_images, root / names.val_annotations
-    for path in (images, annotations):
-        if not path.exists():
-            raise DataError(f"{path}: not there; the benchmark's data folder needs it, or leave the folder out")
-    return images, annotations
+    split = next((split for split in find_splits(root) if split.name == "val"), None)
+    if split is None:
+        raise explain_missing(root, "val")
+    return split.images, split.annotations
 
 
 def _describe_machine() -> dict[str, str | int]:

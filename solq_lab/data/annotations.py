@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import reprlib
 from array import array
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,14 +15,11 @@ from pycocotools import mask as coco_rle
 
 from solq_lab import masks
 from solq_lab.data.entries import Entries, parse_document
-from solq_lab.errors import UserError
+from solq_lab.errors import FIRST_FEW, DataError, first_few, shorten
 
-FIRST_FEW = 5  # ids named in a message that concerns many
+__all__ = ["FIRST_FEW", "DataError", "first_few", "shorten"]
+
 MAX_SIDE = 2**16 - 1  # pixels: of a JPEG; and RLEs count the pixels of an image in 32 bits
-
-
-class DataError(UserError):
-    """A data set that cannot be used: the message names the file, the id, what was found, what is allowed, the cure."""
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -250,18 +245,3 @@ def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
             f"{size[0]} x {size[1]} = {size[0] * size[1]}; correct or remove the object"
         )
     return masks.segmentation_to_rle({"size": list(size), "counts": counts}, size)
-
-
-_repr = reprlib.Repr()  # of a nest of thousands of brackets too
-_repr.maxlist = _repr.maxdict = _repr.maxstring = _repr.maxother = _repr.maxlong = 80
-
-
-def shorten(value: Any) -> str:
-    """A value from an annotation file, in a few words, on one line."""
-    text = _repr.repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def first_few(values: Sequence[Any]) -> str:
-    """The first `FIRST_FEW` values, for messages that concern many."""
-    return ", ".join(map(str, values[:FIRST_FEW])) + (", ..." if len(values) > FIRST_FEW else "")

@@ -20,6 +20,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.loader import BatchLoader
+from solq_lab.data_folder import annotations_of
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import detections_to_results, write_results
@@ -203,7 +204,7 @@ def evaluate_run(
 
 def validation_annotations(experiment: Experiment) -> Path:
     """The annotation file of the validation images."""
-    return Path(experiment.data.root) / experiment.data.val_annotations
+    return annotations_of(experiment, "val")
 
 
 def inputs_of_scoring(experiment: Experiment) -> dict:

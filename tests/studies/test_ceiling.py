@@ -26,7 +26,6 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
-from solq_lab.data.folders import find_annotations
 from solq_lab.evaluation.sizes import select_by_size
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.studies import codec_benchmark
@@ -427,19 +426,6 @@ def test_the_command_refuses_in_one_message(command, annotations, tmp_path):
         assert status == 2
         assert message in output
         assert "Traceback" not in output
-
-
-def test_the_annotations_of_a_folder_are_found_by_their_split(tmp_path):
-    (tmp_path / "annotations").mkdir()
-    with pytest.raises(DataError, match=r"no annotations/instances_val\*.json for split 'val', found no .json file"):
-        find_annotations(tmp_path)
-    one = tmp_path / "annotations" / "instances_val2017.json"
-    one.write_text("{}")
-    (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
-    assert find_annotations(tmp_path) == one == find_annotations(one, "train")
-    (tmp_path / "annotations" / "instances_val2014.json").write_text("{}")
-    with pytest.raises(DataError, match=r"needed is exactly one for split 'val', found .*val2014.json, .*val2017.json"):
-        find_annotations(tmp_path)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from scipy.ndimage import binary_erosion
 
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.data.annotations import DataError
+from solq_lab.data.folders import Split, find_splits
 from solq_lab.data.shapes.writer import write_shapes
 from solq_lab.masks import decode_rle
 from solq_lab.studies.ceiling import reconstruct_objects
@@ -27,7 +28,6 @@ from solq_lab.viz.style import ADDED, MISSED
 from solq_lab.viz.widgets.codec_explorer import CodecExplorer
 from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS
 from solq_lab.viz.widgets.codec_panels import TABLE, Errors, HeatMap, Original, Target, Vector
-from solq_lab.viz.widgets.objects import Split, find_splits
 from solq_lab.viz.widgets.reconstruction import best_thresholds
 from solq_lab.workbench.notebooks import run_notebook
 
@@ -51,7 +51,7 @@ def write_rectangles(root: Path, document: dict) -> dict[str, Split]:
     (root / "annotations" / "instances_boxes.json").write_text(json.dumps(document))
     for image in document["images"]:
         Image.new("RGB", (WIDTH, HEIGHT), (90, 120, 150)).save(root / "boxes" / image["file_name"])
-    return find_splits(root)
+    return {"boxes": Split("boxes", root / "boxes", root / "annotations" / "instances_boxes.json")}
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def rectangles(tmp_path) -> dict[str, Split]:
 
 @pytest.fixture
 def explorer(shapes, tmp_path) -> CodecExplorer:
-    return CodecExplorer({"shapes": find_splits(shapes)["val"]}, tmp_path / "codecs", mask_size=28, vector_dim=64)
+    return CodecExplorer({"shapes": find_splits(shapes)[1]}, tmp_path / "codecs", mask_size=28, vector_dim=64)
 
 
 def shown(explorer: CodecExplorer, panel: type) -> bytes:
@@ -103,7 +103,7 @@ def test_the_ious_are_those_of_the_masks_in_the_image(explorer):
 
 
 def test_every_object_comes_back_as_the_ceiling_says(explorer, shapes):
-    ceiling = reconstruct_objects(find_splits(shapes)["val"].annotations, DCTCodec(28, 64))
+    ceiling = reconstruct_objects(find_splits(shapes)[1].annotations, DCTCodec(28, 64))
     setting = explorer.setting
     ours = [explorer.lab.reconstruction(setting._replace(row=row)).iou for row in range(len(ceiling.ious))]
     np.testing.assert_allclose(ours, ceiling.ious, rtol=1e-6)
@@ -271,7 +271,7 @@ def test_a_click_in_the_gallery_goes_to_that_object(explorer):
 
 
 def test_a_click_in_the_gallery_restores_what_the_gallery_was_made_with(shapes, rectangles, tmp_path):
-    splits = {"shapes": find_splits(shapes)["val"], "rectangles": rectangles["boxes"]}
+    splits = {"shapes": find_splits(shapes)[1], "rectangles": rectangles["boxes"]}
     explorer = CodecExplorer(splits, tmp_path / "codecs", mask_size=28, vector_dim=36)
     explorer.find_worst()
     one = explorer._worst[0]
@@ -295,7 +295,13 @@ def test_fitted_tables_are_kept_for_the_next_time(explorer, tmp_path, shapes, mo
     files = list((tmp_path / "codecs").glob("*.safetensors"))
     assert len(files) == 1
     monkeypatch.setattr("solq_lab.codecs.pca.PCACodec.start_fit", None)  # whoever fits now fails
-    again = CodecExplorer(find_splits(shapes), tmp_path / "codecs", method="pca", mask_size=28, vector_dim=9)
+    again = CodecExplorer(
+        {split.name: split for split in find_splits(shapes)},
+        tmp_path / "codecs",
+        method="pca",
+        mask_size=28,
+        vector_dim=9,
+    )
     again.data_set.value = "val"
     torch.testing.assert_close(again.view().reconstruction.vector, vector, rtol=0, atol=0)
 
@@ -305,7 +311,7 @@ def test_a_truncated_table_is_fitted_again(explorer, tmp_path, shapes, caplog):
     (file,) = (tmp_path / "codecs").glob("sparse_28_4-*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
-    split = {"shapes": find_splits(shapes)["val"]}
+    split = {"shapes": find_splits(shapes)[1]}
     CodecExplorer(split, tmp_path / "codecs", method="sparse", mask_size=28, vector_dim=4)
     assert "fitting again: " in caplog.text
     assert file.read_bytes() == whole
@@ -423,8 +429,6 @@ def test_impossible_settings_are_refused_at_once(rectangles, tmp_path, change, m
 
 
 def test_no_data_set_at_all_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no data set in COCO's layout"):
-        find_splits(tmp_path)
     with pytest.raises(DataError, match="no data set to explore"):
         CodecExplorer({}, tmp_path)
 

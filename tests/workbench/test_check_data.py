@@ -434,10 +434,10 @@ def test_an_experiment_is_checked_with_its_own_queries_and_folders(command, tmp_
         (["nowhere"], "nowhere: no such folder or annotation file"),
         (["mine", "--allow", "boxes"], "allowed is RULE or RULE=COUNT; rules: categories, image-entry"),
         (["mine", "--allow", "box=many"], "found 'box=many'"),
-        (["mine", "data.root=x"], "only an experiment file has values to change"),
+        (["mine", "data.root=x"], "data.root: mine is the folder to check"),
         (["mine", "--images", "nowhere"], "nowhere: no such image folder"),
         (["broken"], "instances_train.json: not JSON"),
-        (["no_images"], "no folder of its images"),
+        (["no_images"], "no folder with its images"),
     ],
 )
 def test_what_cannot_be_read_ends_with_2(command, tmp_path, arguments, message):

@@ -18,13 +18,13 @@ from solq_lab.build import build_codec, build_dataset, build_model
 from solq_lab.data.annotations import DataError
 from solq_lab.data.folders import find_splits
 from solq_lab.data.loader import collate
+from solq_lab.data.yolo import ORIENTATION, TURNS
 from solq_lab.masks import decode_rle
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.workbench import cli
 from solq_lab.workbench.check.checker import check_data
 from solq_lab.workbench.convert.converter import convert_data
-from solq_lab.workbench.convert.yolo import ORIENTATION, TURNS
 
 SETTINGS = "names: [triangle, diamond]\nnc: 2\ntrain: images/train\nval: images/val\n"
 
@@ -290,7 +290,7 @@ def test_an_outline_just_outside_is_cut_off(yolo, tmp_path):
         ("names: [a]\ntrain: /etc\n", "found '/etc'; needed is a path inside"),
         ("names: [a]\ntrain: ../../../etc\n", "needed is a path inside"),
         ("names: [a]\ntrain: images/none\n", "'images/none': no such file or folder"),
-        ("names: [a]\ntrain: labels\n", "'labels' holds no images"),
+        ("names: [a]\ntrain: labels\n", "labels holds no images"),
         ("names: [a]\ntrain: 7\n", "found 7; needed is a path inside"),
         ("names: [a]\n", "neither 'train' nor 'val'"),
         ("train: images/train\n", "names: found None; needed is a list, or a mapping"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +11,10 @@ import torch
 from torch import Tensor
 
 from solq_lab.data.classes import ClassMap
+from solq_lab.data.folders import Split, find_splits
 from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.data.images import read_image
 from solq_lab.data.shapes.writer import write_shapes
-
-
-class Split(NamedTuple):
-    """Where the images and the annotations of a data set are."""
-
-    images: Path
-    annotations: Path
 
 
 class BoxedObject(NamedTuple):
@@ -43,26 +36,6 @@ class BoxedObject(NamedTuple):
     rle: dict
 
 
-def find_splits(root: Path | str) -> dict[str, Split]:
-    """The data sets of a folder laid out like COCO: annotations/instances_NAME.json beside a folder NAME of images.
-
-    Raises:
-        DataError: there is none.
-    """
-    root = Path(root)
-    found = {}
-    for file in sorted(root.glob("annotations/instances_*.json")):
-        name = re.sub("^instances_", "", file.stem)
-        if (root / name).is_dir():
-            found[name] = Split(root / name, file)
-    if not found:
-        raise DataError(
-            f"{root}: no data set in COCO's layout; needed are annotations/instances_NAME.json and a folder NAME "
-            "with the images"
-        )
-    return found
-
-
 class ObjectFolder:
     """All objects of a data set that are no crowd, by image. Images and masks are read when they are asked for.
 
@@ -77,7 +50,7 @@ class ObjectFolder:
         Raises:
             DataError: the file cannot be used, or holds no object.
         """
-        self._folder, self.annotations = split
+        _, self._folder, self.annotations = split
         self._truth = GroundTruth(self.annotations)
         self._classes = ClassMap.from_categories(self._truth.categories)
         self.images = len(self._truth.image_ids)
@@ -140,5 +113,5 @@ def draw_splits(root: Path | str, *, images: int = 200) -> dict[str, Split]:
     for level in ("easy", "hard"):
         folder = Path(root) / level
         write_shapes(folder, level=level, train=1, val=images)
-        splits[f"{level} shapes"] = find_splits(folder)["val"]
+        splits[f"{level} shapes"] = next(split for split in find_splits(folder) if split.name == "val")
     return splits

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from solq_lab.config import load_experiment
+from solq_lab.config import ConfigError, default_experiment, load_experiment
 from solq_lab.data.annotations import (
     DataError,
     check_image_entry,
@@ -32,7 +32,8 @@ from solq_lab.data.annotations import (
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.folders import Split, find_splits
 from solq_lab.data.images import LEAVES, check_size, decode_bytes, describe_missing, leaves_folder, read_file
-from solq_lab.data_folder import prepare_data
+from solq_lab.data.yolo import is_yolo
+from solq_lab.data_folder import prepare_data, split_of
 from solq_lab.workbench.check import rules
 from solq_lab.workbench.check.findings import RULES, Finding, Findings
 from solq_lab.workbench.check.report import DEFAULTS, Options, Report, Summary
@@ -78,23 +79,25 @@ def find_data(
     """The splits to check, what the training will be like, and a name for the report.
 
     Args:
-        data: COCO-format folder, annotation file, or experiment file (.yaml).
-        overrides: `section.key=value` changes to the experiment.
-        images: folder of the images of a COCO-format folder, where it is not found.
+        data: data folder, annotation file, or experiment file (.yaml).
+        overrides: `section.key=value` changes to the experiment, of a folder or file to the default experiment.
+        images: folder of the images, where it is not found.
 
     Raises:
         DataError, ConfigError: there is no such data set or experiment.
     """
-    if data.suffix not in (".yaml", ".yml"):
-        return find_splits(data, images), Options(), data.resolve().stem
+    is_data = data.suffix not in (".yaml", ".yml") or (data.is_file() and is_yolo(data))
+    if is_data and any(text.startswith("data.root=") for text in overrides):
+        raise ConfigError(f"data.root: {data} is the folder to check; leave one of the two out")
+    experiment = default_experiment([f"data.root={data}", *overrides]) if is_data else load_experiment(data, overrides)
+    section, named = experiment.data, "_annotations=" in " ".join(overrides)
 
-    experiment = load_experiment(data, list(overrides))
-    prepare_data(experiment)
-    section, root = experiment.data, Path(experiment.data.root)
-    splits = (
-        Split("train", root / section.train_images, root / section.train_annotations),
-        Split("val", root / section.val_images, root / section.val_annotations),
-    )
+    splits: tuple[Split, ...]
+    if is_data and not named:
+        splits, name = find_splits(data, images, section.val_fraction), data.resolve().stem
+    else:
+        prepare_data(experiment)
+        splits, name = (split_of(experiment, "train"), split_of(experiment, "val")), experiment.name
     options = Options(
         queries=experiment.model.queries,
         detections=experiment.evaluation.top_k,
@@ -103,7 +106,7 @@ def find_data(
         num_classes=section.num_classes,
         allow_links=section.allow_links,
     )
-    return splits, options, experiment.name
+    return splits, options, name
 
 
 def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processes: int = 2) -> Report:

@@ -151,32 +151,30 @@ def _area_sides(text: str) -> tuple[float, ...]:
 
 def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict[str, Any]:
     """Annotations to measure on and to fit to, and how to score, as arguments of `CodecBenchmark`."""
-    from solq_lab.data.annotations import DataError
-    from solq_lab.data.folders import find_annotations
+    from solq_lab.data.folders import explain_missing, find_splits
 
     if data.suffix in (".yaml", ".yml"):
         return _scene_of_experiment(data, overrides, split, fit_on)
     if overrides:
         raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
-    if fit_on is None and data.is_dir():
-        try:
-            fit_on = find_annotations(data, "train")
-        except DataError:  # a folder of validation images only: fitted codecs need --fit-on
-            fit_on = None
-    return {"annotations": find_annotations(data, split), "fit_annotations": fit_on}
+    files = {part.name: part.annotations for part in find_splits(data)}
+    if data.is_file():
+        return {"annotations": next(iter(files.values())), "fit_annotations": fit_on}
+    if split not in files:
+        raise explain_missing(data, split)
+    return {"annotations": files[split], "fit_annotations": fit_on or files.get("train")}
 
 
 def _scene_of_experiment(path: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict[str, Any]:
     from solq_lab.config import load_experiment
-    from solq_lab.data_folder import prepare_data
+    from solq_lab.data_folder import annotations_of, prepare_data
 
     experiment = load_experiment(path, overrides)
     prepare_data(experiment)
-    data, evaluation = experiment.data, experiment.evaluation
-    root = Path(data.root)
+    evaluation = experiment.evaluation
     return {
-        "annotations": root / experiment.evaluated_on(split).data.val_annotations,
-        "fit_annotations": root / data.train_annotations if fit_on is None else fit_on,
+        "annotations": annotations_of(experiment, split),
+        "fit_annotations": annotations_of(experiment, "train") if fit_on is None else fit_on,
         "area_sides": evaluation.area_sides,
         "boundary_ratio": evaluation.boundary_ratio,
     }

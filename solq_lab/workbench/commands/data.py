@@ -87,7 +87,7 @@ def convert_data(
 
 
 def check_data(
-    data: Annotated[Path, typer.Argument(help="COCO-format folder, annotation file, or experiment file (.yaml).")],
+    data: Annotated[Path, typer.Argument(help="Data folder, annotation file, or experiment file (.yaml).")],
     overrides: Overrides = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images, where it is not found.")] = None,
     look: Annotated[
@@ -115,8 +115,6 @@ def check_data(
     from solq_lab.workbench.check.checker import find_data
 
     allowed = _allowed(allow or [])
-    if overrides and data.suffix not in (".yaml", ".yml"):
-        raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
     splits, options, name = find_data(data, overrides or [], images)
     options = options._replace(look=look, queries=queries or options.queries)
     report = check(splits, options, processes=processes)

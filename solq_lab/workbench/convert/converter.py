@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from solq_lab.data.annotations import DataError, check_image_entry, read_annotations, shorten
 from solq_lab.data.folders import Split
 from solq_lab.data.ground_truth import GroundTruth
+from solq_lab.data.yolo import find_yolo
 from solq_lab.files import write_text
-from solq_lab.workbench.convert.yolo import read_yolo
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def convert_data(
     elif images is not None or split is not None:
         raise DataError(f"{source}: --images and --split belong to an LVIS file (.json); a YOLO folder has both itself")
     else:
-        documents = {part.name: (part.images, part.document) for part in read_yolo(source)}
+        documents = {part.name: (part.images, part.document()) for part in find_yolo(source)}
 
     # Check everything, also what is in the way, before anything is written.
     splits = []

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from PIL import Image
 from pycocotools import mask as coco_rle
 from tqdm.auto import tqdm
 
-from solq_lab.data.annotations import DataError, first_few, shorten
-from solq_lab.masks import segmentation_to_rle
+from solq_lab.errors import DataError, first_few, shorten
+from solq_lab.plain_yaml import load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +47,50 @@ TURNS: dict[int, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray
 
 
 class YoloSplit(NamedTuple):
-    """One split: the folder of its images, and their COCO document."""
+    """One split of a YOLO folder, before its images and labels are read.
+
+    name: train, val or test.
+    root: the folder of data.yaml, which nothing leads out of.
+    places: folders of images, and lists of them.
+    classes: the class names.
+    settings: data.yaml, for messages.
+    """
 
     name: str
-    images: Path
-    document: dict[str, Any]
+    root: Path
+    places: list[Path]
+    classes: list[str]
+    settings: Path
+
+    @property
+    def images(self) -> Path:
+        """The folder that the images are named from."""
+        return self.places[0] if len(self.places) == 1 and self.places[0].is_dir() else self.root
+
+    def files(self) -> dict[Path, Path]:
+        """The label file of every image, whether it exists or not.
+
+        Raises:
+            DataError: there are no images, or some in formats that are not read.
+        """
+        return {path: _label_file(path, self.root) for path in _image_paths(self)}
+
+    def document(self) -> dict[str, Any]:
+        """The split as a COCO document.
+
+        Raises:
+            DataError: an image cannot be read, or a line is no outline; the message names the file and the line.
+        """
+        return _document(self, self.files())
 
 
-def read_yolo(source: Path) -> list[YoloSplit]:
-    """The splits train and val of a YOLO segmentation folder.
+def is_yolo(path: Path) -> bool:
+    """Whether a YAML file is the data.yaml of a YOLO folder, sound or not: it lists class names."""
+    return re.search(r"^names\b", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
+
+
+def find_yolo(source: Path) -> list[YoloSplit]:
+    """The splits of a YOLO segmentation folder.
 
     Everything is read from this folder: `path` in data.yaml is not followed, and entries must not leave it.
 
@@ -62,15 +98,16 @@ def read_yolo(source: Path) -> list[YoloSplit]:
         source: the folder, or its data.yaml.
 
     Raises:
-        DataError: a file cannot be read, or a line is no outline; the message names the file and the line.
+        DataError: data.yaml is missing or cannot be used, or leads to nothing.
     """
     settings, values, names = _read_settings(source)
     splits = []
-    for name, keys in (("train", ("train",)), ("val", ("val", "valid"))):
+    for name, keys in (("train", ("train",)), ("val", ("val", "valid")), ("test", ("test",))):
         entry = next((values[key] for key in keys if values.get(key)), None)
         if entry is not None:
-            folder, paths = _image_paths(entry, settings.parent, settings)
-            splits.append(YoloSplit(name, folder, _document(name, folder, paths, settings.parent, names)))
+            entries = entry if isinstance(entry, list) else [entry]
+            places = [_place(each, settings.parent, settings) for each in entries]
+            splits.append(YoloSplit(name, settings.parent, places, names, settings))
     if not splits:
         raise DataError(f"{settings}: neither 'train' nor 'val'; needed are folders of images under these keys")
     return splits
@@ -83,8 +120,8 @@ def _read_settings(source: Path) -> tuple[Path, dict[str, Any], list[str]]:
         found = ", ".join(sorted(entry.name for entry in source.iterdir())[:8]) if source.is_dir() else "no such folder"
         raise DataError(f"{source}: no data.yaml with the class names (found {found or 'nothing'}); add it or name it")
     try:
-        values = yaml.safe_load("\n".join(_read_lines(path)))
-    except (yaml.YAMLError, RecursionError) as error:
+        values = load_yaml("\n".join(_read_lines(path)))
+    except yaml.YAMLError as error:
         raise DataError(f"{path}: not plain YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: found a {type(values).__name__}, needed are the keys names, train and val")
@@ -106,28 +143,27 @@ def _read_lines(path: Path) -> list[str]:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
-def _image_paths(entry: Any, root: Path, settings: Path) -> tuple[Path, list[Path]]:
-    """The folder that images of a split are named from, and the images: of one folder, several, or a list file."""
-    places = [_place(each, root, settings) for each in (entry if isinstance(entry, list) else [entry])]
+def _image_paths(split: YoloSplit) -> list[Path]:
+    """The images of a split: of one folder, several, or a list file."""
     paths: list[Path] = []
-    for place in places:
+    for place in split.places:
         if place.is_dir():
-            paths += sorted(path for path in place.rglob("*") if path.is_file())
+            paths += sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith("."))
         else:
             lines = enumerate(_read_lines(place), start=1)
-            paths += [_place(line.strip(), root, f"{place}: line {number}") for number, line in lines if line.strip()]
+            paths += [_place(line.strip(), split.root, f"{place}: line {n}") for n, line in lines if line.strip()]
 
     unread = [path for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
     images = list(dict.fromkeys(path for path in paths if path.suffix.lower() in SUFFIXES))
     allowed = ", ".join(sorted(SUFFIXES))
     if unread:
         raise DataError(
-            f"{settings}: {len(unread)} images are in formats that cannot be read: {first_few(unread)}; allowed are "
-            f"{allowed}: convert or remove them"
+            f"{split.settings}: {len(unread)} images are in formats that cannot be read: {first_few(unread)}; allowed "
+            f"are {allowed}: convert or remove them"
         )
     if not images:
-        raise DataError(f"{settings}: {shorten(entry)} holds no images ({allowed})")
-    return (places[0] if len(places) == 1 and places[0].is_dir() else root), images
+        raise DataError(f"{split.settings}: {split.name}: {first_few(split.places)} holds no images ({allowed})")
+    return images
 
 
 def _place(entry: Any, root: Path, source: Path | str) -> Path:
@@ -143,20 +179,21 @@ def _place(entry: Any, root: Path, source: Path | str) -> Path:
     raise DataError(f"{source}: found {shorten(entry)}; needed is a path inside {root}")
 
 
-def _document(split: str, folder: Path, paths: Sequence[Path], root: Path, names: Sequence[str]) -> dict[str, Any]:
+def _document(split: YoloSplit, files: dict[Path, Path]) -> dict[str, Any]:
+    from solq_lab.masks import segmentation_to_rle  # torch takes seconds to load
+
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    labels = set()
-    for number, path in enumerate(tqdm(paths, desc=f"reading {split}", unit="image"), start=1):
+    progress = tqdm(files.items(), desc=f"reading {split.name}", unit="image")
+    for number, (path, label) in enumerate(progress, start=1):
         try:
             with Image.open(path) as opened:
                 width, height, orientation = opened.width, opened.height, opened.getexif().get(ORIENTATION, 1)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: not an image that can be read ({error}); fetch it again or remove it") from None
-        file_name = path.relative_to(folder).as_posix()
+        file_name = path.relative_to(split.images).as_posix()
         images.append({"id": number, "file_name": file_name, "height": height, "width": width})
-        labels.add(label := _label_file(path, root))
-        for category_id, outline in _outlines(label, len(names)):
+        for category_id, outline in _outlines(label, len(split.classes)):
             turned = np.stack(TURNS.get(orientation, TURNS[1])(*outline.T), axis=1)
             polygon = np.round(turned * (width, height), DIGITS)
             corner, flat = polygon.min(axis=0), polygon.ravel().tolist()
@@ -173,11 +210,12 @@ def _document(split: str, folder: Path, paths: Sequence[Path], root: Path, names
             )
 
     # A misspelt name would lose its objects unseen.
+    labels = set(files.values())
     there = {path for place in {label.parent for label in labels} for path in place.glob("*.txt")}
     left = sorted(path for path in there - labels if path.name != "classes.txt")
     if left:
         logger.warning("%d label files belong to no image and are left out: %s", len(left), first_few(left))
-    categories = [{"id": index, "name": name} for index, name in enumerate(names)]
+    categories = [{"id": index, "name": name} for index, name in enumerate(split.classes)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
