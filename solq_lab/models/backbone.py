@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +14,13 @@ import torchvision
 from torch import Tensor, nn
 
 from solq_lab.models.checkpointing import Checkpointed
+from solq_lab.models.released import IMAGENET, cached_file
 from solq_lab.models.weights import WeightMismatch, read_backbone_weights
 
 if TYPE_CHECKING:
     from timm.models.swin_transformer import SwinTransformerBlock
 
-log = logging.getLogger(__name__)
-
-RESNETS = {
-    "resnet50": (torchvision.models.resnet50, torchvision.models.ResNet50_Weights.IMAGENET1K_V1),
-    "resnet101": (torchvision.models.resnet101, torchvision.models.ResNet101_Weights.IMAGENET1K_V1),
-}
+RESNETS = {"resnet50": torchvision.models.resnet50, "resnet101": torchvision.models.resnet101}
 SWINS = {  # timm's name, and the released drop-path rate
     "swin_t": ("swin_tiny_patch4_window7_224", 0.2),
     "swin_s": ("swin_small_patch4_window7_224", 0.2),
@@ -73,7 +67,7 @@ class ResNetBackbone(Backbone):
 
     def __init__(self, name: str, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> None:
         super().__init__()
-        build, imagenet = _look_up(name, RESNETS)
+        build = _look_up(name, RESNETS)
         body = build(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation])
         self.conv1, self.bn1 = body.conv1, body.bn1
         self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
@@ -84,7 +78,7 @@ class ResNetBackbone(Backbone):
             self.strides, self.channels = self.strides[-1:], self.channels[-1:]
         self.conv1.requires_grad_(False)
         self.layer1.requires_grad_(False)
-        _initialise(self, pretrained, lambda: imagenet.get_state_dict(progress=False, check_hash=True))
+        _initialise(self, pretrained, name)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W)."""
@@ -134,7 +128,7 @@ class SwinBackbone(Backbone):
         self.strides = tuple(4 * 2**stage for stage in returned)
         self.channels = tuple(width * 2**stage for stage in returned)
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(width * 2**stage) for stage in returned})
-        _initialise(self, pretrained, lambda: timm.create_model(timm_name, pretrained=True, num_classes=0).state_dict())
+        _initialise(self, pretrained, name)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W) of any size."""
@@ -231,7 +225,7 @@ class SmallBackbone(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        _initialise(self, pretrained, None)
+        _initialise(self, pretrained, "small")
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W)."""
@@ -270,25 +264,16 @@ def _look_up(name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
-def _initialise(backbone: nn.Module, pretrained: str, fetch: Callable[[], dict[str, Tensor]] | None) -> None:
-    """Load ImageNet weights (`fetch` brings them) or those of a file; "none" leaves the fresh ones."""
+def _initialise(backbone: Backbone, pretrained: str, name: str) -> None:
+    """Load the ImageNet weights of a name, or those of a file; "none" leaves the fresh ones."""
     if pretrained == "none":
         return
-    if pretrained != "imagenet":
-        backbone.load_state_dict(read_backbone_weights(Path(pretrained), backbone.state_dict()))
-        return
-
-    if fetch is None:
+    if pretrained == "imagenet" and name not in IMAGENET:
         raise WeightMismatch(f"there are no ImageNet weights for {type(backbone).__name__}; set pretrained: none")
-    try:
-        state = fetch()
-    except Exception as error:  # downloads raise dozens of kinds
+    path = cached_file(name) if pretrained == "imagenet" else Path(pretrained)
+    if pretrained == "imagenet" and not path.exists():
         raise WeightMismatch(
-            f"the ImageNet weights of {type(backbone).__name__} cannot be downloaded ({error}); get them on a machine "
-            "with a network and give their file as pretrained, or start without them: pretrained=none"
-        ) from error
-
-    # The norms of Swin's maps are not in a classifier's weights.
-    own = backbone.state_dict()
-    missing, _ = backbone.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
-    log.info("ImageNet weights loaded; not among them: %s", ", ".join(missing) or "nothing")
+            f"the ImageNet weights of {name} are not at {path}; `solq-lab download-weights {name}` fetches them. Or "
+            "start without them: pretrained=none"
+        )
+    backbone.load_state_dict(read_backbone_weights(path, backbone.state_dict()))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from solq_lab.errors import UserError
+from solq_lab.models.hugging_face import is_hugging_face, to_released_names
 
 RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 SWIN_BLOCKS = {"swin_t": (2, 2, 6, 2), "swin_s": (2, 2, 18, 2), "swin_b": (2, 2, 18, 2), "swin_l": (2, 2, 18, 2)}
@@ -48,13 +49,18 @@ class Layout(NamedTuple):
     mask_branch: bool = False
 
 
-def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state without the prefixes of wrappers: `module.` (parallel training), `detr.` (mask branch)."""
+def released_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state under released names: without the prefixes of wrappers, and translated from Hugging Face's names.
+
+    Wrappers are parallel training (`module.`) and the mask branch (`detr.`).
+    """
+    if is_hugging_face(state):
+        return to_released_names(state)
     return {name.removeprefix("module.").removeprefix(DETECTOR): tensor for name, tensor in state.items()}
 
 
 def with_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `strip_prefixes`: with a mask branch the released detector is a submodule named `detr`."""
+    """Inverse of `released_names`: with a mask branch the released detector is a submodule named `detr`."""
     if not any(name.startswith(MASK_BRANCH) for name in state):
         return dict(state)
     return {name if name.startswith(MASK_BRANCH) else DETECTOR + name: tensor for name, tensor in state.items()}
@@ -74,7 +80,7 @@ def official_layout(state: Mapping[str, Tensor], *, source: str = "state dict") 
     if not is_official(state):
         raise WeightMismatch(
             f"{source}: no tensor transformer.level_embed (found {_some(state)}); allowed are released SOLQ and "
-            "Deformable DETR checkpoints"
+            "Deformable DETR checkpoints, and Hugging Face's"
         )
 
     decoder_layers = _count(state, r"transformer\.decoder\.layers\.(\d+)\.")
@@ -155,7 +161,7 @@ def infer_architecture(
         WeightMismatch: it is not a detector of this family, a tensor is missing, or a size does not divide by heads and
             levels.
     """
-    state, args = strip_prefixes(state), args or {}
+    state, args = released_names(state), args or {}
     layout = official_layout(state, source=source)
     table = [(name, own) for name, own in name_table(layout) if own is not None]
     found = {own: state[name] for name, own in table if name in state}

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from solq_lab.files import replacing
+from solq_lab.models.hugging_face import FILES, is_hugging_face, read_settings
 from solq_lab.models.official import (
     BODY,
     WeightMismatch,
@@ -27,7 +28,7 @@ from solq_lab.models.official import (
     own_aliases,
     own_layout,
     own_swin_name,
-    strip_prefixes,
+    released_names,
     swin_position_index,
     with_prefixes,
 )
@@ -174,21 +175,30 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
 def read_official(path: Path) -> OfficialFile:
     """A released checkpoint, on the CPU: `{"model": ..., "args": ...}`, or a state dict alone; .pth or safetensors.
 
+    A Deformable DETR of Hugging Face is read too: its file, or the folder that `save_pretrained` wrote.
+
     Raises:
         WeightMismatch: no such file, not a checkpoint, or one with code in it.
     """
     path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     if path.suffix == ".safetensors":
-        return OfficialFile(strip_prefixes(read_weights(path).state), {})
-    content = _load_pickle(path)
-    checkpoint = content if isinstance(content, dict) else {}
-    named = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    entries = named.items() if isinstance(named, dict) else ()
-    tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
+        tensors, args = read_weights(path).state, None
+    else:
+        content = _load_pickle(path)
+        checkpoint = content if isinstance(content, dict) else {}
+        named = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+        entries = named.items() if isinstance(named, dict) else ()
+        tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
+        args = checkpoint.get("args")
+
     if not tensors:
         raise WeightMismatch(f"{path}: holds no tensors by name; allowed are state dicts and {{'model': state dict}}")
-    args = checkpoint.get("args")
-    return OfficialFile(strip_prefixes(tensors), vars(args) if isinstance(args, argparse.Namespace) else {})
+    known = vars(args) if isinstance(args, argparse.Namespace) else {}
+    if is_hugging_face(tensors):
+        known = read_settings(path.with_name("config.json"))
+    return OfficialFile(released_names(tensors), known)
 
 
 def _load_pickle(path: Path) -> Any:
@@ -218,7 +228,7 @@ def translate_official_state(state: Mapping[str, Tensor], *, source: str = "stat
     Raises:
         WeightMismatch: not a detector of this family, a tensor is missing, or two names of one tensor disagree.
     """
-    return _translate_whole(strip_prefixes(state), source)[0]
+    return _translate_whole(released_names(state), source)[0]
 
 
 def to_official_state(
@@ -253,7 +263,7 @@ def to_official_state(
 def import_official(
     source: Path, destination: Path, describe: Callable[[dict[str, dict[str, Any]]], tuple[str, str]]
 ) -> ImportReport:
-    """Turn a released checkpoint (SOLQ, Deformable DETR or SQR) into a weights file of ours.
+    """Turn a released checkpoint (SOLQ, Deformable DETR or SQR), or Hugging Face's, into a weights file of ours.
 
     `describe` turns the inferred sections of the experiment (`infer_architecture`) into the texts stored in the file:
     the experiment as YAML and the class map as JSON.
@@ -285,7 +295,7 @@ def initialise(model: nn.Module, path: Path) -> ImportReport:
 
     Args:
         model: changed in place.
-        path: weights of ours, or a released SOLQ or Deformable DETR checkpoint.
+        path: weights of ours, or a released SOLQ or Deformable DETR checkpoint (`read_official`).
 
     Raises:
         WeightMismatch: the file cannot be read, or nothing in it fits.

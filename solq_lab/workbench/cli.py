@@ -19,7 +19,7 @@ from solq_lab.workbench.commands import codecs, data, flight, machine, predict, 
 PANELS = {
     "Run": (runs.run, runs.train, runs.evaluate, runs.status, flight.replay),
     "Sweep": (sweeps.sweep, sweeps.table),
-    "Model": (predict.predict, weights.import_weights, weights.export, weights.ship),
+    "Model": (predict.predict, weights.download_weights, weights.import_weights, weights.export, weights.ship),
     "Data": (data.make_shapes, data.download_coco, data.check_data, data.convert_data),
     "Codec": (codecs.fit_codec, codecs.codec_ceiling),
     "Machine": (machine.doctor, machine.bench),

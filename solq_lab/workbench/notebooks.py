@@ -17,6 +17,7 @@ from solq_lab.errors import ExplainedError, Interrupted, UserError
 from solq_lab.files import write_text
 from solq_lab.progress import Progress, status_line
 from solq_lab.runs import Run
+from solq_lab.workbench.download.weights import fetch_starting_weights
 from solq_lab.workbench.parameters import check_parameters, read_parameters
 from solq_lab.workbench.processes import is_alive
 from solq_lab.workbench.trainings import stop_training
@@ -76,6 +77,8 @@ def run_notebook(
     if folder is not None:
         return _execute(notebook, folder / notebook.name, values)
     check_data_folder(experiment)
+    if "start_training" in notebook.read_text(encoding="utf-8"):
+        fetch_starting_weights(experiment, Path(runs_dir) / experiment.name)
     run = experiment_run(experiment_path, overrides, runs_dir)
     return _execute(notebook, run.folder / notebook.name, values, run)
 

@@ -22,6 +22,7 @@ from solq_lab.files import last_lines
 from solq_lab.progress import Progress, status_line
 from solq_lab.runs import Run, RunError, load_run
 from solq_lab.training.faults import advise_on_memory
+from solq_lab.workbench.download.weights import fetch_starting_weights
 from solq_lab.workbench.processes import describe_trainer, exit_status, find_trainer, is_alive, record_child
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
 
     Raises:
         RunError: there is no such run.
+        DataError: the ImageNet weights that it starts from cannot be had.
     """
     run = load_run(run_folder)
     if run.status()["state"] == "finished":
@@ -59,6 +61,7 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
         log.info("%s: %s is training already", run.folder, describe_trainer(run))
         return None
 
+    fetch_starting_weights(run.experiment, run.folder)
     with run.log_file.open("ab") as output:
         child = subprocess.Popen(
             training_command(run, processes or run.experiment.train.gpus),

@@ -24,6 +24,7 @@ from solq_lab.workbench.commands.arguments import (
     Split,
     cluster_options,
 )
+from solq_lab.workbench.download.weights import fetch_starting_weights
 from solq_lab.workbench.notebooks import run_notebook, run_report
 from solq_lab.workbench.parameters import NotebookError, find_notebook, read_parameters
 from solq_lab.workbench.trainings import describe_trainings, follow_training, start_training, stop_training
@@ -85,6 +86,7 @@ def train(
         )
     per_node = gpus_per_node or resolved.train.gpus // nodes
     check_data_folder(resolved)
+    fetch_starting_weights(resolved, runs_dir / resolved.name)
 
     trained = create_run(resolved, runs_dir)
     prepare_data(resolved)

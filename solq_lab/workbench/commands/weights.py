@@ -1,14 +1,16 @@
-"""Commands for weights: import-weights, export, ship."""
+"""Commands for weights: download-weights, import-weights, export, ship."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from solq_lab.errors import Interrupted
 from solq_lab.workbench.commands.arguments import (
     Overrides,
     RunFolder,
@@ -21,8 +23,35 @@ if TYPE_CHECKING:
     from solq_lab.data.classes import ClassMap
 
 
+def download_weights(
+    name: Annotated[str | None, typer.Argument(help="Which; --list shows them.", show_default=False)] = None,
+    mirror: Annotated[
+        str | None, typer.Option(help="Another server: address of a folder with the files under their names here.")
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="Show what can be fetched, and the cache folder.")] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Attempts in a row that may bring nothing new.")] = 8,
+) -> None:
+    """Fetch weights to start from: backbones, SOLQ, Deformable DETR. Re-running resumes, and verifies what is there."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from solq_lab.models.released import DETECTORS, weights_folder
+    from solq_lab.workbench.download import weights as download
+
+    if listing or name is None:
+        typer.echo(f"{download.weights_frame().to_string(max_colwidth=None)}\n\ncache folder  {weights_folder()}")
+        return
+    try:
+        with logging_redirect_tqdm():
+            path = download.download_weights(name, mirror=mirror, retries=retries)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{name}: stopped; what has arrived is kept, re-running resumes") from None
+    typer.echo(path)
+    if name in DETECTORS:
+        typer.echo(f"use it:  solq-lab import-weights {shlex.quote(str(path))} {name}.safetensors")
+
+
 def import_weights(
-    source: Annotated[Path, typer.Argument(help="Released checkpoint (.pth); with --to-official, weights of ours.")],
+    source: Annotated[Path, typer.Argument(help="Released or Hugging Face's checkpoint; --to-official: ours.")],
     destination: Annotated[Path, typer.Argument(help="File to write; it must not exist.", callback=file_to_write)],
     to_official: Annotated[
         bool, typer.Option("--to-official", help="Convert from our names to the released ones.")
@@ -31,7 +60,8 @@ def import_weights(
         Path | None, typer.Option(help="COCO annotations that name the classes; by default COCO's own names.")
     ] = None,
 ) -> None:
-    """Convert released weights to ours. SOLQ's, SQR's or Deformable DETR's; nothing in the file is executed."""
+    """Convert released weights to ours. SOLQ's, SQR's, Deformable DETR's and Hugging Face's; no code in them runs."""
+    from solq_lab.models.hugging_face import read_settings
     from solq_lab.models.weights import WeightMismatch, export_official, import_official
 
     if destination.exists():
@@ -40,7 +70,8 @@ def import_weights(
         export_official(source, destination)
         typer.echo(f"{destination}: written under the released names")
         return
-    report = import_official(source, destination, _describer(destination.stem, annotations))
+    labels = read_settings((source if source.is_dir() else source.parent) / "config.json").get("labels", ())
+    report = import_official(source, destination, _describer(destination.stem, annotations, labels))
     typer.echo(str(report))
     for section, values in report.architecture.items():
         typer.echo(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
@@ -104,7 +135,9 @@ def ship(
     typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {destination} IMAGE` uses it")
 
 
-def _describer(name: str, annotations: Path | None) -> Callable[[dict[str, dict]], tuple[str, str]]:
+def _describer(
+    name: str, annotations: Path | None, labels: Sequence[str] = ()
+) -> Callable[[dict[str, dict]], tuple[str, str]]:
     """From the sections inferred of released weights to their experiment (YAML) and class map (JSON)."""
 
     def describe(architecture: dict[str, dict]) -> tuple[str, str]:
@@ -112,12 +145,13 @@ def _describer(name: str, annotations: Path | None) -> Callable[[dict[str, dict]
 
         plain = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "imported"
         experiment = validate_experiment({"name": plain} | architecture, source="the imported experiment")
-        return experiment.to_yaml(), _released_classes(architecture["data"]["num_classes"], annotations).to_json()
+        classes = _released_classes(architecture["data"]["num_classes"], annotations, labels)
+        return experiment.to_yaml(), classes.to_json()
 
     return describe
 
 
-def _released_classes(count: int, annotations: Path | None) -> ClassMap:
+def _released_classes(count: int, annotations: Path | None, labels: Sequence[str]) -> ClassMap:
     """The class map of released weights, whose channels are category ids: COCO's own where there are 91 of them."""
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
@@ -128,7 +162,7 @@ def _released_classes(count: int, annotations: Path | None) -> ClassMap:
         categories = read_annotations(annotations)["categories"]
         return ClassMap.from_categories(categories, "raw", count, source=str(annotations))
     coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id, with gaps
-    names = ["" if name in ("N/A", "__background__") else name for name in coco]
-    if len(names) != count:
-        names = [f"category {channel}" for channel in range(count)]
+    names = next((names for names in (labels, coco) if len(names) == count), None)
+    names = names or [f"category {channel}" for channel in range(count)]
+    names = ["" if name in ("N/A", "__background__") else name for name in names]
     return ClassMap(tuple(names), tuple(channel if name else UNUSED for channel, name in enumerate(names)))

@@ -1,1 +1,1 @@
-"""Downloads COCO 2017: resumed transfers, checksums, safe unpacking."""
+"""Downloads COCO 2017 and released weights: resumed transfers, checksums, safe unpacking."""

@@ -59,8 +59,8 @@ def fetch(
         timeout: seconds without a byte after which an attempt is given up.
 
     Raises:
-        DataError: the server rejects the request or offers a file of another size, the disk is full, or the retries
-            are used up.
+        DataError: the server rejects the request, offers a file of another size or a page in its place, the disk is
+            full, or the retries are used up.
     """
     part = part_of(target)
     try:
@@ -112,7 +112,7 @@ def describe_size(count: int) -> str:
 
 def _give_up(url: str, error: TransferError, failures: int, arrived: int) -> DataError:
     attempts = f"after {failures} attempts without progress " if failures > 1 else ""
-    cure = "nothing has arrived: check the address (--base-url) and the network"
+    cure = "nothing has arrived: check the address (--base-url, --mirror) and the network"
     if arrived:
         cure = f"{describe_size(arrived)} are kept, re-running resumes from there"
     return DataError(f"{url}: given up {attempts}({error}); {cure}")
@@ -153,6 +153,8 @@ def _fetch_rest(url: str, part: Path, size: int | None, bar: tqdm, timeout: floa
         # Without a buffer: closing the file must not fail again on what did not fit.
         with part.open("ab" if start else "wb", buffering=0) as file:
             for chunk in _chunks(response, start, total):
+                if file.tell() == 0 and chunk.lstrip()[:1] == b"<":  # a log-in or confirmation page
+                    raise DataError(f"{url}: the host answers with a web page instead of the file")
                 rest = memoryview(chunk)
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -192,7 +194,7 @@ def _rejection(url: str, error: urllib.error.HTTPError) -> TransferError | DataE
     if error.code in TEMPORARY or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
         seconds = error.headers.get("Retry-After", "")
         return TransferError(answer, wait=min(float(seconds), MAX_WAIT) if seconds.isdecimal() else 0.0)
-    return DataError(f"{url}: {answer}; check the address (--base-url)")
+    return DataError(f"{url}: {answer}; check the address (--base-url, --mirror)")
 
 
 def _network_error(error: Exception) -> TransferError:
