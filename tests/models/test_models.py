@@ -18,7 +18,7 @@ from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import FeedForward
 from solq_lab.models.heads import inverse_sigmoid
 from solq_lab.models.solq import SOLQ
-from solq_lab.models.weights import to_official_state
+from solq_lab.models.weights import WeightMismatch, to_official_state
 from solq_lab.structures import ImageBatch
 
 SMALL = MappingProxyType(
