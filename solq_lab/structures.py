@@ -7,11 +7,23 @@ D vector_dim, L levels, P points, M heads. Frames: *image pixels*, *normalised i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
+import numpy as np
 import torch
+from pycocotools import mask as coco_rle
 from torch import Tensor
+
+from solq_lab.masks import decode_rle
+from solq_lab.outlines import join_rings, trace_parts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL import Image
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # RGB mean of ImageNet, on the 0..1 scale
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -127,15 +139,41 @@ class Predictions(NamedTuple):
     proposals_have_classes: bool = False
 
 
-class Detections(NamedTuple):
-    """The objects found in one image, best score first.
+class Detection(NamedTuple):
+    """One object of an image.
 
-    scores: (K,) float32 in 0..1.
-    labels: (K,) int64 class channels.
-    boxes: (K, 4) float32 (x0, y0, x1, y1), pixels of the original image, not clipped.
-    queries: (K,) int64, the query each object came from; one query may predict several classes.
-    masks: K compressed COCO RLEs ({"size": [H, W], "counts": bytes}) at original size, or None for a plain detector.
-    names: K class names, parallel to labels.
+    name: of its class.
+    score: in 0..1.
+    box: x0, y0, x1, y1, pixels of the original image, not clipped.
+    label: class channel.
+    query: the query it came from.
+    mask: compressed COCO RLE at original size, or None for a plain detector.
+    """
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    label: int
+    query: int
+    mask: dict | None
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Detections:
+    """The objects found in one image, best score first: a sequence of `Detection`.
+
+    `len` counts objects, a slice, a list of rows or a bool tensor selects some of them, a number gives one.
+
+    Attributes:
+        scores: (K,) float32 in 0..1.
+        labels: (K,) int64 class channels.
+        boxes: (K, 4) float32 (x0, y0, x1, y1), pixels of the original image, not clipped.
+        queries: (K,) int64, the query each object came from; one query may predict several classes.
+        masks: K compressed COCO RLEs ({"size": [H, W], "counts": bytes}) at original size; None for a plain detector.
+        names: K class names, parallel to labels.
+        image_size: (H, W) of the original image, pixels; None where nobody gave it.
+        category_ids: K category ids of the annotation file, parallel to labels; None where nobody gave them.
+        image: as the predictor was given it, for `plot`; None elsewhere.
     """
 
     scores: Tensor
@@ -144,14 +182,150 @@ class Detections(NamedTuple):
     queries: Tensor
     masks: list[dict] | None
     names: list[str]
+    image_size: tuple[int, int] | None = None
+    category_ids: list[int] | None = None
+    image: Any = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        return (self[row] for row in range(len(self)))
+
+    @overload
+    def __getitem__(self, rows: int) -> Detection: ...
+    @overload
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor | np.ndarray) -> Detections: ...
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor | np.ndarray) -> Detection | Detections:
+        if isinstance(rows, int | np.integer):
+            x0, y0, x1, y1 = self.boxes[rows].tolist()
+            mask = None if self.masks is None else self.masks[rows]
+            score, label, query = (values[rows].item() for values in (self.scores, self.labels, self.queries))
+            return Detection(self.names[rows], score, (x0, y0, x1, y1), int(label), int(query), mask)
+        kept = torch.from_numpy(np.arange(len(self))[rows if isinstance(rows, slice | list) else np.asarray(rows)])
+
+        def select(values: Any) -> Any:
+            return None if values is None else [values[row] for row in kept.tolist()]
+
+        tensors = (self.scores[kept], self.labels[kept], self.boxes[kept], self.queries[kept])
+        lists = {name: select(getattr(self, name)) for name in ("masks", "names", "category_ids")}
+        return Detections(*tensors, **lists, image_size=self.image_size, image=self.image)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(self.names).most_common())
+        scores = f", scores {self.scores.min():.2f} to {self.scores.max():.2f}" if len(self) else ""
+        size = "" if self.image_size is None else f", image {self.image_size[1]} x {self.image_size[0]}"
+        return f"<Detections: {counts or 'no objects'}{scores}{'' if self.masks is None else ', with masks'}{size}>"
 
     def above(self, score: float) -> Detections:
         """Only the objects whose score is at least `score`."""
-        keep = (self.scores >= score).nonzero().squeeze(1)
-        rows = keep.tolist()
-        masks = None if self.masks is None else [self.masks[row] for row in rows]
-        tensors = (self.scores[keep], self.labels[keep], self.boxes[keep], self.queries[keep])
-        return Detections(*tensors, masks, [self.names[row] for row in rows])
+        return self[self.scores >= score]
+
+    def clipped(self) -> Detections:
+        """The same objects, their boxes cut at the borders of the image, whose size is known."""
+        height, width = self._size()
+        limits = self.boxes.new_tensor([width, height] * 2)
+        return dataclasses.replace(self, boxes=self.boxes.clamp(min=0).minimum(limits))
+
+    def masks_array(self) -> np.ndarray:
+        """(K, H, W) bool; a large image with many objects needs much memory.
+
+        Raises:
+            ValueError: a plain detector's objects, which have no masks.
+        """
+        if not self._masks():
+            return np.zeros((0, *self._size()), dtype=bool)
+        return decode_rle(self._masks()).numpy()
+
+    def polygons(self) -> list[list[np.ndarray]]:
+        """The exact outlines of the masks: K lists of one polygon (n, 2) int64 per part, as (x, y), image pixels.
+
+        Holes are joined to the outside by cuts of no width. Pixel (row i, column j) covers [j, j+1) x [i, i+1).
+
+        Raises:
+            ValueError: a plain detector's objects, which have no masks.
+        """
+        return [[join_rings(rings) for rings in trace_parts(rle)] for rle in self._masks()]
+
+    def to_coco(self, image_id: int = 0) -> list[dict]:
+        """COCO results, best score first; channels without a category give none: no evaluation could count them.
+
+        Args:
+            image_id: the image's id in its annotation file.
+
+        Returns:
+            Per object "image_id", "category_id", "bbox" (x, y, w, h) in pixels, "score", and "segmentation" (compressed
+            RLE whose counts are text, as JSON needs them) where there are masks.
+
+        Raises:
+            ValueError: objects without category ids.
+        """
+        if self.category_ids is None:
+            raise ValueError("COCO results need category_ids; a predictor gives them")
+        results = []
+        columns = zip(self.category_ids, self.boxes.tolist(), self.scores.tolist(), strict=True)
+        for row, (category_id, (x0, y0, x1, y1), score) in enumerate(columns):
+            if category_id < 0:
+                continue
+            result: dict[str, Any] = {"image_id": image_id, "category_id": category_id}
+            result |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+            if self.masks is not None:
+                size, counts = self.masks[row]["size"], self.masks[row]["counts"]
+                counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
+                result["segmentation"] = {"size": list(size), "counts": counts}
+            results.append(result)
+        return results
+
+    def frame(self) -> pd.DataFrame:
+        """A table with one row per object: name, score, x0, y0, x1, y1, area (pixels of its mask), label and query."""
+        import pandas as pd
+
+        columns = {"name": self.names, "score": self.scores.tolist()}
+        columns |= dict(zip(("x0", "y0", "x1", "y1"), self.boxes.T.tolist(), strict=True))
+        if self.masks is not None:
+            columns["area"] = [int(coco_rle.area(rle)) for rle in self.masks]
+        return pd.DataFrame(columns | {"label": self.labels.tolist(), "query": self.queries.tolist()})
+
+    def to_supervision(self) -> Any:
+        """The objects as `supervision.Detections`, for its trackers and annotators.
+
+        Raises:
+            ModuleNotFoundError: supervision is not installed.
+        """
+        import supervision
+
+        masks = None if self.masks is None else self.masks_array()
+        numbers: dict[str, Any] = {
+            "xyxy": self.boxes.numpy(),
+            "confidence": self.scores.numpy(),
+            "class_id": self.labels.numpy(),
+        }
+        return supervision.Detections(**numbers, mask=masks, data={"class_name": np.array(self.names)})
+
+    def plot(self, image: Any = None) -> Image.Image:
+        """The image at its own size with the objects drawn in, each in its colour.
+
+        Args:
+            image: path, PIL image, uint8 array (H, W, 3) or tensor (3, H, W), RGB; None: the image they were found in.
+
+        Raises:
+            ValueError: nobody gave the image.
+        """
+        from solq_lab.viz.images import paint_detections
+
+        if image is None and self.image is None:
+            raise ValueError("these objects do not know their image; plot(image) draws them into one")
+        return paint_detections(self.image if image is None else image, self)
+
+    def _masks(self) -> list[dict]:
+        if self.masks is None:
+            raise ValueError("a plain detector's objects have boxes, but no masks")
+        return self.masks
+
+    def _size(self) -> tuple[int, int]:
+        if self.image_size is None and not self.masks:
+            raise ValueError("the size of the image is not known; give image_size=(height, width)")
+        return self.image_size or tuple(self._masks()[0]["size"])
 
 
 def unpadded_sizes(padding: Tensor) -> Tensor:

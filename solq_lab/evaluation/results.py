@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from solq_lab.data.annotations import DataError
-from solq_lab.data.classes import UNUSED, ClassMap
+from solq_lab.data.classes import ClassMap
 from solq_lab.files import replacing
 from solq_lab.structures import Detections
 
@@ -20,32 +21,9 @@ _WRITTEN_AT_ONCE = 10_000
 
 
 def detections_to_results(detections: Detections, image_id: int, classes: ClassMap) -> list[dict]:
-    """COCO results of one image, best score first.
-
-    Channels without a category (the unused raw ids of COCO) give no result: no evaluation could count them.
-
-    Args:
-        detections: of the image.
-        image_id: the image's id in its annotation file.
-        classes: the category of each class channel.
-
-    Returns:
-        Per detection "image_id", "category_id", "bbox" (x, y, w, h) in pixels of the original image, "score", and
-        "segmentation" (compressed RLE whose counts are text, as JSON needs them) where there are masks.
-    """
-    results = []
-    scores, labels, boxes = detections.scores.tolist(), detections.labels.tolist(), detections.boxes.tolist()
-    for row, (score, label, (x0, y0, x1, y1)) in enumerate(zip(scores, labels, boxes, strict=True)):
-        category_id = classes.category_ids[label]
-        if category_id == UNUSED:
-            continue
-        result = {"image_id": image_id, "category_id": category_id, "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-        if detections.masks is not None:
-            rle = detections.masks[row]
-            counts = rle["counts"].decode("ascii") if isinstance(rle["counts"], bytes) else rle["counts"]
-            result["segmentation"] = {"size": list(rle["size"]), "counts": counts}
-        results.append(result)
-    return results
+    """COCO results of one image, as `Detections.to_coco` makes them, with the categories of `classes`."""
+    category_ids = [classes.category_ids[label] for label in detections.labels.tolist()]
+    return dataclasses.replace(detections, category_ids=category_ids).to_coco(image_id)
 
 
 def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["all", "box", "segm"] = "all") -> None:

@@ -203,7 +203,7 @@ def object_view(
     Raises:
         ValueError: no such object, layer, head or level.
     """
-    _check_index("object", row, len(detections.labels))
+    _check_index("object", row, len(detections))
     query = int(detections.queries[row])
     looked = query_points(layers, query, layer=layer, head=head, level=level)
     reference = layers[0 if layer is None else layer].reference[query].numpy()

@@ -61,7 +61,7 @@ def postprocess(
             assert prediction.vectors is not None  # `_check_fit` has looked
             masks = _decode_masks(prediction.vectors[image], queries[image], boxes[image], size, codec)
         names = [class_names[label] for label in labels[image].tolist()]
-        detections.append(Detections(scores[image], labels[image], boxes[image], queries[image], masks, names))
+        detections.append(Detections(scores[image], labels[image], boxes[image], queries[image], masks, names, size))
     return detections
 
 

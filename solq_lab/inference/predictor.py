@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from solq_lab.runs import Run, RunError
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+ImageSource = str | Path | Image.Image | np.ndarray | Tensor
 
 
 class Predictor:
@@ -86,32 +88,57 @@ class Predictor:
         if bucket is not None and self.device.type == "cuda":
             self._graphed = GraphedForward(partial(predict_last_layer, self.model, autocast=autocast), self.device)
 
-    @torch.inference_mode()
-    def predict(self, image: str | Path | Image.Image | np.ndarray) -> Detections:
-        """The objects in one image, with boxes and masks in its pixels.
+    def __repr__(self) -> str:
+        codec = "no codec" if self.codec is None else f"{self.experiment.codec.kind} codec"
+        return f"<Predictor {self.experiment.name}: {len(self.classes)} classes, {codec}, on {self.device}>"
 
-        A file is turned upright by its EXIF orientation, as `read_upright` does. The pixels of a PIL image or an array
-        are used as they are; so does our evaluation, because COCO's annotations ignore the orientation.
+    @overload
+    def predict(self, image: ImageSource) -> Detections: ...
+    @overload
+    def predict(self, image: list[ImageSource], *, batch: int = 1) -> list[Detections]: ...
+    def predict(self, image: ImageSource | list[ImageSource], *, batch: int = 1) -> Detections | list[Detections]:
+        """The objects in one image, or in each of a list, with boxes and masks in its pixels.
+
+        A file is turned upright by its EXIF orientation, as `read_upright` does. The pixels of a PIL image, an array or
+        a tensor are used as they are; so does our evaluation, because COCO's annotations ignore the orientation.
 
         Args:
-            image: path of an image file, PIL image, or uint8 array (H, W, 3) in RGB.
+            image: path of an image file, PIL image, uint8 array (H, W, 3) or uint8 tensor (3, H, W), channels in the
+                order red, green, blue (of OpenCV's: `array[..., ::-1]`).
+            batch: images of a list that the network is given at once; they are padded to a common size, which changes
+                the results slightly.
 
         Raises:
             DataError: no such file, no image, or an array of another type or shape.
         """
-        pixels = _to_tensor(image)
-        height, width = pixels.shape[1:]
+        if not isinstance(image, list):
+            return self._predict_batch([image])[0]
+        chunks = (image[start : start + batch] for start in range(0, len(image), batch))
+        return [found for chunk in chunks for found in self._predict_batch(chunk)]
+
+    @torch.inference_mode()
+    def _predict_batch(self, images: list[ImageSource]) -> list[Detections]:
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
-        steps = resize.plan((height, width), np.random.default_rng())
-        resized, multiple = apply_to_image(steps, pixels), self.bucket or 1
-        padded_height, padded_width = (-(-side // multiple) * multiple for side in resized.shape[1:])
-        batch = ImageBatch.from_list([resized], (padded_height, padded_width)).to(self.device)
+        resized, sizes, multiple = [], [], self.bucket or 1
+        for image in images:
+            pixels = _to_tensor(image)
+            height, width = pixels.shape[1:]
+            steps = resize.plan((height, width), np.random.default_rng())
+            resized.append(apply_to_image(steps, pixels))
+            sizes.append((height, width))
+        padded = [-(-max(image.shape[axis] for image in resized) // multiple) * multiple for axis in (1, 2)]
+        batch = ImageBatch.from_list(resized, (padded[0], padded[1])).to(self.device)
 
         if self._graphed is not None:
             last = self._graphed(batch)
         else:
             last = predict_last_layer(self.model, batch, autocast=self.autocast)
-        return postprocess(last, [(height, width)], self.codec, top_k=self.top_k, class_names=self.classes.names)[0]
+        detections = postprocess(last, sizes, self.codec, top_k=self.top_k, class_names=self.classes.names)
+        return [self._complete(found, image) for found, image in zip(detections, images, strict=True)]
+
+    def _complete(self, found: Detections, image: ImageSource) -> Detections:
+        category_ids = [self.classes.category_ids[label] for label in found.labels.tolist()]
+        return dataclasses.replace(found, category_ids=category_ids, image=image)
 
 
 def read_upright(path: str | Path) -> Image.Image:
@@ -145,21 +172,36 @@ def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> Lay
         return model(images.normalised()).layers[-1]
 
 
-def _to_tensor(image: str | Path | Image.Image | np.ndarray) -> Tensor:
+def _to_tensor(image: ImageSource) -> Tensor:
     """(3, H, W) uint8."""
+    return torch.from_numpy(np.array(as_pixels(image).transpose(2, 0, 1), order="C"))
+
+
+def as_pixels(image: ImageSource) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of an image as `Predictor.predict` takes it.
+
+    Raises:
+        DataError: as there.
+    """
     match image:
         case str() | Path():
-            pixels = np.asarray(read_upright(image))
+            return np.asarray(read_upright(image))
         case Image.Image():
-            pixels = np.asarray(_to_rgb(image, name="the PIL image"))
+            return np.asarray(_to_rgb(image, name="the PIL image"))
         case np.ndarray():
-            pixels = _checked_array(image)
+            return _checked_array(image)
+        case Tensor() if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3 and image.numel():
+            return image.permute(1, 2, 0).cpu().numpy()
+        case Tensor():
+            raise DataError(
+                f"tensor {tuple(image.shape)} of {image.dtype}; allowed is (3, H, W) of uint8, RGB: scale it to "
+                "0..255, convert it with .to(torch.uint8), and give several images as a list"
+            )
         case _:
             raise DataError(
                 f"an image cannot be a {type(image).__name__}; allowed are a path, a PIL image, "
-                "and a uint8 array (H, W, 3) in RGB"
+                "a uint8 array (H, W, 3) and a uint8 tensor (3, H, W) in RGB"
             )
-    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 
 def _to_rgb(image: Image.Image, *, name: str) -> Image.Image:

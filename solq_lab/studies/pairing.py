@@ -36,14 +36,14 @@ def pair_objects(
 
     rows, columns = linear_sum_assignment(overlap, maximize=True)
     real = overlap[rows, columns] > 0  # the assignment also pairs what does not overlap
-    partners, ious = np.full(len(ground_truth.labels), UNMATCHED), np.zeros(len(ground_truth.labels))
+    partners, ious = np.full(len(ground_truth), UNMATCHED), np.zeros(len(ground_truth))
     partners[columns[real]], ious[columns[real]] = rows[real], overlap[rows[real], columns[real]]
     return partners, ious
 
 
 def overlaps(detections: Detections, ground_truth: Detections, *, by: Literal["box", "mask"]) -> np.ndarray:
     """(F, K) IoU of all detections with all objects of an image; 0 by masks where a detection has none."""
-    shape = len(detections.labels), len(ground_truth.labels)
+    shape = len(detections), len(ground_truth)
     if 0 in shape or (by == "mask" and detections.masks is None):
         return np.zeros(shape)
     first, second = (

@@ -15,9 +15,10 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from solq_lab.inference.predictor import as_pixels
 from solq_lab.masks import rle_iou
 from solq_lab.structures import Detections
-from solq_lab.viz.images import MaskWindow, as_pixels, outline_mask
+from solq_lab.viz.images import MaskWindow, outline_mask
 from solq_lab.viz.style import (
     BLACK,
     GREEN,

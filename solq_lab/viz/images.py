@@ -25,14 +25,13 @@ from torch import Tensor
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.data.coco import CocoDataset
-from solq_lab.inference.predictor import Predictor
+from solq_lab.inference.predictor import ImageSource, Predictor, as_pixels
 from solq_lab.masks import encode_rle, paste_to_rle, runs_of_rle
 from solq_lab.structures import Detections, Target
-from solq_lab.viz.style import FIGURE_WIDTH, STYLE, class_colours, hide_axes, new_figure, text_colour
+from solq_lab.viz.style import FIGURE_WIDTH, OBJECT_COLOURS, STYLE, class_colours, hide_axes, new_figure, text_colour
 
 MASK_OPACITY = 0.45
 LABEL_PAD = 0.6  # around a label's text, points
-MAX_OBJECTS = 100  # drawn in one image, the best ones; more would hide it
 PAINTED_SIDE = 8.0  # inches that the longer side of a large image counts as, beside lines and labels in points
 MAX_OUTLINE = 1000  # pixels of a mask's longer side that its outline is found in; larger masks are thinned out
 
@@ -125,7 +124,9 @@ def draw_objects(
     """An image and its best objects, the best on top; an object without a mask is drawn as its box."""
     height, width = pixels.shape[:2]
     painted = Image.fromarray(pixels)
-    _add_objects(axes, painted, detections, colours, font_size=font_size)
+    _add_objects(
+        axes, painted, detections, [colours[label] for label in detections.labels.tolist()], font_size=font_size
+    )
     # No more pixels than the figure has: matplotlib would need a gigabyte for a photograph.
     shrink = int(min(painted.size) / max(axes.figure.bbox.size)) or 1
     axes.imshow(painted.reduce(shrink), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
@@ -133,8 +134,8 @@ def draw_objects(
 
 
 @mpl.rc_context(STYLE)
-def paint_detections(image: np.ndarray | Tensor, detections: Detections) -> Image.Image:
-    """An image with its objects, of the image's own size; lines and labels grow with it."""
+def paint_detections(image: ImageSource, detections: Detections) -> Image.Image:
+    """An image with its objects, each in its colour, of the image's own size; lines and labels grow with it."""
     pixels = as_pixels(image)
     height, width = pixels.shape[:2]
     dpi = max(100.0, max(height, width) / PAINTED_SIDE)
@@ -142,7 +143,8 @@ def paint_detections(image: np.ndarray | Tensor, detections: Detections) -> Imag
     painted = Image.fromarray(pixels)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     hide_axes(axes)
-    _add_objects(axes, painted, detections, class_colours(detections.labels.tolist()), font_size=9)
+    colours = [OBJECT_COLOURS[row % len(OBJECT_COLOURS)] for row in range(len(detections))]
+    _add_objects(axes, painted, detections, colours, font_size=9)
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -152,11 +154,10 @@ def paint_detections(image: np.ndarray | Tensor, detections: Detections) -> Imag
 
 
 def _add_objects(
-    axes: Axes, painted: Image.Image, detections: Detections, colours: Mapping[int, str], *, font_size: float
+    axes: Axes, painted: Image.Image, detections: Detections, colours: Sequence[str], *, font_size: float
 ) -> None:
     """Lay the masks over an image, in place, and draw their outlines and labels into axes."""
-    for row in reversed(range(min(len(detections.labels), MAX_OBJECTS))):
-        colour = colours[int(detections.labels[row])]
+    for row, colour in reversed(list(enumerate(colours))):
         x0, y0, x1, y1 = detections.boxes[row].tolist()
         anchor = (x0 + x1) / 2, y0
         # One mask at a time, and only its window: bitmaps of the whole image would fill the memory.
@@ -251,19 +252,3 @@ class _Label(Text):
             place = to_display.inverted().transform(to_display.transform(self.get_position()) + over)
             self.set_position(tuple(place))
         super().draw(renderer)
-
-
-def as_pixels(image: np.ndarray | Tensor) -> np.ndarray:
-    """(H, W, 3) uint8 of an image.
-
-    Raises:
-        ValueError: neither an array (H, W, 3) nor a tensor (3, H, W) of uint8.
-    """
-    pixels = (
-        image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else np.asarray(image)
-    )
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(
-            f"an image is an array (H, W, 3) or a tensor (3, H, W) of uint8, found {tuple(image.shape)} {image.dtype}"
-        )
-    return pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import math
@@ -339,7 +340,7 @@ def test_detections_become_results_in_coco_spelling():
         "segmentation": {"size": [4, 4], "counts": "04d0"},
     }
     assert (last["category_id"], last["bbox"]) == (7, [-2.0, 0.0, 5.0, 1.0])
-    assert "segmentation" not in detections_to_results(detections._replace(masks=None), 42, classes)[0]
+    assert "segmentation" not in detections_to_results(dataclasses.replace(detections, masks=None), 42, classes)[0]
 
 
 # A code's ceiling

@@ -50,8 +50,8 @@ def image() -> np.ndarray:
 
 
 def assert_same(first, second) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
-    assert first[4:] == second[4:]
+    assert [(*one[:3], one.mask) for one in first] == [(*one[:3], one.mask) for one in second]
+    assert torch.equal(first.queries, second.queries)
 
 
 def test_detections_are_the_models_own_in_pixels_of_the_given_image(predictor: Predictor, image: np.ndarray):
@@ -73,12 +73,36 @@ def test_detections_are_the_models_own_in_pixels_of_the_given_image(predictor: P
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
 
 
-def test_path_pil_and_array_give_the_same(predictor: Predictor, image: np.ndarray, tmp_path: Path):
+def test_path_pil_array_and_tensor_give_the_same(predictor: Predictor, image: np.ndarray, tmp_path: Path):
     Image.fromarray(image).save(tmp_path / "image.png")
     expected = predictor.predict(image)
     assert_same(predictor.predict(tmp_path / "image.png"), expected)
     assert_same(predictor.predict(str(tmp_path / "image.png")), expected)
     assert_same(predictor.predict(Image.fromarray(image)), expected)
+    assert_same(predictor.predict(torch.from_numpy(image).permute(2, 0, 1)), expected)
+    assert_same(predictor.predict(image[..., ::-1][..., ::-1]), expected)
+
+
+def test_a_list_gives_what_its_images_give_alone(predictor: Predictor, image: np.ndarray, tmp_path: Path):
+    """In batches too where all images have one size: then nothing is padded."""
+    images = [image, 255 - image, Image.fromarray(image), image[::-1]]
+    alone = [predictor.predict(one) for one in images]
+    for one, found in zip(alone, predictor.predict(images), strict=True):
+        assert_same(one, found)
+    for one, found in zip(alone, predictor.predict(images, batch=3), strict=True):
+        torch.testing.assert_close(found.scores, one.scores, atol=1e-5, rtol=0)
+    assert predictor.predict([]) == []
+    mixed = predictor.predict([image, image[:40]], batch=2)
+    assert [found.image_size for found in mixed] == [(64, 96), (40, 96)]
+
+
+def test_detections_know_their_image_its_size_and_categories(predictor: Predictor, image: np.ndarray, tmp_path: Path):
+    found = predictor.predict(image)
+    assert found.image_size == (64, 96)
+    assert set(found.category_ids) <= {1, 2}
+    assert len(found.to_coco(image_id=4)) == len(found)
+    assert found.plot().size == (96, 64)
+    assert repr(predictor) == "<Predictor tiny: 2 classes, dct codec, on cpu>"
 
 
 def test_a_grey_or_transparent_image_is_read_as_rgb(predictor: Predictor, image: np.ndarray):
@@ -164,8 +188,10 @@ def test_something_that_is_no_image_is_rejected_by_name(predictor: Predictor, tm
         predictor.predict(tmp_path)
     with pytest.raises(DataError, match="mode F has more than 8 bits per channel"):
         predictor.predict(Image.fromarray(image[..., 0].astype(np.float32)))
-    with pytest.raises(DataError, match="an image cannot be a Tensor; allowed are a path, a PIL image"):
+    with pytest.raises(DataError, match=r"tensor \(3, 4, 4\) of torch.float32; allowed is \(3, H, W\) of uint8"):
         predictor.predict(torch.zeros(3, 4, 4))
+    with pytest.raises(DataError, match="an image cannot be a int; allowed are a path, a PIL image"):
+        predictor.predict(3)
 
 
 def test_a_file_that_is_no_checkpoint_is_rejected_by_name(tmp_path: Path):

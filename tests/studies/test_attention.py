@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -357,7 +358,7 @@ def test_a_band_has_a_width(predictor: Predictor, root: Path):
 def test_an_object_that_is_not_found_cannot_be_looked_at(predictor: Predictor, root: Path, monkeypatch):
     dataset = build_images(tiny_experiment(root))
     truth = dataset.objects(0)
-    far = truth._replace(boxes=truth.boxes + 1000)
+    far = dataclasses.replace(truth, boxes=truth.boxes + 1000)
     monkeypatch.setattr(dataset, "objects", lambda index: far)
     with pytest.raises(ValueError, match="object 0 of image 1 is not found; choose another object"):
         view_of_true_object(predictor, dataset, (0, 0))
@@ -381,7 +382,7 @@ def test_every_point_is_drawn_in_pixels_with_its_weight_and_the_largest_at_the_b
 
 def test_a_view_without_a_mask_shows_its_box(predictor, image):
     detections, layers = predict_with_attention(predictor, image)
-    view = object_view(image, detections._replace(masks=None), layers, 0, layer=0)
+    view = object_view(image, dataclasses.replace(detections, masks=None), layers, 0, layer=0)
     assert view.mask is None
     assert len(view.reference) == 2
     figure = attention_of_object(view, close_up=True)

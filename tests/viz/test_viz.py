@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tracemalloc
 
@@ -105,7 +106,9 @@ def test_labels_stay_inside_their_image(width):
 
 
 def test_a_label_too_long_for_its_image_begins_inside():
-    long = detections((20, 20, 30, 30))._replace(names=["a class with a name that no image of this size can hold"])
+    long = dataclasses.replace(
+        detections((20, 20, 30, 30)), names=["a class with a name that no image of this size can hold"]
+    )
     figure = prediction_grid([(grey_image(), detections(), long)] * 2)
     figure.draw_without_rendering()
     place = figure.axes[2]
@@ -171,7 +174,7 @@ def test_a_tensor_is_drawn_like_an_array():
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4, 3)), torch.zeros(4, 4, 3, dtype=torch.uint8)])
 def test_what_is_no_image_is_rejected_with_its_shape_and_type(image):
-    with pytest.raises(ValueError, match=r"uint8, found \(4, 4"):
+    with pytest.raises(ValueError, match=r"\(4, 4.* of .*; allowed is"):
         draw_detections(image, detections())
 
 

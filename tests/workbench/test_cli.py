@@ -362,12 +362,6 @@ def test_predict_writes_coco_results_as_json_lines(weights, data_root, tmp_path,
         assert 0 <= y <= y + h <= height + 1e-3
 
 
-def test_predict_tells_how_many_objects_are_drawn_where_not_all_are(command, weights, data_root, monkeypatch):
-    monkeypatch.setattr("solq_lab.viz.images.MAX_OBJECTS", 5)
-    _, output = command("predict", weights, data_root / "val" / "1.png", "--score", 0)
-    assert "1.png: 16 objects, the best 5 drawn in predictions/1.png" in output
-
-
 def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights, data_root):
     status, output = command("predict", weights, data_root / "val" / "1.png", "--score", 1)
     assert status == 0

@@ -95,19 +95,5 @@ def figure_pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def pick(detections: Detections, rows: Sequence[int]) -> Detections:
-    """Some of the objects."""
-    chosen = list(rows)
-    masks = None if detections.masks is None else [detections.masks[row] for row in chosen]
-    return Detections(
-        detections.scores[chosen],
-        detections.labels[chosen],
-        detections.boxes[chosen],
-        detections.queries[chosen],
-        masks,
-        [detections.names[row] for row in chosen],
-    )
-
-
 def _area(box: Sequence[float]) -> float:
     return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)

@@ -20,7 +20,7 @@ from solq_lab.structures import Detections
 from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import STYLE, class_colours, new_figure
 from solq_lab.viz.widgets.callbacks import Callbacks
-from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, draw_image, pick
+from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, draw_image
 
 WIDTH = 460  # of the image, pixels of the screen
 MIN_SCORE = 0.05  # below it are hundreds of guesses; the slider starts here
@@ -88,7 +88,7 @@ class DetectionExplorer:
     def shown(self, name: str) -> Detections:
         """A model's objects in the image that are switched on."""
         found = self._found(name)
-        return pick(found, [row for row, switch in enumerate(self.switches[name]) if switch.value])
+        return found[[row for row, switch in enumerate(self.switches[name]) if switch.value]]
 
     def composed(self) -> np.ndarray:
         """(h, w, 3) uint8: the image as it is shown."""
@@ -114,7 +114,7 @@ class DetectionExplorer:
         """Ground truth and each model's shown objects, side by side."""
         index, pixels = self.image.value, self._pixels(self.image.value)
         panels = {"ground truth": self._dataset.objects(index)}
-        panels |= {f"{name}: {len(self.shown(name).labels)} shown": self.shown(name) for name in self.names}
+        panels |= {f"{name}: {len(self.shown(name))} shown": self.shown(name) for name in self.names}
         title = f"image {index} (id {self._dataset.image_ids[index]}), scores of at least {self.score.value:.2f}"
         size = 3.6 * len(panels), 0.7 + 3.6 * pixels.shape[0] / pixels.shape[1]
         figure, axes = new_figure(1, len(panels), size=size, title=title)
@@ -139,7 +139,7 @@ class DetectionExplorer:
             found = self._found(name)
             captions = zip(found.names, found.scores.tolist(), strict=True)
             self.switches[name] = [self._make_switch(f"{label} {score:.2f}") for label, score in captions]
-            count = f"{len(found.labels)} found" if len(found.labels) else "nothing found"
+            count = f"{len(found)} found" if len(found) else "nothing found"
             column.children = [widgets.HTML(f"<b>{name}</b>: {count}"), *self.switches[name]]
         self._report("")
         self.update()
@@ -167,11 +167,11 @@ class DetectionExplorer:
     def _drawn(self, name: str) -> np.ndarray:
         found = self._found(name)
         on = tuple(row for row, switch in enumerate(self.switches[name]) if switch.value)
-        return self._draw(name, self.image.value, on if len(found.labels) else ())
+        return self._draw(name, self.image.value, on if len(found) else ())
 
     def _draw_objects(self, name: str, index: int, rows: Sequence[int]) -> np.ndarray:
         """The image with some of a model's objects, best first; with the true ones where there is no name."""
-        objects = pick(self._find(name, index), rows) if name else self._dataset.objects(index)
+        objects = self._find(name, index)[list(rows)] if name else self._dataset.objects(index)
         return draw_image(self._pixels(index), objects, self._colours(index), width=WIDTH)
 
     def _colours(self, index: int) -> dict[int, str]:

@@ -56,7 +56,7 @@ def predict(
             skipped.append(path)
             continue
         everything = predictor.predict(image)
-        found = _clip(everything.above(score), image.size)
+        found = everything.above(score).clipped()
 
         drawings[number].parent.mkdir(parents=True, exist_ok=True)
         paint_detections(np.asarray(image), found).save(drawings[number], compress_level=1)
@@ -115,22 +115,12 @@ def _name_drawings(paths: list[Path], given: list[Path], out: Path) -> list[Path
     return drawings
 
 
-def _clip(found: Detections, size: tuple[int, int]) -> Detections:
-    """The same objects, their boxes cut at the borders of an image of `size` (width, height)."""
-    limits = found.boxes.new_tensor([*size, *size])
-    return found._replace(boxes=found.boxes.clamp(min=0).minimum(limits))
-
-
 def _list_objects(path: Path, drawing: Path, found: Detections, *, best: float, least: float) -> str:
-    from solq_lab.viz.images import MAX_OBJECTS
-
-    objects = len(found.names)
-    which = f"the best {MAX_OBJECTS} drawn" if objects > MAX_OBJECTS else "drawn"
-    lines = [f"{path}: {objects} {'object' if objects == 1 else 'objects'}, {which} in {drawing}"]
-    if objects == 0:
+    lines = [f"{path}: {len(found)} {'object' if len(found) == 1 else 'objects'}, drawn in {drawing}"]
+    if not found:
         lines.append(f"  none with a score of at least {least:g}; the best has {best:.2f}, a lower --score shows it")
-    for name, value, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True):
-        lines.append(f"  {value:.2f}  {name:<20} " + " ".join(f"{edge:7.1f}" for edge in box))
+    for one in found:
+        lines.append(f"  {one.score:.2f}  {one.name:<20} " + " ".join(f"{edge:7.1f}" for edge in one.box))
     return "\n".join(lines)
 
 
