@@ -145,6 +145,12 @@ class LossSection(Section):
     vector_units: Literal["raw", "std"] = Field(
         "raw", description="std: every coefficient over its standard deviation; needs model.standardise_vectors"
     )
+    vector_frame: Literal["truth", "predicted"] = Field(
+        "truth", description="box that target masks are drawn in; predicted: the query's own, once it is about right"
+    )
+    class_loss: Literal["focal", "quality"] = Field(
+        "focal", description="quality: the score to reach is the IoU of the query's mask, not 1"
+    )
     decoded_dice_weight: float = Field(0.0, ge=0, description="dice loss of decoded masks, beside the vector loss")
     mask_weight: float = Field(1.0, ge=0, description="focal loss of the mask branch's pixels (released)")
     dice_weight: float = Field(1.0, ge=0, description="dice loss of the mask branch (released)")
@@ -312,12 +318,18 @@ class Experiment(Section):
             )
 
         loss, unchanged = self.loss, LossSection()
-        of_vectors = ("vector_kind", "vector_units", "decoded_dice_weight")
-        if self.codec.kind == "none" and any(getattr(loss, key) != getattr(unchanged, key) for key in of_vectors):
+        of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", "decoded_dice_weight")
+        changed = [key for key in of_vectors if getattr(loss, key) != getattr(unchanged, key)]
+        if self.codec.kind == "none" and changed:
             raise ValueError(
-                f"loss.vector_kind {loss.vector_kind}, loss.vector_units {loss.vector_units} and "
-                f"loss.decoded_dice_weight {loss.decoded_dice_weight:g} concern mask vectors, and codec.kind is none; "
-                "leave them out, or choose a codec"
+                f"{', '.join(f'loss.{key} {getattr(loss, key)}' for key in changed)}: concerns mask vectors, and "
+                "codec.kind is none; leave it out, or choose a codec"
+            )
+        if loss.class_loss == "quality" and loss.vector_layers < self.model.decoder_layers:
+            raise ValueError(
+                f"loss.class_loss quality judges the masks of all {self.model.decoder_layers} decoder layers, and "
+                f"loss.vector_layers {loss.vector_layers} leaves some without mask vectors to learn; set it to "
+                f"{self.model.decoder_layers} or more, or class_loss to focal"
             )
         if loss.vector_units == "std" and not self.model.standardise_vectors:
             raise ValueError(

@@ -161,7 +161,7 @@ def _measure_image(
     """The tables of one image of `size` (height, width): objects at `rows`, detections at `places`, counted from 0."""
     detections = [results[place] for place in places]
     rles = [masks.segmentation_to_rle(result["segmentation"], size) for result in detections]
-    boxes = _corners(detections)
+    boxes = corners(detections)
     own_classes = np.array([classes.channel_of(result["category_id"]) for result in detections], dtype=np.int64)
 
     crowd, object_boxes = truth.crowd[rows], torch.from_numpy(truth.boxes[rows])
@@ -241,7 +241,7 @@ def _neighbours(rles: Sequence[dict], boxes: Tensor, crowd: np.ndarray, size: tu
     return masks.encode_rle(torch.stack([*around, bitmaps[single].any(dim=0)]))
 
 
-def _corners(entries: Sequence[dict]) -> Tensor:
+def corners(entries: Sequence[dict]) -> Tensor:
     """(K, 4) float64 xyxy of COCO boxes (x, y, w, h), image pixels."""
     boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float64).reshape(-1, 4)
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:].clamp(min=0)], dim=1)

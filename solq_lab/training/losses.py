@@ -16,10 +16,10 @@ from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.schema import Experiment
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
+from solq_lab.training.decoded import MatchedVectors
 from solq_lab.training.matcher import HungarianMatcher, Matching
 
 PROPOSAL_TERMS = ("class", "l1", "giou")  # of the encoder's proposals, which have no mask vectors
-DICE_FLOOR = 1e-5  # as released: keeps the dice of an empty mask finite
 
 
 class Objects(NamedTuple):
@@ -43,7 +43,7 @@ class MatchedLayers(NamedTuple):
     logits: (Z, B, J, S) of all queries.
     boxes: (Z, T, 4) of the matched queries.
     true_boxes: (Z, T, 4) of their objects.
-    vectors: (B, J, D) of all queries for each of the last layers that have a vector loss; none for a plain detector.
+    vectors: the mask vectors of the pairs in the last layers that have a vector loss; None without any.
     matching: the pairs.
     objects: of the batch.
     divisor: of sums.
@@ -53,7 +53,7 @@ class MatchedLayers(NamedTuple):
     logits: Tensor
     boxes: Tensor
     true_boxes: Tensor
-    vectors: list[Tensor]
+    vectors: MatchedVectors | None
     matching: Matching
     objects: Objects
     divisor: float
@@ -83,7 +83,10 @@ class SetCriterion(nn.Module):
             over coefficients and the sum over pairs by the number of boxes.
         vector_kind: "codec", or "l1", "smooth_l1", "l2" instead of the codec's own loss.
         vector_units: "raw", or "std": differences are divided by `vector_std`.
+        vector_frame: box that the targets are drawn in: "truth", the object's, or "predicted" (`MatchedVectors`).
         decoded_dice_weight: weight of the dice loss "vector_dice" of decoded vectors; 0: no such loss.
+        class_loss: "focal", or "quality": a query's class is to have the IoU of its mask with its object's as score,
+            not 1. Not of the proposals, which have no masks.
         vector_std: standard deviations (D,) of the training vectors, for units of "std"; kept as it is, not copied.
         mask_weight: weight of the mask branch's focal loss over pixels.
         dice_weight: weight of the mask branch's dice loss.
@@ -111,6 +114,8 @@ class SetCriterion(nn.Module):
         focal_gamma: float,
         vector_kind: Literal["codec", "l1", "smooth_l1", "l2"] = "codec",
         vector_units: Literal["raw", "std"] = "raw",
+        vector_frame: Literal["truth", "predicted"] = "truth",
+        class_loss: Literal["focal", "quality"] = "focal",
         decoded_dice_weight: float = 0.0,
         vector_std: Tensor | None = None,
     ) -> None:
@@ -135,6 +140,7 @@ class SetCriterion(nn.Module):
             self.terms["vector_dice"], self.weights["vector_dice"] = self._decoded_dice_loss, decoded_dice_weight
         self.vector_layers = vector_layers
         self.vector_normalisation = vector_normalisation
+        self.vector_frame, self.class_loss = vector_frame, class_loss
         self.vector_kind = codec.loss if codec is not None and vector_kind == "codec" else vector_kind
         self.vector_std = vector_std if vector_units == "std" else None  # the model's own buffer, on its device
         self.focal_alpha = focal_alpha
@@ -214,10 +220,33 @@ class SetCriterion(nn.Module):
         self, layers: Sequence[LayerPrediction], matching: Matching, objects: Objects, count: float
     ) -> MatchedLayers:
         boxes = _at_least_float32(_matched(torch.stack([layer.boxes for layer in layers]), matching))  # (Z, T, 4)
-        vectors = [layer.vectors for layer in layers[-self.vector_layers :] if layer.vectors is not None]
         logits = _at_least_float32(torch.stack([layer.logits for layer in layers]))  # (Z, B, J, S)
         true_boxes = objects.boxes[matching.objects].to(boxes.dtype)
+        vectors = self._match_vectors(layers, matching, objects, boxes, true_boxes)
         return MatchedLayers(logits, boxes, true_boxes, vectors, matching, objects, count, mean_over=count)
+
+    def _match_vectors(
+        self, layers: Sequence[LayerPrediction], matching: Matching, objects: Objects, boxes: Tensor, true_boxes: Tensor
+    ) -> MatchedVectors | None:
+        """The matched vectors of the last `vector_layers` layers; `boxes` and `true_boxes` (Z, T, 4) of all layers."""
+        vectors = [layer.vectors for layer in layers[-self.vector_layers :] if layer.vectors is not None]
+        if not vectors or self.codec is None:
+            return None
+        assert objects.masks is not None  # `_gather_objects` has looked
+        assert objects.vectors is not None
+        depth = len(vectors)
+        rows = matching.objects[-depth:]  # (Z, T)
+        matching = matching._replace(queries=matching.queries[-depth:], objects=rows)
+        predicted = _at_least_float32(_matched(torch.stack(vectors), matching))
+        return MatchedVectors(
+            self.codec,
+            predicted,
+            objects.vectors[rows].to(predicted.dtype),
+            boxes[-depth:],
+            true_boxes[-depth:],
+            objects.masks[rows],
+            in_predicted_frame=self.vector_frame == "predicted",
+        )
 
     def _class_loss(self, layers: MatchedLayers) -> Tensor:
         """Focal loss (Z,) of all queries; those without an object are to have no class."""
@@ -226,7 +255,12 @@ class SetCriterion(nn.Module):
         index = torch.arange(len(logits), device=logits.device)[:, None]
         present = (index, matching.images, matching.queries, layers.objects.labels[matching.objects])
         truth.index_put_(present, truth.new_ones(()))  # `= 1.0` would be a copy from the host, which waits
-        focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        options = {"alpha": self.focal_alpha, "gamma": self.focal_gamma}
+        if self.class_loss == "quality" and layers.vectors is not None:
+            quality = torch.zeros_like(logits).index_put_(present, layers.vectors.quality().to(logits.dtype))
+            focal = quality_focal_loss(logits, truth, quality, **options)
+        else:
+            focal = sigmoid_focal_loss(logits, truth, **options)
         return focal.sum((1, 2, 3)) / layers.divisor
 
     def _l1_loss(self, layers: MatchedLayers) -> Tensor:
@@ -241,16 +275,14 @@ class SetCriterion(nn.Module):
     def _vector_loss(self, layers: MatchedLayers) -> Tensor:
         """Distance of matched mask vectors in the last `vector_layers` layers, a tensor of that length."""
         assert self.codec is not None  # no such term without one
-        assert layers.objects.vectors is not None
-        vectors, rows = self._matched_vectors(layers)
-        difference = vectors - layers.objects.vectors[rows].to(vectors.dtype)  # (Z, T, D)
+        assert layers.vectors is not None
+        difference = layers.vectors.predicted - layers.vectors.target  # (Z, T, D)
         if self.vector_std is not None:
             difference = difference / self.vector_std
 
         if self.vector_kind in ("l2", "l2_dice"):
             squared = difference.square().sum((1, 2)) / self.codec.vector_dim
-            dice = self._dice(vectors, rows, layers.objects) if self.vector_kind == "l2_dice" else None
-            return (squared if dice is None else squared + dice) / layers.divisor
+            return (squared + layers.vectors.dice() if self.vector_kind == "l2_dice" else squared) / layers.divisor
 
         if self.vector_kind == "smooth_l1":
             distance = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none").sum((1, 2))
@@ -262,22 +294,8 @@ class SetCriterion(nn.Module):
 
     def _decoded_dice_loss(self, layers: MatchedLayers) -> Tensor:
         """Dice loss of what matched vectors decode to, of the same layers as the vector loss."""
-        vectors, rows = self._matched_vectors(layers)
-        return self._dice(vectors, rows, layers.objects) / layers.divisor
-
-    def _matched_vectors(self, layers: MatchedLayers) -> tuple[Tensor, Tensor]:
-        """Vectors (Z, T, D) of the last layers, and the rows (Z, T) of their objects."""
-        depth, matching = len(layers.vectors), layers.matching
-        matching = matching._replace(queries=matching.queries[-depth:], objects=matching.objects[-depth:])
-        return _at_least_float32(_matched(torch.stack(layers.vectors), matching)), matching.objects
-
-    def _dice(self, vectors: Tensor, rows: Tensor, objects: Objects) -> Tensor:
-        """Sums (Z,) of the dice losses of decoded vectors (Z, T, D) and the masks of their objects, `rows` (Z, T)."""
-        assert self.codec is not None
-        assert objects.masks is not None
-        decoded = self.codec.decode(vectors.flatten(0, 1)).flatten(1)  # (Z, T, D) -> (Z*T, N*N)
-        masks = objects.masks[rows].flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
-        return dice_loss(decoded, masks.to(decoded.dtype)).view(rows.shape).sum(1)
+        assert layers.vectors is not None
+        return layers.vectors.dice() / layers.divisor
 
     def _mask_losses(
         self, masks: ImageMasks, matching: Matching, targets: Sequence[Target], count: float
@@ -322,10 +340,14 @@ def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: fl
     return balance * miss**gamma * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
 
 
-def dice_loss(decoded: Tensor, masks: Tensor) -> Tensor:
-    """One minus the dice overlap of reconstructions (K, cells) and masks (K, cells) of 0 and 1: (K,)."""
-    shared = (decoded * masks).sum(1)
-    return 1 - 2 * shared / (decoded.square().sum(1) + masks.square().sum(1) + DICE_FLOOR)
+def quality_focal_loss(logits: Tensor, truth: Tensor, quality: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """As `sigmoid_focal_loss`, where present classes are to score their `quality` (same shape, 0..1; 0 where absent).
+
+    Its minimum is at that score. Source: the quality focal loss, Li et al., NeurIPS 2020, eq. 2.
+    """
+    miss = (quality - logits.sigmoid()).abs()
+    balance = alpha * truth + (1 - alpha) * (1 - truth)
+    return balance * miss**gamma * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
 
 
 def soft_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.structures import LayerPrediction, Predictions, Target
-from solq_lab.training.losses import SetCriterion, dice_loss, sigmoid_focal_loss, vector_plateau
+from solq_lab.training.decoded import dice_loss
+from solq_lab.training.losses import SetCriterion, sigmoid_focal_loss, vector_plateau
 from solq_lab.training.matcher import HungarianMatcher
 
 WEIGHTS = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "vector_weight": 3.0}
@@ -156,11 +157,14 @@ def test_two_processes_average_to_the_losses_of_one_with_the_whole_batch():
         assert (halves[0][name] + halves[1][name]).item() / 2 == pytest.approx(loss.item(), rel=1e-9), name
 
 
-def test_gradients_agree_with_finite_differences():
+@pytest.mark.parametrize("options", [{}, {"vector_frame": "predicted"}, {"class_loss": "quality"}])
+def test_gradients_agree_with_finite_differences(options):
     generator = torch.Generator().manual_seed(4)
     layers = [random_layer(generator, 2, 4) for _ in range(2)]
     targets = random_targets(generator, [2, 1])
-    criterion = make_criterion(SquashedDCT(MASK_SIZE, VECTOR_DIM), vector_normalisation="num_boxes")
+    for layer in layers:  # about right, so that they are frames
+        layer.boxes.data[:, :2] = torch.stack([target.boxes[:1].expand(2, 4) for target in targets]) + 0.01
+    criterion = make_criterion(SquashedDCT(MASK_SIZE, VECTOR_DIM), vector_normalisation="num_boxes", **options)
 
     def total(*leaves):
         rebuilt = [LayerPrediction(*leaves[:3]), LayerPrediction(*leaves[3:])]
@@ -214,6 +218,19 @@ def test_units_of_the_standard_deviation_divide_every_coefficient(kind):
     distance = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[kind]
     expected = distance(difference, torch.zeros_like(difference))  # all five objects have a pair
     torch.testing.assert_close(criterion(predictions, targets)["vector"], expected)
+
+
+def test_frames_and_qualities_change_their_own_terms_alone():
+    generator = torch.Generator().manual_seed(12)
+    targets = random_targets(generator, [2, 1])
+    boxes = torch.stack([target.boxes[:1].expand(6, 4) for target in targets]).double() + 0.02
+    layers = [random_layer(generator, 2, 6)._replace(boxes=boxes + 0.001 * index) for index in range(2)]
+    codec, predictions = DCTCodec(MASK_SIZE, VECTOR_DIM), Predictions(layers, random_layer(generator, 2, 9))
+    plain = make_criterion(codec)(predictions, targets)
+    for options, term in (({"vector_frame": "predicted"}, "vector"), ({"class_loss": "quality"}, "class")):
+        losses = make_criterion(codec, **options)(predictions, targets)
+        changed = {name for name in plain if not torch.equal(losses[name], plain[name])}
+        assert changed == {f"{term}/0", term}
 
 
 def test_units_without_standard_deviations_are_rejected():

@@ -329,8 +329,9 @@ def test_a_replay_repeats_the_step_bit_for_bit_and_finds_the_place(stopped, caps
         {"model": {"two_stage": True, "queries": 6}},
         {"model": {"standardise_vectors": False, "mask_branch": "sqr"}, "codec": {"kind": "none"}},
         {"loss": {"vector_kind": "l2", "vector_units": "std", "decoded_dice_weight": 3.0}},
+        {"loss": {"vector_frame": "predicted", "class_loss": "quality"}},
     ],
-    ids=["recomputed passes", "bf16", "two stages", "mask branch", "std units and decoded dice"],
+    ids=["recomputed passes", "bf16", "two stages", "mask branch", "std units and decoded dice", "frame and quality"],
 )
 def test_every_kind_of_training_is_replayed_bit_for_bit(data_root, tmp_path, sections):
     run = new_run(data_root, tmp_path, optim={"lr": 1e30, "backbone_lr": 1e30}, **sections)

@@ -225,9 +225,11 @@ def test_an_experiment_can_be_validated_on_its_training_images():
     [
         (
             {"codec": {"kind": "none"}, "loss": {"decoded_dice_weight": 2.0}},
-            "decoded_dice_weight 2 concern mask vec",
+            "decoded_dice_weight 2.0: concerns mask vec",
         ),
-        ({"codec": {"kind": "none"}, "loss": {"vector_kind": "l2"}}, "codec.kind is none; leave them out, or choose"),
+        ({"codec": {"kind": "none"}, "loss": {"vector_kind": "l2"}}, "codec.kind is none; leave it out, or choose"),
+        ({"codec": {"kind": "none"}, "loss": {"class_loss": "quality"}}, "loss.class_loss quality: concerns mask vec"),
+        ({"loss": {"class_loss": "quality", "vector_layers": 2}}, "all 6 decoder layers, and loss.vector_layers 2"),
         ({"loss": {"vector_units": "std"}}, "vector_units std needs model.standardise_vectors: true"),
     ],
 )

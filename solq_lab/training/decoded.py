@@ -1,0 +1,111 @@
+"""What is compared of matched mask vectors: the vectors, and the masks they decode to. Paper: eq. 5, table 3a.
+
+Shape letters beside those of `structures`: Z decoder layers with a vector loss, T matched pairs of one layer.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
+from solq_lab.codecs.base import MaskCodec
+
+DICE_FLOOR = 1e-5  # as released: keeps the dice of an empty mask finite
+FRAME_IOU = 0.5  # generalised IoU with its object from which a predicted box is the frame of its target
+
+
+class MatchedVectors:
+    """The matched mask vectors of the last Z decoder layers, and their targets.
+
+    Attributes:
+        codec: makes vectors of masks and back.
+        predicted: (Z, T, D) vectors.
+        target: (Z, T, D) vectors of the objects.
+        boxes, true_boxes: (Z, T, 4) (cx, cy, w, h) of queries and objects, normalised image.
+        true_masks: (Z, T, N, N) bool of the objects in their own boxes.
+        masks: the same in the frame of the targets.
+    """
+
+    def __init__(
+        self,
+        codec: MaskCodec,
+        predicted: Tensor,
+        target: Tensor,
+        boxes: Tensor,
+        true_boxes: Tensor,
+        true_masks: Tensor,
+        *,
+        in_predicted_frame: bool,
+    ) -> None:
+        """Collect the pairs; `in_predicted_frame` recomputes masks and vectors of the targets in the predicted boxes.
+
+        A query's mask is pasted into its own box, so this is what it is to learn, where that box is about right: from
+        a generalised IoU of `FRAME_IOU` with its object's on. No gradient passes through a frame.
+        """
+        self.codec, self.predicted, self.boxes, self.true_boxes = codec, predicted, boxes.detach(), true_boxes
+        self.target, self.true_masks, self.masks = target, true_masks, true_masks
+        if in_predicted_frame:
+            overlap = generalized_iou(cxcywh_to_xyxy(self.boxes), cxcywh_to_xyxy(true_boxes))
+            moved = (overlap > FRAME_IOU)[..., None, None]
+            self.masks = torch.where(moved, self.masks_in_predicted_boxes, true_masks)
+            with torch.no_grad():
+                self.target = codec.encode(self.masks.flatten(0, 1)).view(predicted.shape)
+
+    @cached_property
+    def decoded(self) -> Tensor:
+        """(Z, T, N, N) reconstructions of the predicted vectors."""
+        return self.codec.decode(self.predicted.flatten(0, 1)).view(self.true_masks.shape)
+
+    @cached_property
+    def masks_in_predicted_boxes(self) -> Tensor:
+        """(Z, T, N, N) bool: the objects' masks cut out by the predicted boxes."""
+        flat = (values.flatten(0, 1) for values in (self.true_masks, self.true_boxes, self.boxes))
+        return reframe(*flat).view(self.true_masks.shape)
+
+    def dice(self) -> Tensor:
+        """Sums (Z,) of the dice losses of decoded vectors and their targets' masks."""
+        masks = self.masks.flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
+        decoded = self.decoded.flatten(0, 1).flatten(1)
+        return dice_loss(decoded, masks.to(decoded.dtype)).view(self.predicted.shape[:2]).sum(1)
+
+    @torch.no_grad()
+    def quality(self) -> Tensor:
+        """(Z, T) IoU of the masks as they would be pasted with those of their objects, in units of mask pixels."""
+        found = self.codec.binarize(self.decoded.flatten(0, 1)).view(self.masks.shape)
+        shared = (found & self.masks_in_predicted_boxes).sum((-2, -1))
+        own, true = found.sum((-2, -1)), self.true_masks.sum((-2, -1))
+
+        # A mask pixel of either frame covers its own share of the image.
+        pixel, true_pixel = (values[..., 2:].prod(-1) for values in (self.boxes, self.true_boxes))
+        shared, united = pixel * shared, pixel * (own - shared) + true_pixel * true
+        return (shared / united.clamp(min=1e-12)).clamp(max=1)
+
+
+def reframe(masks: Tensor, boxes: Tensor, other_boxes: Tensor) -> Tensor:
+    """Box-frame masks in the frames of other boxes: bilinear at their cells, empty outside, kept at half.
+
+    Args:
+        masks: (K, N, N) bool in `boxes`. K may be 0.
+        boxes, other_boxes: (K, 4) (cx, cy, w, h), in one frame and unit.
+
+    Returns:
+        (K, N, N) bool; empty for boxes without area.
+    """
+    if len(masks) == 0:
+        return masks
+    scale = other_boxes[:, 2:] / boxes[:, 2:]
+    shift = 2 * (other_boxes[:, :2] - boxes[:, :2]) / boxes[:, 2:]
+    affine = torch.cat([torch.diag_embed(scale), shift.unsqueeze(-1)], dim=-1)  # (K, 2, 3): -1..1 of the other box
+    grid = F.affine_grid(affine, [len(masks), 1, *masks.shape[1:]], align_corners=False)
+    sampled = F.grid_sample(masks.unsqueeze(1).to(grid.dtype), grid, align_corners=False).squeeze(1)
+    return (sampled >= 0.5) & (other_boxes[:, 2:].amin(1) > 0)[:, None, None]
+
+
+def dice_loss(decoded: Tensor, masks: Tensor) -> Tensor:
+    """One minus the dice overlap of reconstructions (K, cells) and masks (K, cells) of 0 and 1: (K,)."""
+    shared = (decoded * masks).sum(1)
+    return 1 - 2 * shared / (decoded.square().sum(1) + masks.square().sum(1) + DICE_FLOOR)

@@ -1,0 +1,84 @@
+"""Targets in predicted frames, and mask quality, against pasting and cropping full images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pycocotools import mask as coco_rle
+
+from solq_lab.boxes import xyxy_to_cxcywh
+from solq_lab.codecs.flatten import FlattenCodec
+from solq_lab.masks import crop_and_resize, encode_rle, paste_masks
+from solq_lab.training.decoded import MatchedVectors, reframe
+from solq_lab.training.losses import quality_focal_loss, sigmoid_focal_loss
+
+N, SIDE = 28, 512
+BOX = torch.tensor([[96.0, 112.0, 320.0, 336.0]])  # 8 pixels a cell, so that a full image is an exact enough oracle
+NEAR = torch.tensor([[110.0, 100.0, 330.0, 350.0]])
+FAR = torch.tensor([[200.0, 130.0, 400.0, 500.0]])
+
+
+def disc(radius: float = 10.0) -> torch.Tensor:
+    """(1, N, N) bool, off centre and cut by the upper edge."""
+    row, column = torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij")
+    return (((row - 8.3).square() + (column - 15.1).square()).sqrt() < radius)[None]
+
+
+def matched(box: torch.Tensor, predicted: torch.Tensor, *, in_predicted_frame: bool = True) -> MatchedVectors:
+    """One pair of one layer: an object with a disc in `BOX`, a query with the mask `predicted` in `box`."""
+    codec, true = FlattenCodec(N), disc()[None]
+    boxes, true_boxes = (xyxy_to_cxcywh(values / SIDE)[None] for values in (box, BOX))
+    vectors, target = (codec.encode(masks)[None] for masks in (predicted, true[0]))
+    options = {"in_predicted_frame": in_predicted_frame}
+    return MatchedVectors(codec, vectors, target, boxes.requires_grad_(), true_boxes, true, **options)
+
+
+@pytest.mark.parametrize("other", [BOX, NEAR, FAR], ids=["the same box", "near", "far"])
+def test_a_mask_in_another_frame_is_the_pasted_mask_cut_out_there(other):
+    found = reframe(disc(), xyxy_to_cxcywh(BOX), xyxy_to_cxcywh(other))
+    expected = crop_and_resize(paste_masks(disc(), BOX, (SIDE, SIDE)), other, N) >= 0.5
+    assert found.sum() > 20
+    assert (found != expected).sum() <= 0.01 * N * N  # pasting rounds the outline to whole pixels, an eighth of a cell
+    if other is BOX:
+        assert torch.equal(found, disc())
+
+
+def test_a_mask_in_another_frame_equals_its_formula_in_float64():
+    mask = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5
+    (x0, y0, x1, y1), (left, top, right, bottom) = (0.1, 0.2, 0.5, 0.9), (0.13, 0.1, 0.61, 0.85)
+    cells = (torch.arange(6, dtype=torch.float64) + 0.5) / 6
+    down = ((top + cells * (bottom - top)) - y0) / (y1 - y0) * 6 - 0.5  # in cells of the mask
+    across = ((left + cells * (right - left)) - x0) / (x1 - x0) * 6 - 0.5
+    weights = [(1 - (place[:, None] - torch.arange(6)).abs()).clamp(min=0) for place in (down, across)]
+    sampled = weights[0] @ mask[0].double() @ weights[1].T
+    boxes = [xyxy_to_cxcywh(torch.tensor([box], dtype=torch.float64)) for box in ((x0, y0, x1, y1),)]
+    other = xyxy_to_cxcywh(torch.tensor([(left, top, right, bottom)], dtype=torch.float64))
+    assert torch.equal(reframe(mask, boxes[0], other)[0], sampled >= 0.5)
+
+
+def test_only_about_right_boxes_become_frames_and_no_gradient_reaches_them():
+    near, far = matched(NEAR, disc()), matched(FAR, disc())
+    assert torch.equal(near.masks, near.masks_in_predicted_boxes)
+    assert not torch.equal(near.masks, near.true_masks)
+    assert torch.equal(near.target[0, 0], near.masks[0, 0].flatten().float())
+    assert torch.equal(far.masks, far.true_masks)
+    assert not near.target.requires_grad
+    assert torch.equal(matched(NEAR, disc(), in_predicted_frame=False).masks, near.true_masks)
+
+
+@pytest.mark.parametrize("box", [BOX, NEAR, FAR], ids=["the same box", "near", "far"])
+def test_quality_is_the_iou_of_pasted_masks(box):
+    found, true = (paste_masks(masks, place, (SIDE, SIDE)) for masks, place in ((disc(11.0), box), (disc(), BOX)))
+    expected = coco_rle.iou(encode_rle(found), encode_rle(true), [0])[0, 0]
+    assert matched(box, disc(11.0)).quality().item() == pytest.approx(expected, abs=0.01)
+
+
+def test_quality_focal_loss_is_least_at_its_quality_and_focal_loss_at_one():
+    logits = torch.linspace(-4, 4, 401, dtype=torch.float64)
+    truth, options = torch.ones_like(logits), {"alpha": 0.25, "gamma": 2.0}
+    losses = quality_focal_loss(logits, truth, 0.7 * truth, **options)
+    assert logits[losses.argmin()].sigmoid().item() == pytest.approx(0.7, abs=0.01)
+    for present in (truth, 0 * truth):
+        torch.testing.assert_close(
+            quality_focal_loss(logits, present, present, **options), sigmoid_focal_loss(logits, present, **options)
+        )
