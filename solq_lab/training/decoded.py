@@ -72,10 +72,9 @@ class MatchedVectors:
         decoded = self.decoded.flatten(0, 1).flatten(1)
         return dice_loss(decoded, masks.to(decoded.dtype)).view(self.predicted.shape[:2]).sum(1)
 
-    @torch.no_grad()
     def quality(self) -> Tensor:
         """(Z, T) IoU of the masks as they would be pasted with those of their objects, in units of mask pixels."""
-        found = self.codec.binarize(self.decoded.flatten(0, 1)).view(self.masks.shape)
+        found = self.codec.binarize(self.decoded.detach().flatten(0, 1)).view(self.masks.shape)
         shared = (found & self.masks_in_predicted_boxes).sum((-2, -1))
         own, true = found.sum((-2, -1)), self.true_masks.sum((-2, -1))
 

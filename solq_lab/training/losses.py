@@ -20,6 +20,7 @@ from solq_lab.training.decoded import MatchedVectors
 from solq_lab.training.matcher import HungarianMatcher, Matching
 
 PROPOSAL_TERMS = ("class", "l1", "giou")  # of the encoder's proposals, which have no mask vectors
+QUALITY_GAMMA = 1.5  # DEIM's
 
 
 class Objects(NamedTuple):
@@ -255,12 +256,11 @@ class SetCriterion(nn.Module):
         index = torch.arange(len(logits), device=logits.device)[:, None]
         present = (index, matching.images, matching.queries, layers.objects.labels[matching.objects])
         truth.index_put_(present, truth.new_ones(()))  # `= 1.0` would be a copy from the host, which waits
-        options = {"alpha": self.focal_alpha, "gamma": self.focal_gamma}
         if self.class_loss == "quality" and layers.vectors is not None:
             quality = torch.zeros_like(logits).index_put_(present, layers.vectors.quality().to(logits.dtype))
-            focal = quality_focal_loss(logits, truth, quality, **options)
+            focal = quality_focal_loss(logits, truth, quality, gamma=QUALITY_GAMMA)
         else:
-            focal = sigmoid_focal_loss(logits, truth, **options)
+            focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
         return focal.sum((1, 2, 3)) / layers.divisor
 
     def _l1_loss(self, layers: MatchedLayers) -> Tensor:
@@ -340,14 +340,17 @@ def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: fl
     return balance * miss**gamma * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
 
 
-def quality_focal_loss(logits: Tensor, truth: Tensor, quality: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """As `sigmoid_focal_loss`, where present classes are to score their `quality` (same shape, 0..1; 0 where absent).
+def quality_focal_loss(logits: Tensor, truth: Tensor, quality: Tensor, *, gamma: float) -> Tensor:
+    """Matchability-aware loss of every logit: a present class is to score quality**gamma. Source: DEIM, CVPR 2025.
 
-    Its minimum is at that score. Source: the quality focal loss, Li et al., NeurIPS 2020, eq. 2.
+    Args:
+        logits: any shape.
+        truth: same shape, 1.0 where the class is present, else 0.0.
+        quality: same shape, 0..1; 0 where the class is absent.
+        gamma: focusing power of absent classes, too.
     """
-    miss = (quality - logits.sigmoid()).abs()
-    balance = alpha * truth + (1 - alpha) * (1 - truth)
-    return balance * miss**gamma * F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
+    balance = torch.where(truth > 0, truth, logits.detach().sigmoid() ** gamma)
+    return balance * F.binary_cross_entropy_with_logits(logits, quality**gamma, reduction="none")
 
 
 def soft_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
