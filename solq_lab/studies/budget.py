@@ -12,7 +12,7 @@ on none, or of another class than its object, keeps its class, so that a perfect
              box as it is, which `vector` is for a perfect box only. It replaces box and vector
     code     pixels of the box frame that the codec loses of the object's own mask are put right in the detection's
 
-With box, vector and code, a detection has its object's mask as its N x N bitmap.
+With box, vector and code, or frame and code, a detection has its object's mask as an N x N bitmap.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,12 +28,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
-from solq_lab.data.ground_truth import GroundTruth
+from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
+from solq_lab.evaluation.evaluator import file_of_split, validation_annotations
+from solq_lab.evaluation.results import read_results
 from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.masks import rasterize_in_box
+from solq_lab.models.weights import read_weights
+from solq_lab.runs import Run
 from solq_lab.studies.overlaps import Overlaps, corners, measure_overlaps
 from solq_lab.studies.rules import UNMATCHED
 
@@ -80,8 +85,8 @@ def oracle_budget(
         annotations: COCO instances file, its parsed content, or its `GroundTruth` with all objects.
         results: COCO results with boxes and masks; may be empty. They are all the method sees of the model: a mask is
             read back out of its image, at the image's resolution.
-        codec: the codec of the model; None for one whose masks do not come from vectors: then no part is "code", and
-            a perfect "vector" is the object's mask in the detection's box.
+        codec: the codec of the model; None for one whose masks do not come from vectors: then no part is "code" or
+            "frame", and a perfect "vector" is the object's own mask in the detection's box.
         area_sides, boundary_ratio, max_detections, image_ids: as in `evaluate_results`.
 
     Raises:
@@ -100,10 +105,12 @@ def oracle_budget(
             image_ids=image_ids,
         )
 
-    evaluations = {(): score(results)}  # checks both, before the overlaps are measured
+    evaluations: dict[tuple[str, ...], Evaluation] = {
+        (): score(results)
+    }  # checks both, before the overlaps are measured
     overlaps = measure_overlaps(truth, results, codec, max_detections=max_detections, image_ids=image_ids)
     counted = [results[place] for place in overlaps.detections.results.tolist()]
-    parts = PARTS if codec is not None else PARTS[:-1]
+    parts = PARTS if codec is not None else PARTS[:3]
     subsets = [perfect for count in range(1, len(parts) + 1) for perfect in combinations(parts, count)]
     chosen = [perfect for perfect in subsets if "frame" not in perfect or not _APART & set(perfect)]
     by_shape: dict[tuple[str, ...], tuple[list[dict], np.ndarray]] = {(): (counted, overlaps.detections.overlap)}
@@ -174,3 +181,25 @@ def _frame_masks(
     else:
         masks = rasterize_in_box([result["segmentation"] for result in results], boxes, size, mask_size)
     return torch.where(true != kept, true, masks) if "code" in perfect else masks
+
+
+def run_budget(run: Run, *, split: Literal["val", "train"] = "val") -> Budget:
+    """The oracle budget of an evaluated run on a split, with the settings of its experiment.
+
+    Raises:
+        DataError: the run has no results, or they have no masks.
+    """
+    experiment = run.experiment.evaluated_on(split)
+    settings = experiment.evaluation
+    if experiment.codec.kind == "none" and experiment.model.mask_branch == "none":
+        raise DataError(f"{run.folder}: a plain detector has no masks, and so no oracle budget; choose another run")
+    truth = GroundTruth(validation_annotations(experiment), keep="all")
+    return oracle_budget(
+        truth,
+        read_results(file_of_split(run.detections, split)),
+        build_codec(experiment, tables=read_weights(run.weights).codec),
+        area_sides=settings.area_sides,
+        boundary_ratio=settings.boundary_ratio,
+        max_detections=settings.top_k,
+        image_ids=truth.image_ids.tolist()[: settings.max_images],
+    )

@@ -116,6 +116,9 @@ def evaluate(
     run_folder: RunFolder,
     split: Annotated[Split, typer.Option(help="Images: validation, or those it was trained on.")] = "val",
     classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Also print the AP it had if scores, boxes or mask vectors were perfect.")
+    ] = False,
 ) -> None:
     """Evaluate a finished run. Numbers that are there already are only printed."""
     evaluated = open_run(run_folder)  # before torch is loaded, which takes seconds
@@ -127,6 +130,14 @@ def evaluate(
     typer.echo(f"\n{evaluated.name}, {split} images\n{evaluation.table(ceiling=ceiling)}")
     if classes:
         typer.echo("\n" + evaluation.class_table("segm" if "segm" in evaluation.kinds else "box"))
+    if budget:
+        from solq_lab.evaluation.summary import to_text
+        from solq_lab.studies.budget import run_budget
+
+        perfect = run_budget(evaluated, split=split)
+        typer.echo(f"\n{to_text(perfect.frame())}")
+        if classes:
+            typer.echo(f"\n{to_text(perfect.class_frame())}")
 
 
 def status(runs_dir: RunsDir = Path("runs")) -> None:
