@@ -67,7 +67,10 @@ def new_codec(experiment: Experiment) -> MaskCodec | None:
     section = experiment.codec
     if section.kind == "none":
         return None
-    codec = CODECS[section.kind].build(**section.model_dump(exclude={"kind", "artifact", "threshold"}))
+    try:
+        codec = CODECS[section.kind].build(**section.model_dump(exclude={"kind", "artifact", "threshold"}))
+    except ValueError as error:  # sizes that this kind cannot have
+        raise ConfigError(f"codec.kind={section.kind}: {error}") from None
     if section.threshold is not None:
         codec.threshold = section.threshold
     return codec

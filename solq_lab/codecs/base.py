@@ -197,4 +197,4 @@ def middle_of_range(decoded: Tensor) -> Tensor:
 
 def _mark_fitted(codec: FittedCodec, _incompatible: object) -> None:
     """Set `fitted` after loading; the tables of a codec that was never fitted are zero."""
-    codec.fitted = any(bool(table.any()) for table in codec.buffers())
+    codec.fitted = any(bool(table.any()) for table in codec.state_dict().values())

@@ -33,28 +33,31 @@ def cosine_basis(size: int, frequencies: int) -> Tensor:
     return basis
 
 
-class DCTCodec(MaskCodec):
-    """The first `vector_dim` coefficients, in zig-zag order, of the orthonormal 2-D DCT-II of the 0/1 mask.
+class SeparableCodec(MaskCodec):
+    """Kept coefficients of a separable orthonormal transform, R m C^T, of the mask.
 
-    Nothing is scaled: the first entry of a full mask's vector is N, and every entry weighs the same in an L1 loss.
+    The kept coefficients fill only a corner of the spectrum (23 x 23 of 128 x 128 for 256 of the DCT), so both ways are
+    two thin matrix products per mask instead of a full transform.
 
-    The kept coefficients fill only a corner of the spectrum (23 x 23 of 128 x 128 for 256 of them), so both ways are
-    two thin matrix products per mask instead of a full transform: in plain torch, or in `cuda/dct_cpu.cpp`, which uses
-    that a bool mask is a few runs of ones and that basis functions are symmetric.
+    Args:
+        mask_size: side N of the masks, mask pixels.
+        vector_dim: number D of coefficients.
+        basis: (size, rows) -> (rows, size) float64, the first rows of the transform's matrix.
+        order: (N*N,) row-major indexes of the spectrum, the coefficients to keep first.
     """
 
     row_basis: Tensor
     column_basis: Tensor
     kept: Tensor
 
-    def __init__(self, mask_size: int, vector_dim: int) -> None:
+    def __init__(self, mask_size: int, vector_dim: int, basis: Callable[[int, int], Tensor], order: Tensor) -> None:
         super().__init__(mask_size, vector_dim)
-        kept = zigzag(mask_size)[:vector_dim]
+        kept = order[:vector_dim]
         row, column = kept // mask_size, kept % mask_size
         rows, columns = int(row.max()) + 1, int(column.max()) + 1
         # The tables follow from the two sizes, so no state dict carries them. They stay float64; each call rounds them.
-        self.register_buffer("row_basis", cosine_basis(mask_size, rows), persistent=False)
-        self.register_buffer("column_basis", cosine_basis(mask_size, columns), persistent=False)
+        self.register_buffer("row_basis", basis(mask_size, rows), persistent=False)
+        self.register_buffer("column_basis", basis(mask_size, columns), persistent=False)
         self.register_buffer("kept", row * columns + column, persistent=False)  # indexes in the rows x columns corner
 
     def encode(self, masks: Tensor) -> Tensor:
@@ -67,15 +70,53 @@ class DCTCodec(MaskCodec):
         dtype = torch.promote_types(masks.dtype, torch.float32)
         exact = product_dtype(dtype, masks.device)
         if masks.dtype == torch.bool:
-            compiled = _compiled("dct_encode", masks, exact)
-            if compiled is not None:
-                return compiled(masks, self.row_basis, self.column_basis, self.kept)
             masks = masks.view(torch.uint8)  # the same bytes, but ten times quicker to turn into floats
         with torch.autocast(masks.device.type, enabled=False):
             rows = self.row_basis.to(exact).expand(masks.shape[0], -1, -1)
             half = torch.bmm(rows, masks.to(exact))  # (K, N, N) -> (K, rows, N)
             corner = half @ self.column_basis.to(exact).T  # (K, rows, columns)
         return corner.flatten(1).index_select(1, self.kept).to(dtype)
+
+    def decode(self, vectors: Tensor) -> Tensor:
+        """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype; their cut coefficients are zero.
+
+        Raises:
+            ValueError: the vectors are not D long.
+        """
+        self.check_vectors(vectors)
+        exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
+        rows, columns = self.row_basis.shape[0], self.column_basis.shape[0]
+        with torch.autocast(vectors.device.type, enabled=False):
+            corner = vectors.new_zeros(vectors.shape[0], rows * columns, dtype=exact)
+            corner = corner.index_copy(1, self.kept, vectors.to(exact)).unflatten(1, (rows, columns))
+            half = corner @ self.column_basis.to(exact)  # (K, rows, columns) -> (K, rows, N)
+            rows_back = self.row_basis.to(exact).T.expand(vectors.shape[0], -1, -1)
+            return torch.bmm(rows_back, half).to(vectors.dtype)  # (K, N, N)
+
+
+class DCTCodec(SeparableCodec):
+    """The first `vector_dim` coefficients, in zig-zag order, of the orthonormal 2-D DCT-II of the 0/1 mask.
+
+    Nothing is scaled: the first entry of a full mask's vector is N, and every entry weighs the same in an L1 loss.
+
+    Both ways run in plain torch, or in `cuda/dct_cpu.cpp`, which uses that a bool mask is a few runs of ones and that
+    basis functions are symmetric.
+    """
+
+    def __init__(self, mask_size: int, vector_dim: int) -> None:
+        super().__init__(mask_size, vector_dim, cosine_basis, zigzag(mask_size))
+
+    def encode(self, masks: Tensor) -> Tensor:
+        """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
+
+        Raises:
+            ValueError: the masks are not N x N.
+        """
+        self.check_masks(masks)
+        compiled = None
+        if masks.dtype == torch.bool:
+            compiled = _compiled("dct_encode", masks, product_dtype(torch.float32, masks.device))
+        return super().encode(masks) if compiled is None else compiled(masks, *self._tables())
 
     def decode(self, vectors: Tensor) -> Tensor:
         """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype; their cut frequencies are zero.
@@ -86,15 +127,9 @@ class DCTCodec(MaskCodec):
         self.check_vectors(vectors)
         exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
         compiled = _compiled("dct_decode", vectors, exact)
-        if compiled is not None:
-            return compiled(vectors.to(exact), self.row_basis, self.column_basis, self.kept).to(vectors.dtype)
-        rows, columns = self.row_basis.shape[0], self.column_basis.shape[0]
-        with torch.autocast(vectors.device.type, enabled=False):
-            corner = vectors.new_zeros(vectors.shape[0], rows * columns, dtype=exact)
-            corner = corner.index_copy(1, self.kept, vectors.to(exact)).unflatten(1, (rows, columns))
-            half = corner @ self.column_basis.to(exact)  # (K, rows, columns) -> (K, rows, N)
-            rows_back = self.row_basis.to(exact).T.expand(vectors.shape[0], -1, -1)
-            return torch.bmm(rows_back, half).to(vectors.dtype)  # (K, N, N)
+        if compiled is None:
+            return super().decode(vectors)
+        return compiled(vectors.to(exact), *self._tables()).to(vectors.dtype)
 
     def decode_masks(self, vectors: Tensor) -> Tensor:
         """Masks (K, N, N) bool of vectors (K, D); compiled, each mask is binarized while it is in cache.
@@ -107,8 +142,11 @@ class DCTCodec(MaskCodec):
         if self.threshold == "middle" and vectors.dtype == torch.float32:
             compiled = _compiled("dct_decode_bits", vectors, product_dtype(vectors.dtype, vectors.device))
             if compiled is not None:
-                return compiled(vectors, self.row_basis, self.column_basis, self.kept)
+                return compiled(vectors, *self._tables())
         return super().decode_masks(vectors)
+
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.row_basis, self.column_basis, self.kept
 
 
 def _compiled(name: str, tensor: Tensor, exact: torch.dtype) -> Callable[..., Tensor] | None:

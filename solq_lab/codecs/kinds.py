@@ -17,12 +17,14 @@ class CodecSpec(NamedTuple):
     """A kind of mask codec.
 
     path: "module:class" of a `MaskCodec`.
+    label: its name in figures and tables.
     options: keys of the experiment's section `codec`, besides the sizes, that `from_options` takes.
     fitted: whether it is a `FittedCodec`, whose tables lie in a file (`codec.artifact`).
     square: whether `vector_dim` has to be a square number.
     """
 
     path: str
+    label: str
     options: tuple[str, ...] = ()
     fitted: bool = False
     square: bool = False
@@ -46,13 +48,20 @@ class CodecSpec(NamedTuple):
 
 
 CODECS: dict[str, CodecSpec] = {
-    "dct": CodecSpec("solq_lab.codecs.dct:DCTCodec"),
-    "pca": CodecSpec("solq_lab.codecs.pca:PCACodec", options=("pca",), fitted=True),
-    "sparse": CodecSpec("solq_lab.codecs.sparse:SparseCodingCodec", options=("beta",), fitted=True),
-    "flatten": CodecSpec("solq_lab.codecs.flatten:FlattenCodec", square=True),
+    "dct": CodecSpec("solq_lab.codecs.dct:DCTCodec", "DCT"),
+    "pca": CodecSpec("solq_lab.codecs.pca:PCACodec", "PCA", options=("pca",), fitted=True),
+    "sparse": CodecSpec("solq_lab.codecs.sparse:SparseCodingCodec", "sparse coding", options=("beta",), fitted=True),
+    "flatten": CodecSpec("solq_lab.codecs.flatten:FlattenCodec", "flatten", square=True),
+    "dct_blur": CodecSpec("solq_lab.codecs.soft:BlurredDCTCodec", "DCT of the blurred mask"),
+    "dct_distance": CodecSpec("solq_lab.codecs.soft:DistanceDCTCodec", "DCT of the signed distance"),
+    "haar": CodecSpec("solq_lab.codecs.wavelet:HaarCodec", "Haar wavelets"),
+    "polar": CodecSpec("solq_lab.codecs.contour:PolarCodec", "polar contour"),
+    "fourier": CodecSpec("solq_lab.codecs.contour:FourierContourCodec", "Fourier contour"),
+    "autoencoder": CodecSpec("solq_lab.codecs.autoencoder:AutoencoderCodec", "autoencoder", fitted=True),
+    "rvq": CodecSpec("solq_lab.codecs.quantised:QuantisedCodec", "residual VQ", fitted=True),
 }
 
 
 def fitted_kinds() -> str:
     """The kinds that have to be fitted, for messages."""
-    return " and ".join(repr(kind) for kind, spec in CODECS.items() if spec.fitted)
+    return ", ".join(repr(kind) for kind, spec in CODECS.items() if spec.fitted)

@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from solq_lab.codecs.kinds import CODECS
+
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8C8C8C"
@@ -22,9 +24,12 @@ FIGURE_WIDTH = 11.0  # inches; a notebook shrinks wider figures with their text
 
 METHOD_COLOURS = {"SOLQ": BLUE, "SQR": ORANGE, "Deformable DETR": GREEN, "ceiling": GREY}
 LOSS_COLOURS = {"class": VERMILION, "l1": GREEN, "giou": SKY, "vector": PURPLE, "mask": BLUE, "dice": ORANGE}
+CODEC_SHADES = ("#8B5A00", "#B8A800", "#5B3A8C")  # brown, olive and violet, for codecs beyond the eight colours
 KIND_COLOURS = {"box": GREEN, "segm": BLUE, "boundary": PURPLE}
-CODEC_COLOURS = {"dct": BLUE, "pca": ORANGE, "sparse": GREEN, "flatten": PURPLE}
-CODEC_NAMES = {"dct": "DCT", "pca": "PCA", "sparse": "sparse coding", "flatten": "flatten"}
+CODEC_COLOURS = dict(
+    zip(CODECS, (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY, BLACK, *CODEC_SHADES), strict=True)
+)
+CODEC_NAMES = {kind: codec.label for kind, codec in CODECS.items()}
 MISSED, ADDED = VERMILION, SKY  # false negative and false positive pixels of a reconstruction
 OBJECT_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)
 
