@@ -7,6 +7,7 @@ They hold what an outline can hold: a mask with a hole comes back filled, of sev
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ def longest_contour(mask: np.ndarray) -> np.ndarray:
     """
     if not mask.any():
         return np.zeros(CONTOUR_POINTS, dtype=complex)
-    lines = contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5)
+    lines = cast(list[np.ndarray], contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5))
     loops = [line[:-1, 0] + 1j * line[:-1, 1] - (0.5 + 0.5j) for line in lines]  # closed; a pixel's centre is at + 0.5
     areas = [np.imag(np.conj(loop) * np.roll(loop, -1)).sum() / 2 for loop in loops]
     best = int(np.argmax(np.abs(areas)))

@@ -179,7 +179,7 @@ def test_a_finished_file_is_kept_and_one_of_another_codec_or_data_is_never_writt
 
 
 def test_a_codec_that_needs_no_fitting_and_data_without_objects_are_rejected(annotated, tmp_path):
-    with pytest.raises(ConfigError, match=r"codec\.kind=dct: nothing to fit; 'pca', 'sparse', 'autoencoder', 'rvq' are fitted"):
+    with pytest.raises(ConfigError, match=r"codec\.kind=dct: nothing to fit; 'pca', 'sparse', .* are fitted"):
         fit_codec(experiment_for(annotated, tmp_path / "code.safetensors", {"kind": "dct"}))
     with pytest.raises(DataError, match=r"train\.json: no such annotation file; check data\.root"):
         fit_codec(experiment_for(tmp_path, tmp_path / "code.safetensors", {"kind": "pca"}))
