@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from solq_lab.codecs import autoencoder
 from solq_lab.workbench import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -75,6 +76,14 @@ def command_line(capsys, monkeypatch, tmp_path) -> Callable[..., tuple[int, str]
         return status, output
 
     return run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _autoencoders_end_soon() -> Iterator[None]:
+    """Their laws, files and figures do not depend on how well they have learnt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder, "STEPS", 20)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from scipy.fft import dctn, idctn
 from scipy.ndimage import binary_erosion
 
 from solq_lab.codecs.dct import DCTCodec
+from solq_lab.codecs.kinds import CODECS
 from solq_lab.data.annotations import DataError
 from solq_lab.data.folders import Split, find_splits
 from solq_lab.data.shapes.writer import write_shapes
@@ -113,7 +114,7 @@ def test_every_object_comes_back_as_the_ceiling_says(explorer, shapes):
 
 def test_the_present_setting_lies_on_its_line(explorer):
     explorer.compare_methods()
-    for method, count in (("dct", 100), ("pca", 16), ("flatten", 25), ("sparse", 16)):
+    for method, count in (("dct", 100), ("pca", 16), ("flatten", 25), *((other, 16) for other in CODECS)):
         explorer.method.value, explorer.vector_dim.value = method, count
         view = explorer.view()
         curve = view.curves[method]

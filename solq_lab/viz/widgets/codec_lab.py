@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solq_lab.viz.widgets.codec_cache import MAX_COMPONENTS, METHODS, CodecCache
+from solq_lab.viz.widgets.codec_cache import MAX_COMPONENTS, CodecCache
 from solq_lab.viz.widgets.codec_panels import Curve, Setting, View
 from solq_lab.viz.widgets.objects import BoxedObject, ObjectFolder, Split
 from solq_lab.viz.widgets.reconstruction import Reconstruction, Rule, decode_ious, reconstruct, term_order
 
 VECTOR_DIMS = (1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 300, 324, 361, 400, 576, 784)
 CURVE_DIMS = (1, 4, 9, 16, 25, 36, 64, 100, 144, 196, 256, 324, 400, 784)
-SPARSE_DIMS = (16, 64, 256)  # of the curve of sparse coding: each is a dictionary of its own, and slow to encode
+FEW_DIMS = (16, 64, 256)  # of the curves of codecs that are slow to encode, or fitted for every length
+COMPARED = ("dct", "pca", "sparse", "flatten")  # the paper's, always drawn
 NESTED = ("dct", "pca")  # a shorter vector is the beginning of a longer one
 REMEMBERED = 64  # objects
 
@@ -106,7 +107,7 @@ class CodecLab:
         cache = self._cache_of(setting.data_set)
         most = min(MAX_COMPONENTS, len(cache.rows), setting.mask_size**2)
         cache.codec("pca", setting.mask_size, most)
-        for count in SPARSE_DIMS:
+        for count in FEW_DIMS:
             if count <= setting.mask_size**2:
                 cache.codec("sparse", setting.mask_size, count)
 
@@ -172,9 +173,9 @@ class CodecLab:
         return setting.error * std * direction
 
     def _curves(self, setting: Setting) -> dict[str, Curve]:
-        """The lines of all methods that are fitted."""
+        """The lines of the setting's method and of those that draw within a blink, as far as they are fitted."""
         curves = {}
-        for method in METHODS:
+        for method in dict.fromkeys((*COMPARED, setting.method)):
             counts = self._curve_dims(setting, method)
             if counts:
                 key = (setting.data_set, setting.row, method, setting.mask_size, setting.rule, tuple(counts))
@@ -186,10 +187,8 @@ class CodecLab:
         match method:
             case "flatten":
                 return [count for count in CURVE_DIMS if count <= cells and math.isqrt(count) ** 2 == count]
-            case "sparse":
-                return [
-                    count for count in SPARSE_DIMS if count <= cells and cache.has(method, setting.mask_size, count)
-                ]
+            case _ if method not in NESTED:
+                return [count for count in FEW_DIMS if count <= cells and cache.has(method, setting.mask_size, count)]
         longest = self._longest(setting._replace(method=method, vector_dim=1))
         known = cache.has(method, setting.mask_size, longest)
         return [count for count in CURVE_DIMS if count <= longest] if known else []

@@ -152,7 +152,7 @@ class Vector(Panel):
 
         order = {"dct": ", in zig-zag order", "pca": ", by component", "sparse": ", by atom", "flatten": ", by pixel"}
         kind = "coefficients" if setting.vector_dim > 1 else "coefficient"
-        self.axes.title.set_text(f"{setting.vector_dim} {kind}{order[setting.method]}")
+        self.axes.title.set_text(f"{setting.vector_dim} {kind}{order.get(setting.method, '')}")
 
 
 class HeatMap(ImagePanel):
