@@ -32,20 +32,14 @@ def check_autocast(
     """
     if autocast not in allowed:
         raise ValueError(f"{setting}={autocast!r} is unknown; allowed are {', '.join(allowed)}")
-    if autocast != "none" and device.type == "cpu" and not _cpu_multiplies(autocast):
-        log.warning(
-            "%s=%s: this CPU has no %s instructions, so it will be slower than autocast=none",
-            setting,
-            autocast,
-            autocast,
-        )
+    if autocast == "none" or device.type != "cpu":
+        return
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # new in some torch later than our oldest
+    if not any(known.get(name, False) for name in _INSTRUCTIONS[autocast]):
+        message = "%s=%s: this CPU has no %s instructions, so it will be slower than autocast=none"
+        log.warning(message, setting, autocast, autocast)
 
 
 def autocast_to(autocast: str, device: torch.device) -> torch.autocast:
     """A block in which a network on `device` multiplies in the type of that name; "none" leaves it in its own."""
     return torch.autocast(device.type, _TYPES.get(autocast), enabled=autocast != "none")
-
-
-def _cpu_multiplies(autocast: str) -> bool:
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # new in some torch later than our oldest
-    return any(known.get(name, False) for name in _INSTRUCTIONS[autocast])

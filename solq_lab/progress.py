@@ -71,54 +71,36 @@ def status_line() -> Iterator[Callable[[str], None]]:
     In a notebook one output is updated, so that the executed notebook keeps only the last text; a terminal's line is
     overwritten; a log file gets a line every `SECONDS_BETWEEN_LINES`, and the last text.
     """
-    if _in_notebook():
-        yield _notebook_output()
-    elif sys.stderr.isatty():
-        try:
-            yield _overwriting
-        finally:
-            sys.stderr.write("\n")
-    else:
-        lines = _LogLines()
-        try:
-            yield lines.show
-        finally:
-            lines.close()
-
-
-def _in_notebook() -> bool:
-    import IPython
-
-    return IPython.get_ipython() is not None
-
-
-def _notebook_output() -> Callable[[str], None]:
+    from IPython import get_ipython
     from IPython.display import display
 
-    handle = display({"text/plain": ""}, raw=True, display_id=True)
-    return lambda text: handle.update({"text/plain": text}, raw=True)
+    if get_ipython() is not None:
+        handle = display({"text/plain": ""}, raw=True, display_id=True)
+        yield lambda text: handle.update({"text/plain": text}, raw=True)
+        return
 
+    terminal = sys.stderr.isatty()
+    start, end = ("\r\x1b[K", "") if terminal else ("", "\n")  # back to the start, erase the line
+    written = latest = ""
+    when = -SECONDS_BETWEEN_LINES
 
-def _overwriting(text: str) -> None:
-    sys.stderr.write(f"\r\x1b[K{text}")  # back to the start, erase the line
-    sys.stderr.flush()
-
-
-class _LogLines:
-    """Writes some of the texts as lines of standard error, and always the last one."""
-
-    def __init__(self) -> None:
-        self._shown = self._latest = ""
-        self._when = -SECONDS_BETWEEN_LINES
-
-    def show(self, text: str) -> None:
-        self._latest = text
-        if time.monotonic() - self._when >= SECONDS_BETWEEN_LINES:
-            self._when = time.monotonic()
-            self.close()
-
-    def close(self) -> None:
-        if self._latest != self._shown:
-            self._shown = self._latest
-            sys.stderr.write(f"{self._latest}\n")
+    def write() -> None:
+        nonlocal written
+        if latest != written:
+            written = latest
+            sys.stderr.write(f"{start}{latest}{end}")
             sys.stderr.flush()
+
+    def show(text: str) -> None:
+        nonlocal latest, when
+        latest = text
+        if terminal or time.monotonic() - when >= SECONDS_BETWEEN_LINES:
+            when = time.monotonic()
+            write()
+
+    try:
+        yield show
+    finally:
+        write()
+        if terminal:
+            sys.stderr.write("\n")

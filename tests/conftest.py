@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny import write_tiny_dataset
 
 from solq_lab.codecs import autoencoder
 from solq_lab.workbench import cli
@@ -84,6 +85,12 @@ def _autoencoders_end_soon() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoencoder, "STEPS", 20)
         yield
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory) -> Path:
+    """The tiny data set, which no test changes."""
+    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "images")
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,15 @@ def signal_after(patch, steps, *numbers, pause=0.0):
     before_each_step(patch, count_and_signal)
 
 
+def wait_for(condition, seconds=120.0, *, process=None):
+    """Wait until a condition holds; `process`, if given, has to live until then."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
 def torchrun(*arguments):
     """The command that starts two processes."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, arguments)]

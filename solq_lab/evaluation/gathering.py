@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from solq_lab import distributed
 
@@ -13,7 +13,6 @@ Result = TypeVar("Result")
 
 CHUNK_SIZE = 64  # items of one process at most; a sync round holds that many of every process in memory
 SECONDS_BETWEEN_ROUNDS = 2.0  # a faster process waits for one item of the slowest
-WORKING, DONE, STOPPED = "working", "done", "stopped"  # status of a process; any other one describes an error
 
 
 class EvaluationStopped(Exception):
@@ -27,8 +26,8 @@ class ProcessFailed(RuntimeError):
 def stream_to_main(items: Iterable[Item], should_stop: Callable[[], bool] | None = None) -> Iterator[Item]:
     """The items of all processes, on the main one and as they are computed; nothing on the others.
 
-    Every process of the group has to exhaust it. In sync rounds, after a chunk of items each, the main process receives
-    the chunks, and all exchange their status. The order of the items depends on how fast each process is.
+    Every process of the group has to exhaust it. In sync rounds the main process receives a chunk of items of each
+    process. The order of the items depends on how fast each process is.
 
     Args:
         items: this process's share, computed while it is iterated, and picklable. Shares may differ in length.
@@ -39,19 +38,16 @@ def stream_to_main(items: Iterable[Item], should_stop: Callable[[], bool] | None
         ProcessFailed: computing an item failed in another process. Where it failed, the error itself is raised.
     """
     chunks = _chunks(items, should_stop)
-    while True:
-        chunk: list[Item] | None = None
-        error: Exception | None = None
-        try:
-            chunk = next(chunks, None)  # None again and again, until the other processes are done too
-        except Exception as caught:
-            error = caught
-        gathered = distributed.gather_objects(_status(error) or (DONE if chunk is None else WORKING))
-        _raise_errors(gathered, error)
-        for part in distributed.gather_on_main(chunk or []):
+    chunk: list[Item] = []
+
+    def compute_chunk() -> bool:
+        nonlocal chunk
+        chunk = next(chunks, [])  # [] again and again, until the other processes are done too
+        return bool(chunk)
+
+    while any(_in_all_processes(compute_chunk)):
+        for part in distributed.gather_on_main(chunk):
             yield from part
-        if all(status == DONE for status in gathered):
-            return
 
 
 def share_from_main(compute: Callable[[], Result]) -> Result:
@@ -61,23 +57,37 @@ def share_from_main(compute: Callable[[], Result]) -> Result:
         EvaluationStopped: `compute` raised it.
         ProcessFailed: `compute` failed. On the main process the error itself is raised.
     """
-    result: Result | None = None
+    return _in_all_processes(lambda: compute() if distributed.is_main() else None)[0]
+
+
+def _in_all_processes(compute: Callable[[], Any]) -> list[Any]:
+    """The results of all processes, by rank; where one fails, all raise: its own error, ProcessFailed or a stop."""
+    result = None
     error: Exception | None = None
-    if distributed.is_main():
-        try:
-            result = compute()
-        except Exception as caught:
-            error = caught
-    gathered = distributed.gather_objects((_status(error) or DONE, result))
-    _raise_errors([status for status, _ in gathered], error)
-    return gathered[0][1]
+    failure = ""
+    try:
+        result = compute()
+    except EvaluationStopped as stop:
+        error = stop
+    except Exception as caught:
+        error, failure = caught, f"{type(caught).__name__}: {caught}"
+
+    gathered = distributed.gather_objects((result, failure, error is not None))
+    if error is not None and failure:
+        raise error
+    for rank, (_, failed, _) in enumerate(gathered):
+        if failed:
+            raise ProcessFailed(f"process {rank} failed: {failed}")
+    if any(ended for _, _, ended in gathered):
+        raise EvaluationStopped("a process was stopped")
+    return [result for result, _, _ in gathered]
 
 
 def _chunks(items: Iterable[Item], should_stop: Callable[[], bool] | None) -> Iterator[list[Item]]:
     """The items in lists that are full, or took `SECONDS_BETWEEN_ROUNDS`."""
-    source = iter(items)
     chunk: list[Item] = []
     until = time.monotonic() + SECONDS_BETWEEN_ROUNDS
+    source = iter(items)
     while True:
         if should_stop is not None and should_stop():
             raise EvaluationStopped("a process was stopped")
@@ -92,20 +102,3 @@ def _chunks(items: Iterable[Item], should_stop: Callable[[], bool] | None) -> It
             chunk, until = [], time.monotonic() + SECONDS_BETWEEN_ROUNDS
     if chunk:
         yield chunk
-
-
-def _status(error: Exception | None) -> str:
-    if error is None:
-        return ""
-    return STOPPED if isinstance(error, EvaluationStopped) else f"{type(error).__name__}: {error}"
-
-
-def _raise_errors(statuses: list[str], own: Exception | None) -> None:
-    """Raise the error of this process, else the failure of another one, else the stop of any."""
-    if own is not None and not isinstance(own, EvaluationStopped):
-        raise own
-    for rank, status in enumerate(statuses):
-        if status not in (WORKING, DONE, STOPPED):
-            raise ProcessFailed(f"process {rank} failed: {status}")
-    if STOPPED in statuses:
-        raise EvaluationStopped("a process was stopped")

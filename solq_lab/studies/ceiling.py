@@ -196,7 +196,9 @@ def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
     pieces = [scene.rows[start : start + _MASKS_AT_ONCE] for start in range(0, len(scene.rows), _MASKS_AT_ONCE)]
     std = None
     if scene.noise.vector > 0 and pieces:
-        std = _vector_std(list(in_processes(_vector_sums, scene, pieces, processes)))
+        counts, firsts, seconds = zip(*in_processes(_vector_sums, scene, pieces, processes), strict=True)
+        mean = sum(firsts) / sum(counts)
+        std = np.sqrt(np.maximum(sum(seconds) / sum(counts) - mean**2, 0.0))
 
     masks.paste_to_rle(torch.zeros(0, 1, 1, dtype=torch.bool), torch.zeros(0, 4), (1, 1))  # compile once, before a fork
     ious, results = [np.zeros(0)], []
@@ -249,13 +251,6 @@ def _vector_sums(scene: _Scene, rows: np.ndarray) -> tuple[int, np.ndarray, np.n
     true_masks = scene.truth.box_masks(rows, scene.codec.mask_size).to(device_of(scene.codec))
     vectors = scene.codec.encode(true_masks).double().cpu().numpy()
     return len(vectors), vectors.sum(axis=0), (vectors**2).sum(axis=0)
-
-
-def _vector_std(sums: list[tuple[int, np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The standard deviation (D,) of each entry of all vectors."""
-    counts, firsts, seconds = zip(*sums, strict=True)
-    mean = sum(firsts) / sum(counts)
-    return np.sqrt(np.maximum(sum(seconds) / sum(counts) - mean**2, 0.0))
 
 
 def _move_edges(box: np.ndarray, error: np.ndarray) -> np.ndarray:

@@ -169,7 +169,10 @@ class CodecBenchmark:
         self.folder = Path(folder)
         self.fit_annotations = None if fit_annotations is None else Path(fit_annotations)
         self.fit_objects, self.processes = fit_objects, processes
-        self.area_sides = _area_sides(self.truth.info) if area_sides is None else area_sides
+        if area_sides is None:  # drawn shapes say themselves what is small and medium
+            info = self.truth.info if isinstance(self.truth.info, dict) else {}
+            area_sides = info.get("area_sides", DEFAULTS.area_sides)
+        self.area_sides = (float(area_sides[0]), float(area_sides[1]))
         self.boundary_ratio, self.max_images = boundary_ratio, max_images
 
         self._image_ids = self.truth.image_ids.tolist()[:max_images]
@@ -217,7 +220,8 @@ class CodecBenchmark:
 
     def _measure_one(self, setting: CodecSetting) -> UpperBound:
         about = self._about(setting)
-        path = self.folder / "settings" / f"{_file_name(setting)}-{_digest(about)}.json"
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        path = self.folder / "settings" / f"{_file_name(setting)}-{digest}.json"
         if path.exists():
             stored = read_json(path)
             if stored["about"] == about:
@@ -348,16 +352,6 @@ def _heading(name: str) -> str:
     return name.removeprefix("segm.") if "IoU" in name else name.replace(".", " ")
 
 
-def _area_sides(info: Any) -> tuple[float, float]:
-    """What the file itself calls small and medium, as drawn shapes do; COCO's sides otherwise."""
-    sides = info.get("area_sides") if isinstance(info, dict) else None
-    return DEFAULTS.area_sides if sides is None else (float(sides[0]), float(sides[1]))
-
-
 def _file_name(setting: CodecSetting) -> str:
     variant = "_released" if setting.pca == "released" else ""
     return f"{setting.kind}{variant}-N{setting.mask_size}-D{setting.vector_dim}"
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -121,9 +121,12 @@ def measure_costs(
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     for turn in tqdm(range(repeats + 1), desc="measuring", unit="turn"):
         for name in METHODS:
-            taken = _seconds(predict[name], device)
+            started = time.perf_counter()
+            predict[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if turn > 0:  # the first one builds and warms what is built lazily
-                seconds[name].append(taken)
+                seconds[name].append(time.perf_counter() - started)
     return {name: costs[name]._replace(images_per_second=1 / statistics.median(seconds[name])) for name in METHODS}
 
 
@@ -212,11 +215,3 @@ def _predictor(
 
 def _blank(image_size: tuple[int, int]) -> ImageBatch:
     return ImageBatch(torch.zeros(1, 3, *image_size, dtype=torch.uint8), torch.zeros(1, *image_size, dtype=torch.bool))
-
-
-def _seconds(predict: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    predict()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

@@ -177,7 +177,8 @@ def _measure_image(
     its_overlap[known], reach[known] = overlap[known, about[known]], box_overlap[known, about[known]]
 
     if codec is not None and len(rows):
-        decoded = _reconstruct(codec, truth.box_masks(rows, codec.mask_size))
+        pieces = truth.box_masks(rows, codec.mask_size).split(_MASKS_AT_ONCE)
+        decoded = torch.cat([reconstruct(codec, some).masks.cpu() for some in pieces])
         _, ceiling = paste_and_compare(decoded, object_boxes, size, object_rles, both_empty=0.0)
         its_rles = [object_rles[row] for row in about[known].tolist()]
         _, reach[known] = paste_and_compare(decoded[about[known]], boxes[known], size, its_rles, both_empty=0.0)
@@ -208,11 +209,6 @@ def _measure_image(
         ),
         Pairs(rows_of_pairs, columns_of_pairs, overlap[rows_of_pairs, columns_of_pairs]),
     )
-
-
-def _reconstruct(codec: MaskCodec, object_masks: Tensor) -> Tensor:
-    """Masks (A, N, N) bool after the codec, on the CPU, in batches that bound the memory."""
-    return torch.cat([reconstruct(codec, some).masks.cpu() for some in object_masks.split(_MASKS_AT_ONCE)])
 
 
 def _choose_objects(box_overlap: np.ndarray, same_class: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import pickle
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,19 +45,6 @@ LARGEST_GRADIENTS = 20  # that are recorded; those that are not finite are all r
 
 class NonFiniteError(ExplainedError):
     """Too many steps in a row were not finite; the message names the step, the images, the reason and the record."""
-
-
-class StepDump(NamedTuple):
-    """A recorded step.
-
-    facts: the content of record.json.
-    weights: the network before the step, with experiment, classes and mask codec.
-    ranks: of each process its batches, one per micro-batch, and the states of its random generators before the first.
-    """
-
-    facts: dict[str, Any]
-    weights: WeightFile
-    ranks: list[tuple[list[Batch], dict[str, Tensor]]]
 
 
 class NonFiniteRecorder:
@@ -131,8 +118,15 @@ class NonFiniteRecorder:
     def _write(self, result: StepResult, number: int, epoch: float) -> tuple[dict[str, Any], str | None]:
         """The facts about the step, and why they could not be written, if so; the same in every process."""
         model, device = self._model, self._device.type
+        name_of = self._dataset.file_name
         passes = [
-            {"images": [self._describe_image(target) for target in done.targets], **describe_losses(done)}
+            {
+                "images": [
+                    {"id": target.image_id, "file_name": name_of(target.image_id), "objects": len(target.labels)}
+                    for target in done.targets
+                ],
+                **describe_losses(done),
+            }
             for done in result.micro_batches
         ]
         shares = distributed.gather_objects({"rank": distributed.rank(), "passes": passes})
@@ -158,8 +152,15 @@ class NonFiniteRecorder:
             },
         }
 
-        # Collected on the main process, which writes all files or none.
-        ranks = distributed.gather_on_main(_to_plain(result))
+        # On the CPU, in containers that load with `weights_only=True`; the main process writes all files or none.
+        dumps = [
+            {
+                "images": done.images.to("cpu")._asdict(),
+                "targets": [target.to("cpu")._asdict() for target in done.targets],
+            }
+            for done in result.micro_batches
+        ]
+        ranks = distributed.gather_on_main({"passes": dumps, "generators": result.generators})
         problem = None
         if distributed.is_main():
             try:
@@ -167,10 +168,6 @@ class NonFiniteRecorder:
             except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors at a full disk
                 problem = " ".join(str(error).split())
         return facts, distributed.gather_objects(problem)[0]
-
-    def _describe_image(self, target: Target) -> dict[str, Any]:
-        name = self._dataset.file_name(target.image_id)
-        return {"id": target.image_id, "file_name": name, "objects": len(target.labels)}
 
     def _save(self, folder: Path, facts: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> None:
         """Write a record, and remove all but the last `KEPT`."""
@@ -200,8 +197,12 @@ def list_records(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
-def load_record(folder: Path) -> StepDump:
+def load_record(folder: Path) -> tuple[dict[str, Any], WeightFile, list[tuple[list[Batch], dict[str, Tensor]]]]:
     """Read a record back; nothing in it is executed.
+
+    Returns:
+        The content of record.json; the network before the step, with experiment, classes and mask codec; and of each
+        process its batches, one per micro-batch, and the states of its random generators before the first.
 
     Raises:
         RunError: there is none, or it is not as it was written.
@@ -215,9 +216,7 @@ def load_record(folder: Path) -> StepDump:
         raise RunError(f"{folder / 'record.json'}: not the JSON of a flight record (no hashes of its files)")
 
     for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name:
-            raise RunError(f"{path}: not a file of a flight record; record.json has been changed")
+        path = folder / Path(name).name  # no other folder, whatever is written there
         if not path.is_file():
             raise RunError(f"{path}: missing; the record cannot be replayed without it")
         if hash_file(path) != expected:
@@ -225,10 +224,15 @@ def load_record(folder: Path) -> StepDump:
 
     try:
         weights = read_weights(folder / "weights.safetensors")
-        count = sum(name.startswith("rank_") for name in files)
-        paths = [folder / f"rank_{rank}.pt" for rank in range(count)]
-        plain = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
-        return StepDump(facts, weights, [_from_plain(dump) for dump in plain])
+        ranks = []
+        for rank in range(sum(name.startswith("rank_") for name in files)):
+            dump = torch.load(folder / f"rank_{rank}.pt", map_location="cpu", weights_only=True)
+            batches = [
+                (ImageBatch(**done["images"]), [Target(**target) for target in done["targets"]])
+                for done in dump["passes"]
+            ]
+            ranks.append((batches, dump["generators"]))
+        return facts, weights, ranks
     except (WeightMismatch, pickle.UnpicklingError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{folder}: not a record that can be replayed: {' '.join(str(error).split())}") from None
 
@@ -291,22 +295,3 @@ def _first_of(names: Sequence[str]) -> str:
 
 def _to_json(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _to_plain(result: StepResult) -> dict[str, Any]:
-    """A process's part of a step on the CPU, in containers that load with `weights_only=True`."""
-    passes = [
-        {
-            "images": done.images.to("cpu")._asdict(),
-            "targets": [target.to("cpu")._asdict() for target in done.targets],
-        }
-        for done in result.micro_batches
-    ]
-    return {"passes": passes, "generators": result.generators}
-
-
-def _from_plain(plain: Mapping[str, Any]) -> tuple[list[Batch], dict[str, Tensor]]:
-    batches = [
-        (ImageBatch(**done["images"]), [Target(**target) for target in done["targets"]]) for done in plain["passes"]
-    ]
-    return batches, plain["generators"]

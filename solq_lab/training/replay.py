@@ -17,12 +17,11 @@ from solq_lab.config import parse_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.onednn import use_onednn
-from solq_lab.models.weights import load_state
+from solq_lab.models.weights import WeightFile, load_state
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import RunError
 from solq_lab.training.losses import SetCriterion, build_criterion
 from solq_lab.training.nonfinite import (
-    StepDump,
     count_nonfinite,
     describe_gradients,
     describe_losses,
@@ -31,7 +30,7 @@ from solq_lab.training.nonfinite import (
 )
 from solq_lab.training.optim import gradient_norm
 from solq_lab.training.random import restore_generators
-from solq_lab.training.step import forward_backward
+from solq_lab.training.step import Batch, forward_backward
 
 INIT_SCALE = 2.0**16  # of fp16 where the recorded step was not in fp16; torch's own
 MAX_SHOWN = 20  # values of a report
@@ -63,29 +62,30 @@ class Replay(NamedTuple):
         """The step, its images, what is not finite, the first places, and a verdict, as text."""
         facts = self.facts
         rates = ", ".join(f"{name} {rate:.3g}" for name, rate in facts["learning_rates"].items())
+        passes = [done for share in facts["shares"] for done in share["passes"]]
+        names = [f"{image['id']} ({image['file_name']})" for done in passes for image in done["images"]]
         lines = [
             f"step {facts['step']}, epoch {facts['epoch']}: {facts['reason']}",
             f"recorded with autocast {facts['autocast']}, losses times {facts['scale']:g}, learning rates {rates}",
             f"repeated with autocast {self.autocast}",
             f"weights not finite before the step: {', '.join(facts['weights_nonfinite']) or 'none'}",
+            f"images: {', '.join(names)}",
+            "",
+            "recorded values that are not finite",
+            *(f"  {name}: {value}" for name, value in list(self.recorded.items())[:MAX_SHOWN]),
+            *([f"  and {len(self.recorded) - MAX_SHOWN} more"] if len(self.recorded) > MAX_SHOWN else []),
+            "",
+            "first value that is not finite in the repetition",
+            *(f"  {way}: {self.firsts.get(way, 'none')}" for way in ("forward", "loss", "backward")),
+            "",
         ]
-        for share in facts["shares"]:
-            for number, done in enumerate(share["passes"], start=1):
-                images = ", ".join(f"{p['id']} ({p['file_name']}, {p['objects']} objects)" for p in done["images"])
-                lines.append(f"process {share['rank']}, micro-batch {number}: images {images}")
-        lines += ["", "recorded values that are not finite"]
-        lines += [f"  {name}: {value}" for name, value in list(self.recorded.items())[:MAX_SHOWN]]
-        lines += [f"  and {len(self.recorded) - MAX_SHOWN} more"] if len(self.recorded) > MAX_SHOWN else []
-        lines += ["", "first value that is not finite in the repetition"]
-        lines += [f"  {way}: {self.firsts.get(way, 'none')}" for way in ("forward", "loss", "backward")]
-
         if self.exact:
             verdict = "reproduced, bit for bit"
         elif self.reproduced:
             verdict = "reproduced: the same values are not finite, others differ"
         else:
             verdict = f"not reproduced: {'other values are not' if self.repeated else 'every value is'} finite now"
-        return "\n".join([*lines, "", verdict])
+        return "\n".join([*lines, verdict])
 
 
 def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
@@ -103,8 +103,7 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
         ConfigError, WeightMismatch: its experiment and weights do not fit together.
         ValueError: no such autocast.
     """
-    dump = load_record(Path(folder))
-    facts = dump.facts
+    facts, weights, ranks = load_record(Path(folder))
     autocast = autocast or facts["autocast"]
     device = distributed.device() if facts["environment"]["device"] == "cuda" else torch.device("cpu")
     check_autocast(autocast, device, allowed=TRAINING)
@@ -113,9 +112,9 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
         # Sums are split between the threads; another number of them would round differently.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(facts["environment"]["threads"])
-        model, criterion = _rebuild(dump, str(folder), device)
+        model, criterion = _rebuild(weights, f"{folder}/weights.safetensors", device)
         stack.enter_context(_first_nonfinite(model, firsts))
-        shares = _repeat(dump, model, criterion, autocast, device)
+        shares = _repeat(facts, ranks, model, criterion, autocast, device)
         gradients = describe_gradients(model, gradient_norm(model.parameters()))
 
     if in_losses := first_bad_loss(shares):
@@ -130,37 +129,40 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
     )
 
 
-def _rebuild(dump: StepDump, source: str, device: torch.device) -> tuple[nn.Module, SetCriterion]:
+def _rebuild(weights: WeightFile, source: str, device: torch.device) -> tuple[nn.Module, SetCriterion]:
     """Network and criterion as they were before the step."""
-    source = f"{source}/weights.safetensors"
-    if dump.weights.experiment is None or dump.weights.classes is None:
+    if weights.experiment is None or weights.classes is None:
         raise RunError(f"{source}: carries no experiment or no classes; is it the record's own?")
-    experiment = parse_experiment(dump.weights.experiment, source=source)
-    model = build_model(experiment, len(ClassMap.from_json(dump.weights.classes)))
-    load_state(model, dump.weights.state, source=source)
+    experiment = parse_experiment(weights.experiment, source=source)
+    model = build_model(experiment, len(ClassMap.from_json(weights.classes)))
+    load_state(model, weights.state, source=source)
     model.to(device)
     if not experiment.train.compile:
         use_onednn(model, training=True)
     if experiment.train.gradient_checkpointing:
         checkpoint_activations(model)
-    codec, std = build_codec(experiment, tables=dump.weights.codec), getattr(model, "vector_std", None)
+    codec, std = build_codec(experiment, tables=weights.codec), getattr(model, "vector_std", None)
     criterion = build_criterion(experiment, codec, vector_std=std).to(device)
     return model, criterion
 
 
 def _repeat(
-    dump: StepDump, model: nn.Module, criterion: SetCriterion, autocast: str, device: torch.device
+    facts: dict[str, Any],
+    ranks: list[tuple[list[Batch], dict[str, Tensor]]],
+    model: nn.Module,
+    criterion: SetCriterion,
+    autocast: str,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """What was recorded of every process, with the losses of now.
 
     The mean of the processes' gradients is left in the model, as DDP does.
     """
-    facts = dump.facts
     scale = facts["scale"] if autocast == facts["autocast"] else INIT_SCALE
     scaler = torch.amp.GradScaler(device.type, init_scale=scale, enabled=autocast == "fp16")
     shares: list[dict[str, Any]] = []
     means: dict[nn.Parameter, Tensor] = {}
-    for (batches, generators), recorded in zip(dump.ranks, facts["shares"], strict=True):
+    for (batches, generators), recorded in zip(ranks, facts["shares"], strict=True):
         restore_generators(generators, device)
         model.zero_grad()
         passes = []
@@ -172,7 +174,7 @@ def _repeat(
         # The scale is a power of two: dividing by it rounds nothing.
         for parameter in model.parameters():
             if parameter.grad is not None:
-                mean = parameter.grad / scaler.get_scale() / len(dump.ranks)
+                mean = parameter.grad / scaler.get_scale() / len(ranks)
                 means[parameter] = means[parameter] + mean if parameter in means else mean
     for parameter, mean in means.items():
         parameter.grad = mean

@@ -266,7 +266,7 @@ class Trainer:
             self.step = step
             distributed.report_step(step)
             self.metrics.end_step(step, time.perf_counter() - started, self.optimizer.param_groups)
-            if self._checkpoint_is_due():
+            if step % self.experiment.train.save_every == 0 or step == self.total_steps or self._evaluation_is_due():
                 self._save()
         return True
 
@@ -303,10 +303,6 @@ class Trainer:
         if not self.evaluate_every or self.step == 0 or self.step % self.evaluate_every:
             return False
         return self.step < self.total_steps and not self.metrics.has_evaluation(self.step)
-
-    def _checkpoint_is_due(self) -> bool:
-        every = self.experiment.train.save_every
-        return self.step % every == 0 or self.step == self.total_steps or self._evaluation_is_due()
 
     def _evaluate(self, stop: StopRequest) -> None:
         """Evaluate the model, averaged if it is; Stopped or EvaluationStopped on a signal leave all as before."""

@@ -82,7 +82,9 @@ def examine() -> Report:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     checks = [_check(device, name) for device in devices for name in (device, "reference")]
     if "cuda" not in devices:
-        checks.append(Implementation("cuda", "cuda", False, _why_no_gpu()))
+        driver = "no NVIDIA driver" if shutil.which("nvidia-smi") is None else "torch sees no NVIDIA GPU"
+        note = f"{driver} on this machine" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+        checks.append(Implementation("cuda", "cuda", False, note))
     return Report(_machine(), checks)
 
 
@@ -164,13 +166,6 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _why_no_gpu() -> str:
-    if not torch.version.cuda:
-        return f"torch {torch.__version__} is built without CUDA"
-    driver = "no NVIDIA driver" if shutil.which("nvidia-smi") is None else "torch sees no NVIDIA GPU"
-    return f"{driver} on this machine"
 
 
 def _gpu(index: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,7 +190,7 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
     waiting = list({job.run: job for job in jobs if not job.is_finished()}.values())
     _prepare(waiting)
 
-    start, total = start or start_process, len(waiting)
+    start, total = start or _Process, len(waiting)
     running: dict[Job, _Started] = {}
     outcomes: list[Outcome] = []
     with _stop_signals(), status_line() as show:
@@ -206,9 +205,12 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
                     if status is not None:
                         del running[job]
                         printed = tuple(last_lines(job.log_file, LINES_SHOWN))
-                        outcomes.append(_report(Outcome(job, status, started.seconds(), printed)))
+                        outcomes.append(Outcome(job, status, time.monotonic() - started.since, printed))
+                        _report(outcomes[-1])
 
-                show(_describe(total, outcomes, running))
+                failed = sum(outcome.status != 0 for outcome in outcomes)
+                done = f"{len(outcomes)} of {total} done" + (f", {failed} failed" if failed else "")
+                show(" | ".join([done, *(started.describe() for started in running.values())]))
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             raise Interrupted(_stop_all(running)) from None
@@ -220,49 +222,33 @@ def job_command(job: Job) -> list[str]:
     return [sys.executable, "-m", "solq_lab", *job.arguments]
 
 
-def _command(job: Job) -> Command:
-    return Command(job_command(job), job.log_file)
-
-
-def start_process(job: Job) -> Running:
-    """Start a job in a child process."""
-    return _Process(_command(job).start())
-
-
 class _Process:
     """A job in a child process."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        self._child = child
-
-    def status(self) -> int | None:
-        return self._child.poll()
-
-    def stop(self) -> None:
-        self._child.send_signal(signal.SIGINT)
+    def __init__(self, job: Job) -> None:
+        child = Command(job_command(job), job.log_file).start()
+        self.status, self.stop = child.poll, lambda: child.send_signal(signal.SIGINT)
 
 
-class ClusterStarter:
-    """Submits jobs to a cluster; "local" makes them processes of this machine, by the same code."""
+def cluster_starter(
+    kind: Literal["local", "slurm"], runs_dir: str | Path, options: Mapping[str, Any] | None = None
+) -> Starter:
+    """A function that submits a job, or finds it where an earlier sweep has submitted it and it has not ended yet.
 
-    def __init__(
-        self, cluster: Literal["local", "slurm"], runs_dir: str | Path, options: Mapping[str, Any] | None = None
-    ) -> None:
-        """Check that jobs can be submitted.
+    Args:
+        kind, options: as for `Cluster`.
+        runs_dir: folder of run folders, with submitit's files below it; shared by all machines.
 
-        Args:
-            cluster, options: as for `Cluster`.
-            runs_dir: folder of run folders, with submitit's files below it; shared by all machines.
+    Raises:
+        ConfigError: submitit or SLURM is missing, or an option is unknown.
+    """
+    cluster = Cluster(kind, Path(runs_dir) / "_sweeps" / "submitit", options)
 
-        Raises:
-            ConfigError: submitit or SLURM is missing, or an option is unknown.
-        """
-        self._cluster = Cluster(cluster, Path(runs_dir) / "_sweeps" / "submitit", options)
+    def submit(job: Job) -> Running:
+        gpus, command = job.experiment().train.gpus, Command(job_command(job), job.log_file)
+        return cluster.submit(command, job.log_file, name=job.run, gpus_per_node=gpus)
 
-    def __call__(self, job: Job) -> Running:
-        """Submit a job, or find it where an earlier sweep has submitted it and it has not ended yet."""
-        gpus = job.experiment().train.gpus
-        return self._cluster.submit(_command(job), job.log_file, name=job.run, gpus_per_node=gpus)
+    return submit
 
 
 def _prepare(jobs: Sequence[Job]) -> None:
@@ -293,12 +279,9 @@ class _Started:
     """A running job."""
 
     def __init__(self, job: Job, process: Running) -> None:
-        self.process = process
-        self._folder, self._since = job.folder, time.monotonic()
+        self.process, self.since = process, time.monotonic()
+        self._folder = job.folder
         self._progress: Progress | None = None
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._since
 
     def describe(self) -> str:
         if self._progress is None:
@@ -309,20 +292,12 @@ class _Started:
         return self._progress.read()
 
 
-def _describe(total: int, outcomes: Sequence[Outcome], running: Mapping[Job, _Started]) -> str:
-    """One line: how many jobs are done, and the progress of the running ones."""
-    failed = sum(outcome.status != 0 for outcome in outcomes)
-    done = f"{len(outcomes)} of {total} done" + (f", {failed} failed" if failed else "")
-    return " | ".join([done, *(started.describe() for started in running.values())])
-
-
-def _report(outcome: Outcome) -> Outcome:
+def _report(outcome: Outcome) -> None:
     if outcome.status == 0:
         log.info("%s: finished in %s", outcome.job.run, describe_duration(outcome.seconds))
     else:
         about = f"{outcome.job.run}: failed with status {outcome.status}; the end of {outcome.job.log_file}:"
         log.error("\n".join([about, *(f"  {line}" for line in outcome.last_lines)]))
-    return outcome
 
 
 def _stop_all(running: Mapping[Job, _Started]) -> str:

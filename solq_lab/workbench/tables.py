@@ -44,6 +44,11 @@ class RunNumbers:
     images: int
     commit: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers as JSON types."""
+        metrics = {name: None if math.isnan(value) else round(value, 5) for name, value in self.metrics.items()}
+        return {"name": self.name, "seed": self.seed, "images": self.images, "commit": self.commit, "metrics": metrics}
+
 
 @dataclass(frozen=True)
 class TableRow:
@@ -104,8 +109,14 @@ class ResultTable:
         """The table to read: mean ± standard deviation in percent, the paper's number in brackets."""
         import pandas as pd
 
-        cells = {row.name: [*(_cell(row, metric) for metric in self.metrics), _seeds(row)] for row in self.rows}
-        return pd.DataFrame.from_dict(cells, orient="index", columns=[*self.metrics, "seeds"])
+        rows = {
+            row.name: [
+                *(_cell(row, name) for name in self.metrics),
+                f"{len(row.runs)} of {len(row.runs + row.missing)}",
+            ]
+            for row in self.rows
+        }
+        return pd.DataFrame.from_dict(rows, orient="index", columns=[*self.metrics, "seeds"])
 
     def text(self) -> str:
         """`frame` as aligned text; below it what is missing."""
@@ -133,7 +144,7 @@ class ResultTable:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a file of `experiments/results`: the numbers of each finished run, without means."""
-        rows = [{"name": row.name, "runs": [_run_to_dict(run) for run in row.runs]} for row in self.rows]
+        rows = [{"name": row.name, "runs": [run.to_dict() for run in row.runs]} for row in self.rows]
         return {"sweep": self.name, "rows": rows}
 
     @property
@@ -235,16 +246,7 @@ def _run_from_dict(entry: Mapping[str, Any], source: Path) -> RunNumbers:
         raise RunError(f"{source}: no {error} of a run; remove the file and evaluate again") from None
 
 
-def _run_to_dict(run: RunNumbers) -> dict[str, Any]:
-    metrics = {name: None if math.isnan(value) else round(value, 5) for name, value in run.metrics.items()}
-    return {"name": run.name, "seed": run.seed, "images": run.images, "commit": run.commit, "metrics": metrics}
-
-
 def _cell(row: TableRow, metric: str) -> str:
     mean, std, printed = row.mean(metric), row.std(metric), row.paper.get(metric)
     ours = "-" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
     return ours if printed is None else f"{ours} ({printed:.1f})"
-
-
-def _seeds(row: TableRow) -> str:
-    return f"{len(row.runs)} of {len(row.runs) + len(row.missing)}"

@@ -160,10 +160,13 @@ def test_bool_and_float_masks_have_the_same_vectors_and_decoding_keeps_the_type(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fourier"])  # which fills what it draws
-def test_decoding_is_differentiable(kind):
+def test_decoding_and_linear_encoding_are_differentiable(kind):
     codec = fitted(kind, 5, 9, draw_masks(12, 5))
     vectors = torch.rand(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     torch.autograd.gradcheck(codec.decode, vectors)
+    if kind in LINEAR_ENCODERS:
+        masks = torch.rand(2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        torch.autograd.gradcheck(codec.encode, masks)
 
 
 @pytest.mark.cuda
@@ -217,9 +220,10 @@ def test_an_unknown_threshold_is_rejected_with_the_known_ones():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_numbers_than_cells_are_rejected(kind):
-    with pytest.raises(ValueError, match=r"vector_dim 81 does not fit mask_size 8: allowed are 1\.\.64"):
-        new(kind, 8, 81)
+@pytest.mark.parametrize(("size", "vector_dim"), [(8, 81), (8, 0), (0, 1)])
+def test_sizes_that_do_not_fit_are_rejected_with_what_is_allowed(kind, size, vector_dim):
+    with pytest.raises(ValueError, match=rf"vector_dim {vector_dim} does not fit mask_size {size}: allowed are 1\.\."):
+        new(kind, size, vector_dim)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rectangles import truth_of
 from safetensors.torch import load_file
-from tiny import tiny_experiment, write_tiny_dataset
+from tiny import tiny_experiment
 from typer.testing import CliRunner
 
 from solq_lab.bench.scenes import blob_masks, coco_document
@@ -291,11 +291,6 @@ def test_a_codec_that_cuts_nothing_has_perfect_quality_and_equal_masks_no_varian
 
 
 # Training
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.parametrize("codec", [*KINDS, {"kind": "flatten", "vector_dim": 16}], ids=[*NAMES, "flatten"])

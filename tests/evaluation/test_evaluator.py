@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from oracle_detector import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, OracleDetector, open_dataset, write_coco_folder
+from tiny import tiny_experiment
 
 from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
-from solq_lab.config import Experiment, change_experiment
+from solq_lab.config import change_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.transforms import TestResize
@@ -138,33 +139,14 @@ def test_an_evaluation_stops_between_two_images_and_leaves_the_model_as_it_was(d
 
 @pytest.fixture
 def run(coco_folder: Path, tmp_path: Path) -> Run:
-    experiment = Experiment.model_validate(
-        {
-            "name": "tiny",
-            "model": {
-                "backbone": "small",
-                "pretrained": "none",
-                "width": 64,
-                "heads": 2,
-                "encoder_layers": 1,
-                "decoder_layers": 1,
-                "feedforward": 32,
-                "vector_hidden": 32,
-                "queries": 6,
-            },
-            "codec": {"mask_size": MASK_SIZE, "vector_dim": VECTOR_DIM},
-            "data": {
-                "root": str(coco_folder),
-                "train_images": "images",
-                "train_annotations": "instances.json",
-                "val_images": "images",
-                "val_annotations": "instances.json",
-                "test_scale": 32,
-                "max_size": 60,
-                "workers": 0,
-            },
-            "evaluation": {"top_k": 5, "area_sides": [16, 32], "boundary_ratio": 0.05},
-        }
+    images = {f"{split}_images": "images" for split in ("train", "val")}
+    images |= {f"{split}_annotations": "instances.json" for split in ("train", "val")}
+    experiment = tiny_experiment(
+        coco_folder,
+        model={"queries": 6},
+        codec={"mask_size": MASK_SIZE, "vector_dim": VECTOR_DIM},
+        data={"test_scale": 32, "max_size": 60, **images},
+        evaluation={"top_k": 5, "boundary_ratio": 0.05},
     )
     return create_run(experiment, tmp_path)
 

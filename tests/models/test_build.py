@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import SIDE, tiny_experiment, write_tiny_dataset
+from tiny import SIDE, tiny_experiment
 from torchvision.models import resnet50
 
 from solq_lab.build import build_augmentation, build_backbone, build_codec, build_dataset, build_images, build_model
@@ -15,11 +15,6 @@ from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
 from solq_lab.models.weights import WeightMismatch, save_weights
 from solq_lab.schema import DataSection, ModelSection
 from solq_lab.structures import ImageBatch
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 def predict(model):

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny import SIDE, tiny_experiment, write_tiny_dataset
+from tiny import SIDE, tiny_experiment
 from torchvision.ops import sigmoid_focal_loss
-from training_runs import assert_shares_learn_as_the_whole, before_each_step
+from training_runs import assert_shares_learn_as_the_whole
 
 from solq_lab.build import build_dataset, build_model
 from solq_lab.config import ConfigError
@@ -38,11 +38,6 @@ from solq_lab.training.trainer import train_run
 SQR = {"model": {"mask_branch": "sqr", "standardise_vectors": False}, "codec": {"kind": "none"}}
 CLASSES = 2
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -346,24 +341,6 @@ def test_a_joint_training_learns_is_evaluated_and_predicts_masks(data_root, tmp_
     assert len(found.masks) == len(found.scores) > 0
     assert found.masks[0]["size"] == [40, SIDE]
     assert Predictor(run, bucket=64).predict(image).masks[0]["size"] == [40, SIDE]
-
-
-def test_a_resumed_training_equals_an_uninterrupted_one(data_root, tmp_path, monkeypatch):
-    whole = create_run(sqr_experiment(data_root, train={"steps": 4, "save_every": 2}), tmp_path / "whole")
-    train_run(whole)
-    parts = create_run(sqr_experiment(data_root, train={"steps": 4, "save_every": 2}), tmp_path / "parts")
-
-    def break_at_the_third(trainer, batches):
-        if trainer.step == 2:
-            raise RuntimeError("power failure")
-
-    with monkeypatch.context() as patch:
-        before_each_step(patch, break_at_the_third)
-        with pytest.raises(RuntimeError, match="power failure"):
-            train_run(parts)
-    train_run(parts)
-    theirs = read_weights(parts.weights).state
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in read_weights(whole.weights).state.items())
 
 
 def test_a_frozen_detector_stays_as_it_was_while_the_branch_learns(data_root, detector_run, tmp_path):

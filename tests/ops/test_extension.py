@@ -187,36 +187,29 @@ def test_an_error_in_the_sources_shows_the_compilers_last_lines_and_is_not_tried
     assert not list(cache.glob("*.building-*"))
 
 
-def test_no_compiler_is_named_with_its_cure(sources, cache, monkeypatch):
-    monkeypatch.setenv("CXX", "c++-of-the-future")
-    with pytest.raises(
-        ExtensionBuildError, match=r"no C\+\+ compiler \(c\+\+-of-the-future\) is on the PATH; install one"
-    ):
-        load_extension("cpu")
-
-
 @needs_compiler
-def test_no_ninja_is_named_with_its_cure(sources, cache, monkeypatch):
-    monkeypatch.setattr(extension, "find_ninja", lambda: None)
-    with pytest.raises(
-        ExtensionBuildError, match=r"ninja is neither on the PATH nor beside Python.* pip install ninja"
-    ):
-        load_extension("cpu")
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_written_is_named_with_its_cure(sources, cache, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    with pytest.raises(
-        ExtensionBuildError, match=r"cannot be kept in .*file.* set TORCH_EXTENSIONS_DIR to a writable folder"
-    ):
-        load_extension("cpu")
-
-
-def test_missing_sources_are_named_with_their_cure(sources, cache):
-    (sources / "tiny_cpu.cpp").unlink()
-    with pytest.raises(ExtensionBuildError, match=r"sources are not at .*sources; install solq_lab from a checkout"):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda patch, _: patch.setenv("CXX", "c++-to-be"), r"no C\+\+ compiler \(c\+\+-to-be\) is on .*; install one"),
+        (
+            lambda patch, _: patch.setattr(extension, "find_ninja", lambda: None),
+            "ninja is neither .* pip install ninja",
+        ),
+        (
+            lambda patch, folder: patch.setenv("TORCH_EXTENSIONS_DIR", f"{folder}/sources/tiny_cpu.cpp"),
+            r"cannot be kept in .*tiny_cpu.* set TORCH_EXTENSIONS_DIR to a writable folder",
+        ),
+        (
+            lambda _, folder: (folder / "sources" / "tiny_cpu.cpp").unlink(),
+            r"sources are not at .*sources; install solq_lab from a checkout",
+        ),
+    ],
+    ids=["compiler", "ninja", "cache", "sources"],
+)
+def test_what_a_build_lacks_is_named_with_its_cure(sources, cache, monkeypatch, spoil, message):
+    spoil(monkeypatch, sources.parent)
+    with pytest.raises(ExtensionBuildError, match=message):
         load_extension("cpu")
 
 

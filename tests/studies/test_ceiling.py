@@ -48,6 +48,7 @@ from solq_lab.workbench.notebooks import run_notebook
 from solq_lab.workbench.workspace import WORKSPACE
 
 CODE = DCTCodec(16, 30)
+WRONG = (Noise(box=-0.1), Noise(vector=math.inf), Noise(seed=-1))
 
 
 @pytest.fixture(scope="module")
@@ -202,20 +203,21 @@ def test_an_rle_of_another_size_is_refused_by_its_id():
         codec_ceiling(truth, CODE)
 
 
-@pytest.mark.parametrize("noise", [Noise(box=-0.1), Noise(vector=math.inf), Noise(seed=-1)])
-def test_impossible_errors_are_refused(document, noise):
-    with pytest.raises(ValueError, match="allowed are finite standard deviations from 0 on and seeds from 0 on"):
-        codec_ceiling(document, CODE, noise=noise)
-
-
-def test_a_codec_on_another_device_is_not_shared_between_processes(document):
-    with pytest.raises(ValueError, match="2 processes cannot share a codec on meta; use one, or a codec on the cpu"):
-        codec_ceiling(document, DCTCodec(16, 30).to("meta"), processes=2)
-
-
-def test_no_process_at_all_is_refused(document):
-    with pytest.raises(ValueError, match="processes 0: allowed are 1 and more"):
-        codec_ceiling(document, CODE, processes=0)
+@pytest.mark.parametrize(
+    ("codec", "arguments", "message"),
+    [
+        *[(CODE, {"noise": noise}, "allowed are finite standard deviations from 0 on and seeds") for noise in WRONG],
+        (
+            DCTCodec(16, 30).to("meta"),
+            {"processes": 2},
+            "2 processes cannot share a codec on meta; use one, or a codec",
+        ),
+        (CODE, {"processes": 0}, "processes 0: allowed are 1 and more"),
+    ],
+)
+def test_impossible_measurements_are_rejected(document, codec, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        codec_ceiling(document, codec, **arguments)
 
 
 # The grid
@@ -236,16 +238,13 @@ def test_the_grid_has_every_combination_once_and_flattens_to_squares():
         ((["dct"], [8], [65]), r"vector_dim 65 does not fit mask_size 8: allowed are 1..64 \(mask_size squared\)"),
         ((["dct"], [0], [1]), "vector_dim 1 does not fit mask_size 0"),
         ((["fourier"], [8], [4]), "codec 'fourier': allowed are dct, pca, sparse, flatten"),
+        ((["dct"], [8], [4], [-1.0]), "noise -1.0, 0.0: allowed are finite numbers from 0 on"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused(grid, message):
+def test_a_setting_that_cannot_be_is_rejected(grid, message):
+    *sizes, noises = grid if len(grid) == 4 else (*grid, [0.0])
     with pytest.raises(ConfigError, match=message):
-        make_grid(*grid)
-
-
-def test_noise_that_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match=r"noise 0.0, -1.0: allowed are finite numbers from 0 on"):
-        make_grid(["dct"], [8], [4], vector_noises=[-1.0])
+        make_grid(*sizes, box_noises=noises)
 
 
 @pytest.fixture

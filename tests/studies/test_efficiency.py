@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from tiny import tiny_experiment
 
-from solq_lab.config import ConfigError, Experiment, load_experiment
+from solq_lab.config import ConfigError, load_experiment
 from solq_lab.studies.efficiency import Cost, count_costs, efficiency_frame, measure_costs
 from solq_lab.workbench.paper import paper_table
 
-TINY = {
-    "name": "tiny",
-    "model": {
-        "backbone": "small",
-        "pretrained": "none",
-        "levels": 3,
-        "width": 32,
-        "heads": 2,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "feedforward": 32,
-        "vector_hidden": 64,
-        "queries": 8,
-    },
-    "codec": {"mask_size": 16, "vector_dim": 20},
-}
+TINY = tiny_experiment(Path(), model={"vector_hidden": 64})
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +42,15 @@ def test_decoding_is_a_thousandth_of_the_mask_branch(costs):
 
 def test_a_vector_costs_what_its_three_layers_cost():
     width, hidden, dim, queries = 32, 64, 20, 8
-    found = count_costs(Experiment.model_validate(TINY), num_classes=3, image_size=(64, 96))["UQR"]
+    found = count_costs(TINY, num_classes=3, image_size=(64, 96))["UQR"]
     weights = width * hidden + hidden * hidden + hidden * dim
     assert found.mask_multiply_adds == queries * weights
     assert found.mask_parameters == weights + hidden + hidden + dim
 
 
 def test_speed_is_measured_for_both_and_changes_no_count():
-    experiment = Experiment.model_validate(TINY)
-    counted = count_costs(experiment, num_classes=3, image_size=(64, 96))
-    measured = measure_costs(experiment, num_classes=3, image_size=(64, 96), device="cpu", repeats=1)
+    counted = count_costs(TINY, num_classes=3, image_size=(64, 96))
+    measured = measure_costs(TINY, num_classes=3, image_size=(64, 96), device="cpu", repeats=1)
     assert {name: cost._replace(images_per_second=None) for name, cost in measured.items()} == counted
     assert all(0 < cost.images_per_second < 1e5 for cost in measured.values())
 
@@ -83,11 +70,11 @@ def test_the_table_shows_ours_beside_the_papers(costs):
 
 
 def test_an_experiment_without_mask_vectors_is_refused():
-    plain = Experiment.model_validate(TINY | {"codec": {"kind": "none"}})
+    plain = tiny_experiment(Path(), codec={"kind": "none"}, model={"standardise_vectors": False})
     with pytest.raises(ConfigError, match=r"tiny: codec.kind none has no mask vectors to measure; give an experiment"):
         count_costs(plain)
 
 
 def test_no_repeat_is_refused():
     with pytest.raises(ValueError, match="repeats 0"):
-        measure_costs(Experiment.model_validate(TINY), repeats=0)
+        measure_costs(TINY, repeats=0)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from trap import Trap
 
 from solq_lab import files
 from solq_lab.runs import RunError
@@ -172,21 +173,12 @@ def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(tmp_path, monkeyp
     assert not list(tmp_path.glob(".*"))
 
 
-class Touch:
-    """A pickle that creates a file when it is executed."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_code_in_a_state_file_is_not_executed(tmp_path):
+@pytest.mark.parametrize("write", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
+def test_code_in_a_state_file_is_not_executed(tmp_path, write):
     save(tmp_path, 5)
     save(tmp_path, 10)
-    (tmp_path / "step_0000010" / "state.pt").write_bytes(pickle.dumps({"step": Touch(tmp_path / "executed")}))
+    write({"step": Trap(tmp_path / "executed")}, tmp_path / "step_0000010" / "state.pt")
     assert load_newest_checkpoint(tmp_path).step == 5
     assert not (tmp_path / "executed").exists()
 

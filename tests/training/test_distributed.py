@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny import write_tiny_dataset
-from training_runs import ENVIRONMENT, TESTS, new_run
+from training_runs import ENVIRONMENT, TESTS, new_run, wait_for
 
 from solq_lab import distributed
 from solq_lab.heartbeat import Failure, Heartbeat, HeartbeatMonitor, ProcessLost
@@ -25,19 +25,6 @@ from solq_lab.training import torchrun
 from solq_lab.training.checkpoint import list_checkpoints
 from solq_lab.training.trainer import train_run
 from solq_lab.workbench.trainings import training_command
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
-
-
-def wait_for(condition, seconds=120.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
 
 # ---------------------------------------------------------------------------------------------------- the same numbers
 

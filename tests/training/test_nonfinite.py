@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import subprocess
 import sys
@@ -13,8 +12,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import write_tiny_dataset
 from training_runs import ENVIRONMENT, TESTS, before_each_step, new_run, signal_after, torchrun, what_was_learned
+from trap import Trap
 
 from solq_lab import precision
 from solq_lab.files import FileError
@@ -31,11 +30,6 @@ from solq_lab.training.trainer import Trainer, train_run
 from solq_lab.workbench import cli
 
 POISONED = "heads.0.vector.layers.2.bias"  # the vector losses alone notice: every other number stays finite
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 def poison_weight(patch, step):
@@ -113,8 +107,7 @@ def test_the_message_names_step_cause_images_record_and_cure(stopped):
 
 def test_the_record_holds_every_term_and_the_step_itself(stopped):
     run, _ = stopped
-    record = load_record(run.folder / "flight" / "step_0000003")
-    facts, ((batches, generators),) = record.facts, record.ranks
+    facts, weights, ((batches, generators),) = load_record(run.folder / "flight" / "step_0000003")
     (done,) = facts["shares"][0]["passes"]
     terms = ("class", "l1", "giou", "vector")
     assert set(done["losses"]) == {f"{term}{layer}" for term in terms for layer in ("", "/0")} | {"total"}
@@ -130,8 +123,8 @@ def test_the_record_holds_every_term_and_the_step_itself(stopped):
     assert generators.keys() == {"cpu"}
     assert images.pixels.dtype == torch.uint8
     assert [target.image_id for target in targets] == [image["id"] for image in done["images"]]
-    assert record.weights.state[POISONED].isnan().sum() == 1
-    assert "name: tiny" in record.weights.experiment
+    assert weights.state[POISONED].isnan().sum() == 1
+    assert "name: tiny" in weights.experiment
 
 
 def test_a_gradient_alone_is_distinguished_from_a_loss(data_root, tmp_path, monkeypatch, capsys):
@@ -363,13 +356,9 @@ def test_a_damaged_or_missing_file_of_a_record_is_named(stopped, tmp_path, name)
 
 
 def test_a_record_leads_to_no_file_outside_it_and_runs_no_code(stopped, tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "sprung"),)
-
     record = copy_record(stopped[0], tmp_path)
     facts = json.loads((record / "record.json").read_text())
-    torch.save({"passes": Trap(), "generators": {}}, record / "rank_0.pt")
+    torch.save({"passes": Trap(tmp_path / "sprung"), "generators": {}}, record / "rank_0.pt")
     facts["files"]["rank_0.pt"] = nonfinite.hash_file(record / "rank_0.pt")
     (record / "record.json").write_text(json.dumps(facts))
     with pytest.raises(RunError, match="not a record that can be replayed"):
@@ -377,7 +366,7 @@ def test_a_record_leads_to_no_file_outside_it_and_runs_no_code(stopped, tmp_path
     assert not (tmp_path / "sprung").exists()
     facts["files"]["../elsewhere"] = ""
     (record / "record.json").write_text(json.dumps(facts))
-    with pytest.raises(RunError, match=r"elsewhere: not a file of a flight record"):
+    with pytest.raises(RunError, match=r"elsewhere: missing"):
         load_record(record)
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import tiny_experiment, write_tiny_dataset
-from training_runs import ENVIRONMENT, TESTS, before_each_step, signal_after, what_was_learned
+from tiny import tiny_experiment
+from training_runs import ENVIRONMENT, TESTS, before_each_step, signal_after, wait_for, what_was_learned
 
 from solq_lab.config import load_experiment
 from solq_lab.data.coco import CocoDataset
@@ -34,11 +34,6 @@ from solq_lab.workbench.trainings import follow_training, start_training
 
 REPOSITORY = TESTS.parent
 WITH_EVERY_STATE = {"ema": 0.9, "accumulate": 2, "evaluate_every": 2}  # what a resumed training could forget
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -349,14 +344,6 @@ def training(run, **environment):
         process.communicate()
 
 
-def wait_for(condition, process, seconds=90.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
-
-
 def handles(pid, number):
     """Whether a process has a handler for a signal."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
@@ -381,7 +368,7 @@ def is_running(process):
 
 def test_a_stop_while_torch_is_imported_is_handled(run):
     with training(run) as process:
-        wait_for(lambda: handles(process.pid, signal.SIGTERM), process)
+        wait_for(lambda: handles(process.pid, signal.SIGTERM), process=process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     assert run.status()["state"] == "preempted"
@@ -407,7 +394,7 @@ def test_a_lock_file_of_a_dead_process_locks_nothing(run):
 def test_the_loader_processes_of_a_killed_trainer_end(data_root, tmp_path):
     run = create_run(tiny_experiment(data_root, train={"steps": 1000}, data={"workers": 2}), tmp_path)
     with training(run) as process:
-        wait_for(lambda: run.metrics("train"), process)
+        wait_for(lambda: run.metrics("train"), process=process)
         loaders = descendants(process)
         assert len(loaders) >= 2
         process.kill()
@@ -428,7 +415,7 @@ def test_a_stop_while_shapes_are_drawn_leaves_no_half_data_set_and_no_process(da
     data = {"root": str(drawn), "generate": "easy", "generate_train": 20_000} | names
     run = create_run(tiny_experiment(data_root, data=data), tmp_path / "runs")
     with training(run) as process:
-        wait_for(lambda: any(tmp_path.glob(".drawn-*/train/000002.png")), process)
+        wait_for(lambda: any(tmp_path.glob(".drawn-*/train/000002.png")), process=process)
         drawing = descendants(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, process.stderr.read()
@@ -442,7 +429,7 @@ def test_a_stop_while_shapes_are_drawn_leaves_no_half_data_set_and_no_process(da
 def test_a_stop_while_the_operators_are_compiled_leaves_no_half_library_and_no_compiler(run, tmp_path):
     cache = tmp_path / "extensions"
     with training(run, TORCH_EXTENSIONS_DIR=str(cache)) as process:
-        wait_for(lambda: "cc1plus" in map(name_of, descendants(process)), process)
+        wait_for(lambda: "cc1plus" in map(name_of, descendants(process)), process=process)
         compiling = descendants(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, process.stderr.read()
@@ -473,8 +460,10 @@ def interrupted_at(run, steps, numbers):
     ends = []
     for step, number in zip(steps, numbers, strict=True):
         with training(run) as process:
-            wait_for(lambda process=process: run.status()["pid"] == process.pid, process)  # it has begun its steps
-            wait_for(lambda step=step: any(line["step"] >= step for line in run.metrics("train")), process)
+            wait_for(
+                lambda process=process: run.status()["pid"] == process.pid, process=process
+            )  # it has begun its steps
+            wait_for(lambda step=step: any(line["step"] >= step for line in run.metrics("train")), process=process)
             process.send_signal(number)
             ends.append(process.wait(60))
     with training(run) as process:

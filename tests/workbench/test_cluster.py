@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from tiny import tiny_experiment, write_tiny_dataset
-from training_runs import ENVIRONMENT, what_was_learned
+from training_runs import ENVIRONMENT, wait_for, what_was_learned
 from typer.testing import CliRunner
 
 from solq_lab.files import read_json
@@ -49,13 +48,6 @@ def submitted(tmp_path, monkeypatch):
     wait_for(Path("turns").exists)
     assert job.status() is None
     return job
-
-
-def wait_for(condition, seconds=90.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def tell_its_task(job_id, *numbers):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from notebook import SHARED, write_notebook
+from training_runs import wait_for
 from typer.testing import CliRunner
 
 from solq_lab.config import ConfigError, Experiment, load_experiment
@@ -78,13 +79,6 @@ def stand_in(monkeypatch):
         child.kill()
         child.wait()
     processes._children.clear()
-
-
-def wait_for(condition, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 # ---- training

@@ -12,7 +12,7 @@ import pytest
 
 from solq_lab.config import Experiment, validate_experiment
 from solq_lab.files import replacing, write_json
-from solq_lab.runs import Run, RunError, create_run, list_runs, load_run
+from solq_lab.runs import RunError, create_run, list_runs, load_run
 
 
 def experiment(**values) -> Experiment:
@@ -156,11 +156,3 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
 def test_a_run_folder_opens_without_torch():
     code = "import sys, solq_lab.runs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_run_says_its_state(tmp_path):
-    run = create_run(experiment(), tmp_path)
-    run.write_status("preempted", step=12, message="SIGTERM")
-    status = Run(run.folder).status()
-    assert (status["state"], status["step"], status["message"]) == ("preempted", 12, "SIGTERM")
-    assert "preempted" in repr(run)

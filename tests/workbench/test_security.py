@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import tiny_experiment, write_tiny_dataset
+from trap import Trap
 
 from solq_lab.build import build_model
 from solq_lab.codecs.artifact import ArtifactError, read_tensors
@@ -25,7 +24,6 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
-from solq_lab.training.checkpoint import load_newest_checkpoint
 from solq_lab.workbench.commands.arguments import cluster_options
 from solq_lab.workbench.paper import paper_table
 
@@ -36,16 +34,6 @@ MANY = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-class Trap:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.marker),)
 
 
 # ------------------------------------------------------------------------------------------------------ image paths
@@ -113,18 +101,6 @@ def test_code_in_weights_is_rejected_and_does_not_run(tmp_path, name, read):
     with pytest.raises(WeightMismatch, match=name) as caught:
         read(file)
     assert "Traceback" not in str(caught.value)
-    assert not marker.exists()
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("write", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
-def test_code_in_a_checkpoint_does_not_run(tmp_path, write):
-    marker, checkpoint = tmp_path / "marker", tmp_path / "step_0000010"
-    checkpoint.mkdir()
-    write({"step": 10, "surprise": Trap(marker)}, checkpoint / "state.pt")
-    save_file({"a": torch.zeros(1)}, checkpoint / "weights.safetensors")
-    with pytest.raises(ValueError, match="step_0000010"):
-        load_newest_checkpoint(tmp_path)
     assert not marker.exists()
 
 

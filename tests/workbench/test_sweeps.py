@@ -27,7 +27,7 @@ from solq_lab.files import read_json, write_json
 from solq_lab.runs import RunError, create_run
 from solq_lab.workbench import sweeps
 from solq_lab.workbench.paper import paper_table
-from solq_lab.workbench.sweeps import ClusterStarter, check, find_sweep, plan, run_sweep
+from solq_lab.workbench.sweeps import check, cluster_starter, find_sweep, plan, run_sweep
 from solq_lab.workbench.tables import read_table
 from solq_lab.workbench.workspace import WORKSPACE
 
@@ -333,7 +333,7 @@ def test_submitit_gives_the_same_table_by_the_same_code(stand_in):
     here = [outcome.status for outcome in run_sweep(jobs_of(), at_once=2)]
     expected = read_table("sweep.yaml")
     submitted = [job._replace(runs_dir=Path("cluster")) for job in jobs_of()]
-    outcomes = run_sweep(submitted, start=ClusterStarter("local", "cluster"), at_once=2)
+    outcomes = run_sweep(submitted, start=cluster_starter("local", "cluster"), at_once=2)
     assert sorted(outcome.status for outcome in outcomes) == sorted(here) == [0, 0, 0, 3]
     assert [outcome.last_lines[-1] for outcome in outcomes if outcome.status] == ["the last word"]
     assert read_table("sweep.yaml", runs_dir="cluster").csv() == expected.csv()
@@ -341,13 +341,13 @@ def test_submitit_gives_the_same_table_by_the_same_code(stand_in):
 
 def test_an_option_that_a_cluster_does_not_know_is_rejected(workspace):
     with pytest.raises(ConfigError, match=r"cluster local: .*timeout_mni"):
-        ClusterStarter("local", "runs", {"timeout_mni": 3})
+        cluster_starter("local", "runs", {"timeout_mni": 3})
 
 
 def test_a_machine_without_slurm_says_so(workspace, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="cluster slurm: "):
-        ClusterStarter("slurm", "runs")
+        cluster_starter("slurm", "runs")
 
 
 # ---- tables

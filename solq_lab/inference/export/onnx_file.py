@@ -103,7 +103,13 @@ def export_onnx(
     fixed = not BACKBONES[predictor.experiment.model.backbone].any_size
     if fixed and size is None:
         raise ConfigError("Swin's windows cannot be traced for free sizes; give --height and --width")
-    graph = _plain_graph(weights_or_run, predictor)
+
+    # In plain torch: the predictor's own network has its weights in oneDNN's order.
+    path = find_weights(weights_or_run)
+    weights, experiment, classes = read_trained(path)
+    model = build_model(experiment, len(classes))
+    load_state(model, weights.state, source=str(path))
+    graph = DetectionGraph(fold(model), predictor.codec, predictor.top_k).eval()
     if fixed or "mask_logits" in graph.outputs:
         batch = batch or 1  # windows, or queries, share an axis with the images, whose number the tracer then pins
 
@@ -131,15 +137,6 @@ def _check(destination: Path, size: tuple[int, int] | None, batch: int | None) -
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise ConfigError(f"writing ONNX needs {' and '.join(missing)}; install with: pip install 'solq-lab[export]'")
-
-
-def _plain_graph(weights_or_run: str | Path | Run, predictor: Predictor) -> DetectionGraph:
-    """The model in plain torch; the predictor's own has its weights in oneDNN's order."""
-    path = find_weights(weights_or_run)
-    weights, experiment, classes = read_trained(path)
-    model = build_model(experiment, len(classes))
-    load_state(model, weights.state, source=str(path))
-    return DetectionGraph(fold(model), predictor.codec, predictor.top_k).eval()
 
 
 def _write(

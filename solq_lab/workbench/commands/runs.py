@@ -1,9 +1,9 @@
-"""Commands for run folders: run, train, evaluate, status."""
+"""Commands for run folders: run, train, evaluate, status, replay."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from solq_lab.files import read_json
 from solq_lab.runs import Run, create_run, list_runs, load_run
 from solq_lab.workbench.cluster import Cluster, follow_job, submit_training
 from solq_lab.workbench.commands.arguments import (
+    FAILED,
     ClusterKind,
     ClusterOptions,
     ExperimentFile,
@@ -31,7 +32,7 @@ from solq_lab.workbench.trainings import describe_trainings, follow_training, st
 from solq_lab.workbench.workspace import open_run
 
 if TYPE_CHECKING:
-    from solq_lab.evaluation.summary import Evaluation
+    pass
 
 
 def run(
@@ -46,7 +47,11 @@ def run(
     ] = None,
 ) -> None:
     """Execute a notebook for an experiment. The report appears beside its figures, as a rule in the run folder."""
-    given = dict(_split_parameter(text) for text in parameter or [])
+    given = {}
+    for text in parameter or []:
+        name, equals, given[name] = text.partition("=")
+        if not equals or not name:
+            raise NotebookError(f"--parameter {text!r}: allowed is name=value, for example -p images=6")
     if experiment is not None and "=" in experiment.name and not experiment.exists():
         raise ConfigError(f"{experiment}: changes an experiment; name the experiment's file before it")
     notebook = find_notebook(notebook)
@@ -153,11 +158,19 @@ def status(runs_dir: RunsDir = Path("runs")) -> None:
         typer.echo(f"\n{trainings}")
 
 
-def _split_parameter(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise NotebookError(f"--parameter {text!r}: allowed is name=value, for example -p images=6")
-    return name, value
+def replay(
+    record: Annotated[Path, typer.Argument(help="Flight record, RUN/flight/step_XXXXXXX.")],
+    autocast: Annotated[
+        Literal["none", "bf16", "fp16"] | None, typer.Option(help="Precision, instead of the recorded one.")
+    ] = None,
+) -> None:
+    """Repeat a training step that was not finite. Needs its record alone; status 1 when it does not happen again."""
+    from solq_lab.training.replay import replay_record
+
+    repeated = replay_record(record, autocast=autocast)
+    typer.echo(repeated.report())
+    if not repeated.reproduced:
+        raise typer.Exit(FAILED)
 
 
 def _print_results(run: Run) -> None:
@@ -167,13 +180,6 @@ def _print_results(run: Run) -> None:
     if not run.results.exists():
         return
     results = read_json(run.results)
-    table = Evaluation.from_dict(results).table(ceiling=_stored_ceiling(run, results))
-    typer.echo(f"\n{run.name}, validation images\n{table}")
-
-
-def _stored_ceiling(run: Run, results: dict[str, Any]) -> Evaluation | None:
-    """The codec's ceiling as the training measured it; None for a plain detector."""
-    from solq_lab.evaluation.summary import Evaluation
-
-    measured = [line["ceiling"] for line in run.metrics("start") if line["ceiling"]]
-    return Evaluation.from_dict(results | {"metrics": measured[-1], "per_class": {}}) if measured else None
+    measured = [line["ceiling"] for line in run.metrics("start") if line["ceiling"]]  # a plain detector has none
+    ceiling = Evaluation.from_dict(results | {"metrics": measured[-1], "per_class": {}}) if measured else None
+    typer.echo(f"\n{run.name}, validation images\n{Evaluation.from_dict(results).table(ceiling=ceiling)}")

@@ -21,7 +21,7 @@ from solq_lab.workbench.commands.arguments import (
     cluster_options,
     file_to_write,
 )
-from solq_lab.workbench.sweeps import SWEEPS, ClusterStarter, Job, check, find_sweep, plan, run_sweep
+from solq_lab.workbench.sweeps import SWEEPS, Job, check, cluster_starter, find_sweep, plan, run_sweep
 from solq_lab.workbench.tables import RESULTS, read_table
 
 SweepFile = Annotated[Path, typer.Argument(help=f"Sweep: a YAML file, or the name of one in {SWEEPS}.")]
@@ -44,7 +44,7 @@ def sweep(
             typer.echo(f"{_state(job):<20} solq-lab {shlex.join(job.arguments)}")
         return
     options = cluster_options(cluster_option, cluster)
-    start = None if cluster == "none" else ClusterStarter(cluster, runs_dir, options)
+    start = None if cluster == "none" else cluster_starter(cluster, runs_dir, options)
     outcomes = run_sweep(planned, start=start, at_once=jobs or (len(planned) if cluster == "slurm" else 1))
     typer.echo(read_table(sweep_file, runs_dir=runs_dir).text())
     failed = [outcome.job.run for outcome in outcomes if outcome.status != 0]
