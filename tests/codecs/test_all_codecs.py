@@ -219,8 +219,9 @@ def test_an_unknown_threshold_is_rejected_with_the_known_ones():
         codec.binarize(torch.zeros(1, 4, 4))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("size", "vector_dim"), [(8, 81), (8, 0), (0, 1)])
+@pytest.mark.parametrize(
+    ("kind", "size", "vector_dim"), [*((kind, 8, 81) for kind in KINDS), ("dct", 8, 0), ("dct", 0, 1)]
+)
 def test_sizes_that_do_not_fit_are_rejected_with_what_is_allowed(kind, size, vector_dim):
     with pytest.raises(ValueError, match=rf"vector_dim {vector_dim} does not fit mask_size {size}: allowed are 1\.\."):
         new(kind, size, vector_dim)
