@@ -52,11 +52,6 @@ class AutoencoderCodec(FittedCodec):
         return AutoencoderFit(self, seed)
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
-
-        Raises:
-            ValueError: the masks are not N x N, or the codec has no tables yet.
-        """
         self._check_fitted()
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
@@ -65,11 +60,7 @@ class AutoencoderCodec(FittedCodec):
             return _encode(tables, self.coarse(masks.to(dtype)))
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Reconstructions (K, N, N), in 0..1, of vectors (K, D), in the vectors' dtype.
-
-        Raises:
-            ValueError: the vectors are not D long, or the codec has no tables yet.
-        """
+        """Reconstructions in 0..1."""
         self._check_fitted()
         self.check_vectors(vectors)
         exact = torch.promote_types(vectors.dtype, torch.float32)

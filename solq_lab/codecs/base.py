@@ -49,11 +49,19 @@ class MaskCodec(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) float of masks (K, N, N), bool or 0/1 floats. K may be 0."""
+        """Vectors (K, D) of masks (K, N, N), bool or 0/1 floats: float32, or float64 where the masks are. K may be 0.
+
+        Raises:
+            ValueError: the masks are not N x N, or a fitted codec has no tables yet.
+        """
 
     @abstractmethod
     def decode(self, vectors: Tensor) -> Tensor:
-        """Real-valued reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype. K may be 0."""
+        """Real-valued reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype. K may be 0.
+
+        Raises:
+            ValueError: the vectors are not D long, or a fitted codec has no tables yet.
+        """
 
     def binarize(self, decoded: Tensor) -> Tensor:
         """Binary masks (K, N, N) bool of reconstructions (K, N, N): pixels strictly above the threshold.

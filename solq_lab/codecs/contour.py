@@ -43,11 +43,7 @@ class PolarCodec(MaskCodec):
         self.register_buffer("directions", torch.stack([angle.cos(), angle.sin()], dim=1), persistent=False)  # (R, 2)
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D), centre (x, y) first, of masks (K, N, N), bool or 0/1: float32, or float64 as the masks.
-
-        Raises:
-            ValueError: the masks are not N x N.
-        """
+        """Vectors with the centre (x, y) first."""
         self.check_masks(masks)
         vectors = masks.new_zeros(masks.shape[0], self.vector_dim, dtype=torch.float64)
         for start in range(0, masks.shape[0], MASKS_AT_ONCE):
@@ -71,11 +67,6 @@ class PolarCodec(MaskCodec):
         return torch.cat([centre, farthest], dim=1)
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype.
-
-        Raises:
-            ValueError: the vectors are not D long.
-        """
         self.check_vectors(vectors)
         exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
         centre, distances = vectors[:, :2].to(exact), vectors[:, 2:].to(exact)
@@ -120,11 +111,7 @@ class FourierContourCodec(MaskCodec):
         )  # (F, P, 2), moves and casts as reals
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) of masks (K, N, N), bool or 0/1: float32, or float64 where the masks are. Empty masks: zeros.
-
-        Raises:
-            ValueError: the masks are not N x N.
-        """
+        """Vectors of the largest contours; of empty masks, zeros."""
         self.check_masks(masks)
         inside = (masks > 0.5).cpu().numpy()
         contours = (
@@ -136,11 +123,7 @@ class FourierContourCodec(MaskCodec):
         return vectors.to(masks.device, torch.promote_types(masks.dtype, torch.float32))
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Filled contours (K, N, N), 0 or 1, of vectors (K, D), in the vectors' dtype.
-
-        Raises:
-            ValueError: the vectors are not D long.
-        """
+        """Filled contours, 0 or 1."""
         self.check_vectors(vectors)
         parts = torch.zeros(vectors.shape[0], 2 * self.waves.shape[0], dtype=torch.float64, device=vectors.device)
         parts[:, : self.vector_dim] = vectors.detach()

@@ -61,11 +61,6 @@ class SeparableCodec(MaskCodec):
         self.register_buffer("kept", row * columns + column, persistent=False)  # indexes in the rows x columns corner
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
-
-        Raises:
-            ValueError: the masks are not N x N.
-        """
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
         exact = product_dtype(dtype, masks.device)
@@ -78,11 +73,7 @@ class SeparableCodec(MaskCodec):
         return corner.flatten(1).index_select(1, self.kept).to(dtype)
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype; their cut coefficients are zero.
-
-        Raises:
-            ValueError: the vectors are not D long.
-        """
+        """Reconstructions whose cut coefficients are zero."""
         self.check_vectors(vectors)
         exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
         rows, columns = self.row_basis.shape[0], self.column_basis.shape[0]
@@ -107,11 +98,6 @@ class DCTCodec(SeparableCodec):
         super().__init__(mask_size, vector_dim, cosine_basis, zigzag(mask_size))
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
-
-        Raises:
-            ValueError: the masks are not N x N.
-        """
         self.check_masks(masks)
         compiled = None
         if masks.dtype == torch.bool:
@@ -119,11 +105,6 @@ class DCTCodec(SeparableCodec):
         return super().encode(masks) if compiled is None else compiled(masks, *self._tables())
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype; their cut frequencies are zero.
-
-        Raises:
-            ValueError: the vectors are not D long.
-        """
         self.check_vectors(vectors)
         exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
         compiled = _compiled("dct_decode", vectors, exact)
@@ -132,11 +113,7 @@ class DCTCodec(SeparableCodec):
         return compiled(vectors.to(exact), *self._tables()).to(vectors.dtype)
 
     def decode_masks(self, vectors: Tensor) -> Tensor:
-        """Masks (K, N, N) bool of vectors (K, D); compiled, each mask is binarized while it is in cache.
-
-        Raises:
-            ValueError: the vectors are not D long.
-        """
+        """Masks of vectors; compiled, each is binarized while it is in cache."""
         self.check_vectors(vectors)
         # Vectors of other types: decoding rounds to them before the threshold.
         if self.threshold == "middle" and vectors.dtype == torch.float32:

@@ -41,21 +41,11 @@ class FlattenCodec(MaskCodec):
         self.register_buffer("interpolation", hat_weights(side, mask_size), persistent=False)  # (N, s)
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
-
-        Raises:
-            ValueError: the masks are not N x N.
-        """
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
         return _resample(masks.to(dtype), self.averaging).flatten(1)  # (K, s, s) -> (K, D)
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype.
-
-        Raises:
-            ValueError: the vectors are not D long.
-        """
         self.check_vectors(vectors)
         side = self.averaging.shape[0]
         return _resample(vectors.unflatten(1, (side, side)), self.interpolation)  # (K, D) -> (K, s, s) -> (K, N, N)

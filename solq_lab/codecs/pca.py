@@ -72,11 +72,6 @@ class PCACodec(FittedCodec):
         return PCAFit(self)
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
-
-        Raises:
-            ValueError: the masks are not N x N, or the codec has no tables yet.
-        """
         self._check_fitted()
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
@@ -89,11 +84,6 @@ class PCACodec(FittedCodec):
             return (vectors / self.scale.to(exact)).to(dtype)
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype.
-
-        Raises:
-            ValueError: the vectors are not D long, or the codec has no tables yet.
-        """
         self._check_fitted()
         self.check_vectors(vectors)
         exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)

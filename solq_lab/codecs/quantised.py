@@ -39,11 +39,7 @@ class QuantisedCodec(FittedCodec):
         return QuantiserFit(self, seed)
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Sums of code words (K, D) of masks (K, N, N): float32, or float64 where the masks are.
-
-        Raises:
-            ValueError: the masks are not N x N, or the codec has no tables yet.
-        """
+        """Sums of code words."""
         tokens = self.tokens(masks)
         words = self.words.to(torch.promote_types(masks.dtype, torch.float32))
         return sum((words[stage, tokens[:, stage]] for stage in range(STAGES)), words.new_zeros(1, self.vector_dim))
@@ -64,11 +60,6 @@ class QuantisedCodec(FittedCodec):
         return torch.stack(chosen, dim=1)
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype.
-
-        Raises:
-            ValueError: the vectors are not D long, or the codec has no tables yet.
-        """
         self._check_fitted()
         return self._dct.decode(vectors)
 

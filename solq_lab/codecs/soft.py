@@ -46,11 +46,6 @@ class DistanceDCTCodec(DCTCodec):
     threshold = "half"
 
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) of masks (K, N, N), bool or 0/1: float32, or float64 where the masks are.
-
-        Raises:
-            ValueError: the masks are not N x N.
-        """
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
         distance = signed_distance(masks.detach().cpu().numpy() > 0.5) / (2 * REACH * self.mask_size)

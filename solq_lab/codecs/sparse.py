@@ -58,11 +58,6 @@ class SparseCodingCodec(FittedCodec):
 
     @torch.no_grad()
     def encode(self, masks: Tensor) -> Tensor:
-        """Vectors (K, D) of masks (K, N, N): float32, or float64 where the masks are.
-
-        Raises:
-            ValueError: the masks are not N x N, or the codec has no tables yet.
-        """
         self._check_fitted()
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
@@ -74,11 +69,6 @@ class SparseCodingCodec(FittedCodec):
         return vectors.to(dtype)
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """Reconstructions (K, N, N) of vectors (K, D), in the vectors' dtype.
-
-        Raises:
-            ValueError: the vectors are not D long, or the codec has no tables yet.
-        """
         self._check_fitted()
         self.check_vectors(vectors)
         exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
