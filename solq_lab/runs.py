@@ -11,6 +11,7 @@ runs/<name>/
     checkpoints/step_XXXXXXX/{weights.safetensors, state.pt, sha256.json}
     flight/step_XXXXXXX/ a training step that was not finite, for `solq-lab replay`
     weights.safetensors  the trained model
+    best.safetensors     the same after the step with the best AP on the validation images
     detections.json.gz, results.json, ceiling.json, figures/, <notebook>.ipynb, <notebook>.html
     shipped.json         only in a run that comes with the project: fingerprint of its weights, see `working_copy`
 """
@@ -57,6 +58,7 @@ class Run:
         folder, name: the folder, and its name, which is the experiment's.
         experiment: the resolved experiment.
         weights: the trained model; exists once the training is finished.
+        best: the model of the best evaluation so far.
         detections: COCO results of the final evaluation, gzipped JSON.
         results: the final evaluation's numbers, JSON.
         environment: description of software, hardware and data, JSON.
@@ -76,6 +78,7 @@ class Run:
         self.name = self.folder.name
         self.experiment = _read_experiment(self.folder)
         self.weights = self.folder / "weights.safetensors"
+        self.best = self.folder / "best.safetensors"
         self.detections = self.folder / "detections.json.gz"
         self.results = self.folder / "results.json"
         self.environment = self.folder / "environment.json"

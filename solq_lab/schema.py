@@ -264,6 +264,7 @@ class TrainSection(Section):
         1000, gt=0, description="steps between checkpoints; one is also written at each evaluation"
     )
     evaluate_every: int = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
+    stop_after: int = Field(0, ge=0, description="evaluations in a row without a better AP that end it; 0: never")
     log_every: int = Field(10, gt=0, description="steps between lines of metrics.jsonl")
     tensorboard: bool = Field(False, description="the numbers of metrics.jsonl as TensorBoard files too")
 

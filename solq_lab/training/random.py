@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from solq_lab import distributed
+
+log = logging.getLogger(__name__)
 
 
 def seed_generators(seed: int) -> None:
@@ -57,6 +62,19 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss_next"]))
     on_gpu = {} if state.get("cuda") is None else {"cuda": state["cuda"]}
     restore_generators({"cpu": state["torch"], **on_gpu}, device)
+
+
+def resume_random_states(states: Sequence[Mapping[str, Any]], device: torch.device, *, seed: int) -> None:
+    """Set the generators of every process to those of a checkpoint, or seed them where it has another number of them.
+
+    Images and their augmentation have seeds of their own, and stay the same.
+    """
+    processes = distributed.world_size()
+    if len(states) == processes:
+        restore_random_state(states[distributed.rank()], device)
+    else:
+        log.warning("%d processes resume a run of %d: dropout is drawn anew", processes, len(states))
+        seed_generators(seed + distributed.rank())
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from solq_lab import distributed
@@ -28,6 +28,7 @@ from solq_lab.models.weights import save_weights
 from solq_lab.precision import TRAINING, check_autocast
 from solq_lab.runs import Run, State
 from solq_lab.training import random as rng
+from solq_lab.training.best import BestWeights
 from solq_lab.training.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from solq_lab.training.compilation import as_written, compile_layers
 from solq_lab.training.ema import AveragedWeights
@@ -154,6 +155,7 @@ class Trainer:
         """The codec, both splits, the order of the images, and the metrics that are counted in their epochs."""
         experiment, train = self.experiment, self.experiment.train
         self.codec = build_codec(experiment, tables=None if checkpoint is None else checkpoint.codec)
+        self._codec_tables = {} if self.codec is None else self.codec.state_dict()  # a weights file holds them
         self.train_set = build_dataset(experiment, "train")
         self.val_set = build_dataset(experiment, "val", classes=self.train_set.classes)
 
@@ -166,9 +168,8 @@ class Trainer:
         )
 
         tensorboard = open_tensorboard(self.run, step=self.step) if distributed.is_main() else None
-        self.metrics = MetricLogger(
-            self.run, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch, tensorboard=tensorboard
-        )
+        counts = {"total_steps": self.total_steps, "steps_per_epoch": steps_per_epoch}
+        self.metrics, self.best = MetricLogger(self.run, tensorboard=tensorboard, **counts), BestWeights(self.run)
 
     def _build_model(self, checkpoint: Checkpoint | None, trained: TrainedModel | None) -> None:
         """The network with its first weights, arranged for this device, and shared by the processes."""
@@ -229,6 +230,8 @@ class Trainer:
         for step in self._remaining_steps():
             if self._evaluation_is_due():
                 self._evaluate(stop)
+            if self.best.should_stop(self.experiment.train.stop_after):
+                break
             started = time.perf_counter()
             batches = self._next_batches(loader, stop)
             if batches is None:
@@ -319,6 +322,7 @@ class Trainer:
                 should_stop=lambda: stop.received is not None,
             )
 
+        self.best.add(evaluation.metrics, self._write_weights)
         if distributed.is_main():
             self.metrics.write_evaluation(self.step, evaluation)
         distributed.wait_for_all()
@@ -338,7 +342,7 @@ class Trainer:
         if distributed.is_main():
             if self.run.metrics_file.exists():  # not to lose lines that a resumed training would not write again
                 flush_to_disk(self.run.metrics_file)
-            checkpoint = Checkpoint(self.step, self.model.state_dict(), state, self._codec_tables())
+            checkpoint = Checkpoint(self.step, self.model.state_dict(), state, self._codec_tables)
             save_checkpoint(self.run.checkpoints, checkpoint, **self._metadata())
             self.run.write_status("training", step=self.step)
 
@@ -350,12 +354,8 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.recorder.in_a_row = checkpoint.state["nonfinite_in_a_row"]
         self.metrics.load_state_dict(checkpoint.state["journal"], self.device)
-        generators, processes = checkpoint.state["random"], distributed.world_size()
-        if len(generators) == processes:
-            rng.restore_random_state(generators[distributed.rank()], self.device)
-        else:  # images and their augmentation have seeds of their own, and stay the same
-            log.warning("%d processes resume a run of %d: dropout is drawn anew", processes, len(generators))
-            rng.seed_generators(self.experiment.seed + distributed.rank())
+        self.best.resume(checkpoint.step)
+        rng.resume_random_states(checkpoint.state["random"], self.device, seed=self.experiment.seed)
         if distributed.is_main():
             self.run.rewind_metrics(self.step)
 
@@ -370,20 +370,21 @@ class Trainer:
     def _finish(self, stop: StopRequest) -> State:
         """Write the trained model, and evaluate what was written; a stop signal ends the evaluation."""
         if distributed.is_main():
-            weights = self.model.state_dict() if self.average is None else self.average.state_dict()
-            save_weights(self.run.weights, weights, codec=self._codec_tables(), **self._metadata())
+            self._write_weights(self.run.weights)
         distributed.wait_for_all()
         with interrupted_by(stop):
             evaluation = evaluate_run(self.run, device=self.device, should_stop=lambda: stop.received is not None)
         if distributed.is_main():
             if not self.metrics.has_evaluation(self.step):
+                self.best.add(evaluation.metrics, self._write_weights)
                 self.metrics.write_evaluation(self.step, evaluation)
             self.run.write_status("finished", step=self.step)
         return "finished"
 
-    def _codec_tables(self) -> dict[str, Tensor]:
-        """Tables of a fitted codec, which its weights file holds."""
-        return {} if self.codec is None else self.codec.state_dict()
+    def _write_weights(self, path: Path) -> None:
+        """Write the model, averaged if it is, with all that is needed to use it."""
+        weights = self.model.state_dict() if self.average is None else self.average.state_dict()
+        save_weights(path, weights, codec=self._codec_tables, **self._metadata())
 
     def _metadata(self) -> dict[str, str]:
         return {"experiment": self.experiment.to_yaml(), "classes": self.train_set.classes.to_json()}
