@@ -54,3 +54,10 @@ def score(metrics: Mapping[str, float | None]) -> float:
     """The number by which evaluations are compared: mask AP, or box AP of a plain detector; 0 where undefined."""
     value = metrics.get("segm.AP", metrics["box.AP"])
     return value if value is not None and value == value else 0.0
+
+
+def describe_best(run: Run) -> str:
+    """After which step a run's evaluation was the best, and its AP."""
+    lines = run.metrics("evaluation")
+    best = max(lines, key=lambda line: (score(line["metrics"]), line["step"]))
+    return f"step {best['step']}, AP {100 * score(best['metrics']):.1f}"

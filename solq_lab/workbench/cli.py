@@ -14,10 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 from solq_lab.errors import ExplainedError, UserError
-from solq_lab.workbench.commands import codecs, data, machine, predict, runs, sweeps, weights
+from solq_lab.workbench.commands import codecs, data, finetune, machine, predict, runs, sweeps, weights
 
 PANELS = {
-    "Run": (runs.run, runs.train, runs.evaluate, runs.status, runs.replay),
+    "Run": (finetune.finetune, runs.run, runs.train, runs.evaluate, runs.status, runs.replay),
     "Sweep": (sweeps.sweep, sweeps.table),
     "Model": (predict.predict, weights.download_weights, weights.import_weights, weights.export, weights.ship),
     "Data": (data.make_shapes, data.download_coco, data.check_data, data.convert_data),

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_weights import made_up
+from made_up_weights import made_up
 from torch import Tensor
 
 from solq_lab.build import build_model
 from solq_lab.config import validate_experiment
 from solq_lab.models.official import Layout, released_names
-from solq_lab.models.weights import WeightMismatch, import_official, infer_architecture, read_official, read_weights
+from solq_lab.models.weights import WeightMismatch, infer_architecture, read_official, read_weights
 from solq_lab.structures import ImageBatch
-from solq_lab.workbench.commands.weights import _describer
+from solq_lab.workbench.released import import_released
 
 NAMES = {  # module of the released decoder -> Hugging Face's, where they differ
     "decoder": {"norm1": "encoder_attn_layer_norm", "norm2": "self_attn_layer_norm", "norm3": "final_layer_norm"},
@@ -103,7 +103,7 @@ def test_the_network_computes_what_theirs_does(tmp_path: Path, changes: dict):
     }
     reference = transformers.DeformableDetrForObjectDetection(transformers.DeformableDetrConfig(**sizes | changes))
     reference.eval().save_pretrained(tmp_path)
-    import_official(tmp_path, tmp_path / "ours.safetensors", _describer("imported", None))
+    import_released(tmp_path, tmp_path / "ours.safetensors")
 
     weights = read_weights(tmp_path / "ours.safetensors")
     sections = infer_architecture(*read_official(tmp_path))

@@ -107,6 +107,10 @@ def train(
 
     _print_results(trained)
     typer.echo(f"\nweights   {trained.weights}")
+    if trained.best.exists():
+        from solq_lab.training.best import describe_best
+
+        typer.echo(f"best      {trained.best}, {describe_best(trained)}")
 
 
 def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> Experiment:

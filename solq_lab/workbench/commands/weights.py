@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,9 +16,6 @@ from solq_lab.workbench.commands.arguments import (
     file_with_its_folder,
     folder_to_write,
 )
-
-if TYPE_CHECKING:
-    from solq_lab.data.classes import ClassMap
 
 
 def download_weights(
@@ -61,8 +56,8 @@ def import_weights(
     ] = None,
 ) -> None:
     """Convert released weights to ours. SOLQ's, SQR's, Deformable DETR's and Hugging Face's; no code in them runs."""
-    from solq_lab.models.hugging_face import read_settings
-    from solq_lab.models.weights import WeightMismatch, export_official, import_official
+    from solq_lab.models.weights import WeightMismatch, export_official
+    from solq_lab.workbench.released import import_released
 
     if destination.exists():
         raise WeightMismatch(f"{destination}: exists already and is not written over; remove it or name another file")
@@ -70,8 +65,7 @@ def import_weights(
         export_official(source, destination)
         typer.echo(f"{destination}: written under the released names")
         return
-    labels = read_settings((source if source.is_dir() else source.parent) / "config.json").get("labels", ())
-    report = import_official(source, destination, _describer(destination.stem, annotations, labels))
+    report = import_released(source, destination, annotations)
     typer.echo(str(report))
     for section, values in report.architecture.items():
         typer.echo(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
@@ -133,36 +127,3 @@ def ship(
     typer.echo(str(package_run(run, destination, experiment)))
     size = sum(path.stat().st_size for path in destination.iterdir())
     typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {destination} IMAGE` uses it")
-
-
-def _describer(
-    name: str, annotations: Path | None, labels: Sequence[str] = ()
-) -> Callable[[dict[str, dict]], tuple[str, str]]:
-    """From the sections inferred of released weights to their experiment (YAML) and class map (JSON)."""
-
-    def describe(architecture: dict[str, dict]) -> tuple[str, str]:
-        from solq_lab.config import validate_experiment
-
-        plain = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-") or "imported"
-        experiment = validate_experiment({"name": plain} | architecture, source="the imported experiment")
-        classes = _released_classes(architecture["data"]["num_classes"], annotations, labels)
-        return experiment.to_yaml(), classes.to_json()
-
-    return describe
-
-
-def _released_classes(count: int, annotations: Path | None, labels: Sequence[str]) -> ClassMap:
-    """The class map of released weights, whose channels are category ids: COCO's own where there are 91 of them."""
-    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
-
-    from solq_lab.data.annotations import read_annotations
-    from solq_lab.data.classes import UNUSED, ClassMap
-
-    if annotations is not None:
-        categories = read_annotations(annotations)["categories"]
-        return ClassMap.from_categories(categories, "raw", count, source=str(annotations))
-    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by category id, with gaps
-    names = next((names for names in (labels, coco) if len(names) == count), None)
-    names = names or [f"category {channel}" for channel in range(count)]
-    names = ["" if name in ("N/A", "__background__") else name for name in names]
-    return ClassMap(tuple(names), tuple(channel if name else UNUSED for channel, name in enumerate(names)))

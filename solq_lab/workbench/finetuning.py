@@ -1,0 +1,350 @@
+"""A recipe for fine-tuning on one's own images: looks at the data and the device, chooses, and says why.
+
+The result is an experiment like any other, written as YAML with the reasons in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pandas as pd
+import psutil
+import torch
+import yaml
+
+from solq_lab.build import build_codec, build_dataset, build_model
+from solq_lab.config import ConfigError, Experiment, validate_experiment, with_found_data
+from solq_lab.data.annotations import read_annotations
+from solq_lab.data.loader import BatchLoader
+from solq_lab.data_folder import split_of
+from solq_lab.errors import DataError
+from solq_lab.files import write_text
+from solq_lab.inference.predictor import find_weights, read_trained
+from solq_lab.models.official import WeightMismatch
+from solq_lab.models.onednn import use_onednn
+from solq_lab.models.released import RELEASED
+from solq_lab.progress import describe_duration
+from solq_lab.runs import RunError
+from solq_lab.training.losses import build_criterion
+from solq_lab.training.optim import build_optimizer
+from solq_lab.training.step import boxes_per_process, forward_backward
+from solq_lab.workbench.download.weights import download_weights
+from solq_lab.workbench.released import import_released
+
+logger = logging.getLogger(__name__)
+
+SHAPES = Path(__file__).resolve().parents[2] / "experiments" / "shipped" / "uqr"  # a CPU can train this network
+MIN_STEPS, MIN_OBJECTS = 500, 10  # below these a warning
+EVALUATION_SHARE = 0.2  # of the time, at most
+GB = 2**30
+
+
+class DataFacts(NamedTuple):
+    """What the annotations say. `objects` counts the training objects of each class; sides are medians, pixels."""
+
+    images: int
+    val_images: int
+    objects: dict[str, int]
+    most: int
+    short_side: float
+    long_side: float
+    object_side: float
+
+
+class Device(NamedTuple):
+    """Where the training will run; `memory` is the GPU's or the free memory of the host, bytes."""
+
+    name: str
+    cuda: bool
+    bf16: bool
+    cores: int
+    memory: int
+
+
+class Plan(NamedTuple):
+    """An experiment, the reason of each choice by its key, and what may go wrong."""
+
+    experiment: Experiment
+    reasons: dict[str, str]
+    warnings: list[str]
+
+    def frame(self) -> pd.DataFrame:
+        """The choices: value and reason by key."""
+        rows = {key: (str(self.experiment.value(key)), reason) for key, reason in self.reasons.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "reason"])
+
+    def __str__(self) -> str:
+        rows = [(key, *row) for key, *row in self.frame().itertuples(name=None)]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        lines = [f"{key:{widths[0]}}  {value:{widths[1]}}  {reason}" for key, value, reason in rows]
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+    def write(self, path: Path, command: str) -> None:
+        """Write the experiment as YAML, all that is not a default, below the command and the reasons."""
+        header = [f"# {line}\n" for line in (command, *str(self).splitlines())]
+        values = self.experiment.model_dump(mode="json", exclude_defaults=True)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(header) + text)
+
+
+def plan_finetuning(
+    data: Path, *, start: str = "", minutes: float | None = None, name: str = "", runs_dir: Path = Path("runs")
+) -> Plan:
+    """Choose everything for a training on the images of a data folder.
+
+    Args:
+        data: folder in any layout that `data.folders` finds.
+        start: weights of ours, a run, a released or Hugging Face's checkpoint, or a name in `RELEASED`; "": the small
+            model of drawn shapes on a CPU, ImageNet weights on a GPU.
+        minutes: how long it may take, by the speed that is measured here; None: as long as the data asks for.
+        name: of the run; "": the folder's.
+        runs_dir: released checkpoints are converted into its folder `imported`.
+
+    Raises:
+        DataError, ConfigError, WeightMismatch, RunError: the data or the weights cannot be used.
+    """
+    planner = _Planner(name or default_name(data), data)
+    planner.choose_start(start, runs_dir)
+    planner.read_data()
+    planner.choose_sizes()
+    planner.choose_batch()
+    planner.choose_length(minutes)
+    planner.warn()
+    return Plan(planner.experiment(), planner.reasons, planner.warnings)
+
+
+def default_name(data: Path) -> str:
+    """The name of a run on a data folder."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{data.resolve().name}-finetuned").lstrip("._-")
+
+
+def is_planned(path: Path, command: str) -> bool:
+    """Whether a file holds what this very command planned, perhaps edited since.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not path.exists():
+        return False
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    if first != f"# {command}":
+        raise ConfigError(f"{path}: exists, and was written by `{first.removeprefix('# ')}`; remove it, or give --name")
+    return True
+
+
+def describe_device() -> Device:
+    """The first GPU, or the CPU."""
+    cores = len(os.sched_getaffinity(0))
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return Device(torch.cuda.get_device_name(0), True, torch.cuda.is_bf16_supported(), cores, memory)
+    return Device(f"{cores} CPU cores", False, False, cores, psutil.virtual_memory().available)
+
+
+class _Planner:
+    """The choices made so far, in the order of `plan_finetuning`: each one may look at those before it."""
+
+    def __init__(self, name: str, data: Path) -> None:
+        self.values: dict[str, Any] = {"name": name, "data": {"root": str(data)}}
+        self.reasons: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self.device = describe_device()
+        self.base = validate_experiment({"name": "base"}, source="the defaults")  # has the rates to scale
+        self.facts: DataFacts
+
+    def choose(self, key: str, value: Any, reason: str = "") -> None:
+        """Set a key; without a reason it is not shown."""
+        section, name = key.split(".")
+        self.values.setdefault(section, {})[name] = value
+        if reason:
+            self.reasons[key] = reason
+
+    def experiment(self) -> Experiment:
+        """The experiment so far."""
+        return with_found_data(validate_experiment(self.values, source="the fine-tuning recipe"))
+
+    def choose_start(self, start: str, runs_dir: Path) -> None:
+        """The network and its first weights; those of others are converted once."""
+        why = "as given"
+        if not start and not self.device.cuda and SHAPES.is_dir():
+            start, why = str(SHAPES), "a network for CPUs that comes with the project; it knows drawn shapes"
+        if not start:
+            better = "solq-lab download-weights hf_ddetr_r50_refine, then --from that"
+            self.choose("model.pretrained", "imagenet", f"COCO weights would need far fewer steps: {better}")
+            return
+
+        path = download_weights(start) if start in RELEASED else Path(start)
+        try:
+            path = find_weights(path)
+            _, self.base, _ = read_trained(path)
+        except (WeightMismatch, RunError):
+            imported = runs_dir / "imported" / f"{path.stem}.safetensors"
+            imported.parent.mkdir(parents=True, exist_ok=True)
+            logger.info("%s: converted to %s: %s", path, imported, import_released(path, imported))
+            path, why = imported, f"{why}, converted"
+            _, self.base, _ = read_trained(path)
+
+        self.values["model"] = self.base.model.model_dump(mode="json") | {"pretrained": "none"}
+        self.values["loss"] = self.base.loss.model_dump(mode="json")
+        if self.base.codec.kind == "none":
+            why += "; a detector without masks, its mask vectors start fresh"
+        else:
+            self.values["codec"] = self.base.codec.model_dump(mode="json")
+        self.choose("train.finetune_from", os.path.relpath(path), why)
+
+    def read_data(self) -> None:
+        """Count images, objects and sizes; a data set without a val split is divided."""
+        try:
+            split_of(self.experiment(), "val")
+        except DataError:
+            self.choose("data.val_fraction", 0.2, "one split only: a fixed random fifth of it is for validation")
+        train, val = (read_annotations(split_of(self.experiment(), name).annotations) for name in ("train", "val"))
+
+        objects = [entry for entry in train["annotations"] if not entry.get("iscrowd")]
+        if not objects:
+            raise DataError(f"{self.values['data']['root']}: no training image has an object: nothing can be learnt")
+        names = {category["id"]: str(category["name"]) for category in train["categories"]}
+        counts = Counter(entry["category_id"] for entry in objects)
+        sizes = [sorted((image["width"], image["height"])) for image in train["images"]]
+        self.facts = DataFacts(
+            images=len(sizes),
+            val_images=len(val["images"]),
+            objects={name: counts[number] for number, name in names.items()},
+            most=max(Counter(entry["image_id"] for entry in objects).values()),
+            short_side=median(size[0] for size in sizes),
+            long_side=median(size[1] for size in sizes),
+            object_side=median([(entry["bbox"][2] * entry["bbox"][3]) ** 0.5 for entry in objects]),
+        )
+
+    def choose_sizes(self) -> None:
+        """Image size, augmentation, cache, queries."""
+        facts, device = self.facts, self.device
+        side, why = 128, "what a CPU trains in minutes"
+        if device.cuda:
+            side = next(side for least, side in ((20, 800), (10, 640), (0, 480)) if device.memory >= least * GB)
+            why = f"fits {device.memory / GB:.0f} GB"
+        if facts.short_side < side:
+            side, why = max(32, round(facts.short_side / 32) * 32), "the images are no larger"
+        longest = round(side * min(facts.long_side / facts.short_side, 5 / 3))
+        seen = facts.object_side * side / facts.short_side
+        sizes = f"median image {facts.short_side:.0f} x {facts.long_side:.0f}, object {facts.object_side:.0f} px"
+        self.choose("data.test_scale", side, f"{why}; {sizes}, {seen:.0f} px at this size")
+        self.choose("data.max_size", longest, "the long side then, at most 5 / 3 of the short one")
+
+        # The released augmentation in proportion; a small network learns few images faster without crops.
+        if device.cuda:
+            scales = sorted({round(side * share / 32) * 32 for share in (0.6, 0.7, 0.8, 0.9, 1.0)})
+            self.choose("data.train_scales", scales, "the released augmentation, in proportion")
+            self.choose("data.crop_scales", [round(side * share) for share in (0.5, 0.625, 0.75)])
+            self.choose("data.crop_size", [round(side * 0.48), round(side * 0.75)])
+        else:
+            self.choose("data.augment", "flip", "a small network learns few images faster without crops")
+        decoded = (facts.images + facts.val_images) * facts.short_side * facts.long_side * 3
+        fits = decoded < 0.25 * psutil.virtual_memory().available
+        self.choose("data.cache", fits, f"all images decoded take {decoded / GB:.2f} GB")
+        self.choose("data.workers", max(2, device.cores - 1) if device.cuda else 0)
+
+        needed = -(-facts.most * 5 // 40) * 10  # a quarter more than objects, in tens
+        if needed > self.experiment().model.queries:
+            self.choose("model.queries", needed, f"up to {facts.most} objects in an image, and a quarter more")
+
+    def choose_batch(self) -> None:
+        """Batch, accumulation, precision, learning rates."""
+        device, images = self.device, self.facts.images
+        wanted = min(16 if device.cuda else 10, images)
+        batch = next((size for size in range(wanted, wanted // 2, -1) if images % size == 0), wanted)
+        left = images % batch
+        self.choose("train.batch_size", batch, f"up to {wanted} a step" if left else f"divides {images} images")
+        if left:
+            self.warnings.append(f"{left} of {images} images fall out of each epoch, other ones each time")
+
+        if device.cuda:
+            size = self.values["data"]["test_scale"] * self.values["data"]["max_size"] / (800 * 1333)
+            each = (4 if device.bf16 else 7) * GB * size
+            fits = max(1, int((0.85 * device.memory - 2 * GB) / each))
+            parts = next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= fits)
+            self.choose("train.accumulate", parts, f"about {fits} images of {each / GB:.1f} GB fit on {device.name}")
+            precision = ("bf16", "half the memory, no scaling") if device.bf16 else ("none", "the GPU has no bf16")
+            self.choose("train.autocast", *precision)
+        else:
+            self.choose("train.threads", device.cores, f"all of {device.name}")
+
+        base = self.base
+        for key in ("lr", "backbone_lr"):
+            rate = getattr(base.optim, key) * (batch / base.train.batch_size) ** 0.5
+            why = f"{getattr(base.optim, key):g} at batch {base.train.batch_size}, by the square-root rule"
+            self.choose(f"optim.{key}", float(f"{rate:.2g}"), why)
+        self.choose("evaluation.batch_size", 1 if device.cuda else batch)
+
+    def choose_length(self, minutes: float | None) -> None:
+        """Steps by the measured speed, warm-up, averaged weights, evaluations, early stopping."""
+        facts, batch = self.facts, self.values["train"]["batch_size"]
+        speed = measure_speed(self.experiment())
+        if minutes is None:
+            steps = min(max(50 * facts.images // batch, 1500), 50_000)
+            taken = steps * batch / speed / (1 - EVALUATION_SHARE)
+            why = f"50 passes, at least 1500 steps; about {describe_duration(taken)}"
+        else:
+            taken = 60 * minutes
+            steps = max(1, int(taken * (1 - EVALUATION_SHARE) * speed / batch))
+            why = f"{minutes:g} minutes, a fifth of them for evaluations,"
+        self.choose("train.steps", steps, f"{why} at the measured {speed:.1f} images/s")
+
+        warmup = round(min(0.1, max(0.02, 100 / steps)), 3)
+        self.choose("optim.schedule", "cosine", "there is no drop to place")
+        self.choose("optim.warmup", warmup, f"{round(warmup * steps)} steps: head and queries are partly new")
+        window = max(10, round(0.02 * steps))
+        self.choose("train.ema", round(1 - 1 / window, 4), f"averages the last {window} steps: steadier on few images")
+
+        # An evaluated image costs about a third of a trained one, and scoring as much again.
+        evaluations = max(1, min(12, int(EVALUATION_SHARE * taken * speed / (0.6 * facts.val_images or 1))))
+        every = max(1, steps // max(1, facts.images // batch) // evaluations)
+        self.choose("train.evaluate_every", every, f"epochs; about {evaluations} evaluations take a fifth of the time")
+        self.choose("train.stop_after", max(3, evaluations // 2), "evaluations without a better AP; the best is kept")
+        self.choose("train.save_every", max(100, min(1000, steps // 5)))
+
+    def warn(self) -> None:
+        """What may go wrong with so many steps and objects."""
+        steps = self.values["train"]["steps"]
+        if steps < MIN_STEPS:
+            self.warnings.append(f"{steps} steps are few: below {MIN_STEPS} masks are hardly learnt; give more minutes")
+        rare = [f"{name} {count}" for name, count in self.facts.objects.items() if count < MIN_OBJECTS]
+        if rare:
+            shown = ", ".join(rare[:8]) + (", ..." if len(rare) > 8 else "")
+            self.warnings.append(f"{len(rare)} classes have under {MIN_OBJECTS} training objects ({shown})")
+
+
+def measure_speed(experiment: Experiment, *, steps: int = 5) -> float:
+    """Training images per second of this process on its device: the median of some steps, after two that warm up."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(experiment.train.threads or threads)
+    train_set, codec = build_dataset(experiment, "train"), build_codec(experiment)
+    model = build_model(experiment, len(train_set.classes)).to(device).train()
+    use_onednn(model, training=True)
+    criterion = build_criterion(experiment, codec, vector_std=getattr(model, "vector_std", None)).to(device)
+    optimizer, scaler = build_optimizer(model, experiment.optim), torch.amp.GradScaler(device.type, enabled=False)
+
+    # The same images in each step: read once, as a cache keeps them or loaders read them ahead.
+    size = experiment.train.batch_size // experiment.train.accumulate
+    batch = next(iter(BatchLoader(train_set, [list(range(size))], 0)))
+    seconds = []
+    for _ in range(steps + 2):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        boxes = max(boxes_per_process([batch], device), 1.0)
+        forward_backward(model, criterion, scaler, batch, boxes, experiment.train.autocast)
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return size / median(seconds[2:])
