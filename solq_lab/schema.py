@@ -235,16 +235,10 @@ class TrainSection(Section):
     epochs: int = Field(50, gt=0)
     steps: int | None = Field(None, gt=0, description="optimiser steps; overrides epochs where given")
     batch_size: int = Field(32, gt=0, description="images per optimiser step, over all processes and accumulation")
-    gpus: Annotated[int, Role.MACHINE] = Field(
-        1, gt=0, description="training processes; without CUDA on the CPU (gloo)"
-    )
-    accumulate: Annotated[int, Role.MAY_CHANGE, Role.MACHINE] = Field(
-        1, gt=0, description="backward passes per optimiser step"
-    )
+    gpus: Annotated[int, Role.MACHINE] = Field(1, gt=0, description="training processes; on the CPU without CUDA")
+    accumulate: Annotated[int, Role.MAY_CHANGE, Role.MACHINE] = Field(1, gt=0, description="passes per optimiser step")
     autocast: Literal["none", "bf16", "fp16"] = "none"
-    skip_nonfinite: Annotated[int, Role.MAY_CHANGE] = Field(
-        0, ge=0, description="how many steps in a row may be skipped when not finite; 0: none"
-    )
+    skip_nonfinite: Annotated[int, Role.MAY_CHANGE] = Field(0, ge=0, description="not finite steps in a row to skip")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights; 0 is off")
     finetune_from: Annotated[PathText, Role.START] = Field(
         "", description="start from this weights file or run; heads and queries are adapted"
@@ -254,7 +248,7 @@ class TrainSection(Section):
         180.0, gt=0, description="seconds without a heartbeat after which one of several processes counts as lost"
     )
     threads: Annotated[int, Role.MAY_CHANGE, Role.MACHINE] = Field(
-        0, ge=0, description="torch threads per process; 0 leaves the choice to torch"
+        0, ge=0, description="per process; 0: torch's choice"
     )
     gradient_checkpointing: Annotated[bool, Role.MAY_CHANGE] = Field(
         False, description="recompute activations: less memory, a third more time"
