@@ -161,11 +161,11 @@ def build_dataset(
     """
     data, training = experiment.data, split == "train"
     masks = training or with_masks
-    _, images, annotations = split_of(experiment, split)
+    place = split_of(experiment, split)
 
     return CocoDataset(
-        images,
-        annotations,
+        place.images,
+        place.annotations,
         classes=classes,
         class_ids=data.class_ids,
         num_classes=data.num_classes,
@@ -176,6 +176,7 @@ def build_dataset(
         mask_route=data.mask_route,
         cache=data.cache,
         allow_links=data.allow_links,
+        orientation=data.orientation,
     )
 
 
@@ -202,16 +203,16 @@ def build_images(experiment: Experiment, classes: ClassMap | None = None) -> Coc
     Raises:
         ConfigError, DataError: as in `build_dataset`.
     """
-    data = experiment.data
-    _, images, annotations = split_of(experiment, "val")
+    data, place = experiment.data, split_of(experiment, "val")
     return CocoDataset(
-        images,
-        annotations,
+        place.images,
+        place.annotations,
         classes=classes,
         class_ids=data.class_ids,
         num_classes=data.num_classes,
         mask_size=experiment.codec.mask_size,
         allow_links=data.allow_links,
+        orientation=data.orientation,
     )
 
 

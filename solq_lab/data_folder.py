@@ -56,7 +56,7 @@ def split_of(experiment: Experiment, name: Literal["train", "val"]) -> Split:
     images = getattr(data, f"{name}_images")
     if data.root and not images:
         raise explain_missing(Path(data.root), name, data.val_fraction)
-    return Split(name, Path(data.root) / images, annotations_of(experiment, name))
+    return Split(name, Path(data.root) / images, annotations_of(experiment, name), data.orientation)
 
 
 def annotations_of(experiment: Experiment, name: Literal["train", "val"]) -> Path:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from solq_lab.codecs.kinds import CODECS
-from solq_lab.data.kinds import AUGMENTATIONS
+from solq_lab.data.kinds import AUGMENTATIONS, Orientation
 from solq_lab.models.kinds import BACKBONES
 from solq_lab.sections import NAME, ConfigError, PathText, Role, Section, one_of
 
@@ -177,6 +177,11 @@ class DataSection(Section):
     generate: Literal["none", "easy", "hard"] = Field("none", description="draw shapes into root when it is missing")
     generate_train: int = Field(6000, gt=0)
     generate_val: int = Field(200, gt=0)
+    orientation: Orientation | None = Field(
+        None,
+        description="images with an EXIF orientation: 'stored' as in the file, as COCO's annotations count pixels; "
+        "'upright' turned, as most tools show and annotate them; None: stored in a data set, upright in predict",
+    )
     allow_links: Annotated[bool, Role.MACHINE, Role.MAY_CHANGE] = Field(
         False, description="images may be links that leave their folder, as DVC and git-annex make them"
     )

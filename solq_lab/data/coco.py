@@ -17,6 +17,7 @@ from solq_lab.data.annotations import DataError, first_few, shorten
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.data.images import check_files, read_image
+from solq_lab.data.kinds import Orientation
 from solq_lab.data.transforms import (
     Step,
     Transform,
@@ -59,6 +60,7 @@ class CocoDataset(Dataset):
         classes: the class map.
         image_ids: the image ids, by rising id; the order of `index`.
         mask_size: side N of the targets' masks, or None.
+        orientation: whether images are turned by their EXIF orientation.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class CocoDataset(Dataset):
         mask_route: Literal["window", "bitmap"] = "window",
         cache: bool = False,
         allow_links: bool = False,
+        orientation: Orientation | None = None,
     ) -> None:
         """Read and check the annotation file; no image is opened yet.
 
@@ -92,6 +95,7 @@ class CocoDataset(Dataset):
                 full-image bitmaps through every step and crops them by ROI-align, as the released code does.
             cache: keep decoded images, and the masks of uncropped boxes, in the memory of each loader process.
             allow_links: images may be links that leave the folder.
+            orientation: see `read_image`; None: as the annotation file says, or as stored.
 
         Raises:
             DataError: the folder or the file cannot be used.
@@ -103,6 +107,7 @@ class CocoDataset(Dataset):
             raise DataError(f"{self.images}: no such image folder; check data.root and the names in the data section")
 
         self.truth = GroundTruth(self.annotations, with_masks=mask_size is not None or with_bitmaps)
+        self.orientation: Orientation = orientation or self.truth.orientation or "stored"
         self.image_ids: list[int] = self.truth.image_ids.tolist()
         self.classes = classes or ClassMap.from_categories(
             self.truth.categories, class_ids, num_classes, source=str(self.annotations)
@@ -217,7 +222,7 @@ class CocoDataset(Dataset):
     def _read_image(self, index: int) -> Tensor:
         path = self.images / self.truth.file_names[index]
         try:
-            return read_image(path, self.image_ids[index], self.truth.size(index))
+            return read_image(path, self.image_ids[index], self.truth.size(index), self.orientation)
         except DataError as error:
             raise DataError(f"{self.annotations}: {error}") from None
 

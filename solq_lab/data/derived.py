@@ -19,6 +19,8 @@ from solq_lab.data.yolo import find_yolo
 from solq_lab.errors import DataError
 from solq_lab.files import write_text
 
+VERSION = 1  # of the documents; a larger one makes those in the cache anew
+
 
 def annotation_file(path: Path, val_fraction: float = 0.0) -> Path:
     """The COCO file at a path; for FILE#PART the one that is made of this part.
@@ -48,7 +50,7 @@ def annotation_file(path: Path, val_fraction: float = 0.0) -> Path:
         make = partial(_part_of, source, part, val_fraction)
 
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "solq_lab" / "annotations"
-    key = blake2b(json.dumps([str(source.resolve()), facts]).encode(), digest_size=8).hexdigest()
+    key = blake2b(json.dumps([VERSION, str(source.resolve()), facts]).encode(), digest_size=8).hexdigest()
     made = folder / f"{source.parent.resolve().name}-{key}" / f"instances_{part}.json"
     if not made.exists():
         document = make()

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from solq_lab.data.kinds import Orientation
 from solq_lab.data.yolo import SETTINGS, find_yolo, is_yolo
 from solq_lab.errors import DataError
 
@@ -29,11 +30,15 @@ _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 class Split(NamedTuple):
-    """A part of a data set: its name, the folder of its images, and its annotation file."""
+    """A part of a data set: its name, the folder of its images, and its annotation file.
+
+    orientation: how the annotations count the pixels of images with an EXIF orientation; None where nobody has said.
+    """
 
     name: str
     images: Path
     annotations: Path
+    orientation: Orientation | None = None
 
 
 class _Found(NamedTuple):
@@ -44,13 +49,19 @@ class _Found(NamedTuple):
     annotations: Path
 
 
-def find_splits(data: Path | str, images: Path | None = None, val_fraction: float = 0.0) -> tuple[Split, ...]:
+def find_splits(
+    data: Path | str,
+    images: Path | None = None,
+    val_fraction: float = 0.0,
+    orientation: Orientation | None = None,
+) -> tuple[Split, ...]:
     """The splits of a data folder, train first, or the one of an annotation file, ready to be read.
 
     Args:
         data: folder in one of the layouts above; or an annotation file, COCO's or a data.yaml.
         images: folder of the images; by default found.
         val_fraction: share of the images that becomes val where the folder has one split only; 0: none.
+        orientation: see `Split`.
 
     Raises:
         DataError: there are no annotations or no folder of images, or more than one reading of the folder.
@@ -62,7 +73,7 @@ def find_splits(data: Path | str, images: Path | None = None, val_fraction: floa
         folder = images or found.images
         if folder is None:
             raise DataError(f"{found.annotations}: no folder with its images; name it with --images")
-        splits.append(Split(found.name, folder, annotation_file(found.annotations, val_fraction)))
+        splits.append(Split(found.name, folder, annotation_file(found.annotations, val_fraction), orientation))
     return tuple(splits)
 
 

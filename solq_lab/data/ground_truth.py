@@ -34,6 +34,7 @@ from solq_lab.data.annotations import (
     read_annotations,
     with_box,
 )
+from solq_lab.data.kinds import ORIENTATIONS, Orientation
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,11 @@ class GroundTruth:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def orientation(self) -> Orientation | None:
+        """How the file says that it counts the pixels of turned images; those made of YOLO folders do."""
+        return orientation_said(self.info)
 
     def rows(self, image_ids: Collection[int] | None = None) -> np.ndarray:
         """The learnable objects in these images (None: in all), ascending."""
@@ -235,6 +241,12 @@ class GroundTruth:
         if reasons:
             number = sum(map(len, left_out.values()))
             logger.warning("%s: %d of %d objects cannot be learnt: %s", self.source, number, total, counts)
+
+
+def orientation_said(info: Any) -> Orientation | None:
+    """The orientation in the `info` of an annotation file."""
+    said = info.get("orientation") if isinstance(info, dict) else None
+    return next((way for way in ORIENTATIONS if way == said), None)
 
 
 class _PackedSegmentations:

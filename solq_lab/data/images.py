@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import struct
 import unicodedata
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from solq_lab.data.annotations import FIRST_FEW, DataError, shorten
+from solq_lab.data.kinds import Orientation
+from solq_lab.errors import FIRST_FEW, DataError, shorten
+
+FORMATS = "JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF"
+TORCH_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP")  # which torchvision decodes, faster than Pillow
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error)
+
+ORIENTATION = 0x0112  # the EXIF tag
+LYING = (5, 6, 7, 8)  # orientations whose upright image has the sides swapped
+TURNS = {  # orientation -> what makes a stored image (3, H, W) upright: sides swapped, then axes flipped
+    1: (False, ()),
+    2: (False, (2,)),
+    3: (False, (1, 2)),
+    4: (False, (1,)),
+    5: (True, ()),
+    6: (True, (2,)),
+    7: (True, (1, 2)),
+    8: (True, (1,)),
+}
+OTHER: dict[Orientation, Orientation] = {"stored": "upright", "upright": "stored"}
 
 LEAVES = (
     "is a link that leaves the image folder; put the file itself there, name the folder where it lies, or set "
@@ -23,22 +49,40 @@ LEAVES = (
 )
 
 
-def read_image(path: Path, image_id: int, size: tuple[int, int]) -> Tensor:
+class Header(NamedTuple):
+    """What a file says of its image before the pixels: Pillow's name of the format, size, and EXIF orientation.
+
+    size: (height, width) as stored, pixels.
+    turn: the EXIF orientation, 1 to 8; 1 is an image that is stored upright, or a TIFF, which is always read so.
+    """
+
+    format: str
+    size: tuple[int, int]
+    turn: int
+
+    def size_as(self, orientation: Orientation) -> tuple[int, int]:
+        """(height, width) of the stored or the upright image, pixels."""
+        height, width = self.size
+        return (width, height) if orientation == "upright" and self.turn in LYING else (height, width)
+
+
+def read_image(path: Path, image_id: int, size: tuple[int, int], orientation: Orientation = "stored") -> Tensor:
     """The image in a file as (3, H, W) uint8 RGB: grey is repeated, CMYK converted, transparency dropped.
 
-    The EXIF rotation is ignored, as in COCO, whose boxes refer to the pixels as they are stored.
-
     Args:
-        path: JPEG, PNG, GIF or WebP file.
+        path: image file.
         image_id: the id in the annotation file, for messages.
         size: (height, width) that the annotation file gives, pixels.
+        orientation: "stored": pixels as in the file, whatever its EXIF orientation, as COCO's boxes count them;
+            "upright": turned by it, as viewers and most annotation tools show images.
 
     Raises:
         DataError: the file is missing, truncated, no image, or of another size.
     """
     name = f"image id {image_id}: {path}"
-    image = decode_bytes(read_file(path, name), name)
-    check_size(image, size, name)
+    data = read_file(path, name)
+    image = decode_bytes(data, name, orientation)
+    check_size((image.shape[1], image.shape[2]), size, name, data, orientation)
     return image
 
 
@@ -50,31 +94,96 @@ def read_file(path: Path, name: str) -> Tensor:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from None
 
 
-def decode_bytes(data: Tensor, name: str) -> Tensor:
-    """The image (3, H, W) uint8 RGB in the bytes (n,) uint8 of a file. Raises DataError where it is not whole."""
-    try:
-        image = decode_image(data, mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        reason = re.sub(r"^\S+, \S+\.cpp:\d+, ", "", str(error).splitlines()[0]) if str(error) else "empty"
-        raise DataError(
-            f"{name}: not a whole image ({len(data)} bytes; {reason}); JPEG, PNG, GIF and WebP are read; "
-            "fetch the file again or remove the image from the annotations"
-        ) from None
-    if image.ndim == 4:  # an animation: its first frame
-        image = image[0]
+def read_header(source: Path | Tensor, name: str) -> Header:
+    """The header of an image file, or of its bytes (n,) uint8; `name` is for messages.
+
+    Raises:
+        DataError: no image, one of too many pixels, or no such file.
+    """
+    with _opened(source, name) as opened:
+        return _header_of(opened)
+
+
+def decode_bytes(data: Tensor, name: str, orientation: Orientation = "stored") -> Tensor:
+    """The image (3, H, W) uint8 RGB in the bytes (n,) uint8 of a file; of an animation the first frame.
+
+    Raises:
+        DataError: not whole, of more than 8 bits per channel, or of too many pixels; `name` is for the message.
+    """
+    with _opened(data, name) as opened:
+        turn = _header_of(opened).turn if orientation == "upright" else 1
+        if opened.format in TORCH_FORMATS:
+            image = decode_image(data, mode=ImageReadMode.RGB)
+            image = image[0] if image.ndim == 4 else image
+        elif opened.mode in EIGHT_BIT_MODES:
+            image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+        else:
+            raise DataError(f"{name}: mode {opened.mode} has more than 8 bits per channel; scale it to 0..255 first")
+
     if image.dtype != torch.uint8:  # cameras use 12 of 16 bits: the upper 8 would be almost black
         raise DataError(f"{name}: more than 8 bits per channel; scale it to 0..255 first")
-    return image
+    if turn == 1:
+        return image.contiguous()
+    swapped, flipped = TURNS[turn]
+    return (image.transpose(1, 2) if swapped else image).flip(flipped).contiguous()
 
 
-def check_size(image: Tensor, size: tuple[int, int], name: str) -> None:
-    """Raise DataError where an image (3, H, W) is not of the size (height, width) that the annotations give."""
-    if tuple(image.shape[1:]) != size:
-        found = f"{image.shape[1]} x {image.shape[2]}"
-        raise DataError(
-            f"{name}: the image is {found} pixels (height x width), the annotations give {size[0]} x {size[1]}; "
-            "correct the annotations or the file"
-        )
+@contextmanager
+def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
+    """An image opened by Pillow, which reads its header only; all that its readers raise becomes DataError."""
+    size = f"{len(source)} bytes; " if isinstance(source, Tensor) else ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many are an error
+            opened = Image.open(io.BytesIO(source.numpy().data) if isinstance(source, Tensor) else source)
+        with opened:
+            yield opened
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise DataError(f"{name}: an image of more than {limit:.0f} megapixels; cut or shrink it") from None
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such file") from None
+    except DAMAGED as error:
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        first = "a format unknown to Pillow" if unknown else next(iter(str(error).splitlines()), "") or "empty"
+        reason = re.sub(r"^\S+, \S+\.cpp:\d+, ", "", first)
+        cure = "fetch the file again or remove the image from the annotations"
+        if name.rpartition("/")[2].startswith("._"):
+            cure = "it is no image but what macOS adds to archives: remove it from the annotations"
+        raise DataError(f"{name}: not a whole image ({size}{reason}); {FORMATS} are read; {cure}") from None
+
+
+def _header_of(opened: Image.Image) -> Header:
+    # Pillow decodes all of a PNG to look for a tag behind its pixels, where no camera writes it; it turns a TIFF.
+    in_front = "exif" in opened.info or "XML:com.adobe.xmp" in opened.info
+    tagged = in_front if opened.format == "PNG" else opened.format != "TIFF"
+    turn = opened.getexif().get(ORIENTATION, 1) if tagged else 1
+    return Header(str(opened.format), (opened.height, opened.width), turn if turn in TURNS else 1)
+
+
+def check_size(
+    found: tuple[int, int], size: tuple[int, int], name: str, source: Path | Tensor, orientation: Orientation
+) -> None:
+    """Raise DataError where an image is not of the size that the annotations give; both (height, width).
+
+    Args:
+        found: of the image, read in this orientation.
+        size: of the annotations.
+        name: of the image, for the message.
+        source: its file, or the bytes of it.
+        orientation: how the data set is read.
+    """
+    if found == size:
+        return
+    cure, other, header = "correct the annotations or the file", OTHER[orientation], read_header(source, name)
+    if header.turn != 1 and header.size_as(other) == size:
+        cure = f"this image is turned by EXIF (orientation {header.turn}); set data.orientation={other}"
+    raise DataError(
+        f"{name}: the image is {found[0]} x {found[1]} pixels (height x width), the annotations give {size[0]} x "
+        f"{size[1]}; {cure}"
+    )
 
 
 def check_files(

@@ -1,10 +1,18 @@
-"""The augmentations by the names that experiments give them. A new one is one class and one entry here.
+"""What experiments and commands name of the data: augmentations, orientations, image files. Loads without torch.
 
-An augmentation is a dataclass with the method of `transforms.Transform`; its fields are keys of the section `data`. The
-module loads without torch.
+An augmentation is a dataclass with the method of `transforms.Transform`; its fields are keys of the section `data`. A
+new one is one class and one entry here.
 """
 
 from __future__ import annotations
+
+from typing import Literal
+
+Orientation = Literal["stored", "upright"]
+ORIENTATIONS: tuple[Orientation, ...] = ("stored", "upright")
+IMAGE_SUFFIXES = frozenset(  # of the files that `data.images` reads, in lower case
+    [".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".avif"]
+)
 
 _MODULE = "solq_lab.data.transforms"
 

@@ -1,8 +1,8 @@
 """YOLO segmentation folders as COCO documents: images/, labels/ with one text file per image, and data.yaml.
 
 A line of a label file is one object: its class, then x y x y ... of its outline, as shares of the image's sides.
-Training tools of this format turn an image by its EXIF orientation first; here pixels count as they are stored, so the
-outlines are turned back.
+Training tools of this format turn an image by its EXIF orientation first, so the documents count pixels of upright
+images, and say so in their `info`.
 """
 
 from __future__ import annotations
@@ -11,39 +11,25 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from PIL import Image
 from pycocotools import mask as coco_rle
 from tqdm.auto import tqdm
 
+from solq_lab.data.kinds import IMAGE_SUFFIXES
 from solq_lab.errors import DataError, first_few, shorten
 from solq_lab.plain_yaml import load_yaml
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif"])  # what the loader reads
-OTHER_SUFFIXES = frozenset([".bmp", ".dng", ".heic", ".jp2", ".mpo", ".pfm", ".tif", ".tiff"])  # YOLO's tools read them
 SETTINGS = ("data.yaml", "data.yml", "dataset.yaml")
 SLACK = 0.01  # share of a side that an outline may leave its image by, for roundings; it is cut off there
+PHOTOGRAPHS = frozenset([".dng", ".heic", ".heif", ".pfm"])  # YOLO's tools read them, this project does not
 DIGITS = 2  # of pixel coordinates, as in COCO
-ORIENTATION = 0x0112  # the EXIF tag
-
-# From the turned image back to the stored one, in shares of the sides; by EXIF orientation
-TURNS: dict[int, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
-    1: lambda x, y: (x, y),
-    2: lambda x, y: (1 - x, y),
-    3: lambda x, y: (1 - x, 1 - y),
-    4: lambda x, y: (x, 1 - y),
-    5: lambda x, y: (y, x),
-    6: lambda x, y: (y, 1 - x),
-    7: lambda x, y: (1 - y, 1 - x),
-    8: lambda x, y: (1 - y, x),
-}
 
 
 class YoloSplit(NamedTuple):
@@ -153,9 +139,9 @@ def _image_paths(split: YoloSplit) -> list[Path]:
             lines = enumerate(_read_lines(place), start=1)
             paths += [_place(line.strip(), split.root, f"{place}: line {n}") for n, line in lines if line.strip()]
 
-    unread = [path for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
-    images = list(dict.fromkeys(path for path in paths if path.suffix.lower() in SUFFIXES))
-    allowed = ", ".join(sorted(SUFFIXES))
+    images = list(dict.fromkeys(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES))
+    unread = [path for path in paths if path.suffix.lower() in PHOTOGRAPHS]
+    allowed = ", ".join(sorted(IMAGE_SUFFIXES))
     if unread:
         raise DataError(
             f"{split.settings}: {len(unread)} images are in formats that cannot be read: {first_few(unread)}; allowed "
@@ -180,22 +166,18 @@ def _place(entry: Any, root: Path, source: Path | str) -> Path:
 
 
 def _document(split: YoloSplit, files: dict[Path, Path]) -> dict[str, Any]:
-    from solq_lab.masks import segmentation_to_rle  # torch takes seconds to load
+    from solq_lab.data.images import read_header  # torch takes seconds to load
+    from solq_lab.masks import segmentation_to_rle
 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     progress = tqdm(files.items(), desc=f"reading {split.name}", unit="image")
     for number, (path, label) in enumerate(progress, start=1):
-        try:
-            with Image.open(path) as opened:
-                width, height, orientation = opened.width, opened.height, opened.getexif().get(ORIENTATION, 1)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: not an image that can be read ({error}); fetch it again or remove it") from None
+        height, width = read_header(path, str(path)).size_as("upright")
         file_name = path.relative_to(split.images).as_posix()
         images.append({"id": number, "file_name": file_name, "height": height, "width": width})
         for category_id, outline in _outlines(label, len(split.classes)):
-            turned = np.stack(TURNS.get(orientation, TURNS[1])(*outline.T), axis=1)
-            polygon = np.round(turned * (width, height), DIGITS)
+            polygon = np.round(outline * (width, height), DIGITS)
             corner, flat = polygon.min(axis=0), polygon.ravel().tolist()
             annotations.append(
                 {
@@ -216,7 +198,8 @@ def _document(split: YoloSplit, files: dict[Path, Path]) -> dict[str, Any]:
     if left:
         logger.warning("%d label files belong to no image and are left out: %s", len(left), first_few(left))
     categories = [{"id": index, "name": name} for index, name in enumerate(split.classes)]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    info = {"orientation": "upright"}
+    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
 
 
 def _label_file(image: Path, root: Path) -> Path:

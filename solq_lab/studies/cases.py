@@ -41,7 +41,7 @@ def worst_cases(
     for case in (case for error in ERRORS for case in analysis.worst(error, count)):
         row = image_rows[case.image_id]
         size = truth.size(row)
-        image = read_image(dataset.images / truth.file_names[row], case.image_id, size)
+        image = read_image(dataset.images / truth.file_names[row], case.image_id, size, dataset.orientation)
 
         objects = []
         if case.object_id is not None:

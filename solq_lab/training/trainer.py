@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_dataset, build_model, build_stream
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
+from solq_lab.data.orientation import check_orientation
 from solq_lab.data_folder import prepare_data
 from solq_lab.errors import ExplainedError
 from solq_lab.evaluation.evaluator import evaluate_model, evaluate_run
@@ -158,6 +159,8 @@ class Trainer:
         self._codec_tables = {} if self.codec is None else self.codec.state_dict()  # a weights file holds them
         self.train_set = build_dataset(experiment, "train")
         self.val_set = build_dataset(experiment, "val", classes=self.train_set.classes)
+        if experiment.data.orientation is None and checkpoint is None and distributed.is_main():
+            check_orientation([self.train_set, self.val_set])
 
         self.step = 0 if checkpoint is None else checkpoint.step  # optimiser steps done
         steps_per_epoch = len(self.train_set) // train.batch_size

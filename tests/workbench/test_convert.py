@@ -17,8 +17,8 @@ from tiny import SIDE, tiny_experiment, write_tiny_dataset
 from solq_lab.build import build_codec, build_dataset, build_model
 from solq_lab.data.annotations import DataError
 from solq_lab.data.folders import find_splits
+from solq_lab.data.images import ORIENTATION, TURNS
 from solq_lab.data.loader import collate
-from solq_lab.data.yolo import ORIENTATION, TURNS
 from solq_lab.masks import decode_rle
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
@@ -175,9 +175,11 @@ def _pixels(sample: tuple) -> bytes:
 # ---- details of YOLO folders
 
 
+@pytest.mark.parametrize("place", ["in place", "converted"])
 @pytest.mark.parametrize("orientation", sorted(TURNS))
-def test_an_outline_is_turned_back_to_the_pixels_as_stored(tmp_path, orientation):
-    """The label was drawn on the image as it is shown; the mask has to cover the same pixels of the stored one."""
+def test_a_turned_image_is_read_upright_as_its_outlines_are(tmp_path, orientation, place, monkeypatch):
+    """The label was drawn on the image as it is shown: the mask covers the white pixels of the loaded image."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     stored = Image.new("RGB", (60, 40))
     ImageDraw.Draw(stored).polygon([(8, 6), (40, 9), (25, 30)], fill="white")
     exif = Image.Exif()
@@ -187,27 +189,25 @@ def test_an_outline_is_turned_back_to_the_pixels_as_stored(tmp_path, orientation
     (root / "labels").mkdir()
     stored.save(root / "images" / "a.png", exif=exif)
     with Image.open(root / "images" / "a.png") as opened:
-        shown = np.asarray(ImageOps.exif_transpose(opened).convert("L")) > 0
-    rows, columns = np.nonzero(shown)
-    height, width = shown.shape
-    corners = [
-        (columns.min(), rows.min()),
-        (columns.max() + 1, rows.min()),
-        (columns.max() + 1, rows.max() + 1),
-        (columns.min(), rows.max() + 1),
-    ]
+        shown = np.asarray(ImageOps.exif_transpose(opened))
+    rows, columns = np.nonzero(shown[..., 0])
+    height, width, _ = shown.shape
+    top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
     line = " ".join(f"{x / width} {y / height}" for x, y in corners)
     (root / "labels" / "a.txt").write_text(f"0 {line}\n")
     (root / "data.yaml").write_text("names: {0: thing}\ntrain: images\n")
-    convert_data(root, tmp_path / "out")
-    dataset = build_dataset(
-        tiny_experiment(tmp_path / "out", data={"train_annotations": "annotations/instances_train.json"}), "train"
-    )
-    mask = decode_rle(dataset.objects(0).masks)[0].numpy()
-    rows, columns = np.nonzero(np.asarray(stored.convert("L")))
-    expected = np.zeros_like(mask)
-    expected[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
-    assert np.array_equal(mask, expected)
+    if place == "converted":
+        convert_data(root, tmp_path / "out")
+        root = tmp_path / "out"
+
+    none = dict.fromkeys(("train_images", "train_annotations", "val_images", "val_annotations"), "")
+    dataset = build_dataset(tiny_experiment(root, data=none | {"augment": "none"}), "train")
+    assert np.array_equal(dataset._image(0).permute(1, 2, 0).numpy(), shown)
+    expected = np.zeros((height, width), dtype=bool)
+    expected[top:bottom, left:right] = True
+    assert np.array_equal(decode_rle(dataset.objects(0).masks)[0].numpy(), expected)
+    assert check_data(find_splits(root), processes=1).findings.found("refused") == []
 
 
 def test_several_folders_and_lists_of_images_are_read(yolo, tmp_path):
@@ -319,15 +319,15 @@ def test_a_listed_image_outside_the_folder_is_refused_with_its_line(yolo, tmp_pa
 
 def test_an_image_that_cannot_be_read_is_named(yolo, tmp_path):
     (yolo / "images" / "train" / "1.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"train/1\.png: not an image that can be read"):
+    with pytest.raises(DataError, match=r"train/1\.png: not a whole image \(a format unknown"):
         convert_data(yolo, tmp_path / "out")
 
 
 def test_images_in_formats_that_are_not_read_are_counted(yolo, tmp_path):
     for name in ("1", "2"):
-        (yolo / "images" / "train" / f"{name}.png").rename(yolo / "images" / "train" / f"{name}.BMP")
+        (yolo / "images" / "train" / f"{name}.png").rename(yolo / "images" / "train" / f"{name}.HEIC")
     with pytest.raises(
-        DataError, match=r"2 images are in formats that cannot be read: .*1\.BMP, .*2\.BMP; allowed are"
+        DataError, match=r"2 images are in formats that cannot be read: .*1\.HEIC, .*2\.HEIC; allowed are"
     ):
         convert_data(yolo, tmp_path / "out")
 

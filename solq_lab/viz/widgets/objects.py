@@ -14,6 +14,7 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.folders import Split, find_splits
 from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.data.images import read_image
+from solq_lab.data.kinds import Orientation
 from solq_lab.data.shapes.writer import write_shapes
 
 
@@ -50,8 +51,9 @@ class ObjectFolder:
         Raises:
             DataError: the file cannot be used, or holds no object.
         """
-        _, self._folder, self.annotations = split
+        _, self._folder, self.annotations, orientation = split
         self._truth = GroundTruth(self.annotations)
+        self._orientation: Orientation = orientation or self._truth.orientation or "stored"
         self._classes = ClassMap.from_categories(self._truth.categories)
         self.images = len(self._truth.image_ids)
         if len(self) == 0:
@@ -86,7 +88,7 @@ class ObjectFolder:
         """
         truth = self._truth
         path = self._folder / truth.file_names[image]
-        pixels = read_image(path, int(truth.image_ids[image]), truth.size(image))
+        pixels = read_image(path, int(truth.image_ids[image]), truth.size(image), self._orientation)
         return pixels.permute(1, 2, 0).numpy()
 
     def sides(self) -> np.ndarray:

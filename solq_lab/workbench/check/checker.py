@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from solq_lab.config import ConfigError, default_experiment, load_experiment
@@ -31,7 +29,18 @@ from solq_lab.data.annotations import (
 )
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.folders import Split, find_splits
-from solq_lab.data.images import LEAVES, check_size, decode_bytes, describe_missing, leaves_folder, read_file
+from solq_lab.data.ground_truth import orientation_said
+from solq_lab.data.images import (
+    LEAVES,
+    check_size,
+    decode_bytes,
+    describe_missing,
+    leaves_folder,
+    read_file,
+    read_header,
+)
+from solq_lab.data.kinds import Orientation
+from solq_lab.data.orientation import Reading, reading_of
 from solq_lab.data.yolo import is_yolo
 from solq_lab.data_folder import prepare_data, split_of
 from solq_lab.workbench.check import rules
@@ -59,18 +68,21 @@ class _Content(NamedTuple):
     images: list[_Image]
     entries: Sequence[Any]
     classes: ClassMap | None
+    orientation: Orientation | None
 
 
 class _Checked(NamedTuple):
     """What a worker returns about one image; the digest is empty where the file was not read.
 
     objects: category id and square root of the box's area of each object to learn.
+    reading: what the size of a turned image says.
     """
 
     findings: list[Finding]
     digest: bytes
     objects: list[tuple[int, float]]
     crowds: int
+    reading: Reading | None
 
 
 def find_data(
@@ -94,7 +106,7 @@ def find_data(
 
     splits: tuple[Split, ...]
     if is_data and not named:
-        splits, name = find_splits(data, images, section.val_fraction), data.resolve().stem
+        splits, name = find_splits(data, images, section.val_fraction, section.orientation), data.resolve().stem
     else:
         prepare_data(experiment)
         splits, name = (split_of(experiment, "train"), split_of(experiment, "val")), experiment.name
@@ -128,12 +140,16 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
     learnt: ClassMap | None = None
     names: dict[str, dict[int, str]] = {}
     digests: dict[str, dict[str, bytes]] = {}
+    turned: dict[str, dict[str, Reading]] = {}
+    ids: dict[str, dict[str, int]] = {}
+    said: dict[str, Orientation | None] = {}
     for split in splits:
         found: list[Finding] = []
         document = read_annotations(split.annotations)
         own = _read_classes(document, options, found)
         learnt = learnt or own
-        content = _Content(split, options, _read_images(document, split, found), document["annotations"], learnt)
+        said[split.name] = way = split.orientation or orientation_said(document.get("info"))
+        content = _Content(split, options, _read_images(document, split, found), document["annotations"], learnt, way)
         report.findings.add(split.name, found)
 
         # Only the counts of the images are kept: their findings are too many.
@@ -144,10 +160,16 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
         paths = [os.path.normpath(image.file_name) for image in content.images]
         digests[split.name] = dict(zip(paths, (image.digest for image in checked), strict=True))
 
-        image_ids = dict(zip(paths, (image.image_id for image in content.images), strict=True))
-        report.findings.add(split.name, rules.images_twice(digests[split.name], image_ids))
+        turned[split.name] = {path: image.reading for path, image in zip(paths, checked, strict=True) if image.reading}
+        ids[split.name] = dict(zip(paths, (image.image_id for image in content.images), strict=True))
+        report.findings.add(split.name, rules.images_twice(digests[split.name], ids[split.name]))
         report.findings.add(split.name, rules.counts_of_split(summary, len(document["annotations"])))
         report.entries[split.name] = _entries_of(report.findings, split, document)
+
+    evidence = {reading for name in turned if not said[name] for reading in turned[name].values()}
+    for name, readings in turned.items():
+        found_turned = rules.turned_images(readings, evidence, ids[name], said=said[name] is not None)
+        report.findings.add(name, found_turned)
 
     train, *others = (split.name for split in splits)
     for val in others:
@@ -231,7 +253,7 @@ def _check_chunk(content: _Content, chunk: slice) -> list[_Checked]:
 def _check_image(content: _Content, image: _Image) -> _Checked:
     """An image's file, all its objects, and how many they are."""
     options, objects, crowds = content.options, [], 0
-    digest, found = _check_file(content, image)
+    digest, reading, found = _check_file(content, image)
     for place in image.objects:
         entry = content.entries[place]
         faults, side = rules.check_object(entry, place, image.size, content.classes, with_masks=options.with_masks)
@@ -249,38 +271,39 @@ def _check_image(content: _Content, image: _Image) -> _Checked:
         message = f"{name}: {count} objects, {options.detections} detections"
         found.append(Finding("over-detections", message, weight=count))
     found = [finding._replace(file_name=image.file_name, image_id=image.image_id) for finding in found]
-    return _Checked(found, digest, objects, crowds)
+    return _Checked(found, digest, objects, crowds, reading)
 
 
-def _check_file(content: _Content, image: _Image) -> tuple[bytes, list[Finding]]:
-    """A digest of an image file's bytes, empty where it was not read completely, and what is wrong with the file."""
+def _check_file(content: _Content, image: _Image) -> tuple[bytes, Reading | None, list[Finding]]:
+    """A digest of a file's bytes, empty where they were not all read, the reading if it is turned, and its faults."""
     path, look = content.split.images / image.file_name, content.options.look
     name = f"image id {image.image_id}: {shorten(image.file_name)}"
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         missing = describe_missing(content.split.images, image.file_name)
-        return b"", [Finding("image-missing", f"image id {image.image_id}: {missing}")]
+        return b"", None, [Finding("image-missing", f"image id {image.image_id}: {missing}")]
     if not content.options.allow_links and leaves_folder(path, content.split.images.resolve()):
-        return b"", [Finding("path-leaves-folder", f"{name} {LEAVES}")]
+        return b"", None, [Finding("path-leaves-folder", f"{name} {LEAVES}")]
     if look == "names":
-        return b"", []
+        return b"", None, []
 
-    digest = b""
+    digest, orientation = b"", content.orientation or "stored"
     try:
-        if look == "header":
-            with Image.open(path) as opened:
-                pixels = torch.empty(0, opened.height, opened.width)
-        else:
+        header = read_header(path, name)
+        size = header.size_as(orientation)
+        if look == "decode":
             data = read_file(path, name)
-            pixels = decode_bytes(data, name)
+            _, *sides = decode_bytes(data, name, orientation).shape
+            size = (sides[0], sides[1])
             digest = hashlib.blake2b(data.numpy().data, digest_size=16).digest()
-    except (DataError, OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        return b"", [Finding("image-damaged", str(error) if isinstance(error, DataError) else f"{name}: {error}")]
-
-    try:
-        check_size(pixels, image.size, name)
     except DataError as error:
-        return digest, [Finding("image-size", str(error))]
-    return digest, []
+        return b"", None, [Finding("image-damaged", str(error))]
+
+    reading = reading_of(header, image.size)
+    try:
+        check_size(size, image.size, name, path, orientation)
+    except DataError as error:
+        return digest, reading, [Finding("image-size", str(error))]
+    return digest, reading, []
 
 
 def _summarise(checked: Sequence[_Checked], names: dict[int, str]) -> Summary:

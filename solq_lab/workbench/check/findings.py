@@ -42,6 +42,13 @@ RULES: dict[str, Rule] = {
     "image-missing": Rule("refused", "missing images", "fetch them or remove their entries"),
     "image-damaged": Rule("refused", "damaged images", "fetch them again or remove their entries"),
     "image-size": Rule("refused", "images of another size than annotated", "correct the entries or the files"),
+    "orientation-mixed": Rule("refused", "turned images annotated both ways", "annotate all of them one way"),
+    "orientation-undecided": Rule(
+        "harmful",
+        "images turned by EXIF whose annotations may count pixels as stored or upright",
+        "look at their outlines and set data.orientation=stored or data.orientation=upright",
+    ),
+    "orientation": Rule("note", "images turned by EXIF, read as their sizes or data.orientation say"),
     "image-twice": Rule("harmful", "images with the same bytes as another one", "remove one of the two"),
     # boxes
     "box": Rule("refused", "boxes that are not four finite numbers", "correct or remove the object"),

@@ -6,7 +6,7 @@ What the loader rejects or leaves out is decided by the loader's own functions; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pycocotools import mask as coco_rle
@@ -25,6 +25,7 @@ from solq_lab.data.annotations import (
 )
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import MANY_CROWDS
+from solq_lab.data.orientation import Reading
 from solq_lab.workbench.check.findings import Finding
 from solq_lab.workbench.check.report import Summary
 
@@ -32,6 +33,11 @@ from solq_lab.workbench.check.report import Summary
 REACH = 1.0  # pixels that a box may reach out of its image, or a mask out of its box
 LOOSE = (8.0, 0.2)  # pixels, and share of the box's side, that a box may be wider than its mask
 STRAY = (16, 0.05)  # pixels, and share of the mask, that may lie farther outside the box
+SIZES: dict[Reading, str] = {
+    "stored": "that of the stored image",
+    "upright": "that of the upright image",
+    "undecided": "the same either way",
+}
 AREA = (64.0, 2.0)  # pixels, and ratio, that the area may be off
 
 
@@ -187,6 +193,26 @@ def images_in_both(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iter
         elif name in train:
             known = "other bytes" if digest and train[name] else "the bytes were not compared"
             yield Finding("name-in-both", f"{shorten(name)}: {known}", name)
+
+
+def turned_images(
+    turned: Mapping[str, Reading], evidence: Collection[Reading], image_ids: Mapping[str, int], *, said: bool
+) -> Iterator[Finding]:
+    """Images of a split with an EXIF orientation.
+
+    Args:
+        turned: what the size of each says, by file name.
+        evidence: what sizes say anywhere in the data set.
+        image_ids: by file name.
+        said: whether the experiment or the annotation file says which way up they are annotated.
+    """
+    mixed = not said and {"stored", "upright"} <= {*evidence}
+    for name, reading in turned.items():
+        rule = "orientation-mixed" if mixed else "orientation"
+        if not said and reading == "undecided" and evidence == {"undecided"}:
+            rule = "orientation-undecided"
+        message = f"image id {image_ids[name]}: {shorten(name)}: turned by EXIF; its annotated size is {SIZES[reading]}"
+        yield Finding(rule, message, name, image_ids[name])
 
 
 def categories_differ(train: Mapping[int, str], val: Mapping[int, str]) -> Iterator[Finding]:
