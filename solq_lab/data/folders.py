@@ -142,7 +142,7 @@ def _find(data: Path, val_fraction: float) -> list[_Found]:
             found = list(_yolo_splits(data))
         else:
             stem = _stem(data)
-            found = [_Found(_part_of(stem) or stem, _image_folder(data), data)]
+            found = [_Found(_part_of(stem) or _part_of(data.resolve().parent.name) or stem, _image_folder(data), data)]
     elif data.is_dir():
         found = _only_reading(data)
     else:
