@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import struct
 from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import Experiment, parse_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import ClassMap
+from solq_lab.data.images import EIGHT_BIT_MODES, decode_bytes, read_file
+from solq_lab.data.kinds import Orientation
 from solq_lab.data.transforms import TestResize, apply_to_image
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.graphs import GraphedForward
@@ -27,7 +28,6 @@ from solq_lab.precision import check_autocast
 from solq_lab.runs import Run, RunError
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
 
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 ImageSource = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -52,6 +52,7 @@ class Predictor:
         classes: names and category ids of the class channels.
         experiment: how the model was trained.
         device: where the model runs.
+        orientation: whether image files are turned upright: as the model's data set says, upright where it does not.
 
     Raises:
         RunError: a folder that is no run, or a run without a finished model.
@@ -72,6 +73,7 @@ class Predictor:
             raise ValueError(f"bucket {bucket}: allowed are positive numbers of pixels, and None for no padding")
         path = find_weights(weights_or_run)
         weights, self.experiment, self.classes = read_trained(path)
+        self.orientation: Orientation = self.experiment.data.orientation or "upright"
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.top_k = top_k or self.experiment.evaluation.top_k
         self.bucket, self.autocast = bucket, autocast
@@ -99,8 +101,8 @@ class Predictor:
     def predict(self, image: ImageSource | list[ImageSource], *, batch: int = 1) -> Detections | list[Detections]:
         """The objects in one image, or in each of a list, with boxes and masks in its pixels.
 
-        A file is turned upright by its EXIF orientation, as `read_upright` does. The pixels of a PIL image, an array or
-        a tensor are used as they are; so does our evaluation, because COCO's annotations ignore the orientation.
+        A file is turned upright by its EXIF orientation, as `read_upright` does, unless the model's data.orientation is
+        "stored". The pixels of a PIL image, an array or a tensor are used as they are.
 
         Args:
             image: path of an image file, PIL image, uint8 array (H, W, 3) or uint8 tensor (3, H, W), channels in the
@@ -119,6 +121,8 @@ class Predictor:
     @torch.inference_mode()
     def _predict_batch(self, images: list[ImageSource]) -> list[Detections]:
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
+        if self.orientation == "stored":
+            images = [read_upright(image, "stored") if isinstance(image, str | Path) else image for image in images]
         resized, sizes, multiple = [], [], self.bucket or 1
         for image in images:
             pixels = _to_tensor(image)
@@ -141,22 +145,15 @@ class Predictor:
         return dataclasses.replace(found, category_ids=category_ids, image=image)
 
 
-def read_upright(path: str | Path) -> Image.Image:
-    """The image in a file as 8-bit RGB, turned by its EXIF orientation, as a viewer shows it.
+def read_upright(path: str | Path, orientation: Orientation = "upright") -> Image.Image:
+    """The image in a file as 8-bit RGB, turned by its EXIF orientation as a viewer shows it, or as it is stored.
 
     Raises:
         DataError: no such file, no image, or more than 8 bits per channel.
     """
-    damaged = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error)  # by PIL's readers
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (*damaged, Image.DecompressionBombError) as error:
-        reason = "a format unknown to Pillow" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DataError(f"{path}: not an image that can be read ({reason}); JPEG, PNG and the like are") from None
-    return _to_rgb(upright, name=str(path))
+    name = str(path)
+    pixels = decode_bytes(read_file(Path(path), name), name, orientation)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:

@@ -77,7 +77,7 @@ def test_more_pixels_than_pillow_allows_are_refused_as_in_prediction(tmp_path, m
 
 def test_a_file_that_macos_adds_to_archives_is_called_so(tmp_path):
     (tmp_path / "._a.jpg").write_bytes(b"\x00\x05\x16\x07Mac OS X")
-    with pytest.raises(DataError, match="it is no image but what macOS adds to archives: remove it"):
+    with pytest.raises(DataError, match="it is no image but what macOS adds to archives: leave it out"):
         read_image(tmp_path / "._a.jpg", 1, (30, 40))
 
 

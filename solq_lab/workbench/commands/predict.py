@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from solq_lab.data.kinds import IMAGE_SUFFIXES
 from solq_lab.errors import UserError
 from solq_lab.workbench.commands.arguments import FAILED, existing_paths, folder_to_write
 
 if TYPE_CHECKING:
     from solq_lab.data.classes import ClassMap
     from solq_lab.structures import Detections
-
-SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"])  # images in a folder
 
 
 def predict(
@@ -50,7 +49,7 @@ def predict(
     for number, path in enumerate(tqdm(paths, desc="predicting", unit="image", disable=hidden, leave=False)):
         # A damaged image must not cost those that follow it.
         try:
-            image = read_upright(path)
+            image = read_upright(path, predictor.orientation)
         except DataError as error:
             tqdm.write(str(error), file=sys.stderr)
             skipped.append(path)
@@ -86,12 +85,14 @@ def _find_images(given: list[Path], out: Path, *, recursive: bool) -> list[Path]
         if path.is_dir():
             folders = os.walk(path) if recursive else [next(os.walk(path))]
             inside = sorted(Path(folder, name) for folder, _, names in folders for name in names)
-            inside = [file for file in inside if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+            inside = [
+                file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+            ]
             if path.resolve() in drawn.parents:
                 inside = [file for file in inside if drawn not in file.resolve().parents]
             if not inside:
                 hint = "" if recursive else "; --recursive looks into its folders too"
-                raise UserError(f"{path}: no images in this folder ({', '.join(sorted(SUFFIXES))}){hint}")
+                raise UserError(f"{path}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
 
         for file in inside:
             found.setdefault(os.path.abspath(file), file)
