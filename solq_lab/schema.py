@@ -43,6 +43,14 @@ class ModelSection(Section):
     look_twice: Annotated[bool, Role.ADAPTED] = Field(
         False, description="a layer's box loss also trains the layer before; needs refine_boxes"
     )
+    denoising: Annotated[int, Role.ADAPTED] = Field(
+        0,
+        ge=0,
+        description="groups of noisy copies of the objects that training restores (class, box, vector); 0: none",
+    )
+    mask_look: Annotated[int, Role.ADAPTED] = Field(
+        0, ge=0, description="points per head and level of one more attention before the vector MLP; 0: none"
+    )
     standardise_vectors: Annotated[bool, Role.ADAPTED] = Field(
         False, description="vectors in units of their standard deviation in training"
     )
@@ -68,6 +76,8 @@ class ModelSection(Section):
         for key in ("two_stage", "mixed_queries", "look_twice"):
             if getattr(self, key) and not self.refine_boxes:
                 raise ValueError(f"{key}: true needs refine_boxes: true; it is about boxes that the layers refine")
+        if self.denoising and not (self.two_stage or self.mixed_queries):
+            raise ValueError(f"denoising {self.denoising} needs mixed_queries: true or two_stage: true, or set it to 0")
         if self.two_stage and self.mixed_queries:
             raise ValueError("two_stage and mixed_queries both say where queries come from; set one of them to false")
         if self.dilation and not BACKBONES[self.backbone].dilates:
@@ -152,6 +162,7 @@ class LossSection(Section):
         "focal", description="quality: the score to reach is the IoU of the query's mask, not 1"
     )
     decoded_dice_weight: float = Field(0.0, ge=0, description="dice loss of decoded masks, beside the vector loss")
+    proposals_per_object: int = Field(1, gt=0, description="encoder proposals that one object is matched to")
     mask_weight: float = Field(1.0, ge=0, description="focal loss of the mask branch's pixels (released)")
     dice_weight: float = Field(1.0, ge=0, description="dice loss of the mask branch (released)")
     focal_alpha: float = Field(0.25, ge=0, le=1)
@@ -317,6 +328,17 @@ class Experiment(Section):
                 "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
             )
 
+        per_object = self.loss.proposals_per_object
+        if per_object > 1 and not (self.model.two_stage or self.model.mixed_queries):
+            raise ValueError(
+                f"loss.proposals_per_object {per_object} needs proposals: set model.mixed_queries or model.two_stage "
+                "to true, or it to 1"
+            )
+        if self.model.mask_look and self.codec.kind == "none":
+            raise ValueError(
+                f"model.mask_look {self.model.mask_look} serves mask vectors, and codec.kind is none; set it to 0, or "
+                "choose a codec"
+            )
         loss, unchanged = self.loss, LossSection()
         of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", "decoded_dice_weight")
         changed = [key for key in of_vectors if getattr(loss, key) != getattr(unchanged, key)]

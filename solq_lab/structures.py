@@ -126,17 +126,47 @@ class LayerPrediction(NamedTuple):
     masks: ImageMasks | None = None
     next_anchor: Tensor | None = None
 
+    def queries(self, places: slice) -> LayerPrediction:
+        """Classes, boxes and mask vectors of some queries."""
+        vectors = None if self.vectors is None else self.vectors[:, places]
+        return LayerPrediction(self.logits[:, places], self.boxes[:, places], vectors)
+
+
+class Guests(NamedTuple):
+    """Copies of a batch's objects with noise, in groups; training puts G of them per image in front of the queries.
+
+    labels: (B, G) int64 classes to start from, some of them wrong.
+    boxes: (B, G, 4) boxes (cx, cy, w, h) to start from, moved and scaled; normalised image.
+    real: (B, G) bool, False at places without an object.
+    pairs: (3, T) int64: image, place 0..G-1 and object of each guest; objects are counted through the whole batch.
+    groups: their number; each has G / groups places, and at most one guest per object.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    real: Tensor
+    pairs: Tensor
+    groups: int
+
+    def to(self, device: torch.device | str) -> Guests:
+        """The same guests on `device`."""
+        labels, boxes, real, pairs = (tensor.to(device, non_blocking=True) for tensor in self[:4])
+        return Guests(labels, boxes, real, pairs, self.groups)
+
 
 class Predictions(NamedTuple):
     """All decoder layers, first to last, and the encoder's proposals where queries come from them.
 
     proposals: a `LayerPrediction` over all encoder tokens (B, T, ...) without vectors, or None.
     proposals_have_classes: whether their logits are those of the classes; otherwise channel 0 stands for any object.
+    guests, guest_layers: the guests that were given, and all decoder layers (B, G, ...) for them.
     """
 
     layers: list[LayerPrediction]
     proposals: LayerPrediction | None
     proposals_have_classes: bool = False
+    guests: Guests | None = None
+    guest_layers: Sequence[LayerPrediction] = ()
 
 
 class Detection(NamedTuple):

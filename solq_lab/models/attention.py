@@ -165,13 +165,16 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, queries: Tensor, query_pos: Tensor) -> Tensor:
-        """(B, J, C) from queries (B, J, C); `query_pos` (B, J, C) is added to queries and keys, not to values."""
+    def forward(self, queries: Tensor, query_pos: Tensor, visible: Tensor | None = None) -> Tensor:
+        """(B, J, C) from queries (B, J, C); `query_pos` (B, J, C) is added to queries and keys, not to values.
+
+        Where `visible` (B, 1, J, J) bool is given, each query (third index) attends to those that are True for it.
+        """
         width = queries.shape[-1]
         qk = F.linear(queries + query_pos, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
         v = F.linear(queries, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
         query, key = qk.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, dim=1)  # each (B, M, J, C/M)
         value = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         dropped = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropped)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropped)
         return self.out_proj(attended.transpose(1, 2).flatten(2))  # (B, M, J, C/M) -> (B, J, C)

@@ -32,7 +32,9 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.feedforward = FeedForward(width, feedforward, dropout, activation)
 
-    def forward(self, queries: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+    def forward(
+        self, queries: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, visible: Tensor | None = None
+    ) -> Tensor:
         """The queries after this layer.
 
         Args:
@@ -40,11 +42,12 @@ class DecoderLayer(nn.Module):
             query_pos: (B, J, C) position, added to queries and keys.
             reference: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image.
             memory: the encoder's tokens.
+            visible: (B, 1, J, J) bool, which queries each attends to; None: all.
 
         Returns:
             (B, J, C).
         """
-        queries = self.self_norm(queries + self.dropout(self.self_attention(queries, query_pos)))
+        queries = self.self_norm(queries + self.dropout(self.self_attention(queries, query_pos, visible)))
         attended = self.cross_attention(queries + query_pos, memory.to_levels(reference), memory)
         queries = self.cross_norm(queries + self.dropout(attended))
         return self.feedforward(queries)

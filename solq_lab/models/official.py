@@ -112,8 +112,11 @@ def own_layout(state: Mapping[str, Tensor], *, source: str = "state dict") -> La
 
     decoder_layers = _count(state, r"decoder\.(\d+)\.")
     two_stage = "proposal_projection.weight" in state
-    if two_stage and "query_embedding" in state:
-        raise WeightMismatch(f"{source}: model.mixed_queries has no released counterpart; train without it to export")
+    if (two_stage and "query_embedding" in state) or any(".look." in name for name in state):
+        raise WeightMismatch(
+            f"{source}: model.mixed_queries and model.mask_look have no released counterpart; give weights trained "
+            "without them"
+        )
     backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
     released = {BODY + name.removeprefix("backbone."): tensor for name, tensor in backbone.items()}
     biases = [f"heads.{layer}.box.layers.2.bias" for layer in range(decoder_layers)]

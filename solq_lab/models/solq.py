@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solq_lab.models.attention import Memory
+from solq_lab.models.attention import Memory, MultiScaleDeformableAttention
 from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
 from solq_lab.models.position import cell_centers, sine_encoding, sine_features
-from solq_lab.structures import ImageBatch, LayerPrediction, Predictions, filled, unpadded_sizes
+from solq_lab.structures import Guests, ImageBatch, LayerPrediction, Predictions, filled, unpadded_sizes
 
 if TYPE_CHECKING:
     from solq_lab.models.backbone import Backbone
@@ -55,6 +55,9 @@ class SOLQ(Checkpointed):
         mixed_queries: positions of queries come from the encoder's best proposals, which have classes; their content is
             learned (DINO's mixed query selection). Instead of `two_stage`; needs `refine_boxes`.
         look_twice: a layer's box loss also trains the layer before (DINO's look forward twice); needs `refine_boxes`.
+        denoising: groups of guests (copies of the objects with noise) that training gives to `forward`; 0: none. Guests
+            start as boxes, as queries do with `two_stage` or `mixed_queries`: it needs one of them.
+        mask_look: points of one more deformable attention, inside the predicted box, before the vector MLP; 0: none.
         standardise_vectors: the vector head predicts in units of the training vectors' std.
 
     Raises:
@@ -83,6 +86,8 @@ class SOLQ(Checkpointed):
         two_stage: bool = False,
         mixed_queries: bool = False,
         look_twice: bool = False,
+        denoising: int = 0,
+        mask_look: int = 0,
         standardise_vectors: bool = False,
     ) -> None:
         super().__init__()
@@ -93,8 +98,12 @@ class SOLQ(Checkpointed):
                 raise ValueError(f"{name} needs refine_boxes=True: it is about boxes that the layers refine")
         if two_stage and mixed_queries:
             raise ValueError("two_stage and mixed_queries both say where queries come from; leave one out")
+        if denoising and not (two_stage or mixed_queries):
+            raise ValueError(f"denoising {denoising} needs two_stage or mixed_queries: guests are boxes from the start")
+        if mask_look and vector_dim is None:
+            raise ValueError(f"mask_look {mask_look} serves mask vectors, and vector_dim is None; set mask_look to 0")
         self.refine_boxes, self.look_twice, self.num_queries = refine_boxes, look_twice, queries
-        self.two_stage, self.mixed_queries = two_stage, mixed_queries
+        self.two_stage, self.mixed_queries, self.denoising = two_stage, mixed_queries, denoising
 
         self.backbone = backbone
         self.projections = _level_projections(backbone.channels, width, levels)
@@ -115,7 +124,8 @@ class SOLQ(Checkpointed):
         vector = None
         if vector_dim is not None:
             vector = VectorMLP(width, vector_hidden, vector_dim, standardise=standardise_vectors)
-        query_heads = _query_heads(UnifiedQueryHead(width, num_classes, vector), decoder_layers, refine_boxes)
+        look = MultiScaleDeformableAttention(width, heads, levels, mask_look) if mask_look else None
+        query_heads = _query_heads(UnifiedQueryHead(width, num_classes, vector, look), decoder_layers, refine_boxes)
         self.heads = nn.ModuleList(query_heads)
         if two_stage or mixed_queries:
             self.proposal_head = UnifiedQueryHead(width, num_classes, None)
@@ -124,6 +134,8 @@ class SOLQ(Checkpointed):
             outputs = 2 * width if two_stage else width  # position and content, or position alone
             self.query_projection = _xavier(nn.Linear(2 * width, outputs))
             self.query_norm = nn.LayerNorm(outputs)
+        if denoising:
+            self.label_embedding = nn.Embedding(num_classes, width)
         if mixed_queries:
             self.query_embedding = nn.Parameter(torch.randn(queries, width))
         elif not two_stage:
@@ -132,30 +144,32 @@ class SOLQ(Checkpointed):
             nn.init.zeros_(self.reference_points.bias)
             nn.init.constant_(query_heads[0].box.output_bias[2:], -2.0)  # first boxes are small
 
-    def forward(self, images: ImageBatch) -> Predictions:
+    def forward(self, images: ImageBatch, guests: Guests | None = None) -> Predictions:
         """Classes, boxes and mask vectors of all queries after every decoder layer.
 
         Args:
             images: normalised pixels (B, 3, H, W) and their padding (B, H, W).
+            guests: in training with `denoising`; they change nothing for the queries.
         """
         features = self.backbone(images.pixels)  # C3, C4, C5
         memory = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
         for encode in self.encoder:
             memory = self.checkpoint(encode, memory)
-        return self.decode(memory)[0]
+        return self.decode(memory, guests)[0]
 
-    def decode(self, memory: Memory) -> tuple[Predictions, Tensor]:
+    def decode(self, memory: Memory, guests: Guests | None = None) -> tuple[Predictions, Tensor]:
         """The decoder: predictions of every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
+        queries, query_pos, reference, visible = self.seat(guests, queries, query_pos, reference)
         layers, anchor = [], reference
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
-            queries = self.checkpoint(decode, queries, query_pos, reference, memory)  # (B, J, C)
-            prediction = head(queries, anchor)  # logits, boxes, mask vectors
+            queries = self.checkpoint(decode, queries, query_pos, reference, memory, visible)  # (B, J, C)
+            prediction = head(queries, anchor, memory)  # logits, boxes, mask vectors
             layers.append(prediction)
             if self.refine_boxes:
                 reference = prediction.boxes.detach()
                 anchor = prediction.next_anchor if self.look_twice else reference
-        return Predictions(layers, proposals, proposals_have_classes=self.mixed_queries), queries
+        return self.part(layers, guests, proposals), queries[:, -self.num_queries :]
 
     def embed_levels(self, features: list[Tensor], padding: Tensor) -> Memory:
         """All levels at width C, flattened into one row of tokens, with their positions.
@@ -224,7 +238,7 @@ class SOLQ(Checkpointed):
         cells = torch.cat([memory.centers, torch.cat(sizes).expand_as(memory.centers)], dim=-1)  # (B, T, 4)
         usable = ((cells > PROPOSAL_MARGIN) & (cells < 1 - PROPOSAL_MARGIN)).all(-1) & ~memory.padding
         tokens = memory.tokens.masked_fill(~usable.unsqueeze(-1), 0.0)
-        proposals = self.proposal_head(self.proposal_norm(self.proposal_projection(tokens)), cells)
+        proposals = self.proposal_head(self.proposal_norm(self.proposal_projection(tokens)), cells, memory)
         proposals = proposals._replace(boxes=proposals.boxes.masked_fill(~usable.unsqueeze(-1), 1.0))
 
         if self.mixed_queries:
@@ -233,12 +247,52 @@ class SOLQ(Checkpointed):
             scores = proposals.logits[..., 0]  # stage one has one class, channel 0
         best = scores.topk(self.num_queries, dim=1).indices
         reference = proposals.boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach()
-        encoded = sine_features(reference, memory.tokens.shape[-1] // 2).flatten(2)  # (B, J, 4) -> (B, J, 2C)
-        encoded = self.query_norm(self.query_projection(encoded.to(memory.tokens.dtype)))
+        encoded = self._encode_boxes(reference, memory.tokens.dtype)
         if self.mixed_queries:
             return self.query_embedding.expand(len(encoded), -1, -1), encoded, reference, proposals
         query_pos, queries = encoded.chunk(2, dim=-1)
         return queries, query_pos, reference, proposals
+
+    def _encode_boxes(self, boxes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Position and content (B, J, 2C) of queries at boxes (B, J, 4); with mixed queries the position (B, J, C)."""
+        encoded = sine_features(boxes, self.level_embedding.shape[1] // 2).flatten(2)  # (B, J, 4) -> (B, J, 2C)
+        return self.query_norm(self.query_projection(encoded.to(dtype)))
+
+    def seat(
+        self, guests: Guests | None, queries: Tensor, query_pos: Tensor, reference: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Put guests in front of the queries; without guests everything stays as it is.
+
+        Returns:
+            queries and query_pos (B, G + J, C), reference (B, G + J, 4), and visible (B, 1, G + J, G + J) bool: guests
+            attend to the queries and to the guests of their own group, queries to queries alone.
+        """
+        if guests is None:
+            return queries, query_pos, reference, None
+        (images, count), width = guests.labels.shape, queries.shape[-1]
+        group = torch.arange(count, device=queries.device) // (count // guests.groups)
+        visible = guests.real.new_ones(images, *[count + queries.shape[1]] * 2)
+        visible[:, :count, :count] = (group[:, None] == group) & guests.real[:, None]
+        visible[:, count:, :count] = False
+
+        boxes = guests.boxes.to(reference.dtype)
+        position = self._encode_boxes(boxes, queries.dtype)[..., :width]
+        queries = torch.cat([self.label_embedding(guests.labels).to(queries.dtype), queries], dim=1)
+        return queries, torch.cat([position, query_pos], dim=1), torch.cat([boxes, reference], dim=1), visible[:, None]
+
+    def part(
+        self, layers: list[LayerPrediction], guests: Guests | None, proposals: LayerPrediction | None
+    ) -> Predictions:
+        """The predictions of queries and guests, each by themselves."""
+        predictions = Predictions(layers, proposals, proposals_have_classes=self.mixed_queries)
+        if guests is None:
+            return predictions
+        count = guests.labels.shape[1]
+        return predictions._replace(
+            layers=[layer.queries(slice(count, None)) for layer in layers],
+            guests=guests,
+            guest_layers=[layer.queries(slice(count)) for layer in layers],
+        )
 
     @property
     def vector_std(self) -> Tensor | None:
@@ -278,11 +332,11 @@ def _level_projections(channels: tuple[int, ...], width: int, levels: int) -> nn
 
 
 def _query_heads(head: UnifiedQueryHead, layers: int, refine_boxes: bool) -> list[UnifiedQueryHead]:
-    """One head per decoder layer: the same for all, or with refinement copies that share only the vector MLP."""
+    """One head per decoder layer: the same for all, or with refinement copies that share what makes mask vectors."""
     if not refine_boxes:
         return [head] * layers
-    vector = head.vector
-    return [copy.deepcopy(head, {id(vector): vector}) for _ in range(layers)]
+    shared = {id(part): part for part in (head.vector, head.look)}
+    return [copy.deepcopy(head, dict(shared)) for _ in range(layers)]
 
 
 def _xavier(layer: Layer) -> Layer:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from solq_lab.models.attention import Memory
 from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.solq import SOLQ
-from solq_lab.structures import ImageBatch, ImageMasks, Predictions
+from solq_lab.structures import Guests, ImageBatch, ImageMasks, Predictions
 
 if TYPE_CHECKING:
     from solq_lab.models.backbone import Backbone
@@ -52,18 +52,19 @@ class SQRDetector(SOLQ):
         self.mask_branch = MaskBranch(width, detector["heads"], backbone.channels, stride=2 if above else 1)
         self.train()  # modules start in training mode, a frozen part should not
 
-    def forward(self, images: ImageBatch) -> Predictions:
+    def forward(self, images: ImageBatch, guests: Guests | None = None) -> Predictions:
         """Classes and boxes of all queries after every decoder layer, and the masks of the last.
 
         Args:
             images: normalised pixels (B, 3, H, W) and their padding (B, H, W).
+            guests: as for `SOLQ`; they have no masks.
         """
         features = self.backbone(images.pixels)  # C3, C4, C5
         levels = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
         memory = levels
         for encode in self.encoder:
             memory = self.checkpoint(encode, memory)
-        predictions, queries = self.decode(memory)
+        predictions, queries = self.decode(memory, guests)
 
         logits = self.mask_branch(queries, levels, memory, features)  # (B, J, H/16, W/16)
         *earlier, last = predictions.layers

@@ -29,12 +29,14 @@ from solq_lab.sections import Role
 
 log = logging.getLogger(__name__)
 
-CLASSES = re.compile(r"heads\.\d+\.classify\.(weight|bias)")  # rows are classes
+CLASSES = re.compile(r"heads\.\d+\.classify\.(weight|bias)|label_embedding\.weight")  # rows are classes
 PROPOSALS = re.compile(r"proposal_head\.classify\.(weight|bias)")  # of two stages; the first uses channel 0 alone
 QUERIES = "query_embedding"  # rows are queries
 VECTORS = re.compile(r"heads\.\d+\.vector\.(layers\.2\.(weight|bias)|vector_(center|spread))")  # rows: coefficients
 BRANCHES = {  # a model has all of a branch, or nothing
     "mask vectors": re.compile(r"heads\.\d+\.vector\."),
+    "mask look": re.compile(r"heads\.\d+\.look\."),
+    "denoising": re.compile(r"label_embedding\."),
     "mask branch": re.compile(r"mask_branch\."),
 }
 JITTER = 0.1  # noise on a repeated query, in units of the std of each feature over the queries
@@ -254,7 +256,7 @@ def _adapt_classes(
     row_there = {name.casefold(): row for row, name in enumerate(classes) if name}
     pairs = [(row, row_there[name.casefold()]) for row, name in enumerate(own_classes) if name.casefold() in row_there]
     rows, there = [row for row, _ in pairs], [row for _, row in pairs]
-    for name in filter(CLASSES.fullmatch, own):
+    for name in (name for name in own if CLASSES.fullmatch(name) and name in state):
         own[name][rows] = state[name][there].to(own[name].dtype)
     for name in filter(PROPOSALS.fullmatch, own):
         common = slice(min(len(own[name]), len(state[name])))

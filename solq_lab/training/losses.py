@@ -17,6 +17,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.schema import Experiment
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.decoded import MatchedVectors
+from solq_lab.training.guests import matched_guests
 from solq_lab.training.matcher import HungarianMatcher, Matching
 
 PROPOSAL_TERMS = ("class", "l1", "giou")  # of the encoder's proposals, which have no mask vectors
@@ -64,10 +65,11 @@ class MatchedLayers(NamedTuple):
 class SetCriterion(nn.Module):
     """Matches predictions to objects and returns the losses by name, none of them weighted yet.
 
-    Names: "class", "l1", "giou", "vector" for the last decoder layer, the same with "/0", "/1", ... for earlier layers
-    and with "/proposals" for the encoder's proposals; "mask" and "dice" where there is a mask branch, which follows the
-    last layer alone. The names depend on the model alone, never on the batch, and a loss without pairs is a zero that
-    still reaches the predictions: under DDP all ranks reduce the same parameters.
+    Names: "class", "l1", "giou", "vector" for the last decoder layer, the same with "/0", "/1", ... for earlier layers,
+    with "/proposals" for the encoder's proposals, and with "/guests", "/guests/0", ... for denoising guests; "mask" and
+    "dice" where there is a mask branch, which follows the last layer alone. The names depend on the model alone, never
+    on the batch, and a loss without pairs is a zero that still reaches the predictions: under DDP all ranks reduce the
+    same parameters.
 
     Everything is computed in float32 at least, outside autocast.
 
@@ -179,11 +181,18 @@ class SetCriterion(nn.Module):
             if predictions.layers[-1].masks is not None:
                 losses |= self._mask_losses(predictions.layers[-1].masks, matches.layers, targets, count)
 
+            if predictions.guests is not None:
+                guest_layers, pairs = matched_guests(predictions.guests, predictions)
+                guests = self._match_layers(guest_layers, pairs, objects, count * predictions.guests.groups)
+                found = _name_by_layer({name: term(guests) for name, term in self.terms.items()}, len(guest_layers))
+                losses |= {"{}/guests{}{}".format(*name.partition("/")): loss for name, loss in found.items()}
+
             if predictions.proposals is not None:
                 assert matches.proposals is not None  # the matcher matches proposals where there are any
                 if not predictions.proposals_have_classes:
                     objects = objects._replace(labels=torch.zeros_like(objects.labels))
-                proposals = self._match_layers([predictions.proposals], matches.proposals, objects, count)
+                share = count * self.matcher.proposals_per_object
+                proposals = self._match_layers([predictions.proposals], matches.proposals, objects, share)
                 losses |= {f"{name}/proposals": self.terms[name](proposals).squeeze(0) for name in PROPOSAL_TERMS}
         return losses
 
@@ -321,8 +330,10 @@ def build_criterion(
         vector_std: `SOLQ.vector_std` of the model that is trained.
     """
     loss, costs = experiment.loss, experiment.matcher.model_dump()
-    matcher = HungarianMatcher(**costs, focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma)
-    return SetCriterion(codec, matcher, **loss.model_dump(), vector_std=vector_std).train()
+    shared = {"focal_alpha", "focal_gamma", "proposals_per_object"}
+    matcher = HungarianMatcher(**costs, **loss.model_dump(include=shared))
+    options = loss.model_dump(exclude={"proposals_per_object"})
+    return SetCriterion(codec, matcher, **options, vector_std=vector_std).train()
 
 
 def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:

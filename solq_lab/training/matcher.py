@@ -62,16 +62,25 @@ class HungarianMatcher:
         giou_cost: weight of the negative generalised IoU.
         focal_alpha: share of the positive term in the class cost.
         focal_gamma: focusing power of the class cost.
+        proposals_per_object: how many of the encoder's proposals an object is matched to, as far as there are enough.
     """
 
     def __init__(
-        self, *, class_cost: float, l1_cost: float, giou_cost: float, focal_alpha: float, focal_gamma: float
+        self,
+        *,
+        class_cost: float,
+        l1_cost: float,
+        giou_cost: float,
+        focal_alpha: float,
+        focal_gamma: float,
+        proposals_per_object: int = 1,
     ) -> None:
         self.class_cost = class_cost
         self.l1_cost = l1_cost
         self.giou_cost = giou_cost
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
+        self.proposals_per_object = proposals_per_object
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Sequence[Target]) -> Matches:
@@ -94,9 +103,12 @@ class HungarianMatcher:
         if not np.isfinite(on_host).all():
             raise NonFiniteCostError(_describe_fault(terms, predictions, targets, counts))
 
-        columns = columns_by_layer(predictions).values()
-        assignments = [_assign(on_host[:, start:stop], counts) for start, stop in columns]
-        depth = len(predictions.layers)
+        depth, columns = len(predictions.layers), columns_by_layer(predictions).values()
+        repeats = [1] * depth + [self.proposals_per_object]
+        assignments = [
+            _assign(on_host[:, start:stop], counts, times)
+            for (start, stop), times in zip(columns, repeats, strict=False)  # without proposals, one less
+        ]
         return Matches(
             layers=_to_matching(assignments[:depth], device),
             proposals=None if predictions.proposals is None else _to_matching(assignments[depth:], device),
@@ -161,12 +173,12 @@ def _image_of_object(counts: list[int]) -> Tensor:
     return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
 
 
-def _assign(cost: np.ndarray, counts: list[int]) -> np.ndarray:
-    """Pairs (3, T) of one layer, rows image, query, object, from its costs (K, J)."""
+def _assign(cost: np.ndarray, counts: list[int], repeats: int) -> np.ndarray:
+    """Pairs (3, T) of one layer, rows image, query, object, from its costs (K, J); each object `repeats` times."""
     pairs, first = [np.empty((3, 0), dtype=np.int64)], 0
     for image, count in enumerate(counts):
-        objects, queries = linear_sum_assignment(cost[first : first + count])
-        pairs.append(np.stack([np.full_like(queries, image), queries, objects + first]))
+        objects, queries = linear_sum_assignment(cost[first : first + count].repeat(repeats, axis=0))
+        pairs.append(np.stack([np.full_like(queries, image), queries, objects // repeats + first]))
         first += count
     return np.concatenate(pairs, axis=1)
 

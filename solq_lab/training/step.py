@@ -20,6 +20,7 @@ from solq_lab.precision import autocast_to
 from solq_lab.runs import RunError
 from solq_lab.schema import TrainSection
 from solq_lab.structures import ImageBatch, Predictions, Target
+from solq_lab.training.guests import draw_guests
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import NonFiniteCostError
 
@@ -86,10 +87,12 @@ def forward_backward(
         autocast: "none", "bf16" or "fp16", for the network's forward pass alone.
     """
     images, targets = batch
+    guests = draw_guests(model, targets)  # on the host, where the targets are
     device = next(model.parameters()).device
     targets = [target.to(device) for target in targets]
     with autocast_to(autocast, device):
-        predictions = model(images.to(device).normalised())
+        inputs = images.to(device).normalised()
+        predictions = model(inputs) if guests is None else model(inputs, guests.to(device))
 
     try:
         losses, fault = criterion(predictions, targets, num_boxes=num_boxes), None
@@ -179,7 +182,11 @@ def check_finite(micro_batches: Sequence[MicroBatch], norm: Tensor, scaler: torc
 
 def _sum_of_outputs(predictions: Predictions) -> Tensor:
     """A scalar that depends on every output of the network, and so on every parameter."""
-    layers = [*predictions.layers, *([] if predictions.proposals is None else [predictions.proposals])]
+    layers = [
+        *predictions.layers,
+        *predictions.guest_layers,
+        *([] if predictions.proposals is None else [predictions.proposals]),
+    ]
     outputs = [part for layer in layers for part in (layer.logits, layer.boxes, layer.vectors) if part is not None]
     outputs += [layer.masks.logits for layer in layers if layer.masks is not None]
     return torch.stack([output.float().sum() for output in outputs]).sum()

@@ -104,7 +104,9 @@ def test_onnxruntime_finds_what_the_model_finds(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [{}, {"two_stage": True}, {"mixed_queries": True}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{}, {"two_stage": True}, {"mixed_queries": True, "mask_look": 3, "denoising": 1}], ids=str
+)
 def test_one_file_serves_any_size_and_any_number_of_images(model: dict[str, Any], tmp_path: Path):
     """Three images of three shapes: a padded batch of two, then one alone."""
     weights, _ = write_model(tmp_path, model=model)

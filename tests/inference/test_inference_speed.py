@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,9 +62,11 @@ def assert_close(found: LayerPrediction, expected: LayerPrediction, tolerance: f
         torch.testing.assert_close(ours.float(), theirs, atol=tolerance * theirs.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_prepared_network_predicts_the_same(backbone: str):
-    model, images = build(backbone), draw_images(padded=20).normalised()
+@pytest.mark.parametrize(
+    ("backbone", "changes"), [*((name, {}) for name in BACKBONES), ("small", {"mixed_queries": True, "mask_look": 3})]
+)
+def test_a_prepared_network_predicts_the_same(backbone: str, changes: dict[str, Any]):
+    model, images = build(backbone, **changes), draw_images(padded=20).normalised()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prepared = prepare_for_inference(model)
     with torch.no_grad():

@@ -50,8 +50,8 @@ def run(request: pytest.FixtureRequest) -> Run:
     def keep_maps(_: nn.Module, __: Any, maps: list[Tensor]) -> None:
         seen.update({f"backbone_feature_{level}": level_map for level, level_map in enumerate(maps)})
 
-    def keep_start(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor, Memory]) -> None:
-        _, _, seen["init_reference"], memory = inputs
+    def keep_start(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor, Memory, None]) -> None:
+        _, _, seen["init_reference"], memory, _ = inputs
         sizes = [height * width for height, width in memory.spatial_shapes]
         paddings = memory.padding.split(sizes, dim=1)
         positions = memory.positions.split(sizes, dim=1)

@@ -136,6 +136,7 @@ def test_a_plain_detector_is_solq_without_its_vectors():
         {"refine_boxes": False},
         {"two_stage": True},
         {"mixed_queries": True, "look_twice": True},
+        {"mask_look": 3},
         {"vector_dim": None},
         {"levels": 5},
         {"encoder_layers": 0},
@@ -197,8 +198,36 @@ def test_mixed_queries_take_their_place_from_the_proposals_with_the_best_class_a
         best = proposals.logits[image].amax(-1)[usable].topk(7).indices
         assert torch.equal(reference[image], proposals.boxes[image][usable][best])
     assert model(images).proposals_have_classes
-    with pytest.raises(WeightMismatch, match="mixed_queries has no released counterpart"):
-        to_official_state(small_model(mixed_queries=True).state_dict())
+
+
+@pytest.mark.parametrize("changes", [{"mixed_queries": True}, {"mask_look": 3}], ids=str)
+def test_what_the_released_code_does_not_have_is_not_exported_to_it(changes: dict[str, Any]):
+    with pytest.raises(WeightMismatch, match=r"mixed_queries and model\.mask_look have no released counterpart"):
+        to_official_state(small_model(**changes).state_dict())
+
+
+@pytest.mark.parametrize("refine_boxes", [True, False])
+def test_a_fresh_mask_look_changes_no_bit_and_learns_to_look_into_the_predicted_boxes(refine_boxes: bool):
+    plain, images = small_model(refine_boxes=refine_boxes), batch((64, 96), (50, 40))
+    model = SOLQ(plain.backbone, 5, **(SMALL | {"refine_boxes": refine_boxes, "mask_look": 3}))
+    state = plain.state_dict()
+    fresh = model.load_state_dict(state, strict=False)
+    assert (fresh.unexpected_keys, {name.split(".")[2] for name in fresh.missing_keys}) == ([], {"look"})
+    for before, after in zip(plain(images).layers, model(images).layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
+    assert model.heads[0].look is model.heads[1].look
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        every_output(model, images).backward()
+        optimizer.step()
+    assert all(parameter.grad.any() for parameter in model.heads[0].look.parameters())
+
+    references = []
+    model.heads[0].look.register_forward_pre_hook(lambda look, inputs: references.append(inputs[1][:, :, 0]))
+    layers = model(images._replace(padding=torch.zeros_like(images.padding))).layers
+    assert all(torch.equal(place, layer.boxes) for place, layer in zip(references, layers, strict=True))
 
 
 def test_references_are_detached_between_layers_but_the_first_box_trains_the_initial_reference():
@@ -380,6 +409,8 @@ def test_without_timm_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatc
         (lambda: small_model(two_stage=True, refine_boxes=False), r"two_stage needs refine_boxes"),
         (lambda: small_model(mixed_queries=True, refine_boxes=False), r"mixed_queries needs refine_boxes"),
         (lambda: small_model(look_twice=True, refine_boxes=False), r"look_twice needs refine_boxes"),
+        (lambda: small_model(mask_look=3, vector_dim=None), r"mask_look 3 serves mask vectors.*set mask_look to 0"),
+        (lambda: small_model(denoising=2), r"denoising 2 needs two_stage or mixed_queries"),
         (lambda: small_model(mixed_queries=True, two_stage=True), r"two_stage and mixed_queries both .*leave one out"),
         (lambda: FeedForward(32, 32, 0.0, "tanh"), r"'tanh' is unknown; allowed are relu, gelu, silu"),
         (lambda: SelfAttention(32, 5), r"width 32 is not a multiple of heads 5"),

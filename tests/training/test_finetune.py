@@ -144,6 +144,22 @@ def test_another_mask_size_scales_the_coefficients_and_another_kind_shares_none(
     assert torch.equal(model.heads[0].vector.layers[1].weight, trained.heads[0].vector.layers[1].weight)
 
 
+def test_a_trained_model_without_a_mask_look_predicts_as_before_with_a_fresh_one(tmp_path):
+    path, trained = write_trained(tmp_path)
+    model, lines = start(path, model={"mask_look": 3, "look_twice": True})
+    assert "fresh    mask look: the file has none" in lines
+    for ours, theirs in zip(predict(model)[:3], predict(trained)[:3], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_label_embeddings_go_by_name_and_are_dropped_without_denoising(tmp_path):
+    path, trained = write_trained(tmp_path, model={"mixed_queries": True, "denoising": 2})
+    model, _ = start(path, ("horse", "Dog"), model={"mixed_queries": True, "denoising": 1})
+    assert torch.equal(model.label_embedding.weight[1], trained.label_embedding.weight[1])
+    _, lines = start(path, model={"mixed_queries": True})
+    assert "dropped  denoising: this model has none" in lines
+
+
 def test_a_branch_that_only_one_model_has_starts_fresh_or_is_dropped(tmp_path):
     plain = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False}}
     sqr = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False, "mask_branch": "sqr"}}

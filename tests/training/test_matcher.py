@@ -110,6 +110,22 @@ def plain_cost(logits, boxes, target: Target):
     return 2 * focal + 5 * torch.cdist(boxes, truth, p=1) - 2 * giou
 
 
+def test_an_object_is_matched_to_several_proposals_and_a_query_to_one_object():
+    generator = torch.Generator().manual_seed(3)
+    predictions = Predictions([random_layer(generator, 2, 5)], random_layer(generator, 2, 6))
+    targets = random_targets(generator, [3, 1])
+    matches = HungarianMatcher(**WEIGHTS, proposals_per_object=2)(predictions, targets)
+    assert matches.layers.queries.shape == (1, 4)
+    for image, first in ((0, 0), (1, 3)):
+        twice = targets[image]._replace(
+            labels=torch.zeros_like(targets[image].labels).repeat(2), boxes=targets[image].boxes.repeat(2, 1)
+        )
+        count = len(targets[image].labels)
+        expected = exhaustive_matching(predictions.proposals, twice, image)
+        found = pairs_of(matches.proposals, 0, image, first)
+        assert found == sorted((query, row % count) for query, row in expected)
+
+
 def test_more_objects_than_queries_leave_objects_unmatched_and_queries_all_used():
     generator = torch.Generator().manual_seed(1)
     predictions = Predictions([random_layer(generator, 2, 3)], None)

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Sequence
+
 import pytest
 import torch
 from losses_and_gradients import losses_and_gradients
+from small_network import SIDE, SIZES, random_batch, small_backbone
 from tiny import write_tiny_dataset
-from training_runs import assert_shares_learn_as_the_whole, new_run, signal_after, what_was_learned
+from torchvision.ops import sigmoid_focal_loss
+from training_runs import (
+    ENVIRONMENT,
+    assert_shares_learn_as_the_whole,
+    new_run,
+    signal_after,
+    torchrun,
+    what_was_learned,
+)
 
+from solq_lab.boxes import cxcywh_to_xyxy
+from solq_lab.models.solq import SOLQ
+from solq_lab.structures import Target
+from solq_lab.training import compilation
+from solq_lab.training.guests import BOX_NOISE, WRONG_LABELS, draw_guests
+from solq_lab.training.losses import SetCriterion
+from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.nonfinite import NonFiniteError
 from solq_lab.training.replay import replay_record
 from solq_lab.training.trainer import train_run
 
-NEUTRAL = {"model.mixed_queries": False, "model.look_twice": False}
-PLUS = {"model": {"mixed_queries": True, "look_twice": True}}
+NEUTRAL = {
+    "model.mixed_queries": False,
+    "model.look_twice": False,
+    "model.mask_look": 0,
+    "model.denoising": 0,
+    "loss.proposals_per_object": 1,
+}
+PLUS = {
+    "model": {"mixed_queries": True, "look_twice": True, "mask_look": 3, "denoising": 2},
+    "loss": {"proposals_per_object": 3},
+}
+CLASSES = 3
+PROPOSALS = {"class/proposals", "l1/proposals", "giou/proposals"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +87,120 @@ def test_a_training_is_replayed_bit_for_bit(data_root, tmp_path):
 
 @pytest.mark.parametrize("shares", [{"accumulate": 2}, {"gpus": 2}], ids=["two passes", "two processes"])
 def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares):
-    same = {"model": PLUS["model"] | {"dropout": 0.0}, "optim": {"clip_norm": 0.0}}
+    """But for guests, which every process draws for itself."""
+    same = PLUS | {"model": PLUS["model"] | {"dropout": 0.0, "denoising": 0}, "optim": {"clip_norm": 0.0}}
     whole = new_run(data_root, tmp_path / "whole", **same)
     shared = new_run(data_root, tmp_path / "shared", train=shares, **same)
     assert_shares_learn_as_the_whole(whole, shared, tmp_path / "output.pt")
+
+
+def test_two_processes_train_where_one_of_them_has_no_object(data_root, tmp_path):
+    run = new_run(data_root, tmp_path, **PLUS, train={"gpus": 2, "batch_size": 2, "steps": 12})
+    command = torchrun("-m", "solq_lab.training", run.folder)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = list(run.metrics("train"))
+    terms = {f"{term}{layer}" for term in ("class", "l1", "giou", "vector") for layer in ("", "/0")}
+    of_guests = {f"{term}/guests{layer}" for term in ("class", "l1", "giou", "vector") for layer in ("", "/0")}
+    assert all(line["losses"].keys() == terms | of_guests | PROPOSALS for line in lines)
+
+
+def test_compiled_layers_take_guests(data_root, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    runs = [new_run(data_root, tmp_path / str(on), **PLUS, train={"compile": on}) for on in (False, True)]
+    for run in runs:
+        train_run(run)
+    plain, compiled = ([line["total"] for line in run.metrics("train")] for run in runs)
+    assert compiled[:3] == pytest.approx(plain[:3], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- guests
+
+
+def network(**changes) -> SOLQ:
+    torch.manual_seed(0)
+    model = SOLQ(small_backbone(), CLASSES, vector_dim=6, **(SIZES | {"mixed_queries": True, "denoising": 2} | changes))
+    for name, parameter in model.named_parameters():
+        if not name.startswith("backbone"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.double().eval()
+
+
+def targets_of(counts: Sequence[int]) -> list[Target]:
+    random = torch.Generator().manual_seed(0)
+    targets = []
+    for count in counts:
+        boxes = 0.2 + 0.3 * torch.rand(count, 4, generator=random)
+        labels = torch.randint(CLASSES, (count,), generator=random)
+        targets.append(Target(0, labels, boxes, None, (SIDE, SIDE), (SIDE, SIDE)))
+    return targets
+
+
+def test_guests_are_the_objects_with_noise_once_in_every_group():
+    targets = targets_of([3, 0, 400])
+    torch.manual_seed(1)
+    guests = draw_guests(network(), targets)
+    assert (guests.labels.shape, guests.boxes.shape, guests.real.sum(1).tolist()) == (
+        (3, 800),
+        (3, 800, 4),
+        [6, 0, 800],
+    )
+    labels, boxes = torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets])
+    images, places, objects = guests.pairs
+    assert guests.real[images, places].all()
+    assert sorted(zip((places // 400).tolist(), objects.tolist(), strict=True)) == [
+        (g, k) for g in (0, 1) for k in range(403)
+    ]
+    assert torch.equal(images, (objects >= 3) * 2)
+
+    kept = (guests.labels[images, places] == labels[objects]).float().mean().item()
+    assert kept == pytest.approx(1 - WRONG_LABELS * (CLASSES - 1) / CLASSES, abs=0.05)
+    moved = cxcywh_to_xyxy(guests.boxes[images, places]) - cxcywh_to_xyxy(boxes[objects])
+    share = (moved / boxes[objects][:, 2:].repeat(1, 2)).abs()
+    assert share.max() <= BOX_NOISE + 1e-5
+    assert share.mean().item() == pytest.approx(BOX_NOISE / 2, rel=0.1)
+    assert draw_guests(network(denoising=0), targets) is None
+
+
+def test_queries_do_not_see_guests_nor_guests_those_of_another_group_or_empty_places():
+    model, images = network(), random_batch()
+    torch.manual_seed(2)
+    guests = draw_guests(model, targets_of([3, 1]))
+    found, alone = model(images, guests), model(images)
+    for layer, expected in zip(found.layers, alone.layers, strict=True):
+        for ours, theirs in zip(layer[:3], expected[:3], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    changed = guests._replace(labels=guests.labels.clone(), boxes=guests.boxes.clone())
+    changed.labels[:, 3:], changed.boxes[:, 3:] = (guests.labels[:, 3:] + 1) % CLASSES, 0.3  # the second group
+    changed.labels[1, 1:3], changed.boxes[1, 1:3] = 2, 0.7  # empty places of the first
+    for layer, other in zip(found.guest_layers, model(images, changed).guest_layers, strict=True):
+        torch.testing.assert_close(other.boxes[:, 0], layer.boxes[:, 0])
+        assert not torch.allclose(other.boxes[:, 3], layer.boxes[:, 3])
+
+
+@pytest.mark.parametrize("counts", [[3, 1], [0, 0]])
+def test_losses_of_guests_are_means_over_the_pairs_and_reach_the_labels_without_objects(counts):
+    model = network()
+    guests = draw_guests(model, targets_of(counts))
+    predictions, targets = model(random_batch(), guests), targets_of(counts)
+    weights = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "vector_weight": 3.0, "vector_layers": 2}
+    weights |= {"mask_weight": 1.0, "dice_weight": 1.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
+    costs = {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
+    criterion = SetCriterion(None, HungarianMatcher(**costs), vector_normalisation="mean", **weights)
+    losses = criterion(predictions, targets)
+
+    boxes, labels = torch.cat([t.boxes for t in targets]), torch.cat([t.labels for t in targets])
+    for suffix, layer in zip(("/0", ""), predictions.guest_layers, strict=True):
+        distances, focal = [], []
+        for image, place, number in guests.pairs.T.tolist():
+            distances.append((layer.boxes[image, place] - boxes[number]).abs().sum().item())
+            truth = torch.nn.functional.one_hot(labels[number], CLASSES).double()
+            focal.append(sigmoid_focal_loss(layer.logits[image, place], truth, reduction="sum").item())
+        mean = {"l1": sum(distances) / max(len(distances), 1), "class": sum(focal) / max(len(focal), 1)}
+        for term, expected in mean.items():
+            assert losses[f"{term}/guests{suffix}"].item() == pytest.approx(expected), term
+    sum(loss for name, loss in losses.items() if "/guests" in name).backward()
+    assert model.label_embedding.weight.grad is not None
+    assert bool(model.label_embedding.weight.grad.any()) == bool(sum(counts))
