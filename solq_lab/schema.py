@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from solq_lab.codecs.kinds import CODECS
+from solq_lab.conflicts import conflicts
 from solq_lab.data.kinds import AUGMENTATIONS, Orientation
 from solq_lab.models.kinds import BACKBONES
 from solq_lab.sections import NAME, ConfigError, PathText, Role, Section, one_of
@@ -73,6 +74,8 @@ class ModelSection(Section):
             raise ValueError("levels 2 does not exist: 1 is C5 alone, 3 is C3-C5, 4 adds the stride-64 level")
         if self.mask_branch == "sqr" and self.levels == 1:
             raise ValueError("mask_branch sqr needs the maps C3-C5: give levels 3 or more, or mask_branch: none")
+
+        # Where queries come from.
         for key in ("two_stage", "mixed_queries", "look_twice"):
             if getattr(self, key) and not self.refine_boxes:
                 raise ValueError(f"{key}: true needs refine_boxes: true; it is about boxes that the layers refine")
@@ -321,58 +324,9 @@ class Experiment(Section):
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
-    def _masks_have_one_source(self) -> Experiment:
-        if self.model.mask_branch != "none" and self.codec.kind != "none":
-            raise ValueError(
-                f"model.mask_branch {self.model.mask_branch} and codec.kind {self.codec.kind} would both make masks; "
-                "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
-            )
-
-        per_object = self.loss.proposals_per_object
-        if per_object > 1 and not (self.model.two_stage or self.model.mixed_queries):
-            raise ValueError(
-                f"loss.proposals_per_object {per_object} needs proposals: set model.mixed_queries or model.two_stage "
-                "to true, or it to 1"
-            )
-        if self.model.mask_look and self.codec.kind == "none":
-            raise ValueError(
-                f"model.mask_look {self.model.mask_look} serves mask vectors, and codec.kind is none; set it to 0, or "
-                "choose a codec"
-            )
-        loss, unchanged = self.loss, LossSection()
-        of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", "decoded_dice_weight")
-        changed = [key for key in of_vectors if getattr(loss, key) != getattr(unchanged, key)]
-        if self.codec.kind == "none" and changed:
-            raise ValueError(
-                f"{', '.join(f'loss.{key} {getattr(loss, key)}' for key in changed)}: concerns mask vectors, and "
-                "codec.kind is none; leave it out, or choose a codec"
-            )
-        if loss.class_loss == "quality" and loss.vector_layers < self.model.decoder_layers:
-            raise ValueError(
-                f"loss.class_loss quality judges the masks of all {self.model.decoder_layers} decoder layers, and "
-                f"loss.vector_layers {loss.vector_layers} leaves some without mask vectors to learn; set it to "
-                f"{self.model.decoder_layers} or more, or class_loss to focal"
-            )
-        if loss.vector_units == "std" and not self.model.standardise_vectors:
-            raise ValueError(
-                "loss.vector_units std needs model.standardise_vectors: true, which measures the standard deviations"
-            )
-
-        if self.train.finetune_from and self.model.pretrained not in ("imagenet", "none"):
-            raise ValueError(
-                f"train.finetune_from {self.train.finetune_from} and model.pretrained {self.model.pretrained} both "
-                "name weights to start from; leave one out"
-            )
-
-        if self.train.freeze_detector and self.model.mask_branch == "none":
-            raise ValueError(
-                "train.freeze_detector leaves nothing to train without a branch: set model.mask_branch: sqr"
-            )
-        if self.train.freeze_detector and self.model.pretrained in ("imagenet", "none"):
-            raise ValueError(
-                f"train.freeze_detector needs a trained detector, and model.pretrained is {self.model.pretrained}; "
-                "name its weights file there"
-            )
+    def _sections_fit(self) -> Experiment:
+        for message in conflicts(self):
+            raise ValueError(message)
         return self
 
     @property

@@ -16,7 +16,7 @@ from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.schema import Experiment
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
-from solq_lab.training.decoded import MatchedVectors
+from solq_lab.training.decoded import MatchedVectors, soft_dice_loss
 from solq_lab.training.guests import matched_guests
 from solq_lab.training.matcher import HungarianMatcher, Matching
 
@@ -244,8 +244,8 @@ class SetCriterion(nn.Module):
             return None
         assert objects.masks is not None  # `_gather_objects` has looked
         assert objects.vectors is not None
-        depth = len(vectors)
-        rows = matching.objects[-depth:]  # (Z, T)
+
+        depth, rows = len(vectors), matching.objects[-len(vectors) :]  # (Z, T)
         matching = matching._replace(queries=matching.queries[-depth:], objects=rows)
         predicted = _at_least_float32(_matched(torch.stack(vectors), matching))
         return MatchedVectors(
@@ -329,11 +329,10 @@ def build_criterion(
         codec: gives the target vectors; None for a plain detector.
         vector_std: `SOLQ.vector_std` of the model that is trained.
     """
-    loss, costs = experiment.loss, experiment.matcher.model_dump()
-    shared = {"focal_alpha", "focal_gamma", "proposals_per_object"}
-    matcher = HungarianMatcher(**costs, **loss.model_dump(include=shared))
-    options = loss.model_dump(exclude={"proposals_per_object"})
-    return SetCriterion(codec, matcher, **options, vector_std=vector_std).train()
+    loss, costs = experiment.loss.model_dump(), experiment.matcher.model_dump()
+    costs |= {key: loss[key] for key in ("focal_alpha", "focal_gamma")}
+    matcher = HungarianMatcher(**costs, proposals_per_object=loss.pop("proposals_per_object"))
+    return SetCriterion(codec, matcher, **loss, vector_std=vector_std).train()
 
 
 def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:
@@ -362,22 +361,6 @@ def quality_focal_loss(logits: Tensor, truth: Tensor, quality: Tensor, *, gamma:
     """
     balance = torch.where(truth > 0, truth, logits.detach().sigmoid() ** gamma)
     return balance * F.binary_cross_entropy_with_logits(logits, quality**gamma, reduction="none")
-
-
-def soft_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
-    """The mask branch's dice (K,): as `dice_loss`, but with plain sums below, and one pixel added to all of them."""
-    shared = (probabilities * masks).sum(1)
-    return 1 - (2 * shared + 1) / (probabilities.sum(1) + masks.sum(1) + 1)
-
-
-def vector_plateau(vectors: Tensor) -> float:
-    """Mean L1 loss of the best constant prediction for vectors (K, D): each coefficient's median. 0 when K = 0.
-
-    A vector head that has learnt nothing about the image reaches this value and no lower one.
-    """
-    if len(vectors) == 0:
-        return 0.0
-    return (vectors - vectors.median(dim=0).values).abs().mean().item()
 
 
 def _gather_bitmaps(targets: Sequence[Target], padded_size: tuple[int, int]) -> Tensor:

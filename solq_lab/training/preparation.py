@@ -20,7 +20,6 @@ from solq_lab.runs import Run
 from solq_lab.schema import TrainSection
 from solq_lab.studies.ceiling import run_ceiling
 from solq_lab.training.finetune import TrainedModel, start_from_trained
-from solq_lab.training.losses import vector_plateau
 from solq_lab.training.optim import square_root_rule
 
 log = logging.getLogger(__name__)
@@ -89,6 +88,16 @@ def vector_statistics(vectors: Tensor) -> tuple[Tensor, Tensor]:
     spread = vectors.std(dim=0)
     floor = spread.mean() / 100 if spread.any() else 1.0
     return vectors.median(dim=0).values, spread.clamp(min=float(floor))
+
+
+def vector_plateau(vectors: Tensor) -> float:
+    """Mean L1 loss of the best constant prediction for vectors (K, D): each coefficient's median. 0 when K = 0.
+
+    A vector head that has learnt nothing about the image reaches this value and no lower one.
+    """
+    if len(vectors) == 0:
+        return 0.0
+    return (vectors - vectors.median(dim=0).values).abs().mean().item()
 
 
 def describe_training(train_set: CocoDataset, codec: MaskCodec | None, device: torch.device) -> dict[str, Any]:

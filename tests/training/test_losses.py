@@ -13,8 +13,9 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.structures import LayerPrediction, Predictions, Target
 from solq_lab.training.decoded import dice_loss
-from solq_lab.training.losses import SetCriterion, sigmoid_focal_loss, vector_plateau
+from solq_lab.training.losses import SetCriterion, sigmoid_focal_loss
 from solq_lab.training.matcher import HungarianMatcher
+from solq_lab.training.preparation import vector_plateau
 
 WEIGHTS = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "vector_weight": 3.0}
 WEIGHTS |= {"mask_weight": 1.0, "dice_weight": 1.0}

@@ -1,0 +1,61 @@
+"""Settings of an experiment's sections that do not fit each other. Loads without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from solq_lab.schema import Experiment
+
+
+def conflicts(experiment: Experiment) -> Iterator[str]:
+    """One sentence for each: keys, values, and what to set instead."""
+    model, codec, loss, train = experiment.model, experiment.codec, experiment.loss, experiment.train
+    without_vectors = codec.kind == "none"
+
+    # Who makes masks, and what only mask vectors have.
+    if model.mask_branch != "none" and not without_vectors:
+        yield (
+            f"model.mask_branch {model.mask_branch} and codec.kind {codec.kind} would both make masks; "
+            "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
+        )
+    if model.mask_look and without_vectors:
+        yield (
+            f"model.mask_look {model.mask_look} serves mask vectors, and codec.kind is none; set it to 0, or choose a "
+            "codec"
+        )
+    of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", "decoded_dice_weight")
+    changed = [key for key in of_vectors if getattr(loss, key) != type(loss).model_fields[key].default]
+    if without_vectors and changed:
+        yield (
+            f"{', '.join(f'loss.{key} {getattr(loss, key)}' for key in changed)}: concerns mask vectors, and "
+            "codec.kind is none; leave it out, or choose a codec"
+        )
+    if loss.class_loss == "quality" and loss.vector_layers < model.decoder_layers:
+        yield (
+            f"loss.class_loss quality judges the masks of all {model.decoder_layers} decoder layers, and "
+            f"loss.vector_layers {loss.vector_layers} leaves some without mask vectors to learn; set it to "
+            f"{model.decoder_layers} or more, or class_loss to focal"
+        )
+    if loss.vector_units == "std" and not model.standardise_vectors:
+        yield "loss.vector_units std needs model.standardise_vectors: true, which measures the standard deviations"
+    if loss.proposals_per_object > 1 and not (model.two_stage or model.mixed_queries):
+        yield (
+            f"loss.proposals_per_object {loss.proposals_per_object} needs proposals: set model.mixed_queries or "
+            "model.two_stage to true, or it to 1"
+        )
+
+    # What a training starts from.
+    if train.finetune_from and model.pretrained not in ("imagenet", "none"):
+        yield (
+            f"train.finetune_from {train.finetune_from} and model.pretrained {model.pretrained} both name weights to "
+            "start from; leave one out"
+        )
+    if train.freeze_detector and model.mask_branch == "none":
+        yield "train.freeze_detector leaves nothing to train without a branch: set model.mask_branch: sqr"
+    if train.freeze_detector and model.pretrained in ("imagenet", "none"):
+        yield (
+            f"train.freeze_detector needs a trained detector, and model.pretrained is {model.pretrained}; "
+            "name its weights file there"
+        )
