@@ -57,15 +57,9 @@ class Run:
     Attributes:
         folder, name: the folder, and its name, which is the experiment's.
         experiment: the resolved experiment.
-        weights: the trained model; exists once the training is finished.
-        best: the model of the best evaluation so far.
-        detections: COCO results of the final evaluation, gzipped JSON.
-        results: the final evaluation's numbers, JSON.
-        environment: description of software, hardware and data, JSON.
-        metrics_file: the training's metrics, one JSON object per line.
-        log_file: the training's log lines.
-        pid_file: the process that was started to train the run, JSON.
-        checkpoints, figures: their folders.
+        weights, best, detections, results, environment, metrics_file, log_file, pid_file, checkpoints, figures: paths
+            of the files and folders above; `weights` exist once the training is finished, detections and results once
+            it is evaluated.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -14,6 +14,7 @@ from torchvision.ops import roi_align
 from solq_lab import masks
 from solq_lab.bench.scenes import coco_document
 from solq_lab.bench.timing import Row, compare
+from solq_lab.codecs.reconstruct import box_frame_iou
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.data.transforms import resized_size
 
@@ -43,7 +44,7 @@ def rows(annotations: Path | None = None) -> Iterator[Row]:
         f"{len(boxes)} objects of one image at {SHORT}/{MAX_SIDE}, {MASK_SIZE}x{MASK_SIZE}",
         lambda: crop_full_bitmaps(segmentations, boxes, size).flip(-1),
         lambda: masks.rasterize_in_box(segmentations, boxes, size, MASK_SIZE).flip(-1),
-        lambda _, found: mean_iou(exact, found.flip(-1)) >= MEAN_IOU,
+        lambda _, found: box_frame_iou(exact, found.flip(-1)).mean().item() >= MEAN_IOU,
     )
 
 
@@ -54,9 +55,3 @@ def crop_full_bitmaps(segmentations: list, boxes: Tensor, size: tuple[int, int])
     scale = torch.tensor([resized.shape[2] / size[1], resized.shape[1] / size[0]]).repeat(2)
     rois = torch.cat([torch.arange(len(boxes)).unsqueeze(1), boxes.float() * scale], dim=1)  # which bitmap, its box
     return roi_align(resized.unsqueeze(1), rois, MASK_SIZE, 1.0, 0, aligned=True).squeeze(1) >= 0.5
-
-
-def mean_iou(one: Tensor, other: Tensor) -> float:
-    """Mean IoU of masks (K, N, N) bool, pair by pair; two empty ones agree."""
-    intersection, union = (one & other).sum((1, 2)), (one | other).sum((1, 2))
-    return torch.where(union > 0, intersection / union.clamp(min=1), torch.ones(len(union))).mean().item()

@@ -43,10 +43,6 @@ class AutoencoderCodec(FittedCodec):
         self.register_buffer("averaging", cell_overlap(mask_size, GRID), persistent=False)  # (GRID, N)
         self.register_buffer("interpolation", hat_weights(GRID, mask_size), persistent=False)  # (N, GRID)
 
-    @property
-    def settings(self) -> dict[str, bool | float]:
-        return {}
-
     def start_fit(self, seed: int = 0) -> AutoencoderFit:
         """A new fit from random weights of the seed."""
         return AutoencoderFit(self, seed)

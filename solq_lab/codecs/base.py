@@ -136,9 +136,9 @@ class FittedCodec(MaskCodec):
         self.register_load_state_dict_post_hook(_mark_fitted)
 
     @property
-    @abstractmethod
     def settings(self) -> dict[str, bool | float]:
         """The keyword arguments, besides the sizes, that the tables depend on."""
+        return {}
 
     @abstractmethod
     def start_fit(self, seed: int = 0) -> CodecFit:

@@ -30,10 +30,6 @@ class QuantisedCodec(FittedCodec):
         self._dct = DCTCodec(mask_size, vector_dim)
         self.register_buffer("words", torch.zeros(STAGES, WORDS, vector_dim))
 
-    @property
-    def settings(self) -> dict[str, bool | float]:
-        return {}
-
     def start_fit(self, seed: int = 0) -> QuantiserFit:
         """A new fit, whose first words are masks drawn by the seed."""
         return QuantiserFit(self, seed)

@@ -294,6 +294,4 @@ class _Outcome:
 
 def _among(types: np.ndarray, errors: Collection[str]) -> np.ndarray:
     """Whether each of these rows of `ERRORS`, -1 for no error, is one of `errors`."""
-    chosen = np.zeros(len(ERRORS) + 1, dtype=bool)  # the last is for -1
-    chosen[[_ROW[error] for error in errors]] = True
-    return chosen[types]
+    return np.isin(types, [_ROW[error] for error in errors])

@@ -65,7 +65,7 @@ def test_two_builds_are_measured_side_by_side(tmp_path):
 def test_an_unknown_part_and_an_empty_data_folder_are_named(tmp_path):
     with pytest.raises(UserError, match=f"no part ops; allowed are {', '.join(PARTS)}"):
         run(["ops"])
-    with pytest.raises(DataError, match="val2017: not there"):
+    with pytest.raises(DataError, match="no annotations found; needed is"):
         run(["targets"], data=tmp_path)
 
 

@@ -33,7 +33,6 @@ from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import crop_and_resize, paste_masks
 from solq_lab.models.weights import save_weights
-from solq_lab.ops.ms_deform_attn import ms_deform_attn
 from solq_lab.runs import create_run
 from solq_lab.structures import ImageBatch, Target
 from solq_lab.training import trainer as trainer_module
@@ -241,13 +240,6 @@ def test_masks_of_the_gpu_are_pasted_and_cropped_there():
     assert images.device.type == cells.device.type == "cuda"
     assert cells.shape == (2, 5, 5)
     assert traffic.waits == []
-
-
-def test_tensors_of_two_devices_are_rejected_by_name():
-    with fake_gpu():
-        value, weights = torch.zeros(1, 6, 2, 4, device="cuda"), torch.zeros(1, 1, 2, 1, 3, device="cuda")
-        with pytest.raises(ValueError, match=r"value is on cuda:0, sampling_locations on cpu, .* share one device"):
-            ms_deform_attn(value, [(2, 3)], torch.zeros(1, 1, 2, 1, 3, 2), weights)
 
 
 # What needs a GPU.

@@ -117,11 +117,6 @@ def test_the_loader_gives_the_streams_batches_in_order(workers):
 # The same samples, whoever loads them
 
 
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("loader") / "data", train=12)
-
-
 def dataset_of(root: Path) -> CocoDataset:
     return CocoDataset(root / "train", root / "train.json", mask_size=16, transform=AUGMENTATION, seed=4)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_experiment, write_tiny_dataset
+from tiny import tiny_experiment
 
 from solq_lab.build import build_model
 from solq_lab.data.classes import ClassMap
@@ -39,14 +39,9 @@ def finish(run: Run, *, seed: int = 0) -> Run:
     return run
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "images")
-
-
 @pytest.fixture
-def run(root: Path, tmp_path: Path) -> Run:
-    return finish(create_run(tiny_experiment(root), tmp_path / "trained"))
+def run(data_root: Path, tmp_path: Path) -> Run:
+    return finish(create_run(tiny_experiment(data_root), tmp_path / "trained"))
 
 
 @pytest.fixture
@@ -76,8 +71,8 @@ def test_it_detects_the_same_objects_and_reports_the_difference(run: Run, tmp_pa
     assert json.loads((tmp_path / "small" / "shipped.json").read_text())["half_precision"] == loss._asdict()
 
 
-def test_it_names_no_machine_and_no_path(run: Run, root: Path, packaged: Path):
-    run.record_environment({"dataset": {"annotations": str(root / "train.json"), "images": 12}})
+def test_it_names_no_machine_and_no_path(run: Run, data_root: Path, packaged: Path):
+    run.record_environment({"dataset": {"annotations": str(data_root / "train.json"), "images": 12}})
     package_run(run, packaged, run.experiment)
     facts = json.loads((packaged / "environment.json").read_text())
     assert facts["dataset"] == {"images": 12}
@@ -110,11 +105,11 @@ def test_too_large_a_difference_is_rejected_with_its_size_and_nothing_is_left(ru
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_cannot_be_packaged_is_rejected_by_name(run: Run, root: Path, tmp_path: Path):
+def test_what_cannot_be_packaged_is_rejected_by_name(run: Run, data_root: Path, tmp_path: Path):
     with pytest.raises(RunError, match="exists and was not written by `solq-lab ship`; name another folder"):
-        package_run(run, root, run.experiment)
+        package_run(run, data_root, run.experiment)
     with pytest.raises(RunError, match="a packaged run keeps its codec"):
-        package_run(run, tmp_path / "out", tiny_experiment(root, codec={"vector_dim": 10}))
+        package_run(run, tmp_path / "out", tiny_experiment(data_root, codec={"vector_dim": 10}))
     run.weights.unlink()
     with pytest.raises(RunError, match=r"no weights\.safetensors \(finished\); finish the training first"):
         package_run(run, tmp_path / "out", run.experiment)

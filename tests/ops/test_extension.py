@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from training_runs import wait_for
 
 from solq_lab.ops import extension, ms_deform_attn, toolkit
 from solq_lab.ops.extension import ExtensionBuildError, load_extension
@@ -101,10 +101,7 @@ def test_four_processes_at_once_compile_once(sources, cache, tmp_path):
 def test_a_builder_that_is_killed_leaves_the_others_working(sources, cache, tmp_path):
     compiler = slow_compiler(tmp_path, 3)
     workers = {worker.pid: worker for worker in [start_worker(sources, cache, compiler) for _ in range(4)]}
-    deadline = time.monotonic() + 120
-    while not compilations(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: compilations(tmp_path))
     # The one that compiles is the parent of a process that works in the build folder.
     builder = next(pid for pid in workers if any(has_child_in(pid, folder) for folder in cache.glob("*.building-*")))
     os.kill(builder, signal.SIGKILL)

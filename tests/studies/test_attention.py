@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from tiny import SIDE, tiny_experiment, write_tiny_dataset
+from tiny import SIDE, tiny_experiment
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.build import build_images, build_model
@@ -49,11 +49,6 @@ def nothing_stays_open():
     assert plt.get_fignums() == []
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_dataset(tmp_path_factory.mktemp("data") / "images")
-
-
 def shaken_model(experiment) -> torch.nn.Module:
     """A model whose offsets, weights and boxes depend on the query and the image, as those of a trained one do."""
     torch.manual_seed(0)
@@ -67,13 +62,13 @@ def shaken_model(experiment) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def model(root: Path) -> torch.nn.Module:
-    return shaken_model(tiny_experiment(root))
+def model(data_root: Path) -> torch.nn.Module:
+    return shaken_model(tiny_experiment(data_root))
 
 
 @pytest.fixture(scope="module")
-def predictor(root: Path, model, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return saved(tiny_experiment(root), model, tmp_path_factory.mktemp("weights"))
+def predictor(data_root: Path, model, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return saved(tiny_experiment(data_root), model, tmp_path_factory.mktemp("weights"))
 
 
 def saved(experiment, model, folder: Path, **arguments) -> Predictor:
@@ -150,8 +145,8 @@ def test_listening_changes_no_prediction_and_leaves_no_hook_behind(model, images
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
-def test_boxes_are_the_layers_own_also_behind_proposals(root: Path, images):
-    model = shaken_model(tiny_experiment(root, model={"two_stage": True}))
+def test_boxes_are_the_layers_own_also_behind_proposals(data_root: Path, images):
+    model = shaken_model(tiny_experiment(data_root, model={"two_stage": True}))
     with torch.no_grad():
         expected = model(images).layers
     layers = record_attention(model, images)
@@ -159,9 +154,9 @@ def test_boxes_are_the_layers_own_also_behind_proposals(root: Path, images):
     assert layers[0].reference.shape == (QUERIES, 4)
 
 
-def test_the_baseline_with_a_mask_branch_can_be_listened_to_as_well(root: Path, image, tmp_path):
+def test_the_baseline_with_a_mask_branch_can_be_listened_to_as_well(data_root: Path, image, tmp_path):
     experiment = tiny_experiment(
-        root, model={"mask_branch": "sqr", "standardise_vectors": False}, codec={"kind": "none"}
+        data_root, model={"mask_branch": "sqr", "standardise_vectors": False}, codec={"kind": "none"}
     )
     predictor = saved(experiment, shaken_model(experiment), tmp_path)
     detections, layers = predict_with_attention(predictor, image)
@@ -176,8 +171,8 @@ def test_an_image_is_predicted_and_listened_to_at_once(predictor: Predictor, ima
     torch.testing.assert_close(cxcywh_to_xyxy(layers[-1].boxes)[detections.queries] * SIDE, detections.boxes)
 
 
-def test_a_predictor_that_replays_graphs_cannot_be_listened_to(predictor: Predictor, image, tmp_path, root, model):
-    bucketed = saved(tiny_experiment(root), model, tmp_path, bucket=32)
+def test_a_predictor_that_replays_graphs_cannot_be_listened_to(predictor: Predictor, image, tmp_path, data_root, model):
+    bucketed = saved(tiny_experiment(data_root), model, tmp_path, bucket=32)
     with pytest.raises(ValueError, match="bucket=32 calls no hooks; build it with bucket=None"):
         predict_with_attention(bucketed, image)
 
@@ -276,9 +271,9 @@ def looking_at(points: np.ndarray, box: tuple[float, float, float, float], layer
 
 
 @pytest.fixture
-def one_square(monkeypatch, predictor, root):
+def one_square(monkeypatch, predictor, data_root):
     """Every image holds one square of 20 pixels that is found; the queries look where a test says."""
-    dataset = build_images(tiny_experiment(root))
+    dataset = build_images(tiny_experiment(data_root))
     mask = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
     mask[:, 10:30, 10:30] = True
     square = Detections(
@@ -337,8 +332,8 @@ def test_every_edge_of_a_square_is_an_extremity(one_square):
     np.testing.assert_allclose(found.extremities, [[0.5, 0.5]])
 
 
-def test_a_model_that_finds_nothing_has_an_empty_study(predictor: Predictor, root: Path):
-    dataset = build_images(tiny_experiment(root))
+def test_a_model_that_finds_nothing_has_an_empty_study(predictor: Predictor, data_root: Path):
+    dataset = build_images(tiny_experiment(data_root))
     found = study_attention(predictor, dataset, band=2.0, area_sides=(16, 32), score=1.0)
     assert found.outline.shape == (0, 2)
     assert np.isnan(found.mean("outline", 0)).all()
@@ -350,13 +345,13 @@ def test_a_model_that_finds_nothing_has_an_empty_study(predictor: Predictor, roo
     assert "no object was found by every run" in [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_a_band_has_a_width(predictor: Predictor, root: Path):
+def test_a_band_has_a_width(predictor: Predictor, data_root: Path):
     with pytest.raises(ValueError, match="band 0: allowed are positive numbers of pixels"):
-        study_attention(predictor, build_images(tiny_experiment(root)), band=0, area_sides=(16, 32))
+        study_attention(predictor, build_images(tiny_experiment(data_root)), band=0, area_sides=(16, 32))
 
 
-def test_an_object_that_is_not_found_cannot_be_looked_at(predictor: Predictor, root: Path, monkeypatch):
-    dataset = build_images(tiny_experiment(root))
+def test_an_object_that_is_not_found_cannot_be_looked_at(predictor: Predictor, data_root: Path, monkeypatch):
+    dataset = build_images(tiny_experiment(data_root))
     truth = dataset.objects(0)
     far = dataclasses.replace(truth, boxes=truth.boxes + 1000)
     monkeypatch.setattr(dataset, "objects", lambda index: far)

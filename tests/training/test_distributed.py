@@ -231,12 +231,9 @@ class Started:
         assert len(self.ranks) == processes
 
     def wait(self, seconds=60.0):
-        """The launcher's exit status, once it and all processes are gone; within a minute."""
-        deadline = time.monotonic() + seconds
+        """The launcher's exit status, once it and all processes are gone."""
         status = self.launcher.wait(seconds)
-        while any(map(psutil.pid_exists, self.ranks)):
-            assert time.monotonic() < deadline, "processes were left behind"
-            time.sleep(0.05)
+        wait_for(lambda: not any(map(psutil.pid_exists, self.ranks)), seconds)
         return status
 
 

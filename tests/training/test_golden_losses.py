@@ -21,7 +21,7 @@ from torch import Tensor
 
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.inference.postprocess import postprocess
-from solq_lab.masks import crop_and_resize
+from solq_lab.masks import crop_and_resize, rle_iou
 from solq_lab.models.weights import to_official_state
 from solq_lab.structures import Detections, Predictions, Target
 from solq_lab.training.losses import SetCriterion
@@ -281,9 +281,10 @@ def compare_detections(replay: Replay) -> None:
         tied_at_the_end = scores <= scores[-1] + score_tolerance + TIE
         missing = [row for row in range(len(scores)) if row not in partner and not tied_at_the_end[row]]
         assert not missing, f"image {image}: ranks {missing} are not among our detections"
-        overlaps = [overlap(ours.masks[mine], replay.record["masks_rle"][image][row]) for row, mine in partner.items()]
-        assert np.mean(overlaps) >= 0.999, f"image {image}: mean IoU of the masks is {np.mean(overlaps)}"
-        areas = coco_mask.area([ours.masks[mine] for mine in partner.values()]).astype(np.int64)
+        masks = [ours.masks[mine] for mine in partner.values()]
+        overlap = rle_iou(masks, [replay.record["masks_rle"][image][row] for row in partner]).mean()
+        assert overlap >= 0.999, f"image {image}: mean IoU of the masks is {overlap}"
+        areas = coco_mask.area(masks).astype(np.int64)
         stored_areas = arrays["mask_areas"][image][list(partner)]
         assert np.abs(areas - stored_areas).sum() <= 0.002 * stored_areas.sum(), f"image {image}: mask areas"
 
@@ -302,13 +303,6 @@ def pair_up(
         if distance[best] <= box_tolerance + 1e-6:  # float32 pixels of the stored boxes
             partner[row], free[best] = best, False
     return partner
-
-
-def overlap(first: dict, second: dict) -> float:
-    """IoU of two RLEs; two empty masks agree."""
-    if coco_mask.area(first) == coco_mask.area(second) == 0:
-        return 1.0
-    return float(coco_mask.iou([first], [second], [0])[0, 0])
 
 
 def close(name: str, ours, stored, tolerance: float, *, scale: float | None = None) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from losses_and_gradients import losses_and_gradients
 from small_network import SIDE, SIZES, random_batch, small_backbone
-from tiny import write_tiny_dataset
 from torchvision.ops import sigmoid_focal_loss
 from training_runs import (
     ENVIRONMENT,
@@ -44,11 +43,6 @@ PLUS = {
 }
 CLASSES = 3
 PROPOSALS = {"class/proposals", "l1/proposals", "giou/proposals"}
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return write_tiny_dataset(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")

@@ -108,12 +108,12 @@ def test_a_stop_in_the_last_evaluation_leaves_only_that_to_do(run, whole, monkey
     assert what_was_learned(run) == whole
 
 
-def interrupted_after(data_root):
+def interrupted_after(images):
     """A data set whose next image after so many takes a minute to read, while a signal arrives.
 
     The 12 images of the training set are read once before the first step, for the statistics of their vectors.
     """
-    read, count = CocoDataset.__getitem__, iter(range(data_root))
+    read, count = CocoDataset.__getitem__, iter(range(images))
 
     def slow(self, key):
         if next(count, None) is None:
@@ -399,10 +399,7 @@ def test_the_loader_processes_of_a_killed_trainer_end(data_root, tmp_path):
         assert len(loaders) >= 2
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 30
-        while any(map(is_running, loaders)):
-            assert time.monotonic() < deadline, "loader processes outlive their trainer"
-            time.sleep(0.1)
+        wait_for(lambda: not any(map(is_running, loaders)), 30)
 
 
 def test_a_stop_while_shapes_are_drawn_leaves_no_half_data_set_and_no_process(data_root, tmp_path):
@@ -436,10 +433,7 @@ def test_a_stop_while_the_operators_are_compiled_leaves_no_half_library_and_no_c
     assert run.status()["state"] == "preempted"
     assert not list(cache.glob("*/*.so"))
     assert not list(cache.glob("*/*building*"))
-    deadline = time.monotonic() + 10
-    while any(map(is_running, compiling)):
-        assert time.monotonic() < deadline, "a compiler outlives its trainer"
-        time.sleep(0.1)
+    wait_for(lambda: not any(map(is_running, compiling)), 10)
 
 
 @pytest.mark.slow
