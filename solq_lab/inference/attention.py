@@ -17,8 +17,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.inference.predictor import Predictor
-from solq_lab.masks import decode_rle
+from solq_lab.masks import decode_rle, paste_to_rle
 from solq_lab.models.attention import MultiScaleDeformableAttention
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.heads import UnifiedQueryHead
@@ -33,12 +34,16 @@ class LayerAttention(NamedTuple):
     weights: (J, M, L, P); of each query and head they sum to 1 over levels and points.
     reference: (J, 2) points or (J, 4) boxes (cx, cy, w, h) that the points are placed around.
     boxes: (J, 4) boxes (cx, cy, w, h) that the layer predicts.
+    scores: (J,) of its best class.
+    vectors: (J, D) mask vectors that it predicts, or None.
     """
 
     points: Tensor
     weights: Tensor
     reference: Tensor
     boxes: Tensor
+    scores: Tensor
+    vectors: Tensor | None
 
 
 class QueryPoints(NamedTuple):
@@ -113,7 +118,7 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
         model: any network with decoder layers and query heads, SOLQ and the SQR baseline alike.
     """
     sampled: list[tuple[Tensor, Tensor, Tensor]] = []
-    predicted: list[Tensor] = []
+    predicted: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def record_points(attention: MultiScaleDeformableAttention, arguments: tuple) -> None:
         queries, reference, memory = arguments
@@ -122,8 +127,9 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
         whole = reference[0, :, 0] / memory.valid_ratios[0, 0].repeat(reference.shape[-1] // 2)  # (J, 2 or 4)
         sampled.append(((points / ratios)[0].cpu(), weights[0].cpu(), whole.cpu()))
 
-    def record_boxes(head: UnifiedQueryHead, arguments: tuple, prediction: LayerPrediction) -> None:
-        predicted.append(prediction.boxes[0].cpu())
+    def record_prediction(head: UnifiedQueryHead, arguments: tuple, prediction: LayerPrediction) -> None:
+        scores = prediction.logits[0].float().sigmoid().amax(dim=1).cpu()
+        predicted.append((prediction.boxes[0].cpu(), scores, arguments[0][0]))
 
     decoder = [part for part in model.modules() if isinstance(part, DecoderLayer)]
     heads = [part for part in model.modules() if isinstance(part, UnifiedQueryHead)]
@@ -132,10 +138,15 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
         for layer in decoder:
             hooks.callback(layer.cross_attention.register_forward_pre_hook(record_points).remove)
         for head in heads:
-            hooks.callback(head.register_forward_hook(record_boxes).remove)
+            hooks.callback(head.register_forward_hook(record_prediction).remove)
         yield layers
-    boxes = predicted[len(predicted) - len(sampled) :]  # two-stage: without the boxes of the proposals
-    layers += [LayerAttention(*place, box) for place, box in zip(sampled, boxes, strict=True)]
+    # Inference computes the vectors of the last layer alone, with the network that all layers share.
+    vector = next((head.vector for head in reversed(heads) if head.vector is not None), None)
+    of_layers = predicted[len(predicted) - len(sampled) :]  # two-stage: without the proposals
+    for place, (boxes, scores, queries) in zip(sampled, of_layers, strict=True):
+        with torch.inference_mode():
+            vectors = None if vector is None else vector(queries).float().cpu()
+        layers.append(LayerAttention(*place, boxes, scores, vectors))
 
 
 def query_points(
@@ -210,6 +221,42 @@ def object_view(
     mask = None if detections.masks is None else decode_rle([detections.masks[row]])[0].numpy()
     caption = f"{detections.names[row]} {float(detections.scores[row]):.2f}"
     return ObjectView(pixels, mask, detections.boxes[row].numpy(), reference, looked, caption)
+
+
+def layer_views(
+    predictor: Predictor,
+    pixels: np.ndarray,
+    detections: Detections,
+    layers: Sequence[LayerAttention],
+    row: int,
+    *,
+    head: int | None = None,
+    level: int | None = None,
+) -> list[ObjectView]:
+    """An object in every decoder layer, first to last: its query's points, and the box and mask the layer predicts.
+
+    The mask is the layer's vector, decoded and pasted into the layer's box; None for a model without vectors.
+
+    Args:
+        predictor: the model that found the objects.
+        pixels, detections, layers, row, head, level: as for `object_view`.
+
+    Raises:
+        ValueError: no such object, head or level.
+    """
+    height, width = pixels.shape[:2]
+    views = []
+    for number, layer in enumerate(layers):
+        view = object_view(pixels, detections, layers, row, layer=number, head=head, level=level)
+        query = int(detections.queries[row])
+        box = cxcywh_to_xyxy(layer.boxes[query][None]).float() * torch.tensor([width, height, width, height])
+        mask = None
+        if predictor.codec is not None and layer.vectors is not None:
+            binary = predictor.codec.decode_masks(layer.vectors[query][None].to(predictor.device)).cpu()
+            mask = decode_rle(paste_to_rle(binary, box, (height, width)))[0].numpy()
+        caption = f"score {float(layer.scores[query]):.2f}"
+        views.append(view._replace(mask=mask, box=box[0].numpy(), caption=caption))
+    return views
 
 
 def heat_map(looked: QueryPoints, size: tuple[int, int], *, std: float | None = None) -> np.ndarray:

@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
 class ComparedImage(NamedTuple):
     """One image, its K ground-truth objects, and the detections of one model or several.
 
-    image_index: place in its data set.
+    image_index, image_id: place in its data set, and id in the annotation file.
     pixels: (H, W, 3) uint8.
     ground_truth: the objects.
     detections: model -> its detections, best score first.
@@ -59,6 +59,7 @@ class ComparedImage(NamedTuple):
     """
 
     image_index: int
+    image_id: int
     pixels: np.ndarray
     ground_truth: Detections
     detections: dict[str, Detections]
@@ -153,7 +154,7 @@ def compare_images(
             found = np.flatnonzero(partners != UNMATCHED)
             ious[name] = np.zeros(len(partners))
             ious[name][found] = overlaps(of_model, ground_truth, by=by)[partners[found], found]
-        compared.append(ComparedImage(index, pixels, ground_truth, detections, ious))
+        compared.append(ComparedImage(index, dataset.image_ids[index], pixels, ground_truth, detections, ious))
     return sorted(compared, key=lambda image: -image.gain)  # stable: equal ones by index
 
 

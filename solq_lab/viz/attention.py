@@ -10,16 +10,29 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from solq_lab.evaluation.sizes import SIZES
-from solq_lab.inference.attention import ObjectView, heat_map
+from solq_lab.inference.attention import LayerAttention, ObjectView, heat_map
+from solq_lab.structures import Detections
 from solq_lab.studies.attention import AttentionStudy
 from solq_lab.viz.images import MaskWindow, outline_mask
-from solq_lab.viz.style import GREY, METHOD_COLOURS, ORANGE, PURPLE, SKY, STYLE, VERMILION, YELLOW, new_figure
+from solq_lab.viz.style import (
+    GREY,
+    METHOD_COLOURS,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILION,
+    YELLOW,
+    colours_of,
+    new_figure,
+)
 
 LEVEL_COLOURS = (SKY, YELLOW, VERMILION, PURPLE, ORANGE, GREY)
 PANEL = 2.75  # side of a panel, inches
@@ -33,27 +46,73 @@ Window = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 
 @mpl.rc_context(STYLE)
-def attention_of_object(view: ObjectView, *, title: str = "", close_up: bool = False) -> Figure:
+def attention_of_object(*views: ObjectView, title: str = "", close_up: bool = False) -> Figure:
     """One object: its mask and box, the sampling points of its query, and their weights as a heat map.
 
     Args:
-        view: the object.
+        views: the object; as several models see it, each with points and heat map only.
         title: what is shown.
         close_up: show the surroundings of the object instead of the whole image.
     """
-    height, width = view.pixels.shape[:2]
-    window = _close_up(view) if close_up else (0.0, 0.0, float(width), float(height))
+    height, width = views[0].pixels.shape[:2]
+    window = _close_up(views[0]) if close_up else (0.0, 0.0, float(width), float(height))
     aspect = (window[3] - window[1]) / (window[2] - window[0])
-    figure, axes = new_figure(1, 3, size=(10.2, 0.85 + 3.3 * aspect), title=title)
-    _show(axes[0, 0], view.pixels, window)
-    _draw_box(axes[0, 0], view.box, "-")
-    if view.mask is not None:
-        _draw_outline(axes[0, 0], view)
-    _draw_points(axes[0, 1], view, window)
-    _draw_heat(axes[0, 2], view, window)
-    for place, name in zip(axes[0], (view.caption, "sampling points", "attention, summed"), strict=True):
-        place.set_title(name)
-    _add_legend(figure, [view])
+    columns, alone = max(2 * len(views), 3), len(views) == 1
+    side = 3.4 if alone else 3.1  # inches
+    figure, axes = new_figure(1, columns, size=(side * columns, 0.85 + (side - 0.1) * aspect), title=title)
+    places = iter(axes[0])
+
+    for view in views:
+        if alone:
+            place = next(places)
+            _show(place, view.pixels, window)
+            _draw_box(place, view.box, "-")
+            if view.mask is not None:
+                _draw_outline(place, view)
+            place.set_title(view.caption)
+        for draw, name in ((_draw_points, "sampling points"), (_draw_heat, "attention, summed")):
+            place = next(places)
+            draw(place, view, window)
+            place.set_title(name if alone else f"{view.caption}: {name}")
+    _add_legend(figure, views)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def attention_of_queries(
+    pixels: np.ndarray, models: Mapping[str, tuple[Detections, Sequence[LayerAttention]]]
+) -> Figure:
+    """All queries of an image: where each starts and where its box ends up, and the boxes themselves.
+
+    Args:
+        pixels: (H, W, 3) uint8, the image.
+        models: name -> as returned by `predict_with_attention`; the queries of the detections are drawn in the colour
+            of their class, the others grey.
+    """
+    height, width = pixels.shape[:2]
+    window, scale = (0.0, 0.0, float(width), float(height)), np.array([width, height])
+    columns = 2 * len(models)
+    side = 13.6 / max(columns, 3)
+    figure, axes = new_figure(1, columns, size=(side * columns, 0.4 + side * height / width))
+    for (name, (detections, layers)), (paths, last) in zip(models.items(), axes[0].reshape(-1, 2), strict=True):
+        starts = layers[0].reference[:, :2].numpy() * scale - 0.5
+        boxes, scores = layers[-1].boxes.numpy(), layers[-1].scores.numpy()
+        ends = boxes[:, :2] * scale - 0.5
+        colours = np.full(len(boxes), "#555555", dtype=object)
+        colours[detections.queries.numpy()] = colours_of(detections.labels.tolist())
+        for place, what in ((paths, "queries, first reference to last box"), (last, "last boxes")):
+            _show(place, (255 - FADED * (255.0 - pixels)).astype(np.uint8), window)
+            place.set_title(f"{name}: {len(boxes)} {what}" if place is paths else what)
+
+        paths.add_collection(
+            LineCollection(list(np.stack([starts, ends], axis=1)), colors=colours, linewidths=1.0), False
+        )
+        paths.scatter(*starts.T, s=6, color=colours)
+        paths.scatter(*ends.T, s=12 + 90 * scores, color=colours, edgecolors="black", linewidths=0.6, zorder=3)
+        for row in np.argsort(scores):
+            corner, size = (boxes[row, :2] - boxes[row, 2:] / 2) * scale - 0.5, boxes[row, 2:] * scale
+            line = {"edgecolor": colours[row], "alpha": float(max(scores[row], 0.12)), "linewidth": 1.4}
+            last.add_patch(Rectangle(tuple(corner), *size, fill=False, **line))
     return figure
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from solq_lab.studies.comparison import ComparedImage
 from solq_lab.viz.images import draw_objects
-from solq_lab.viz.style import FIGURE_WIDTH, STYLE, class_colours, new_figure
+from solq_lab.viz.style import FIGURE_WIDTH, STYLE, new_figure
 
 
 @mpl.rc_context(STYLE)
@@ -35,10 +35,10 @@ def comparison_grid(images: Sequence[ComparedImage], *, images_per_row: int = 2,
     for number, image in enumerate(images):
         row, first = number // across, (1 + len(names)) * (number % across)
         everything = [image.ground_truth, *image.detections.values()]
-        colours = class_colours(label for objects in everything for label in objects.labels.tolist())
         headings = ["ground truth", *(f"{name}: IoU {100 * image.mean_iou(name):.0f} %" for name in names)]
         for place, objects, heading in zip(axes[row, first:], everything, headings, strict=False):
-            draw_objects(place, image.pixels, objects, colours, font_size=6.5)
+            draw_objects(place, image.pixels, objects, font_size=6.5)
             place.set_title(heading, fontsize=9)
             place.set_anchor("N")
+            place.set_gid(str(image.image_id))  # `link_figure` opens it
     return figure

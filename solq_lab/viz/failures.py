@@ -18,6 +18,7 @@ from torch import Tensor
 from solq_lab.inference.predictor import as_pixels
 from solq_lab.masks import rle_iou
 from solq_lab.structures import Detections
+from solq_lab.studies.cases import FailureCase
 from solq_lab.viz.images import MaskWindow, outline_mask
 from solq_lab.viz.style import (
     BLACK,
@@ -84,14 +85,11 @@ def lost_ap(groups: Mapping[str, Losses], *, title: str = "") -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def failure_gallery(
-    cases: Mapping[str, Sequence[tuple[np.ndarray | Tensor, Detections, Detections]]], *, title: str = ""
-) -> Figure:
+def failure_gallery(cases: Mapping[str, Sequence[FailureCase]], *, title: str = "") -> Figure:
     """One row per type of error: the detection's mask and box in the type's colour, the true outline in white.
 
     Args:
-        cases: type -> the image ((H, W, 3) or (3, H, W), uint8), the object that an error is about and the
-            detection, one or none of each, in its pixels.
+        cases: type -> its errors.
         title: which model.
     """
     across = max(1, *map(len, cases.values()))
@@ -107,8 +105,10 @@ def failure_gallery(
         row[0].text(-0.06, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=10)
         if not worst:
             row[0].text(0.0, 0.5, "none", transform=row[0].transAxes, va="center", color=GREY)
-        for place, (image, true, found) in zip(row, worst, strict=False):
-            _draw_case(place, as_pixels(image), true, found, ERROR_COLOURS[error])
+        for place, case in zip(row, worst, strict=False):
+            _draw_case(place, as_pixels(case.image), case.true, case.found, ERROR_COLOURS[error])
+            ids = (case.image_id, case.object_id)
+            place.set_gid(" ".join(str(one) for one in ids if one is not None))  # `link_figure` opens it
     return figure
 
 

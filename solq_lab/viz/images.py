@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -28,10 +28,11 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import ImageSource, Predictor, as_pixels
 from solq_lab.masks import encode_rle, paste_to_rle, runs_of_rle
 from solq_lab.structures import Detections, Target
-from solq_lab.viz.style import FIGURE_WIDTH, OBJECT_COLOURS, STYLE, class_colours, hide_axes, new_figure, text_colour
+from solq_lab.viz.style import FIGURE_WIDTH, STYLE, colours_of, hide_axes, new_figure, text_colour
 
-MASK_OPACITY = 0.45
+MASK_OPACITY = 0.35
 LABEL_PAD = 0.6  # around a label's text, points
+MAX_MOVES = 8  # of a label off others, in its own height
 PAINTED_SIDE = 8.0  # inches that the longer side of a large image counts as, beside lines and labels in points
 MAX_OUTLINE = 1000  # pixels of a mask's longer side that its outline is found in; larger masks are thinned out
 
@@ -78,7 +79,7 @@ def draw_detections(image: np.ndarray | Tensor, detections: Detections, *, title
     height, width = pixels.shape[:2]
     side = FIGURE_WIDTH / 2
     figure, axes = new_figure(1, 1, size=(side, 0.3 + side * height / width))
-    draw_objects(axes[0, 0], pixels, detections, class_colours(detections.labels.tolist()), font_size=9)
+    draw_objects(axes[0, 0], pixels, detections, font_size=9)
     axes[0, 0].set_title(title)
     return figure
 
@@ -108,10 +109,9 @@ def prediction_grid(
 
     for number, (pixels, (_, truth, prediction)) in enumerate(zip(images, examples, strict=True)):
         row, first = number // across, 3 * (number % across)
-        colours = class_colours(truth.labels.tolist() + prediction.labels.tolist())
         columns = (("image", truth.above(math.inf)), ("ground truth", truth), ("prediction", prediction))
         for place, (name, objects) in zip(axes[row, first:], columns, strict=False):
-            draw_objects(place, pixels, objects, colours, font_size=6.5)
+            draw_objects(place, pixels, objects, font_size=6.5)
             place.set_anchor("N")
             if row == 0:
                 place.set_title(name)
@@ -119,14 +119,24 @@ def prediction_grid(
 
 
 def draw_objects(
-    axes: Axes, pixels: np.ndarray, detections: Detections, colours: Mapping[int, str], *, font_size: float
+    axes: Axes,
+    pixels: np.ndarray,
+    detections: Detections,
+    colours: Sequence[str] | None = None,
+    *,
+    font_size: float,
+    filled: bool = True,
 ) -> None:
-    """An image and its best objects, the best on top; an object without a mask is drawn as its box."""
+    """An image and its best objects, the best on top; an object without a mask is drawn as its box.
+
+    Args:
+        colours: one per object; None: those of the classes.
+        font_size: of the labels, points.
+        filled: False draws outlines only.
+    """
     height, width = pixels.shape[:2]
     painted = Image.fromarray(pixels)
-    _add_objects(
-        axes, painted, detections, [colours[label] for label in detections.labels.tolist()], font_size=font_size
-    )
+    _add_objects(axes, painted, detections, colours, font_size=font_size, filled=filled)
     # No more pixels than the figure has: matplotlib would need a gigabyte for a photograph.
     shrink = int(min(painted.size) / max(axes.figure.bbox.size)) or 1
     axes.imshow(painted.reduce(shrink), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
@@ -143,8 +153,7 @@ def paint_detections(image: ImageSource, detections: Detections) -> Image.Image:
     painted = Image.fromarray(pixels)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     hide_axes(axes)
-    colours = [OBJECT_COLOURS[row % len(OBJECT_COLOURS)] for row in range(len(detections))]
-    _add_objects(axes, painted, detections, colours, font_size=9)
+    _add_objects(axes, painted, detections, colours_of(range(len(detections))), font_size=9)
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -154,16 +163,26 @@ def paint_detections(image: ImageSource, detections: Detections) -> Image.Image:
 
 
 def _add_objects(
-    axes: Axes, painted: Image.Image, detections: Detections, colours: Sequence[str], *, font_size: float
+    axes: Axes,
+    painted: Image.Image,
+    detections: Detections,
+    colours: Sequence[str] | None = None,
+    *,
+    font_size: float,
+    filled: bool = True,
 ) -> None:
     """Lay the masks over an image, in place, and draw their outlines and labels into axes."""
+    colours = colours_of(detections.labels.tolist()) if colours is None else colours
+    labels: list[_Label] = []
+    taken: list[np.ndarray] = []
     for row, colour in reversed(list(enumerate(colours))):
         x0, y0, x1, y1 = detections.boxes[row].tolist()
         anchor = (x0 + x1) / 2, y0
         # One mask at a time, and only its window: bitmaps of the whole image would fill the memory.
         window = None if detections.masks is None else MaskWindow.of_rle(detections.masks[row])
         if window is not None and window.bitmap.size:
-            window.paint(painted, colour)
+            if filled:
+                window.paint(painted, colour)
             outline_mask(axes, window, colour)
             anchor = float(window.left + window.bitmap[0].nonzero()[0].mean()), float(window.top)
         else:
@@ -171,7 +190,9 @@ def _add_objects(
             axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
         score = float(detections.scores[row])
         text = detections.names[row] + ("" if score == 1 else f" {score:.2f}")
-        axes.add_artist(_Label(text, anchor, colour, font_size))
+        labels.append(_Label(text, anchor, colour, font_size, taken))
+    for label in reversed(labels):  # the best one chooses its place first
+        axes.add_artist(label)
 
 
 class MaskWindow(NamedTuple):
@@ -224,12 +245,16 @@ def outline_mask(axes: Axes, window: MaskWindow, colour: str, *, edge: str = "wh
 
 
 class _Label(Text):
-    """A text above a point (x, y) in pixels that moves into its axes where it would reach out of them.
+    """A text above a point (x, y) in pixels that moves into its axes and off the labels drawn before it.
 
-    How large a text is, and how large its axes are, is known only when it is drawn.
+    How large a text is, and how large its axes are, is known only when it is drawn. The labels of one image share the
+    list `taken`, the extents of those that are drawn.
     """
 
-    def __init__(self, text: str, anchor: tuple[float, float], colour: str, font_size: float) -> None:
+    def __init__(
+        self, text: str, anchor: tuple[float, float], colour: str, font_size: float, taken: list[np.ndarray]
+    ) -> None:
+        self._anchor, self._taken = anchor, taken
         super().__init__(
             *anchor,
             text,
@@ -243,12 +268,31 @@ class _Label(Text):
 
     def draw(self, renderer: RendererBase) -> None:
         assert self.axes is not None  # a label is always drawn into axes
+        if self is next(text for text in self.axes.texts if isinstance(text, _Label)):
+            self._taken.clear()  # drawn anew
+        self.set_position(self._anchor)
         inside, extent = self.axes.bbox.get_points(), self.get_window_extent(renderer).get_points()
-        pad = renderer.points_to_pixels(LABEL_PAD)
+        pad: Any = renderer.points_to_pixels(LABEL_PAD)
         over = np.minimum(inside[1] - extent[1] - pad, 0)  # to the right and to the top
         over += np.maximum(inside[0] - extent[0] - over + pad, 0)  # what is too long begins inside
-        if over.any():
-            to_display = self.get_transform()
-            place = to_display.inverted().transform(to_display.transform(self.get_position()) + over)
-            self.set_position(tuple(place))
+        extent = np.asarray(extent + over)
+
+        # Down and up in turn, further and further, until the place is free; a crowd without one keeps the first.
+        height = float(np.ptp(extent[:, 1])) + 2 * pad
+        for step in (0, *(sign * count for count in range(1, MAX_MOVES) for sign in (-1, 1))):
+            move = step * height
+            moved = extent + np.array([0.0, move])
+            fits = step == 0 or (moved[0, 1] >= inside[0, 1] and moved[1, 1] <= inside[1, 1])
+            if fits and not any(_overlap(moved, other) for other in self._taken):
+                over, extent = over + np.array([0.0, move]), moved
+                break
+        self._taken.append(extent)
+        to_display = self.get_transform()
+        place = to_display.inverted().transform(to_display.transform(self._anchor) + over)
+        self.set_position(tuple(place))
         super().draw(renderer)
+
+
+def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two rectangles (2, 2), lower left and upper right corner, have a point in common."""
+    return bool((first[0] < second[1]).all() and (second[0] < first[1]).all())

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from solq_lab.runs import Run, label_runs
 from solq_lab.viz.style import BLUE, GREY, OBJECT_COLOURS, STYLE, VERMILION, YELLOW, metric_title, new_figure
 
-COLOURS = [colour for colour in OBJECT_COLOURS if colour != YELLOW]  # too pale for a line
+COLOURS = [colour for colour in OBJECT_COLOURS[:7] if colour != YELLOW]  # too pale for a line
 
 
 @mpl.rc_context(STYLE)

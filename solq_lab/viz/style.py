@@ -31,7 +31,12 @@ CODEC_COLOURS = dict(
 )
 CODEC_NAMES = {kind: codec.label for kind, codec in CODECS.items()}
 MISSED, ADDED = VERMILION, SKY  # false negative and false positive pixels of a reconstruction
-OBJECT_COLOURS = (ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE)
+# The seven first, then each as far from all before it as CIELAB allows (26 units at least).
+OBJECT_COLOURS = (
+    *(ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE),
+    *("#6611FF", "#00FF00", "#FF00CC", "#FF0066", "#9977FF", "#776633", "#44AA11", "#FFDDAA", "#00FFAA", "#55EEEE"),
+    *("#AA3333", "#FF0022", "#AADD88", "#BB0077", "#FF9988", "#AAEE00", "#336600"),
+)
 
 STYLE: dict[Any, Any] = {  # of matplotlib
     "figure.dpi": 100,
@@ -91,14 +96,6 @@ def text_colour(background: str) -> str:
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
 
 
-def class_colours(labels: Iterable[int]) -> dict[int, str]:
-    """A colour for each class channel of one image: the channel's own, or the next free one.
-
-    Two classes share a colour only where an image has more classes than there are colours.
-    """
-    count = len(OBJECT_COLOURS)
-    chosen: dict[int, str] = {}
-    for label in sorted(set(labels)):
-        turns = [OBJECT_COLOURS[(label + turn) % count] for turn in range(count)]
-        chosen[label] = next((colour for colour in turns if colour not in chosen.values()), turns[0])
-    return chosen
+def colours_of(numbers: Iterable[int]) -> list[str]:
+    """The colour of each class channel, or object, by its number: the same in every image and figure."""
+    return [OBJECT_COLOURS[number % len(OBJECT_COLOURS)] for number in numbers]

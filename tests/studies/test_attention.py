@@ -267,7 +267,7 @@ def looking_at(points: np.ndarray, box: tuple[float, float, float, float], layer
     """One query, one head, one level, that looks at points (n, 2) with equal weights; normalised image."""
     places = torch.from_numpy(points).float().view(1, 1, 1, -1, 2)
     weights = torch.full(places.shape[:-1], 1 / len(points))
-    return [LayerAttention(places, weights, torch.tensor([box]), torch.tensor([box]))] * layers
+    return [LayerAttention(places, weights, torch.tensor([box]), torch.tensor([box]), torch.ones(1), None)] * layers
 
 
 @pytest.fixture

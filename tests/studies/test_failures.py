@@ -13,7 +13,7 @@ from rectangles import HEIGHT, WIDTH, rectangle, result_of, rle_of, truth_of
 
 from solq_lab.data.coco import CocoDataset
 from solq_lab.masks import decode_rle
-from solq_lab.studies.cases import worst_cases
+from solq_lab.studies.cases import object_errors, worst_cases
 from solq_lab.studies.errors import ERRORS, analyse_errors
 from solq_lab.viz.failures import ERROR_COLOURS, ERROR_TITLES, failure_gallery, lost_ap
 from solq_lab.viz.images import MASK_OPACITY
@@ -44,16 +44,26 @@ def test_a_case_is_the_image_the_object_and_the_detection(dataset, results):
     cases = worst_cases(analysis, results, dataset)
     assert list(cases) == list(ERRORS)
     assert {error: len(worst) for error, worst in cases.items() if worst} == {"missed": 1, "background": 1, "vector": 1}
-    ((image, true, found),) = cases["vector"]
+    ((image, true, found, *ids),) = cases["vector"]
+    assert ids == [1, 0]
     assert image.shape == (3, HEIGHT, WIDTH)
     assert (true.names, found.names, found.scores.tolist()) == (["cat"], ["cat"], [pytest.approx(0.9)])
     np.testing.assert_array_equal(decode_rle(true.masks)[0], rectangle(*PLACE))
     np.testing.assert_array_equal(decode_rle(found.masks)[0], rectangle(4, 8, 20, 11))
     assert found.boxes.tolist() == [[4, 8, 24, 32]]
-    ((_, true, found),) = cases["missed"]
+    ((_, true, found, *_),) = cases["missed"]
     assert (true.names, found.names, found.masks) == (["dog"], [], [])
-    ((_, true, found),) = cases["background"]
+    ((_, true, found, *_),) = cases["background"]
     assert (true.names, found.names) == ([], ["dog"])
+
+
+def test_every_object_has_its_error_and_how_much_is_lost(dataset, results):
+    errors = object_errors(analyse_errors(dataset.annotations, results, None))
+    assert errors["error"].tolist() == ["vector", "missed"]
+    np.testing.assert_allclose(errors["IoU"], [11 / 24, 0])
+    np.testing.assert_allclose(errors["lost"], [1, 1])
+    assert errors["score"].tolist() == [pytest.approx(0.9), pytest.approx(np.nan, nan_ok=True)]
+    assert errors.index.tolist() == [0, 1]
 
 
 def test_the_gallery_has_a_row_per_type_and_names_what_it_shows(dataset, results):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from browser import find_chromium, open_notebook
 from playwright.sync_api import expect
@@ -33,6 +35,10 @@ def test_objects_can_be_clicked_and_their_attention_chosen(tmp_path):
         notebook.choose("head", "2")
         before = notebook.wait_for_change(panels, before)
         notebook.screenshot("attention_explorer")
+        for view in ("layer by layer", "all queries", "points"):
+            page.get_by_role("button", name=view).click()
+            before = notebook.wait_for_change(panels, before)
+            notebook.screenshot(f"attention_explorer_{view.replace(' ', '_')}")
         if objects.count() > 1:  # the last one in the page is the smallest, and lies on top
             chosen = notebook.control("object").locator("select").input_value()
             page.locator(".solq-clickable .solq-object:not(.solq-chosen)").last.click()
@@ -41,30 +47,49 @@ def test_objects_can_be_clicked_and_their_attention_chosen(tmp_path):
         assert notebook.errors == []
 
 
-def test_detections_follow_score_switches_and_clicks(tmp_path):
+def test_detections_follow_chooser_score_chips_and_clicks(tmp_path):
     with open_notebook("detection_explorer.ipynb", tmp_path) as notebook:
-        notebook.run_all(seconds=180)
+        notebook.run_all(seconds=400)
         page = notebook.page
-        image = page.locator(".solq-clickable img")
-        objects, switches = page.locator(".solq-clickable .solq-object"), page.locator(".widget-toggle-button")
-        objects.first.wait_for(timeout=20_000)
+        panels = page.locator(".solq-panel")
+        panels.nth(1).locator(".solq-object").first.wait_for(timeout=ANSWERED)
+        assert panels.count() == 3
+        row, window = panels.nth(2).bounding_box(), page.locator(".jp-OutputArea-output").last.bounding_box()
+        assert row["x"] + row["width"] > 0.9 * (window["x"] + window["width"])  # as wide as the window
+        image, objects = panels.nth(1).locator("img"), panels.nth(1).locator(".solq-object")
+        chips = panels.nth(1).locator(".widget-toggle-button")
         image.scroll_into_view_if_needed()
-        untouched = image.screenshot()
-        handle = page.locator(".solq-clickable + .widget-hslider .noUi-handle")
-        handle.focus()
-        handle.press("End")  # the wipe: now the first model has the whole image, and its switches show
-        before = notebook.wait_for_change(image, untouched)
-        count = objects.count()
-        assert switches.count() >= count > 0
-        switches.first.click()
+        notebook.choose("first", "most AP lost")
+        truth = panels.nth(0)
+        truth.locator(".solq-chosen").wait_for(timeout=ANSWERED)
+
+        count, before = objects.count(), image.screenshot()
+        assert chips.count() == count > 0
+        chips.first.hover()
+        shadow = panels.nth(1).locator(".solq-object-0")
+        assert shadow.evaluate("one => getComputedStyle(one).boxShadow") != "none"  # the chip marks its object
+        chips.first.click()
         expect(objects).to_have_count(count - 1, timeout=ANSWERED)
+        page.mouse.move(0, 0)
         before = notebook.wait_for_change(image, before)
-        switches.first.click()
-        before = notebook.wait_for_change(image, before)
-        objects.first.click()
-        expect(objects).to_have_count(count - 1, timeout=ANSWERED)  # the frame under the mouse changes the image too
-        before = image.screenshot()
-        notebook.move_slider("score", "ArrowRight", times=12)
-        notebook.wait_for_change(image, before)
+        chips.first.click()
+        expect(objects).to_have_count(count, timeout=ANSWERED)
+        objects.last.click()
+        expect(objects).to_have_count(count - 1, timeout=ANSWERED)
         notebook.screenshot("detection_explorer")
+        notebook.choose("size", "small")
+        page.locator(".solq-chosen").wait_for(timeout=ANSWERED)
+        assert notebook.errors == []
+
+
+def test_a_click_in_a_gallery_of_failures_opens_that_object(tmp_path):
+    with open_notebook("fig6_failure_cases.ipynb", tmp_path) as notebook:
+        notebook.run_all(seconds=500)
+        page = notebook.page
+        tile = page.locator(".solq-clickable").first.locator(".solq-object").nth(3)
+        tile.scroll_into_view_if_needed()
+        wanted = int(re.search(r"image (\d+)", tile.get_attribute("title")).group(1))
+        tile.click()
+        page.locator(".solq-panel .solq-chosen").wait_for(timeout=ANSWERED)
+        assert int(notebook.control("image").locator("input").input_value()) == wanted - 1  # ids count from 1
         assert notebook.errors == []

@@ -28,7 +28,8 @@ from solq_lab.studies.ceiling import reconstruct_objects
 from solq_lab.viz.style import ADDED, MISSED
 from solq_lab.viz.widgets.codec_explorer import CodecExplorer
 from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS
-from solq_lab.viz.widgets.codec_panels import TABLE, Errors, HeatMap, Original, Target, Vector
+from solq_lab.viz.widgets.codec_panels import TABLE, Curves, Errors, HeatMap, Original, Target, Vector
+from solq_lab.viz.widgets.mask_canvas import SIDE
 from solq_lab.viz.widgets.reconstruction import best_thresholds
 from solq_lab.workbench.notebooks import run_notebook
 
@@ -263,11 +264,11 @@ def test_a_click_in_the_gallery_goes_to_that_object(explorer):
     explorer.find_worst()
     assert "worst reconstructions of shapes: DCT, N = 28, n_k = 64" in explorer._gallery_note.value
     drawn = explorer._live_panels[Original].drawn
-    explorer._buttons[2].click()
+    explorer.gallery_tiles.buttons[2].click()
     one = explorer._worst[2]
     assert explorer.setting.row == one.row
     assert said(explorer)["IoU"] == f"{one.iou:.3f}"
-    assert explorer._captions[2].value.endswith(f"{one.iou:.2f}")
+    assert explorer.gallery_tiles.captions[2].value.endswith(f"{one.iou:.2f}")
     assert explorer._live_panels[Original].drawn <= drawn + 1
 
 
@@ -277,7 +278,7 @@ def test_a_click_in_the_gallery_restores_what_the_gallery_was_made_with(shapes, 
     explorer.find_worst()
     one = explorer._worst[0]
     explorer.data_set.value, explorer.method.value, explorer.vector_dim.value = "rectangles", "flatten", 16
-    explorer._buttons[0].click()
+    explorer.gallery_tiles.buttons[0].click()
     assert explorer.setting[:5] == ("shapes", one.row, "dct", 28, 36)
     assert said(explorer)["IoU"] == f"{one.iou:.3f}"
 
@@ -287,6 +288,100 @@ def test_what_goes_wrong_in_a_control_is_shown(explorer, monkeypatch, caplog):
     explorer.vector_dim.value = 36
     assert explorer.message == "ZeroDivisionError: division by zero"
     assert "Traceback" in caplog.text
+
+
+# ---- settings side by side, own masks, files
+
+
+def test_pinned_settings_stay_beside_each_other_for_every_object(explorer):
+    explorer.pin.click()
+    explorer.method.value, explorer.vector_dim.value = "pca", 9
+    explorer.pin.click()
+    explorer.image.value = 3
+    captions = [caption.value for caption in explorer.compared_tiles.captions[:2]]
+    for caption, (method, count) in zip(captions, (("dct", 64), ("pca", 9)), strict=True):
+        setting = explorer.setting._replace(method=method, vector_dim=count, terms=count)
+        assert f"n_k = {count}: IoU {explorer.lab.reconstruction(setting).iou:.3f}" in caption
+    assert [axes.get_title() for axes in explorer.comparison().axes[:2]] == [c.partition(":")[0] for c in captions]
+    explorer.compared_tiles.buttons[0].click()
+    assert (explorer.method.value, explorer.vector_dim.value) == ("dct", 64)
+    for _ in range(3):
+        explorer.pin.click()
+    assert "4 settings are beside each other already" in explorer.message
+    explorer.unpin.click()
+    assert explorer.compared_tiles.widget.children[0].layout.display == "none"
+
+
+def test_a_drawn_mask_is_encoded_like_any_object(explorer):
+    drawn = np.zeros((SIDE, SIDE), dtype=bool)
+    drawn[30:90, 40:130] = True
+    explorer.canvas.bits = drawn.astype(np.uint8).tobytes()
+    assert explorer.data_set.value == "own mask"
+    view = explorer.view()
+    assert view.item.box.tolist() == [40, 30, 130, 90]
+    assert view.reconstruction.target.all()
+    np.testing.assert_array_equal(decode_rle([view.item.rle])[0], drawn)
+    drawn[50:90, 40:100] = False
+    explorer.canvas.bits = drawn.astype(np.uint8).tobytes()
+    found, truth = decode_rle([explorer.view().reconstruction.rle])[0].numpy(), drawn
+    assert said(explorer)["IoU"] == f"{(found & truth).sum() / (found | truth).sum():.3f}"
+    explorer.find_worst()
+    assert "choose a data set to search" in explorer._gallery_note.value
+    explorer.canvas.bits = bytes(SIDE**2)
+    assert "the mask is empty" in explorer.message
+    explorer.data_set.value = "shapes"
+    assert explorer.message == ""
+
+
+def test_an_own_mask_needs_to_be_drawn_first(explorer):
+    explorer.data_set.value = "own mask"
+    assert "draw one with the mouse" in explorer.message
+
+
+def test_the_light_part_of_an_uploaded_image_is_the_mask(explorer):
+    pixels = np.full((40, 60, 3), 20, dtype=np.uint8)
+    pixels[10:30, 5:25] = 240
+    explorer.add_image("mine.png", pixels)
+    assert explorer.view().item.box.tolist() == [5, 10, 25, 30]
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "gif"])
+def test_the_view_is_saved(explorer, tmp_path, ending):
+    explorer.savers[ending].click()
+    (path,) = (tmp_path / "figures").iterdir()
+    assert path.name == f"shapes_0_dct_28_64.{ending}"
+    assert str(path) in explorer.message
+    if ending == "gif":
+        frames = Image.open(path)
+        assert frames.n_frames == len(range(explorer.play.min, explorer.play.max + 1, explorer.play.step))
+    elif ending == "svg":
+        assert "</svg>" in path.read_text()
+
+
+def test_the_curves_are_errors_and_the_legend_names_what_is_drawn(explorer):
+    panel = explorer._live_panels[Curves].panel
+    names = [text.get_text() for text in panel.axes.get_legend().get_texts()]
+    assert names == ["DCT", "flatten"]
+    errors = panel._lines["dct"].get_ydata()
+    curve = explorer.view().curves["dct"]
+    np.testing.assert_allclose(errors, np.maximum(1 - np.array(curve.ious), 1e-3))
+    explorer.compare_methods()
+    assert len(panel.axes.get_legend().get_texts()) == 4
+
+
+def test_a_small_object_is_cut_out_of_its_image(rectangles, tmp_path):
+    explorer = CodecExplorer(rectangles, tmp_path, mask_size=28, vector_dim=64)
+    panel = explorer._live_panels[Original].panel
+    assert "cut out" not in panel.title.get_text()
+    explorer.object.index = 1  # 12 of 64 pixels
+    assert panel.title.get_text() == "dog, 12 x 12 pixels, cut out"
+
+
+def test_fitting_says_how_far_it_is(explorer, monkeypatch):
+    sentences = []
+    monkeypatch.setattr(explorer.lab._cache_of("shapes"), "_report", sentences.append)
+    explorer.method.value, explorer.vector_dim.value = "pca", 9
+    assert any("% of the masks read" in sentence for sentence in sentences)
 
 
 def test_fitted_tables_are_kept_for_the_next_time(explorer, tmp_path, shapes, monkeypatch):
@@ -327,7 +422,7 @@ def test_plain_figures_show_the_same(explorer):
     assert [axes.get_title() for axes in sums.axes[:3]] == ["1", "16", "64"]
     gallery = explorer.gallery()
     explorer.find_worst()
-    captions = [caption.value for caption in explorer._captions]
+    captions = [caption.value for caption in explorer.gallery_tiles.captions]
     assert [axes.get_title() for axes in gallery.axes] == captions
 
 
@@ -350,7 +445,7 @@ def test_papermill_leaves_every_view_as_a_plain_figure(tmp_path, monkeypatch, sh
 def test_an_image_without_objects_says_so_and_the_next_one_is_shown(rectangles, tmp_path):
     explorer = CodecExplorer(rectangles, tmp_path, mask_size=28, vector_dim=64)
     explorer.image.value = 1
-    assert explorer.message == "Image 1 has no object; choose another one."
+    assert explorer.message == "2.png has no object; choose another image."
     assert explorer.setting is None
     assert all(live.image.layout.visibility == "hidden" for live in explorer._live_panels.values())
     explorer.find_worst()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -15,10 +17,13 @@ from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.build import build_images, build_model
 from solq_lab.data.classes import ClassMap
-from solq_lab.inference.attention import predict_with_attention
+from solq_lab.inference.attention import layer_views, predict_with_attention
 from solq_lab.inference.predictor import Predictor
+from solq_lab.masks import decode_rle
 from solq_lab.models.weights import save_weights
-from solq_lab.viz.widgets.attention_explorer import ALL, NOTHING, AttentionExplorer
+from solq_lab.viz.style import OBJECT_COLOURS, colours_of, new_figure
+from solq_lab.viz.widgets.attention_explorer import ALL, LAYERS, NOTHING, QUERIES, AttentionExplorer
+from solq_lab.viz.widgets.clickable_image import link_figure
 from solq_lab.viz.widgets.detection_explorer import WIDTH, DetectionExplorer
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
@@ -68,7 +73,7 @@ def both(predictors, dataset) -> DetectionExplorer:
 
 @pytest.fixture
 def attention(predictors, dataset) -> AttentionExplorer:
-    return AttentionExplorer(predictors["SOLQ"], dataset, score=0.2)
+    return AttentionExplorer({"SOLQ": predictors["SOLQ"]}, dataset, score=0.2)
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -78,103 +83,182 @@ def pixels(png: bytes) -> np.ndarray:
 # ---- detections
 
 
-def test_there_is_a_switch_for_every_object_of_the_score(both, predictors, dataset):
+def shown(explorer: DetectionExplorer, name: str) -> np.ndarray:
+    return pixels(explorer.panels[name].image.value)
+
+
+def test_there_is_a_chip_for_every_object_of_the_score_in_its_colour(both, predictors, dataset):
     image = dataset[0][0].permute(1, 2, 0).numpy()
     for name, predictor in predictors.items():
         found = predictor.predict(image).above(0.2)
         assert len(found.names) > 0
         assert [switch.description.split()[0] for switch in both.switches[name]] == found.names
+        assert [switch.style.button_color for switch in both.switches[name]] == colours_of(found.labels.tolist())
+    both.colouring.value = "object"
+    colours = [switch.style.button_color for switch in both.switches["SOLQ"]]
+    assert len(set(colours)) == min(len(colours), len(OBJECT_COLOURS))
     both.score.value = 0.9
     assert both.switches == {"SOLQ": [], "SQR": []}
-    assert "nothing found" in both._columns["SQR"].children[0].value
+    assert "nothing found" in both._titles["SQR"].value
 
 
-def test_the_wipe_shows_the_first_model_on_its_left_and_the_second_on_its_right(both):
-    both.wipe.value = 1.0
-    first = both.composed()
-    both.wipe.value = 0.0
-    second = both.composed()
-    assert (first != second).any()
-    both.wipe.value = 0.25
-    mixed, seam = both.composed(), WIDTH // 4
-    assert np.array_equal(mixed[:, : seam - 2], first[:, : seam - 2])
-    assert np.array_equal(mixed[:, seam + 2 :], second[:, seam + 2 :])
-    assert (mixed[:, seam] == 0).all()
-    assert np.array_equal(pixels(both.clickable.image.value), mixed)
+def test_a_detection_has_the_colour_of_the_true_object_it_meets(both, dataset, monkeypatch):
+    image = next(index for index in range(len(dataset)) if len(dataset.objects(index).labels) == 2)
+    truth = dataset.objects(image)
+    monkeypatch.setattr(both, "_find", lambda name, index: truth[[1, 0]])
+    assert both._colours("SOLQ", image, "object") == colours_of([1, 0])
+    assert both._colours("ground truth", image, "object") == colours_of([0, 1])
+
+
+def test_the_panels_that_are_chosen_fill_the_row(both):
+    assert len(both._row.children) == 3
+    both.columns.value = ("SQR",)
+    assert both._row.children == (both._places["SQR"],)
+    assert both._row.layout.grid_template_columns == "repeat(1, minmax(0, 1fr))"
 
 
 def test_an_object_that_is_switched_off_or_clicked_is_gone(both):
-    before, count = both.composed(), len(both.switches["SOLQ"])
+    before, count = shown(both, "SOLQ"), len(both.switches["SOLQ"])
+    other = shown(both, "SQR")
     both.switches["SOLQ"][0].value = False
-    assert len(both.shown("SOLQ").names) == count - 1
-    assert len(both.clickable.buttons) == count - 1
+    assert len(both.shown("SOLQ").names) == len(both.panels["SOLQ"].buttons) == count - 1
+    assert np.array_equal(shown(both, "SQR"), other)
     both.switches["SOLQ"][0].value = True
-    assert np.array_equal(both.composed(), before)
-    both.clickable.buttons[0].click()
+    assert np.array_equal(shown(both, "SOLQ"), before)
+    both.panels["SOLQ"].buttons[0].click()
     assert not both.switches["SOLQ"][0].value
+    assert not np.array_equal(shown(both, "SOLQ"), before)
 
 
-def test_clicks_are_for_the_model_that_has_the_larger_part(both):
-    both.wipe.value = 0.2
-    assert len(both.clickable.buttons) == len(both.shown("SQR").names)
-
-
-def test_ground_truth_takes_the_place_of_both(both):
-    both.truth.value = True
-    assert both.clickable.buttons == []
-    assert (both.composed()[:, WIDTH // 2] != 0).any()
+def test_outlines_alone_leave_the_inside_as_it_is(both, dataset):
+    filled = shown(both, "ground truth")
+    both.filled.value = False
+    hollow = shown(both, "ground truth")
+    (x, y), scale = dataset.objects(0).boxes[0].view(2, 2).mean(dim=0).tolist(), WIDTH / 48
+    at = int(y * scale), int(x * scale)
+    assert (filled[at] != hollow[at]).any()
 
 
 def test_buttons_lie_over_their_objects_and_small_ones_on_top(both):
-    found = both.shown("SOLQ")
-    for button, box in zip(both.clickable.buttons, found.boxes.tolist(), strict=True):
+    found, panel = both.shown("SOLQ"), both.panels["SOLQ"]
+    for button, box in zip(panel.buttons, found.boxes.tolist(), strict=True):
         left, width = (float(text.rstrip("%")) for text in (button.layout.left, button.layout.width))
         low, high = (100 * min(max(edge / 48, 0), 1) for edge in box[::2])
         assert (left, left + width) == pytest.approx((low, high), abs=0.02)
-    areas = [float(b.layout.width[:-1]) * float(b.layout.height[:-1]) for b in both.clickable.widget.children[1:]]
     whole = [(box[2] - box[0]) * (box[3] - box[1]) for box in found.boxes.tolist()]
-    assert len(areas) == len(whole)
-    assert both.clickable.widget.children[-1] is both.clickable.buttons[int(np.argmin(whole))]
+    assert len(panel.widget.children) == 1 + len(whole)
+    assert panel.widget.children[-1] is panel.buttons[int(np.argmin(whole))]
 
 
-def test_one_model_alone_has_no_wipe_but_all_the_rest(predictors, dataset):
+def test_one_model_alone_can_be_shown(predictors, dataset):
     explorer = DetectionExplorer({"SOLQ": predictors["SOLQ"]}, dataset, score=0.2)
-    assert explorer.wipe not in explorer.widget.children[2].children[0].children
-    assert len(explorer.figure().axes) == 2
+    assert len(explorer._row.children) == len(explorer.figure().axes) == 2
 
 
 def test_the_figure_shows_truth_and_both_models(both):
     titles = [axes.get_title() for axes in both.figure().axes]
-    assert titles[0] == "ground truth"
-    assert titles[1] == f"SOLQ: {len(both.switches['SOLQ'])} shown"
+    assert titles[:2] == ["ground truth", f"SOLQ: {len(both.switches['SOLQ'])} shown"]
 
 
 def test_what_cannot_be_explored_is_refused(predictors, dataset, monkeypatch):
     with pytest.raises(ValueError, match="0 models: allowed are one, or two"):
         DetectionExplorer({}, dataset)
     monkeypatch.setattr(type(dataset), "__len__", lambda self: 0)
-    with pytest.raises(ValueError, match="has no images to explore"):
-        DetectionExplorer(predictors, dataset)
-    with pytest.raises(ValueError, match="has no images to explore"):
-        AttentionExplorer(predictors["SOLQ"], dataset)
+    for explorer in (DetectionExplorer, AttentionExplorer):
+        with pytest.raises(ValueError, match="has no images to explore"):
+            explorer(predictors, dataset)
 
 
 def test_an_image_without_any_object_can_be_shown(both):
     both.image.value = 3
-    both.truth.value = True
-    assert len(both._dataset.objects(3).names) == 0
-    assert both.composed().shape[1] == WIDTH
+    assert both.panels["ground truth"].buttons == []
     assert len(both.figure().axes) == 3
 
 
-def test_moving_the_wipe_answers_within_a_frame_or_two(both):
-    both.wipe.value = 0.4
+def test_a_switch_answers_within_a_frame_or_two(both):
     times = []
-    for share in (0.41, 0.42, 0.43, 0.44, 0.45):
-        started = time.perf_counter()
-        both.wipe.value = share
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.25  # 20 ms on an idle core; nothing is predicted or drawn again
+    for on in (False, True, False, True, False):
+        started = time.process_time()
+        both.switches["SOLQ"][0].value = on
+        times.append(time.process_time() - started)
+    assert min(times) < 0.15  # 25 ms; nothing is predicted or drawn again
+
+
+# ---- the chooser
+
+
+def matches(explorer: DetectionExplorer) -> list[int]:
+    return [image for _, image in explorer.chooser.matches.options]
+
+
+def with_class(dataset, name: str) -> list[int]:
+    return [index for index in range(len(dataset)) if name in dataset.objects(index).names]
+
+
+def test_images_are_found_by_name_class_and_size_and_walked_through(both, dataset):
+    chooser = both.chooser
+    assert matches(both) == list(range(len(dataset)))
+    chooser.filters["class"].value = "diamond"
+    assert matches(both) == with_class(dataset, "diamond")
+    assert both.image.value == matches(both)[0]
+    assert dataset.objects(both.image.value).names[both.chosen] == "diamond"
+    chooser.next.click()
+    assert both.image.value == matches(both)[1]
+    chooser.previous.click()
+    chooser.previous.click()
+    assert both.image.value == matches(both)[-1]
+    chooser.filters["class"].value = "all"
+    name = dataset.truth.file_names[2]
+    chooser.search.value = name.upper()
+    assert matches(both) == [2] == [both.image.value]
+    assert chooser.note.value == f"1 of {len(dataset)} images"
+    chooser.search.value = "no such file"
+    assert (matches(both), both.image.value) == ([], 2)
+
+
+def test_images_are_sorted_and_filtered_by_what_a_model_gets_wrong(predictors, dataset):
+    ids, count = dataset.truth.ids, len(dataset.truth)
+    lost = np.linspace(1, 0, count)[np.random.default_rng(0).permutation(count)]
+    columns = {"score": np.full(count, 0.5), "IoU": 1 - lost, "lost": lost}
+    errors = pd.DataFrame(columns | {"error": np.where(lost > 0.5, "vector", "none")}, index=ids)
+    explorer = DetectionExplorer(predictors, dataset, errors=errors)
+    worst = int(lost.argmax())
+    for order in ("most AP lost", "lowest IoU"):
+        explorer.chooser.sort.value = "file"
+        explorer.image.value = 3
+        explorer.chooser.sort.value = order
+        assert explorer.image.value == dataset.truth.image_rows[worst]
+        assert explorer.chosen == worst - dataset.truth.rows_of(explorer.image.value).start
+    explorer.chooser.filters["error"].value = "vector"
+    assert set(matches(explorer)) == set(dataset.truth.image_rows[lost > 0.5].tolist())
+    explorer.chooser.score.value = (0.6, 1)
+    assert matches(explorer) == []
+
+
+def test_an_uploaded_image_is_explored_like_any_other(both, attention):
+    for explorer in (both, attention):
+        file, count = io.BytesIO(), explorer.image.max + 1
+        Image.new("RGB", (40, 30), (200, 30, 30)).save(file, "png")
+        upload = {"name": "mine.png", "type": "image/png", "size": 1, "content": memoryview(file.getvalue())}
+        explorer.chooser.upload.value = ({**upload, "last_modified": datetime.datetime.now(datetime.UTC)},)
+        assert (explorer.image.value, explorer.chooser.name) == (count, "mine.png")
+        assert explorer.pixels(count).shape == (30, 40, 3)
+        explorer.figure()
+    assert both.panels["ground truth"].buttons == []
+
+
+def test_a_click_in_a_figure_opens_the_image_and_marks_the_object(both, dataset):
+    figure, axes = new_figure(1, 2, size=(4, 2))
+    object_id = int(dataset.truth.ids[dataset.truth.rows_of(1)][-1])
+    axes[0, 0].set_gid(f"{dataset.image_ids[2]}")
+    axes[0, 1].set_gid(f"{dataset.image_ids[1]} {object_id}")
+    clickable = link_figure(figure, both.open).children[1]
+    first, second = sorted(clickable.children[1:], key=lambda button: float(button.layout.left.rstrip("%")))
+    first.click()
+    assert (both.image.value, both.chosen) == (2, -1)
+    second.click()
+    assert (both.image.value, both.chosen) == (1, len(dataset.objects(1).names) - 1)
+    assert "solq-chosen" in both.panels["ground truth"].buttons[both.chosen]._dom_classes
 
 
 # ---- attention
@@ -207,8 +291,40 @@ def test_clicking_an_object_chooses_it_and_marks_it(attention):
     assert attention.panels.value != before
 
 
+def test_two_models_show_the_same_object_beside_each_other(predictors, dataset):
+    explorer = AttentionExplorer({"A": predictors["SOLQ"], "B": predictors["SOLQ"]}, dataset, score=0.2)
+    explorer.object.value = 1
+    assert explorer.row_of("B") == 1
+    assert [axes.get_title().split(",")[0] for axes in explorer.figure().axes] == ["A", "A", "B", "B"]
+
+
+def test_the_last_layers_mask_is_the_detections_and_every_layer_has_one(attention, predictors, dataset):
+    attention.what.value = LAYERS
+    assert len(attention.figure().axes) == 2 * 2  # layers; points and heat
+    image = dataset[0][0].permute(1, 2, 0).numpy()
+    found, layers = predict_with_attention(predictors["SOLQ"], image)
+    views = layer_views(predictors["SOLQ"], image, found, layers, 0)
+    np.testing.assert_array_equal(views[-1].mask, decode_rle([found.masks[0]])[0])
+    assert views[0].mask.any()
+    assert views[-1].caption == f"score {found.scores[0]:.2f}"
+
+
+def test_all_queries_are_drawn(attention, root):
+    attention.what.value = QUERIES
+    paths, boxes = attention.figure().axes
+    assert len(boxes.patches) == len(paths.collections[0].get_segments()) == tiny_experiment(root).model.queries
+
+
 def test_every_control_redraws(attention):
-    for name, value in (("layer", 0), ("head", 0), ("level", 1), ("close_up", False), ("image", 1)):
+    for name, value in (
+        ("what", LAYERS),
+        ("what", "points"),
+        ("layer", 0),
+        ("head", 0),
+        ("level", 1),
+        ("close_up", False),
+        ("image", 1),
+    ):
         before = attention.panels.value
         getattr(attention, name).value = value
         assert attention.panels.value != before, name

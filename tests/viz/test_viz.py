@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import tracemalloc
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from pycocotools import mask as coco_rle
+from scipy.spatial.distance import pdist
 
 from solq_lab.boxes import xyxy_to_cxcywh
 from solq_lab.codecs.dct import DCTCodec
@@ -21,7 +23,7 @@ from solq_lab.structures import Detections, Target
 from solq_lab.viz.codecs import reconstructions
 from solq_lab.viz.curves import ap_by_class, ap_by_size, training_curves
 from solq_lab.viz.images import MASK_OPACITY, MaskWindow, draw_detections, ground_truth, prediction_grid
-from solq_lab.viz.style import GREY, METHOD_COLOURS, OBJECT_COLOURS, class_colours, save
+from solq_lab.viz.style import GREY, METHOD_COLOURS, OBJECT_COLOURS, colours_of, save
 
 SIDE = 40
 
@@ -103,6 +105,14 @@ def test_labels_stay_inside_their_image(width):
         extent = label.get_window_extent()
         assert (extent.min >= place.bbox.min).all(), label.get_text()
         assert (extent.max <= place.bbox.max).all(), label.get_text()
+
+
+def test_labels_of_objects_in_one_place_do_not_cover_each_other():
+    figure = draw_detections(grey_image(), detections((20, 20, 40, 40), (22, 21, 41, 40), (18, 19, 40, 40)))
+    for _ in range(2):  # also where a figure is drawn again
+        figure.draw_without_rendering()
+        extents = [label.get_window_extent() for label in figure.axes[0].texts]
+        assert not any(first.overlaps(second) for first, second in itertools.combinations(extents, 2))
 
 
 def test_a_label_too_long_for_its_image_begins_inside():
@@ -192,13 +202,18 @@ def test_a_grid_of_nothing_is_empty():
     assert all(not axes.images for axes in prediction_grid([]).axes)
 
 
-def test_classes_of_one_image_have_different_colours_as_long_as_there_are_enough():
-    count = len(OBJECT_COLOURS)
-    clashing = class_colours([0, count, 2 * count, 5])
-    assert len(set(clashing.values())) == 4
-    assert clashing[0] == OBJECT_COLOURS[0]
-    assert set(class_colours(range(3 * count)).values()) == set(OBJECT_COLOURS)
-    assert class_colours([]) == {}
+def test_every_class_has_its_own_colour_in_all_images_as_long_as_there_are_enough():
+    assert len(set(OBJECT_COLOURS)) == len(OBJECT_COLOURS) >= 24
+    assert colours_of([3, 0, len(OBJECT_COLOURS)]) == [OBJECT_COLOURS[3], OBJECT_COLOURS[0], OBJECT_COLOURS[0]]
+
+
+def test_colours_of_objects_can_be_told_apart():
+    linear = np.array([to_rgb(colour) for colour in OBJECT_COLOURS])
+    linear = np.where(linear > 0.04045, ((linear + 0.055) / 1.055) ** 2.4, linear / 12.92)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(linear @ to_xyz.T / (0.9505, 1, 1.089)).T  # no colour is so dark that CIELAB is linear
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    assert pdist(lab).min() > 25  # 2.3 is what an eye can just see
 
 
 def test_real_images_and_their_masks_can_be_drawn(coco_tiny):

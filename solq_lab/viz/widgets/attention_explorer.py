@@ -5,183 +5,214 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Mapping
 from functools import lru_cache
 
 import ipywidgets as widgets
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
+from torchvision.ops import box_iou
 
 from solq_lab.data.coco import CocoDataset
-from solq_lab.inference.attention import LayerAttention, ObjectView, object_view, predict_with_attention
+from solq_lab.inference.attention import LayerAttention, ObjectView, layer_views, object_view, predict_with_attention
 from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
-from solq_lab.viz.attention import attention_of_object
-from solq_lab.viz.style import class_colours
-from solq_lab.viz.widgets.callbacks import Callbacks
+from solq_lab.viz.attention import attention_by_size, attention_of_object, attention_of_queries
 from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, draw_image, figure_pixels
-from solq_lab.viz.widgets.live_panel import as_png
+from solq_lab.viz.widgets.explorer import ModelExplorer
+from solq_lab.viz.widgets.live_panel import DPI, as_png
 
-WIDTH = 320  # of the image, pixels of the screen
+WIDTH = 480  # of the drawn image, pixels
 ALL = -1  # of a list's options: everything summed up
 NOTHING = "Nothing is found in this image with that score; lower the score or choose another image."
+POINTS, LAYERS, QUERIES = "points", "layer by layer", "all queries"
+MIN_IOU = 0.3  # of the boxes of two models' detections that are taken for one object
 
 
-class AttentionExplorer:
-    """An image whose objects can be clicked, and the attention of the chosen one's query.
+class AttentionExplorer(ModelExplorer):
+    """An image whose objects can be clicked, and the attention of the chosen one's query in one model or two.
 
     Attributes:
-        image, score, object, layer, head, level, close_up: the controls; setting the value of one redraws what
-            depends on it. `layer`, `head` and `level` count from 0, and are `ALL` where they are summed up.
+        score, object, what, layer, head, level, close_up: the controls; `object` lists the first model's objects,
+            `what` chooses between the points of the object, the same layer by layer with the mask that each layer
+            predicts, and all queries of the image. `layer`, `head` and `level` count from 0, `ALL` sums up.
         clickable: the image; clicking an object chooses it.
         panels: the drawn attention.
-        message: the sentence that is shown where there is nothing to draw, else empty.
-        widget: all of it, for JupyterLab to show.
     """
 
-    def __init__(self, predictor: Predictor, dataset: CocoDataset, *, score: float = 0.3) -> None:
-        """Show the best object of the first image.
-
-        Args:
-            predictor: the model, built without `bucket`.
-            dataset: images with true masks (`build_images`).
-            score: the slider's first value.
+    def __init__(
+        self,
+        predictors: Mapping[str, Predictor],
+        dataset: CocoDataset,
+        *,
+        score: float = 0.3,
+        errors: pd.DataFrame | None = None,
+    ) -> None:
+        """Show the best object of the first image. Arguments and errors as of `ModelExplorer`.
 
         Raises:
-            ValueError: the data set has no images, or the predictor replays CUDA graphs.
+            ValueError: also where a predictor replays CUDA graphs.
         """
-        if len(dataset) == 0:
-            raise ValueError("the data set has no images to explore")
-
-        self._predictor, self._dataset = predictor, dataset
-        self._look = lru_cache(16)(lambda index: predict_with_attention(predictor, self._pixels(index)))
-        self._clickable_pixels = lru_cache(16)(self._draw_clickable)
-        self._quiet = False
-        self.message = ""
-        self._status = widgets.HTML()
-        self._callbacks = Callbacks(self._report)
-
-        self._make_controls(score)
-        self.clickable = ClickableImage(WIDTH, self._click)
-        self.panels = widgets.Image(
-            format="png", layout=widgets.Layout(width="100%", max_width="1020px", min_width="0")
+        super().__init__(predictors, dataset, score=score, errors=errors)
+        self._look = lru_cache(32)(
+            lambda name, index: predict_with_attention(self._predictors[name], self.pixels(index))
         )
-        self.widget = self._lay_out()
+        self._drawn = lru_cache(32)(
+            lambda index, score: draw_image(
+                self.pixels(index), self._look(self.names[0], index)[0].above(score), width=WIDTH
+            )
+        )
+        self._make_controls()
+        self.clickable = ClickableImage(self._click)
+        self.panels = widgets.Image(format="png", layout={"width": "100%", "min_width": "0"})
+
+        chosen = [self.score, self.object, self.what, *self._choices.values(), self.close_up, self.status]
+        controls = widgets.VBox(chosen, layout={"flex": "1 1 auto", "min_width": "0"})
+        image = widgets.Box([self.clickable.widget], layout={"flex": "0 0 36%"})
+        parts = [widgets.HTML(STYLE_SHEET), self.chooser.widget, widgets.HBox([image, controls])]
+        panels = widgets.VBox([self.panels], layout={"align_items": "flex-start"})  # stretched otherwise
+        self.widget = widgets.VBox([*parts, panels])
         self._choose_image()
 
     @property
     def detections(self) -> Detections:
-        """The objects that can be chosen, best score first."""
-        return self._looked()[0].above(self.score.value)
+        """The objects of the first model that can be chosen, best score first."""
+        return self._found(self.names[0])[0]
 
-    def view(self) -> ObjectView:
-        """What is shown.
+    def row_of(self, name: str) -> int:
+        """The row of the chosen object in a model's detections; in the second model's, the one whose box is closest.
 
         Raises:
-            ValueError: the image has no object of at least the score.
+            ValueError: nothing is chosen, or the second model finds nothing there.
         """
         if self.object.value is None:
             raise ValueError(NOTHING)
-        which = {name: None if control.value == ALL else control.value for name, control in self._choices.items()}
-        return object_view(
-            self._pixels(self.image.value), self.detections, self._looked()[1], self.object.value, **which
-        )
+        if name == self.names[0]:
+            return self.object.value
+        overlap = box_iou(self.detections.boxes[self.object.value][None], self._found(name)[0].boxes)[0]
+        if not len(overlap) or overlap.max() < MIN_IOU:
+            raise ValueError(f"{name} finds nothing there with that score.")
+        return int(overlap.argmax())
+
+    def view(self, name: str = "") -> ObjectView:
+        """The chosen object and its points in a model, by default the first. Raises as `row_of`."""
+        name = name or self.names[0]
+        found, layers = self._found(name)
+        view = object_view(self.pixels(self.image.value), found, layers, self.row_of(name), **self._which())
+        return view._replace(caption=f"{name}, {view.caption}") if len(self.names) > 1 else view
 
     def figure(self) -> Figure:
-        """The object, its points and its heat map.
+        """What `what` says, of every model that finds the object.
 
         Raises:
-            ValueError: as `view`.
+            ValueError: the first model finds none.
         """
-        return attention_of_object(self.view(), title=self._describe(), close_up=self.close_up.value)
+        pixels, what = self.pixels(self.image.value), self.what.value
+        if what == QUERIES:
+            return attention_of_queries(pixels, {name: self._found(name) for name in self.names})
+
+        names = [name for name in self.names if self._finds(name)]
+        if what == POINTS:
+            views = [self.view(name) for name in names]
+            return attention_of_object(*views, title=self._describe(), close_up=self.close_up.value)
+        which, layers = self._which(), {}
+        for name in names:
+            found, attention = self._found(name)
+            parts = {"head": which["head"], "level": which["level"]}
+            layers[name] = layer_views(self._predictors[name], pixels, found, attention, self.row_of(name), **parts)
+        columns = [f"layer {number + 1}" for number in range(min(map(len, layers.values())))]
+        shown = {name: views[: len(columns)] for name, views in layers.items()}
+        return attention_by_size(shown, columns, title=self._describe(), with_heat=len(shown) == 1)
 
     def update(self) -> None:
         """Draw what the controls' present values ask for."""
-        if self._quiet:
-            return
-        found = self.detections
+        objects, size = self.detections, self.pixels(self.image.value).shape[:2]
         chosen = -1 if self.object.value is None else self.object.value
-        size = tuple(self._pixels(self.image.value).shape[:2])
-        self.clickable.show(self._clickable_pixels(self.image.value, self.score.value), found, size=size, chosen=chosen)
+        tooltips = [f"{row + 1}: {label}" for row, label in enumerate(objects.names)]
+        drawn = self._drawn(self.image.value, self.score.value)
+        self.clickable.show(drawn, objects.boxes.tolist(), tooltips, size=size, chosen=chosen)
 
+        self.report("")
         try:
-            drawn = self.figure()
+            figure = self.figure()
         except ValueError as reason:
-            self._report(str(reason))
+            self.report(str(reason))
             self.panels.layout.visibility = "hidden"
         else:
-            self._report("")
-            self.panels.value = as_png(figure_pixels(drawn))
+            self.panels.value = as_png(figure_pixels(figure))
+            self.panels.layout.max_width = f"{figure.get_figwidth() * DPI:.0f}px"
             self.panels.layout.visibility = "visible"
 
-    def _report(self, sentence: str) -> None:
-        self.message = sentence
-        self._status.value = html.escape(sentence)
+    def _finds(self, name: str) -> bool:
+        """Whether a model finds the chosen object; the first one's failure raises, another's is reported."""
+        try:
+            self.row_of(name)
+        except ValueError as reason:
+            if name == self.names[0]:
+                raise
+            self.report(str(reason))
+            return False
+        return True
 
-    def _make_controls(self, score: float) -> None:
-        model = self._predictor.experiment.model
+    def _make_controls(self) -> None:
+        model = next(iter(self._predictors.values())).experiment.model
         narrow = widgets.Layout(width="210px")
-        self.image = widgets.BoundedIntText(
-            value=0, min=0, max=len(self._dataset) - 1, description="image", layout=narrow
-        )
-        self.score = widgets.FloatSlider(
-            value=score,
-            min=0.05,
-            max=0.95,
-            step=0.05,
-            description="score",
-            readout_format=".2f",
-            layout=widgets.Layout(width="340px"),
-        )
-
         self.object = widgets.Dropdown(description="object", layout=narrow)
-        self.layer = self._make_list("layer", model.decoder_layers, layout=narrow)
+        self.what = widgets.ToggleButtons(options=[POINTS, LAYERS, QUERIES], style={"button_width": "104px"})
+        self.layer, self.head, self.level = (
+            widgets.Dropdown(
+                options=[("all", ALL)] + [(str(number + 1), number) for number in range(count)],
+                description=name,
+                layout=narrow,
+            )
+            for name, count in (("layer", model.decoder_layers), ("head", model.heads), ("level", model.levels))
+        )
         self.layer.value = model.decoder_layers - 1
-        self.head = self._make_list("head", model.heads, layout=narrow)
-        self.level = self._make_list("level", model.levels, layout=narrow)
         self._choices = {"layer": self.layer, "head": self.head, "level": self.level}
         self.close_up = widgets.Checkbox(value=True, description="close-up", indent=False)
 
-        self._callbacks.on_change(self._choose_image, self.image, self.score)
-        self._callbacks.on_change(self.update, self.object, *self._choices.values(), self.close_up)
-
-    def _make_list(self, name: str, count: int, *, layout: widgets.Layout) -> widgets.Dropdown:
-        options = [("all", ALL)] + [(str(number + 1), number) for number in range(count)]
-        return widgets.Dropdown(options=options, value=ALL, description=name, layout=layout)
-
-    def _lay_out(self) -> widgets.Widget:
-        chosen = [self.image, self.score, self.object, *self._choices.values(), self.close_up, self._status]
-        controls = widgets.VBox(chosen, layout=widgets.Layout(flex="1 1 auto", min_width="0"))
-        top = widgets.HBox([self.clickable.widget, controls])
-        panels = widgets.VBox([self.panels], layout=widgets.Layout(align_items="flex-start"))  # stretched otherwise
-        return widgets.VBox([widgets.HTML(STYLE_SHEET), top, panels])
+        self.on_change(self._choose_image, self.image, self.score)
+        self.on_change(self.redraw, self.object, self.what, *self._choices.values(), self.close_up)
+        self.chooser.refresh = self._choose_image
 
     def _choose_image(self) -> None:
-        """Another image or score: other objects, the best one chosen."""
-        found = self.detections
-        names = zip(found.names, found.scores.tolist(), strict=True)
-        self._quiet = True
-        self.object.options = [(f"{row + 1}: {name} {score:.2f}", row) for row, (name, score) in enumerate(names)]
-        self.object.value = 0 if len(found.labels) else None
-        self._quiet = False
-        self.update()
+        """Another image or score: other objects, the best one chosen, or the one that was asked for."""
+        objects = self.detections
+        names = zip(objects.names, objects.scores.tolist(), strict=True)
+        with self.together():
+            self.object.options = [(f"{row + 1}: {name} {score:.2f}", row) for row, (name, score) in enumerate(names)]
+            self.object.value = 0 if len(objects.labels) else None
+            row = self.chooser.row
+            if row is not None and self.chooser.is_constrained:
+                self._choose_true(row - self._dataset.truth.rows_of(self.image.value).start)
+
+    def open(self, image_id: int, object_id: int | None = None) -> None:
+        """Show an image of the data set by its id, and the detection of an object, by its annotation id."""
+        with self.together():
+            super().open(image_id, object_id)
+            if self.chosen >= 0:
+                self._choose_true(self.chosen)
+
+    def _choose_true(self, row: int) -> None:
+        """Choose the detection whose box is closest to a true object's, where there is one."""
+        overlap = box_iou(self.true_objects(self.image.value).boxes[row][None], self.detections.boxes)[0]
+        if len(overlap) and overlap.max() >= MIN_IOU:
+            self.object.value = int(overlap.argmax())
 
     def _click(self, row: int) -> None:
         self.object.value = row
 
-    def _looked(self) -> tuple[Detections, list[LayerAttention]]:
-        return self._look(self.image.value)
+    def _found(self, name: str) -> tuple[Detections, list[LayerAttention]]:
+        detections, layers = self._look(name, self.image.value)
+        return detections.above(self.score.value), layers
 
-    def _draw_clickable(self, index: int, score: float) -> np.ndarray:
-        found = self._look(index)[0].above(score)
-        return draw_image(self._pixels(index), found, class_colours(found.labels.tolist()), width=WIDTH)
+    def _which(self) -> dict[str, int | None]:
+        return {name: None if control.value == ALL else control.value for name, control in self._choices.items()}
 
     def _describe(self) -> str:
         """What is summed up, in words: "layer 3, all heads, level 1"."""
-        parts = []
-        for name, control in self._choices.items():
-            parts.append(f"all {name}s" if control.value == ALL else f"{name} {control.value + 1}")
-        return ", ".join(parts)
-
-    def _pixels(self, index: int) -> np.ndarray:
-        return self._dataset[index][0].permute(1, 2, 0).numpy()
+        controls = {name: one for name, one in self._choices.items() if self.what.value == POINTS or name != "layer"}
+        return ", ".join(
+            f"all {name}s" if control.value == ALL else f"{name} {control.value + 1}"
+            for name, control in controls.items()
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -104,14 +104,17 @@ class CodecCache:
 
     def _fitted(self, codec: FittedCodec, method: str) -> FittedCodec:
         def fit() -> None:
-            sample = self.sample(codec.mask_size)
-            self._report(
-                f"Fitting {method}, N = {codec.mask_size}, n_k = {codec.vector_dim}, to {len(sample)} masks: "
-                "some seconds, the first time only ..."
-            )
-            codec.fit(sample.split(max(256, codec.vector_dim)))
+            batches = self.sample(codec.mask_size).split(max(256, codec.vector_dim))
+            what = f"Fitting {method}, N = {codec.mask_size}, n_k = {codec.vector_dim}, the first time only"
+            codec.fit(self._reported(batches, what))
 
         return load_or_fit(codec, self._file(method, codec.mask_size, codec.vector_dim), fit)
+
+    def _reported(self, batches: Sequence[Tensor], what: str) -> Iterator[Tensor]:
+        for number, batch in enumerate(batches):
+            self._report(f"{what}: {100 * number // len(batches)} % of the masks read ...")
+            yield batch
+        self._report(f"{what}: computing ...")
 
     def _tables_key(self, method: str, mask_size: int, vector_dim: int) -> tuple[str, int, int]:
         return (method, mask_size, self._components(mask_size) if method == "pca" else vector_dim)

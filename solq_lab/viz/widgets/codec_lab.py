@@ -14,7 +14,7 @@ from torch import Tensor
 
 from solq_lab.viz.widgets.codec_cache import MAX_COMPONENTS, CodecCache
 from solq_lab.viz.widgets.codec_panels import Curve, Setting, View
-from solq_lab.viz.widgets.objects import BoxedObject, ObjectFolder, Split
+from solq_lab.viz.widgets.objects import BoxedObject, ObjectFolder, OwnMask, Split
 from solq_lab.viz.widgets.reconstruction import Reconstruction, Rule, decode_ious, reconstruct, term_order
 
 VECTOR_DIMS = (1, 4, 9, 16, 25, 36, 49, 64, 81, 100, 121, 144, 169, 196, 225, 256, 300, 324, 361, 400, 576, 784)
@@ -23,6 +23,7 @@ FEW_DIMS = (16, 64, 256)  # of the curves of codecs that are slow to encode, or 
 COMPARED = ("dct", "pca", "sparse", "flatten")  # the paper's, always drawn
 NESTED = ("dct", "pca")  # a shorter vector is the beginning of a longer one
 REMEMBERED = 64  # objects
+OWN = "own mask"  # the data set of `OwnMask`
 
 
 class ScoredObject(NamedTuple):
@@ -40,6 +41,9 @@ class CodecLab:
         cache: folder for fitted codecs.
         boundary_ratio: boundary width over the image's diagonal.
         report: is given a sentence before something takes seconds.
+
+    Attributes:
+        own: the user's own mask, the data set `OWN`. Its codecs are those fitted to the first of `splits`.
     """
 
     def __init__(
@@ -47,18 +51,21 @@ class CodecLab:
     ) -> None:
         self._splits, self._codec_folder, self._ratio, self._report = dict(splits), Path(cache), boundary_ratio, report
         self._folders: dict[str, ObjectFolder] = {}
+        self.own = OwnMask()
         self._caches: dict[str, CodecCache] = {}
         self._read_image = lru_cache(8)(lambda name, image: self.folder(name).pixels(image))
         self._target = lru_cache(REMEMBERED)(lambda name, row, size: self.folder(name).box_masks([row], size)[0])
         self._vector = lru_cache(8 * REMEMBERED)(self._encode)
         self._curve = lru_cache(8 * REMEMBERED)(self._measure_curve)
 
-    def folder(self, data_set: str) -> ObjectFolder:
+    def folder(self, data_set: str) -> ObjectFolder | OwnMask:
         """The objects of a data set.
 
         Raises:
             DataError: it cannot be read, or has no object.
         """
+        if data_set == OWN:
+            return self.own
         if data_set not in self._folders:
             self._folders[data_set] = ObjectFolder(self._splits[data_set])
         return self._folders[data_set]
@@ -123,6 +130,8 @@ class CodecLab:
             ValueError: there is no such codec.
         """
         folder, cache = self.folder(setting.data_set), self._cache_of(setting.data_set)
+        if isinstance(folder, OwnMask):
+            raise ValueError("Your own mask is the only one; choose a data set to search.")
         codec = cache.codec(setting.method, setting.mask_size, setting.vector_dim)
         target = cache.sample(setting.mask_size)
         vectors = cache.vectors(setting.method, setting.mask_size, setting.vector_dim)
@@ -135,14 +144,17 @@ class CodecLab:
         return sorted(found, key=lambda one: one.iou)[:count]
 
     def _cache_of(self, data_set: str) -> CodecCache:
+        data_set = next(iter(self._splits)) if data_set == OWN else data_set
         if data_set not in self._caches:
-            self._caches[data_set] = CodecCache(self.folder(data_set), self._codec_folder, self._report)
+            folder = self.folder(data_set)
+            assert isinstance(folder, ObjectFolder)
+            self._caches[data_set] = CodecCache(folder, self._codec_folder, self._report)
         return self._caches[data_set]
 
     @torch.inference_mode()
     def _encode(self, data_set: str, row: int, method: str, mask_size: int, vector_dim: int) -> Tensor:
         cache = self._cache_of(data_set)
-        if method == "sparse" and row in cache.places:  # one by one they would take too long
+        if method == "sparse" and data_set != OWN and row in cache.places:  # one by one they would take too long
             return cache.vectors(method, mask_size, vector_dim)[cache.places[row]]
         codec = cache.codec(method, mask_size, vector_dim)
         return codec.encode(self._target(data_set, row, mask_size)[None])[0]

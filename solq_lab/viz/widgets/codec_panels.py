@@ -25,7 +25,9 @@ MARGIN = 0.12  # around an object, as a share of its larger side
 MAX_BARS = (400, 800)  # ends of the axis of coefficients
 VALUES = SymLogNorm(linthresh=1.0, vmin=-128, vmax=128)  # a full mask's first cosine coefficient is N
 PALE = "#D9D9D9"
-ABOVE_LEGEND = 0.5  # an IoU below it has its number above its point, or it would cover the legend
+LEAST_ERROR = 1e-3  # 1 - IoU at the lower end of its axis; what is better lies on it
+SMALL = 0.25  # share of the image's longer side: objects that are smaller are shown in a crop
+CONTEXT = 1.5  # around them, as a share of the larger side of their box
 
 
 class Setting(NamedTuple):
@@ -65,15 +67,18 @@ class View(NamedTuple):
 
 
 class Original(ImagePanel):
-    """The whole image, the object tinted."""
+    """The image with the object tinted; the surroundings of an object that would be tiny in it."""
 
     def depends_on(self, view: View) -> Hashable:
         return view.setting.data_set, view.setting.row
 
     def show(self, view: View) -> None:
-        pixels = fit_square(tinted(view.pixels, decode_rle([view.item.rle])[0].numpy()))
+        pixels = tinted(view.pixels, decode_rle([view.item.rle])[0].numpy())
         x0, y0, x1, y1 = view.item.box.tolist()
-        self.set(pixels, f"{view.item.name}, {x1 - x0:.0f} x {y1 - y0:.0f} pixels")
+        title = f"{view.item.name}, {x1 - x0:.0f} x {y1 - y0:.0f} pixels"
+        if max(x1 - x0, y1 - y0) < SMALL * max(view.item.size):
+            pixels, title = pixels[surroundings(view.item, CONTEXT)], f"{title}, cut out"
+        self.set(fit_square(pixels), title)
 
 
 class Target(ImagePanel):
@@ -174,7 +179,7 @@ class HeatMap(ImagePanel):
 
 
 class Curves(Panel):
-    """IoU of this object by vector length, one line per method, and where the setting stands."""
+    """1 - IoU of this object by vector length, one line per method, and where the setting stands."""
 
     columns = 2
     place = (0.085, 0.16, 0.885, 0.73)
@@ -182,7 +187,10 @@ class Curves(Panel):
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
         axes.set_xscale("log")
-        axes.set(xlim=(0.9, 900), ylim=(0, 1.05), xlabel="vector length $n_k$", title="IoU of this object")
+        axes.set_yscale("log")
+        axes.set(xlim=(0.9, 900), ylim=(0.8 * LEAST_ERROR, 1.2), xlabel="vector length $n_k$")
+        axes.set_title("1 - IoU of this object")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 784]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -196,24 +204,35 @@ class Curves(Panel):
         self._number = axes.text(1, 1, "", fontsize=10, fontweight="bold")
         self._number.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0})
 
-        axes.legend(self._lines.values(), [CODEC_NAMES[name] for name in self._lines], loc="lower right", ncols=2)
+        self._drawn: tuple[str, ...] = ()
         self.moving = [self._guide, *self._lines.values(), self._here, self._number]
 
     def depends_on(self, view: View) -> Hashable:
         return view.setting, tuple((name, len(curve.ious)) for name, curve in view.curves.items())
 
+    def background(self) -> Hashable:
+        return self._drawn
+
     def show(self, view: View) -> None:
         for name, line in self._lines.items():
-            line.set_data(view.curves.get(name, Curve([], [])))
+            curve = view.curves.get(name, Curve([], []))
+            line.set_data(curve.vector_dims, [max(1 - iou, LEAST_ERROR) for iou in curve.ious])
+        drawn = tuple(name for name in self._lines if name in view.curves)
+        if drawn != self._drawn:
+            self._drawn = drawn
+            names = [CODEC_NAMES[name] for name in drawn]
+            self.axes.legend([self._lines[name] for name in drawn], names, loc="lower left")
+
         count, iou = view.setting.vector_dim, view.reconstruction.iou
+        error = max(1 - iou, LEAST_ERROR)
         self._guide.set_xdata([count, count])
-        self._here.set_data([count], [iou])
+        self._here.set_data([count], [error])
         self._here.set_markerfacecolor(CODEC_COLOURS[view.setting.method])
-        left, above = count > 100, iou < ABOVE_LEGEND
-        self._number.set_text(f"{iou:.3f}")
-        self._number.set_position((count * (0.85 if left else 1.18), iou + (0.06 if above else -0.06)))
+        left = count > 100
+        self._number.set_text(f"IoU {iou:.3f}")
+        self._number.set_position((count * (0.85 if left else 1.18), min(1.35 * error, 0.8)))
         self._number.set_horizontalalignment("right" if left else "left")
-        self._number.set_verticalalignment("bottom" if above else "top")
+        self._number.set_verticalalignment("bottom")
 
 
 TABLE: dict[type[Panel], Cell] = {
@@ -260,16 +279,23 @@ def error_image(pixels: np.ndarray, item: BoxedObject, found: dict) -> tuple[np.
         the image, how many pixels are missed, and how many added.
     """
     truth, mask = decode_rle([item.rle, found]).numpy()
-    x0, y0, x1, y1 = item.box.tolist()
-    margin = max(2, round(MARGIN * max(x1 - x0, y1 - y0)))
-    rows = slice(max(int(y0) - margin, 0), int(np.ceil(y1)) + margin)
-    columns = slice(max(int(x0) - margin, 0), int(np.ceil(x1)) + margin)
+    rows, columns = surroundings(item, MARGIN)
     light = pixels[rows, columns].mean(axis=2, keepdims=True) * 0.35
     near_truth, near_mask = truth[rows, columns, None], mask[rows, columns, None]
     base = np.repeat(np.where(near_truth & near_mask, light + 90, light + 165), 3, axis=2)
     for wrong, colour in ((near_truth & ~near_mask, MISSED), (near_mask & ~near_truth, ADDED)):
         base = np.where(wrong, 255 * np.array(to_rgb(colour)), base)
     return base.astype(np.uint8), int((truth & ~mask).sum()), int((mask & ~truth).sum())
+
+
+def surroundings(item: BoxedObject, margin: float) -> tuple[slice, slice]:
+    """The rows and columns of an object's box with a margin around, a share of the box's larger side."""
+    x0, y0, x1, y1 = item.box.tolist()
+    around = max(2, round(margin * max(x1 - x0, y1 - y0)))
+    return (
+        slice(max(int(y0) - around, 0), int(np.ceil(y1)) + around),
+        slice(max(int(x0) - around, 0), int(np.ceil(x1)) + around),
+    )
 
 
 def fit_square(pixels: np.ndarray, side: int = SIDE, *, sharp: bool = False) -> np.ndarray:

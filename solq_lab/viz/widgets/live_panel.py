@@ -7,6 +7,7 @@ once, so each panel of an explorer is a small figure of its own whose axes are d
 from __future__ import annotations
 
 import io
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -144,5 +145,6 @@ def table_figure(table: Mapping[type[Panel], Cell], view: Any, title: str) -> Fi
 def as_png(pixels: np.ndarray) -> bytes:
     """The PNG file of pixels (H, W, 3) uint8."""
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "png", compress_level=1)
+    # Run lengths alone: faster than zlib's other ways by half, and no larger for images with areas of one colour.
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "png", compress_level=1, compress_type=zlib.Z_RLE)
     return file.getvalue()

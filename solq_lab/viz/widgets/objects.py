@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from pycocotools import mask as coco_rle
 from torch import Tensor
 
 from solq_lab.data.classes import ClassMap
@@ -16,6 +18,8 @@ from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.data.images import read_image
 from solq_lab.data.kinds import Orientation
 from solq_lab.data.shapes.writer import write_shapes
+from solq_lab.masks import decode_rle, encode_rle, rasterize_in_box
+from solq_lab.viz.widgets.chooser import list_objects
 
 
 class BoxedObject(NamedTuple):
@@ -42,7 +46,7 @@ class ObjectFolder:
 
     Attributes:
         annotations: path of the annotation file.
-        images: how many images there are, with objects or without.
+        file_names: of the images, with objects or without.
     """
 
     def __init__(self, split: Split) -> None:
@@ -55,10 +59,10 @@ class ObjectFolder:
         self._truth = GroundTruth(self.annotations)
         self._orientation: Orientation = orientation or self._truth.orientation or "stored"
         self._classes = ClassMap.from_categories(self._truth.categories)
-        self.images = len(self._truth.image_ids)
+        self.file_names = self._truth.file_names
         if len(self) == 0:
             raise DataError(
-                f"{self.annotations}: none of the {self.images} images has an object (crowds do not count); "
+                f"{self.annotations}: none of the {len(self.file_names)} images has an object (crowds do not count); "
                 "a codec needs masks to show: choose another data set"
             )
 
@@ -75,6 +79,10 @@ class ObjectFolder:
             size=truth.size(image),
             rle=truth.rle(row),
         )
+
+    def table(self) -> pd.DataFrame:
+        """The objects as `list_objects` gives them."""
+        return list_objects(self._truth, self._classes)
 
     def rows_of(self, image: int) -> range:
         """The rows of an image's objects."""
@@ -103,6 +111,54 @@ class ObjectFolder:
     def evenly(self, most: int) -> list[int]:
         """At most `most` rows, evenly over the data set."""
         return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int)).tolist()
+
+
+class OwnMask:
+    """The mask that was drawn or uploaded last, in place of an `ObjectFolder`.
+
+    Its row, and its image's, count the masks, so that nothing remembered of an earlier one is shown for it.
+    """
+
+    file_names = ("own mask",)
+
+    def __init__(self) -> None:
+        self._item: BoxedObject | None = None
+
+    def set(self, mask: np.ndarray) -> None:
+        """Take another mask (H, W) bool.
+
+        Raises:
+            DataError: it is empty.
+        """
+        if not mask.any():
+            raise DataError("the mask is empty: draw one with the mouse, or upload an image of a light shape on black")
+        row = 0 if self._item is None else self._item.row + 1
+        (rle,) = encode_rle(torch.from_numpy(np.ascontiguousarray(mask))[None])
+        x, y, width, height = coco_rle.toBbox(rle).tolist()
+        box = torch.tensor([x, y, x + width, y + height], dtype=torch.float64)
+        self._item = BoxedObject(row, row, "own mask", box, mask.shape, rle)
+
+    def __getitem__(self, row: int) -> BoxedObject:
+        if self._item is None:
+            raise DataError("no mask of your own yet: draw one with the mouse, or upload an image of one")
+        return self._item
+
+    def rows_of(self, image: int) -> range:
+        """The row of the mask."""
+        return range(self[0].row, self[0].row + 1)
+
+    def table(self) -> pd.DataFrame:
+        """No objects to search in."""
+        return pd.DataFrame(columns=["id", "image", "row", "class", "size"])
+
+    def pixels(self, image: int) -> np.ndarray:
+        """The mask as an image, (H, W, 3) uint8."""
+        return np.repeat(np.where(decode_rle([self[0].rle])[0], 255, 70).astype(np.uint8)[..., None], 3, axis=2)
+
+    def box_masks(self, rows: Sequence[int], mask_size: int) -> Tensor:
+        """(1, N, N) bool: the mask in its box."""
+        item = self[0]
+        return rasterize_in_box([item.rle], item.box[None], item.size, mask_size)
 
 
 def draw_splits(root: Path | str, *, images: int = 200) -> dict[str, Split]:
