@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import time
 from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import pandas as pd
 import psutil
 import torch
 import yaml
@@ -75,13 +75,8 @@ class Plan(NamedTuple):
     reasons: dict[str, str]
     warnings: list[str]
 
-    def frame(self) -> pd.DataFrame:
-        """The choices: value and reason by key."""
-        rows = {key: (str(self.experiment.value(key)), reason) for key, reason in self.reasons.items()}
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "reason"])
-
     def __str__(self) -> str:
-        rows = [(key, *row) for key, *row in self.frame().itertuples(name=None)]
+        rows = [(key, str(self.experiment.value(key)), reason) for key, reason in self.reasons.items()]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
         lines = [f"{key:{widths[0]}}  {value:{widths[1]}}  {reason}" for key, value, reason in rows]
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
@@ -96,7 +91,7 @@ class Plan(NamedTuple):
 
 
 def plan_finetuning(
-    data: Path, *, start: str = "", minutes: float | None = None, name: str = "", runs_dir: Path = Path("runs")
+    data: Path, *, start: str = "", minutes: float | None = None, name: str, runs_dir: Path = Path("runs")
 ) -> Plan:
     """Choose everything for a training on the images of a data folder.
 
@@ -105,13 +100,13 @@ def plan_finetuning(
         start: weights of ours, a run, a released or Hugging Face's checkpoint, or a name in `RELEASED`; "": the small
             model of drawn shapes on a CPU, ImageNet weights on a GPU.
         minutes: how long it may take, by the speed that is measured here; None: as long as the data asks for.
-        name: of the run; "": the folder's.
+        name: of the run.
         runs_dir: released checkpoints are converted into its folder `imported`.
 
     Raises:
         DataError, ConfigError, WeightMismatch, RunError: the data or the weights cannot be used.
     """
-    planner = _Planner(name or default_name(data), data)
+    planner = _Planner(name, data)
     planner.choose_start(start, runs_dir)
     planner.read_data()
     planner.choose_sizes()
@@ -121,23 +116,36 @@ def plan_finetuning(
     return Plan(planner.experiment(), planner.reasons, planner.warnings)
 
 
-def default_name(data: Path) -> str:
-    """The name of a run on a data folder."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", f"{data.resolve().name}-finetuned").lstrip("._-")
+def planned_experiment(
+    data: Path, *, start: str = "", minutes: float | None = None, name: str = "", runs_dir: Path = Path("runs")
+) -> Path:
+    """The experiment file `runs_dir`/NAME.yaml: planned and written, or as the same command wrote it, perhaps edited.
 
-
-def is_planned(path: Path, command: str) -> bool:
-    """Whether a file holds what this very command planned, perhaps edited since.
+    Args:
+        data, start, minutes, name, runs_dir: as in `plan_finetuning`.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the file exists and is another command's; and as `plan_finetuning`.
     """
+    name = name or re.sub(r"[^A-Za-z0-9._-]", "-", f"{data.resolve().name}-finetuned").lstrip("._-")
+    options = {"--from": start, "--minutes": "" if not minutes else f"{minutes:g}", "--name": name}
+    words = ["solq-lab", "finetune", str(data), *(word for pair in options.items() if pair[1] for word in pair)]
+    path, command = runs_dir / f"{name}.yaml", shlex.join(words)
     if not path.exists():
-        return False
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    if first != f"# {command}":
-        raise ConfigError(f"{path}: exists, and was written by `{first.removeprefix('# ')}`; remove it, or give --name")
-    return True
+        plan_finetuning(data, start=start, minutes=minutes, name=name, runs_dir=runs_dir).write(path, command)
+        return path
+
+    first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    if first != command:
+        raise ConfigError(f"{path}: exists, and was written by `{first}`; remove it, or give --name")
+    logger.info("%s: planned earlier, used as it stands; remove it to plan anew", path)
+    return path
+
+
+def described_choices(path: Path) -> str:
+    """The choices and warnings at the top of a planned experiment."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line.removeprefix("# ") for line in lines[1:] if line.startswith("# "))
 
 
 def describe_device() -> Device:

@@ -14,7 +14,7 @@ from solq_lab.config import load_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.workbench import cli, finetuning
 from solq_lab.workbench.commands import finetune as command
-from solq_lab.workbench.finetuning import GB, Device, measure_speed, plan_finetuning
+from solq_lab.workbench.finetuning import GB, Device, measure_speed
 
 CPU = Device("2 CPU cores", False, False, 2, 8 * GB)
 GPU = Device("a GPU", True, True, 8, 24 * GB)
@@ -30,6 +30,10 @@ def on(monkeypatch):
 
     choose(CPU)
     return choose
+
+
+def plan_finetuning(data: Path, **options) -> finetuning.Plan:
+    return finetuning.plan_finetuning(data, name="mine", **options)
 
 
 def dataset(folder: Path, images: int = 12) -> Path:
@@ -122,7 +126,7 @@ def test_the_command_writes_an_experiment_that_runs_as_edited(tmp_path, on, monk
     path.write_text(path.read_text().replace("steps: 2000", "steps: 7"))
     call("--minutes", "10")
     assert trained[0].train.steps == 7
-    assert "used as it stands" in capsys.readouterr().out
+    assert "square-root rule" in capsys.readouterr().out
     call("--minutes", "20")
     assert len(trained) == 1
     assert "was written by `solq-lab finetune" in capsys.readouterr().err

@@ -12,19 +12,13 @@ from solq_lab.workbench.commands.arguments import RunsDir, existing_paths
 from solq_lab.workbench.commands.runs import train
 
 
-def _existing(path: Path) -> Path:
-    return existing_paths([path])[0]
-
-
 def finetune(
-    data: Annotated[Path, typer.Argument(help="Folder of your images, in any layout.", callback=_existing)],
+    data: Annotated[
+        Path, typer.Argument(help="Folder of your images.", callback=lambda path: existing_paths([path])[0])
+    ],
     start: Annotated[
         str,
-        typer.Option(
-            "--from",
-            help="A file, a run, Hugging Face's folder, or a name of download-weights.",
-            metavar="WEIGHTS",
-        ),
+        typer.Option("--from", help="A file, a run, Hugging Face's folder, or a name of download-weights."),
     ] = "",
     minutes: Annotated[float | None, typer.Option(min=0.1, help="How long it may take; speed is measured.")] = None,
     name: Annotated[str, typer.Option(help="Of the run; by default the folder's.")] = "",
@@ -32,18 +26,10 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the training.")] = False,
 ) -> None:
     """Train on your own images. Chooses every setting from data and device, says why, and writes the experiment."""
-    from solq_lab.workbench.finetuning import default_name, is_planned, plan_finetuning
+    from solq_lab.workbench.finetuning import described_choices, planned_experiment
 
-    options = {"--from": start, "--minutes": "" if minutes is None else f"{minutes:g}", "--name": name}
-    words = ["solq-lab", "finetune", str(data), *(word for pair in options.items() if pair[1] for word in pair)]
-    command = shlex.join(words)
-    path = runs_dir / f"{name or default_name(data)}.yaml"
-
-    if is_planned(path, command):
-        typer.echo(f"{path}: planned earlier, used as it stands; remove it to plan anew")
-    else:
-        plan = plan_finetuning(data, start=start, minutes=minutes, name=name, runs_dir=runs_dir)
-        plan.write(path, command)
-        typer.echo(f"{plan}\n\nexperiment  {path}; edit it, and run it with  solq-lab train {shlex.quote(str(path))}")
+    path = planned_experiment(data, start=start, minutes=minutes, name=name, runs_dir=runs_dir)
+    again = f"solq-lab train {shlex.quote(str(path))}"
+    typer.echo(f"{described_choices(path)}\n\nexperiment  {path}; edit it if you like, and run it with  {again}")
     if not dry_run:
         train(path, runs_dir=runs_dir)
