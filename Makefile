@@ -40,12 +40,13 @@ lint: install  ## style, types, import contracts, clean notebooks
 	$(BIN)/lint-imports
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
-install: $(STAMP)  ## .venv with everything, in the pinned versions
+install: $(STAMP)  ## .venv with everything, in the pinned versions; TORCH_INDEX=URL takes torch from another index
 
 $(STAMP): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "solq_lab needs Python 3.11 or newer; none was found. Install one, or name it: make PYTHON=/path/to/python3"; exit 1; fi
 	@if ! command -v $${CXX:-c++} >/dev/null 2>&1; then echo "No C++ compiler found ($${CXX:-c++}): everything works, but deformable attention runs in pure torch, several times slower. Install g++ to change that."; fi
 	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) $(shell grep -E '^torch(vision)?==' constraints.txt))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[swin,sparse,slurm,export,tracking,dev]'
 	@touch $(STAMP)
 
