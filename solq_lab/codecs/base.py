@@ -24,10 +24,12 @@ class MaskCodec(nn.Module, ABC):
         vector_dim: length D (n_k in the paper) of the vectors.
         loss: the loss its vectors are trained with: "l1" (eq. 5) or "l2_dice" (table 3a, flatten; the released PCA).
         threshold: of `binarize`: the "middle" of each reconstruction's range, as released, or "half" (0.5).
+        token_bits: bits of a stored mask where a vector follows from tokens; None where it is D real numbers.
     """
 
     loss: Literal["l1", "l2_dice"] = "l1"
     threshold: Threshold = "middle"
+    token_bits: int | None = None
 
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ class QuantisedCodec(FittedCodec):
     """
 
     method = "rvq"
+    token_bits = STAGES * (WORDS - 1).bit_length()
     words: Tensor
 
     def __init__(self, mask_size: int, vector_dim: int) -> None:

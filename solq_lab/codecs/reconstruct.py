@@ -27,17 +27,22 @@ class Reconstruction(NamedTuple):
 
 
 @torch.inference_mode()
-def reconstruct(codec: MaskCodec, masks: Tensor, *, vector_error: Tensor | None = None) -> Reconstruction:
+def reconstruct(
+    codec: MaskCodec, masks: Tensor, *, vector_error: Tensor | None = None, step: float = 0.0
+) -> Reconstruction:
     """Masks (K, N, N) bool encoded, decoded and binarized, all in one batch.
 
     Args:
         codec: the codec, on any device.
         masks: in the box frame.
         vector_error: (K, D) added to the mask vectors. None: nothing.
+        step: then every entry is rounded to a multiple of this. 0: none is.
     """
     vectors = codec.encode(masks.to(device_of(codec)))
     if vector_error is not None:
         vectors = vectors + vector_error.to(vectors)
+    if step > 0:
+        vectors = (vectors / step).round() * step
     decoded = codec.decode(vectors)
     return Reconstruction(vectors, decoded, codec.binarize(decoded))
 

@@ -40,11 +40,13 @@ class Noise(NamedTuple):
     vector: standard deviation of the error of each entry, over that entry's standard deviation among the objects of
         the data set: 1 is about the error of always predicting the mean vector.
     seed: of the errors. An object's errors depend on this and its annotation id only, and grow in proportion.
+    step: of a quantiser that rounds all entries, over the root mean square of their standard deviations; 0: none.
     """
 
     box: float = 0.0
     vector: float = 0.0
     seed: int = 0
+    step: float = 0.0
 
 
 class Reconstructions(NamedTuple):
@@ -54,12 +56,14 @@ class Reconstructions(NamedTuple):
     areas: (A,) float64 areas as annotated, pixels; the mask's where the file gives none.
     ious: (A,) float64 IoU of each mask with its ground truth; two empty masks have 1.
     results: A COCO results, score 1.
+    bits: of a stored mask on average (`_bits_per_mask`).
     """
 
     ids: np.ndarray
     areas: np.ndarray
     ious: np.ndarray
     results: list[dict]
+    bits: float
 
 
 def codec_ceiling(
@@ -90,7 +94,7 @@ def codec_ceiling(
 
     Returns:
         "segm" and "boundary" numbers, and the mean IoU of an object's mask with its ground truth: "segm.IoU", and
-        "segm.IoUs", "segm.IoUm", "segm.IoUl" by object size (NaN where there is no object).
+        "segm.IoUs", "segm.IoUm", "segm.IoUl" by object size (NaN where there is no object). "bits": of a stored mask.
 
     Raises:
         DataError: the annotations cannot be used.
@@ -108,7 +112,7 @@ def codec_ceiling(
     }
     return dataclasses.replace(
         segm,
-        metrics=segm.metrics | boundary.metrics | ious,
+        metrics=segm.metrics | boundary.metrics | ious | {"bits": found.bits},
         per_class={name: row | boundary.per_class[name] for name, row in segm.per_class.items()},
     )
 
@@ -182,8 +186,8 @@ def _read_scene(
     max_images: int | None,
     noise: Noise,
 ) -> _Scene:
-    if not (0 <= noise.box < math.inf and 0 <= noise.vector < math.inf and noise.seed >= 0):
-        raise ValueError(f"{noise}: allowed are finite standard deviations from 0 on and seeds from 0 on")
+    if not (all(0 <= size < math.inf for size in (noise.box, noise.vector, noise.step)) and noise.seed >= 0):
+        raise ValueError(f"{noise}: allowed are finite standard deviations and steps from 0 on and seeds from 0 on")
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
     chosen = sorted(truth.image_ids.tolist() if image_ids is None else image_ids)[:max_images]
     return _Scene(truth, truth.rows(chosen), chosen, codec, noise)
@@ -195,18 +199,38 @@ def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
         raise ValueError(f"{processes} processes cannot share a codec on {device}; use one, or a codec on the cpu")
     pieces = [scene.rows[start : start + _MASKS_AT_ONCE] for start in range(0, len(scene.rows), _MASKS_AT_ONCE)]
     std = None
-    if scene.noise.vector > 0 and pieces:
+    if (scene.noise.vector > 0 or scene.noise.step > 0) and pieces:
         counts, firsts, seconds = zip(*in_processes(_vector_sums, scene, pieces, processes), strict=True)
         mean = sum(firsts) / sum(counts)
         std = np.sqrt(np.maximum(sum(seconds) / sum(counts) - mean**2, 0.0))
 
     masks.paste_to_rle(torch.zeros(0, 1, 1, dtype=torch.bool), torch.zeros(0, 4), (1, 1))  # compile once, before a fork
-    ious, results = [np.zeros(0)], []
+    ious, results, symbols = [np.zeros(0)], [], []
     work = in_processes(_reconstruct_piece, scene, [_Piece(rows, std) for rows in pieces], processes)
-    for piece_ious, piece_results in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
-        ious.append(piece_ious)
-        results += piece_results
-    return Reconstructions(scene.truth.ids[scene.rows], scene.truth.areas_of(scene.rows), np.concatenate(ious), results)
+    for piece in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
+        ious.append(piece[0])
+        results += piece[1]
+        symbols.append(piece[2])
+
+    ids, areas = scene.truth.ids[scene.rows], scene.truth.areas_of(scene.rows)
+    return Reconstructions(ids, areas, np.concatenate(ious), results, _bits_per_mask(scene.codec, symbols))
+
+
+def _bits_per_mask(codec: MaskCodec, symbols: list[np.ndarray | None]) -> float:
+    """Bits of a stored mask: of its tokens, of its quantised entries (k, D) int64, or 32 for each entry.
+
+    Quantised entries cost what an ideal entropy coder with a table per entry needs, the table not counted.
+    """
+    if codec.token_bits is not None:
+        return float(codec.token_bits)
+    known = [some for some in symbols if some is not None]
+    if not known:
+        return 32.0 * codec.vector_dim
+    bits = 0.0
+    for entry in np.concatenate(known).T:
+        shares = np.unique(entry, return_counts=True)[1] / len(entry)
+        bits -= float((shares * np.log2(shares)).sum())
+    return bits
 
 
 class _Piece(NamedTuple):
@@ -216,19 +240,21 @@ class _Piece(NamedTuple):
     std: np.ndarray | None
 
 
-def _reconstruct_piece(scene: _Scene, piece: _Piece) -> tuple[np.ndarray, list[dict]]:
-    """IoU (k,) and COCO results of some objects."""
+def _reconstruct_piece(scene: _Scene, piece: _Piece) -> tuple[np.ndarray, list[dict], np.ndarray | None]:
+    """IoU (k,) and COCO results of some objects, and their quantised entries (k, D) where a quantiser is used."""
     codec, truth, noise = scene.codec, scene.truth, scene.noise
     boxes = truth.boxes[piece.rows].copy()  # (k, 4)
     errors = np.zeros((len(boxes), codec.vector_dim))
     for place, key in enumerate(truth.ids[piece.rows].tolist()):
         random = np.random.default_rng((noise.seed, key % 2**64))
         boxes[place] = _move_edges(boxes[place], noise.box * random.standard_normal(4))
-        if piece.std is not None:
+        if noise.vector > 0 and piece.std is not None:
             errors[place] = noise.vector * piece.std * random.standard_normal(codec.vector_dim)
 
     true_masks = truth.box_masks(piece.rows, codec.mask_size)
-    decoded = reconstruct(codec, true_masks, vector_error=torch.from_numpy(errors) if piece.std is not None else None)
+    step = 0.0 if piece.std is None else noise.step * math.sqrt(float(np.square(piece.std).mean()))
+    decoded = reconstruct(codec, true_masks, vector_error=torch.from_numpy(errors) if noise.vector else None, step=step)
+    symbols = (decoded.vectors.double().cpu().numpy() / step).round().astype(np.int64) if step > 0 else None
 
     ious, results = [np.zeros(0)], []
     for image, places in truth.by_image(piece.rows):
@@ -242,7 +268,7 @@ def _reconstruct_piece(scene: _Scene, piece: _Piece) -> tuple[np.ndarray, list[d
             {"image_id": int(truth.image_ids[image]), "category_id": category_id, "score": 1.0, "segmentation": rle}
             for category_id, rle in zip(truth.category_ids[rows].tolist(), rles, strict=True)
         ]
-    return np.concatenate(ious), results
+    return np.concatenate(ious), results, symbols
 
 
 @torch.inference_mode()

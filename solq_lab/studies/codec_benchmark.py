@@ -42,7 +42,7 @@ class CodecSetting:
     pca: "plain" or "released", for kind "pca" only.
     beta: price of a coefficient, for kind "sparse" only.
     threshold: "middle", "half", or None: the codec's own.
-    box_noise, vector_noise: as in `Noise`.
+    box_noise, vector_noise, step: as in `Noise`.
     seed: of the errors, and of the fit.
     """
 
@@ -54,6 +54,7 @@ class CodecSetting:
     threshold: Literal["middle", "half"] | None = None
     box_noise: float = 0.0
     vector_noise: float = 0.0
+    step: float = 0.0
     seed: int = 0
 
     @property
@@ -76,9 +77,13 @@ class UpperBound:
     seconds: float
 
     def row(self) -> dict[str, Any]:
-        """The setting and the twelve numbers, shares in 0..1, as JSON types; None where there is no such object."""
+        """The setting, the twelve numbers, shares in 0..1, and the bits of a mask, as JSON types.
+
+        None stands where there is no such object.
+        """
         metrics = self.evaluation.metrics
         numbers = {name: None if math.isnan(metrics[name]) else metrics[name] for name in NUMBERS}
+        numbers["bits"] = metrics.get("bits")  # 0.2.0 stored none
         return dataclasses.asdict(self.setting) | {"images": self.evaluation.images} | numbers
 
 
@@ -89,6 +94,7 @@ def make_grid(
     *,
     box_noises: Sequence[float] = (0.0,),
     vector_noises: Sequence[float] = (0.0,),
+    steps: Sequence[float] = (0.0,),
     threshold: Literal["middle", "half"] | None = None,
     pca: Literal["plain", "released"] = "plain",
     beta: float = 1.0,
@@ -101,16 +107,17 @@ def make_grid(
     Raises:
         ConfigError: an unknown kind, or a value that does not fit; the message names it.
     """
-    for noises in product(box_noises, vector_noises):
-        if not all(0 <= noise < math.inf for noise in noises):
-            raise ConfigError(f"noise {noises[0]}, {noises[1]}: allowed are finite numbers from 0 on")
+    for name, values in (("box noise", box_noises), ("vector noise", vector_noises), ("step", steps)):
+        for value in values:
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} {value}: allowed are finite numbers from 0 on")
 
     settings = []
     for kind in kinds:
         if kind not in CODECS:
             raise ConfigError(f"codec {kind!r}: allowed are {', '.join(CODECS)}")
         codec = CODECS[kind]
-        for side, length, box, vector in product(mask_sizes, vector_dims, box_noises, vector_noises):
+        for side, length, box, vector, step in product(mask_sizes, vector_dims, box_noises, vector_noises, steps):
             if side < 1 or not 1 <= length <= side**2:
                 raise ConfigError(
                     f"vector_dim {length} does not fit mask_size {side}: allowed are 1..{max(side, 1) ** 2} "
@@ -126,6 +133,7 @@ def make_grid(
                     threshold=threshold,
                     box_noise=box,
                     vector_noise=vector,
+                    step=step,
                     seed=seed,
                 )
             )
@@ -234,7 +242,7 @@ class CodecBenchmark:
             area_sides=self.area_sides,
             boundary_ratio=self.boundary_ratio,
             max_images=self.max_images,
-            noise=Noise(setting.box_noise, setting.vector_noise, setting.seed),
+            noise=Noise(setting.box_noise, setting.vector_noise, setting.seed, setting.step),
             processes=self.processes,
         )
         seconds = time.perf_counter() - started
@@ -265,7 +273,8 @@ class CodecBenchmark:
         """All that the numbers depend on, as JSON types."""
         about: dict[str, Any] = {
             "version": _VERSION,
-            "setting": dataclasses.asdict(setting),
+            # Results from before quantisers stay valid.
+            "setting": {k: v for k, v in dataclasses.asdict(setting).items() if k != "step" or v},
             "annotations": self._sha256,
             "fit": self._fit(setting) if CODECS[setting.kind].fitted else None,
             "area_sides": list(self.area_sides),
@@ -281,20 +290,25 @@ def ceiling_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:
 
     The index names the setting, so that rounding the numbers leaves it as it is; errors are in it where one is added.
     """
-    varied = [name for name in ("box_noise", "vector_noise") if any(getattr(bound.setting, name) for bound in bounds)]
+    varied = [
+        name for name in ("box_noise", "vector_noise", "step") if any(getattr(bound.setting, name) for bound in bounds)
+    ]
     rows = []
     for bound in bounds:
         setting = bound.setting
         row = {"codec": setting.method, "N": setting.mask_size, "n_k": setting.vector_dim}
         row |= {name.replace("_", " "): getattr(setting, name) for name in varied}
+        if "step" in varied:
+            row["bits"] = round(bound.evaluation.metrics["bits"], 1)
         rows.append(row | {_heading(name): 100 * bound.evaluation.metrics[name] for name in NUMBERS})
     setting_columns = ["codec", "N", "n_k", *(name.replace("_", " ") for name in varied)]
+    setting_columns += ["bits"] if "step" in varied else []
     return pd.DataFrame(rows, columns=[*setting_columns, *map(_heading, NUMBERS)]).set_index(setting_columns)
 
 
 def ceiling_table(bounds: Sequence[UpperBound]) -> str:
     """`ceiling_frame` as text, with its legend."""
-    shares = dict.fromkeys(("box noise", "vector noise"), "{:g}".format)
+    shares = dict.fromkeys(("box noise", "vector noise", "step"), "{:g}".format)
     frame = ceiling_frame(bounds).reset_index()
     text = frame.to_string(index=False, float_format="{:.1f}".format, na_rep="-", formatters=shares)
     return "\n".join([text, *(bound.evaluation.legend for bound in bounds[:1])])

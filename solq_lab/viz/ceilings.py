@@ -20,6 +20,7 @@ SIZES = {"s": "small objects", "m": "medium objects", "l": "large objects"}
 NOISES = {
     "box_noise": "error of each box edge, sides of the box",
     "vector_noise": "error of each entry, its std over all objects",
+    "step": "step of the quantiser, std of the entries over all objects",
 }
 _LINES: tuple[Any, ...] = ("-", "--", ":", "-.")  # one per N, in rising order
 _MARKERS = ("o", "s", "^", "D")
@@ -31,8 +32,8 @@ def ceiling_curves(rows: Sequence[Row], *, over: str = "vector_dim", title: str 
 
     Args:
         rows: as `UpperBound.row` gives them; numbers are shares in 0..1.
-        over: what runs along the axis: "vector_dim", "box_noise" or "vector_noise". Rows that differ in another of
-            these are drawn as lines of their own.
+        over: what runs along the axis: "vector_dim", "box_noise", "vector_noise", "step", or "bits" of a stored mask,
+            which follow from the step. Rows that differ in another of these are drawn as lines of their own.
         title: which data.
     """
     figure, axes = new_figure(1, len(NUMBERS), size=(11.0, 3.6), title=title)
@@ -66,7 +67,12 @@ def ceilings_by_size(rows: Sequence[Row], *, number: str = "segm.IoU", title: st
 def _draw(axes: Axes, rows: Sequence[Row], number: str, over: str) -> None:
     """One line per codec, side N and value of what does not run along the axis."""
     sides = sorted({row["mask_size"] for row in rows})
-    same = ["kind", "pca", "mask_size", *(key for key in ("vector_dim", *NOISES) if key != over)]
+    same = [
+        "kind",
+        "pca",
+        "mask_size",
+        *(key for key in ("vector_dim", *NOISES) if key != (over if over != "bits" else "step")),
+    ]
     lines: dict[tuple, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row[over]):
         lines.setdefault(tuple(row[key] for key in same), []).append(row)
@@ -86,7 +92,10 @@ def _draw(axes: Axes, rows: Sequence[Row], number: str, over: str) -> None:
                 ticks.append(length)
         axes.set_xticks(ticks, [str(length) for length in ticks])
         axes.minorticks_off()
-    axes.set_xlabel("vector length $n_k$" if over == "vector_dim" else NOISES[over])
+    elif over == "bits":
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel({"vector_dim": "vector length $n_k$", "bits": "bits per mask", **NOISES}[over])
 
 
 def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:

@@ -18,14 +18,17 @@ from conftest import REPOSITORY
 from matplotlib.colors import to_hex
 from pycocotools import mask as coco_rle
 from rectangles import HEIGHT, WIDTH, rle_of, truth_of
+from scipy.stats import entropy
 from tiny import write_tiny_dataset
 
 from solq_lab import masks, workers
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
+from solq_lab.codecs.quantised import QuantisedCodec
 from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
+from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.sizes import select_by_size
 from solq_lab.evaluation.summary import Evaluation
 from solq_lab.studies import codec_benchmark
@@ -167,6 +170,28 @@ def test_the_error_of_a_vector_is_in_units_of_each_entrys_spread(document):
     assert error.mean().abs() < 0.05
 
 
+def test_bits_are_the_entropies_of_the_rounded_entries(document):
+    vectors = CODE.encode(GroundTruth(document, keep="all").box_masks(range(len(document["annotations"])), 16)).numpy()
+    spread = np.sqrt(vectors.var(axis=0).mean())
+    found = []
+    for step in (0.25, 1.0, 4.0):
+        symbols = np.round(vectors / (step * spread))
+        expected = sum(entropy(np.unique(entry, return_counts=True)[1], base=2) for entry in symbols.T)
+        metrics = codec_ceiling(document, CODE, noise=Noise(step=step), processes=2).metrics
+        assert metrics["bits"] == pytest.approx(
+            expected, rel=0.02
+        )  # an entry half way between two steps may go either way
+        found.append((metrics["bits"], metrics["segm.IoU"]))
+    assert found == sorted(found, reverse=True)
+    assert codec_ceiling(document, CODE).metrics["bits"] == 32 * CODE.vector_dim
+
+
+def test_tokens_have_bits_of_their_own(document):
+    codec = QuantisedCodec(16, 20)
+    codec.fit([GroundTruth(document, keep="all").box_masks(range(9), 16)])
+    assert codec_ceiling(document, codec).metrics["bits"] == 64
+
+
 def test_edges_that_pass_each_other_change_places(document):
     assert 0 < codec_ceiling(document, CODE, noise=Noise(box=2.0)).metrics["segm.IoU"] < 0.5
 
@@ -206,7 +231,7 @@ def test_an_rle_of_another_size_is_refused_by_its_id():
 @pytest.mark.parametrize(
     ("codec", "arguments", "message"),
     [
-        *[(CODE, {"noise": noise}, "allowed are finite standard deviations from 0 on and seeds") for noise in WRONG],
+        *[(CODE, {"noise": noise}, "finite standard deviations and steps from 0 on and seeds") for noise in WRONG],
         (
             DCTCodec(16, 30).to("meta"),
             {"processes": 2},
@@ -380,7 +405,13 @@ def test_table_and_csv_hold_the_numbers(annotations, tmp_path):
 
 
 def test_each_code_has_a_line_of_its_colour():
-    row = dict.fromkeys(NUMBERS, 0.9) | {"pca": "plain", "box_noise": 0.0, "vector_noise": 0.0, "segm.IoUl": None}
+    row = dict.fromkeys(NUMBERS, 0.9) | {
+        "pca": "plain",
+        "box_noise": 0.0,
+        "vector_noise": 0.0,
+        "step": 0.0,
+        "segm.IoUl": None,
+    }
     rows = [row | {"kind": kind, "mask_size": n, "vector_dim": 9} for kind in ("dct", "pca") for n in (8, 16)]
     for figure in (ceiling_curves(rows), ceilings_by_size(rows), ceiling_curves(rows, over="box_noise")):
         for axes in figure.axes:

@@ -57,6 +57,9 @@ def codec_ceiling(
     vector_dim: Annotated[str, typer.Option(help="n_k: numbers per mask.")] = "256",
     box_noise: Annotated[str, typer.Option(help="Standard error of each box edge, in sides of the box.")] = "0",
     vector_noise: Annotated[str, typer.Option(help="The same of each vector entry, in its std over objects.")] = "0",
+    bits: Annotated[
+        str, typer.Option(help="Round entries to these steps, in their std over objects, and count bits; 0: do not.")
+    ] = "0",
     threshold: Annotated[Threshold, typer.Option(help="The codec's own, the middle of the range, or 0.5.")] = "own",
     pca: Annotated[PCAVariant, typer.Option(help="The paper's eq. 4, or as released.")] = "plain",
     beta: Annotated[float, typer.Option(min=1e-9, help="Sparse coding: price of a coefficient.")] = 1.0,
@@ -83,6 +86,7 @@ def codec_ceiling(
         _numbers("--vector-dim", vector_dim, int),
         box_noises=_numbers("--box-noise", box_noise, float),
         vector_noises=_numbers("--vector-noise", vector_noise, float),
+        steps=_numbers("--bits", bits, float),
         threshold=None if threshold == "own" else threshold,
         pca=pca,
         beta=beta,
@@ -124,6 +128,7 @@ def _report(
     # The figure's axis: a noise that varies at one length of vectors, otherwise the length.
     varied = [key for key in ("box_noise", "vector_noise") if len({row[key] for row in rows}) > 1]
     over = varied[0] if varied and len({row["vector_dim"] for row in rows}) == 1 else "vector_dim"
+    over = "bits" if any(row["step"] for row in rows) else over
     save(ceiling_curves(rows, over=over, title=title), output / "ceilings.png")
 
     if json_path is not None:
