@@ -18,8 +18,8 @@ from solq_lab.codecs.flatten import cell_overlap, hat_weights
 GRID = 32  # side of the mask that the network sees and draws
 CHANNELS = (16, 32, 32)  # after each halving of the grid; mirrored in the decoder
 SAMPLE = 16384  # masks that are kept for the training
-STEPS = 1500  # of the optimizer
-MASKS_PER_STEP = 128
+STEPS = 800  # of the optimizer
+MASKS_PER_STEP = 64
 LEARNING_RATE = 3e-3
 
 

@@ -262,8 +262,8 @@ def test_the_grid_has_every_combination_once_and_flattens_to_squares():
     [
         ((["dct"], [8], [65]), r"vector_dim 65 does not fit mask_size 8: allowed are 1..64 \(mask_size squared\)"),
         ((["dct"], [0], [1]), "vector_dim 1 does not fit mask_size 0"),
-        ((["fourier"], [8], [4]), "codec 'fourier': allowed are dct, pca, sparse, flatten"),
-        ((["dct"], [8], [4], [-1.0]), "noise -1.0, 0.0: allowed are finite numbers from 0 on"),
+        ((["legendre"], [8], [4]), "codec 'legendre': allowed are dct, pca, sparse, flatten"),
+        ((["dct"], [8], [4], [-1.0]), "box noise -1.0: allowed are finite numbers from 0 on"),
     ],
 )
 def test_a_setting_that_cannot_be_is_rejected(grid, message):
