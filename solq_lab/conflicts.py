@@ -25,7 +25,8 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
             f"model.mask_look {model.mask_look} serves mask vectors, and codec.kind is none; set it to 0, or choose a "
             "codec"
         )
-    of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", "decoded_dice_weight")
+    weights = ("decoded_dice_weight", "outline_dice_weight")
+    of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", *weights)
     changed = [key for key in of_vectors if getattr(loss, key) != type(loss).model_fields[key].default]
     if without_vectors and changed:
         yield (

@@ -165,6 +165,7 @@ class LossSection(Section):
         "focal", description="quality: the score to reach is the IoU of the query's mask, not 1"
     )
     decoded_dice_weight: float = Field(0.0, ge=0, description="dice loss of decoded masks, beside the vector loss")
+    outline_dice_weight: float = Field(0.0, ge=0, description="the same near the masks' outlines alone")
     proposals_per_object: int = Field(1, gt=0, description="encoder proposals that one object is matched to")
     mask_weight: float = Field(1.0, ge=0, description="focal loss of the mask branch's pixels (released)")
     dice_weight: float = Field(1.0, ge=0, description="dice loss of the mask branch (released)")

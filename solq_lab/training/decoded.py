@@ -13,8 +13,8 @@ from torch import Tensor
 
 from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
+from solq_lab.training.focal import dice_loss
 
-DICE_FLOOR = 1e-5  # as released: keeps the dice of an empty mask finite
 FRAME_IOU = 0.5  # generalised IoU with its object from which a predicted box is the frame of its target
 
 
@@ -66,11 +66,30 @@ class MatchedVectors:
         flat = (values.flatten(0, 1) for values in (self.true_masks, self.true_boxes, self.boxes))
         return reframe(*flat).view(self.true_masks.shape)
 
-    def dice(self) -> Tensor:
-        """Sums (Z,) of the dice losses of decoded vectors and their targets' masks."""
-        masks = self.masks.flatten(0, 1).flatten(1)  # (Z, T, N, N) -> (Z*T, N*N)
-        decoded = self.decoded.flatten(0, 1).flatten(1)
-        return dice_loss(decoded, masks.to(decoded.dtype)).view(self.predicted.shape[:2]).sum(1)
+    def distance(self, kind: str, std: Tensor | None) -> Tensor:
+        """Sums (Z,) over pairs and coefficients of the squares ("l2", "l2_dice"), smooth or absolute differences.
+
+        Args:
+            kind: of the distance.
+            std: (D,) that differences are divided by; None: raw ones.
+        """
+        difference = self.predicted - self.target  # (Z, T, D)
+        if std is not None:
+            difference = difference / std
+        if kind in ("l2", "l2_dice"):
+            return difference.square().sum((1, 2))
+        if kind == "smooth_l1":
+            return F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none").sum((1, 2))
+        return difference.abs().sum((1, 2))
+
+    def dice(self, *, near_outlines: bool = False) -> Tensor:
+        """Sums (Z,) of the dice losses of decoded vectors and their targets' masks; or of the pixels near outlines."""
+        masks, decoded = self.masks.flatten(0, 1), self.decoded.flatten(0, 1)  # (Z, T, N, N) -> (Z*T, N, N)
+        masks = masks.to(decoded.dtype)
+        if near_outlines:
+            band = outline_band(masks)
+            masks, decoded = masks * band, decoded * band
+        return dice_loss(decoded.flatten(1), masks.flatten(1)).view(self.predicted.shape[:2]).sum(1)
 
     def quality(self) -> Tensor:
         """(Z, T) IoU of the masks as they would be pasted with those of their objects, in units of mask pixels."""
@@ -104,13 +123,15 @@ def reframe(masks: Tensor, boxes: Tensor, other_boxes: Tensor) -> Tensor:
     return (sampled >= 0.5) & (other_boxes[:, 2:].amin(1) > 0)[:, None, None]
 
 
-def dice_loss(decoded: Tensor, masks: Tensor) -> Tensor:
-    """One minus the dice overlap of reconstructions (K, cells) and masks (K, cells) of 0 and 1: (K,)."""
-    shared = (decoded * masks).sum(1)
-    return 1 - 2 * shared / (decoded.square().sum(1) + masks.square().sum(1) + DICE_FLOOR)
+def outline_band(masks: Tensor) -> Tensor:
+    """(K, N, N) bool: pixels at most N / 16 rows and columns from a pixel of the other kind; outside is background.
 
-
-def soft_dice_loss(probabilities: Tensor, masks: Tensor) -> Tensor:
-    """The mask branch's dice (K,): as `dice_loss`, but with plain sums below, and one pixel added to all of them."""
-    shared = (probabilities * masks).sum(1)
-    return 1 - (2 * shared + 1) / (probabilities.sum(1) + masks.sum(1) + 1)
+    Args:
+        masks: (K, N, N) float of 0 and 1.
+    """
+    reach = max(1, masks.shape[-1] // 16)
+    rows = F.avg_pool2d(masks.unsqueeze(1), (2 * reach + 1, 1), stride=1, padding=(reach, 0))
+    share = F.avg_pool2d(rows, (1, 2 * reach + 1), stride=1, padding=(0, reach)).squeeze(1)
+    # Sums of a few ones and zeros: half the share of one pixel tells none and all from some.
+    half = 0.5 / (2 * reach + 1) ** 2
+    return (share > half) & (share < 1 - half)

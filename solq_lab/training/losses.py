@@ -6,6 +6,7 @@ Shape letters beside those of `structures`: Z decoder layers, T matched pairs of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.schema import Experiment
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
-from solq_lab.training.decoded import MatchedVectors, soft_dice_loss
+from solq_lab.training.decoded import MatchedVectors
+from solq_lab.training.focal import quality_focal_loss, sigmoid_focal_loss, soft_dice_loss
 from solq_lab.training.guests import matched_guests
 from solq_lab.training.matcher import HungarianMatcher, Matching
 
@@ -88,6 +90,7 @@ class SetCriterion(nn.Module):
         vector_units: "raw", or "std": differences are divided by `vector_std`.
         vector_frame: box that the targets are drawn in: "truth", the object's, or "predicted" (`MatchedVectors`).
         decoded_dice_weight: weight of the dice loss "vector_dice" of decoded vectors; 0: no such loss.
+        outline_dice_weight: weight of the same near outlines alone, "outline_dice"; 0: no such loss.
         class_loss: "focal", or "quality": a query's class is to have the IoU of its mask with its object's as score,
             not 1. Not of the proposals, which have no masks.
         vector_std: standard deviations (D,) of the training vectors, for units of "std"; kept as it is, not copied.
@@ -120,6 +123,7 @@ class SetCriterion(nn.Module):
         vector_frame: Literal["truth", "predicted"] = "truth",
         class_loss: Literal["focal", "quality"] = "focal",
         decoded_dice_weight: float = 0.0,
+        outline_dice_weight: float = 0.0,
         vector_std: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -141,6 +145,9 @@ class SetCriterion(nn.Module):
             self.terms["vector"] = self._vector_loss
         if codec is not None and decoded_dice_weight > 0:
             self.terms["vector_dice"], self.weights["vector_dice"] = self._decoded_dice_loss, decoded_dice_weight
+        if codec is not None and outline_dice_weight > 0:
+            self.terms["outline_dice"] = partial(self._decoded_dice_loss, near_outlines=True)
+            self.weights["outline_dice"] = outline_dice_weight
         self.vector_layers = vector_layers
         self.vector_normalisation = vector_normalisation
         self.vector_frame, self.class_loss = vector_frame, class_loss
@@ -283,28 +290,19 @@ class SetCriterion(nn.Module):
 
     def _vector_loss(self, layers: MatchedLayers) -> Tensor:
         """Distance of matched mask vectors in the last `vector_layers` layers, a tensor of that length."""
-        assert self.codec is not None  # no such term without one
-        assert layers.vectors is not None
-        difference = layers.vectors.predicted - layers.vectors.target  # (Z, T, D)
-        if self.vector_std is not None:
-            difference = difference / self.vector_std
-
+        vectors = layers.vectors
+        assert vectors is not None  # no such term without a codec
+        distance = vectors.distance(self.vector_kind, self.vector_std)  # (Z,)
+        dim = vectors.codec.vector_dim
         if self.vector_kind in ("l2", "l2_dice"):
-            squared = difference.square().sum((1, 2)) / self.codec.vector_dim
-            return (squared + layers.vectors.dice() if self.vector_kind == "l2_dice" else squared) / layers.divisor
+            squared = distance / dim
+            return (squared + vectors.dice() if self.vector_kind == "l2_dice" else squared) / layers.divisor
+        return distance / (layers.mean_over * dim if self.vector_normalisation == "mean" else layers.divisor)
 
-        if self.vector_kind == "smooth_l1":
-            distance = F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none").sum((1, 2))
-        else:
-            distance = difference.abs().sum((1, 2))  # (Z,)
-        if self.vector_normalisation == "mean":
-            return distance / (layers.mean_over * self.codec.vector_dim)
-        return distance / layers.divisor
-
-    def _decoded_dice_loss(self, layers: MatchedLayers) -> Tensor:
+    def _decoded_dice_loss(self, layers: MatchedLayers, *, near_outlines: bool = False) -> Tensor:
         """Dice loss of what matched vectors decode to, of the same layers as the vector loss."""
         assert layers.vectors is not None
-        return layers.vectors.dice() / layers.divisor
+        return layers.vectors.dice(near_outlines=near_outlines) / layers.divisor
 
     def _mask_losses(
         self, masks: ImageMasks, matching: Matching, targets: Sequence[Target], count: float
@@ -333,34 +331,6 @@ def build_criterion(
     costs |= {key: loss[key] for key in ("focal_alpha", "focal_gamma")}
     matcher = HungarianMatcher(**costs, proposals_per_object=loss.pop("proposals_per_object"))
     return SetCriterion(codec, matcher, **loss, vector_std=vector_std).train()
-
-
-def sigmoid_focal_loss(logits: Tensor, truth: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Focal loss of every logit on its own, same shape as `logits`.
-
-    Args:
-        logits: any shape.
-        truth: same shape, 1.0 where the class is present, else 0.0.
-        alpha: weight of present classes; absent ones have 1 - alpha.
-        gamma: focusing power.
-    """
-    probability = logits.sigmoid()
-    miss = truth + probability - 2 * truth * probability  # 1 - p of the true class
-    balance = alpha * truth + (1 - alpha) * (1 - truth)
-    return balance * miss**gamma * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-
-
-def quality_focal_loss(logits: Tensor, truth: Tensor, quality: Tensor, *, gamma: float) -> Tensor:
-    """Matchability-aware loss of every logit: a present class is to score quality**gamma. Source: DEIM, CVPR 2025.
-
-    Args:
-        logits: any shape.
-        truth: same shape, 1.0 where the class is present, else 0.0.
-        quality: same shape, 0..1; 0 where the class is absent.
-        gamma: focusing power of absent classes, too.
-    """
-    balance = torch.where(truth > 0, truth, logits.detach().sigmoid() ** gamma)
-    return balance * F.binary_cross_entropy_with_logits(logits, quality**gamma, reduction="none")
 
 
 def _gather_bitmaps(targets: Sequence[Target], padded_size: tuple[int, int]) -> Tensor:

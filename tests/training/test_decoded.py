@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_rle
+from scipy import ndimage
 
 from solq_lab.boxes import xyxy_to_cxcywh
 from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.masks import crop_and_resize, encode_rle, paste_masks
-from solq_lab.training.decoded import MatchedVectors, reframe
-from solq_lab.training.losses import quality_focal_loss
+from solq_lab.training.decoded import MatchedVectors, outline_band, reframe
+from solq_lab.training.focal import quality_focal_loss
 
 N, SIDE = 28, 512
 BOX = torch.tensor([[96.0, 112.0, 320.0, 336.0]])  # 8 pixels a cell, so that a full image is an exact enough oracle
@@ -73,6 +76,24 @@ def test_quality_is_the_iou_of_pasted_masks(box):
     assert matched(box, disc(11.0)).quality().item() == pytest.approx(
         expected, abs=0.02
     )  # outlines are rounded to cells
+
+
+@pytest.mark.parametrize("size", [8, 28, 64])
+def test_the_band_of_an_outline_is_what_scipys_morphology_finds(size):
+    generator = torch.Generator().manual_seed(size)
+    masks = F.interpolate(torch.rand(3, 1, 4, 4, generator=generator), size=size, mode="bilinear").squeeze(1) > 0.5
+    masks = torch.cat([masks, torch.zeros(1, size, size), torch.ones(1, size, size)]).bool()
+    square = np.ones((2 * max(1, size // 16) + 1,) * 2)
+    for mask, band in zip(masks.numpy(), outline_band(masks.float()).numpy(), strict=True):
+        grown, shrunk = ndimage.binary_dilation(mask, square), ndimage.binary_erosion(mask, square)
+        assert np.array_equal(band, grown & ~shrunk)
+
+
+def test_dice_near_outlines_sees_no_pixel_far_from_them():
+    near = matched(BOX, disc(8.0))
+    far = matched(BOX, disc(8.0) & ~disc(5.0))  # a hole in the middle
+    assert near.dice(near_outlines=True).item() == far.dice(near_outlines=True).item() > near.dice().item()
+    assert far.dice().item() > near.dice().item()
 
 
 def test_the_quality_loss_is_least_at_its_score_and_the_plain_one_at_quality_one():

@@ -12,8 +12,8 @@ from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.structures import LayerPrediction, Predictions, Target
-from solq_lab.training.decoded import dice_loss
-from solq_lab.training.losses import SetCriterion, sigmoid_focal_loss
+from solq_lab.training.focal import dice_loss, sigmoid_focal_loss
+from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.preparation import vector_plateau
 
@@ -158,7 +158,9 @@ def test_two_processes_average_to_the_losses_of_one_with_the_whole_batch():
         assert (halves[0][name] + halves[1][name]).item() / 2 == pytest.approx(loss.item(), rel=1e-9), name
 
 
-@pytest.mark.parametrize("options", [{}, {"vector_frame": "predicted"}, {"class_loss": "quality"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"vector_frame": "predicted", "outline_dice_weight": 2.0}, {"class_loss": "quality"}]
+)
 def test_gradients_agree_with_finite_differences(options):
     generator = torch.Generator().manual_seed(4)
     layers = [random_layer(generator, 2, 4) for _ in range(2)]

@@ -79,7 +79,7 @@ def test_the_loss_falls_below_what_a_constant_answer_gives(data_root, tmp_path):
 
 
 DECODED = {"vector_kind": "l2", "vector_units": "std", "decoded_dice_weight": 3.0}
-DECODED |= {"vector_frame": "predicted", "class_loss": "quality"}
+DECODED |= {"vector_frame": "predicted", "class_loss": "quality", "outline_dice_weight": 1.0}
 
 
 @pytest.mark.parametrize(
