@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@if ! command -v $${CXX:-c++} >/dev/null 2>&1; then echo "No C++ compiler found ($${CXX:-c++}): everything works, but deformable attention runs in pure torch, several times slower. Install g++ to change that."; fi
 	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) $(shell grep -E '^torch(vision)?==' constraints.txt))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[swin,sparse,slurm,export,tracking,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[swin,sparse,slurm,export,tracking,video,dev]'
 	@touch $(STAMP)
 
 clean:  ## remove the environment; runs/ and data/ stay

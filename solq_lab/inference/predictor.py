@@ -19,6 +19,7 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.images import EIGHT_BIT_MODES, decode_bytes, read_file
 from solq_lab.data.kinds import Orientation
 from solq_lab.data.transforms import TestResize, apply_to_image
+from solq_lab.errors import UserError
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.graphs import GraphedForward
 from solq_lab.inference.postprocess import postprocess
@@ -29,6 +30,10 @@ from solq_lab.runs import Run, RunError
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
 
 ImageSource = str | Path | Image.Image | np.ndarray | Tensor
+
+
+class DeviceError(UserError):
+    """A device that this machine does not have."""
 
 
 class Predictor:
@@ -57,6 +62,7 @@ class Predictor:
     Raises:
         RunError: a folder that is no run, or a run without a finished model.
         WeightMismatch: a file that holds no weights, no experiment, or weights of another network.
+        DeviceError: a device that this machine does not have.
         ValueError: a bucket or autocast that does not exist.
     """
 
@@ -71,10 +77,10 @@ class Predictor:
     ) -> None:
         if bucket is not None and bucket < 1:
             raise ValueError(f"bucket {bucket}: allowed are positive numbers of pixels, and None for no padding")
+        self.device = _find_device(device)
         path = find_weights(weights_or_run)
         weights, self.experiment, self.classes = read_trained(path)
         self.orientation: Orientation = self.experiment.data.orientation or "upright"
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.top_k = top_k or self.experiment.evaluation.top_k
         self.bucket, self.autocast = bucket, autocast
         check_autocast(autocast, self.device)
@@ -167,6 +173,15 @@ def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> Lay
     # No cache of cast weights: within a CUDA graph its memory would be reused by the graph.
     with torch.autocast(images.pixels.device.type, torch.bfloat16, enabled=autocast == "bf16", cache_enabled=False):
         return model(images.normalised()).layers[-1]
+
+
+def _find_device(device: torch.device | str | None) -> torch.device:
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise DeviceError(f"device {device}: {str(error).splitlines()[0]}; allowed are cpu, cuda, cuda:1") from None
+    return found
 
 
 def _to_tensor(image: ImageSource) -> Tensor:

@@ -159,6 +159,7 @@ def paint_detections(image: ImageSource, detections: Detections) -> Image.Image:
     canvas.draw()
     lines = Image.fromarray(np.asarray(canvas.buffer_rgba()))
     painted.paste(lines, (0, 0), lines)
+    del canvas.renderer  # figure and canvas hold each other: its pixels would stay until they are collected
     return painted
 
 

@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-INSTALLED_EXTRAS = ("swin", "sparse", "slurm", "export", "tracking", "dev")  # what the Makefile installs
+INSTALLED_EXTRAS = ("swin", "sparse", "slurm", "export", "tracking", "video", "dev")  # what the Makefile installs
 
 
 def declared_requirements() -> dict[str, Requirement]:

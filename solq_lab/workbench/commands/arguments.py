@@ -16,12 +16,11 @@ from solq_lab.workbench.parameters import NOTEBOOKS
 FAILED = 1  # exit status
 
 
-def existing_paths(paths: list[Path]) -> list[Path]:
-    """Reject files and folders that do not exist, before any work."""
-    for path in paths:
-        if not path.exists():
-            raise typer.BadParameter(f"{path}: no such file or folder")
-    return paths
+def existing_path(path: Path | None) -> Path | None:
+    """Reject a file or folder that does not exist, before any work."""
+    if path is not None and not path.exists():
+        raise typer.BadParameter(f"{path}: no such file or folder")
+    return path
 
 
 def file_to_write(path: Path | None) -> Path | None:

@@ -1,0 +1,1 @@
+"""What `solq-lab predict` reads and writes."""

@@ -1,0 +1,260 @@
+"""Files of predicted objects, one class per format; docs/predict.md describes them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import yaml
+from PIL import Image
+from pycocotools import mask as coco_rle
+
+from solq_lab.data.classes import UNUSED, ClassMap
+from solq_lab.errors import UserError
+from solq_lab.evaluation.results import write_results
+from solq_lab.files import replacing, write_json, write_text
+from solq_lab.outlines import join_rings
+from solq_lab.structures import Detections
+from solq_lab.viz.images import MaskWindow, paint_detections
+from solq_lab.workbench.predictions.sources import Source, output_paths
+from solq_lab.workbench.predictions.video import Frame, VideoWriter
+
+LABELME = "5.5.0"  # version of the format that polygons are written in
+
+
+class InputImage(NamedTuple):
+    """An image, or a frame of a video.
+
+    source: the file that it is, or is in.
+    image_id: in COCO files.
+    pixels: (H, W, 3) uint8 RGB.
+    frame: None for an image.
+    number: of the frame, from 0.
+    """
+
+    source: Source
+    image_id: int
+    pixels: np.ndarray
+    frame: Frame | None = None
+    number: int = 0
+
+    @property
+    def stem(self) -> str:
+        """Path of its files in the folder of a format, without suffix."""
+        return self.source.stem if self.frame is None else f"{self.source.stem}/{self.number:06}"
+
+
+class Output(Protocol):
+    """Files of one format."""
+
+    def write(self, image: InputImage, found: Detections) -> None:
+        """Add an image."""
+
+    def close(self) -> None:
+        """Write what is written once for all images."""
+
+
+class Drawn:
+    """The images with their objects drawn in, at their own size: PNG, of a video one MP4."""
+
+    def __init__(self, out: Path, classes: ClassMap) -> None:
+        self._out = out
+        self._source: Source | None = None  # of the video that is being written
+        self._video: VideoWriter | None = None
+
+    def write(self, image: InputImage, found: Detections) -> None:
+        painted = paint_detections(image.pixels, found)
+        (path,) = output_paths(self._out, image.source.stem, ["drawn"], video=image.source.is_video)
+        if image.frame is None:
+            _save(painted, path)
+            return
+        if self._source != image.source:
+            self.close()
+            self._source, self._video = image.source, VideoWriter(path, image.frame)
+        assert self._video is not None
+        self._video.write(image.frame, np.asarray(painted))
+
+    def close(self) -> None:
+        if self._video is not None:
+            self._video.close()
+            self._video = None
+
+
+class Masks:
+    """Two grey PNGs, the object and the class of each pixel from 1 on; 0 is background, the best object is on top."""
+
+    def __init__(self, out: Path, classes: ClassMap) -> None:
+        self._out, self._names = out, classes.names
+
+    def write(self, image: InputImage, found: Detections) -> None:
+        height, width = image.pixels.shape[:2]
+        values = np.zeros((len(found) + 1, 2), dtype=np.uint16)
+        values[1:, 0], values[1:, 1] = range(1, len(found) + 1), found.labels + 1
+        objects = np.zeros((height, width), dtype=np.uint16)
+        for row in reversed(range(len(found))):
+            window = MaskWindow.of_rle((found.masks or [])[row])
+            tall, wide = window.bitmap.shape
+            objects[window.top : window.top + tall, window.left : window.left + wide][window.bitmap] = row + 1
+
+        for path, channel in zip(output_paths(self._out, image.stem, ["masks"]), values.T, strict=True):
+            most = max(len(found), len(self._names))
+            _save(Image.fromarray(channel.astype(np.uint8 if most < 256 else np.uint16)[objects]), path)
+
+    def close(self) -> None:
+        write_text(_ensure(self._out / "masks" / "classes.txt"), "".join(f"{name}\n" for name in self._names))
+
+
+class Polygons:
+    """LabelMe's JSON: the exact outlines, one polygon per part; the parts of an object share their group_id."""
+
+    def __init__(self, out: Path, classes: ClassMap) -> None:
+        self._out = out
+
+    def write(self, image: InputImage, found: Detections) -> None:
+        (path,) = output_paths(self._out, image.stem, ["polygons"])
+        height, width = image.pixels.shape[:2]
+        shapes = []
+        for row, (one, parts) in enumerate(zip(found, found.polygons(), strict=True)):
+            shape = {"label": one.name, "group_id": row + 1, "description": f"score {one.score:.4f}"}
+            shape |= {"shape_type": "polygon", "flags": {}}
+            shapes += [shape | {"points": points.tolist()} for points in parts]
+        known = image.frame is None and Path(image.source.name).exists()
+        place = os.path.relpath(image.source.name, path.parent) if known else f"{image.stem}{image.source.suffix}"
+        document: dict[str, Any] = {
+            "version": LABELME,
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": place,
+            "imageData": None,
+        }
+        write_json(_ensure(path), document | {"imageData": None, "imageHeight": height, "imageWidth": width})
+
+    def close(self) -> None:
+        """Nothing is left to write."""
+
+
+class Yolo:
+    """YOLO segmentation: a line per object with its class and polygon, or its box, in shares of the image's sides."""
+
+    def __init__(self, out: Path, classes: ClassMap) -> None:
+        self._out, self._names = out, classes.names
+
+    def write(self, image: InputImage, found: Detections) -> None:
+        (path,) = output_paths(self._out, image.stem, ["yolo"])
+        height, width = image.pixels.shape[:2]
+        lines = []
+        if found.masks is None:
+            x0, y0, x1, y1 = found.boxes.double().numpy().T
+            shapes = list(np.stack([x0 + x1, y0 + y1, 2 * (x1 - x0), 2 * (y1 - y0)], axis=1).reshape(-1, 2, 2) / 2)
+        else:
+            shapes = [join_rings(parts) if parts else np.zeros((0, 2)) for parts in found.polygons()]
+        for label, points in zip(found.labels.tolist(), shapes, strict=True):
+            if len(points):
+                lines.append(" ".join([str(label), *(f"{share:.6f}" for share in (points / (width, height)).ravel())]))
+        write_text(_ensure(path), "".join(f"{line}\n" for line in lines))
+
+    def close(self) -> None:
+        write_text(_ensure(self._out / "data.yaml"), yaml.safe_dump({"names": list(self._names)}, allow_unicode=True))
+
+
+class Csv:
+    """objects.csv, a row per object."""
+
+    columns = ("file", "frame", "object", "class", "category_id", "score", "x0", "y0", "x1", "y1", "area")
+
+    def __init__(self, out: Path, classes: ClassMap) -> None:
+        self._out, self._text = out, io.StringIO()
+        self._writer = csv.writer(self._text, lineterminator="\n")
+        self._writer.writerow(self.columns)
+
+    def write(self, image: InputImage, found: Detections) -> None:
+        number = "" if image.frame is None else image.number
+        for row, (one, category) in enumerate(zip(found, found.category_ids or [], strict=True)):
+            area = "" if one.mask is None else int(coco_rle.area(one.mask))
+            box = [f"{edge:.2f}" for edge in one.box]
+            about = [image.source.name, number, row + 1, one.name, category, f"{one.score:.6f}"]
+            self._writer.writerow([*about, *box, area])
+
+    def close(self) -> None:
+        write_text(_ensure(self._out / "objects.csv"), self._text.getvalue())
+
+
+class Coco:
+    """coco.json, a data set with all objects, and their results for pycocotools: coco_segm.json and coco_bbox.json."""
+
+    def __init__(self, out: Path, classes: ClassMap) -> None:
+        pairs = zip(classes.category_ids, classes.names, strict=True)
+        self._categories = [{"id": key, "name": name} for key, name in pairs if key != UNUSED]
+        self._out, self._masks = out, True
+        self._images: list[dict[str, Any]] = []
+        self._results: list[dict[str, Any]] = []
+
+    def write(self, image: InputImage, found: Detections) -> None:
+        height, width = image.pixels.shape[:2]
+        entry = {"id": image.image_id, "file_name": image.source.name, "width": width, "height": height}
+        self._images.append(entry if image.frame is None else entry | {"frame": image.number})
+        self._results += found.to_coco(image.image_id)
+        self._masks = found.masks is not None
+
+    def close(self) -> None:
+        annotations = []
+        for number, result in enumerate(self._results):
+            rle = result.get("segmentation")
+            area = result["bbox"][2] * result["bbox"][3] if rle is None else int(coco_rle.area(rle))
+            annotations.append({"id": number + 1, **result, "area": area, "iscrowd": 0})
+        document = {"images": self._images, "categories": self._categories, "annotations": annotations}
+        write_json(_ensure(self._out / "coco.json"), document)
+        write_results(self._out / "coco_bbox.json", self._results, kind="box")
+        if self._masks:
+            write_results(self._out / "coco_segm.json", self._results, kind="segm")
+
+
+FORMATS: dict[str, Any] = {
+    "drawn": Drawn,
+    "coco": Coco,
+    "masks": Masks,
+    "polygons": Polygons,
+    "yolo": Yolo,
+    "csv": Csv,
+}
+
+
+def open_outputs(formats: Sequence[str], out: Path, classes: ClassMap) -> list[Output]:
+    """The outputs of some of the `FORMATS`, into a folder."""
+    return [FORMATS[name](out, classes) for name in formats]
+
+
+def require_masks(formats: Sequence[str], found: Detections) -> None:
+    """Raise UserError where formats of masks are to hold the objects of a plain detector."""
+    for name in {"masks", "polygons"} & {*formats}:
+        if found.masks is None:
+            raise UserError(f"--save {name}: this model finds boxes, but no masks; drawn, coco, yolo, csv hold boxes")
+
+
+def _ensure(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with replacing(_ensure(path)) as temporary:
+        image.save(temporary, format="PNG", compress_level=1)
+
+
+def json_line(image: InputImage, found: Detections, classes: ClassMap, drawings: Sequence[Path]) -> str:
+    """An image, its size, and COCO results with the names of their categories."""
+    names = dict(zip(classes.category_ids, classes.names, strict=True))
+    results = [one | {"category_name": names[one["category_id"]]} for one in found.to_coco(image.image_id)]
+    height, width = image.pixels.shape[:2]
+    entry: dict[str, Any] = {"id": image.image_id, "file_name": image.source.name, "width": width, "height": height}
+    if image.frame is not None:
+        entry["frame"] = image.number
+    if drawings:
+        entry["drawing"] = str(drawings[0])
+    return json.dumps(entry | {"detections": results})

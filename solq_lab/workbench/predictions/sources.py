@@ -1,0 +1,157 @@
+"""The images and videos that are named on the command line: files, folders, patterns and addresses. Without torch."""
+
+from __future__ import annotations
+
+import glob
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from solq_lab.errors import UserError
+
+IMAGES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".tif", ".tiff", ".webp"])  # in a folder
+VIDEOS = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"])
+MAX_BYTES = 2 * 10**9  # of a download
+MAX_SECONDS, MAX_SILENCE = 600.0, 30.0  # of a download, and without a byte
+OUTPUTS = {  # per image, {} is the path of the image without its suffix
+    "drawn": ["{}.png"],
+    "masks": ["masks/{}.png", "masks/{}_classes.png"],
+    "polygons": ["polygons/{}.json"],
+    "yolo": ["labels/{}.txt"],
+}
+
+
+class Source(NamedTuple):
+    """An image or a video.
+
+    name: as it was named or found: a path or an address.
+    stem: path in the folder of the outputs, without suffix; of each source another.
+    """
+
+    name: str
+    stem: str
+
+    @property
+    def suffix(self) -> str:
+        """The ending, in small letters."""
+        return os.path.splitext(urlsplit(self.name).path if is_address(self.name) else self.name)[1].lower()
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video, by its ending."""
+        return self.suffix in VIDEOS
+
+
+def is_address(name: str) -> bool:
+    """Whether this is an address of the web, not a path."""
+    return name.startswith(("http://", "https://"))
+
+
+def find_sources(given: Sequence[str], out: Path, formats: Iterable[str], *, recursive: bool = False) -> list[Source]:
+    """The images and videos that are named, that lie in named folders or fit a pattern, each once.
+
+    Outputs lie in `out` as the files lie in the common folder of all that was named. Their names are chosen so that
+    neither an input nor the output of another one is written over; earlier outputs are no inputs.
+
+    Raises:
+        UserError: no such file or folder, a folder without images, or a pattern that nothing fits.
+    """
+    expanded = [path for name in given for path in _expand(name, out)]
+    found: dict[str, str] = {}
+    for name in expanded:
+        inside = _files_in(Path(name), out, recursive=recursive) if os.path.isdir(name) else [name]
+        for file in inside:
+            found.setdefault(file if is_address(file) else os.path.abspath(file), file)
+
+    local = [os.path.abspath(name if os.path.isdir(name) else Path(name).parent) for name in expanded]
+    local = [folder for name, folder in zip(expanded, local, strict=True) if not is_address(name)]
+    common = os.path.commonpath(local) if local else "."
+    taken = {os.path.realpath(path) for path in found if not is_address(path)}
+    own = {os.path.dirname(path) for path in taken}  # where the user's files lie, others than the inputs too
+    sources = []
+    for path, name in found.items():
+        wished = unquote(Path(urlsplit(name).path).name) or "image" if is_address(name) else path
+        wished = wished.replace("/", "_") if is_address(name) else os.path.relpath(wished, common)
+        source = Source(name, os.path.splitext(wished)[0])
+        stems = chain([source.stem], (f"{source.stem}_{number}" for number in count(2)))
+        for stem in stems:
+            outputs = {os.path.realpath(path) for path in output_paths(out, stem, formats, video=source.is_video)}
+            others = [path for path in outputs if os.path.dirname(path) in own and os.path.exists(path)]
+            if not others and not outputs & taken:
+                break
+        taken |= outputs
+        sources.append(source._replace(stem=stem))
+    return sources
+
+
+def output_paths(out: Path, stem: str, formats: Iterable[str], *, video: bool = False) -> list[Path]:
+    """The files of one image, or of one video, whose frames lie in folders of its name."""
+    paths = []
+    for kind in formats:
+        for pattern in OUTPUTS.get(kind, []):
+            folder, _, ending = pattern.partition("{}")
+            frames = "" if video and kind != "drawn" else ".mp4" if video else ending
+            paths.append(out / f"{folder}{stem}{frames}")
+    return paths
+
+
+def _expand(name: str, out: Path) -> list[str]:
+    if is_address(name) or os.path.exists(name):
+        return [name]
+    if not glob.has_magic(name):
+        raise UserError(f"{name}: no such file or folder")
+    fitting = sorted(glob.glob(name, recursive=True))
+    fitting = [path for path in fitting if out.resolve() not in Path(path).resolve().parents]
+    if not fitting:
+        raise UserError(f"{name}: no file fits this pattern; ** stands for folders of any depth")
+    return [path for path in fitting if os.path.isdir(path) or Path(path).suffix.lower() in IMAGES | VIDEOS] or fitting
+
+
+def _files_in(folder: Path, out: Path, *, recursive: bool) -> list[str]:
+    """The images and videos in a folder, without hidden ones and those of an output folder within it."""
+    walked = os.walk(folder) if recursive else islice(os.walk(folder), 1)
+    inside = sorted(Path(place, name) for place, _, names in walked for name in names)
+    inside = [file for file in inside if file.suffix.lower() in IMAGES | VIDEOS and not file.name.startswith(".")]
+    drawn = out.resolve()
+    if folder.resolve() in drawn.parents:
+        inside = [file for file in inside if drawn not in file.resolve().parents]
+    if not inside:
+        hint = "" if recursive else "; --recursive looks into its folders too"
+        raise UserError(f"{folder}: no images in this folder ({', '.join(sorted(IMAGES | VIDEOS))}){hint}")
+    return [str(file) for file in inside]
+
+
+def download(address: str, target: Path) -> None:
+    """Fetch a file, within limits of size and time.
+
+    Raises:
+        UserError: the server cannot be reached or rejects the request, or the file is too large or too slow.
+    """
+    started, arrived = time.monotonic(), 0
+    request = urllib.request.Request(address, headers={"User-Agent": "solq-lab"})
+    try:
+        with urllib.request.urlopen(request, timeout=MAX_SILENCE) as response, target.open("wb") as file:
+            while piece := response.read1(1 << 18):
+                arrived += len(piece)
+                if arrived > MAX_BYTES:
+                    raise UserError(f"{address}: more than {MAX_BYTES / 1e9:g} GB; fetch it yourself and name the file")
+                if time.monotonic() - started > MAX_SECONDS:
+                    raise UserError(f"{address}: not here after {MAX_SECONDS:g} s; fetch it yourself and name the file")
+                file.write(piece)
+            expected = response.headers.get("Content-Length", "")
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{address}: the server answers {error.code} {error.reason}; check the address") from None
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{address}: cannot be fetched: {reason}; check the address and the network") from None
+    if expected.isdecimal() and arrived < int(expected):
+        raise UserError(f"{address}: the connection ended after {arrived} of {expected} bytes; try again")
