@@ -29,6 +29,7 @@ from solq_lab.precision import check_autocast
 from solq_lab.runs import Run, RunError
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
 
+MIN_SIDE = 32  # pixels; an image that is thinner after resizing is padded, or backbones would have nothing left of it
 ImageSource = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -136,7 +137,8 @@ class Predictor:
             steps = resize.plan((height, width), np.random.default_rng())
             resized.append(apply_to_image(steps, pixels))
             sizes.append((height, width))
-        padded = [-(-max(image.shape[axis] for image in resized) // multiple) * multiple for axis in (1, 2)]
+        sides = [max(MIN_SIDE, *(image.shape[axis] for image in resized)) for axis in (1, 2)]
+        padded = [-(-side // multiple) * multiple for side in sides]
         batch = ImageBatch.from_list(resized, (padded[0], padded[1])).to(self.device)
 
         if self._graphed is not None:
@@ -219,7 +221,7 @@ def as_pixels(image: ImageSource) -> np.ndarray:
 def _to_rgb(image: Image.Image, *, name: str) -> Image.Image:
     if image.mode not in EIGHT_BIT_MODES:
         raise DataError(f"{name}: mode {image.mode} has more than 8 bits per channel; scale it to 0..255 first")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _checked_array(array: np.ndarray) -> np.ndarray:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from solq_lab.data.kinds import IMAGE_SUFFIXES
 from solq_lab.errors import UserError
 
-IMAGES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".tif", ".tiff", ".webp"])  # in a folder
 VIDEOS = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"])
 MAX_BYTES = 2 * 10**9  # of a download
 MAX_SECONDS, MAX_SILENCE = 600.0, 30.0  # of a download, and without a byte
@@ -107,24 +107,24 @@ def _expand(name: str, out: Path) -> list[str]:
         return [name]
     if not glob.has_magic(name):
         raise UserError(f"{name}: no such file or folder")
-    fitting = sorted(glob.glob(name, recursive=True))
+    fitting = [path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)]
     fitting = [path for path in fitting if out.resolve() not in Path(path).resolve().parents]
     if not fitting:
         raise UserError(f"{name}: no file fits this pattern; ** stands for folders of any depth")
-    return [path for path in fitting if os.path.isdir(path) or Path(path).suffix.lower() in IMAGES | VIDEOS] or fitting
+    return [path for path in fitting if Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEOS] or fitting
 
 
 def _files_in(folder: Path, out: Path, *, recursive: bool) -> list[str]:
     """The images and videos in a folder, without hidden ones and those of an output folder within it."""
     walked = os.walk(folder) if recursive else islice(os.walk(folder), 1)
     inside = sorted(Path(place, name) for place, _, names in walked for name in names)
-    inside = [file for file in inside if file.suffix.lower() in IMAGES | VIDEOS and not file.name.startswith(".")]
+    inside = [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES | VIDEOS and not file.name.startswith(".")]
     drawn = out.resolve()
     if folder.resolve() in drawn.parents:
         inside = [file for file in inside if drawn not in file.resolve().parents]
     if not inside:
         hint = "" if recursive else "; --recursive looks into its folders too"
-        raise UserError(f"{folder}: no images in this folder ({', '.join(sorted(IMAGES | VIDEOS))}){hint}")
+        raise UserError(f"{folder}: no images in this folder ({', '.join(sorted(IMAGE_SUFFIXES | VIDEOS))}){hint}")
     return [str(file) for file in inside]
 
 
