@@ -8,14 +8,12 @@ from typing import Annotated
 
 import typer
 
-from solq_lab.workbench.commands.arguments import RunsDir, existing_paths
+from solq_lab.workbench.commands.arguments import RunsDir, existing_path
 from solq_lab.workbench.commands.runs import train
 
 
 def finetune(
-    data: Annotated[
-        Path, typer.Argument(help="Folder of your images.", callback=lambda path: existing_paths([path])[0])
-    ],
+    data: Annotated[Path, typer.Argument(help="Folder of your images.", callback=existing_path)],
     start: Annotated[
         str,
         typer.Option("--from", help="A file, a run, Hugging Face's folder, or a name of download-weights."),
