@@ -98,7 +98,7 @@ def test_an_animation_gives_its_first_image_and_16_bits_are_named_and_skipped(ru
     Image.fromarray(np.full((20, 20), 4000, dtype=np.uint16)).save("in/deep.png")
     result = run("in", "--score", 1)
     assert result.exit_code == 1
-    assert "in/deep.png: mode I;16 has more than 8 bits per channel" in result.output
+    assert "in/deep.png: more than 8 bits per channel" in result.output
     assert Image.open("predictions/two.png").getpixel((5, 5)) == (255, 0, 0)
 
 
@@ -151,7 +151,7 @@ def test_web_addresses_are_fetched_and_failures_are_named(run, server, monkeypat
     result = run(*addresses, "--out", "out", "--json")
     assert result.exit_code == 1
     assert files_in("out") == ["a b.png"]
-    assert f"{addresses[1]}: not an image that can be read" in result.output
+    assert f"{addresses[1]}: not a whole image" in result.output
     assert f"{addresses[2]}: the server answers 404 no such file; check the address" in result.output.replace(
         "Not Found", "no such file"
     )

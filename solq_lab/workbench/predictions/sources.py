@@ -118,9 +118,8 @@ def _files_in(folder: Path, out: Path, *, recursive: bool) -> list[str]:
     """The images and videos in a folder, without hidden ones and those of an output folder within it."""
     walked = os.walk(folder) if recursive else islice(os.walk(folder), 1)
     inside = sorted(Path(place, name) for place, _, names in walked for name in names)
-    inside = [
-        file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES | VIDEOS and not file.name.startswith(".")
-    ]
+    known = IMAGE_SUFFIXES | VIDEOS
+    inside = [file for file in inside if file.suffix.lower() in known and not file.name.startswith(".")]
     drawn = out.resolve()
     if folder.resolve() in drawn.parents:
         inside = [file for file in inside if drawn not in file.resolve().parents]
