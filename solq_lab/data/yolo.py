@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 from pycocotools import mask as coco_rle
-from tqdm.auto import tqdm
 
 from solq_lab.data.kinds import IMAGE_SUFFIXES
 from solq_lab.errors import DataError, first_few, shorten
@@ -171,6 +170,8 @@ def _document(split: YoloSplit, files: dict[Path, Path]) -> dict[str, Any]:
 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    from tqdm.auto import tqdm  # not above: `solq-lab -q` turns its bars off before it is imported
+
     progress = tqdm(files.items(), desc=f"reading {split.name}", unit="image")
     for number, (path, label) in enumerate(progress, start=1):
         height, width = read_header(path, str(path)).size_as("upright")

@@ -6,6 +6,7 @@ Loads without torch; each command imports what it needs.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -26,8 +27,17 @@ PANELS = {
 }
 
 
+LOUDNESS = ("-q", "--quiet", "-v", "--verbose")
+
+
 class _Panels(TyperGroup):
     """Lists the commands by panel in plain text; with rich, typer would also draw messages in boxes."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # -q and -v may stand behind the command too.
+        end = args.index("--") if "--" in args else len(args)
+        chosen = [word for word in args[:end] if word in LOUDNESS]
+        return super().parse_args(ctx, chosen + [word for word in args[:end] if word not in LOUDNESS] + args[end:])
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         width = formatter.width - 6 - max(map(len, self.commands))
@@ -42,10 +52,9 @@ app = typer.Typer(
     cls=_Panels,
     help="Segment objects by learning queries: train, evaluate and look into SOLQ.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 for panel, functions in PANELS.items():
     for function in functions:
@@ -63,8 +72,15 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show warnings and results only, no progress.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show what is done in detail.")] = False,
 ) -> None:
     """Segment objects by learning queries: train, evaluate and look into SOLQ."""
+    if quiet:
+        logging.getLogger().setLevel(logging.WARNING)
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which commands do later
+    if verbose:
+        logging.getLogger("solq_lab").setLevel(logging.DEBUG)
 
 
 def main() -> None:

@@ -431,7 +431,7 @@ def test_an_experiment_is_checked_with_its_own_queries_and_folders(command, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere: no such folder or annotation file"),
+        (["nowhere"], "nowhere: no such file or folder"),
         (["mine", "--allow", "boxes"], "allowed is RULE or RULE=COUNT; rules: categories, image-entry"),
         (["mine", "--allow", "box=many"], "found 'box=many'"),
         (["mine", "data.root=x"], "data.root: mine is the folder to check"),

@@ -104,6 +104,26 @@ def test_help_says_what_each_command_does_in_a_whole_sentence(command, monkeypat
     assert "..." not in output.partition("Run commands:")[2]
 
 
+def test_quiet_and_verbose_stand_before_or_behind_the_command(command, data_root, weights, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for arguments in (("-q", "predict", weights), ("predict", weights, "-q")):
+        status, _ = command(*arguments, data_root / "val" / "1.png")
+        assert (status, logging.getLogger().level) == (0, logging.WARNING)
+    assert os.environ["TQDM_DISABLE"] == "1"
+    assert command("-v", "doctor", "--help")[0] == 0
+
+
+def test_a_folder_that_is_not_there_is_rejected_without_torch(command):
+    """Within a second; importing torch takes several."""
+    arguments = ("check-data nowhere", "evaluate nowhere", "predict nowhere a.png", "run nowhere", "train nowhere.yaml")
+    for line in arguments:
+        code = f"import sys; sys.argv = ['solq-lab', *{line.split()}]\nfrom solq_lab.workbench import cli\n"
+        code += "try: cli.main()\nexcept SystemExit as end: sys.exit(9 if 'torch' in sys.modules else end.code)"
+        outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert outcome.returncode == 2, f"{line}: {outcome.stderr}"
+        assert "nowhere" in outcome.stderr
+
+
 def test_the_version_is_that_of_the_package(command):
     assert command("--version") == (0, f"solq-lab {metadata.version('solq-lab')}\n")
 

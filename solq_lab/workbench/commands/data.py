@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from solq_lab.workbench.commands.arguments import FAILED, Overrides, folder_to_write
+from solq_lab.workbench.commands.arguments import FAILED, Overrides, existing_path, folder_to_write
 
 
 def make_shapes(
@@ -87,7 +87,10 @@ def convert_data(
 
 
 def check_data(
-    data: Annotated[Path, typer.Argument(help="Data folder, annotation file, or experiment file (.yaml).")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="Data folder, annotation file, or experiment file (.yaml).", callback=existing_path),
+    ],
     overrides: Overrides = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images, where it is not found.")] = None,
     look: Annotated[

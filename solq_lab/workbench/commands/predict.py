@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 from collections import Counter
@@ -145,8 +146,8 @@ def _read_images(
     from solq_lab.workbench.predictions.video import read_frames
 
     further = count(max(ids, default=0) + 1)  # ids of frames
-    hidden = True if len(sources) == 1 else None  # None: shown in a terminal only
-    bar = tqdm(sources, desc="predicting", unit="image", disable=hidden, leave=False)
+    hidden = None if logging.root.isEnabledFor(logging.INFO) else True  # None: shown in a terminal only
+    bar = tqdm(sources, desc="predicting", unit="image", leave=False, disable=hidden or len(sources) == 1 or None)
     for source, image_id in zip(bar, ids, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(source.name)
@@ -157,7 +158,9 @@ def _read_images(
                 if not source.is_video:
                     yield InputImage(source, image_id, np.asarray(read_upright(path, orientation)))
                     continue
-                frames = tqdm(read_frames(path, source.name), desc=source.name, unit="frame", leave=False, disable=None)
+                frames = tqdm(
+                    read_frames(path, source.name), desc=source.name, unit="frame", leave=False, disable=hidden
+                )
                 for number, frame in enumerate(frames):
                     yield InputImage(source, next(further), frame.pixels, frame, number)
             except UserError as error:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from solq_lab.data.annotations import DataError
+from solq_lab.errors import DataError
 from solq_lab.files import write_json
 from solq_lab.workbench.download.transfer import describe_size, fetch, require_space
 from solq_lab.workbench.download.unpacking import lacking, unpack

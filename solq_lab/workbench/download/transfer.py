@@ -13,10 +13,12 @@ import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
+from solq_lab.errors import DataError
 
-from solq_lab.data.annotations import DataError
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ def fetch(
         DataError: the server rejects the request, offers a file of another size or a page in its place, the disk is
             full, or the retries are used up.
     """
+    from tqdm.auto import tqdm  # not above: `solq-lab -q` turns its bars off before it is imported
+
     part = part_of(target)
     try:
         part.touch()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from solq_lab.data.annotations import DataError
+from solq_lab.errors import DataError
 from solq_lab.workbench.download.transfer import require_space
 
 CHUNK = 1 << 20

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from solq_lab.config import ConfigError, Experiment
-from solq_lab.data.annotations import DataError
-from solq_lab.errors import did_you_mean
+from solq_lab.errors import DataError, did_you_mean
 from solq_lab.files import hash_file, write_text
 from solq_lab.models.released import IMAGENET, RELEASED, cached_file
 from solq_lab.workbench.download.transfer import fetch
