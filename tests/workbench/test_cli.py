@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -105,7 +106,8 @@ def test_help_says_what_each_command_does_in_a_whole_sentence(command, monkeypat
 
 
 def test_quiet_and_verbose_stand_before_or_behind_the_command(command, data_root, weights, monkeypatch):
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.setattr(logging.getLogger(), "level", logging.INFO)
     for arguments in (("-q", "predict", weights), ("predict", weights, "-q")):
         status, _ = command(*arguments, data_root / "val" / "1.png")
         assert (status, logging.getLogger().level) == (0, logging.WARNING)
