@@ -214,10 +214,12 @@ class _Planner:
             split_of(self.experiment(), "val")
         except DataError:
             self.choose("data.val_fraction", 0.2, "one split only: a fixed random fifth of it is for validation")
+        build_dataset(self.experiment(), "train")  # the loader's judgement of the data comes first
         train, val = (read_annotations(split_of(self.experiment(), name).annotations) for name in ("train", "val"))
 
         objects = [entry for entry in train["annotations"] if not entry.get("iscrowd")]
-        if not objects:
+        boxes = [entry["bbox"] for entry in objects if entry.get("bbox")]
+        if not boxes:
             raise DataError(f"{self.values['data']['root']}: no training image has an object: nothing can be learnt")
         names = {category["id"]: str(category["name"]) for category in train["categories"]}
         counts = Counter(entry["category_id"] for entry in objects)
@@ -229,7 +231,7 @@ class _Planner:
             most=max(Counter(entry["image_id"] for entry in objects).values()),
             short_side=median(size[0] for size in sizes),
             long_side=median(size[1] for size in sizes),
-            object_side=median([(entry["bbox"][2] * entry["bbox"][3]) ** 0.5 for entry in objects]),
+            object_side=median([(box[2] * box[3]) ** 0.5 for box in boxes]),
         )
 
     def choose_sizes(self) -> None:
