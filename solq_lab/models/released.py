@@ -42,10 +42,10 @@ def _torchvision(name: str, megabytes: int) -> ReleasedWeights:
     )
 
 
-def _hugging_face(repository: str, about: str, megabytes: int) -> ReleasedWeights:
+def _hugging_face(repository: str, about: str, megabytes: int, sha256: str = "") -> ReleasedWeights:
     name = repository.partition("/")[2]
     url = f"https://huggingface.co/{repository}/resolve/main/model.safetensors"
-    return ReleasedWeights(f"{name}.safetensors", url, about, megabytes)
+    return ReleasedWeights(f"{name}.safetensors", url, about, megabytes, sha256)
 
 
 def _google_drive(name: str, file_id: str, about: str) -> ReleasedWeights:
@@ -81,9 +81,17 @@ DETECTORS = {
     "ddetr_r50_dc5": _google_drive(
         "ddetr_r50_dc5", "1m_TgMjzH7D44fbA-c_jiBZ-xf-odxGdk", "Deformable DETR R50, single scale DC5, 41.5"
     ),
-    "hf_ddetr_r50": _hugging_face("SenseTime/deformable-detr", "ddetr_r50 as Hugging Face has it, 44.5", 161),
+    "hf_ddetr_r50": _hugging_face(
+        "SenseTime/deformable-detr",
+        "ddetr_r50 as Hugging Face has it, 44.5",
+        161,
+        "caf1e3e61283c6ce35cd2d9adaa7033cf40997d4dfe434003bcdb9085cc8cf9b",
+    ),
     "hf_ddetr_r50_refine": _hugging_face(
-        "SenseTime/deformable-detr-with-box-refine", "ddetr_r50_refine as Hugging Face has it, 46.2", 164
+        "SenseTime/deformable-detr-with-box-refine",
+        "ddetr_r50_refine as Hugging Face has it, 46.2",
+        164,
+        "4113700fe8aade398808424b7c5c1304cfbf886adc6450a6ca5d50a702be3373",
     ),
     "hf_ddetr_r50_two_stage": _hugging_face(
         "SenseTime/deformable-detr-with-box-refine-two-stage", "ddetr_r50_two_stage as Hugging Face has it, 46.9", 165

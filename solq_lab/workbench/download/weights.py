@@ -63,14 +63,14 @@ def fetch_starting_weights(experiment: Experiment, run_folder: Path) -> None:
 
 
 def weights_frame() -> pd.DataFrame:
-    """What can be fetched: one row per name, with size, published sum, whether it is here, and the link."""
+    """What can be fetched: one row per name, with size, the published sum's beginning, whether it is here, and the link."""
     import pandas as pd
 
     rows = {
         name: {
             "weights": released.about,
             "MB": "-" if released.megabytes is None else released.megabytes,
-            "SHA-256": released.sha256 or "-",
+            "SHA-256": released.sha256[:8] or "-",
             "here": "yes" if cached_file(name).exists() else "no",
             "link": released.link,
         }
