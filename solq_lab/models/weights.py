@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import pickle
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +30,7 @@ from solq_lab.models.official import (
     swin_position_index,
     with_prefixes,
 )
+from solq_lab.models.pickled import load_pickle
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +185,7 @@ def read_official(path: Path) -> OfficialFile:
     if path.suffix == ".safetensors":
         tensors, args = read_weights(path).state, None
     else:
-        content = _load_pickle(path)
+        content = load_pickle(path)
         checkpoint = content if isinstance(content, dict) else {}
         named = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
         entries = named.items() if isinstance(named, dict) else ()
@@ -199,27 +198,6 @@ def read_official(path: Path) -> OfficialFile:
     if is_hugging_face(tensors):
         known = read_settings(path.with_name("config.json"))
     return OfficialFile(released_names(tensors), known)
-
-
-def _load_pickle(path: Path) -> Any:
-    """Load tensors and plain values that `torch.save` wrote; anything else is rejected."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightMismatch(f"{path}: no such checkpoint file") from None
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"it needs {wanted[1]}" if wanted else "it is no pickle of tensors"
-        raise WeightMismatch(
-            f"{path}: rejected, {found}; nothing in it was executed. Allowed are tensors, plain values and an "
-            "argparse.Namespace; save the state dict alone with torch.save and give that"
-        ) from None
-
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise WeightMismatch(
-            f"{path}: not a checkpoint, or cut short ({type(error).__name__}); allowed are files that torch.save wrote"
-        ) from None
 
 
 def translate_official_state(state: Mapping[str, Tensor], *, source: str = "state dict") -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def fetch_starting_weights(experiment: Experiment, run_folder: Path) -> None:
 
 
 def weights_frame() -> pd.DataFrame:
-    """What can be fetched: a row per name, with size, first digits of the published sum, whether it is here, and link."""
+    """What can be fetched: a row per name, with size, the published sum's first digits, whether it is here, link."""
     import pandas as pd
 
     rows = {
