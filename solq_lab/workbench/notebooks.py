@@ -77,6 +77,8 @@ def run_notebook(
     if folder is not None:
         return _execute(notebook, folder / notebook.name, values)
     check_data_folder(experiment)
+
+    # Only a notebook that trains needs the backbone's weights.
     if "start_training" in notebook.read_text(encoding="utf-8"):
         fetch_starting_weights(experiment, Path(runs_dir) / experiment.name)
     run = experiment_run(experiment_path, overrides, runs_dir)
