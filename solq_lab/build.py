@@ -21,7 +21,7 @@ from solq_lab.data.kinds import AUGMENTATIONS
 from solq_lab.data.order import BatchStream
 from solq_lab.data.transforms import TestResize, Transform
 from solq_lab.data_folder import split_of
-from solq_lab.models.kinds import BACKBONES
+from solq_lab.models.kinds import backbone_spec
 from solq_lab.models.official import is_official
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.sqr import SQRDetector
@@ -78,7 +78,7 @@ def new_codec(experiment: Experiment) -> MaskCodec | None:
 
 def build_backbone(model: ModelSection, *, imagenet: bool = False) -> Backbone:
     """The backbone, fresh or with ImageNet weights; C5 alone where the network has one level."""
-    return BACKBONES[model.backbone].build(
+    return backbone_spec(model.backbone).build(
         pretrained="imagenet" if imagenet else "none", dilation=model.dilation, c5_only=model.levels == 1
     )
 

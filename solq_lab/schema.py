@@ -14,14 +14,16 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.conflicts import conflicts
 from solq_lab.data.kinds import AUGMENTATIONS, Orientation
-from solq_lab.models.kinds import BACKBONES
+from solq_lab.models.kinds import BACKBONES, backbone_spec
 from solq_lab.sections import NAME, ConfigError, PathText, Role, Section, one_of
 
 
 class ModelSection(Section):
     """The network (paper, section 3.2)."""
 
-    backbone: str = "resnet50"
+    backbone: str = Field(
+        "resnet50", description="a name in models/kinds.py, or timm:NAME (ConvNeXt, ViT with patch 16)"
+    )
     pretrained: Annotated[PathText, Role.START, Role.ADAPTED] = Field(
         "imagenet", description="'imagenet', 'none', or the path of a safetensors or .pth file"
     )
@@ -62,7 +64,8 @@ class ModelSection(Section):
     @field_validator("backbone")
     @classmethod
     def _backbone_exists(cls, name: str) -> str:
-        return one_of(name, BACKBONES)
+        backbone_spec(name)
+        return name
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelSection:
@@ -83,7 +86,7 @@ class ModelSection(Section):
             raise ValueError(f"denoising {self.denoising} needs mixed_queries: true or two_stage: true, or set it to 0")
         if self.two_stage and self.mixed_queries:
             raise ValueError("two_stage and mixed_queries both say where queries come from; set one of them to false")
-        if self.dilation and not BACKBONES[self.backbone].dilates:
+        if self.dilation and not backbone_spec(self.backbone).dilates:
             dilating = ", ".join(name for name, spec in BACKBONES.items() if spec.dilates)
             raise ValueError(f"dilation is for {dilating}, not {self.backbone}")
         return self
@@ -200,7 +203,7 @@ class DataSection(Section):
     allow_links: Annotated[bool, Role.MACHINE, Role.MAY_CHANGE] = Field(
         False, description="images may be links that leave their folder, as DVC and git-annex make them"
     )
-    augment: str = Field("released", description="released: two resizes, flip, random crop; flip; none")
+    augment: str = Field("released", description="released: two resizes, flip, random crop; lsj; flip; none")
     train_scales: list[PositiveInt] = Field([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], min_length=1)
     crop_scales: list[PositiveInt] = Field(
         [400, 500, 600], min_length=1, description="short sides before the random crop"

@@ -19,5 +19,6 @@ _MODULE = "solq_lab.data.transforms"
 AUGMENTATIONS: dict[str, str] = {  # "module:class"
     "released": f"{_MODULE}:ReleasedAugmentation",
     "flip": f"{_MODULE}:FlipOnly",
+    "lsj": f"{_MODULE}:LargeScaleJitter",
     "none": f"{_MODULE}:TestResize",
 }

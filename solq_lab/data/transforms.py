@@ -19,6 +19,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+JITTER = (0.1, 2.0)  # scales of the large-scale jitter
+
 
 class Mirror(NamedTuple):
     """Left becomes right in an image `width` pixels wide."""
@@ -120,6 +122,25 @@ class ReleasedAugmentation:
             left = int(random.integers(width - crop_width, endpoint=True))
             steps.append(Crop(top, left, crop_height, crop_width))
         return steps + _resize(size_after(steps, size), random.choice(self.train_scales), self.max_size)
+
+
+@dataclass(frozen=True)
+class LargeScaleJitter:
+    """Mirror, resize to a tenth up to twice the largest size, cut out what exceeds it (Simple Copy-Paste, LSJ).
+
+    Attributes:
+        max_size: longest allowed side, pixels; the image fits a square of this side at scale 1.
+    """
+
+    max_size: int
+
+    def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
+        """The steps for an image of (height, width) pixels."""
+        steps, longest = _mirror(size, random), self.max_size * random.uniform(*JITTER)
+        after = tuple(max(1, round(side * longest / max(size))) for side in size)
+        height, width = (min(side, self.max_size) for side in after)
+        top, left = (int(random.integers(a - b, endpoint=True)) for a, b in zip(after, (height, width), strict=True))
+        return [*steps, Resize(size, (after[0], after[1])), Crop(top, left, height, width)]
 
 
 def resized_size(size: tuple[int, int], short: int, longest: int | None) -> tuple[int, int]:

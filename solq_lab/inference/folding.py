@@ -13,6 +13,7 @@ from solq_lab.models.backbone import FrozenBatchNorm2d
 from solq_lab.models.heads import UnifiedQueryHead
 from solq_lab.models.onednn import use_onednn
 from solq_lab.models.solq import SOLQ
+from solq_lab.models.timm_backbone import TimmBackbone
 
 
 def prepare_for_inference(model: SOLQ) -> SOLQ:
@@ -37,7 +38,8 @@ def fold(model: SOLQ) -> SOLQ:
     only refine boxes.
     """
     folded = copy.deepcopy(model).eval().requires_grad_(False)
-    _fold_batch_norms(folded.backbone)
+    if not isinstance(folded.backbone, TimmBackbone):  # whose norms may stand before their convolution, or activate
+        _fold_batch_norms(folded.backbone)
     for head in folded.heads:
         assert isinstance(head, UnifiedQueryHead)
         if head is not folded.heads[-1]:  # without box refinement all layers share one head

@@ -8,6 +8,8 @@ from __future__ import annotations
 import pkgutil
 from typing import TYPE_CHECKING, NamedTuple
 
+from solq_lab.sections import one_of
+
 if TYPE_CHECKING:
     from solq_lab.models.backbone import Backbone
 
@@ -43,6 +45,18 @@ class BackboneSpec(NamedTuple):
         return pkgutil.resolve_name(self.path)(*self.arguments, pretrained=pretrained, c5_only=c5_only, **options)
 
 
+def backbone_spec(name: str) -> BackboneSpec:
+    """The backbone of a name in `BACKBONES`, or of "timm:NAME".
+
+    Raises:
+        ValueError: an unknown name. Whether timm knows a name shows when it is built.
+    """
+    if name.startswith(TIMM):
+        return BackboneSpec("solq_lab.models.timm_backbone:TimmBackbone", (name.removeprefix(TIMM),), any_size=False)
+    return BACKBONES[one_of(name, [*BACKBONES, f"{TIMM}NAME"])]
+
+
+TIMM = "timm:"
 _RESNET, _SWIN = "solq_lab.models.backbone:ResNetBackbone", "solq_lab.models.backbone:SwinBackbone"
 
 BACKBONES: dict[str, BackboneSpec] = {

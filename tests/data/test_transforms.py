@@ -15,6 +15,7 @@ from PIL import Image
 from solq_lab.data.transforms import (
     Crop,
     FlipOnly,
+    LargeScaleJitter,
     Mirror,
     ReleasedAugmentation,
     Resize,
@@ -97,8 +98,20 @@ def test_flip_only_leaves_an_image_of_the_test_size_but_for_the_mirror():
 
 @settings(max_examples=60, deadline=None)
 @given(size=SIZES, seed=st.integers(0, 2**32))
-def test_boxes_that_no_crop_touches_come_home(size, seed):
-    steps = PAPER.plan(size, random(seed))
+def test_large_scale_jitter_keeps_proportions_and_never_exceeds_the_largest_size(size, seed):
+    *_, resize, crop = steps = LargeScaleJitter(512).plan(size, random(seed))
+    assert 0.1 * 512 - 1 <= max(resize.after) <= 2 * 512 + 1
+    scales = np.array(resize.after) / resize.before
+    assert abs(scales[0] - scales[1]) <= 1 / min(size)  # sides are rounded
+    assert size_after(steps, size) == tuple(min(side, 512) for side in resize.after)
+    assert 0 <= crop.top <= resize.after[0] - crop.height
+    assert 0 <= crop.left <= resize.after[1] - crop.width
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=SIZES, seed=st.integers(0, 2**32), augment=st.sampled_from([PAPER, LargeScaleJitter(512)]))
+def test_boxes_that_no_crop_touches_come_home(size, seed, augment):
+    steps = augment.plan(size, random(seed))
     height, width = size
     corners = random(seed).uniform(0, 1, (5, 2, 2)) * (width, height)
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)

@@ -11,7 +11,7 @@ from solq_lab.build import build_augmentation, build_backbone, build_codec, buil
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
-from solq_lab.data.transforms import FlipOnly, ReleasedAugmentation, TestResize
+from solq_lab.data.transforms import FlipOnly, LargeScaleJitter, ReleasedAugmentation, TestResize
 from solq_lab.models.weights import WeightMismatch, save_weights
 from solq_lab.schema import DataSection, ModelSection
 from solq_lab.structures import ImageBatch
@@ -119,7 +119,8 @@ def test_raw_class_ids_are_the_channels(data_root):
 
 
 @pytest.mark.parametrize(
-    ("augment", "kind"), [("released", ReleasedAugmentation), ("flip", FlipOnly), ("none", TestResize)]
+    ("augment", "kind"),
+    [("released", ReleasedAugmentation), ("lsj", LargeScaleJitter), ("flip", FlipOnly), ("none", TestResize)],
 )
 def test_every_augmentation_is_known(augment, kind):
     assert isinstance(build_augmentation(DataSection(augment=augment)), kind)

@@ -30,7 +30,7 @@ from solq_lab.inference.export.packaging import without_paths
 from solq_lab.inference.export.parity import TOLERANCE, measure_parity
 from solq_lab.inference.folding import fold
 from solq_lab.inference.predictor import Predictor, find_weights, read_trained, read_upright
-from solq_lab.models.kinds import BACKBONES
+from solq_lab.models.kinds import backbone_spec
 from solq_lab.models.weights import load_state
 from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
 from solq_lab.runs import Run
@@ -100,7 +100,7 @@ def export_onnx(
 
     predictor = Predictor(weights_or_run, device="cpu", top_k=top_k)
     arrays = [np.asarray(read_upright(path)) for path in images] or _drawn_images()
-    fixed = not BACKBONES[predictor.experiment.model.backbone].any_size
+    fixed = not backbone_spec(predictor.experiment.model.backbone).any_size
     if fixed and size is None:
         raise ConfigError("Swin's windows cannot be traced for free sizes; give --height and --width")
 

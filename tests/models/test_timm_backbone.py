@@ -1,0 +1,80 @@
+"""Networks of timm as backbones: maps, gradients, weights of files, a whole training, and what is rejected."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_experiment, write_tiny_dataset
+
+from solq_lab.build import build_model
+from solq_lab.config import ConfigError
+from solq_lab.inference.folding import prepare_for_inference
+from solq_lab.models.timm_backbone import TimmBackbone
+from solq_lab.models.weights import WeightMismatch
+from solq_lab.runs import create_run
+from solq_lab.structures import ImageBatch
+from solq_lab.training.trainer import train_run
+
+NAMES = ("convnext_atto", "resnet18", "vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("c5_only", [False, True])
+def test_maps_cover_the_image_and_every_weight_learns(name: str, c5_only: bool):
+    backbone = TimmBackbone(name, c5_only=c5_only).train()
+    maps = backbone(torch.randn(2, 3, 100, 70))
+    sizes = [(13, 9), (7, 5), (4, 3)][2 if c5_only else 0 :]  # of strides 8, 16 and 32, rounded up
+    assert [tuple(one.shape) for one in maps] == [
+        (2, c, *size) for c, size in zip(backbone.channels, sizes, strict=True)
+    ]
+    sum(one.square().sum() for one in maps).backward()
+    assert [key for key, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+def test_weights_come_from_a_file_of_timm_with_its_head(tmp_path):
+    torch.manual_seed(0)
+    full = timm.create_model("convnext_atto")
+    save_file(full.state_dict(), tmp_path / "atto.safetensors")
+    backbone = TimmBackbone("convnext_atto", pretrained=str(tmp_path / "atto.safetensors"))
+    state = full.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.body.state_dict().items())
+    with pytest.raises(WeightMismatch, match=r"atto\.safetensors: .*no such tensor"):
+        TimmBackbone("resnet18", pretrained=str(tmp_path / "atto.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "error", "message"),
+    [
+        ("convnext_typo", "none", ValueError, r"timm:convnext_typo: timm .* has no network of this name"),
+        (
+            "vit_small_patch14_dinov2",
+            "none",
+            ValueError,
+            r"maps of strides \[14\]; allowed are networks with strides 8",
+        ),
+        ("convnext_atto", "imagenet", WeightMismatch, r"weights are not fetched; name their file"),
+    ],
+)
+def test_what_cannot_be_a_backbone_is_rejected_with_the_cure(name, pretrained, error, message):
+    with pytest.raises(error, match=message):
+        TimmBackbone(name, pretrained=pretrained)
+    experiment = tiny_experiment(".", model={"backbone": f"timm:{name}", "pretrained": pretrained})
+    with pytest.raises((ConfigError, WeightMismatch), match=message):
+        build_model(experiment, 2, pretrained=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_on_it_trains_and_predicts_the_same_when_prepared(name: str, tmp_path):
+    root = write_tiny_dataset(tmp_path / "data")
+    experiment = tiny_experiment(root, model={"backbone": f"timm:{name}"}, train={"steps": 1})
+    if name == "convnext_atto":
+        assert train_run(create_run(experiment, tmp_path / "runs")) == "finished"
+    torch.manual_seed(0)
+    model, images = build_model(experiment, 2).eval(), torch.randn(2, 3, 48, 64)
+    batch = ImageBatch(images, torch.zeros(2, 48, 64, dtype=torch.bool))
+    for ours, theirs in zip(
+        prepare_for_inference(model)(batch).layers[-1][:3], model(batch).layers[-1][:3], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
