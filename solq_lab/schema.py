@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.conflicts import conflicts
 from solq_lab.data.kinds import AUGMENTATIONS, Orientation
-from solq_lab.models.kinds import BACKBONES, backbone_spec
+from solq_lab.models.kinds import BACKBONES, TIMM, backbone_spec
 from solq_lab.sections import NAME, ConfigError, PathText, Role, Section, one_of
 
 
@@ -64,8 +64,7 @@ class ModelSection(Section):
     @field_validator("backbone")
     @classmethod
     def _backbone_exists(cls, name: str) -> str:
-        backbone_spec(name)
-        return name
+        return name if name.startswith(TIMM) else one_of(name, [*BACKBONES, f"{TIMM}NAME"])
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelSection:

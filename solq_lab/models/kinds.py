@@ -8,8 +8,6 @@ from __future__ import annotations
 import pkgutil
 from typing import TYPE_CHECKING, NamedTuple
 
-from solq_lab.sections import one_of
-
 if TYPE_CHECKING:
     from solq_lab.models.backbone import Backbone
 
@@ -46,14 +44,10 @@ class BackboneSpec(NamedTuple):
 
 
 def backbone_spec(name: str) -> BackboneSpec:
-    """The backbone of a name in `BACKBONES`, or of "timm:NAME".
-
-    Raises:
-        ValueError: an unknown name. Whether timm knows a name shows when it is built.
-    """
+    """The backbone of a name in `BACKBONES`, or of "timm:NAME"; whether timm has it shows when it is built."""
     if name.startswith(TIMM):
         return BackboneSpec("solq_lab.models.timm_backbone:TimmBackbone", (name.removeprefix(TIMM),), any_size=False)
-    return BACKBONES[one_of(name, [*BACKBONES, f"{TIMM}NAME"])]
+    return BACKBONES[name]
 
 
 TIMM = "timm:"
