@@ -27,8 +27,8 @@ test-slow: install  ## the long ones
 test-browser: install  ## drive the explorers in JupyterLab with Chromium
 	$(BIN)/pytest tests -m browser
 
-lab: install  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+lab: install  ## open JupyterLab at the repository, with the tour
+	$(BIN)/jupyter lab --ServerApp.root_dir=. notebooks/tour.ipynb
 
 bench: install  ## side-by-side speed ratios
 	$(BIN)/solq-lab bench --json bench.json
@@ -48,6 +48,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) $(shell grep -E '^torch(vision)?==' constraints.txt))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[swin,sparse,slurm,export,tracking,video,dev]'
+	@# Running notebooks leaves git clean: their outputs are stripped on the way into it (.gitattributes names the filter).
+	@git rev-parse --git-dir >/dev/null 2>&1 && $(BIN)/nbstripout --install --attributes .gitattributes || true
 	@touch $(STAMP)
 
 clean:  ## remove the environment; runs/ and data/ stay

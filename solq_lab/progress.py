@@ -65,6 +65,33 @@ def describe_duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
+def live_output(draw: Callable[[], Any] | None, *, seconds: float = 30.0) -> Iterator[Callable[[], None]]:
+    """A function that shows what `draw` gives in a notebook, at most every `seconds`; at the end it is taken away.
+
+    Without `draw`, and outside of a notebook, the function does nothing.
+    """
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if draw is None or get_ipython() is None:
+        yield lambda: None
+        return
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    when = -seconds
+
+    def show() -> None:
+        nonlocal when
+        if time.monotonic() - when >= seconds:
+            when = time.monotonic()
+            handle.update(draw())
+
+    try:
+        yield show
+    finally:
+        handle.update({"text/plain": ""}, raw=True)
+
+
+@contextlib.contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
     """A function that shows a text in place of the previous one.
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 from solq_lab.codecs.kinds import CODECS
 
@@ -76,6 +78,17 @@ def save(figure: Figure, path: Path) -> Figure:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return figure
+
+
+def styled(frame: pd.DataFrame, digits: int = 1) -> Styler:
+    """A frame for a notebook to show: rounded, "-" where a number is missing, digits in columns."""
+    look = [
+        {"selector": "td", "props": "text-align: right; font-variant-numeric: tabular-nums; padding: 3px 10px"},
+        {"selector": "th.row_heading", "props": "text-align: left; font-weight: 600; padding: 3px 10px"},
+        {"selector": "tr", "props": "border-bottom: 1px solid #8884; background: transparent"},
+        {"selector": "", "props": "border-collapse: collapse"},
+    ]
+    return frame.style.format(precision=digits, na_rep="-").set_table_styles(look)
 
 
 def metric_title(metric: str) -> str:

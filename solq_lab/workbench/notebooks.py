@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 from solq_lab.config import load_experiment
 from solq_lab.data_folder import check_data_folder
+from solq_lab.environment import describe_software
 from solq_lab.errors import ExplainedError, Interrupted, UserError
-from solq_lab.files import write_text
-from solq_lab.progress import Progress, status_line
+from solq_lab.files import read_json, write_text
+from solq_lab.progress import Progress, describe_duration, status_line
 from solq_lab.runs import Run
 from solq_lab.workbench.download.weights import fetch_starting_weights
 from solq_lab.workbench.parameters import check_parameters, read_parameters
@@ -24,6 +26,9 @@ from solq_lab.workbench.trainings import stop_training
 from solq_lab.workbench.workspace import WORKSPACE, experiment_run
 
 OWN_DATA = ("data", "folder", "root")  # parameters that make a notebook one about a data set, not about a run
+FOLDED = """{% extends "lab/index.html.j2" %}
+{% block input_group %}<details><summary style="opacity: 0.6; cursor: pointer">code</summary>{{ super() }}</details>
+{% endblock %}"""  # nbconvert's own page with every code cell behind a line
 QUIET_KERNEL = ["--IPKernelApp.log_level=CRITICAL"]  # it logs unencrypted local sockets, and its own shutdown
 
 
@@ -116,15 +121,56 @@ def data_report_folder(notebook: Path, parameters: Mapping[str, Any], runs_dir: 
     return None if data is None else Path(runs_dir) / notebook.stem / Path(data).name
 
 
-def export_html(notebook: Path) -> Path:
-    """Write an executed notebook as one HTML file beside it, and return that file's path."""
+def export_html(notebook: Path, *, summary: str = "") -> Path:
+    """Write an executed notebook as one HTML file beside it, to be read offline, and return that file's path.
+
+    Code is folded, widgets are left out (a figure below each shows the same), and paths below the working folder are
+    relative.
+
+    Args:
+        notebook: the executed notebook.
+        summary: Markdown that is put before it.
+    """
+    import nbformat
     from nbconvert import HTMLExporter
 
+    document: Any = nbformat.read(notebook, as_version=4)
+    for cell in document.cells:
+        for output in cell.get("outputs", []):
+            if output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):
+                output["data"] = {"text/plain": "(a view to work with in JupyterLab; a figure of it is below)"}
+    if summary:
+        document.cells.insert(0, nbformat.v4.new_markdown_cell(summary))
+
     logging.getLogger("traitlets").setLevel(logging.ERROR)  # it warns about figures without a description
-    html, _ = HTMLExporter().from_filename(str(notebook))
+    html, _ = HTMLExporter(raw_template=FOLDED).from_notebook_node(document)
     target = notebook.with_suffix(".html")
-    write_text(target, html)
+    write_text(target, html.replace(f"{Path.cwd()}/", ""))
     return target
+
+
+def summarise(notebook: Path, executed: Path, parameters: Mapping[str, Any], run: Run | None) -> str:
+    """What a report opens with, as a Markdown table: AP, time, device, and the command that makes it again."""
+    document = read_json(executed)
+    seconds = document["metadata"].get("papermill", {}).get("duration") or 0.0
+    versions = describe_software()["versions"]
+    rows = {
+        "time": describe_duration(seconds),
+        "made with": f"solq_lab {versions['solq-lab']}, torch {versions['torch']}",
+    }
+    if run is not None and run.results.is_file():
+        metrics = read_json(run.results)["metrics"]
+        aps = {kind: metrics.get(f"{kind}.AP") for kind in ("box", "segm", "boundary")}
+        rows["AP, percent"] = ", ".join(f"{kind} {100 * ap:.1f}" for kind, ap in aps.items() if ap is not None)
+        rows["trained on"] = str(read_json(run.environment).get("device", "unknown"))
+
+    words = [notebook, *([parameters["experiment"]] if "experiment" in parameters else [])]
+    words += parameters.get("overrides", [])
+    for name, value in parameters.items():
+        if name not in ("experiment", "overrides", "runs_dir"):
+            words += ["-p", f"{name}={value}"]
+    rows["command"] = f"`solq-lab run {shlex.join(map(str, words))}`"
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], run: Run | None = None) -> Path:
@@ -162,7 +208,7 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], run: Ru
         raise Interrupted(message) from None
 
     if executed.exists():
-        export_html(executed)
+        export_html(executed, summary=summarise(notebook, executed, parameters, run))
     if errors:
         raise _explain_failure(notebook, executed, errors[0])
     return executed

@@ -14,12 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from solq_lab.errors import ExplainedError, UserError
 from solq_lab.files import last_lines
-from solq_lab.progress import Progress, status_line
+from solq_lab.progress import Progress, live_output, status_line
 from solq_lab.runs import Run, RunError, load_run
 from solq_lab.training.faults import advise_on_memory
 from solq_lab.workbench.download.weights import fetch_starting_weights
@@ -82,7 +83,9 @@ def training_command(run: Run, processes: int, *, nodes: int = 1) -> list[str]:
     return [sys.executable, "-m", "solq_lab.training.torchrun", f"--nproc-per-node={processes}", str(run.folder)]
 
 
-def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
+def follow_training(
+    run_folder: str | Path, *, interval: float = 1.0, curves: Callable[[list[dict[str, Any]]], Any] | None = None
+) -> Run:
     """Show the progress of a training until it ends, and the warnings in its log.
 
     Interrupting does not stop the training (`stop_training` does).
@@ -90,6 +93,8 @@ def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
     Args:
         run_folder: the run.
         interval: seconds between two readings.
+        curves: in a notebook, draws a figure of the lines of metrics.jsonl, which is shown anew every half
+            minute and taken away at the end.
 
     Returns:
         The finished run.
@@ -101,7 +106,9 @@ def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
     run = load_run(run_folder)
     progress = Progress(run)
     run.log_file.touch()
-    with status_line() as show, run.log_file.open(encoding="utf-8", errors="replace") as lines:
+    draw = None if curves is None else lambda: curves(run.metrics())
+    log_lines = run.log_file.open(encoding="utf-8", errors="replace")
+    with log_lines as lines, status_line() as show, live_output(draw) as redraw:
         lines.seek(0, os.SEEK_END)
         alive = True
         while alive:
@@ -110,6 +117,7 @@ def follow_training(run_folder: str | Path, *, interval: float = 1.0) -> Run:
                 if " WARNING " in line:
                     log.warning("%s", line.rstrip())
             show(progress.read())
+            redraw()
             if alive:
                 time.sleep(interval)
 

@@ -85,7 +85,8 @@ def printed(executed: Path) -> str:
     """What the cells print and the tables that they show."""
     outputs = [output for cell in cells(executed, "code") for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
-    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    data = [output.get("data", {}) for output in outputs]
+    texts = [output.get("text") or of.get("text/html", of.get("text/plain", "")) for output, of in zip(outputs, data)]
     return "\n".join("".join(text) for text in texts)
 
 

@@ -23,7 +23,7 @@ from solq_lab.masks import decode_rle
 from solq_lab.models.weights import save_weights
 from solq_lab.viz.style import OBJECT_COLOURS, colours_of, new_figure
 from solq_lab.viz.widgets.attention_explorer import ALL, LAYERS, NOTHING, QUERIES, AttentionExplorer
-from solq_lab.viz.widgets.clickable_image import link_figure
+from solq_lab.viz.widgets.clickable_image import colour_class, link_figure
 from solq_lab.viz.widgets.detection_explorer import WIDTH, DetectionExplorer
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
@@ -93,9 +93,10 @@ def test_there_is_a_chip_for_every_object_of_the_score_in_its_colour(both, predi
         found = predictor.predict(image).above(0.2)
         assert len(found.names) > 0
         assert [switch.description.split()[0] for switch in both.switches[name]] == found.names
-        assert [switch.style.button_color for switch in both.switches[name]] == colours_of(found.labels.tolist())
+        classes = [colour_class(colour) for colour in colours_of(found.labels.tolist())]
+        assert [switch._dom_classes[1] for switch in both.switches[name]] == classes
     both.colouring.value = "object"
-    colours = [switch.style.button_color for switch in both.switches["SOLQ"]]
+    colours = [switch._dom_classes[1] for switch in both.switches["SOLQ"]]
     assert len(set(colours)) == min(len(colours), len(OBJECT_COLOURS))
     both.score.value = 0.9
     assert both.switches == {"SOLQ": [], "SQR": []}
@@ -112,7 +113,7 @@ def test_a_detection_has_the_colour_of_the_true_object_it_meets(both, dataset, m
 
 def test_the_panels_that_are_chosen_fill_the_row(both):
     assert len(both._row.children) == 3
-    both.columns.value = ("SQR",)
+    both.columns["SOLQ"].value = both.columns["ground truth"].value = False
     assert both._row.children == (both._places["SQR"],)
     assert both._row.layout.grid_template_columns == "repeat(1, minmax(0, 1fr))"
 

@@ -363,6 +363,23 @@ def test_a_notebook_about_a_data_set_files_its_report_under_the_data(tmp_path, e
     assert not (tmp_path / "runs" / "mine").exists()
 
 
+def test_a_report_opens_with_a_summary_folds_code_and_needs_no_kernel(tmp_path, experiment):
+    cells = ["import ipywidgets\nipywidgets.IntSlider()", "import os\nprint(os.getcwd() + '/here')"]
+    notebook = write_notebook(tmp_path / "look.ipynb", *cells, parameters=f"{SHARED}\ndeep: int = 1")
+    run = create_run(load_experiment(experiment, ["seed=3"]), tmp_path / "runs")
+    write_json(run.results, {"metrics": {"segm.AP": 0.649, "box.AP": 0.766}})
+    run.record_environment({"device": "a fast one"})
+    page = run_notebook(notebook, experiment, ["seed=3"], parameters={"deep": "5"}).with_suffix(".html").read_text()
+    body = page[page.index("<main") :]
+    assert body.index("box 76.6, segm 64.9") < body.index("import ipywidgets")
+    assert "a fast one" in body
+    assert "solq-lab run look.ipynb mine.yaml seed=3 -p deep=5" in body
+    assert body.count("<details>") == 4  # the parameters, those that were given, two cells
+    assert str(tmp_path) not in page
+    assert "widget-view" not in body
+    assert "a figure of it is below" in body
+
+
 def test_a_failing_cell_is_told_in_a_few_lines_and_its_traceback_kept_in_the_notebook(tmp_path, experiment):
     notebook = write_notebook(tmp_path / "look.ipynb", "before = 1", "seen = before\nseen / 0", "after = 2")
     with pytest.raises(NotebookFailed) as caught:

@@ -158,7 +158,7 @@ class AttentionExplorer(ModelExplorer):
         model = next(iter(self._predictors.values())).experiment.model
         narrow = widgets.Layout(width="210px")
         self.object = widgets.Dropdown(description="object", layout=narrow)
-        self.what = widgets.ToggleButtons(options=[POINTS, LAYERS, QUERIES], style={"button_width": "104px"})
+        self.what = widgets.ToggleButtons(options=[POINTS, LAYERS, QUERIES], style={"button_width": "124px"})
         self.layer, self.head, self.level = (
             widgets.Dropdown(
                 options=[("all", ALL)] + [(str(number + 1), number) for number in range(count)],

@@ -68,7 +68,7 @@ class ImageChooser:
         )
         self.sort = widgets.Dropdown(options=["file"], description="first", layout=narrow, style=style)
         self.matches = widgets.Dropdown(options=[], layout={"width": "230px"})
-        self.upload = widgets.FileUpload(accept="image/*", description="own image", layout={"width": "120px"})
+        self.upload = widgets.FileUpload(accept="image/*", description="own image", layout={"width": "auto"})
         self.note = widgets.Label()
 
         self.image.observe(lambda _: self._mark(), "value")

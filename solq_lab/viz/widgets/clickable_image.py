@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from solq_lab.structures import Detections
 from solq_lab.viz.images import draw_objects
-from solq_lab.viz.style import STYLE
+from solq_lab.viz.style import OBJECT_COLOURS, STYLE, text_colour
 from solq_lab.viz.widgets.live_panel import DPI, as_png
 
 MAX_CHIPS = 100  # whose objects are marked when they are pointed at
@@ -21,6 +21,17 @@ _MARKED = "box-shadow: inset 0 0 0 {}px white, inset 0 0 0 {}px black, 0 0 0 2px
 _BY_CHIP = ", ".join(
     f".solq-panel:has(.solq-chip-{row}:hover) .solq-object-{row}, .solq-object-{row}:hover" for row in range(MAX_CHIPS)
 )
+
+
+def colour_class(colour: str) -> str:
+    """The CSS class of a chip in a colour of `OBJECT_COLOURS`; a toggle button has no colour of its own."""
+    return f"solq-colour-{colour[1:]}"
+
+
+_CHIPS = "\n".join(
+    f".jupyter-button.{colour_class(one)} {{background: {one} !important; color: {text_colour(one)} !important}}"
+    for one in OBJECT_COLOURS
+)
 STYLE_SHEET = f"""<style>
 .solq-clickable {{position: relative; overflow: hidden; padding: 0}}
 .solq-clickable img {{width: 100%; height: auto; display: block; margin: 0}}
@@ -28,6 +39,7 @@ STYLE_SHEET = f"""<style>
 {_BY_CHIP} {{{_MARKED.format(2, 3)}; background: rgba(255, 255, 255, 0.25) !important}}
 .solq-clickable .solq-chosen {{{_MARKED.format(3, 4)}}}
 [class*="solq-chip-"]:not(.mod-active) {{opacity: 0.35}}
+{_CHIPS}
 </style>"""
 
 
@@ -154,7 +166,7 @@ def draw_image(
     """(h, width, 3) uint8: an image (H, W, 3) with its objects drawn in, without any margin."""
     height = max(round(width * pixels.shape[0] / pixels.shape[1]), 1)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    draw_objects(figure.add_axes((0, 0, 1, 1)), pixels, objects, colours, font_size=8, filled=filled)
+    draw_objects(figure.add_axes((0, 0, 1, 1)), pixels, objects, colours, font_size=9, filled=filled)
     figure.axes[0].set_aspect("auto")  # the height is rounded to whole pixels
     return figure_pixels(figure)
 

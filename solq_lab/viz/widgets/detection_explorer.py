@@ -19,11 +19,11 @@ from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
 from solq_lab.studies.pairing import UNMATCHED, pair_objects
 from solq_lab.viz.images import draw_objects
-from solq_lab.viz.style import STYLE, colours_of, new_figure, text_colour
-from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, draw_image
+from solq_lab.viz.style import STYLE, colours_of, new_figure
+from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, colour_class, draw_image
 from solq_lab.viz.widgets.explorer import MIN_SCORE, ModelExplorer
 
-WIDTH = 520  # of a drawn image, pixels; the browser fits it into its column
+WIDTH = 440  # of a drawn image, pixels; the browser fits it into its column
 TRUTH = "ground truth"
 
 
@@ -54,9 +54,10 @@ class DetectionExplorer(ModelExplorer):
         self.colouring = widgets.ToggleButtons(options=["class", "object"], style={"button_width": "64px"})
         self.colouring.tooltip = "a colour per class, or per object: the same as the true object's that it meets"
         self.filled = widgets.Checkbox(value=True, description="fill", indent=False, layout={"width": "60px"})
-        self.columns = widgets.SelectMultiple(options=everything, value=everything, rows=len(everything))
-        self.columns.layout.width = "150px"
-        self.columns.tooltip = "what is shown, side by side"
+        self.columns = {
+            name: widgets.Checkbox(value=True, description=name, indent=False, layout={"width": "auto"})
+            for name in everything
+        }
 
         self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in self.names}
         self.panels = {name: ClickableImage(partial(self._turn_off, name)) for name in everything}
@@ -68,12 +69,12 @@ class DetectionExplorer(ModelExplorer):
             self._places[name] = widgets.VBox(parts, layout={"min_width": "0"})
             self._places[name].add_class("solq-panel")
         self._row = widgets.GridBox(layout={"width": "100%", "grid_gap": "8px"})
-        controls = widgets.HBox([self.score, self.colouring, self.filled, self.columns, self.status])
+        controls = widgets.HBox([self.score, self.colouring, self.filled, *self.columns.values(), self.status])
         self.widget = widgets.VBox([widgets.HTML(STYLE_SHEET), self.chooser.widget, controls, self._row])
 
         self.on_change(self._choose, self.image, self.score)
         self.on_change(self._recolour, self.colouring)
-        self.on_change(self.redraw, self.filled, self.columns)
+        self.on_change(self.redraw, self.filled, *self.columns.values())
         self.chooser.refresh = self._mark_match
         self._choose()
 
@@ -85,7 +86,7 @@ class DetectionExplorer(ModelExplorer):
 
     def update(self) -> None:
         """Show the image for the controls' present values."""
-        index, names = self.image.value, [name for name in self.panels if name in self.columns.value]
+        index, names = self.image.value, [name for name, column in self.columns.items() if column.value]
         size = self.pixels(index).shape[:2]
         self._row.children = [self._places[name] for name in names]
         self._row.layout.grid_template_columns = f"repeat({max(len(names), 1)}, minmax(0, 1fr))"
@@ -119,7 +120,7 @@ class DetectionExplorer(ModelExplorer):
             found = self._found(name)
             self._titles[name].value = f"<b>{name}</b>: {len(found.labels) or 'nothing'} found"
             captions = [f"{label} {score:.2f}" for label, score in zip(found.names, found.scores.tolist(), strict=True)]
-            self.switches[name] = [self._make_switch(row, caption) for row, caption in enumerate(captions)]
+            self.switches[name] = [self._make_switch(caption) for caption in captions]
             self._chips[name].children = self.switches[name]
         count = len(self.true_objects(self.image.value).labels)
         self._titles[TRUTH].value = f"<b>{TRUTH}</b>: {count} objects"
@@ -130,8 +131,8 @@ class DetectionExplorer(ModelExplorer):
         """The chips in the colours of their objects."""
         for name, switches in self.switches.items():
             colours = self._colours(name, self.image.value, self.colouring.value)
-            for switch, colour in zip(switches, colours, strict=False):  # of all detections, best first
-                switch.style.button_color, switch.style.text_color = colour, text_colour(colour)
+            for row, switch in enumerate(switches):
+                switch._dom_classes = (f"solq-chip-{row}", colour_class(colours[row]))
         self._mark_match()
 
     def _mark_match(self) -> None:
@@ -140,10 +141,9 @@ class DetectionExplorer(ModelExplorer):
             self.chosen = self.chooser.row - self._dataset.truth.rows_of(self.image.value).start
         self.redraw()
 
-    def _make_switch(self, row: int, caption: str) -> widgets.ToggleButton:
+    def _make_switch(self, caption: str) -> widgets.ToggleButton:
         look = widgets.Layout(width="auto", height="24px", margin="2px")
         switch = widgets.ToggleButton(value=True, description=caption, layout=look)
-        switch.add_class(f"solq-chip-{row}")
         self.on_change(self.redraw, switch)
         return switch
 

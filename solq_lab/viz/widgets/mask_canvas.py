@@ -5,6 +5,7 @@ from __future__ import annotations
 import anywidget
 import numpy as np
 import traitlets
+from ipywidgets.widgets.trait_types import CByteMemoryView
 
 SIDE = 160  # pixels of the mask
 
@@ -17,7 +18,7 @@ class MaskCanvas(anywidget.AnyWidget):
     """
 
     side = traitlets.Int(SIDE).tag(sync=True)
-    bits = traitlets.Bytes(b"").tag(sync=True)
+    bits = CByteMemoryView(b"").tag(sync=True)  # a browser sends a memoryview, which `traitlets.Bytes` rejects
 
     _css = """
     .solq-canvas canvas {width: 240px; height: 240px; border: 1px solid #888; cursor: crosshair; touch-action: none}
