@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Every worker keeps one core busy; tests of one file stay together, for they share what they made.
 PYTEST := $(BIN)/pytest -n auto --dist loadfile
 
-.PHONY: help demo test test-slow test-browser lab bench lint install clean
+.PHONY: docs help demo test test-slow test-browser lab bench lint install clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ lint: install  ## style, types, import contracts, clean notebooks
 	$(BIN)/lint-imports
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
+docs: install  ## the documentation as a site, with every notebook executed: site/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	SOLQ_DOCS_EXECUTE=$${SOLQ_DOCS_EXECUTE:-1} $(BIN)/mkdocs build --strict --quiet
+
 install: $(STAMP)  ## .venv with everything, in the pinned versions; TORCH_INDEX=URL takes torch from another index
 
 $(STAMP): pyproject.toml constraints.txt
@@ -53,4 +57,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 clean:  ## remove the environment; runs/ and data/ stay
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info
