@@ -127,7 +127,7 @@ def planned_experiment(
     Raises:
         ConfigError: the file exists and is another command's; and as `plan_finetuning`.
     """
-    name = name or re.sub(r"[^A-Za-z0-9._-]", "-", f"{data.resolve().name}-finetuned").lstrip("._-")
+    name = name or re.sub(r"[^A-Za-z0-9._-]", "-", f"{Path(os.path.abspath(data)).name}-finetuned").lstrip("._-")
     options = {"--from": start, "--minutes": "" if not minutes else f"{minutes:g}", "--name": name}
     words = ["solq-lab", "finetune", str(data), *(word for pair in options.items() if pair[1] for word in pair)]
     path, command = runs_dir / f"{name}.yaml", shlex.join(words)
