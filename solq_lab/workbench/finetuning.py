@@ -19,6 +19,7 @@ import psutil
 import torch
 import yaml
 
+from solq_lab.allocation import keep_freed_memory
 from solq_lab.build import build_codec, build_dataset, build_model
 from solq_lab.config import ConfigError, Experiment, validate_experiment, with_found_data
 from solq_lab.data.annotations import read_annotations
@@ -332,8 +333,15 @@ class _Planner:
             self.warnings.append(f"{len(rare)} classes have under {MIN_OBJECTS} training objects ({shown})")
 
 
-def measure_speed(experiment: Experiment, *, steps: int = 5) -> float:
-    """Training images per second of this process on its device: the median of some steps, after two that warm up."""
+def measure_speed(experiment: Experiment, *, steps: int = 7, enough: float = 20.0) -> float:
+    """Training images per second of this process on its device: the median of some steps, without the first.
+
+    Args:
+        experiment: what will be trained.
+        steps: to take, two at least.
+        enough: seconds after which no further step is begun.
+    """
+    keep_freed_memory()  # as a training does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(experiment.train.threads or threads)
@@ -347,7 +355,7 @@ def measure_speed(experiment: Experiment, *, steps: int = 5) -> float:
     size = experiment.train.batch_size // experiment.train.accumulate
     batch = next(iter(BatchLoader(train_set, [list(range(size))], 0)))
     seconds = []
-    for _ in range(steps + 2):
+    while len(seconds) < 2 or (len(seconds) < steps and sum(seconds) < enough):
         started = time.perf_counter()
         optimizer.zero_grad()
         boxes = max(boxes_per_process([batch], device), 1.0)
@@ -357,4 +365,4 @@ def measure_speed(experiment: Experiment, *, steps: int = 5) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     torch.set_num_threads(threads)
-    return size / median(seconds[2:])
+    return size / median(seconds[1:])

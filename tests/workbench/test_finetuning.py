@@ -103,7 +103,7 @@ def test_images_without_objects_are_rejected_before_any_work(tmp_path, on):
 
 
 def test_the_speed_is_measured_on_the_data_itself(tmp_path, on):
-    assert measure_speed(plan_finetuning(dataset(tmp_path)).experiment, steps=1) > 0
+    assert measure_speed(plan_finetuning(dataset(tmp_path)).experiment, steps=2) > 0
 
 
 def test_the_command_writes_an_experiment_that_runs_as_edited(tmp_path, on, monkeypatch, capsys):
