@@ -34,6 +34,7 @@ MASK_OPACITY = 0.35
 LABEL_PAD = 0.6  # around a label's text, points
 MAX_MOVES = 8  # of a label off others, in its own height
 PAINTED_SIDE = 8.0  # inches that the longer side of a large image counts as, beside lines and labels in points
+BAND = 256  # rows of an image that lines are laid over at once
 MAX_OUTLINE = 1000  # pixels of a mask's longer side that its outline is found in; larger masks are thinned out
 
 
@@ -158,7 +159,9 @@ def paint_detections(image: ImageSource, detections: Detections) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     lines = Image.fromarray(np.asarray(canvas.buffer_rgba()))
-    painted.paste(lines, (0, 0), lines)
+    for top in range(0, height, BAND):  # converted to RGB as a whole, they would need the memory of the image again
+        band = lines.crop((0, top, width, min(top + BAND, height)))
+        painted.paste(band, (0, top), band)
     del canvas.renderer  # figure and canvas hold each other: its pixels would stay until they are collected
     return painted
 
