@@ -117,7 +117,14 @@ def test_quiet_and_verbose_stand_before_or_behind_the_command(command, data_root
 
 def test_a_folder_that_is_not_there_is_rejected_without_torch(command):
     """Within a second; importing torch takes several."""
-    arguments = ("check-data nowhere", "evaluate nowhere", "predict nowhere a.png", "run nowhere", "train nowhere.yaml")
+    Path("nowhere_in_it").mkdir()
+    arguments = (
+        "check-data nowhere",
+        "evaluate nowhere",
+        "predict nowhere a.png",
+        "run nowhere",
+        "train nowhere.yaml",
+    )
     for line in arguments:
         code = f"import sys; sys.argv = ['solq-lab', *{line.split()}]\nfrom solq_lab.workbench import cli\n"
         code += "try: cli.main()\nexcept SystemExit as end: sys.exit(9 if 'torch' in sys.modules else end.code)"

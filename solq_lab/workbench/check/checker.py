@@ -10,13 +10,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from solq_lab.config import ConfigError, default_experiment, load_experiment
 from solq_lab.data.annotations import (
     DataError,
     check_image_entry,
@@ -28,7 +26,7 @@ from solq_lab.data.annotations import (
     shorten,
 )
 from solq_lab.data.classes import ClassMap
-from solq_lab.data.folders import Split, find_splits
+from solq_lab.data.folders import Split
 from solq_lab.data.ground_truth import orientation_said
 from solq_lab.data.images import (
     LEAVES,
@@ -41,8 +39,6 @@ from solq_lab.data.images import (
 )
 from solq_lab.data.kinds import Orientation
 from solq_lab.data.orientation import Reading, reading_of
-from solq_lab.data.yolo import is_yolo
-from solq_lab.data_folder import prepare_data, split_of
 from solq_lab.workbench.check import rules
 from solq_lab.workbench.check.findings import RULES, Finding, Findings
 from solq_lab.workbench.check.report import DEFAULTS, Options, Report, Summary
@@ -83,42 +79,6 @@ class _Checked(NamedTuple):
     objects: list[tuple[int, float]]
     crowds: int
     reading: Reading | None
-
-
-def find_data(
-    data: Path, overrides: Sequence[str] = (), images: Path | None = None
-) -> tuple[tuple[Split, ...], Options, str]:
-    """The splits to check, what the training will be like, and a name for the report.
-
-    Args:
-        data: data folder, annotation file, or experiment file (.yaml).
-        overrides: `section.key=value` changes to the experiment, of a folder or file to the default experiment.
-        images: folder of the images, where it is not found.
-
-    Raises:
-        DataError, ConfigError: there is no such data set or experiment.
-    """
-    is_data = data.suffix not in (".yaml", ".yml") or (data.is_file() and is_yolo(data))
-    if is_data and any(text.startswith("data.root=") for text in overrides):
-        raise ConfigError(f"data.root: {data} is the folder to check; leave one of the two out")
-    experiment = default_experiment([f"data.root={data}", *overrides]) if is_data else load_experiment(data, overrides)
-    section, named = experiment.data, "_annotations=" in " ".join(overrides)
-
-    splits: tuple[Split, ...]
-    if is_data and not named:
-        splits, name = find_splits(data, images, section.val_fraction, section.orientation), data.resolve().stem
-    else:
-        prepare_data(experiment)
-        splits, name = (split_of(experiment, "train"), split_of(experiment, "val")), experiment.name
-    options = Options(
-        queries=experiment.model.queries,
-        detections=experiment.evaluation.top_k,
-        with_masks=experiment.codec.kind != "none" or experiment.model.mask_branch != "none",
-        class_ids=section.class_ids,
-        num_classes=section.num_classes,
-        allow_links=section.allow_links,
-    )
-    return splits, options, name
 
 
 def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processes: int = 2) -> Report:

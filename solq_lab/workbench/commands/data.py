@@ -114,11 +114,13 @@ def check_data(
 ) -> None:
     """Check a data set before training on it. Exit status: 0 clean, 1 with problems, 2 cannot be read."""
     from solq_lab.files import write_json
-    from solq_lab.workbench.check.checker import check_data as check
-    from solq_lab.workbench.check.checker import find_data
+    from solq_lab.workbench.check.inputs import find_data
 
     allowed = _allowed(allow or [])
     splits, options, name = find_data(data, overrides or [], images)
+
+    from solq_lab.workbench.check.checker import check_data as check  # torch: not for a wrong folder
+
     options = options._replace(look=look, queries=queries or options.queries)
     report = check(splits, options, processes=processes)
     typer.echo(report.table(str(data)))
