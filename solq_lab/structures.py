@@ -292,6 +292,7 @@ class Detections:
         """
         if self.category_ids is None:
             raise ValueError("COCO results need category_ids; a predictor gives them")
+
         results = []
         columns = zip(self.category_ids, self.boxes.tolist(), self.scores.tolist(), strict=True)
         for row, (category_id, (x0, y0, x1, y1), score) in enumerate(columns):

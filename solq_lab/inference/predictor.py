@@ -204,6 +204,7 @@ def as_pixels(image: ImageSource) -> np.ndarray:
             return np.asarray(_to_rgb(image, name="the PIL image"))
         case np.ndarray():
             return _checked_array(image)
+
         case Tensor() if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3 and image.numel():
             return image.permute(1, 2, 0).cpu().numpy()
         case Tensor():

@@ -117,7 +117,6 @@ def test_quiet_and_verbose_stand_before_or_behind_the_command(command, data_root
 
 def test_a_folder_that_is_not_there_is_rejected_without_torch(command):
     """Within a second; importing torch takes several."""
-    Path("nowhere_in_it").mkdir()
     arguments = (
         "check-data nowhere",
         "evaluate nowhere",

@@ -50,7 +50,7 @@ def predict(
         bool, typer.Option("--json", help="COCO results on standard output, one line per image; the list on stderr.")
     ] = False,
 ) -> None:
-    """Find the objects in images and videos, draw and list them. A line has class, score and box (x0 y0 x1 y1)."""
+    """Find objects in images and videos, draw and list them. A line has class, score and box (x0 y0 x1 y1)."""
     formats = _read_formats(save)
     sources = find_sources(images, out, formats, recursive=recursive)
     ids = _image_ids(sources, annotations)

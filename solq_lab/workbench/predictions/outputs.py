@@ -118,12 +118,13 @@ class Polygons:
 
     def write(self, image: InputImage, found: Detections) -> None:
         (path,) = output_paths(self._out, image.stem, ["polygons"])
-        height, width = image.pixels.shape[:2]
         shapes = []
         for row, (one, parts) in enumerate(zip(found, found.polygons(), strict=True)):
             shape = {"label": one.name, "group_id": row + 1, "description": f"score {one.score:.4f}"}
             shape |= {"shape_type": "polygon", "flags": {}}
             shapes += [shape | {"points": points.tolist()} for points in parts]
+
+        height, width = image.pixels.shape[:2]
         known = image.frame is None and Path(image.source.name).exists()
         place = os.path.relpath(image.source.name, path.parent) if known else f"{image.stem}{image.source.suffix}"
         document: dict[str, Any] = {

@@ -147,6 +147,7 @@ def download(address: str, target: Path) -> None:
                     raise UserError(f"{address}: not here after {MAX_SECONDS:g} s; fetch it yourself and name the file")
                 file.write(piece)
             expected = response.headers.get("Content-Length", "")
+
     except urllib.error.HTTPError as error:
         raise UserError(f"{address}: the server answers {error.code} {error.reason}; check the address") from None
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError) as error:
