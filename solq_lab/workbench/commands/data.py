@@ -22,7 +22,7 @@ def make_shapes(
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Drawing processes.")] = 2,
 ) -> None:
-    """Draw overlapping, textured shapes as a COCO-format folder."""
+    """Draw overlapping, textured shapes as a COCO folder."""
     from solq_lab.data.shapes.writer import write_shapes
 
     write_shapes(root, level=level, train=train_images, val=val_images, seed=seed, processes=processes)

@@ -26,7 +26,7 @@ def download_weights(
     listing: Annotated[bool, typer.Option("--list", help="Show what can be fetched, and the cache folder.")] = False,
     retries: Annotated[int, typer.Option(min=0, help="Attempts in a row that may bring nothing new.")] = 8,
 ) -> None:
-    """Fetch weights to start from: backbones, SOLQ, Deformable DETR. Re-running resumes, and verifies what is there."""
+    """Fetch weights to start from. Backbones, SOLQ, Deformable DETR; re-running resumes, and verifies what is there."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from solq_lab.models.released import DETECTORS, weights_folder
