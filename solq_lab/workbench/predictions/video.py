@@ -61,7 +61,7 @@ def read_frames(path: Path, name: str) -> Iterator[Frame]:
 
 
 class VideoWriter:
-    """An H.264 video (MP4) with the frame rate and time stamps of the one it is made from; complete or not there."""
+    """An MP4 with the frame rate and time stamps of the video it is made from; complete or not there."""
 
     def __init__(self, path: Path, first: Frame) -> None:
         """A video at `path` like the one that `first` is a frame of."""
@@ -71,7 +71,8 @@ class VideoWriter:
         self._stack = contextlib.ExitStack()
         temporary = self._stack.enter_context(replacing(path))
         self._container = self._stack.enter_context(av.open(str(temporary), "w", format="mp4"))
-        self._stream: Any = self._container.add_stream("libx264", rate=first.rate, options={"crf": CRF})
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"  # PyAV built without it
+        self._stream: Any = self._container.add_stream(codec, rate=first.rate, options={"crf": CRF})
         height, width = first.pixels.shape[:2]
         self._stream.width, self._stream.height = width + width % 2, height + height % 2  # half as many colour samples
         self._stream.pix_fmt = "yuv420p"
