@@ -94,6 +94,27 @@ def among_methods(
     return figure
 
 
+@mpl.rc_context(STYLE)
+def ladder(
+    table: ResultTable, metrics: Sequence[str] = ("segm.AP", "boundary.AP", "box.AP"), *, title: str = ""
+) -> Figure:
+    """One panel per number, our rows that have been run in the table's order; marks as in `beside_paper`.
+
+    Args:
+        table: results.
+        metrics: one panel each.
+        title: what is compared.
+    """
+    rows = [row for row in table.rows if row.runs]
+    figure, axes = new_figure(1, len(metrics), size=(FIGURE_WIDTH, 3.6), title=title)
+    for panel, metric in zip(axes.flat, metrics, strict=True):
+        colour = KIND_COLOURS[metric.partition(".")[0]]
+        _points(panel, [row.values(metric) for row in rows], colour, joined=False)
+        _name_rows(panel, [row.name for row in rows])
+        panel.set_title(f"{metric_title(metric)}, percent")
+    return figure
+
+
 def _points(axes: Axes, rows: Sequence[Sequence[float]], colour: str, *, joined: bool) -> None:
     """Mean and std of every row, and its single values where there are several."""
     shown = [line for line, values in enumerate(rows) if values]

@@ -119,6 +119,7 @@ REPORTS = {
     "table1_state_of_the_art": {"table1.png"},
     "table2_uqr_vs_sqr": {"table2_segm.png", "table2_box.png"},
     "table3_ablations": {"table3_segm.AP.png"},
+    "solq_plus": {"solq_plus.png"},
     "table4_boundary_ap": {"table4.png", "table4_shapes.png"},
     "runs_overview": {"learning_curves.png"},
 }
