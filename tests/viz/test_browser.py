@@ -68,7 +68,7 @@ def test_a_mask_drawn_with_the_mouse_has_an_iou(tmp_path):
         assert 0.5 < float(re.search(r"IoU\s+(0\.\d+)", drawn).group(1)) < 1
         notebook.screenshot("codec_explorer_drawn")
         explorer.get_by_role("button", name="compare").click()
-        explorer.locator(".widget-label", has_text="boundary 0.").wait_for()
+        explorer.locator(".widget-label", has_text="100: IoU 0.").wait_for()
         canvas.scroll_into_view_if_needed()
         explorer.get_by_role("button", name="clear").last.click()
         explorer.get_by_text("the mask is empty").wait_for()

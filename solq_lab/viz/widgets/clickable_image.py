@@ -122,7 +122,9 @@ class Tiles:
             tiles.append(widgets.GridBox([image, caption, button], layout={"overflow": "hidden"}))
         columns = f"repeat({count}, minmax(0, 1fr))"
         self._tiles = tiles
-        self.widget = widgets.GridBox(tiles, layout={"grid_template_columns": columns, "width": "100%"})
+        self.widget = widgets.GridBox(
+            tiles, layout={"grid_template_columns": columns, "grid_gap": "6px", "width": "100%"}
+        )
         self.show(())
 
     def show(self, contents: Iterable[tuple[np.ndarray, str]]) -> None:
