@@ -11,7 +11,7 @@ from solq_lab.runs import Run
 
 log = logging.getLogger(__name__)
 
-NOTHING_LEARNT = 0.01  # AP below which a training is never stopped: there is nothing yet that could get worse
+NOTHING_LEARNT = 0.01  # AP below this is noise: it counts as 0, so that later weights are kept and nothing stops
 
 
 class BestWeights:
@@ -44,16 +44,16 @@ class BestWeights:
         if not patience or len(self._scores) <= patience:
             return False
         best, since = max(self._scores[:-patience]), max(self._scores[-patience:])
-        if max(best, since) < NOTHING_LEARNT or since >= best:
+        if since >= best:
             return False
         log.info("no better AP than %.1f in the last %d evaluations: stopped early", 100 * best, patience)
         return True
 
 
 def score(metrics: Mapping[str, float | None]) -> float:
-    """The number by which evaluations are compared: mask AP, or box AP of a plain detector; 0 where undefined."""
+    """The number by which evaluations are compared: mask AP, or box AP of a plain detector; 0 where it says nothing."""
     value = metrics.get("segm.AP", metrics["box.AP"])
-    return value if value is not None and value == value else 0.0
+    return value if value is not None and value >= NOTHING_LEARNT else 0.0  # not where it is nan, either
 
 
 def describe_best(run: Run) -> str:

@@ -86,6 +86,13 @@ def test_only_evaluations_below_the_best_count(data_root, tmp_path, scores, pati
     assert best.should_stop(patience) is stops
 
 
+def test_where_nothing_is_learnt_yet_the_later_weights_are_kept(data_root, tmp_path):
+    best, kept = BestWeights(new_run(data_root, tmp_path)), []
+    for step, value in enumerate([0.009, 0.001, 0.02, 0.01]):
+        best.add({"segm.AP": value, "box.AP": 0.0}, lambda path, step=step: kept.append(step))
+    assert kept == [0, 1, 2]
+
+
 def test_a_plain_detector_is_judged_by_its_boxes_and_what_is_undefined_counts_as_nothing():
     assert score({"box.AP": 0.3}) == 0.3
     assert score({"segm.AP": None, "box.AP": 0.3}) == score({"segm.AP": math.nan, "box.AP": 0.3}) == 0.0
