@@ -97,4 +97,4 @@ def test_no_experiment_trains_on_validation_images():
     for path in FILES:
         data = load_experiment(path).data
         assert data.train_images != data.val_images or not data.train_images
-        assert data.train_annotations != data.val_annotations
+        assert data.train_annotations != data.val_annotations or not data.train_annotations
