@@ -249,7 +249,7 @@ class SOLQ(Checkpointed):
         reference = proposals.boxes.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach()
         encoded = self._encode_boxes(reference, memory.tokens.dtype)
         if self.mixed_queries:
-            return self.query_embedding.expand(len(encoded), -1, -1), encoded, reference, proposals
+            return self.query_embedding.expand(encoded.shape[0], -1, -1), encoded, reference, proposals
         query_pos, queries = encoded.chunk(2, dim=-1)
         return queries, query_pos, reference, proposals
 
