@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import re
 from array import array
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,9 @@ from solq_lab.errors import FIRST_FEW, DataError, first_few, shorten
 
 __all__ = ["FIRST_FEW", "DataError", "first_few", "shorten"]
 
+logger = logging.getLogger(__name__)
+
+SIDES = ("height", "width")
 MAX_SIDE = 2**16 - 1  # pixels: of a JPEG; and RLEs count the pixels of an image in 32 bits
 
 
@@ -51,7 +56,21 @@ def read_annotations(path: Path) -> dict[str, Any]:
                 f"{path}: not a COCO annotation file: no list {key!r} (found {found or 'nothing'}); "
                 "needed are the lists 'images', 'annotations' and 'categories'"
             )
-    return document
+    return _without_dummy(document, path)
+
+
+def _without_dummy(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The document without the category that Roboflow writes before the real ones: id 0, above all, of no object."""
+    first = next(iter(document["categories"]), None)
+    if not (isinstance(first, dict) and first.get("id") == 0 and first.get("supercategory") == "none"):
+        return document
+    others = [category for category in document["categories"] if category is not first]
+    below = [category for category in others if isinstance(category, dict) and category.get("supercategory") != "none"]
+    used = (isinstance(entry, dict) and entry.get("category_id") == 0 for entry in document["annotations"])
+    if not below or any(used):
+        return document
+    logger.info("%s: category 0, %s, has no objects and is left out, as a dummy of Roboflow's", path, first.get("name"))
+    return document | {"categories": others}
 
 
 def _no_json(path: Path, error: Exception) -> DataError:
@@ -68,7 +87,7 @@ def check_image_entry(entry: Any, place: int, path: Path) -> None:
     if not isinstance(entry, dict) or not is_image_entry(entry):
         raise DataError(
             f"{path}: images[{place}]: found {shorten(entry)}; needed are a whole number 'id', a text 'file_name' "
-            f"and positive whole numbers 'height' and 'width' up to {MAX_SIDE}"
+            f"and positive whole numbers 'height' and 'width' up to {MAX_SIDE}{conversion_of(entry, 'id', *SIDES)}"
         )
     if os.path.isabs(entry["file_name"]) or os.path.normpath(entry["file_name"]).split(os.sep)[0] == os.pardir:
         raise DataError(
@@ -79,7 +98,7 @@ def check_image_entry(entry: Any, place: int, path: Path) -> None:
 
 def is_image_entry(entry: dict[str, Any]) -> bool:
     """Whether an entry of `images` has all that it needs, of the right kind."""
-    sides = (entry.get("height"), entry.get("width"))
+    sides = [entry.get(key) for key in SIDES]
     return (
         is_id(entry.get("id"))
         and isinstance(entry.get("file_name"), str)
@@ -90,6 +109,16 @@ def is_image_entry(entry: dict[str, Any]) -> bool:
 def is_id(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number of 64 bits; JSON's true and 1.0 are none."""
     return type(value) is int and -(2**63) <= value < 2**63
+
+
+def conversion_of(entry: Any, *keys: str) -> str:
+    """How to write the first of the values that is a whole number as a text or decimal; empty where none is."""
+    for key in keys if isinstance(entry, dict) else ():
+        value = entry.get(key)
+        if isinstance(value, str | float) and re.fullmatch(r"-?\d{1,18}(\.0+)?", str(value)):
+            kind = "a text" if isinstance(value, str) else "a decimal number"
+            return f"; {key} {value!r} is {kind}: write {int(float(value))}, in Python int({value!r}), in all entries"
+    return ""
 
 
 def is_measure(value: Any) -> TypeGuard[float]:
@@ -111,11 +140,13 @@ def owner_of(entry: Any, rows: dict[int, int], name: str) -> int:
         DataError: an id is missing or no whole number, or there is no such image.
     """
     if not isinstance(entry, dict) or not all(is_id(entry.get(key)) for key in ("id", "category_id")):
-        raise DataError(f"{name}: found {shorten(entry)}; needed are whole numbers 'id' and 'category_id'")
+        conversion = conversion_of(entry, "id", "category_id")
+        raise DataError(f"{name}: found {shorten(entry)}; needed are whole numbers 'id' and 'category_id'{conversion}")
     image_id = entry.get("image_id")
     owner = rows.get(image_id) if is_id(image_id) else None
     if owner is None:
-        raise DataError(f"{name}: image_id {shorten(image_id)} is not among the {len(rows)} ids in 'images'")
+        known = f"is not among the {len(rows)} ids in 'images'{conversion_of(entry, 'image_id')}"
+        raise DataError(f"{name}: image_id {shorten(image_id)} {known}")
     return owner
 
 
@@ -127,7 +158,8 @@ def is_crowd(entry: dict[str, Any], name: str) -> bool:
     """
     mark = entry.get("iscrowd", 0)
     if not isinstance(mark, int) or mark not in (0, 1):
-        raise DataError(f"{name}: iscrowd {shorten(mark)}; allowed are 0 and 1")
+        cure = "; write 0, or leave it out" if mark is None else conversion_of(entry, "iscrowd")
+        raise DataError(f"{name}: iscrowd {shorten(mark)}; allowed are 0 and 1{cure}")
     return bool(mark)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from solq_lab.data.annotations import DataError, is_id, shorten
+from solq_lab.data.annotations import DataError, conversion_of, is_id, shorten
 
 UNUSED = -1  # category id of a channel that no category uses; its name is empty
 MAX_RAW_CHANNELS = 10_000
@@ -65,7 +65,10 @@ class ClassMap:
         for place, category in enumerate(categories):
             category_id = category.get("id") if isinstance(category, dict) else None
             if not is_id(category_id) or category_id < 0:
-                raise DataError(f"{source}: categories[{place}]: found {shorten(category)}; needed is an 'id' >= 0")
+                conversion = conversion_of(category, "id")
+                raise DataError(
+                    f"{source}: categories[{place}]: found {shorten(category)}; needed is an 'id' >= 0{conversion}"
+                )
             if category_id in channels:
                 raise DataError(f"{source}: category id {category_id} comes more than once; ids have to be unique")
             channels[category_id] = (name_of_category(category, source), category_id)
@@ -86,6 +89,10 @@ class ClassMap:
             )
         rows += [("", UNUSED)] * ((num_classes or 0) - len(rows))
         return cls(tuple(name for name, _ in rows), tuple(category_id for _, category_id in rows))
+
+    def same_names(self) -> list[str]:
+        """Names of more than one class, which are learnt as different classes all the same."""
+        return [name for name, count in Counter(self.names).items() if count > 1 and name]
 
     @classmethod
     def from_json(cls, text: str) -> ClassMap:

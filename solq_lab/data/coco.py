@@ -34,6 +34,7 @@ __all__ = ["CocoDataset", "DataError"]
 
 logger = logging.getLogger(__name__)
 
+SAME_NAMES = "several categories are called {}, and are learnt as different classes; give them one id, or other names"
 SNAP = 1e-6  # pixels: rounding of a box moved forth and back; a larger difference is a crop
 
 
@@ -112,6 +113,8 @@ class CocoDataset(Dataset):
         self.classes = classes or ClassMap.from_categories(
             self.truth.categories, class_ids, num_classes, source=str(self.annotations)
         )
+        if same := self.classes.same_names():
+            logger.warning("%s: %s", self.annotations, SAME_NAMES.format(first_few(same)))
         check_files(self.images, self.truth.file_names, self.image_ids, allow_links=allow_links)
         if classes is not None:
             _check_names(self.truth, classes)

@@ -297,6 +297,54 @@ def test_crowds_are_no_targets(tmp_path):
     assert len(CocoDataset(**files, mask_size=8)[0][1].labels) == 1
 
 
+def test_what_is_learnt_twice_is_counted_before_the_training(tmp_path, caplog):
+    same = {"categories": [{"id": 3, "name": "cat"}, {"id": 1, "name": "cat"}]}
+    CocoDataset(**write_folder(tmp_path, annotation(), annotation(id=8), annotation(id=9, category_id=1), **same))
+    assert "several categories are called cat, and are learnt as different classes" in caplog.text
+    assert "1 objects are annotated twice" in caplog.text
+    assert "as annotation ids 7: remove them" in caplog.text
+
+
+ROBOFLOW = [
+    {"id": 0, "name": "animals", "supercategory": "none"},
+    {"id": 1, "name": "cat", "supercategory": "animals"},
+    {"id": 2, "name": "dog", "supercategory": "animals"},
+]
+
+
+@pytest.mark.parametrize(
+    ("category_id", "categories", "names"),
+    [
+        (1, ROBOFLOW, ("cat", "dog")),
+        (0, ROBOFLOW, ("animals", "cat", "dog")),  # an object of it: no dummy
+        (0, [category | {"supercategory": "none"} for category in ROBOFLOW], ("animals", "cat", "dog")),
+        (1, [category | {"supercategory": "none"} for category in ROBOFLOW], ("animals", "cat", "dog")),
+    ],
+)
+def test_the_empty_dummy_class_of_roboflow_is_left_out_and_said(tmp_path, caplog, category_id, categories, names):
+    with caplog.at_level(logging.INFO):
+        dataset = CocoDataset(**write_folder(tmp_path, annotation(category_id=category_id), categories=categories))
+    assert dataset.classes.names == names
+    assert ("category 0, animals, has no objects and is left out" in caplog.text) == ("animals" not in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"annotations": [annotation(id="7")]}, r"id '7' is a text: write 7, in Python int\('7'\), in all entries"),
+        ({"annotations": [annotation(category_id=3.0)]}, r"category_id 3.0 is a decimal number: write 3, in Python"),
+        ({"annotations": [annotation(image_id="1")]}, "image_id '1' is a text: write 1"),
+        ({"annotations": [annotation(iscrowd=None)]}, "iscrowd None; allowed are 0 and 1; write 0, or leave it out"),
+        ({"annotations": [annotation(iscrowd="0")]}, "iscrowd '0' is a text: write 0"),
+        ({"images": [{"id": 1, "file_name": "a.png", "height": "30", "width": 40}]}, "height '30' is a text: write 30"),
+        ({"categories": [{"id": "3", "name": "cat"}]}, "id '3' is a text: write 3"),
+    ],
+)
+def test_numbers_that_are_texts_or_decimals_are_named_with_what_to_write(tmp_path, changes, message):
+    with pytest.raises(DataError, match=message):
+        CocoDataset(**write_folder(tmp_path, **changes))
+
+
 def test_objects_of_coco_are_those_of_pycocotools(coco_tiny, capsys):
     dataset = tiny(coco_tiny, "train", class_ids="raw", mask_size=16)
     coco = COCO(str(dataset.annotations))

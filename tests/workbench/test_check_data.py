@@ -130,6 +130,8 @@ FAULTS = {
         put("categories", 1, id=1),
         put("categories", 0, id="1"),
     ],
+    "categories-same-name": [put("categories", 1, name="cat")],
+    "object-twice": [add("annotations", 0, id=50)],
     "image-entry": [
         add("images", 1, id=9, height=0),
         lambda document: document["images"].append("a.png"),
@@ -432,7 +434,7 @@ def test_an_experiment_is_checked_with_its_own_queries_and_folders(command, tmp_
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such file or folder"),
-        (["mine", "--allow", "boxes"], "allowed is RULE or RULE=COUNT; rules: categories, image-entry"),
+        (["mine", "--allow", "boxes"], "allowed is RULE or RULE=COUNT; rules: categories, categories-same-name"),
         (["mine", "--allow", "box=many"], "found 'box=many'"),
         (["mine", "data.root=x"], "data.root: mine is the folder to check"),
         (["mine", "--images", "nowhere"], "nowhere: no such image folder"),
@@ -463,7 +465,7 @@ def test_every_rule_that_images_can_show_has_a_figure(tmp_path):
     (split.images / "damaged.png").write_bytes(b"nothing")
     report = check(split)
     figures = worst_images(report, count=2)
-    shown = ("box-outside", "mask-outside-box", "mask-empty", "mask", "area", "image-damaged")
+    shown = ("box-outside", "mask-outside-box", "mask-empty", "mask", "area", "image-damaged", "object-twice")
     assert set(figures) == {f"{rule} train" for rule in shown}
     for figure in (*figures.values(), class_distribution(report), size_distribution(report)):
         figure.draw_without_rendering()

@@ -142,7 +142,9 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
 
 def _read_classes(document: dict, options: Options, found: list[Finding]) -> ClassMap | None:
     try:
-        return ClassMap.from_categories(document["categories"], options.class_ids, options.num_classes)
+        classes = ClassMap.from_categories(document["categories"], options.class_ids, options.num_classes)
+        found += [Finding("categories-same-name", shorten(name)) for name in classes.same_names()]
+        return classes
     except DataError as error:
         found.append(Finding("categories", str(error)))
         return None
@@ -213,6 +215,7 @@ def _check_chunk(content: _Content, chunk: slice) -> list[_Checked]:
 def _check_image(content: _Content, image: _Image) -> _Checked:
     """An image's file, all its objects, and how many they are."""
     options, objects, crowds = content.options, [], 0
+    before: dict[tuple, Any] = {}
     digest, reading, found = _check_file(content, image)
     for place in image.objects:
         entry = content.entries[place]
@@ -221,6 +224,10 @@ def _check_image(content: _Content, image: _Image) -> _Checked:
         crowds += entry.get("iscrowd", 0) in (1, True)
         if side:
             objects.append((entry["category_id"], side))
+            other = before.setdefault((entry["category_id"], *(entry.get("bbox") or [place])), entry["id"])
+            if other != entry["id"]:
+                message = f"annotation ids {other} and {entry['id']} have one class and box"
+                found.append(Finding("object-twice", message, annotation_id=entry["id"]))
 
     name, count = f"image id {image.image_id}: {shorten(image.file_name)}", len(objects)
     if count == 0:

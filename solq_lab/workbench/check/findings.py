@@ -30,6 +30,9 @@ class Rule(NamedTuple):
 RULES: dict[str, Rule] = {
     # the annotation file
     "categories": Rule("refused", "categories that cannot be used", "give every category its own id, 0 or more"),
+    "categories-same-name": Rule(
+        "harmful", "categories of one name, learnt as different classes", "give them one id, or other names"
+    ),
     "image-entry": Rule("refused", "entries of images that cannot be used", "complete or remove them"),
     "path-leaves-folder": Rule("refused", "file names that leave the image folder", "use names relative to it"),
     "duplicate-image-id": Rule("refused", "image ids that come twice", "give every image its own id"),
@@ -50,6 +53,7 @@ RULES: dict[str, Rule] = {
     ),
     "orientation": Rule("note", "images turned by EXIF, read as their sizes or data.orientation say"),
     "image-twice": Rule("harmful", "images with the same bytes as another one", "remove one of the two"),
+    "object-twice": Rule("harmful", "objects with class and box of another of their image", "remove one of the two"),
     # boxes
     "box": Rule("refused", "boxes that are not four finite numbers", "correct or remove the object"),
     "box-without-area": Rule("harmful", "boxes without area, left out", "correct or remove the object"),
