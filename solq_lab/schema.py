@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.conflicts import conflicts
+from solq_lab.data.folders import Split
 from solq_lab.data.kinds import AUGMENTATIONS, Orientation
 from solq_lab.models.kinds import BACKBONES, TIMM, backbone_spec
 from solq_lab.sections import NAME, ConfigError, PathText, Role, Section, one_of
@@ -352,12 +353,15 @@ class Experiment(Section):
             del files["codec.artifact"]
         return {key: file for key, file in files.items() if file not in ("", "imagenet", "none")}
 
-    def evaluated_on(self, split: Literal["val", "train"]) -> Experiment:
+    def evaluated_on(self, split: Literal["val", "train"] | Split) -> Experiment:
         """The same experiment with the images of `split` to validate on: "train" shows overfitting.
 
         Raises:
-            ConfigError: another split.
+            ConfigError: another name of a split.
         """
+        if isinstance(split, Split):
+            files = {"val_images": str(split.images.absolute()), "val_annotations": str(split.annotations.absolute())}
+            return self.model_copy(update={"data": self.data.model_copy(update=files)})
         if split not in ("val", "train"):
             raise ConfigError(f"split {split!r}: allowed are 'val' and 'train'")
         if split == "val":

@@ -19,6 +19,7 @@ from solq_lab.build import build_dataset
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
+from solq_lab.data.folders import Split
 from solq_lab.data.loader import BatchLoader
 from solq_lab.data_folder import annotations_of
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
@@ -144,7 +145,7 @@ def evaluate_model(
 def evaluate_run(
     run: Run,
     *,
-    split: Literal["val", "train"] = "val",
+    split: Literal["val", "train"] | Split = "val",
     device: torch.device | str | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
@@ -156,7 +157,8 @@ def evaluate_run(
 
     Args:
         run: a run whose training is finished.
-        split: "train" evaluates on the training images instead, into files of their own (`results_train.json`).
+        split: "train" evaluates on the training images instead, into files of their own (`results_train.json`), and a
+            `Split` on other images (`results_NAME.json`, after the annotation file).
         device: where to predict. None: this process's GPU, or the CPU.
         should_stop: as in `evaluate_model`; a stopped evaluation writes nothing.
 
@@ -218,10 +220,11 @@ def inputs_of_scoring(experiment: Experiment) -> dict:
     return inputs if experiment.evaluation.top_k <= MAX_DETECTIONS else inputs | {"scored": "top_k"}
 
 
-def file_of_split(path: Path, split: str) -> Path:
+def file_of_split(path: Path, split: str | Split) -> Path:
     """The file itself for the validation split; beside it, with the split in its name, for another."""
     stem, dot, suffixes = path.name.partition(".")
-    return path if split == "val" else path.with_name(f"{stem}_{split}{dot}{suffixes}")
+    name = f"of_{split.annotations.stem}" if isinstance(split, Split) else split
+    return path if split == "val" else path.with_name(f"{stem}_{name}{dot}{suffixes}")
 
 
 def stored_evaluation(results_file: Path, inputs: dict) -> Evaluation | None:

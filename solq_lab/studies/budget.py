@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
+from solq_lab.data.folders import Split
 from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.evaluator import file_of_split, validation_annotations
@@ -183,7 +184,7 @@ def _frame_masks(
     return torch.where(true != kept, true, masks) if "code" in perfect else masks
 
 
-def run_budget(run: Run, *, split: Literal["val", "train"] = "val") -> Budget:
+def run_budget(run: Run, *, split: Literal["val", "train"] | Split = "val") -> Budget:
     """The oracle budget of an evaluated run on a split, with the settings of its experiment.
 
     Raises:

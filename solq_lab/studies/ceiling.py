@@ -19,6 +19,7 @@ from solq_lab import masks
 from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec, describe_codec
 from solq_lab.codecs.reconstruct import device_of, paste_and_compare, reconstruct
+from solq_lab.data.folders import Split
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.evaluator import file_of_split, inputs_of_scoring, stored_evaluation, validation_annotations
@@ -117,7 +118,7 @@ def codec_ceiling(
     )
 
 
-def run_ceiling(run: Run, *, split: Literal["val", "train"] = "val") -> Evaluation | None:
+def run_ceiling(run: Run, *, split: Literal["val", "train"] | Split = "val") -> Evaluation | None:
     """The upper bound of the run's codec on the images of a split (`codec_ceiling`); None for a plain detector.
 
     Stored as `ceiling.json` in the run folder (`ceiling_train.json`), and read from there while codec, annotations and

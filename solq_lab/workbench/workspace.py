@@ -28,8 +28,8 @@ def enter_workspace() -> Path:
     return workspace
 
 
-def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
-    """A finished run and its data; missing shapes are drawn.
+def open_run(folder: str | Path, runs_dir: str | Path = "runs", *, with_data: bool = True) -> Run:
+    """A finished run and, unless `with_data` is False, its data; missing shapes are drawn.
 
     A run that comes with the project is only read: the result is its copy in `runs_dir` (`runs.working_copy`).
 
@@ -41,7 +41,8 @@ def open_run(folder: str | Path, runs_dir: str | Path = "runs") -> Run:
     run = load_run(folder)
     if not run.weights.is_file():
         raise RunError(f"{run.folder}: no {run.weights.name} ({run.status()['state']}); finish the training first")
-    prepare_data(run.experiment)
+    if with_data:
+        prepare_data(run.experiment)
     return working_copy(run, runs_dir)
 
 

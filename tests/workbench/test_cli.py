@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -266,7 +267,9 @@ def test_a_run_ends_with_the_paths_of_its_report(command, experiment, tmp_path):
 # ---- training and evaluation
 
 
-def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_again(command, experiment, train_here):
+def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_again(
+    command, experiment, data_root, train_here
+):
     status, output = command("train", experiment, "train.steps=2")
     assert status == 0
     assert "weights   runs/tiny/weights.safetensors" in output
@@ -276,6 +279,15 @@ def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_
     assert status == 0
     assert output[output.index("box ") : output.index("weights   ")].strip() in again
     assert "segm, class" in again
+
+    # Images that neither split has are evaluated by their annotations, without the run's own data.
+    shutil.move(data_root / "val", "third images")
+    shutil.move(data_root / "val.json", "third.json")
+    status, third = command("evaluate", "runs/tiny", "--annotations", "third.json", "--images", "third images")
+    assert status == 0
+    assert "tiny, third.json" in third
+    assert output[output.index("box ") : output.index("weights   ")].strip() in third
+    assert Path("runs/tiny/results_of_third.json").exists()
 
 
 def test_evaluating_an_untrained_run_is_rejected(rejected, experiment):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from solq_lab.config import ConfigError, Experiment, change_experiment, load_experiment
+from solq_lab.data.folders import Split as OtherSplit
+from solq_lab.data.folders import find_splits
 from solq_lab.data_folder import check_data_folder, prepare_data
 from solq_lab.errors import Interrupted
 from solq_lab.files import read_json
@@ -124,29 +126,43 @@ def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> E
 def evaluate(
     run_folder: RunFolder,
     split: Annotated[Split, typer.Option(help="Images: validation, or those it was trained on.")] = "val",
+    annotations: Annotated[Path | None, typer.Option(help="Annotations of other images to evaluate on.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of their images, where it is not found.")] = None,
     classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
     budget: Annotated[
         bool, typer.Option("--budget", help="Also print the AP it had if scores, boxes or mask vectors were perfect.")
     ] = False,
 ) -> None:
     """Evaluate a finished run. Numbers that are there already are only printed."""
-    evaluated = open_run(run_folder)  # before torch is loaded, which takes seconds
+    evaluated = open_run(run_folder, with_data=annotations is None)  # before torch is loaded, which takes seconds
+    if annotations is None and images is not None:
+        raise ConfigError(f"--images {images}: needs --annotations FILE")
+    chosen = split if annotations is None else _other_images(annotations, images)
+    title = f"{split} images" if annotations is None else str(annotations)
     from solq_lab.evaluation.evaluator import evaluate_run
     from solq_lab.studies.ceiling import run_ceiling
 
-    evaluation = evaluate_run(evaluated, split=split)
-    ceiling = run_ceiling(evaluated, split=split)
-    typer.echo(f"\n{evaluated.name}, {split} images\n{evaluation.table(ceiling=ceiling)}")
+    evaluation = evaluate_run(evaluated, split=chosen)
+    ceiling = run_ceiling(evaluated, split=chosen)
+    typer.echo(f"\n{evaluated.name}, {title}\n{evaluation.table(ceiling=ceiling)}")
     if classes:
         typer.echo("\n" + evaluation.class_table("segm" if "segm" in evaluation.kinds else "box"))
     if budget:
         from solq_lab.evaluation.summary import to_text
         from solq_lab.studies.budget import run_budget
 
-        perfect = run_budget(evaluated, split=split)
+        perfect = run_budget(evaluated, split=chosen)
         typer.echo(f"\n{to_text(perfect.frame())}")
         if classes:
             typer.echo(f"\n{to_text(perfect.class_frame())}")
+
+
+def _other_images(annotations: Path, images: Path | None) -> OtherSplit:
+    """The one split of an annotation file."""
+    found = find_splits(annotations, images)
+    if len(found) > 1:
+        raise ConfigError(f"--annotations {annotations}: {len(found)} splits; name the annotation file of one")
+    return found[0]
 
 
 def status(runs_dir: RunsDir = Path("runs")) -> None:
