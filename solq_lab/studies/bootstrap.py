@@ -9,6 +9,7 @@ Matching happens inside an image, so it is done once; a draw only changes how of
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,7 +326,7 @@ def _scored_on(run: Run) -> dict[str, object]:
         RunError: the run has no results yet.
     """
     if not (run.results.is_file() and run.detections.is_file()):
-        raise RunError(f"{run.folder}: no results yet; `solq-lab evaluate {run.folder}` makes them")
+        raise RunError(f"{run.folder}: no results yet; `solq-lab evaluate {shlex.quote(str(run.folder))}` makes them")
     stored = read_json(run.results)
     settings = stored.get("settings", {})
     return {

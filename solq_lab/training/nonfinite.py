@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import pickle
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ class NonFiniteRecorder:
             if distributed.is_main():
                 log.warning("%s; skipped, %d of at most %d in a row", message, self.in_a_row, allowed)
             return line, None
-        cure = "" if problem else f"Repeat it with `solq-lab replay {place}`. "
+        cure = "" if problem else f"Repeat it with `solq-lab replay {shlex.quote(str(place))}`. "
         return line, NonFiniteError(
             f"{message}. The weights were left as they were before it; steps in a row that were not finite: "
             f"{self.in_a_row}, train.skip_nonfinite={allowed}. {cure}Raise train.skip_nonfinite to skip it when "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageFile
+from matplotlib.patheffects import withStroke
+from PIL import Image, ImageFile, ImageOps
 
 from solq_lab.data.annotations import DataError, clamped_box
 from solq_lab.data.folders import Split
 from solq_lab.schema import EvaluationSection
 from solq_lab.viz.images import MaskWindow, outline_mask
-from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
+from solq_lab.viz.style import BLUE, GREY, OBJECT_COLOURS, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
 from solq_lab.workbench.check.findings import RULES, Finding
 from solq_lab.workbench.check.report import Report
 from solq_lab.workbench.check.rules import read_mask
@@ -29,6 +31,7 @@ CHARACTERS = 46  # of a line above an image
 SPLIT_COLOURS = (BLUE, ORANGE)
 MAX_CLASSES = 100  # in the chart
 MAX_LINEAR = 50  # times the smallest class that the largest may have on a linear scale
+HALO = [withStroke(linewidth=1.5, foreground="black")]  # of names on images
 AREA_SIDES = EvaluationSection().area_sides  # COCO's limits between small, medium and large, pixels
 
 
@@ -91,11 +94,33 @@ def finding_images(report: Report, split: Split, findings: Sequence[Finding], *,
     for panel in axes.flat:
         hide_axes(panel)
     for panel, finding in zip(axes.flat, findings, strict=False):
-        size = _draw_image(panel, split.images / str(finding.file_name))
+        size = _draw_image(panel, split, str(finding.file_name))
         if finding.annotation_id in report.entries[split.name]:
             _draw_object(panel, report.entries[split.name][finding.annotation_id], size)
         text = _printable(finding.message, 3 * CHARACTERS)
         panel.set_title("\n".join(textwrap.wrap(text, CHARACTERS)), fontsize=6.5, loc="left")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def sample_images(report: Report, split: Split) -> Figure:
+    """The report's samples of a split, the worst first, with the outlines and classes of all objects."""
+    samples = report.samples[split.name]
+    rows = max(-(-len(samples) // ACROSS), 1)
+    title = f"images of {split.name}, those with findings first"
+    figure, axes = new_figure(rows, ACROSS, size=(SIDE * ACROSS, 0.4 + (SIDE + 0.2) * rows), title=title)
+    names = dict.fromkeys(name for sample in samples for name in sample.names)
+    colours = dict(zip(names, itertools.cycle(OBJECT_COLOURS), strict=False))
+    for panel in axes.flat:
+        hide_axes(panel)
+    for panel, sample in zip(axes.flat, samples, strict=False):
+        size = _draw_image(panel, split, sample.file_name)
+        panel.set_title(_printable(Path(sample.file_name).name, CHARACTERS), fontsize=6.5, loc="left")
+        for entry, name in zip(sample.entries, sample.names, strict=True):
+            corner = _draw_outline(panel, entry, size, colours[name])
+            if corner is not None:
+                style = {"fontsize": 5, "color": colours[name], "path_effects": HALO, "clip_on": True}
+                panel.text(*corner, _printable(name, 20), verticalalignment="bottom", **style)
     return figure
 
 
@@ -112,14 +137,20 @@ def worst_images(report: Report, *, count: int = 8) -> dict[str, Figure]:
     return figures
 
 
-def _draw_image(axes: Axes, path: Path) -> tuple[int, int]:
-    """Show an image in its own pixels, what can be read of it, or an empty frame; its (height, width)."""
+def _draw_image(axes: Axes, split: Split, file_name: str) -> tuple[int, int]:
+    """Show an image as the split counts its pixels, what can be read of it, or an empty frame; its (height, width)."""
+    path = split.images / file_name
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # a truncated image is shown as far as it goes
     try:
         with Image.open(path) as opened:
             width, height = opened.size
             opened.draft("RGB", (MAX_PIXELS, MAX_PIXELS))
-            small = opened.convert("RGB")
+            small: Image.Image = opened
+            if split.orientation == "upright":
+                small = ImageOps.exif_transpose(opened)
+                lying = (small.height > small.width) != (height > width)
+                width, height = (height, width) if lying else (width, height)
+            small = small.convert("RGB")
             small.thumbnail((MAX_PIXELS, MAX_PIXELS))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal")
@@ -136,14 +167,7 @@ def _draw_image(axes: Axes, path: Path) -> tuple[int, int]:
 def _draw_object(axes: Axes, entry: dict, size: tuple[int, int]) -> None:
     """An object's mask and its box as annotated, as far as they can be read; the view grows to a box outside."""
     height, width = size
-    try:
-        rle = read_mask(entry, size, "mask")
-    except DataError:
-        rle = None
-    window = None if rle is None else MaskWindow.of_rle(rle)
-    if window is not None and window.bitmap.size:
-        outline_mask(axes, window, SKY)
-
+    _draw_outline(axes, entry, size, SKY)
     try:
         clamped_box(entry.get("bbox"), (height, width), "box")
     except DataError:
@@ -154,6 +178,19 @@ def _draw_object(axes: Axes, entry: dict, size: tuple[int, int]) -> None:
     left, right = max(min(0, x, x + w), -reach), min(max(width, x, x + w), reach)
     top, bottom = max(min(0, y, y + h), -reach), min(max(height, y, y + h), reach)
     axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
+
+
+def _draw_outline(axes: Axes, entry: dict, size: tuple[int, int], colour: str) -> tuple[float, float] | None:
+    """Outline an object's mask, as far as it can be read; the upper left corner (x, y) of what was drawn."""
+    try:
+        rle = read_mask(entry, size, "mask")
+    except DataError:
+        rle = None
+    window = None if rle is None else MaskWindow.of_rle(rle)
+    if window is None or not window.bitmap.size:
+        return None
+    outline_mask(axes, window, colour)
+    return window.left, window.top
 
 
 def _printable(text: str, longest: int) -> str:

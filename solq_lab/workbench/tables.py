@@ -7,6 +7,7 @@ project (`experiments/results/<sweep>.json`, which `ResultTable.to_dict` wrote).
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,9 @@ def read_table(
             found.append(numbers) if numbers else missing.append(job.run)
         printed = paper.row(row.paper) if paper and row.paper else {}
         rows.append(TableRow(row.name, tuple(found), tuple(missing), row.paper, printed))
-    return ResultTable(sweep.name, tuple(sweep.metrics), tuple(rows), paper, f"solq-lab sweep {path}", tuple(notes))
+    return ResultTable(
+        sweep.name, tuple(sweep.metrics), tuple(rows), paper, f"solq-lab sweep {shlex.quote(str(path))}", tuple(notes)
+    )
 
 
 def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:

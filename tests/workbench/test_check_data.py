@@ -22,7 +22,7 @@ from tiny import tiny_experiment, write_tiny_dataset
 from solq_lab.data.annotations import DataError
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.folders import Split, find_splits
-from solq_lab.viz.data_report import class_distribution, size_distribution, worst_images
+from solq_lab.viz.data_report import class_distribution, sample_images, size_distribution, worst_images
 from solq_lab.workbench.check.checker import check_data
 from solq_lab.workbench.check.findings import KEPT, RULES, Finding, Findings
 from solq_lab.workbench.check.report import Options, Report
@@ -493,3 +493,38 @@ def test_the_notebook_shows_the_tables_and_the_figures(tmp_path, monkeypatch):
     page = executed.with_suffix(".html").read_text()
     assert "the mask fills [10.0, 5.0, 10.0, 10.0] of bbox [10, 5, 30, 10]" in page
     assert "boxes much wider than their mask" in page
+
+
+def test_a_copy_of_another_size_or_coding_is_found_between_splits_and_another_image_is_not(tmp_path, coco_tiny):
+    first, second, *_ = sorted((coco_tiny / "val2017").glob("*.jpg"))
+    splits = [write_split(tmp_path, name=name) for name in ("train", "val")]
+    for split, file in zip(splits, (first, first), strict=True):
+        document = json.loads(split.annotations.read_text())
+        copies = {"copy": file, "other": second if split.name == "val" else sorted(second.parent.glob("*.jpg"))[2]}
+        for number, (name, path) in enumerate(copies.items(), start=20):
+            with Image.open(path) as opened:
+                image = opened.convert("RGB") if split.name == "train" else opened.convert("RGB").resize((211, 170))
+            image.save(split.images / f"{name}_{split.name}.jpg", quality=70)
+            width, height = image.size
+            entry = {"id": number, "file_name": f"{name}_{split.name}.jpg", "width": width, "height": height}
+            document["images"].append(entry)
+        split.annotations.write_text(json.dumps(document))
+    (finding,) = check(*splits).findings.worst("lookalike-in-both", "val")
+    assert finding.message == "'copy_val.jpg' of val looks like 'copy_train.jpg' of train"
+
+
+def test_the_report_says_what_the_data_asks_for(tmp_path):
+    split = write_split(tmp_path)
+    report = check(split, test_scale=HEIGHT, max_size=WIDTH)
+    assert report.advice[0].startswith("  model.queries=20: at most 2 objects in an image")
+    assert "data.test_scale=128" in report.advice[1]
+    assert report.findings.total("object-small") == 1  # of 2 x 10 pixels
+    assert report.findings.total("class-few-objects") == 2
+    assert [sample.names for sample in report.samples["train"]] == [["cat"], ["cat", "dog"]]
+
+
+def test_samples_are_shown_with_the_class_of_every_object(tmp_path):
+    report = check(write_split(tmp_path))
+    figure = sample_images(report, report.splits[0])
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert texts == ["cat", "cat", "dog"]

@@ -37,13 +37,14 @@ from solq_lab.data.images import (
     read_file,
     read_header,
 )
-from solq_lab.data.kinds import Orientation
 from solq_lab.data.orientation import Reading, reading_of
 from solq_lab.workbench.check import rules
+from solq_lab.workbench.check.duplicates import thumbnail
 from solq_lab.workbench.check.findings import RULES, Finding, Findings
-from solq_lab.workbench.check.report import DEFAULTS, Options, Report, Summary
+from solq_lab.workbench.check.report import DEFAULTS, Options, Report, Sample, Summary
 from solq_lab.workers import in_processes
 
+SAMPLES = 16  # images of a split that a report shows with all objects
 CHUNK = 32  # images that a process takes at once
 
 
@@ -64,7 +65,6 @@ class _Content(NamedTuple):
     images: list[_Image]
     entries: Sequence[Any]
     classes: ClassMap | None
-    orientation: Orientation | None
 
 
 class _Checked(NamedTuple):
@@ -72,6 +72,7 @@ class _Checked(NamedTuple):
 
     objects: category id and square root of the box's area of each object to learn.
     reading: what the size of a turned image says.
+    look: its thumbnail, empty where it was not decoded.
     """
 
     findings: list[Finding]
@@ -79,6 +80,33 @@ class _Checked(NamedTuple):
     objects: list[tuple[int, float]]
     crowds: int
     reading: Reading | None
+    look: bytes
+
+
+class _Facts(NamedTuple):
+    """What a split is compared by: names by category id; bytes, thumbnails, readings and ids of images by path.
+
+    said: whether it is known how turned images are annotated.
+    """
+
+    names: dict[int, str]
+    digests: dict[str, bytes]
+    looks: dict[str, bytes]
+    turned: dict[str, Reading]
+    ids: dict[str, int]
+    said: bool
+
+    @classmethod
+    def of(cls, content: _Content, checked: Sequence[_Checked], names: dict[int, str]) -> _Facts:
+        paths = [os.path.normpath(image.file_name) for image in content.images]
+        return cls(
+            names,
+            digests={path: image.digest for path, image in zip(paths, checked, strict=True)},
+            looks={path: image.look for path, image in zip(paths, checked, strict=True)},
+            turned={path: image.reading for path, image in zip(paths, checked, strict=True) if image.reading},
+            ids={path: image.image_id for path, image in zip(paths, content.images, strict=True)},
+            said=content.split.orientation is not None,
+        )
 
 
 def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processes: int = 2) -> Report:
@@ -96,48 +124,68 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
         if not split.images.is_dir():
             raise DataError(f"{split.images}: no such image folder; check data.root and the names in the data section")
 
-    report = Report(tuple(splits), options, {}, {}, Findings(), {})
+    report = Report([], options, {}, {}, Findings(), {}, [], {})
     learnt: ClassMap | None = None
-    names: dict[str, dict[int, str]] = {}
-    digests: dict[str, dict[str, bytes]] = {}
-    turned: dict[str, dict[str, Reading]] = {}
-    ids: dict[str, dict[str, int]] = {}
-    said: dict[str, Orientation | None] = {}
+    facts: dict[str, _Facts] = {}
     for split in splits:
         found: list[Finding] = []
         document = read_annotations(split.annotations)
         own = _read_classes(document, options, found)
         learnt = learnt or own
-        said[split.name] = way = split.orientation or orientation_said(document.get("info"))
-        content = _Content(split, options, _read_images(document, split, found), document["annotations"], learnt, way)
+        split = split._replace(orientation=split.orientation or orientation_said(document.get("info")))
+        content = _Content(split, options, _read_images(document, split, found), document["annotations"], learnt)
+        report.splits.append(split)
         report.findings.add(split.name, found)
 
         # Only the counts of the images are kept: their findings are too many.
         checked = list(_check_images(content, processes, report.findings))
-        names[split.name] = dict(zip(own.category_ids, own.names, strict=True)) if own else {}
-        report.summaries[split.name] = summary = _summarise(checked, names[split.name])
-        report.sides[split.name] = np.array([side for image in checked for _, side in image.objects], dtype=np.float32)
-        paths = [os.path.normpath(image.file_name) for image in content.images]
-        digests[split.name] = dict(zip(paths, (image.digest for image in checked), strict=True))
+        names = dict(zip(own.category_ids, own.names, strict=True)) if own else {}
+        facts[split.name] = own_facts = _Facts.of(content, checked, names)
+        summary = report.summaries[split.name] = _summarise(checked, names)
+        sides = report.sides[split.name] = np.array([s for image in checked for _, s in image.objects], np.float32)
 
-        turned[split.name] = {path: image.reading for path, image in zip(paths, checked, strict=True) if image.reading}
-        ids[split.name] = dict(zip(paths, (image.image_id for image in content.images), strict=True))
-        report.findings.add(split.name, rules.images_twice(digests[split.name], ids[split.name]))
+        report.findings.add(split.name, rules.images_twice(own_facts.digests, own_facts.ids))
         report.findings.add(split.name, rules.counts_of_split(summary, len(document["annotations"])))
         report.entries[split.name] = _entries_of(report.findings, split, document)
+        report.samples[split.name] = _choose_samples(report.findings, content, summary, names)
+        if len(facts) == 1 and content.images:
+            height, width = np.median([image.size for image in content.images], axis=0).tolist()
+            report.advice.extend(rules.what_it_asks_for(summary, sides, (height, width)))
 
-    evidence = {reading for name in turned if not said[name] for reading in turned[name].values()}
-    for name, readings in turned.items():
-        found_turned = rules.turned_images(readings, evidence, ids[name], said=said[name] is not None)
-        report.findings.add(name, found_turned)
-
-    train, *others = (split.name for split in splits)
-    for val in others:
-        report.findings.add(val, rules.images_in_both(digests[train], digests[val]))
-        report.findings.add(val, rules.categories_differ(names[train], names[val]))
-        per_class = (report.summaries[name].per_class for name in (train, val))
-        report.findings.add(val, rules.classes_not_trained(*per_class))
+    evidence = {reading for one in facts.values() if not one.said for reading in one.turned.values()}
+    for name, one in facts.items():
+        report.findings.add(name, rules.turned_images(one.turned, evidence, one.ids, said=one.said))
+    first, *others = facts
+    for name in others:
+        report.findings.add(name, _compare(facts[first], facts[name]))
+        per_class = (report.summaries[split].per_class for split in (first, name))
+        report.findings.add(name, rules.classes_not_trained(*per_class))
     return report
+
+
+def _compare(train: _Facts, val: _Facts) -> Iterator[Finding]:
+    """What is wrong between two splits."""
+    yield from rules.images_in_both(train.digests, val.digests)
+    of_train = set(train.digests.values())
+    other = {name: look for name, look in val.looks.items() if val.digests[name] not in of_train}
+    yield from rules.lookalikes_in_both(train.looks, other)
+    yield from rules.categories_differ(train.names, val.names)
+
+
+def _choose_samples(findings: Findings, content: _Content, summary: Summary, names: dict[int, str]) -> list[Sample]:
+    """Images with the worst findings first, then such with about as many objects as most."""
+    images, name = {image.file_name: image for image in content.images}, content.split.name
+    bad = [finding.file_name for rule in findings.failing("harmful") for finding in findings.worst(rule, name)]
+    worst = [file for file in dict.fromkeys(bad) if file in images][: SAMPLES // 2]
+    filled = [image for image in content.images if image.objects]
+    typical = sorted(filled, key=lambda image: abs(len(image.objects) - summary.median))
+    chosen = list(dict.fromkeys([*worst, *(image.file_name for image in typical)]))[:SAMPLES]
+    samples = []
+    for file in filter(None, chosen):
+        entries = [content.entries[place] for place in images[file].objects]
+        called = [names.get(entry["category_id"], str(entry["category_id"])) for entry in entries]
+        samples.append(Sample(file, entries, called))
+    return samples
 
 
 def _read_classes(document: dict, options: Options, found: list[Finding]) -> ClassMap | None:
@@ -216,7 +264,8 @@ def _check_image(content: _Content, image: _Image) -> _Checked:
     """An image's file, all its objects, and how many they are."""
     options, objects, crowds = content.options, [], 0
     before: dict[tuple, Any] = {}
-    digest, reading, found = _check_file(content, image)
+    digest, look, reading, found = _check_file(content, image)
+    scale = options.scale(image.size)
     for place in image.objects:
         entry = content.entries[place]
         faults, side = rules.check_object(entry, place, image.size, content.classes, with_masks=options.with_masks)
@@ -224,6 +273,9 @@ def _check_image(content: _Content, image: _Image) -> _Checked:
         crowds += entry.get("iscrowd", 0) in (1, True)
         if side:
             objects.append((entry["category_id"], side))
+            if side * scale < rules.SMALL:
+                message = f"annotation id {entry['id']}: {side * scale:.1f} pixels wide when tested"
+                found.append(Finding("object-small", message, annotation_id=entry["id"], weight=-side * scale))
             other = before.setdefault((entry["category_id"], *(entry.get("bbox") or [place])), entry["id"])
             if other != entry["id"]:
                 message = f"annotation ids {other} and {entry['id']} have one class and box"
@@ -238,39 +290,39 @@ def _check_image(content: _Content, image: _Image) -> _Checked:
         message = f"{name}: {count} objects, {options.detections} detections"
         found.append(Finding("over-detections", message, weight=count))
     found = [finding._replace(file_name=image.file_name, image_id=image.image_id) for finding in found]
-    return _Checked(found, digest, objects, crowds, reading)
+    return _Checked(found, digest, objects, crowds, reading, look)
 
 
-def _check_file(content: _Content, image: _Image) -> tuple[bytes, Reading | None, list[Finding]]:
-    """A digest of a file's bytes, empty where they were not all read, the reading if it is turned, and its faults."""
+def _check_file(content: _Content, image: _Image) -> tuple[bytes, bytes, Reading | None, list[Finding]]:
+    """Digest and thumbnail of an image, empty where it was not decoded, the reading if it is turned, and its faults."""
     path, look = content.split.images / image.file_name, content.options.look
     name = f"image id {image.image_id}: {shorten(image.file_name)}"
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         missing = describe_missing(content.split.images, image.file_name)
-        return b"", None, [Finding("image-missing", f"image id {image.image_id}: {missing}")]
+        return b"", b"", None, [Finding("image-missing", f"image id {image.image_id}: {missing}")]
     if not content.options.allow_links and leaves_folder(path, content.split.images.resolve()):
-        return b"", None, [Finding("path-leaves-folder", f"{name} {LEAVES}")]
+        return b"", b"", None, [Finding("path-leaves-folder", f"{name} {LEAVES}")]
     if look == "names":
-        return b"", None, []
+        return b"", b"", None, []
 
-    digest, orientation = b"", content.orientation or "stored"
+    digest, thumb, orientation = b"", b"", content.split.orientation or "stored"
     try:
         header = read_header(path, name)
         size = header.size_as(orientation)
         if look == "decode":
             data = read_file(path, name)
-            _, *sides = decode_bytes(data, name, orientation).shape
-            size = (sides[0], sides[1])
+            pixels = decode_bytes(data, name, orientation)
+            size, thumb = (pixels.shape[1], pixels.shape[2]), thumbnail(pixels)
             digest = hashlib.blake2b(data.numpy().data, digest_size=16).digest()
     except DataError as error:
-        return b"", None, [Finding("image-damaged", str(error))]
+        return b"", b"", None, [Finding("image-damaged", str(error))]
 
     reading = reading_of(header, image.size)
     try:
         check_size(size, image.size, name, path, orientation)
     except DataError as error:
-        return digest, reading, [Finding("image-size", str(error))]
-    return digest, reading, []
+        return digest, thumb, reading, [Finding("image-size", str(error))]
+    return digest, thumb, reading, []
 
 
 def _summarise(checked: Sequence[_Checked], names: dict[int, str]) -> Summary:

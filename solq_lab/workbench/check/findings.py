@@ -75,9 +75,12 @@ RULES: dict[str, Rule] = {
     "without-objects": Rule("note", "images without objects, kept"),
     "nothing-to-learn": Rule("refused", "splits of which no object can be learnt", "correct the objects"),
     "many-crowds": Rule("harmful", "splits with many objects marked as crowds, left out", "write iscrowd 0"),
+    "object-small": Rule("note", "objects under 8 pixels wide at the size images are tested at"),
+    "class-few-objects": Rule("note", "categories with under 10 objects, or under 1 % of the largest one's"),
     "class-without-objects": Rule("note", "categories without objects"),
     # train and val together
     "image-in-both": Rule("harmful", "images that are in both splits", "remove them from one"),
+    "lookalike-in-both": Rule("harmful", "images that look like one of train", "move both to one split"),
     "name-in-both": Rule("note", "file names that are in both splits"),
     "class-not-trained": Rule("harmful", "categories that only val has objects of", "add training objects"),
     "categories-swapped": Rule("refused", "categories that have another id in val", "use one list of categories"),

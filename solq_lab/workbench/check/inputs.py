@@ -43,6 +43,8 @@ def find_data(
         with_masks=experiment.codec.kind != "none" or experiment.model.mask_branch != "none",
         class_ids=section.class_ids,
         num_classes=section.num_classes,
+        test_scale=section.test_scale,
+        max_size=section.max_size,
         allow_links=section.allow_links,
     )
     return splits, options, name

@@ -25,6 +25,7 @@ class Options(NamedTuple):
     with_masks: masks are learnt.
     class_ids, num_classes: see `ClassMap.from_categories`.
     allow_links: images may be links that leave their folder.
+    test_scale, max_size: short side, and largest long side, that images are tested at.
     """
 
     look: Look = "decode"
@@ -34,6 +35,12 @@ class Options(NamedTuple):
     class_ids: Literal["contiguous", "raw"] = "contiguous"
     num_classes: int | None = None
     allow_links: bool = False
+    test_scale: int = 800
+    max_size: int = 1333
+
+    def scale(self, size: tuple[int, int]) -> float:
+        """By how much an image of (height, width) is enlarged for the network, when tested."""
+        return min(self.test_scale / min(size), self.max_size / max(size))
 
 
 DEFAULTS = Options()
@@ -63,19 +70,31 @@ _TITLES = {
 }
 
 
+class Sample(NamedTuple):
+    """An image to look at, all its entries of `annotations`, and their category names."""
+
+    file_name: str
+    entries: list[dict[str, Any]]
+    names: list[str]
+
+
 class Report(NamedTuple):
     """What was found in a data set.
 
     sides: square roots of the areas of the boxes to learn, pixels, by split.
     entries: the annotations that the kept findings are about, by split and id, to draw them.
+    advice: what the first split asks of an experiment, a line each.
+    samples: images to look at, the worst first, by split.
     """
 
-    splits: tuple[Split, ...]
+    splits: list[Split]
     options: Options
     summaries: dict[str, Summary]
     sides: dict[str, np.ndarray]
     findings: Findings
     entries: dict[str, dict[int, dict[str, Any]]]
+    advice: list[str]
+    samples: dict[str, list[Sample]]
 
     def frame(self) -> pd.DataFrame:
         """What there is, one column per split."""
@@ -85,7 +104,8 @@ class Report(NamedTuple):
     def table(self, title: str) -> str:
         """The frame, then the broken rules of each severity, each with its counts and its worst finding."""
         splits = list(self.summaries)
-        lines = [title, self.frame().to_string()]
+        found = [f"  {split.name}: images of {split.images} with {split.annotations}" for split in self.splits]
+        lines = [title, *found, self.frame().to_string()]
         broken = self.findings.frame(splits)
         for severity, heading in HEADINGS.items():
             rules = broken[broken["severity"] == severity]
@@ -100,6 +120,7 @@ class Report(NamedTuple):
                     lines.append(f"    {textwrap.shorten(worst.message, MAX_MESSAGE, placeholder=' ...')}")
         if self.is_clean:
             lines.append("\nnothing that would stop or harm a training")
+        lines += ["", "what the data asks for", *self.advice] if self.advice else []
         return "\n".join(lines)
 
     @property
@@ -113,5 +134,6 @@ class Report(NamedTuple):
             "splits": {s.name: {"images": str(s.images), "annotations": str(s.annotations)} for s in self.splits},
             "options": self.options._asdict(),
             "summary": {name: summary._asdict() for name, summary in self.summaries.items()},
+            "advice": self.advice,
             "findings": self.findings.to_dict(worst),
         }

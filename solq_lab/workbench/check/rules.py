@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_rle
 
 from solq_lab import masks
@@ -26,6 +27,7 @@ from solq_lab.data.annotations import (
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import MANY_CROWDS
 from solq_lab.data.orientation import Reading
+from solq_lab.workbench.check.duplicates import lookalikes
 from solq_lab.workbench.check.findings import Finding
 from solq_lab.workbench.check.report import Summary
 
@@ -33,6 +35,9 @@ from solq_lab.workbench.check.report import Summary
 REACH = 1.0  # pixels that a box may reach out of its image, or a mask out of its box
 LOOSE = (8.0, 0.2)  # pixels, and share of the box's side, that a box may be wider than its mask
 STRAY = (16, 0.05)  # pixels, and share of the mask, that may lie farther outside the box
+SMALL = 8.0  # pixels of an object's side, where the finest feature map has one cell
+SEEN = 16.0  # pixels that most objects should have
+FEW, FEW_OF_LARGEST = 10, 0.01  # objects of a class; share of the largest one's
 SIZES: dict[Reading, str] = {
     "stored": "that of the stored image",
     "upright": "that of the upright image",
@@ -178,9 +183,13 @@ def counts_of_split(summary: Summary, entries: int) -> Iterator[Finding]:
     elif summary.crowds >= MANY_CROWDS * entries > 0:
         message = f"{summary.crowds} of {entries} objects are marked as crowds (iscrowd 1) and not learnt"
         yield Finding("many-crowds", message)
+    most = max(summary.per_class.values(), default=0)
     for name, count in summary.per_class.items():
         if not count:
             yield Finding("class-without-objects", f"category {shorten(name)}")
+        elif count < FEW or FEW_OF_LARGEST * most > count:
+            message = f"category {shorten(name)}: {count} objects, the largest has {most}"
+            yield Finding("class-few-objects", message, weight=-count)
 
 
 def images_in_both(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iterator[Finding]:
@@ -193,6 +202,33 @@ def images_in_both(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iter
         elif name in train:
             known = "other bytes" if digest and train[name] else "the bytes were not compared"
             yield Finding("name-in-both", f"{shorten(name)}: {known}", name)
+
+
+def what_it_asks_for(summary: Summary, sides: np.ndarray, size: tuple[int, int]) -> Iterator[str]:
+    """Settings that a split asks for.
+
+    Args:
+        summary: its counts.
+        sides: square roots of the areas of its boxes, pixels.
+        size: median (height, width) of its images.
+    """
+    if not len(sides):
+        return
+    queries = max(10 * math.ceil(1.5 * summary.most / 10), 20)
+    yield f"  model.queries={queries}: at most {summary.most} objects in an image, and half as many to spare"
+
+    # The short side at which 9 of 10 objects are wide enough; an image larger than the file shows nothing more.
+    wanted = min(size) * SEEN / max(float(np.quantile(sides, 0.1)), 1.0)
+    short = int(min(max(32 * math.ceil(wanted / 32), 128), max(32 * round(min(size) / 32), 128)))
+    long = 32 * math.ceil(short * max(size) / min(size) / 32)
+    seen = 100 * float((sides * short / min(size) >= SEEN).mean())
+    yield f"  data.test_scale={short} data.max_size={long}: {seen:.0f} % of the objects are {SEEN:.0f} pixels or wider"
+
+
+def lookalikes_in_both(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iterator[Finding]:
+    """Images of val that look like one of train; thumbnails by file name."""
+    for name, other in lookalikes(train, val):
+        yield Finding("lookalike-in-both", f"{shorten(name)} of val looks like {shorten(other)} of train", name)
 
 
 def turned_images(

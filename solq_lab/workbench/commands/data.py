@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,7 +62,9 @@ def download_coco(
             )
     except KeyboardInterrupt:
         raise Interrupted(f"{folder}: stopped; what has arrived is kept, re-running resumes") from None
-    typer.echo(f"{' and '.join(splits)} of COCO 2017 in {folder}\ncheck it:  solq-lab check-data {folder}")
+    typer.echo(
+        f"{' and '.join(splits)} of COCO 2017 in {folder}\ncheck it:  solq-lab check-data {shlex.quote(str(folder))}"
+    )
 
 
 def convert_data(
@@ -80,10 +83,9 @@ def convert_data(
 
     splits = convert(source, target, images=images, split=split, link=link)
     settings = [f"data.root={target}"]
-    for part in splits:
-        settings.append(f"data.{part.name}_images={part.name if link else part.images}")
-        settings.append(f"data.{part.name}_annotations={part.annotations.relative_to(target)}")
-    typer.echo(f"check it:  solq-lab check-data {target}\nuse it:    {' '.join(settings)}")
+    for part in () if link else splits:  # what is linked is found
+        settings.append(f"data.{part.name}_images={part.images}")
+    typer.echo(f"check it:  {shlex.join(['solq-lab', 'check-data', str(target)])}\nuse it:    {shlex.join(settings)}")
 
 
 def check_data(
@@ -128,7 +130,7 @@ def check_data(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report.to_dict(worst) | {"allowed": allowed})
     typer.echo(f"\nnumbers {folder / 'report.json'}")
-    typer.echo(f"images  solq-lab run notebooks/data_report.ipynb -p root={data}")
+    typer.echo(f"images  solq-lab run notebooks/data_report.ipynb -p {shlex.quote(f'root={data}')}")
     failing = report.findings.failing(fail_on, allowed)
     if failing:
         allowing = " ".join(f"--allow {rule}" for rule in failing)

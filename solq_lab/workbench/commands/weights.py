@@ -69,7 +69,7 @@ def import_weights(
     typer.echo(str(report))
     for section, values in report.architecture.items():
         typer.echo(f"{section}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
-    typer.echo(f"{destination}: written; `solq-lab predict {destination} IMAGE` uses it")
+    typer.echo(f"{destination}: written; `solq-lab predict {shlex.quote(str(destination))} IMAGE` uses it")
 
 
 def export(
@@ -102,7 +102,7 @@ def export(
         case ".safetensors":
             classes = [name for name in share(weights, destination).classes.names if name]
             typer.echo(f"{destination}: {destination.stat().st_size / 1e6:.1f} MB, {len(classes)} classes, ", nl=False)
-            typer.echo(f"codec and experiment inside; `solq-lab predict {destination} IMAGE` uses it")
+            typer.echo(f"codec and experiment inside; `solq-lab predict {shlex.quote(str(destination))} IMAGE` uses it")
         case suffix:
             raise ConfigError(f"{destination}: ending {suffix!r}: allowed are .onnx and .safetensors")
 
@@ -126,4 +126,4 @@ def ship(
     prepare_data(experiment)
     typer.echo(str(package_run(run, destination, experiment)))
     size = sum(path.stat().st_size for path in destination.iterdir())
-    typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {destination} IMAGE` uses it")
+    typer.echo(f"{destination}: {size / 1e6:.1f} MB; `solq-lab predict {shlex.quote(str(destination))} IMAGE` uses it")
