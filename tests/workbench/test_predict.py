@@ -133,6 +133,26 @@ def test_no_file_of_the_user_is_written_over(run, tmp_path):
     assert run("m", "--out", "out", "--recursive", "--save", "masks,drawn").exit_code == 0
     assert len([name for name in files_in("out") if name.endswith(".png")]) == 9
 
+    draw("yolo/images/a.png")
+    mine = {name: Path("yolo", name) for name in ("labels/a.txt", "data.yaml", "objects.csv", "coco.json")}
+    for path in mine.values():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    for kind, name in (("yolo", "data.yaml"), ("csv", "objects.csv"), ("coco", "coco.json")):
+        error = run("yolo/images", "--out", "yolo", "--save", kind).exception
+        assert f"yolo/{name} would be written over" in str(error)
+    mine.pop("data.yaml").unlink()
+    assert run("yolo/images", "--out", "yolo", "--save", "yolo").exit_code == 0
+    assert {path.read_text() for path in mine.values()} == {"mine"}
+    assert Path("yolo/labels/a_2.txt").exists()
+
+
+@pytest.mark.parametrize("image_id", ["7", None, 7.5])
+def test_an_image_id_that_is_no_whole_number_is_rejected(run, image_id):
+    draw("a.png")
+    Path("known.json").write_text(json.dumps({"images": [{"id": image_id, "file_name": "a.png"}]}))
+    assert "known.json" in str(run("a.png", "--annotations", "known.json").exception)
+
 
 @pytest.fixture
 def server():

@@ -116,7 +116,7 @@ def _image_ids(sources: Sequence[Source], annotations: Path | None) -> list[int]
     """The ids of the images in COCO files: their place in the list from 1 on, or those of an annotation file.
 
     Raises:
-        UserError: an image that the annotations do not know.
+        UserError: an image that the annotations do not know, or whose id is no whole number.
     """
     if annotations is None:
         return list(range(1, len(sources) + 1))
@@ -130,6 +130,10 @@ def _image_ids(sources: Sequence[Source], annotations: Path | None) -> list[int]
         image_id = next((known[end] for end in ends if end in known), None)
         if image_id is None:
             raise UserError(f"{source.name}: not among the {len(known)} images of {annotations}; leave the image out")
+        if not isinstance(image_id, int):  # pycocotools and ours look for numbers
+            raise UserError(
+                f"{annotations}: {source.name} has the id {image_id!r}; give the images whole numbers as ids"
+            )
         ids.append(image_id)
     return ids
 

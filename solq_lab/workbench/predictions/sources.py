@@ -26,6 +26,12 @@ OUTPUTS = {  # per image, {} is the path of the image without its suffix
     "polygons": ["polygons/{}.json"],
     "yolo": ["labels/{}.txt"],
 }
+FIXED = {  # per folder of outputs
+    "coco": ["coco.json", "coco_bbox.json", "coco_segm.json"],
+    "masks": ["masks/classes.txt"],
+    "yolo": ["data.yaml"],
+    "csv": ["objects.csv"],
+}
 
 
 class Source(NamedTuple):
@@ -54,14 +60,16 @@ def is_address(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def find_sources(given: Sequence[str], out: Path, formats: Iterable[str], *, recursive: bool = False) -> list[Source]:
+def find_sources(given: Sequence[str], out: Path, formats: Sequence[str], *, recursive: bool = False) -> list[Source]:
     """The images and videos that are named, that lie in named folders or fit a pattern, each once.
 
     Outputs lie in `out` as the files lie in the common folder of all that was named. Their names are chosen so that
-    neither an input nor the output of another one is written over; earlier outputs are no inputs.
+    neither an input nor the output of another one is written over, and no file at all where inputs lie in `out`, as in
+    a data set's own folder; earlier outputs are no inputs.
 
     Raises:
-        UserError: no such file or folder, a folder without images, or a pattern that nothing fits.
+        UserError: no such file or folder, a folder without images, a pattern that nothing fits, or a file like
+            data.yaml that would be written over beside inputs.
     """
     expanded = [path for name in given for path in _expand(name, out)]
     found: dict[str, str] = {}
@@ -75,6 +83,10 @@ def find_sources(given: Sequence[str], out: Path, formats: Iterable[str], *, rec
     common = os.path.commonpath(local) if local else "."
     taken = {os.path.realpath(path) for path in found if not is_address(path)}
     own = {os.path.dirname(path) for path in taken}  # where the user's files lie, others than the inputs too
+    beside = any(Path(folder).is_relative_to(out.resolve()) for folder in own)
+    fixed = [out / name for kind in formats for name in FIXED.get(kind, []) if beside and (out / name).exists()]
+    if fixed:
+        raise UserError(f"--out {out}: inputs lie in it, and {fixed[0]} would be written over; give an empty folder")
     sources = []
     for path, name in found.items():
         wished = unquote(Path(urlsplit(name).path).name) or "image" if is_address(name) else path
@@ -83,8 +95,8 @@ def find_sources(given: Sequence[str], out: Path, formats: Iterable[str], *, rec
         stems = chain([source.stem], (f"{source.stem}_{number}" for number in count(2)))
         for stem in stems:
             outputs = {os.path.realpath(path) for path in output_paths(out, stem, formats, video=source.is_video)}
-            others = [path for path in outputs if os.path.dirname(path) in own and os.path.exists(path)]
-            if not others and not outputs & taken:
+            others = {path for path in outputs if beside or os.path.dirname(path) in own}
+            if not any(map(os.path.exists, others)) and not outputs & taken:
                 break
         taken |= outputs
         sources.append(source._replace(stem=stem))
