@@ -32,6 +32,8 @@ def haar_basis(size: int) -> tuple[Tensor, Tensor]:
     """
     basis, scale = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
     basis[0] = 1 / math.sqrt(size)
+
+    # All intervals of one depth, from left to right, before those of the next.
     intervals, row, depth = [(0, size)], 1, 1
     while intervals:
         halves = []

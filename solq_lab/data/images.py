@@ -149,6 +149,7 @@ def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
         unknown = isinstance(error, Image.UnidentifiedImageError)
         first = "a format unknown to Pillow" if unknown else next(iter(str(error).splitlines()), "") or "empty"
         reason = re.sub(r"^\S+, \S+\.cpp:\d+, ", "", first)
+
         cure = "fetch the file again or leave the image out"
         if name.rpartition("/")[2].startswith("._"):
             cure = "it is no image but what macOS adds to archives: leave it out"

@@ -118,6 +118,8 @@ def measure_costs(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     variants = _variants(experiment)
     predict = {name: _predictor(variants[name], num_classes, image_size, device) for name in METHODS}
+
+    # In turns, so that what else the machine does slows all methods alike.
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     for turn in tqdm(range(repeats + 1), desc="measuring", unit="turn"):
         for name in METHODS:

@@ -79,6 +79,7 @@ class Replay(NamedTuple):
             *(f"  {way}: {self.firsts.get(way, 'none')}" for way in ("forward", "loss", "backward")),
             "",
         ]
+
         if self.exact:
             verdict = "reproduced, bit for bit"
         elif self.reproduced:

@@ -354,7 +354,7 @@ def measure_speed(experiment: Experiment, *, steps: int = 7, enough: float = 20.
     # The same images in each step: read once, as a cache keeps them or loaders read them ahead.
     size = experiment.train.batch_size // experiment.train.accumulate
     batch = next(iter(BatchLoader(train_set, [list(range(size))], 0)))
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < steps and sum(seconds) < enough):
         started = time.perf_counter()
         optimizer.zero_grad()

@@ -116,6 +116,7 @@ class Tiles:
         for place, (image, caption, button) in enumerate(zip(self.images, self.captions, self.buttons, strict=True)):
             for part, area in ((image, "1 / 1"), (caption, "2 / 1"), (button, "1 / 1 / 3 / 2")):
                 part.layout.grid_area = area
+
             caption.style.font_size, caption.layout.margin = "11px", "-6px auto 0"
             button.style.button_color = "transparent"  # without a face, over the image and its caption
             button.on_click(lambda _, place=place: on_click(place))

@@ -56,6 +56,8 @@ def run(
             raise NotebookError(f"--parameter {text!r}: allowed is name=value, for example -p images=6")
     if experiment is not None and "=" in experiment.name and not experiment.exists():
         raise ConfigError(f"{experiment}: changes an experiment; name the experiment's file before it")
+
+    # What is about several runs has no experiment.
     notebook = find_notebook(notebook)
     declared = read_parameters(notebook).get("experiment")
     path = experiment or (declared and declared.default)

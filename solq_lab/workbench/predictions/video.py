@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class VideoWriter:
         temporary = self._stack.enter_context(replacing(path))
         self._container = self._stack.enter_context(av.open(str(temporary), "w", format="mp4"))
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"  # PyAV built without it
-        self._stream: Any = self._container.add_stream(codec, rate=first.rate, options={"crf": CRF})
+        self._stream = cast(Any, self._container.add_stream(codec, rate=first.rate, options={"crf": CRF}))
         height, width = first.pixels.shape[:2]
         self._stream.width, self._stream.height = width + width % 2, height + height % 2  # half as many colour samples
         self._stream.pix_fmt = "yuv420p"
