@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,7 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the training.")] = False,
 ) -> None:
     """Train on your own images. Chooses every setting from data and device, says why, and writes the experiment."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: the speed is measured as a training runs
     from solq_lab.workbench.finetuning import described_choices, planned_experiment
 
     path = planned_experiment(data, start=start, minutes=minutes, name=name, runs_dir=runs_dir)
