@@ -138,7 +138,9 @@ def export_html(notebook: Path, *, summary: str = "") -> Path:
     for cell in document.cells:
         for output in cell.get("outputs", []):
             if output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):
-                output["data"] = {"text/plain": "(a view to work with in JupyterLab; a figure of it is below)"}
+                is_progress_bar = "%|" in output["data"].get("text/plain", "")
+                note = "" if is_progress_bar else "(a view to work with in JupyterLab; a figure of it is below)"
+                output["data"] = {"text/plain": note}
     if summary:
         document.cells.insert(0, nbformat.v4.new_markdown_cell(summary))
 
@@ -159,9 +161,11 @@ def summarise(notebook: Path, executed: Path, parameters: Mapping[str, Any], run
         "made with": f"solq_lab {versions['solq-lab']}, torch {versions['torch']}",
     }
     if run is not None and run.results.is_file():
-        metrics = read_json(run.results)["metrics"]
+        results = read_json(run.results)
+        metrics, images = results["metrics"], results["images"]
         aps = {kind: metrics.get(f"{kind}.AP") for kind in ("box", "segm", "boundary")}
-        rows["AP, percent"] = ", ".join(f"{kind} {100 * ap:.1f}" for kind, ap in aps.items() if ap is not None)
+        known = ", ".join(f"{kind} {100 * ap:.1f}" for kind, ap in aps.items() if ap is not None)
+        rows["AP, percent"] = f"{known} ({images} images)"
         rows["trained on"] = str(read_json(run.environment).get("device", "unknown"))
 
     words = [notebook, *([parameters["experiment"]] if "experiment" in parameters else [])]

@@ -367,11 +367,11 @@ def test_a_report_opens_with_a_summary_folds_code_and_needs_no_kernel(tmp_path, 
     cells = ["import ipywidgets\nipywidgets.IntSlider()", "import os\nprint(os.getcwd() + '/here')"]
     notebook = write_notebook(tmp_path / "look.ipynb", *cells, parameters=f"{SHARED}\ndeep: int = 1")
     run = create_run(load_experiment(experiment, ["seed=3"]), tmp_path / "runs")
-    write_json(run.results, {"metrics": {"segm.AP": 0.649, "box.AP": 0.766}})
+    write_json(run.results, {"metrics": {"segm.AP": 0.649, "box.AP": 0.766}, "images": 100})
     run.record_environment({"device": "a fast one"})
     page = run_notebook(notebook, experiment, ["seed=3"], parameters={"deep": "5"}).with_suffix(".html").read_text()
     body = page[page.index("<main") :]
-    assert body.index("box 76.6, segm 64.9") < body.index("import ipywidgets")
+    assert body.index("box 76.6, segm 64.9 (100 images)") < body.index("IntSlider")
     assert "a fast one" in body
     assert "solq-lab run look.ipynb mine.yaml seed=3 -p deep=5" in body
     assert body.count("<details>") == 4  # the parameters, those that were given, two cells
