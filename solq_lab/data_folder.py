@@ -13,6 +13,8 @@ from solq_lab.errors import did_you_mean
 
 logger = logging.getLogger(__name__)
 
+EMPTY = "data.root is empty: give the folder that holds the images and annotations (data.root=FOLDER)"
+
 
 def check_data_folder(experiment: Experiment) -> None:
     """Check that the data folder of an experiment exists, unless it is drawn on demand; one log line names its parts.
@@ -54,7 +56,9 @@ def split_of(experiment: Experiment, name: Literal["train", "val"]) -> Split:
     """
     data = with_found_data(experiment).data
     images = getattr(data, f"{name}_images")
-    if data.root and not images:
+    if not data.root:
+        raise ConfigError(EMPTY)
+    if not images:
         raise explain_missing(Path(data.root), name, data.val_fraction)
     return Split(name, Path(data.root) / images, annotations_of(experiment, name), data.orientation)
 
@@ -68,9 +72,7 @@ def annotations_of(experiment: Experiment, name: Literal["train", "val"]) -> Pat
     if annotations:
         return annotation_file(Path(data.root) / annotations, data.val_fraction)
     if not data.root:
-        raise ConfigError(
-            "data.root is empty: give the folder that holds the images and annotations (data.root=FOLDER)"
-        )
+        raise ConfigError(EMPTY)
     raise explain_missing(Path(data.root), name, data.val_fraction)
 
 

@@ -17,14 +17,14 @@ class CodecSpec(NamedTuple):
     """A kind of mask codec.
 
     path: "module:class" of a `MaskCodec`.
-    label: its name in figures and tables.
+    label: its name in figures and tables; the kind itself where there is none.
     options: keys of the experiment's section `codec`, besides the sizes, that `from_options` takes.
     fitted: whether it is a `FittedCodec`, whose tables lie in a file (`codec.artifact`).
     square: whether `vector_dim` has to be a square number.
     """
 
     path: str
-    label: str
+    label: str = ""
     options: tuple[str, ...] = ()
     fitted: bool = False
     square: bool = False

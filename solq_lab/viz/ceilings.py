@@ -107,4 +107,4 @@ def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:
         line, marker = _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)]
         label = f"N = {side}"
         handles.append(Line2D([], [], color=BLACK, linestyle=line, marker=marker, markersize=4, label=label))
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(max(1, len(handles)), 5))

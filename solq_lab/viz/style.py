@@ -31,7 +31,7 @@ KIND_COLOURS = {"box": GREEN, "segm": BLUE, "boundary": PURPLE}
 CODEC_COLOURS = dict(
     zip(CODECS, (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY, BLACK, *CODEC_SHADES), strict=True)
 )
-CODEC_NAMES = {kind: codec.label for kind, codec in CODECS.items()}
+CODEC_NAMES = {kind: codec.label or kind for kind, codec in CODECS.items()}
 MISSED, ADDED = VERMILION, SKY  # false negative and false positive pixels of a reconstruction
 # The seven first, then each as far from all before it as CIELAB allows (26 units at least).
 OBJECT_COLOURS = (
