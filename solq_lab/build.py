@@ -21,6 +21,7 @@ from solq_lab.data.kinds import AUGMENTATIONS
 from solq_lab.data.order import BatchStream
 from solq_lab.data.transforms import TestResize, Transform
 from solq_lab.data_folder import split_of
+from solq_lab.errors import DataError
 from solq_lab.models.kinds import backbone_spec
 from solq_lab.models.official import is_official
 from solq_lab.models.solq import SOLQ
@@ -157,13 +158,13 @@ def build_dataset(
 
     Raises:
         ConfigError: `data.root` is empty.
-        DataError: a folder or file is missing, or the annotations are not COCO.
+        DataError: a folder or file is missing, the annotations are not COCO, or there is no object to train on.
     """
     data, training = experiment.data, split == "train"
     masks = training or with_masks
     place = split_of(experiment, split)
 
-    return CocoDataset(
+    dataset = CocoDataset(
         place.images,
         place.annotations,
         classes=classes,
@@ -178,6 +179,9 @@ def build_dataset(
         allow_links=data.allow_links,
         orientation=data.orientation,
     )
+    if training and not len(dataset.truth):
+        raise DataError(f"{place.annotations}: no training image has an object: nothing can be learnt")
+    return dataset
 
 
 def build_stream(

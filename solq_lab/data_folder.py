@@ -92,8 +92,9 @@ def _check(experiment: Experiment) -> None:
             value = getattr(data, key)
             if not value:
                 raise explain_missing(root, name, data.val_fraction)
-            whole, _, part = value.rpartition("#")
-            _require(f"data.{key}", root / (whole if part in ("train", "val", "test") else value))
+            while not (root / value).exists() and value.rpartition("#")[2] in ("train", "val", "test"):
+                value = value.rpartition("#")[0]
+            _require(f"data.{key}", root / value)
 
 
 def _require(key: str, path: Path) -> None:

@@ -38,6 +38,18 @@ def last_lines(path: Path, count: int) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()][-count:]
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and its folders, those that are links too, but each folder once: links may form circles."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Replace a JSON file."""
     write_text(path, json.dumps(value, indent=1) + "\n")

@@ -35,7 +35,7 @@ def annotation_file(path: Path, val_fraction: float = 0.0) -> Path:
     whole, sign, part = str(path).rpartition("#")
     if not sign or path.exists():
         return path
-    source = Path(whole)
+    source = annotation_file(Path(whole))  # a split of a data.yaml may be divided too
     if not source.is_file():
         raise DataError(f"{source}: no such annotation file; check data.root and the names in the data section")
 

@@ -21,6 +21,7 @@ from pycocotools import mask as coco_rle
 
 from solq_lab.data.kinds import IMAGE_SUFFIXES
 from solq_lab.errors import DataError, first_few, shorten
+from solq_lab.files import files_below
 from solq_lab.plain_yaml import load_yaml
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,9 @@ def _read_settings(source: Path) -> tuple[Path, dict[str, Any], list[str]]:
     names = values.get("names")
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[index] for index in range(len(names))]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str | int) for name in names):
-        raise DataError(f"{path}: names: found {shorten(names)}; needed is a list, or a mapping from 0, 1, ... on")
+    if not isinstance(names, list) or not names or not all(type(name) in (str, int) for name in names):
+        needed = "needed is a list, or a mapping from 0, 1, ... on; write off, no and the like in quotes"
+        raise DataError(f"{path}: names: found {shorten(names)}; {needed}")
     if values.get("nc", len(names)) != len(names):
         raise DataError(f"{path}: nc is {values['nc']!r}, but there are {len(names)} names; correct one of them")
     return path, values, [str(name) for name in names]
@@ -123,7 +125,7 @@ def _read_settings(source: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
@@ -133,7 +135,7 @@ def _image_paths(split: YoloSplit) -> list[Path]:
     paths: list[Path] = []
     for place in split.places:
         if place.is_dir():
-            paths += sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith("."))
+            paths += sorted(path for path in files_below(place) if not path.name.startswith("."))
         else:
             lines = enumerate(_read_lines(place), start=1)
             paths += [_place(line.strip(), split.root, f"{place}: line {n}") for n, line in lines if line.strip()]
@@ -155,6 +157,8 @@ def _place(entry: Any, root: Path, source: Path | str) -> Path:
     """A path below `root`. Some tools write ../train/images for train/images: such dots are dropped."""
     if isinstance(entry, str):
         plain = PurePath(os.path.normpath(entry))
+        if plain.is_relative_to(root.resolve()):
+            plain = plain.relative_to(root.resolve())
         while plain.parts[:1] == (os.pardir,):
             plain = PurePath(*plain.parts[1:])
         if not plain.is_absolute() and (root / plain).exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 import yaml
@@ -215,24 +216,20 @@ class _Planner:
             split_of(self.experiment(), "val")
         except DataError:
             self.choose("data.val_fraction", 0.2, "one split only: a fixed random fifth of it is for validation")
-        build_dataset(self.experiment(), "train")  # the loader's judgement of the data comes first
-        train, val = (read_annotations(split_of(self.experiment(), name).annotations) for name in ("train", "val"))
+        dataset = build_dataset(self.experiment(), "train")  # the loader's judgement of the data comes first
+        truth, val = dataset.truth, read_annotations(split_of(self.experiment(), "val").annotations)
 
-        objects = [entry for entry in train["annotations"] if not entry.get("iscrowd")]
-        boxes = [entry["bbox"] for entry in objects if entry.get("bbox")]
-        if not boxes:
-            raise DataError(f"{self.values['data']['root']}: no training image has an object: nothing can be learnt")
-        names = {category["id"]: str(category["name"]) for category in train["categories"]}
-        counts = Counter(entry["category_id"] for entry in objects)
-        sizes = [sorted((image["width"], image["height"])) for image in train["images"]]
+        short, long = np.median(np.sort(truth.sizes, axis=1), axis=0).tolist()
+        counts = Counter(truth.category_ids.tolist())
+        names = zip(dataset.classes.category_ids, dataset.classes.names, strict=True)
         self.facts = DataFacts(
-            images=len(sizes),
+            images=len(dataset),
             val_images=len(val["images"]),
-            objects={name: counts[number] for number, name in names.items()},
-            most=max(Counter(entry["image_id"] for entry in objects).values()),
-            short_side=median(size[0] for size in sizes),
-            long_side=median(size[1] for size in sizes),
-            object_side=median([(box[2] * box[3]) ** 0.5 for box in boxes]),
+            objects={name: counts[number] for number, name in names},
+            most=int(np.diff(truth.starts).max()),
+            short_side=short,
+            long_side=long,
+            object_side=float(np.median(np.sqrt((truth.boxes[:, 2:] - truth.boxes[:, :2]).prod(axis=1)))),
         )
 
     def choose_sizes(self) -> None:

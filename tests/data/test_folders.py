@@ -151,6 +151,50 @@ def test_a_yolo_folder_is_read_in_place_and_again_after_a_change(tiny, tmp_path)
     assert split_of(experiment.evaluated_on("train"), "val").annotations == after
 
 
+def test_a_yolo_folder_is_read_through_links_absolute_paths_and_byte_order_marks(tiny, tmp_path):
+    root = write_yolo(tiny, tmp_path / "yolo")
+    expected = build_dataset(write_experiment(tmp_path, root), "train").truth
+    mark = root / "labels" / "train" / "1.txt"
+    mark.write_text(mark.read_text(), encoding="utf-8-sig")
+    shutil.move(root / "images" / "train", tmp_path / "store")
+    (root / "images" / "train").mkdir()
+    (root / "images" / "train" / "a").symlink_to(tmp_path / "store")
+    (root / "images" / "train" / "a" / "circle").symlink_to(tmp_path / "store")
+    shutil.move(root / "labels" / "train", root / "labels" / "a")
+    (root / "labels" / "train").mkdir()
+    shutil.move(root / "labels" / "a", root / "labels" / "train" / "a")
+    settings = f"names: [triangle, diamond]\ntrain: {root}/images/train\nval: {root}/images/val\n"
+    (root / "data.yaml").write_text(settings)
+
+    with pytest.raises(DataError, match=r"data\.allow_links: true"):
+        build_dataset(write_experiment(tmp_path, root), "train")
+    dataset = build_dataset(write_experiment(tmp_path, root, "data.allow_links=true"), "train")
+    assert [len(dataset), len(dataset.truth)] == [6, len(expected)]
+    (root / "data.yaml").write_text(settings.replace("diamond", "off"))
+    with pytest.raises(DataError, match=r"False.*in quotes"):
+        split_of(write_experiment(tmp_path, root), "train")
+
+
+def test_a_yolo_folder_of_one_split_is_divided(tiny, tmp_path):
+    root = write_yolo(tiny, tmp_path / "yolo")
+    (root / "data.yaml").write_text("names: [triangle, diamond]\ntrain: images/train\n")
+    experiment = write_experiment(tmp_path, root, "data.val_fraction=0.3")
+    check_data_folder(experiment)
+    assert [len(build_dataset(experiment, name)) for name in ("train", "val")] == [4, 2]
+    assert [len(json.loads(split.annotations.read_text())["images"]) for split in find_splits(root, None, 0.3)] == [
+        4,
+        2,
+    ]
+
+
+def test_a_train_split_without_objects_is_rejected(tiny, tmp_path):
+    root = write_yolo(tiny, tmp_path / "yolo")
+    shutil.rmtree(root / "labels")
+    with pytest.raises(DataError, match="nothing can be learnt"):
+        build_dataset(write_experiment(tmp_path, root), "train")
+    assert len(build_dataset(write_experiment(tmp_path, root), "val")) == 4
+
+
 @pytest.mark.parametrize("place", ["annotations/instances_default.json", "my labels.json", "_annotations.coco.json"])
 @pytest.mark.parametrize("folder", ["images", "images/default", "."])
 def test_one_file_is_divided_at_random_but_always_alike(tiny, tmp_path, place, folder):

@@ -100,10 +100,9 @@ def test_a_clean_data_set_has_no_finding_but_notes(tmp_path):
     assert "nothing that would stop or harm a training" in report.table("here")
 
 
-def test_a_data_set_without_images_is_clean_too(tmp_path):
+def test_a_data_set_without_images_has_nothing_to_learn(tmp_path):
     split = write_split(tmp_path, lambda document: document.update(images=[], annotations=[]))
-    assert broken(check(split)) == {}
-    assert broken(check(split, processes=2)) == {}
+    assert broken(check(split)) == broken(check(split, processes=2)) == {"nothing-to-learn": 1}
     assert worst_images(check(split)) == {}
     class_distribution(check(split)), size_distribution(check(split))
 
@@ -256,6 +255,8 @@ def test_a_split_without_an_object_to_learn_is_rejected_and_one_of_many_crowds_i
     nothing = write_split(tmp_path / "3", crowds(3))
     assert broken(check(nothing)) == {"nothing-to-learn": 1}
     assert _is_rejected_by_the_loader(nothing.images, nothing.annotations)
+    none = write_split(tmp_path / "4", lambda document: document.update(annotations=[]))
+    assert broken(check(none)) == {"nothing-to-learn": 1}
 
 
 def test_more_objects_than_queries_or_detections_are_found(tmp_path):

@@ -20,8 +20,7 @@ from solq_lab.data.folders import find_splits
 from solq_lab.data.images import ORIENTATION, TURNS
 from solq_lab.data.loader import collate
 from solq_lab.masks import decode_rle
-from solq_lab.training.losses import SetCriterion
-from solq_lab.training.matcher import HungarianMatcher
+from solq_lab.training.losses import build_criterion
 from solq_lab.workbench import cli
 from solq_lab.workbench.check.checker import check_data
 from solq_lab.workbench.convert.converter import convert_data
@@ -105,11 +104,7 @@ def losses_of_one_step(folder: Path) -> dict[str, float]:
     torch.manual_seed(0)
     model, codec = build_model(experiment, len(dataset.classes)), build_codec(experiment)
     images, targets = collate([dataset[index] for index in range(4)])
-    loss = experiment.loss
-    matcher = HungarianMatcher(
-        **experiment.matcher.model_dump(), focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma
-    )
-    criterion = SetCriterion(codec, matcher, **loss.model_dump())
+    criterion = build_criterion(experiment, codec)
     losses = criterion(model(images.normalised()), targets, num_boxes=sum(len(target.labels) for target in targets))
     criterion.total(losses).backward()
     return {name: value.item() for name, value in losses.items()}

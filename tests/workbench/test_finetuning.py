@@ -102,6 +102,17 @@ def test_images_without_objects_are_rejected_before_any_work(tmp_path, on):
         plan_finetuning(data)
 
 
+def test_objects_without_bbox_and_classes_without_name_are_counted_as_the_loader_reads_them(tmp_path, on):
+    data = dataset(tmp_path)
+    expected = plan_finetuning(data).experiment
+    document = json.loads((data / "train.json").read_text())
+    for entry in document["annotations"]:
+        del entry["bbox"]
+    del document["categories"][0]["name"]
+    (data / "train.json").write_text(json.dumps(document))
+    assert plan_finetuning(data).experiment == expected
+
+
 def test_the_speed_is_measured_on_the_data_itself(tmp_path, on):
     assert measure_speed(plan_finetuning(dataset(tmp_path)).experiment, steps=2) > 0
 

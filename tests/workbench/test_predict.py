@@ -118,6 +118,10 @@ def test_patterns_are_expanded_and_outputs_are_no_inputs(run):
     for _ in range(2):
         assert run("p/**/*", "--out", "p/out").exit_code == 0
         assert files_in("p/out") == ["a.png", "deep/b.png"]
+    Path("links").mkdir()
+    Path("links/p").symlink_to("../p")
+    assert run("links", "--recursive", "--out", "seen").exit_code == 0
+    assert {"p/a.png", "p/deep/b.png"} <= {*files_in("seen")}
     assert "no file fits this pattern" in str(run("p/*.tiff").exception)
     assert "nowhere: no such file or folder" in str(run("nowhere").exception)
 

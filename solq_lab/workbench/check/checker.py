@@ -144,8 +144,9 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
         summary = report.summaries[split.name] = _summarise(checked, names)
         sides = report.sides[split.name] = np.array([s for image in checked for _, s in image.objects], np.float32)
 
+        entries = len(document["annotations"])
         report.findings.add(split.name, rules.images_twice(own_facts.digests, own_facts.ids))
-        report.findings.add(split.name, rules.counts_of_split(summary, len(document["annotations"])))
+        report.findings.add(split.name, rules.counts_of_split(summary, entries, training=split.name == "train"))
         report.entries[split.name] = _entries_of(report.findings, split, document)
         report.samples[split.name] = _choose_samples(report.findings, content, summary, names)
         if len(facts) == 1 and content.images:

@@ -175,9 +175,9 @@ def images_twice(digests: Mapping[str, bytes], image_ids: Mapping[str, int]) -> 
             yield Finding("image-twice", message, name, image_ids[name])
 
 
-def counts_of_split(summary: Summary, entries: int) -> Iterator[Finding]:
-    """What the counts of a split with so many entries of `annotations` reveal."""
-    if entries and not summary.objects:
+def counts_of_split(summary: Summary, entries: int, *, training: bool) -> Iterator[Finding]:
+    """What the counts of a split with so many entries of `annotations` reveal; without any it may be tested on."""
+    if (entries or training) and not summary.objects:
         message = f"none of the {entries} objects can be learnt, {summary.crowds} are crowds"
         yield Finding("nothing-to-learn", f"{message}; see the findings of its objects")
     elif summary.crowds >= MANY_CROWDS * entries > 0:

@@ -123,6 +123,8 @@ def _image_ids(sources: Sequence[Source], annotations: Path | None) -> list[int]
     document = read_json(annotations)
     entries = document.get("images") if isinstance(document, dict) else None
     known = {str(entry.get("file_name")): entry.get("id") for entry in entries or [] if isinstance(entry, dict)}
+
+    # The longest end of a path that the annotations name.
     ids = []
     for source in sources:
         parts = PurePath(source.name).parts
@@ -130,10 +132,8 @@ def _image_ids(sources: Sequence[Source], annotations: Path | None) -> list[int]
         image_id = next((known[end] for end in ends if end in known), None)
         if image_id is None:
             raise UserError(f"{source.name}: not among the {len(known)} images of {annotations}; leave the image out")
-        if not isinstance(image_id, int):  # pycocotools and ours look for numbers
-            raise UserError(
-                f"{annotations}: {source.name} has the id {image_id!r}; give the images whole numbers as ids"
-            )
+        if not isinstance(image_id, int):
+            raise UserError(f"{annotations}: {source.name} has the id {image_id!r}; needed is a whole number")
         ids.append(image_id)
     return ids
 

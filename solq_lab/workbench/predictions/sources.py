@@ -9,13 +9,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
-from itertools import chain, count, islice
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from solq_lab.data.kinds import IMAGE_SUFFIXES
 from solq_lab.errors import UserError
+from solq_lab.files import files_below
 
 VIDEOS = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"])
 MAX_BYTES = 2 * 10**9  # of a download
@@ -128,8 +129,7 @@ def _expand(name: str, out: Path) -> list[str]:
 
 def _files_in(folder: Path, out: Path, *, recursive: bool) -> list[str]:
     """The images and videos in a folder, without hidden ones and those of an output folder within it."""
-    walked = os.walk(folder) if recursive else islice(os.walk(folder), 1)
-    inside = sorted(Path(place, name) for place, _, names in walked for name in names)
+    inside = sorted(files_below(folder) if recursive else (path for path in folder.iterdir() if not path.is_dir()))
     known = IMAGE_SUFFIXES | VIDEOS
     inside = [file for file in inside if file.suffix.lower() in known and not file.name.startswith(".")]
     drawn = out.resolve()
