@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ from solq_lab.schema import DataSection, ModelSection
 
 if TYPE_CHECKING:
     from solq_lab.models.backbone import Backbone
+
+log = logging.getLogger(__name__)
 
 
 def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None = None) -> MaskCodec | None:
@@ -181,6 +184,8 @@ def build_dataset(
     )
     if training and not len(dataset.truth):
         raise DataError(f"{place.annotations}: no training image has an object: nothing can be learnt")
+    if not len(dataset.truth):
+        log.warning("%s: no image has an object: AP is not measured, and no weights are the best", place.annotations)
     return dataset
 
 

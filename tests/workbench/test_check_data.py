@@ -256,7 +256,8 @@ def test_a_split_without_an_object_to_learn_is_rejected_and_one_of_many_crowds_i
     assert broken(check(nothing)) == {"nothing-to-learn": 1}
     assert _is_rejected_by_the_loader(nothing.images, nothing.annotations)
     none = write_split(tmp_path / "4", lambda document: document.update(annotations=[]))
-    assert broken(check(none)) == {"nothing-to-learn": 1}
+    for name, rules in (("train", {"nothing-to-learn": 1}), ("val", {"nothing-to-measure": 1}), ("test", {})):
+        assert broken(check(none._replace(name=name))) == rules
 
 
 def test_more_objects_than_queries_or_detections_are_found(tmp_path):

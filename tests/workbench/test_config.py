@@ -158,6 +158,8 @@ def test_a_file_that_extends_itself_is_rejected(write):
         ("codec.threshold=null", None),
         ("data.crop_size=[3, 4]", (3, 4)),
         ("optim.lr=2e-5", 2e-5),
+        ("train.steps=010", 10),
+        ("train.steps=0x10", 16),
     ],
 )
 def test_an_override_of_a_text_is_taken_as_typed_and_any_other_as_yaml(write, override, found):
@@ -167,6 +169,7 @@ def test_an_override_of_a_text_is_taken_as_typed_and_any_other_as_yaml(write, ov
 
 
 def test_a_choice_that_yaml_takes_for_another_type_is_rejected_as_typed(write):
+    assert "(found '1:30')" in rejection(write(""), ["train.steps=1:30"])
     assert "(found 'no')" in rejection(write(""), ["train.autocast=no"])
 
 

@@ -28,8 +28,7 @@ from solq_lab.data.transforms import ReleasedAugmentation
 from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.results import detections_to_results
 from solq_lab.models.solq import SOLQ
-from solq_lab.training.losses import SetCriterion
-from solq_lab.training.matcher import HungarianMatcher
+from solq_lab.training.losses import build_criterion
 
 EXPERIMENT = tiny_experiment(Path())
 SECONDS = 60  # for one case, on a busy machine
@@ -73,11 +72,7 @@ def model_of(channels: int) -> SOLQ:
 
 def losses_of_a_step(dataset: CocoDataset) -> list[float]:
     """Every loss of one step on the images of a data set, and the gradient norm."""
-    loss = EXPERIMENT.loss
-    matcher = HungarianMatcher(
-        **EXPERIMENT.matcher.model_dump(), focal_alpha=loss.focal_alpha, focal_gamma=loss.focal_gamma
-    )
-    criterion = SetCriterion(build_codec(EXPERIMENT), matcher, **loss.model_dump())
+    criterion = build_criterion(EXPERIMENT, build_codec(EXPERIMENT))
     images, targets = collate([dataset[0, index] for index in range(len(dataset))])
     model = model_of(len(dataset.classes)).train()
     model.zero_grad()

@@ -146,7 +146,7 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
 
         entries = len(document["annotations"])
         report.findings.add(split.name, rules.images_twice(own_facts.digests, own_facts.ids))
-        report.findings.add(split.name, rules.counts_of_split(summary, entries, training=split.name == "train"))
+        report.findings.add(split.name, rules.counts_of_split(split.name, summary, entries))
         report.entries[split.name] = _entries_of(report.findings, split, document)
         report.samples[split.name] = _choose_samples(report.findings, content, summary, names)
         if len(facts) == 1 and content.images:

@@ -175,14 +175,17 @@ def images_twice(digests: Mapping[str, bytes], image_ids: Mapping[str, int]) -> 
             yield Finding("image-twice", message, name, image_ids[name])
 
 
-def counts_of_split(summary: Summary, entries: int, *, training: bool) -> Iterator[Finding]:
-    """What the counts of a split with so many entries of `annotations` reveal; without any it may be tested on."""
-    if (entries or training) and not summary.objects:
+def counts_of_split(split: str, summary: Summary, entries: int) -> Iterator[Finding]:
+    """What the counts of a split with so many entries of `annotations` reveal; a test split may have none."""
+    if split == "val" and not entries:
+        yield Finding("nothing-to-measure", "no objects, so that no evaluation can find the best weights")
+    elif (entries or split == "train") and not summary.objects:
         message = f"none of the {entries} objects can be learnt, {summary.crowds} are crowds"
         yield Finding("nothing-to-learn", f"{message}; see the findings of its objects")
     elif summary.crowds >= MANY_CROWDS * entries > 0:
         message = f"{summary.crowds} of {entries} objects are marked as crowds (iscrowd 1) and not learnt"
         yield Finding("many-crowds", message)
+
     most = max(summary.per_class.values(), default=0)
     for name, count in summary.per_class.items():
         if not count:

@@ -130,7 +130,8 @@ def check_data(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report.to_dict(worst) | {"allowed": allowed})
     typer.echo(f"\nnumbers {folder / 'report.json'}")
-    typer.echo(f"images  solq-lab run notebooks/data_report.ipynb -p {shlex.quote(f'root={data}')}")
+    if not (overrides or images):
+        typer.echo(f"images  solq-lab run notebooks/data_report.ipynb -p {shlex.quote(f'root={data}')}")
     failing = report.findings.failing(fail_on, allowed)
     if failing:
         allowing = " ".join(f"--allow {rule}" for rule in failing)
