@@ -86,8 +86,9 @@ def check_image_entry(entry: Any, place: int, path: Path) -> None:
     """
     if not isinstance(entry, dict) or not is_image_entry(entry):
         raise DataError(
-            f"{path}: images[{place}]: found {shorten(entry)}; needed are a whole number 'id', a text 'file_name' "
-            f"and positive whole numbers 'height' and 'width' up to {MAX_SIDE}{conversion_of(entry, 'id', *SIDES)}"
+            f"{path}: images[{place}]: found {shorten(entry)}; needed are a whole number 'id' below 2^53, a text "
+            f"'file_name' and positive whole numbers 'height' and 'width' up to {MAX_SIDE}"
+            f"{conversion_of(entry, 'id', *SIDES)}"
         )
     if os.path.isabs(entry["file_name"]) or os.path.normpath(entry["file_name"]).split(os.sep)[0] == os.pardir:
         raise DataError(
@@ -101,6 +102,7 @@ def is_image_entry(entry: dict[str, Any]) -> bool:
     sides = [entry.get(key) for key in SIDES]
     return (
         is_id(entry.get("id"))
+        and abs(entry["id"]) < 2**53  # the evaluation holds it as a float
         and isinstance(entry.get("file_name"), str)
         and all(is_id(side) and 0 < side <= MAX_SIDE for side in sides)
     )

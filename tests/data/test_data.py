@@ -553,6 +553,7 @@ def test_a_bad_annotation_is_named_with_what_is_wrong(tmp_path, changes, message
 @pytest.mark.parametrize(
     ("image", "message"),
     [
+        ({"id": 2**53, "file_name": "a.png", "height": 30, "width": 40}, r"images\[0\]: found .*'id' below 2\^53"),
         ({"id": 3, "file_name": "a.png", "height": 30}, r"images\[0\]: found .*needed are a whole number 'id'"),
         (
             {"id": "3", "file_name": "a.png", "height": 30, "width": 40},
