@@ -95,7 +95,8 @@ def codec_ceiling(
 
     Returns:
         "segm" and "boundary" numbers, and the mean IoU of an object's mask with its ground truth: "segm.IoU", and
-        "segm.IoUs", "segm.IoUm", "segm.IoUl" by object size (NaN where there is no object). "bits": of a stored mask.
+        "segm.IoUs", "segm.IoUm", "segm.IoUl" by object size (NaN where there is no object). "segm.bits": of a stored
+        mask.
 
     Raises:
         DataError: the annotations cannot be used.
@@ -113,7 +114,7 @@ def codec_ceiling(
     }
     return dataclasses.replace(
         segm,
-        metrics=segm.metrics | boundary.metrics | ious | {"bits": found.bits},
+        metrics=segm.metrics | boundary.metrics | ious | {"segm.bits": found.bits},
         per_class={name: row | boundary.per_class[name] for name, row in segm.per_class.items()},
     )
 

@@ -83,7 +83,7 @@ class UpperBound:
         """
         metrics = self.evaluation.metrics
         numbers = {name: None if math.isnan(metrics[name]) else metrics[name] for name in NUMBERS}
-        numbers["bits"] = metrics.get("bits")  # 0.2.0 stored none
+        numbers["bits"] = metrics.get("segm.bits")  # 0.2.0 stored none
         return dataclasses.asdict(self.setting) | {"images": self.evaluation.images} | numbers
 
 
@@ -299,7 +299,7 @@ def ceiling_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:
         row = {"codec": setting.method, "N": setting.mask_size, "n_k": setting.vector_dim}
         row |= {name.replace("_", " "): getattr(setting, name) for name in varied}
         if "step" in varied:
-            row["bits"] = round(bound.evaluation.metrics["bits"], 1)
+            row["bits"] = round(bound.evaluation.metrics["segm.bits"], 1)
         rows.append(row | {_heading(name): 100 * bound.evaluation.metrics[name] for name in NUMBERS})
     setting_columns = ["codec", "N", "n_k", *(name.replace("_", " ") for name in varied)]
     setting_columns += ["bits"] if "step" in varied else []

@@ -109,6 +109,8 @@ def sample_images(report: Report, split: Split) -> Figure:
     rows = max(-(-len(samples) // ACROSS), 1)
     title = f"images of {split.name}, those with findings first"
     figure, axes = new_figure(rows, ACROSS, size=(SIDE * ACROSS, 0.4 + (SIDE + 0.2) * rows), title=title)
+
+    # A class has one colour in all images.
     names = dict.fromkeys(name for sample in samples for name in sample.names)
     colours = dict(zip(names, itertools.cycle(OBJECT_COLOURS), strict=False))
     for panel in axes.flat:

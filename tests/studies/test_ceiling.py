@@ -178,18 +178,18 @@ def test_bits_are_the_entropies_of_the_rounded_entries(document):
         symbols = np.round(vectors / (step * spread))
         expected = sum(entropy(np.unique(entry, return_counts=True)[1], base=2) for entry in symbols.T)
         metrics = codec_ceiling(document, CODE, noise=Noise(step=step), processes=2).metrics
-        assert metrics["bits"] == pytest.approx(
+        assert metrics["segm.bits"] == pytest.approx(
             expected, rel=0.02
         )  # an entry half way between two steps may go either way
-        found.append((metrics["bits"], metrics["segm.IoU"]))
+        found.append((metrics["segm.bits"], metrics["segm.IoU"]))
     assert found == sorted(found, reverse=True)
-    assert codec_ceiling(document, CODE).metrics["bits"] == 32 * CODE.vector_dim
+    assert codec_ceiling(document, CODE).metrics["segm.bits"] == 32 * CODE.vector_dim
 
 
 def test_tokens_have_bits_of_their_own(document):
     codec = QuantisedCodec(16, 20)
     codec.fit([GroundTruth(document, keep="all").box_masks(range(9), 16)])
-    assert codec_ceiling(document, codec).metrics["bits"] == 64
+    assert codec_ceiling(document, codec).metrics["segm.bits"] == 64
 
 
 def test_edges_that_pass_each_other_change_places(document):

@@ -132,7 +132,9 @@ def test_a_busy_server_gets_another_request_after_the_time_it_names(server, targ
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
 def test_a_rejection_is_final(server, target, status):
     server.answers = [(status, {})]
-    with pytest.raises(DataError, match=rf"/a: the server answers {status} .*check the address \(--base-url\)"):
+    with pytest.raises(
+        DataError, match=rf"/a: the server answers {status} .*check the address \(--base-url, --mirror\)"
+    ):
         fetch(f"{server.url}/a", target, **QUICK)
     assert len(server.ranges) == 1
 

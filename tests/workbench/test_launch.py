@@ -61,7 +61,7 @@ with run.locked():
 
 @pytest.fixture
 def run(tmp_path):
-    return create_run(Experiment(name="a", train={"steps": 10}), tmp_path / "runs")
+    return create_run(Experiment(name="a", model={"pretrained": "none"}, train={"steps": 10}), tmp_path / "runs")
 
 
 @pytest.fixture
@@ -340,7 +340,7 @@ def experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(WORKSPACE, str(tmp_path))  # run_notebook sets it; afterwards it is as before
     path = tmp_path / "mine.yaml"
-    path.write_text("data: {generate: easy, root: none}")
+    path.write_text("{model: {pretrained: none}, data: {generate: easy, root: none}}")
     return path
 
 
