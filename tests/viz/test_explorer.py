@@ -433,7 +433,7 @@ def test_papermill_leaves_every_view_as_a_plain_figure(tmp_path, monkeypatch, sh
     executed = run_notebook(NOTEBOOK, REPOSITORY / "experiments" / "shapes.yaml", parameters=parameters)
     outputs = [output for cell in json.loads(executed.read_text())["cells"] for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3  # none is just named
-    (figures,) = tmp_path.glob("runs/codec_explorer/figures")
+    (figures,) = tmp_path.glob("runs/codec_explorer/*/figures")
     shown = {path.name: np.asarray(Image.open(path).convert("L")) for path in figures.iterdir()}
     assert shown.keys() == {"object.png", "partial_sums.png", "worst.png"}
     assert all(image.std() > 10 for image in shown.values())

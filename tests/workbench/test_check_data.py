@@ -491,7 +491,7 @@ def test_the_notebook_shows_the_tables_and_the_figures(tmp_path, monkeypatch):
     write_split(tmp_path / "mine", put("annotations", 0, bbox=[10, 5, 30, 10]))
     executed = run_report(REPOSITORY / "notebooks" / "data_report.ipynb", "runs", parameters={"root": "mine"})
     figures = {path.name for path in executed.parent.glob("*.png")}
-    assert figures == {"mask-smaller-than-box_train.png", "classes.png", "sizes.png"}
+    assert figures == {"mask-smaller-than-box_train.png", "images_train.png", "classes.png", "sizes.png"}
     page = executed.with_suffix(".html").read_text()
     assert "the mask fills [10.0, 5.0, 10.0, 10.0] of bbox [10, 5, 30, 10]" in page
     assert "boxes much wider than their mask" in page
