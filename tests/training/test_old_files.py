@@ -26,7 +26,7 @@ ARCHIVE = Path(__file__).resolve().parents[1] / "old_files" / "old_files.tar.xz"
 def old_files(tmp_path, monkeypatch):
     """The old files in the current folder, beside the images that they were trained on."""
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path)
     write_tiny_dataset(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
     # The default backbone has a million weights; the files are to stay small.

@@ -106,19 +106,6 @@ def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
     assert what_was_learned(parts) == what_was_learned(whole)
 
 
-def test_a_data_set_without_any_object_trains(data_root, tmp_path):
-    for split in ("train", "val"):
-        document = json.loads((data_root / f"{split}.json").read_text()) | {"annotations": []}
-        (tmp_path / f"{split}.json").write_text(json.dumps(document))
-    data = {f"{split}_annotations": str(tmp_path / f"{split}.json") for split in ("train", "val")}
-    run = new_run(data_root, tmp_path / "runs", train={"steps": 2}, data=data)
-    assert train_run(run) == "finished"
-    losses = run.metrics("train")[-1]["losses"]
-    assert losses["class"] > 0
-    assert losses["l1"] == losses["giou"] == losses["vector"] == 0
-    assert run.metrics("start")[0]["plateau"]["vector"] == 0
-
-
 def test_a_plain_detector_trains(data_root, tmp_path):
     run = new_run(data_root, tmp_path, train={"steps": 2}, codec={"kind": "none"}, model={"standardise_vectors": False})
     assert train_run(run) == "finished"

@@ -135,7 +135,7 @@ def _mask_faults(entry: dict[str, Any], rle: dict | None, size: tuple[int, int])
         edges = zip(gaps, (w, h, w, h), (x >= 0, y >= 0, x + w <= size[1], y + h <= size[0]), strict=True)
         if any(inside and gap > max(LOOSE[0], LOOSE[1] * side) for gap, side, inside in edges):
             message = f"the mask fills {tight} of bbox {entry['bbox']}"
-            yield "mask-smaller-than-box", message, 1 - width * height / (w * h)
+            yield "mask-smaller-than-box", message, 1 - width / w * (height / h)
 
     # Evaluation tells small from large by the annotated area; none is allowed.
     area = entry.get("area")
