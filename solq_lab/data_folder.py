@@ -54,8 +54,8 @@ def split_of(experiment: Experiment, name: Literal["train", "val"]) -> Split:
         ConfigError: data.root is empty.
         DataError: they are not found, or cannot be made of what is there.
     """
-    data = with_found_data(experiment).data
-    images = getattr(data, f"{name}_images")
+    experiment = with_found_data(experiment)  # so that `annotations_of` does not look again
+    data, images = experiment.data, getattr(experiment.data, f"{name}_images")
     if not data.root:
         raise ConfigError(EMPTY)
     if not images:

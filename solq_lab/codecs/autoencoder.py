@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from solq_lab.codecs.base import CodecFit, FittedCodec
-from solq_lab.codecs.flatten import cell_overlap, hat_weights
+from solq_lab.codecs.flatten import cell_overlap, hat_weights, resample
 
 GRID = 32  # side of the mask that the network sees and draws
 CHANNELS = (16, 32, 32)  # after each halving of the grid; mirrored in the decoder
@@ -53,7 +53,7 @@ class AutoencoderCodec(FittedCodec):
         dtype = torch.promote_types(masks.dtype, torch.float32)
         tables = {name: table.to(dtype) for name, table in self.named_buffers()}
         with torch.autocast(masks.device.type, enabled=False):
-            return _encode(tables, self.coarse(masks.to(dtype)))
+            return _encode(tables, resample(masks.to(dtype), self.averaging))
 
     def decode(self, vectors: Tensor) -> Tensor:
         """Reconstructions in 0..1."""
@@ -63,13 +63,7 @@ class AutoencoderCodec(FittedCodec):
         tables = {name: table.to(exact) for name, table in self.named_buffers()}
         with torch.autocast(vectors.device.type, enabled=False):
             logits = _decode(tables, vectors.to(exact))  # (K, GRID, GRID)
-            fine = tables["interpolation"] @ logits @ tables["interpolation"].T
-            return fine.sigmoid().to(vectors.dtype)
-
-    def coarse(self, masks: Tensor) -> Tensor:
-        """(K, GRID, GRID) shares of each cell that masks (K, N, N), floats, cover."""
-        weights = self.averaging.to(masks)
-        return weights @ masks @ weights.T
+            return resample(logits, self.interpolation).sigmoid().to(vectors.dtype)
 
 
 class AutoencoderFit(CodecFit):
@@ -87,7 +81,8 @@ class AutoencoderFit(CodecFit):
 
     def update(self, masks: Tensor) -> None:
         """Learn from masks (K, N, N) bool, K at least 1."""
-        coarse = self._codec.coarse(masks.to("cpu", torch.float32)).mul(255).round().to(torch.uint8)
+        coarse = resample(masks.to("cpu", torch.float32), self._codec.averaging.cpu())  # (K, GRID, GRID)
+        coarse = coarse.mul(255).round().to(torch.uint8)
         room = max(0, SAMPLE - len(self._sample))
         self._sample = torch.cat([self._sample, coarse[:room]])
 

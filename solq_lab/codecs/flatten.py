@@ -43,12 +43,12 @@ class FlattenCodec(MaskCodec):
     def encode(self, masks: Tensor) -> Tensor:
         self.check_masks(masks)
         dtype = torch.promote_types(masks.dtype, torch.float32)
-        return _resample(masks.to(dtype), self.averaging).flatten(1)  # (K, s, s) -> (K, D)
+        return resample(masks.to(dtype), self.averaging).flatten(1)  # (K, s, s) -> (K, D)
 
     def decode(self, vectors: Tensor) -> Tensor:
         self.check_vectors(vectors)
         side = self.averaging.shape[0]
-        return _resample(vectors.unflatten(1, (side, side)), self.interpolation)  # (K, D) -> (K, s, s) -> (K, N, N)
+        return resample(vectors.unflatten(1, (side, side)), self.interpolation)  # (K, D) -> (K, s, s) -> (K, N, N)
 
 
 def cell_overlap(cells: int, coarse: int) -> Tensor:
@@ -66,7 +66,7 @@ def hat_weights(coarse: int, cells: int) -> Tensor:
     return (1 - (position - torch.arange(coarse, dtype=torch.float64)).abs()).clamp(min=0)
 
 
-def _resample(planes: Tensor, weights: Tensor) -> Tensor:
+def resample(planes: Tensor, weights: Tensor) -> Tensor:
     """Planes (K, n, n) weighted along both axes by (m, n): (K, m, m), in their dtype."""
     if weights.shape[0] == weights.shape[1]:
         return planes  # the weights are one where n = m

@@ -209,10 +209,11 @@ def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
     masks.paste_to_rle(torch.zeros(0, 1, 1, dtype=torch.bool), torch.zeros(0, 4), (1, 1))  # compile once, before a fork
     ious, results, symbols = [np.zeros(0)], [], []
     work = in_processes(_reconstruct_piece, scene, [_Piece(rows, std) for rows in pieces], processes)
-    for piece in tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False):
-        ious.append(piece[0])
-        results += piece[1]
-        symbols.append(piece[2])
+    progress = tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False)
+    for piece_ious, piece_results, piece_symbols in progress:
+        ious.append(piece_ious)
+        results += piece_results
+        symbols.append(piece_symbols)
 
     ids, areas = scene.truth.ids[scene.rows], scene.truth.areas_of(scene.rows)
     return Reconstructions(ids, areas, np.concatenate(ious), results, _bits_per_mask(scene.codec, symbols))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from solq_lab.data.annotations import DataError, clamped_box
 from solq_lab.data.folders import Split
 from solq_lab.schema import EvaluationSection
 from solq_lab.viz.images import MaskWindow, outline_mask
-from solq_lab.viz.style import BLUE, GREY, OBJECT_COLOURS, ORANGE, SKY, STYLE, VERMILION, hide_axes, new_figure
+from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, colours_of, hide_axes, new_figure
 from solq_lab.workbench.check.findings import RULES, Finding
 from solq_lab.workbench.check.report import Report
 from solq_lab.workbench.check.rules import read_mask
@@ -112,7 +111,7 @@ def sample_images(report: Report, split: Split) -> Figure:
 
     # A class has one colour in all images.
     names = dict.fromkeys(name for sample in samples for name in sample.names)
-    colours = dict(zip(names, itertools.cycle(OBJECT_COLOURS), strict=False))
+    colours = dict(zip(names, colours_of(range(len(names))), strict=True))
     for panel in axes.flat:
         hide_axes(panel)
     for panel, sample in zip(axes.flat, samples, strict=False):

@@ -11,14 +11,12 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.files import replacing
-from solq_lab.viz.style import STYLE, new_figure
+from solq_lab.viz.style import STYLE, new_figure, save_animation
 
 SIDE = 560  # of the map, CSS pixels
 SHOWN = 200  # of the mask under the pointer
@@ -114,17 +112,7 @@ def save_way(codec: MaskCodec, vectors: Tensor, path: Path, *, frames: int = 24,
     with torch.inference_mode():
         masks = codec.decode_masks((1 - share) * vectors[0] + share * vectors[1])  # (frames, N, N)
     images = [_image(mask).resize((side, side), Image.Resampling.NEAREST) for mask in masks.cpu()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        looped = images[1:] + images[-2::-1]
-        images[0].save(unfinished, format="GIF", save_all=True, append_images=looped, duration=60, loop=0)
-
-
-def class_colours(labels: Sequence[str]) -> list[str]:
-    """A colour for every label, the same for the same label, by its place among all in order."""
-    order = sorted(set(labels))
-    hues = mpl.colormaps["hsv"](np.linspace(0, 1, len(order), endpoint=False))
-    return [to_hex(hues[order.index(label)]) for label in labels]
+    save_animation(images + images[-2::-1], path, milliseconds=60)
 
 
 def _png(mask: Tensor) -> str:

@@ -16,8 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
+from PIL import Image
 
 from solq_lab.codecs.kinds import CODECS
+from solq_lab.files import replacing
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -71,6 +73,14 @@ def new_figure(
     if title:
         figure.suptitle(title)
     return figure, axes
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int) -> None:
+    """Write frames of one size as a GIF that starts again at its end, `milliseconds` each; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = frames
+    with replacing(path) as unfinished:
+        first.save(unfinished, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def save(figure: Figure, path: Path) -> Figure:

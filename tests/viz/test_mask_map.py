@@ -15,7 +15,8 @@ from sklearn.decomposition import PCA
 
 from solq_lab.bench.scenes import blob_masks
 from solq_lab.codecs.dct import DCTCodec
-from solq_lab.viz.mask_map import class_colours, mask_map, neighbours, project, save_way
+from solq_lab.viz.mask_map import mask_map, neighbours, project, save_way
+from solq_lab.viz.style import colours_of
 
 CODEC = DCTCodec(16, 30)
 MASKS = blob_masks(0, count=20, size=16)
@@ -32,7 +33,7 @@ def test_the_map_shows_the_two_main_directions():
 
 
 def test_pointing_at_an_object_shows_its_own_mask():
-    svg = mask_map(project(VECTORS)[0], MASKS, NAMES, class_colours(NAMES))
+    svg = mask_map(project(VECTORS)[0], MASKS, NAMES, colours_of(map(NAMES.index, NAMES)))
     tree = ElementTree.fromstring(svg)
     points = tree.findall(".//{*}g[@class='point']")
     assert len(points) == 20
@@ -40,7 +41,7 @@ def test_pointing_at_an_object_shows_its_own_mask():
     for point, mask in zip(points, MASKS, strict=True):
         data = b64decode(point.find("{*}image").get("href").split(",")[1])
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), mask.numpy())
-    fills = re.findall(r'fill="(#[0-9a-f]{6})"', svg)
+    fills = re.findall(r'fill="(#[0-9A-F]{6})"', svg)
     assert len(set(fills)) == 2
 
 

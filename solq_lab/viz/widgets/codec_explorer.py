@@ -90,7 +90,7 @@ class CodecExplorer(Explorer):
         Args:
             splits: data sets by name, at least one.
             cache: folder for fitted codecs.
-            method: "dct", "pca", "sparse" or "flatten".
+            method: a name in `CODECS`.
             mask_size: N, pixels.
             vector_dim: n_k.
             boundary_ratio: boundary width over the image's diagonal.

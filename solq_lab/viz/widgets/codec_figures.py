@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from solq_lab.viz.style import CODEC_NAMES, ORANGE, STYLE, hide_axes, new_figure
+from solq_lab.viz.style import CODEC_NAMES, ORANGE, STYLE, hide_axes, new_figure, save_animation
 from solq_lab.viz.widgets.codec_lab import CodecLab, ScoredObject
 from solq_lab.viz.widgets.codec_panels import SIDE, Setting, error_image, fit_square, grey
 
@@ -88,5 +88,4 @@ def animate(lab: CodecLab, setting: Setting, counts: Sequence[int], path: Path) 
         frame = Image.fromarray(np.hstack([*images, errors_of(lab, part)]))
         ImageDraw.Draw(frame).text((4, 2), f"{count} of {counts[-1]}: IoU {found.iou:.3f}", fill=ORANGE)
         frames.append(frame)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0)
+    save_animation(frames, path, milliseconds=FRAME_MILLISECONDS)

@@ -6,7 +6,6 @@ Jupyter would write the exception of a callback to a log that nobody opens.
 from __future__ import annotations
 
 import html
-import io
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +14,10 @@ from contextlib import contextmanager
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+import torch
 
 from solq_lab.data.coco import CocoDataset
+from solq_lab.data.images import decode_bytes
 from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
 from solq_lab.viz.widgets.chooser import ImageChooser, list_objects
@@ -100,9 +100,9 @@ class Explorer(ABC):
 
     def _add_uploaded(self) -> None:
         for file in self.chooser.upload.value:
-            opened = ImageOps.exif_transpose(Image.open(io.BytesIO(file["content"])))
-            assert opened is not None  # None is for work in place
-            self.add_image(file["name"], np.asarray(opened.convert("RGB")))
+            content = torch.frombuffer(bytearray(file["content"]), dtype=torch.uint8)
+            pixels = decode_bytes(content, file["name"], "upright")  # (3, H, W)
+            self.add_image(file["name"], pixels.permute(1, 2, 0).numpy())
 
 
 class ModelExplorer(Explorer):

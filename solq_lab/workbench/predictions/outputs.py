@@ -49,6 +49,13 @@ class InputImage(NamedTuple):
         """Path of its files in the folder of a format, without suffix."""
         return self.source.stem if self.frame is None else f"{self.source.stem}/{self.number:06}"
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a COCO document says of it; of a frame also its number."""
+        height, width = self.pixels.shape[:2]
+        entry = {"id": self.image_id, "file_name": self.source.name, "width": width, "height": height}
+        return entry if self.frame is None else entry | {"frame": self.number}
+
 
 class Output(Protocol):
     """Files of one format."""
@@ -133,8 +140,10 @@ class Polygons:
             "shapes": shapes,
             "imagePath": place,
             "imageData": None,
+            "imageHeight": height,
+            "imageWidth": width,
         }
-        write_json(_ensure(path), document | {"imageData": None, "imageHeight": height, "imageWidth": width})
+        write_json(_ensure(path), document)
 
     def close(self) -> None:
         """Nothing is left to write."""
@@ -197,9 +206,7 @@ class Coco:
         self._results: list[dict[str, Any]] = []
 
     def write(self, image: InputImage, found: Detections) -> None:
-        height, width = image.pixels.shape[:2]
-        entry = {"id": image.image_id, "file_name": image.source.name, "width": width, "height": height}
-        self._images.append(entry if image.frame is None else entry | {"frame": image.number})
+        self._images.append(image.entry)
         self._results += found.to_coco(image.image_id)
         self._masks = found.masks is not None
 
@@ -252,10 +259,5 @@ def json_line(image: InputImage, found: Detections, classes: ClassMap, drawings:
     """An image, its size, and COCO results with the names of their categories."""
     names = dict(zip(classes.category_ids, classes.names, strict=True))
     results = [one | {"category_name": names[one["category_id"]]} for one in found.to_coco(image.image_id)]
-    height, width = image.pixels.shape[:2]
-    entry: dict[str, Any] = {"id": image.image_id, "file_name": image.source.name, "width": width, "height": height}
-    if image.frame is not None:
-        entry["frame"] = image.number
-    if drawings:
-        entry["drawing"] = str(drawings[0])
-    return json.dumps(entry | {"detections": results})
+    drawn = {"drawing": str(drawings[0])} if drawings else {}
+    return json.dumps(image.entry | drawn | {"detections": results})
