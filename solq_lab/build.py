@@ -112,10 +112,11 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
         backbone = build_backbone(model, imagenet=imagenet)
     except (ValueError, ImportError) as error:  # no network to fetch weights, no timm
         raise ConfigError(f"model.backbone={model.backbone}, model.pretrained={model.pretrained}: {error}") from None
-    sizes = model.model_dump(exclude={"backbone", "pretrained", "dilation", "mask_branch"})
+    sizes = model.model_dump(exclude={"backbone", "pretrained", "dilation", "mask_branch", "mask_detail"})
     match model.mask_branch:
         case "sqr":
-            return SQRDetector(backbone, num_classes, freeze_detector=experiment.train.freeze_detector, **sizes)
+            branch = {"detail": model.mask_detail, "freeze_detector": experiment.train.freeze_detector}
+            return SQRDetector(backbone, num_classes, **branch, **sizes)
         case "none":
             vector_dim = None if codec.kind == "none" else codec.vector_dim
             return SOLQ(backbone, num_classes, vector_dim=vector_dim, **sizes)

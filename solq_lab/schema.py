@@ -61,6 +61,9 @@ class ModelSection(Section):
     mask_branch: Annotated[Literal["none", "sqr"], Role.ADAPTED] = Field(
         "none", description="sqr: the paper's baseline (table 2)"
     )
+    mask_detail: Annotated[int, Role.ADAPTED] = Field(
+        1, gt=0, description="logits per side of a cell of the mask branch: 2 halves the stride of its masks"
+    )
 
     @field_validator("backbone")
     @classmethod
@@ -77,6 +80,8 @@ class ModelSection(Section):
             raise ValueError("levels 2 does not exist: 1 is C5 alone, 3 is C3-C5, 4 adds the stride-64 level")
         if self.mask_branch == "sqr" and self.levels == 1:
             raise ValueError("mask_branch sqr needs the maps C3-C5: give levels 3 or more, or mask_branch: none")
+        if self.mask_detail > 1 and self.mask_branch == "none":
+            raise ValueError(f"mask_detail {self.mask_detail} is about a mask branch; set it to 1, or mask_branch: sqr")
 
         # Where queries come from.
         for key in ("two_stage", "mixed_queries", "look_twice"):

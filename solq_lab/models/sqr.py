@@ -32,6 +32,7 @@ class SQRDetector(SOLQ):
     Args:
         backbone: as for `SOLQ`, with three maps.
         num_classes: S, class channels.
+        detail: logits per side of a cell of the mask branch.
         freeze_detector: train the mask branch alone, as the paper says; the detector stays in evaluation mode. The
             released models were trained as a whole.
         detector: every other argument of `SOLQ` but `vector_dim`.
@@ -40,7 +41,9 @@ class SQRDetector(SOLQ):
         ValueError: the numbers do not fit together.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, *, freeze_detector: bool = False, **detector: Any) -> None:
+    def __init__(
+        self, backbone: Backbone, num_classes: int, *, detail: int = 1, freeze_detector: bool = False, **detector: Any
+    ) -> None:
         super().__init__(backbone, num_classes, vector_dim=None, **detector)
         if len(backbone.channels) != 3:
             raise ValueError("the mask branch needs the maps C3, C4 and C5; levels 1 gives it C5 alone")
@@ -48,8 +51,8 @@ class SQRDetector(SOLQ):
         if freeze_detector:
             self.requires_grad_(False)
         levels, width = self.level_embedding.shape
-        above = levels > len(backbone.channels)
-        self.mask_branch = MaskBranch(width, detector["heads"], backbone.channels, stride=2 if above else 1)
+        stride = 2 if levels > len(backbone.channels) else 1
+        self.mask_branch = MaskBranch(width, detector["heads"], backbone.channels, stride=stride, detail=detail)
         self.train()  # modules start in training mode, a frozen part should not
 
     def forward(self, images: ImageBatch, guests: Guests | None = None) -> Predictions:
@@ -66,7 +69,7 @@ class SQRDetector(SOLQ):
             memory = self.checkpoint(encode, memory)
         predictions, queries = self.decode(memory, guests)
 
-        logits = self.mask_branch(queries, levels, memory, features)  # (B, J, H/16, W/16)
+        logits = self.mask_branch(queries, levels, memory, features)  # (B, J, H/16, W/16) if released
         *earlier, last = predictions.layers
         last = last._replace(masks=ImageMasks(logits, images.padding))
         return predictions._replace(layers=[*earlier, last])
@@ -89,10 +92,12 @@ class MaskBranch(Checkpointed):
         channels: of the backbone's maps C3, C4, C5.
         stride: of the convolutions that halve those channels: 2 brings C5 to a coarsest level above it, and the
             mask to twice the stride of C3; 1 where C5 is the coarsest level, and the mask has the stride of C3.
+        detail: logits per side of a cell (a sub-pixel convolution answers), which divide that stride; 1 is released.
     """
 
-    def __init__(self, width: int, heads: int, channels: tuple[int, ...], *, stride: int) -> None:
+    def __init__(self, width: int, heads: int, channels: tuple[int, ...], *, stride: int, detail: int = 1) -> None:
         super().__init__()
+        self.detail = detail
         self.attention = AttentionMaps(width, heads)
         coarse_first = channels[::-1]
 
@@ -106,7 +111,7 @@ class MaskBranch(Checkpointed):
             nn.Conv2d(inputs // 2, outputs, kernel_size=1)
             for inputs, outputs in zip(coarse_first, widths[2:], strict=False)
         )
-        self.answer = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)  # its name is that of weights files
+        self.answer = nn.Conv2d(widths[-1], detail**2, kernel_size=3, padding=1)  # its name is that of weights files
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -132,7 +137,8 @@ class MaskBranch(Checkpointed):
         maps = self.checkpoint(second, self.checkpoint(first, maps))
         for halve, adapt, refine, finer in zip(self.pyramid, self.adapters, refining, features[::-1], strict=True):
             maps = self.checkpoint(self._refine_at, refine, maps, adapt(halve(finer)))
-        return self.answer(maps).unflatten(0, (batch, count)).squeeze(2)  # (B*J, 1, h, w) -> (B, J, h, w)
+        logits = F.pixel_shuffle(self.answer(maps), self.detail)  # (B*J, 1, h, w)
+        return logits.unflatten(0, (batch, count)).squeeze(2)
 
     def _refine_at(self, refine: nn.Module, maps: Tensor, finer: Tensor) -> Tensor:
         """The masks (B*J, C', h, w) at the size of a finer map (B, C'', 2h, 2w) of their images."""

@@ -114,9 +114,9 @@ def test_a_query_draws_its_mask_whatever_the_others_are():
     assert branch(queries[:, :0], levels, memory, features).shape == (2, 0, 4, 16)
 
 
-@pytest.mark.parametrize(("levels", "stride"), [(3, 8), (4, 16), (5, 16)])
-def test_masks_have_the_stride_of_c3_or_twice_that_above_c5(data_root, levels, stride):
-    model = build_model(sqr_experiment(data_root, model={"levels": levels}), CLASSES).eval()
+@pytest.mark.parametrize(("levels", "detail", "stride"), [(3, 1, 8), (3, 2, 4), (4, 1, 16), (5, 1, 16)])
+def test_masks_have_the_stride_of_c3_or_twice_that_above_c5_over_the_detail(data_root, levels, detail, stride):
+    model = build_model(sqr_experiment(data_root, model={"levels": levels, "mask_detail": detail}), CLASSES).eval()
     images = draw_images((96, 136), (70, 64))
     *earlier, last = model(images).layers
     assert last.masks.logits.shape == (2, 8, -(-96 // stride), -(-136 // stride))
@@ -292,6 +292,7 @@ def test_masks_of_a_photograph_are_brought_to_its_size_a_few_at_a_time(monkeypat
 def test_settings_that_contradict_each_other_are_rejected(data_root, tmp_path):
     faults = {
         "model.mask_branch sqr and codec.kind dct would both make masks": {"model": {"mask_branch": "sqr"}},
+        "mask_detail 2 is about a mask branch; set it to 1": {"model": {"mask_detail": 2}},
         "mask_branch sqr needs the maps C3-C5: give levels 3 or more": SQR | {"model": SQR["model"] | {"levels": 1}},
         "freeze_detector leaves nothing to train": {"train": {"freeze_detector": True}},
         "freeze_detector needs a trained detector, and model.pretrained is none": SQR
