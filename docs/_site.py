@@ -19,8 +19,6 @@ from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-EXPERIMENTS = {"train": ["experiments/shipped/uqr/experiment.yaml"]}  # a finished model: its page trains nothing
-NOT_EXECUTED = ("finetune",)  # it trains for as long as one lets it
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(#[^)]*)?\)")  # to another file
 
 log = logging.getLogger("mkdocs")
@@ -77,10 +75,10 @@ def _question(notebook: Path) -> str:
 
 def _page(notebook: Path) -> str:
     """A notebook as HTML, executed where that is asked for."""
-    if os.environ.get("SOLQ_DOCS_EXECUTE") != "1" or notebook.stem in NOT_EXECUTED:
+    if os.environ.get("SOLQ_DOCS_EXECUTE") != "1":
         return HTMLExporter().from_filename(str(notebook))[0]
     log.info("executing %s", notebook.name)
-    command = [sys.executable, "-m", "solq_lab", "run", str(notebook), *EXPERIMENTS.get(notebook.stem, [])]
+    command = [sys.executable, "-m", "solq_lab", "run", str(notebook)]
     done = subprocess.run([*command, "--runs-dir", "build/docs"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{notebook.name} failed:\n{done.stdout}{done.stderr}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -11,6 +12,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from solq_lab.build import build_images
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
 from solq_lab.data.coco import CocoDataset
 from solq_lab.evaluation.evaluator import validation_annotations
 from solq_lab.files import hash_file
@@ -156,6 +159,29 @@ def compare_images(
             ious[name][found] = overlaps(of_model, ground_truth, by=by)[partners[found], found]
         compared.append(ComparedImage(index, dataset.image_ids[index], pixels, ground_truth, detections, ious))
     return sorted(compared, key=lambda image: -image.gain)  # stable: equal ones by index
+
+
+def compare_codecs(codecs: Mapping[str, MaskCodec], dataset: CocoDataset) -> list[ComparedImage]:
+    """Every image with its objects, and as detections what codecs leave of their masks in the true boxes.
+
+    Args:
+        codecs: by name, fitted where they have to be.
+        dataset: images with true masks of the codecs' side N, without a transform.
+    """
+    compared = []
+    for index in range(len(dataset)):
+        pixels, target = dataset[index]
+        truth = dataset.objects(index)
+        assert target.masks is not None  # `objects` has raised otherwise
+        assert truth.masks is not None
+        detections, ious = {}, {}
+        for name, codec in codecs.items():
+            masks = reconstruct(codec, target.masks).masks
+            rles, ious[name] = paste_and_compare(masks, truth.boxes, target.image_size, truth.masks)
+            detections[name] = dataclasses.replace(truth, masks=rles)
+        image_id = dataset.image_ids[index]
+        compared.append(ComparedImage(index, image_id, pixels.permute(1, 2, 0).numpy(), truth, detections, ious))
+    return compared
 
 
 def comparison_frame(images: Sequence[ComparedImage]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from solq_lab.data_folder import prepare_data
 from solq_lab.runs import Run, RunError, create_run, load_run, working_copy
 
 WORKSPACE = "SOLQ_LAB_WORKSPACE"  # environment variable: the workspace of a launched notebook
+PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "photographs"  # three that come with the project, annotated
 CHECKOUT = ("experiments", "notebooks")  # the folders that make a folder a workspace
 
 

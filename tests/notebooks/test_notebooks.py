@@ -111,7 +111,7 @@ def test_the_tour_needs_nothing_but_itself_and_a_trained_model_only_to_be_right(
     assert re.search(f"weights: .*{weights}", text)
     assert "decoder layer 3: logits (1, 40, 8), boxes (1, 40, 4), vectors (1, 40, 100)" in text
     shown = figures(executed)
-    assert len(shown) == 4
+    assert len(shown) == 5
     assert all(image.std() > 10 for image in shown)
 
 

@@ -7,17 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_rle
 from tiny import SIDE, tiny_experiment, write_tiny_dataset
 
 from solq_lab.build import build_images, build_model
+from solq_lab.codecs.dct import DCTCodec
 from solq_lab.config import Experiment
 from solq_lab.data.classes import ClassMap
+from solq_lab.data.coco import CocoDataset
 from solq_lab.masks import encode_rle
 from solq_lab.models.weights import save_weights
 from solq_lab.runs import RunError, create_run
 from solq_lab.structures import Detections
 from solq_lab.studies.comparison import (
     check_comparable,
+    compare_codecs,
     compare_images,
     comparison_frame,
     open_comparison,
@@ -25,6 +29,7 @@ from solq_lab.studies.comparison import (
 )
 from solq_lab.studies.pairing import UNMATCHED, pair_objects
 from solq_lab.viz.comparison import comparison_grid
+from solq_lab.workbench.workspace import PHOTOGRAPHS
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 
@@ -157,3 +162,18 @@ def test_a_second_run_that_is_missing_is_named_and_the_first_one_shown(root, tmp
     assert "none.yaml is missing, so one run is shown" in str(comparison)
     with pytest.raises(RunError, match=r"a run cannot be compared with itself; name another run's experiment\.yaml"):
         open_comparison(run.folder / "experiment.yaml", run.folder / "experiment.yaml", runs_dir=tmp_path / "runs")
+
+
+def test_the_photographs_are_small_and_longer_codes_keep_more_of_each_of_their_objects():
+    dataset = CocoDataset(PHOTOGRAPHS, PHOTOGRAPHS / "photographs.json", mask_size=64)
+    sizes = [(PHOTOGRAPHS / dataset.file_name(image)).stat().st_size for image in dataset.image_ids]
+    assert len(sizes) == 3
+    assert max(sizes) <= 200_000
+
+    images = compare_codecs({str(length): DCTCodec(64, length) for length in (16, 256)}, dataset)
+    assert sum(len(image.ground_truth) for image in images) == 10
+    for image in images:
+        overlaps = coco_rle.iou(image.detections["16"].masks, image.ground_truth.masks, [0] * len(image.ground_truth))
+        np.testing.assert_allclose(image.ious["16"], overlaps.diagonal())
+        assert (image.ious["256"] > image.ious["16"]).all()
+        assert image.ious["256"].min() > 0.9
