@@ -33,6 +33,11 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
             f"{', '.join(f'loss.{key} {getattr(loss, key)}' for key in changed)}: concerns mask vectors, and "
             "codec.kind is none; leave it out, or choose a codec"
         )
+    if without_vectors and experiment.evaluation.rescore != "none":
+        yield (
+            f"evaluation.rescore {experiment.evaluation.rescore} judges decoded mask vectors, and codec.kind is none; "
+            "set it to none, or choose a codec"
+        )
     if loss.class_loss == "quality" and loss.vector_layers < model.decoder_layers:
         yield (
             f"loss.class_loss quality judges the masks of all {model.decoder_layers} decoder layers, and "

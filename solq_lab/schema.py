@@ -305,6 +305,9 @@ class EvaluationSection(Section):
 
     top_k: int = Field(100, gt=0, description="detections kept and scored per image")
     batch_size: int = Field(1, gt=0, description="images per forward pass and process")
+    rescore: Literal["none", "sharpness"] = Field(
+        "none", description="sharpness: scores times the mean certainty of the decoded mask, inside times outside"
+    )
     max_images: int | None = Field(None, gt=0, description="evaluate the first so many images only")
     area_sides: tuple[PositiveFloat, PositiveFloat] = Field(
         (32.0, 96.0), description="small below, medium below; pixels"

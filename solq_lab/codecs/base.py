@@ -205,6 +205,21 @@ def middle_of_range(decoded: Tensor) -> Tensor:
     return torch.where(high - low < FLAT, 0.5, (high + low) / 2)
 
 
+def sharpness(decoded: Tensor, masks: Tensor) -> Tensor:
+    """(K,) mean of reconstructions (K, N, N), clamped to 0..1, inside their masks times the mean of 1 - them outside.
+
+    A codec trained by distances answers an uncertain shape with a blurred one. 0 for an empty mask.
+
+    Args:
+        decoded: reconstructions (K, N, N).
+        masks: (K, N, N) bool, `binarize` of them.
+    """
+    certain, inside = decoded.clamp(0, 1).flatten(1), masks.flatten(1).to(decoded.dtype)
+    found, area = (certain * inside).sum(1), inside.sum(1)
+    leaked, rest = certain.sum(1) - found, inside.shape[1] - area
+    return (found / area.clamp(min=1)) * (1 - leaked / rest.clamp(min=1))
+
+
 def _mark_fitted(codec: FittedCodec, _incompatible: object) -> None:
     """Set `fitted` after loading; the tables of a codec that was never fitted are zero."""
     codec.fitted = any(bool(table.any()) for table in codec.state_dict().values())

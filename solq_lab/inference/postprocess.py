@@ -5,14 +5,16 @@ No score threshold and no suppression of duplicates, as in the released models.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from solq_lab.boxes import cxcywh_to_xyxy
-from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.base import MaskCodec, sharpness
 from solq_lab.masks import encode_rle, paste_to_rle
 from solq_lab.structures import Detections, ImageMasks, LayerPrediction, unpadded_sizes
 
@@ -27,6 +29,7 @@ def postprocess(
     *,
     top_k: int = 100,
     class_names: Sequence[str],
+    rescore: Literal["none", "sharpness"] = "none",
 ) -> list[Detections]:
     """The `top_k` best (query, class) pairs of every image, with their masks at original size.
 
@@ -40,6 +43,7 @@ def postprocess(
             branch, whose masks are in the prediction.
         top_k: detections per image; fewer where J * S is smaller.
         class_names: S names, one per class channel.
+        rescore: "sharpness" multiplies the scores of the `top_k` by `sharpness` of their decoded vectors.
 
     Returns:
         B detections on the CPU, best score first.
@@ -54,14 +58,20 @@ def postprocess(
         if not (scores[image].isfinite().all() and boxes[image].isfinite().all()):
             raise ValueError(f"image {image} of the batch: scores or boxes are not finite; the weights have diverged")
 
-        masks = None
+        masks, certainty = None, None
         if prediction.masks is not None:
             masks = cut_out_masks(prediction.masks, image, queries[image], size)
         elif codec is not None:
             assert prediction.vectors is not None  # `_check_fit` has looked
-            masks = _decode_masks(prediction.vectors[image], queries[image], boxes[image], size, codec)
+            masks, certainty = _decode_masks(
+                prediction.vectors[image], queries[image], boxes[image], size, codec, measure=rescore == "sharpness"
+            )
         names = [class_names[label] for label in labels[image].tolist()]
-        detections.append(Detections(scores[image], labels[image], boxes[image], queries[image], masks, names, size))
+        found = Detections(scores[image], labels[image], boxes[image], queries[image], masks, names, size)
+        if certainty is not None:
+            rescored, order = (found.scores * certainty).sort(descending=True, stable=True)
+            found = dataclasses.replace(found[order], scores=rescored)
+        detections.append(found)
     return detections
 
 
@@ -81,19 +91,30 @@ def _select_best(
 
 
 def _decode_masks(
-    vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int, int], codec: MaskCodec
-) -> list[dict]:
-    """The RLEs of one image's detections: vectors (J, D) of all queries, queries (k,), boxes (k, 4) in pixels."""
+    vectors: Tensor, queries: Tensor, boxes: Tensor, size: tuple[int, int], codec: MaskCodec, *, measure: bool
+) -> tuple[list[dict], Tensor | None]:
+    """The RLEs of one image's detections, and with `measure` the `sharpness` (k,) of their reconstructions.
+
+    Args:
+        vectors: (J, D) of all queries.
+        queries, boxes: (k,), and (k, 4) in pixels.
+    """
     distinct, place = queries.unique(return_inverse=True)
     box_of = boxes.new_empty(len(distinct), 4).index_copy_(0, place, boxes)  # same query, same box: any will do
     vectors = vectors[distinct.to(vectors.device, non_blocking=True)]
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     count = max(1, PIXELS_PER_CHUNK // codec.mask_size**2)
-    rles = []
+    rles, certainties = [], []
     for some_vectors, some_boxes in zip(vectors.split(count), box_of.split(count), strict=True):
-        masks = codec.decode_masks(some_vectors).cpu()
-        rles += paste_to_rle(masks, some_boxes, size)
-    return [dict(rles[row]) for row in place.tolist()]  # copies: a caller may rewrite its RLE's counts
+        if measure:
+            decoded = codec.decode(some_vectors)
+            masks = codec.binarize(decoded)
+            certainties.append(sharpness(decoded, masks).cpu())
+        else:
+            masks = codec.decode_masks(some_vectors)
+        rles += paste_to_rle(masks.cpu(), some_boxes, size)
+    copies = [dict(rles[row]) for row in place.tolist()]  # a caller may rewrite its RLE's counts
+    return copies, torch.cat(certainties)[place] if measure else None
 
 
 def cut_out_masks(masks: ImageMasks, image: int, queries: Tensor, size: tuple[int, int]) -> list[dict]:

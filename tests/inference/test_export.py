@@ -45,6 +45,8 @@ CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 PLAIN = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False}}
 SQR = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False, "mask_branch": "sqr"}}
 
+PLUS = {"mixed_queries": True, "mask_look": 3, "denoising": 1}
+
 
 def write_model(folder: Path, **sections) -> tuple[Path, Experiment]:
     """Weights of a small model that sees objects of all scores everywhere."""
@@ -105,11 +107,11 @@ def test_onnxruntime_finds_what_the_model_finds(exported):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model", [{}, {"two_stage": True}, {"mixed_queries": True, "mask_look": 3, "denoising": 1}], ids=str
+    "sections", [{}, {"model": {"two_stage": True}}, {"model": PLUS, "evaluation": {"rescore": "sharpness"}}], ids=str
 )
-def test_one_file_serves_any_size_and_any_number_of_images(model: dict[str, Any], tmp_path: Path):
+def test_one_file_serves_any_size_and_any_number_of_images(sections: dict[str, Any], tmp_path: Path):
     """Three images of three shapes: a padded batch of two, then one alone."""
-    weights, _ = write_model(tmp_path, model=model)
+    weights, _ = write_model(tmp_path, **sections)
     report = export_onnx(weights, tmp_path / "free.onnx")
     assert (report.parity.images, report.parity.detections, report.parity.matched) == (3, 48, 48)
     assert report.parity.mask_iou > 0.999
@@ -169,11 +171,12 @@ def test_a_detector_the_baseline_and_swin_export_at_a_fixed_size(sections: dict,
     assert names[4:] == ([] if output is None else [output])
 
 
-def test_the_graphs_masks_are_the_codes_own_and_what_lies_beyond_an_image_counts_for_nothing(tmp_path: Path):
+@pytest.mark.parametrize("rescore", ["none", "sharpness"])
+def test_the_graphs_masks_are_the_codes_own_and_what_lies_beyond_an_image_counts_for_nothing(rescore, tmp_path: Path):
     weights, experiment = write_model(tmp_path)
     codec, model = new_codec(experiment).eval(), build_model(experiment, len(CLASSES)).eval()
     model.load_state_dict(read_weights(weights).state)
-    graph = DetectionGraph(model, codec, top_k=5).eval()
+    graph = DetectionGraph(model, codec, 5, rescore).eval()
     pixels, sizes = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8), torch.tensor([[48, 64], [40, 50]])
     padding = torch.zeros(2, 48, 64, dtype=torch.bool)
     padding[1, 40:], padding[1, :, 50:] = True, True
@@ -184,6 +187,7 @@ def test_the_graphs_masks_are_the_codes_own_and_what_lies_beyond_an_image_counts
         again = graph(pixels, sizes)
     assert masks.shape == (2, 5, 16, 16)
     assert boxes.shape == (2, 5, 4)
+    assert (scores.diff() <= 0).all()
     for image in range(2):
         assert torch.equal(masks[image], codec.binarize(codec.decode(vectors[image, queries[image]])))
     assert all(map(torch.equal, (scores, labels, boxes, queries, masks), again))

@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 from scipy.fft import idctn
 
 from solq_lab.boxes import xyxy_to_cxcywh
+from solq_lab.codecs.base import sharpness
 from solq_lab.codecs.dct import DCTCodec, zigzag
 from solq_lab.inference import postprocess as module
 from solq_lab.inference.postprocess import postprocess
@@ -29,30 +30,44 @@ def random_prediction(queries: int = 12, batch: int = 2) -> LayerPrediction:
     )
 
 
-def decode_plainly(vector: np.ndarray) -> np.ndarray:
+def decode_plainly(vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A vector's reconstruction and its mask."""
     spectrum = np.zeros(MASK_SIZE**2)
     spectrum[zigzag(MASK_SIZE)[:VECTOR_DIM].numpy()] = vector
-    mask = idctn(spectrum.reshape(MASK_SIZE, MASK_SIZE), norm="ortho")
-    return mask > (mask.max() + mask.min()) / 2
+    decoded = idctn(spectrum.reshape(MASK_SIZE, MASK_SIZE), norm="ortho")
+    return decoded, decoded > (decoded.max() + decoded.min()) / 2
 
 
-def test_each_detection_equals_its_own_decode_and_paste():
+def certainty(vector: np.ndarray) -> float:
+    decoded, mask = decode_plainly(vector)
+    decoded = decoded.clip(0, 1)
+    return decoded[mask].mean() * (1 - decoded[~mask]).mean()
+
+
+@pytest.mark.parametrize("rescore", ["none", "sharpness"])
+def test_each_detection_equals_its_own_decode_and_paste(rescore):
     prediction = random_prediction()
-    found = postprocess(prediction, SIZES, DCTCodec(MASK_SIZE, VECTOR_DIM), top_k=9, class_names=NAMES)
+    found = postprocess(prediction, SIZES, DCTCodec(MASK_SIZE, VECTOR_DIM), top_k=9, class_names=NAMES, rescore=rescore)
     for image, (height, width) in enumerate(SIZES):
-        scores = prediction.logits[image].sigmoid()
-        order = np.argsort(-scores.numpy().ravel())[:9]
+        scores = prediction.logits[image].sigmoid().flatten()
+        order = np.argsort(-scores.numpy())[:9]
+        if rescore == "sharpness":  # of the same nine
+            certainties = [certainty(vector.numpy()) for vector in prediction.vectors[image]]
+            scores = scores * torch.tensor(certainties, dtype=torch.float32).repeat_interleave(CLASSES)
+            before, order = order, order[np.argsort(-scores.numpy()[order])]
+            assert (order != before).any()
         detections = found[image]
         assert detections.queries.tolist() == (order // CLASSES).tolist()
         assert detections.labels.tolist() == (order % CLASSES).tolist()
         assert detections.names == [NAMES[label] for label in order % CLASSES]
-        assert detections.scores.tolist() == scores.flatten()[torch.from_numpy(order)].tolist()
+        rounding = {"rel": 1e-5} if rescore == "sharpness" else {"rel": 0, "abs": 0}
+        assert detections.scores.tolist() == pytest.approx(scores[torch.from_numpy(order)].tolist(), **rounding)
         for row, query in enumerate(order // CLASSES):
             cx, cy, w, h = prediction.boxes[image, query].tolist()
             x0, y0, x1, y1 = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
             expected = [x0 * width, y0 * height, x1 * width, y1 * height]
             assert detections.boxes[row].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
-            mask = torch.from_numpy(decode_plainly(prediction.vectors[image, query].numpy()))
+            mask = torch.from_numpy(decode_plainly(prediction.vectors[image, query].numpy())[1])
             pasted = paste_masks(mask[None], detections.boxes[row][None], (height, width))[0].numpy()
             assert detections.masks[row]["size"] == [height, width]
             assert np.array_equal(coco_mask.decode(detections.masks[row]), pasted)
@@ -75,6 +90,11 @@ def test_a_query_with_several_classes_has_its_mask_decoded_once():
         rles = [detections.masks[row] for row in rows]
         assert all(rle == rles[0] for rle in rles)
         assert len({id(rle) for rle in rles}) == len(rles)
+
+
+def test_a_full_mask_is_certain_and_an_empty_one_is_not():
+    decoded = torch.stack([torch.full((4, 4), level) for level in (1.0, 0.75, 0.0)])
+    assert sharpness(decoded, decoded > 0.5).tolist() == [1, 0.75, 0]
 
 
 def test_decoding_in_chunks_changes_nothing_and_bounds_what_is_decoded_at_once(monkeypatch):

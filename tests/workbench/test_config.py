@@ -106,6 +106,7 @@ def test_an_unknown_key_on_the_command_line_is_rejected_alike(write, override, s
         ("model: {two_stage: true, refine_boxes: false}", ("two_stage: true", "refine_boxes: true")),
         ("model: {mixed_queries: true, refine_boxes: false}", ("mixed_queries: true", "refine_boxes: true")),
         ("model: {look_twice: true, refine_boxes: false}", ("look_twice: true", "refine_boxes: true")),
+        ("evaluation: {rescore: sharpness}\ncodec: {kind: none}", ("evaluation.rescore sharpness", "kind is none")),
         ("model: {mask_look: 8}\ncodec: {kind: none}", ("model.mask_look 8", "codec.kind is none", "set it to 0")),
         ("model: {denoising: 3}", ("denoising 3 needs mixed_queries: true or two_stage: true", "set it to 0")),
         ("loss: {proposals_per_object: 6}", ("loss.proposals_per_object 6 needs proposals", "model.mixed_queries")),

@@ -6,13 +6,15 @@ Paper: section 3.2, inference. The mask vectors of the kept detections are decod
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from solq_lab.boxes import cxcywh_to_xyxy
-from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.base import MaskCodec, sharpness
 from solq_lab.models.solq import SOLQ
-from solq_lab.structures import ImageBatch, LayerPrediction
+from solq_lab.structures import ImageBatch
 
 INPUTS = ("pixels", "sizes")
 DETECTIONS = ("scores", "labels", "boxes", "queries")  # every model's outputs; those with masks have one more
@@ -25,14 +27,17 @@ class DetectionGraph(nn.Module):
         model: the network in evaluation mode; a plain detector, SOLQ or the baseline with a mask branch.
         codec: its mask codec, None for models without mask vectors.
         top_k: K, detections per image; fewer where J * S is smaller.
+        rescore: as in `postprocess`.
 
     Attributes:
         outputs: names of what `forward` returns.
     """
 
-    def __init__(self, model: SOLQ, codec: MaskCodec | None, top_k: int) -> None:
+    def __init__(
+        self, model: SOLQ, codec: MaskCodec | None, top_k: int, rescore: Literal["none", "sharpness"] = "none"
+    ) -> None:
         super().__init__()
-        self.model, self.codec, self.top_k = model, codec, top_k
+        self.model, self.codec, self.top_k, self.rescore = model, codec, top_k, rescore
         masks = ("masks",) if codec is not None else ("mask_logits",) if hasattr(model, "mask_branch") else ()
         self.outputs = (*DETECTIONS, *masks)
 
@@ -56,18 +61,22 @@ class DetectionGraph(nn.Module):
         scores, best = pairs.topk(min(self.top_k, pairs.shape[1]), dim=1)
         queries, labels = best // classes, best % classes
         boxes = cxcywh_to_xyxy(_rows(last.boxes, queries))
-        return (scores, labels, boxes, queries, *self._masks(last, queries))
-
-    def _masks(self, last: LayerPrediction, queries: Tensor) -> tuple[Tensor, ...]:
-        """The masks of the kept detections, where the model has any."""
         if last.masks is not None:
-            return (_rows(last.masks.logits.flatten(2), queries).unflatten(2, last.masks.logits.shape[2:]),)
+            masks = _rows(last.masks.logits.flatten(2), queries).unflatten(2, last.masks.logits.shape[2:])
+            return scores, labels, boxes, queries, masks
         if self.codec is None:
-            return ()
+            return scores, labels, boxes, queries
+
         assert last.vectors is not None  # a codec comes with a model that has mask vectors
-        vectors = _rows(last.vectors, queries)
-        masks = self.codec.decode_masks(vectors.flatten(0, 1))  # (B, K, D) -> (B*K, D) -> (B*K, N, N)
-        return (masks.unflatten(0, vectors.shape[:2]),)
+        decoded = self.codec.decode(_rows(last.vectors, queries).flatten(0, 1))  # (B, K, D) -> (B*K, N, N)
+        binary = self.codec.binarize(decoded)
+        masks = binary.unflatten(0, queries.shape)
+        if self.rescore == "sharpness":
+            certainty = sharpness(decoded, binary).unflatten(0, queries.shape)
+            scores, order = (scores * certainty).topk(scores.shape[1], dim=1)
+            labels, queries, boxes = labels.gather(1, order), queries.gather(1, order), _rows(boxes, order)
+            masks = _rows(masks.flatten(2), order).view_as(masks)
+        return scores, labels, boxes, queries, masks
 
 
 def _padding(pixels: Tensor, sizes: Tensor) -> Tensor:
