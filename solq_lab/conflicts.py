@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from solq_lab.codecs.kinds import CODECS, kinds_that_are
+
 if TYPE_CHECKING:
     from solq_lab.schema import Experiment
 
@@ -26,7 +28,7 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
             "codec"
         )
     weights = ("decoded_dice_weight", "outline_dice_weight")
-    of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", *weights)
+    of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", "band_limit", "tail_drop", *weights)
     changed = [key for key in of_vectors if getattr(loss, key) != type(loss).model_fields[key].default]
     if without_vectors and changed:
         yield (
@@ -38,6 +40,7 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
             f"evaluation.rescore {experiment.evaluation.rescore} judges decoded mask vectors, and codec.kind is none; "
             "set it to none, or choose a codec"
         )
+    yield from _lengths(experiment)
     if loss.class_loss == "quality" and loss.vector_layers < model.decoder_layers:
         yield (
             f"loss.class_loss quality judges the masks of all {model.decoder_layers} decoder layers, and "
@@ -64,4 +67,29 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
         yield (
             f"train.freeze_detector needs a trained detector, and model.pretrained is {model.pretrained}; "
             "name its weights file there"
+        )
+
+
+def _lengths(experiment: Experiment) -> Iterator[str]:
+    """Of settings about parts of a mask vector."""
+    codec, loss, shorter = experiment.codec, experiment.loss, experiment.evaluation.vector_dim
+    if loss.tail_drop and not (loss.decoded_dice_weight or loss.outline_dice_weight):
+        yield (
+            f"loss.tail_drop {loss.tail_drop} shortens vectors before they are decoded, and no loss decodes them; "
+            f"set it to 0, or loss.decoded_dice_weight or loss.outline_dice_weight above 0"
+        )
+
+    needed: dict[str, tuple[float | None, str]] = {
+        "loss.band_limit": (loss.band_limit, "cosine"),
+        "loss.tail_drop": (loss.tail_drop, "ordered"),
+        "evaluation.vector_dim": (shorter, "ordered"),
+    }
+    for key, (wanted, trait) in needed.items():
+        if wanted and not getattr(CODECS.get(codec.kind), trait, False):
+            allowed = kinds_that_are(trait)
+            yield f"{key} {wanted}: codec.kind {codec.kind} has no such order; leave it out, or choose {allowed}"
+    if shorter and shorter > codec.vector_dim:
+        yield (
+            f"evaluation.vector_dim {shorter} exceeds codec.vector_dim {codec.vector_dim}; give at most as many, or "
+            "leave it out"
         )

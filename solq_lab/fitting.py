@@ -24,7 +24,7 @@ from solq_lab.codecs.artifact import (
     write_tensors,
 )
 from solq_lab.codecs.base import CodecFit, FittedCodec, MaskCodec
-from solq_lab.codecs.kinds import fitted_kinds
+from solq_lab.codecs.kinds import kinds_that_are
 from solq_lab.codecs.reconstruct import box_frame_iou, reconstruct
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.ground_truth import DataError, GroundTruth
@@ -60,7 +60,7 @@ def fit_codec(
     """
     codec, path = new_codec(experiment), Path(experiment.codec.artifact)
     if not isinstance(codec, FittedCodec):
-        raise ConfigError(f"codec.kind={experiment.codec.kind}: nothing to fit; {fitted_kinds()} are fitted")
+        raise ConfigError(f"codec.kind={experiment.codec.kind}: nothing to fit; {kinds_that_are('fitted')} are fitted")
     annotations = annotations_of(experiment, "train")
     if not annotations.is_file():
         raise DataError(f"{annotations}: no such annotation file; check data.root and data.train_annotations")

@@ -174,6 +174,12 @@ class LossSection(Section):
     )
     decoded_dice_weight: float = Field(0.0, ge=0, description="dice loss of decoded masks, beside the vector loss")
     outline_dice_weight: float = Field(0.0, ge=0, description="the same near the masks' outlines alone")
+    band_limit: float = Field(
+        0.0, ge=0, description="highest frequency that counts, half periods per pixel of the input over a box; 0: all"
+    )
+    tail_drop: float = Field(
+        0.0, ge=0, le=1, description="share of decoded masks whose vectors lose a random tail: any prefix then decodes"
+    )
     proposals_per_object: int = Field(1, gt=0, description="encoder proposals that one object is matched to")
     mask_weight: float = Field(1.0, ge=0, description="focal loss of the mask branch's pixels (released)")
     dice_weight: float = Field(1.0, ge=0, description="dice loss of the mask branch (released)")
@@ -305,6 +311,7 @@ class EvaluationSection(Section):
 
     top_k: int = Field(100, gt=0, description="detections kept and scored per image")
     batch_size: int = Field(1, gt=0, description="images per forward pass and process")
+    vector_dim: int | None = Field(None, gt=0, description="decode the first so many coefficients; None: all")
     rescore: Literal["none", "sharpness"] = Field(
         "none", description="sharpness: scores times the mean certainty of the decoded mask, inside times outside"
     )

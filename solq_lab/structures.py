@@ -131,6 +131,13 @@ class LayerPrediction(NamedTuple):
         vectors = None if self.vectors is None else self.vectors[:, places]
         return LayerPrediction(self.logits[:, places], self.boxes[:, places], vectors)
 
+    def shortened(self, length: int | None) -> LayerPrediction:
+        """The same with zeros for all but the first `length` coefficients of mask vectors; None keeps all."""
+        if length is None or self.vectors is None:
+            return self
+        kept = torch.arange(self.vectors.shape[-1], device=self.vectors.device) < length
+        return self._replace(vectors=self.vectors * kept)
+
 
 class Guests(NamedTuple):
     """Copies of a batch's objects with noise, in groups; training puts G of them per image in front of the queries.

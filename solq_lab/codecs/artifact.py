@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from solq_lab.codecs.base import FittedCodec, Threshold
-from solq_lab.codecs.kinds import CODECS, fitted_kinds
+from solq_lab.codecs.kinds import CODECS, kinds_that_are
 from solq_lab.errors import UserError
 from solq_lab.files import replacing, write_json
 
@@ -89,7 +89,7 @@ def load_codec(path: str | Path) -> FittedCodec:
     try:
         spec = CODECS.get(about.method)
         if spec is None or not spec.fitted:
-            raise ArtifactError(f"{path}: method {about.method!r}: allowed are {fitted_kinds()}")
+            raise ArtifactError(f"{path}: method {about.method!r}: allowed are {kinds_that_are('fitted')}")
         codec = cast(FittedCodec, spec.load()(about.mask_size, about.vector_dim, **about.settings))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}; fit the codec anew with `solq-lab fit-codec`") from None

@@ -97,6 +97,12 @@ class DCTCodec(SeparableCodec):
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__(mask_size, vector_dim, cosine_basis, zigzag(mask_size))
 
+    @property
+    def frequencies(self) -> Tensor:
+        """(D, 2) int64 frequencies down and across of the coefficients, half periods per side of the box."""
+        columns = self.column_basis.shape[0]
+        return torch.stack([self.kept // columns, self.kept % columns], dim=1)
+
     def encode(self, masks: Tensor) -> Tensor:
         self.check_masks(masks)
         compiled = None

@@ -21,6 +21,8 @@ class CodecSpec(NamedTuple):
     options: keys of the experiment's section `codec`, besides the sizes, that `from_options` takes.
     fitted: whether it is a `FittedCodec`, whose tables lie in a file (`codec.artifact`).
     square: whether `vector_dim` has to be a square number.
+    ordered: whether the first coefficients of a vector, the others zero, are the vector of a coarser mask.
+    cosine: whether it is a `DCTCodec`, whose coefficients have frequencies.
     """
 
     path: str
@@ -28,6 +30,8 @@ class CodecSpec(NamedTuple):
     options: tuple[str, ...] = ()
     fitted: bool = False
     square: bool = False
+    ordered: bool = False
+    cosine: bool = False
 
     def load(self) -> type[MaskCodec]:
         """The class."""
@@ -48,13 +52,15 @@ class CodecSpec(NamedTuple):
 
 
 CODECS: dict[str, CodecSpec] = {
-    "dct": CodecSpec("solq_lab.codecs.dct:DCTCodec", "DCT"),
-    "pca": CodecSpec("solq_lab.codecs.pca:PCACodec", "PCA", options=("pca",), fitted=True),
+    "dct": CodecSpec("solq_lab.codecs.dct:DCTCodec", "DCT", ordered=True, cosine=True),
+    "pca": CodecSpec("solq_lab.codecs.pca:PCACodec", "PCA", options=("pca",), fitted=True, ordered=True),
     "sparse": CodecSpec("solq_lab.codecs.sparse:SparseCodingCodec", "sparse coding", options=("beta",), fitted=True),
     "flatten": CodecSpec("solq_lab.codecs.flatten:FlattenCodec", "flatten", square=True),
-    "dct_blur": CodecSpec("solq_lab.codecs.soft:BlurredDCTCodec", "DCT of the blurred mask"),
-    "dct_distance": CodecSpec("solq_lab.codecs.soft:DistanceDCTCodec", "DCT of the signed distance"),
-    "haar": CodecSpec("solq_lab.codecs.wavelet:HaarCodec", "Haar wavelets"),
+    "dct_blur": CodecSpec("solq_lab.codecs.soft:BlurredDCTCodec", "DCT of the blurred mask", ordered=True, cosine=True),
+    "dct_distance": CodecSpec(
+        "solq_lab.codecs.soft:DistanceDCTCodec", "DCT of the signed distance", ordered=True, cosine=True
+    ),
+    "haar": CodecSpec("solq_lab.codecs.wavelet:HaarCodec", "Haar wavelets", ordered=True),
     "polar": CodecSpec("solq_lab.codecs.contour:PolarCodec", "polar contour"),
     "fourier": CodecSpec("solq_lab.codecs.contour:FourierContourCodec", "Fourier contour"),
     "autoencoder": CodecSpec("solq_lab.codecs.autoencoder:AutoencoderCodec", "autoencoder", fitted=True),
@@ -62,6 +68,6 @@ CODECS: dict[str, CodecSpec] = {
 }
 
 
-def fitted_kinds() -> str:
-    """The kinds that have to be fitted, for messages."""
-    return ", ".join(repr(kind) for kind, spec in CODECS.items() if spec.fitted)
+def kinds_that_are(trait: str) -> str:
+    """The kinds with a trait, "fitted", "ordered" or "cosine", for messages."""
+    return ", ".join(repr(kind) for kind, spec in CODECS.items() if getattr(spec, trait))

@@ -26,8 +26,7 @@ class BlurredDCTCodec(DCTCodec):
 
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__(mask_size, vector_dim)
-        columns = self.column_basis.shape[0]
-        frequency = (self.kept // columns).square() + (self.kept % columns).square()  # squared
+        frequency = self.frequencies.square().sum(1)  # squared
         gain = GAIN_OF_THE_LAST ** (frequency / frequency.max().clamp(min=1))
         self.register_buffer("gain", gain.double(), persistent=False)  # (D,)
 

@@ -57,7 +57,7 @@ def predict_dataset(
         model: the network, on `device`; it predicts in evaluation mode and is left in the mode it came in.
         codec: its codec, on `device`, or None where it has no mask vectors.
         dataset: the images, with and without objects.
-        settings: its `batch_size`, `top_k`, `rescore` and `max_images`.
+        settings: its `batch_size`, `top_k`, `rescore`, `vector_dim` and `max_images`.
         device: where the network is.
         workers: processes that read images; 0 reads them here.
     """
@@ -81,6 +81,7 @@ def predict_dataset(
                         top_k=settings.top_k,
                         class_names=dataset.classes.names,
                         rescore=settings.rescore,
+                        vector_dim=settings.vector_dim,
                     )
                 for target, detections in zip(targets, detected, strict=True):
                     yield target.image_id, detections
@@ -217,9 +218,9 @@ def validation_annotations(experiment: Experiment) -> Path:
 def inputs_of_scoring(experiment: Experiment) -> dict:
     """What scores depend on besides the detections, as JSON types."""
     annotations = validation_annotations(experiment)
-    unscaled = {"rescore"} if experiment.evaluation.rescore == "none" else None  # results of 0.1.0 have no such key
-    inputs = {
-        "settings": experiment.evaluation.model_dump(mode="json", exclude=unscaled),
+    settings, neutral = experiment.evaluation.model_dump(mode="json"), {"rescore": "none", "vector_dim": None}
+    inputs = {  # results of 0.1.0 have no such keys
+        "settings": {key: value for key, value in settings.items() if neutral.get(key, ...) != value},
         "annotations": hash_file(annotations) if annotations.is_file() else None,
     }
     # 0.1.0 scored 100 detections per class and image whatever top_k was: its numbers are not those of a larger one.

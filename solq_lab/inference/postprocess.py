@@ -30,6 +30,7 @@ def postprocess(
     top_k: int = 100,
     class_names: Sequence[str],
     rescore: Literal["none", "sharpness"] = "none",
+    vector_dim: int | None = None,
 ) -> list[Detections]:
     """The `top_k` best (query, class) pairs of every image, with their masks at original size.
 
@@ -43,6 +44,7 @@ def postprocess(
             branch, whose masks are in the prediction.
         top_k: detections per image; fewer where J * S is smaller.
         class_names: S names, one per class channel.
+        vector_dim: decode this many first coefficients, as if the others were zero; None: all.
         rescore: "sharpness" multiplies the scores of the `top_k` by `sharpness` of their decoded vectors.
 
     Returns:
@@ -52,6 +54,7 @@ def postprocess(
         ValueError: sizes, names or codec do not fit the prediction, or the prediction is not finite.
     """
     _check_fit(prediction, original_sizes, codec, class_names)
+    prediction = prediction.shortened(vector_dim)
     scores, labels, queries, boxes = (tensor.cpu() for tensor in _select_best(prediction, original_sizes, top_k=top_k))
     detections = []
     for image, size in enumerate(original_sizes):

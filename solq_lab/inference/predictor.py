@@ -145,8 +145,15 @@ class Predictor:
             last = self._graphed(batch)
         else:
             last = predict_last_layer(self.model, batch, autocast=self.autocast)
-        names, rescore = self.classes.names, self.experiment.evaluation.rescore
-        detections = postprocess(last, sizes, self.codec, top_k=self.top_k, class_names=names, rescore=rescore)
+        detections = postprocess(
+            last,
+            sizes,
+            self.codec,
+            top_k=self.top_k,
+            class_names=self.classes.names,
+            rescore=self.experiment.evaluation.rescore,
+            vector_dim=self.experiment.evaluation.vector_dim,
+        )
         return [self._complete(found, image) for found, image in zip(detections, images, strict=True)]
 
     def _complete(self, found: Detections, image: ImageSource) -> Detections:

@@ -205,12 +205,14 @@ def _predictor(
     if codec is not None:
         codec.to(device)
     images, names = _blank(image_size).to(device), [str(channel) for channel in range(num_classes)]
-    top_k, rescore = experiment.evaluation.top_k, experiment.evaluation.rescore
+    settings = experiment.evaluation
 
     def predict() -> object:
         with torch.inference_mode():
             last = model(images.normalised()).layers[-1]
-            return postprocess(last, [image_size], codec, top_k=top_k, class_names=names, rescore=rescore)
+            return postprocess(
+                last, [image_size], codec, top_k=settings.top_k, class_names=names, rescore=settings.rescore
+            )
 
     return predict
 

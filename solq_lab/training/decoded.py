@@ -5,6 +5,7 @@ Shape letters beside those of `structures`: Z decoder layers with a vector loss,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.dct import DCTCodec
+from solq_lab.structures import Target, filled
 from solq_lab.training.focal import dice_loss
 
 FRAME_IOU = 0.5  # generalised IoU with its object from which a predicted box is the frame of its target
@@ -40,11 +43,18 @@ class MatchedVectors:
         true_masks: Tensor,
         *,
         in_predicted_frame: bool,
+        band: Tensor | None = None,
+        tail_drop: float = 0.0,
     ) -> None:
-        """Collect the pairs; `in_predicted_frame` recomputes masks and vectors of the targets in the predicted boxes.
+        """Collect the pairs.
 
-        A query's mask is pasted into its own box, so this is what it is to learn, where that box is about right: from
-        a generalised IoU of `FRAME_IOU` with its object's on. No gradient passes through a frame.
+        Args:
+            codec, predicted, target, boxes, true_boxes, true_masks: as the attributes.
+            in_predicted_frame: recompute masks and vectors of the targets in the predicted boxes. A query's mask is
+                pasted into its own box, so this is what it is to learn, where that box is about right: from a
+                generalised IoU of `FRAME_IOU` with its object's on. No gradient passes through a frame.
+            band: (Z, T, D) bool, coefficients that count: the others have target 0 and are not decoded. None: all.
+            tail_drop: share of the pairs of which `dice` decodes a random number of first coefficients alone.
         """
         self.codec, self.predicted, self.boxes, self.true_boxes = codec, predicted, boxes.detach(), true_boxes
         self.target, self.true_masks, self.masks = target, true_masks, true_masks
@@ -54,11 +64,27 @@ class MatchedVectors:
             self.masks = torch.where(moved, self.masks_in_predicted_boxes, true_masks)
             with torch.no_grad():
                 self.target = codec.encode(self.masks.flatten(0, 1)).view(predicted.shape)
+        self.tail_drop, self.counting = tail_drop, predicted
+        if band is not None:
+            self.target, self.counting = self.target * band, predicted * band
 
     @cached_property
     def decoded(self) -> Tensor:
         """(Z, T, N, N) reconstructions of the predicted vectors."""
-        return self.codec.decode(self.predicted.flatten(0, 1)).view(self.true_masks.shape)
+        return self._decode(self.counting)
+
+    @cached_property
+    def shortened(self) -> Tensor:
+        """(Z, T, N, N) reconstructions, of `tail_drop` of the pairs from 1 to D first coefficients."""
+        if not self.tail_drop:
+            return self.decoded
+        pairs, dim, device = self.predicted.shape[:2], self.predicted.shape[2], self.predicted.device
+        lengths = torch.randint(1, dim + 1, pairs, device=device)
+        lengths = lengths.where(torch.rand(pairs, device=device) < self.tail_drop, dim)
+        return self._decode(self.counting * (torch.arange(dim, device=device) < lengths.unsqueeze(-1)))
+
+    def _decode(self, vectors: Tensor) -> Tensor:
+        return self.codec.decode(vectors.flatten(0, 1)).view(self.true_masks.shape)
 
     @cached_property
     def masks_in_predicted_boxes(self) -> Tensor:
@@ -84,7 +110,7 @@ class MatchedVectors:
 
     def dice(self, *, near_outlines: bool = False) -> Tensor:
         """Sums (Z,) of the dice losses of decoded vectors and their targets' masks; or of the pixels near outlines."""
-        masks, decoded = self.masks.flatten(0, 1), self.decoded.flatten(0, 1)  # (Z, T, N, N) -> (Z*T, N, N)
+        masks, decoded = self.masks.flatten(0, 1), self.shortened.flatten(0, 1)  # (Z, T, N, N) -> (Z*T, N, N)
         masks = masks.to(decoded.dtype)
         if near_outlines:
             band = outline_band(masks)
@@ -101,6 +127,22 @@ class MatchedVectors:
         pixel, true_pixel = (values[..., 2:].prod(-1) for values in (self.boxes, self.true_boxes))
         shared, united = pixel * shared, pixel * (own - shared) + true_pixel * true
         return (shared / united.clamp(min=1e-12)).clamp(max=1)
+
+
+def coefficients_in_band(codec: MaskCodec, targets: Sequence[Target], limit: float) -> Tensor:
+    """(K, D) bool: coefficients of at most `limit` half periods per pixel of the network's input over the object's box.
+
+    Of finer ones (beyond 1) the image shows nothing. The paper's appendix A.1 wants codes that follow objects' sizes.
+
+    Raises:
+        ValueError: the codec's coefficients have no frequencies.
+    """
+    if not isinstance(codec, DCTCodec):
+        raise ValueError(f"a band limit needs a DCTCodec, not {type(codec).__name__}")
+    device = codec.kept.device
+    sizes = [filled(target.image_size, dtype=torch.float32, device=device) for target in targets]  # (height, width)
+    sides = [target.boxes[:, 2:].flip(-1) * size for target, size in zip(targets, sizes, strict=True)]  # (K, 2) pixels
+    return (codec.frequencies <= limit * torch.cat(sides).unsqueeze(1)).all(-1)
 
 
 def reframe(masks: Tensor, boxes: Tensor, other_boxes: Tensor) -> Tensor:

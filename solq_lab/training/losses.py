@@ -17,7 +17,7 @@ from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.schema import Experiment
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
-from solq_lab.training.decoded import MatchedVectors
+from solq_lab.training.decoded import MatchedVectors, coefficients_in_band
 from solq_lab.training.focal import quality_focal_loss, sigmoid_focal_loss, soft_dice_loss
 from solq_lab.training.guests import matched_guests
 from solq_lab.training.matcher import HungarianMatcher, Matching
@@ -33,12 +33,14 @@ class Objects(NamedTuple):
     boxes: (K, 4) (cx, cy, w, h), normalised image.
     masks: (K, N, N) bool in the box frame, or None for a plain detector.
     vectors: (K, D) mask vectors, or None.
+    band: (K, D) bool, coefficients within the band limit; None without one.
     """
 
     labels: Tensor
     boxes: Tensor
     masks: Tensor | None
     vectors: Tensor | None
+    band: Tensor | None = None
 
 
 class MatchedLayers(NamedTuple):
@@ -91,6 +93,8 @@ class SetCriterion(nn.Module):
         vector_frame: box that the targets are drawn in: "truth", the object's, or "predicted" (`MatchedVectors`).
         decoded_dice_weight: weight of the dice loss "vector_dice" of decoded vectors; 0: no such loss.
         outline_dice_weight: weight of the same near outlines alone, "outline_dice"; 0: no such loss.
+        band_limit: as in `coefficients_in_band`; 0: all coefficients count.
+        tail_drop: as in `MatchedVectors`.
         class_loss: "focal", or "quality": a query's class is to have the IoU of its mask with its object's as score,
             not 1. Not of the proposals, which have no masks.
         vector_std: standard deviations (D,) of the training vectors, for units of "std"; kept as it is, not copied.
@@ -124,6 +128,8 @@ class SetCriterion(nn.Module):
         class_loss: Literal["focal", "quality"] = "focal",
         decoded_dice_weight: float = 0.0,
         outline_dice_weight: float = 0.0,
+        band_limit: float = 0.0,
+        tail_drop: float = 0.0,
         vector_std: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -135,7 +141,7 @@ class SetCriterion(nn.Module):
             raise ValueError(f"{type(codec).__name__}.loss {codec.loss!r}: allowed are 'l1' and 'l2_dice'")
         if vector_units == "std" and vector_std is None:
             raise ValueError("vector_units 'std' needs vector_std, of a model built with standardise_vectors")
-        self.codec = codec
+        self.codec, self.band_limit, self.tail_drop = codec, band_limit, tail_drop
         self.matcher = matcher
         self.weights = {"class": class_weight, "l1": l1_weight, "giou": giou_weight, "vector": vector_weight}
         self.weights |= {"mask": mask_weight, "dice": dice_weight}
@@ -231,7 +237,8 @@ class SetCriterion(nn.Module):
 
         masks = torch.cat(by_image)
         with torch.no_grad():
-            return Objects(labels, boxes, masks, self.codec.encode(masks))
+            band = coefficients_in_band(self.codec, targets, self.band_limit) if self.band_limit else None
+            return Objects(labels, boxes, masks, self.codec.encode(masks), band)
 
     def _match_layers(
         self, layers: Sequence[LayerPrediction], matching: Matching, objects: Objects, count: float
@@ -263,6 +270,8 @@ class SetCriterion(nn.Module):
             true_boxes[-depth:],
             objects.masks[rows],
             in_predicted_frame=self.vector_frame == "predicted",
+            band=None if objects.band is None else objects.band[rows],
+            tail_drop=self.tail_drop,
         )
 
     def _class_loss(self, layers: MatchedLayers) -> Tensor:

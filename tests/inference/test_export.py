@@ -176,7 +176,7 @@ def test_the_graphs_masks_are_the_codes_own_and_what_lies_beyond_an_image_counts
     weights, experiment = write_model(tmp_path)
     codec, model = new_codec(experiment).eval(), build_model(experiment, len(CLASSES)).eval()
     model.load_state_dict(read_weights(weights).state)
-    graph = DetectionGraph(model, codec, 5, rescore).eval()
+    graph = DetectionGraph(model, codec, 5, rescore=rescore).eval()
     pixels, sizes = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8), torch.tensor([[48, 64], [40, 50]])
     padding = torch.zeros(2, 48, 64, dtype=torch.bool)
     padding[1, 40:], padding[1, :, 50:] = True, True

@@ -92,6 +92,15 @@ def test_a_query_with_several_classes_has_its_mask_decoded_once():
         assert len({id(rle) for rle in rles}) == len(rles)
 
 
+def test_a_prefix_of_vectors_decodes_as_in_a_codec_of_its_length():
+    prediction, options = random_prediction(), {"class_names": NAMES, "rescore": "sharpness"}
+    found = postprocess(prediction, SIZES, DCTCodec(MASK_SIZE, VECTOR_DIM), vector_dim=7, **options)
+    shorter = prediction._replace(vectors=prediction.vectors[..., :7])
+    for ours, theirs in zip(found, postprocess(shorter, SIZES, DCTCodec(MASK_SIZE, 7), **options), strict=True):
+        assert (ours.masks, ours.labels.tolist()) == (theirs.masks, theirs.labels.tolist())
+        torch.testing.assert_close(ours.scores, theirs.scores)
+
+
 def test_a_full_mask_is_certain_and_an_empty_one_is_not():
     decoded = torch.stack([torch.full((4, 4), level) for level in (1.0, 0.75, 0.0)])
     assert sharpness(decoded, decoded > 0.5).tolist() == [1, 0.75, 0]

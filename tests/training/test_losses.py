@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.fft import dctn, idctn
 from torchvision.ops import generalized_box_iou_loss
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.base import MaskCodec
-from solq_lab.codecs.dct import DCTCodec
+from solq_lab.codecs.dct import DCTCodec, zigzag
 from solq_lab.structures import LayerPrediction, Predictions, Target
 from solq_lab.training.focal import dice_loss, sigmoid_focal_loss
 from solq_lab.training.losses import SetCriterion
@@ -159,7 +161,12 @@ def test_two_processes_average_to_the_losses_of_one_with_the_whole_batch():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"vector_frame": "predicted", "outline_dice_weight": 2.0}, {"class_loss": "quality"}]
+    "options",
+    [
+        {},
+        {"vector_frame": "predicted", "outline_dice_weight": 2.0, "band_limit": 0.1},
+        {"class_loss": "quality"},
+    ],
 )
 def test_gradients_agree_with_finite_differences(options):
     generator = torch.Generator().manual_seed(4)
@@ -209,6 +216,51 @@ def test_l2_and_decoded_dice_are_the_two_parts_of_l2_dice():
     }
     for layer in ("", "/0", "/1"):
         torch.testing.assert_close(parts[f"vector{layer}"] + parts[f"vector_dice{layer}"], whole[f"vector{layer}"])
+
+
+def test_a_band_limit_keeps_the_frequencies_that_the_pixels_of_an_object_show():
+    generator = torch.Generator().manual_seed(9)
+    layer, targets = random_layer(generator, 2, 6), random_targets(generator, [2, 3])
+    targets[1] = targets[1]._replace(image_size=(48, 96))
+    criterion = make_criterion(DCTCodec(MASK_SIZE, VECTOR_DIM), band_limit=0.1, decoded_dice_weight=1.0)
+    losses = criterion(Predictions([layer], None), targets)
+    matching = criterion.matcher(Predictions([layer], None), targets).layers
+
+    objects = [(target, number) for target in targets for number in range(len(target.labels))]
+    kept, (down, across) = zigzag(MASK_SIZE)[:VECTOR_DIM].numpy(), np.indices((MASK_SIZE, MASK_SIZE))
+    distances, dices, shares = [], [], []
+    for image, query, number in zip(matching.images, matching.queries[0], matching.objects[0], strict=True):
+        target, index = objects[number]
+        (height, width), (_, _, w, h) = target.image_size, target.boxes[index].tolist()
+        inside, mask = (down <= 0.1 * h * height) & (across <= 0.1 * w * width), target.masks[index].double().numpy()
+        vector, spectrum = layer.vectors[image, query].detach().numpy(), np.zeros(MASK_SIZE**2)
+        distances.append(np.abs(vector - (dctn(mask, norm="ortho") * inside).ravel()[kept]).sum())
+        spectrum[kept] = vector
+        decoded = idctn(spectrum.reshape(MASK_SIZE, MASK_SIZE) * inside, norm="ortho")
+        dices.append(1 - 2 * (decoded * mask).sum() / ((decoded**2).sum() + mask.sum() + 1e-5))
+        shares.append(inside.ravel()[kept].mean())
+    assert min(shares) < max(shares) < 1
+    assert losses["vector"].item() == pytest.approx(sum(distances) / (5 * VECTOR_DIM), rel=1e-5)
+    assert losses["vector_dice"].item() == pytest.approx(sum(dices) / 5, rel=1e-6)
+
+
+def test_dropped_tails_leave_the_dice_of_prefixes_of_every_length():
+    generator, codec = torch.Generator().manual_seed(10), DCTCodec(MASK_SIZE, VECTOR_DIM)
+    layer, targets = random_layer(generator, 1, 1), random_targets(generator, [1])
+    prefixes = torch.ones(VECTOR_DIM, VECTOR_DIM).tril() * layer.vectors[0].detach()
+    expected = dice_loss(codec.decode(prefixes).flatten(1), targets[0].masks.flatten(1).double().expand(VECTOR_DIM, -1))
+
+    torch.manual_seed(0)
+    losses = {share: [] for share in (0.0, 0.5, 1.0)}
+    for share, found in losses.items():
+        criterion = make_criterion(codec, tail_drop=share, decoded_dice_weight=1.0)
+        found += [criterion(Predictions([layer], None), targets)["vector_dice"] for _ in range(120)]
+    lengths = {share: (torch.stack(found)[:, None] - expected).abs() < 1e-12 for share, found in losses.items()}
+    assert all(rows.sum(1).eq(1).all() for rows in lengths.values())
+    counts = {share: rows.sum(0) for share, rows in lengths.items()}
+    assert counts[0.0].tolist() == [0] * (VECTOR_DIM - 1) + [120]
+    assert counts[1.0].all()
+    assert counts[0.5][-1].item() == pytest.approx(120 * 0.55, abs=25)
 
 
 @pytest.mark.parametrize("kind", ["l1", "smooth_l1", "l2"])

@@ -36,6 +36,10 @@ NEUTRAL = {
     "model.mask_look": 0,
     "model.denoising": 0,
     "loss.proposals_per_object": 1,
+    "loss.band_limit": 0.0,
+    "loss.tail_drop": 0.0,
+    "evaluation.vector_dim": None,
+    "evaluation.rescore": "none",
 }
 PLUS = {
     "model": {"mixed_queries": True, "look_twice": True, "mask_look": 3, "denoising": 2},

@@ -107,6 +107,13 @@ def test_an_unknown_key_on_the_command_line_is_rejected_alike(write, override, s
         ("model: {mixed_queries: true, refine_boxes: false}", ("mixed_queries: true", "refine_boxes: true")),
         ("model: {look_twice: true, refine_boxes: false}", ("look_twice: true", "refine_boxes: true")),
         ("evaluation: {rescore: sharpness}\ncodec: {kind: none}", ("evaluation.rescore sharpness", "kind is none")),
+        ("loss: {band_limit: 1}\ncodec: {kind: haar}", ("loss.band_limit 1", "codec.kind haar", "'dct_blur'")),
+        (
+            "evaluation: {vector_dim: 9}\ncodec: {kind: polar}",
+            ("evaluation.vector_dim 9", "codec.kind polar", "'haar'"),
+        ),
+        ("evaluation: {vector_dim: 300}", ("evaluation.vector_dim 300", "codec.vector_dim 256", "at most as many")),
+        ("loss: {tail_drop: 0.5}", ("loss.tail_drop 0.5", "set it to 0, or loss.decoded_dice_weight")),
         ("model: {mask_look: 8}\ncodec: {kind: none}", ("model.mask_look 8", "codec.kind is none", "set it to 0")),
         ("model: {denoising: 3}", ("denoising 3 needs mixed_queries: true or two_stage: true", "set it to 0")),
         ("loss: {proposals_per_object: 6}", ("loss.proposals_per_object 6 needs proposals", "model.mixed_queries")),

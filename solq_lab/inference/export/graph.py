@@ -27,17 +27,24 @@ class DetectionGraph(nn.Module):
         model: the network in evaluation mode; a plain detector, SOLQ or the baseline with a mask branch.
         codec: its mask codec, None for models without mask vectors.
         top_k: K, detections per image; fewer where J * S is smaller.
-        rescore: as in `postprocess`.
+        rescore, vector_dim: as in `postprocess`.
 
     Attributes:
         outputs: names of what `forward` returns.
     """
 
     def __init__(
-        self, model: SOLQ, codec: MaskCodec | None, top_k: int, rescore: Literal["none", "sharpness"] = "none"
+        self,
+        model: SOLQ,
+        codec: MaskCodec | None,
+        top_k: int,
+        *,
+        rescore: Literal["none", "sharpness"] = "none",
+        vector_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.codec, self.top_k, self.rescore = model, codec, top_k, rescore
+        self.model, self.codec, self.top_k = model, codec, top_k
+        self.rescore, self.vector_dim = rescore, vector_dim
         masks = ("masks",) if codec is not None else ("mask_logits",) if hasattr(model, "mask_branch") else ()
         self.outputs = (*DETECTIONS, *masks)
 
@@ -54,7 +61,9 @@ class DetectionGraph(nn.Module):
             SOLQ masks (B, K, N, N) bool in the box frame, binarized as the codec does, or of a model with a mask
             branch mask_logits (B, K, h, w) float32 over the whole padded image.
         """
-        last = self.model(ImageBatch(pixels, _padding(pixels, sizes)).normalised()).layers[-1]
+        last = (
+            self.model(ImageBatch(pixels, _padding(pixels, sizes)).normalised()).layers[-1].shortened(self.vector_dim)
+        )
 
         classes = last.logits.shape[-1]
         pairs = last.logits.sigmoid().flatten(1)  # (B, J, S) -> (B, J*S)

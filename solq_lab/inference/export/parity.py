@@ -101,6 +101,7 @@ def _detect_in_torch(predictor: Predictor, images: ImageBatch, *, top_k: int) ->
         top_k=top_k,
         class_names=predictor.classes.names,
         rescore=predictor.experiment.evaluation.rescore,
+        vector_dim=predictor.experiment.evaluation.vector_dim,
     )
 
 
