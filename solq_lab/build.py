@@ -14,6 +14,7 @@ from torch import Tensor
 from solq_lab import distributed
 from solq_lab.codecs.artifact import ArtifactError, load_tables
 from solq_lab.codecs.base import FittedCodec, MaskCodec
+from solq_lab.codecs.dct import LearnedDCTCodec
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.classes import ClassMap
@@ -28,6 +29,7 @@ from solq_lab.models.official import is_official
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.sqr import SQRDetector
 from solq_lab.models.weights import (
+    LEARNED_DECODER,
     ImportReport,
     WeightMismatch,
     initialise,
@@ -47,7 +49,8 @@ def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None =
 
     Args:
         experiment: section `codec` is read.
-        tables: the tables of a fitted codec, as a weights file holds them; without them `codec.artifact` is read.
+        tables: the tables of a fitted codec or the decoder that was learnt, as a weights file holds them; without them
+            `codec.artifact` is read, or the decoder is the DCT's.
 
     Raises:
         ConfigError: the artifact is missing, damaged, or holds another codec.
@@ -63,6 +66,8 @@ def build_codec(experiment: Experiment, *, tables: Mapping[str, Tensor] | None =
                 load_tables(codec, experiment.codec.artifact)
         except (ArtifactError, RuntimeError) as error:  # RuntimeError: tables of other names or sizes
             raise ConfigError(f"codec.artifact: {error}") from None
+    if isinstance(codec, LearnedDCTCodec) and tables:
+        codec.decoder = tables[LEARNED_DECODER]
     return codec.eval()
 
 
@@ -119,7 +124,8 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
             return SQRDetector(backbone, num_classes, **branch, **sizes)
         case "none":
             vector_dim = None if codec.kind == "none" else codec.vector_dim
-            return SOLQ(backbone, num_classes, vector_dim=vector_dim, **sizes)
+            decoder = getattr(new_codec(experiment), "decoder", None) if codec.learn_decoder else None
+            return SOLQ(backbone, num_classes, vector_dim=vector_dim, mask_decoder=decoder, **sizes)
 
 
 def _start_from_file(network: SOLQ, path: Path) -> None:

@@ -22,11 +22,13 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
             f"model.mask_branch {model.mask_branch} and codec.kind {codec.kind} would both make masks; "
             "give the mask branch codec.kind: none, or mask vectors model.mask_branch: none"
         )
-    if model.mask_look and without_vectors:
-        yield (
-            f"model.mask_look {model.mask_look} serves mask vectors, and codec.kind is none; set it to 0, or choose a "
-            "codec"
-        )
+    of_masks = {
+        "model.mask_look": model.mask_look,
+        "evaluation.rescore": experiment.evaluation.rescore.replace("none", ""),
+    }
+    for key, value in of_masks.items():
+        if value and without_vectors:
+            yield f"{key} {value} serves mask vectors, and codec.kind is none; leave it out, or choose a codec"
     weights = ("decoded_dice_weight", "outline_dice_weight")
     of_vectors = ("vector_kind", "vector_units", "vector_frame", "class_loss", "band_limit", "tail_drop", *weights)
     changed = [key for key in of_vectors if getattr(loss, key) != type(loss).model_fields[key].default]
@@ -34,11 +36,6 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
         yield (
             f"{', '.join(f'loss.{key} {getattr(loss, key)}' for key in changed)}: concerns mask vectors, and "
             "codec.kind is none; leave it out, or choose a codec"
-        )
-    if without_vectors and experiment.evaluation.rescore != "none":
-        yield (
-            f"evaluation.rescore {experiment.evaluation.rescore} judges decoded mask vectors, and codec.kind is none; "
-            "set it to none, or choose a codec"
         )
     yield from _lengths(experiment)
     if loss.class_loss == "quality" and loss.vector_layers < model.decoder_layers:
@@ -73,11 +70,10 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
 def _lengths(experiment: Experiment) -> Iterator[str]:
     """Of settings about parts of a mask vector."""
     codec, loss, shorter = experiment.codec, experiment.loss, experiment.evaluation.vector_dim
-    if loss.tail_drop and not (loss.decoded_dice_weight or loss.outline_dice_weight):
-        yield (
-            f"loss.tail_drop {loss.tail_drop} shortens vectors before they are decoded, and no loss decodes them; "
-            f"set it to 0, or loss.decoded_dice_weight or loss.outline_dice_weight above 0"
-        )
+    of_decoded = {"loss.tail_drop": loss.tail_drop, "codec.learn_decoder": codec.learn_decoder}
+    for key, value in of_decoded.items():
+        if value and not (loss.decoded_dice_weight or loss.outline_dice_weight):
+            yield f"{key} {value} needs a loss of decoded masks; leave it out, or set loss.decoded_dice_weight above 0"
 
     needed: dict[str, tuple[float | None, str]] = {
         "loss.band_limit": (loss.band_limit, "cosine"),
@@ -89,7 +85,4 @@ def _lengths(experiment: Experiment) -> Iterator[str]:
             allowed = kinds_that_are(trait)
             yield f"{key} {wanted}: codec.kind {codec.kind} has no such order; leave it out, or choose {allowed}"
     if shorter and shorter > codec.vector_dim:
-        yield (
-            f"evaluation.vector_dim {shorter} exceeds codec.vector_dim {codec.vector_dim}; give at most as many, or "
-            "leave it out"
-        )
+        yield f"evaluation.vector_dim {shorter} exceeds codec.vector_dim {codec.vector_dim}; give at most as many"

@@ -109,6 +109,9 @@ class CodecSection(Section):
     pca: Literal["plain", "released"] = Field(
         "plain", description="plain: eq. 4; released: centered, whitened, on noisy logits, other threshold and loss"
     )
+    learn_decoder: bool = Field(
+        False, description="dct: decode by a matrix that starts as the DCT's and is learnt with the network"
+    )
     beta: float = Field(1.0, gt=0, description="sparse: price of a coefficient in eq. 3; the paper gives no value")
     threshold: Literal["middle", "half"] | None = Field(
         None,
@@ -133,6 +136,8 @@ class CodecSection(Section):
             raise ValueError(
                 f"kind {self.kind!r} needs a square number (784: 28 x 28), not vector_dim {self.vector_dim}"
             )
+        if self.learn_decoder and self.kind != "dct":
+            raise ValueError(f"learn_decoder: true is for kind 'dct', not {self.kind!r}; set it to false")
         if self.is_fitted and not self.artifact:
             raise ValueError(
                 f"kind {self.kind!r} needs fitted tables: name their file (codec.artifact=FILE.safetensors), which "
@@ -320,6 +325,11 @@ class EvaluationSection(Section):
         (32.0, 96.0), description="small below, medium below; pixels"
     )
     boundary_ratio: float = Field(0.02, gt=0, lt=1, description="boundary width over the image's diagonal")
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """How `postprocess` decodes vectors and scores their masks, as its arguments."""
+        return {"rescore": self.rescore, "vector_dim": self.vector_dim}
 
     @model_validator(mode="after")
     def _sizes_ascend(self) -> EvaluationSection:

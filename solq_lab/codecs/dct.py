@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ class DCTCodec(SeparableCodec):
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__(mask_size, vector_dim, cosine_basis, zigzag(mask_size))
 
+    @classmethod
+    def from_options(cls, mask_size: int, vector_dim: int, **options: Any) -> DCTCodec:
+        """The paper's codec, or with learn_decoder=True the one whose decoder is learnt."""
+        return (LearnedDCTCodec if options.get("learn_decoder") else cls)(mask_size, vector_dim)
+
     @property
     def frequencies(self) -> Tensor:
         """(D, 2) int64 frequencies down and across of the coefficients, half periods per side of the box."""
@@ -130,6 +136,32 @@ class DCTCodec(SeparableCodec):
 
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.row_basis, self.column_basis, self.kept
+
+
+class LearnedDCTCodec(DCTCodec):
+    """The DCT's vectors, decoded by a matrix, at first the DCT's own, that a network learns and keeps (`SOLQ`).
+
+    The encoder is fixed. Linear form of the learned decoder of ISTR (Hu et al., TIP 2024). `decoder` (D, N*N), what
+    unit vectors decode to, is a buffer until the parameter of a network takes its place.
+    """
+
+    decoder: Tensor
+
+    def __init__(self, mask_size: int, vector_dim: int) -> None:
+        super().__init__(mask_size, vector_dim)
+        units = torch.eye(vector_dim, dtype=torch.float64)
+        basis = SeparableCodec.decode(self, units).flatten(1).float()
+        self.register_buffer("decoder", basis, persistent=False)  # the network's state dict carries it
+
+    def decode(self, vectors: Tensor) -> Tensor:
+        self.check_vectors(vectors)
+        exact = product_dtype(torch.promote_types(vectors.dtype, torch.float32), vectors.device)
+        with torch.autocast(vectors.device.type, enabled=False):
+            pixels = vectors.to(exact) @ self.decoder.to(exact)  # (K, N*N)
+        return pixels.to(vectors.dtype).unflatten(1, (self.mask_size, self.mask_size))
+
+    def decode_masks(self, vectors: Tensor) -> Tensor:
+        return self.binarize(self.decode(vectors))
 
 
 def _compiled(name: str, tensor: Tensor, exact: torch.dtype) -> Callable[..., Tensor] | None:

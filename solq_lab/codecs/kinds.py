@@ -52,7 +52,7 @@ class CodecSpec(NamedTuple):
 
 
 CODECS: dict[str, CodecSpec] = {
-    "dct": CodecSpec("solq_lab.codecs.dct:DCTCodec", "DCT", ordered=True, cosine=True),
+    "dct": CodecSpec("solq_lab.codecs.dct:DCTCodec", "DCT", options=("learn_decoder",), ordered=True, cosine=True),
     "pca": CodecSpec("solq_lab.codecs.pca:PCACodec", "PCA", options=("pca",), fitted=True, ordered=True),
     "sparse": CodecSpec("solq_lab.codecs.sparse:SparseCodingCodec", "sparse coding", options=("beta",), fitted=True),
     "flatten": CodecSpec("solq_lab.codecs.flatten:FlattenCodec", "flatten", square=True),

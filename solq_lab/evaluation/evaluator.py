@@ -74,14 +74,9 @@ def predict_dataset(
                 sizes = [target.original_size for target in targets]
                 with torch.inference_mode():  # not around the yield: the caller's code would run in it too
                     prediction = model(images.to(device).normalised()).layers[-1]
+                    names, top_k = dataset.classes.names, settings.top_k
                     detected = postprocess(
-                        prediction,
-                        sizes,
-                        codec,
-                        top_k=settings.top_k,
-                        class_names=dataset.classes.names,
-                        rescore=settings.rescore,
-                        vector_dim=settings.vector_dim,
+                        prediction, sizes, codec, top_k=top_k, class_names=names, **settings.decoding
                     )
                 for target, detections in zip(targets, detected, strict=True):
                     yield target.image_id, detections

@@ -98,9 +98,7 @@ def _decode_masks(
 ) -> tuple[list[dict], Tensor | None]:
     """The RLEs of one image's detections, and with `measure` the `sharpness` (k,) of their reconstructions.
 
-    Args:
-        vectors: (J, D) of all queries.
-        queries, boxes: (k,), and (k, 4) in pixels.
+    Of vectors (J, D) of all queries, queries (k,), boxes (k, 4) in pixels.
     """
     distinct, place = queries.unique(return_inverse=True)
     box_of = boxes.new_empty(len(distinct), 4).index_copy_(0, place, boxes)  # same query, same box: any will do

@@ -145,15 +145,8 @@ class Predictor:
             last = self._graphed(batch)
         else:
             last = predict_last_layer(self.model, batch, autocast=self.autocast)
-        detections = postprocess(
-            last,
-            sizes,
-            self.codec,
-            top_k=self.top_k,
-            class_names=self.classes.names,
-            rescore=self.experiment.evaluation.rescore,
-            vector_dim=self.experiment.evaluation.vector_dim,
-        )
+        names, decoding = self.classes.names, self.experiment.evaluation.decoding
+        detections = postprocess(last, sizes, self.codec, top_k=self.top_k, class_names=names, **decoding)
         return [self._complete(found, image) for found, image in zip(detections, images, strict=True)]
 
     def _complete(self, found: Detections, image: ImageSource) -> Detections:

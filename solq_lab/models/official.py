@@ -112,10 +112,10 @@ def own_layout(state: Mapping[str, Tensor], *, source: str = "state dict") -> La
 
     decoder_layers = _count(state, r"decoder\.(\d+)\.")
     two_stage = "proposal_projection.weight" in state
-    if (two_stage and "query_embedding" in state) or any(".look." in name for name in state):
+    if (two_stage and "query_embedding" in state) or any(".look." in name or name == "mask_decoder" for name in state):
         raise WeightMismatch(
-            f"{source}: model.mixed_queries and model.mask_look have no released counterpart; give weights trained "
-            "without them"
+            f"{source}: model.mixed_queries, model.mask_look and codec.learn_decoder have no released counterpart; "
+            "give weights trained without them"
         )
     backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
     released = {BODY + name.removeprefix("backbone."): tensor for name, tensor in backbone.items()}

@@ -59,6 +59,7 @@ class SOLQ(Checkpointed):
             start as boxes, as queries do with `two_stage` or `mixed_queries`: it needs one of them.
         mask_look: points of one more deformable attention, inside the predicted box, before the vector MLP; 0: none.
         standardise_vectors: the vector head predicts in units of the training vectors' std.
+        mask_decoder: (D, N*N) start of a matrix that decodes mask vectors and is learnt too; None: the codec decodes.
 
     Raises:
         ValueError: the numbers do not fit together.
@@ -89,6 +90,7 @@ class SOLQ(Checkpointed):
         denoising: int = 0,
         mask_look: int = 0,
         standardise_vectors: bool = False,
+        mask_decoder: Tensor | None = None,
     ) -> None:
         super().__init__()
         if width % GROUPS:
@@ -134,6 +136,7 @@ class SOLQ(Checkpointed):
             outputs = 2 * width if two_stage else width  # position and content, or position alone
             self.query_projection = _xavier(nn.Linear(2 * width, outputs))
             self.query_norm = nn.LayerNorm(outputs)
+        self.mask_decoder = None if mask_decoder is None else nn.Parameter(mask_decoder)
         if denoising:
             self.label_embedding = nn.Embedding(num_classes, width)
         if mixed_queries:

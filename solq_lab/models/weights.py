@@ -35,6 +35,7 @@ from solq_lab.models.pickled import load_pickle
 log = logging.getLogger(__name__)
 
 SWIN_WINDOW = 7
+LEARNED_DECODER = "mask_decoder"  # of a network; its codec decodes with it
 CODEC = "codec."  # prefix of the mask codec's tables in a file; no network has such a part
 
 
@@ -148,6 +149,7 @@ def read_weights(path: Path) -> WeightFile:
         ) from None
 
     codec = {name.removeprefix(CODEC): state.pop(name) for name in list(state) if name.startswith(CODEC)}
+    codec |= {name: state[name] for name in state.keys() & {LEARNED_DECODER}}
     return WeightFile(state, metadata.get("experiment"), metadata.get("classes"), codec)
 
 

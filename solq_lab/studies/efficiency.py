@@ -205,14 +205,12 @@ def _predictor(
     if codec is not None:
         codec.to(device)
     images, names = _blank(image_size).to(device), [str(channel) for channel in range(num_classes)]
-    settings = experiment.evaluation
+    top_k, decoding = experiment.evaluation.top_k, experiment.evaluation.decoding
 
     def predict() -> object:
         with torch.inference_mode():
             last = model(images.normalised()).layers[-1]
-            return postprocess(
-                last, [image_size], codec, top_k=settings.top_k, class_names=names, rescore=settings.rescore
-            )
+            return postprocess(last, [image_size], codec, top_k=top_k, class_names=names, **decoding)
 
     return predict
 

@@ -36,6 +36,7 @@ VECTORS = re.compile(r"heads\.\d+\.vector\.(layers\.2\.(weight|bias)|vector_(cen
 BRANCHES = {  # a model has all of a branch, or nothing
     "mask vectors": re.compile(r"heads\.\d+\.vector\."),
     "mask look": re.compile(r"heads\.\d+\.look\."),
+    "learned decoder": re.compile(r"mask_decoder$"),
     "denoising": re.compile(r"label_embedding\."),
     "mask branch": re.compile(r"mask_branch\."),
 }

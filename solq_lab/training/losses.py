@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
+from solq_lab.codecs.dct import LearnedDCTCodec
+from solq_lab.models.solq import SOLQ
 from solq_lab.schema import Experiment
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.decoded import MatchedVectors, coefficients_in_band
@@ -326,20 +328,20 @@ class SetCriterion(nn.Module):
         return {"mask": focal.mean(1).sum() / count, "dice": soft_dice_loss(logits.sigmoid(), truth).sum() / count}
 
 
-def build_criterion(
-    experiment: Experiment, codec: MaskCodec | None, *, vector_std: Tensor | None = None
-) -> SetCriterion:
+def build_criterion(experiment: Experiment, codec: MaskCodec | None, model: nn.Module | None = None) -> SetCriterion:
     """The criterion of an experiment, in training mode: the released PCA codec adds noise there.
 
     Args:
         experiment: gives weights and kinds.
         codec: gives the target vectors; None for a plain detector.
-        vector_std: `SOLQ.vector_std` of the model that is trained.
+        model: that is trained; units of std, and a decoder that is learnt, are its own. None: there are none.
     """
+    if isinstance(codec, LearnedDCTCodec) and isinstance(model, SOLQ) and model.mask_decoder is not None:
+        codec.decoder = model.mask_decoder
     loss, costs = experiment.loss.model_dump(), experiment.matcher.model_dump()
     costs |= {key: loss[key] for key in ("focal_alpha", "focal_gamma")}
     matcher = HungarianMatcher(**costs, proposals_per_object=loss.pop("proposals_per_object"))
-    return SetCriterion(codec, matcher, **loss, vector_std=vector_std).train()
+    return SetCriterion(codec, matcher, **loss, vector_std=getattr(model, "vector_std", None)).train()
 
 
 def _gather_bitmaps(targets: Sequence[Target], padded_size: tuple[int, int]) -> Tensor:

@@ -142,8 +142,8 @@ def _rebuild(weights: WeightFile, source: str, device: torch.device) -> tuple[nn
         use_onednn(model, training=True)
     if experiment.train.gradient_checkpointing:
         checkpoint_activations(model)
-    codec, std = build_codec(experiment, tables=weights.codec), getattr(model, "vector_std", None)
-    criterion = build_criterion(experiment, codec, vector_std=std).to(device)
+    codec = build_codec(experiment, tables=weights.codec)
+    criterion = build_criterion(experiment, codec, model).to(device)
     return model, criterion
 
 

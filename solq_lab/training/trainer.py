@@ -198,8 +198,7 @@ class Trainer:
     def _build_optimizer(self) -> None:
         """Losses, optimiser, averaged weights, and what else changes the weights in a step."""
         train = self.experiment.train
-        std = getattr(self.model, "vector_std", None)  # SOLQ has it
-        self.criterion = build_criterion(self.experiment, self.codec, vector_std=std).to(self.device)
+        self.criterion = build_criterion(self.experiment, self.codec, self.model).to(self.device)
         self.optimizer = build_optimizer(self.model, self.experiment.optim)
         self.average = AveragedWeights(self.model, train.ema) if train.ema else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.autocast == "fp16")

@@ -345,7 +345,7 @@ def measure_speed(experiment: Experiment, *, steps: int = 7, enough: float = 20.
     train_set, codec = build_dataset(experiment, "train"), build_codec(experiment)
     model = build_model(experiment, len(train_set.classes)).to(device).train()
     use_onednn(model, training=True)
-    criterion = build_criterion(experiment, codec, vector_std=getattr(model, "vector_std", None)).to(device)
+    criterion = build_criterion(experiment, codec, model).to(device)
     optimizer, scaler = build_optimizer(model, experiment.optim), torch.amp.GradScaler(device.type, enabled=False)
 
     # The same images in each step: read once, as a cache keeps them or loaders read them ahead.

@@ -23,9 +23,9 @@ from solq_lab.codecs.pca import MAX_LABEL_NOISE, MIN_LABEL_NOISE, PCACodec, nois
 from solq_lab.codecs.sparse import SparseCodingCodec, duality_gap
 
 SOFT = ["dct_blur", "dct_distance", "haar", "polar", "fourier", "autoencoder", "rvq"]
-KINDS = ["dct", "pca", "centered", "released", "sparse", "flatten", *SOFT]
+KINDS = ["dct", "learned dct", "pca", "centered", "released", "sparse", "flatten", *SOFT]
 FITTED = ["pca", "centered", "released", "sparse", "autoencoder", "rvq"]
-LINEAR_ENCODERS = ["dct", "pca", "flatten", "dct_blur", "haar"]
+LINEAR_ENCODERS = ["dct", "learned dct", "pca", "flatten", "dct_blur", "haar"]
 LINEAR_DECODERS = [*LINEAR_ENCODERS, "sparse", "dct_distance", "rvq"]
 FLOAT32_ROUNDING = 1e-4  # of vectors up to a few hundred in size; the tables are float32
 
@@ -36,6 +36,8 @@ def new(kind: str, size: int, vector_dim: int) -> MaskCodec:
     match kind:
         case "dct":
             return DCTCodec(size, vector_dim)
+        case "learned dct":
+            return CODECS["dct"].build(size, vector_dim, learn_decoder=True)
         case "pca":
             return PCACodec(size, vector_dim)
         case "centered":

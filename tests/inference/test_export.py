@@ -45,7 +45,12 @@ CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 PLAIN = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False}}
 SQR = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False, "mask_branch": "sqr"}}
 
-PLUS = {"mixed_queries": True, "mask_look": 3, "denoising": 1}
+PLUS = {
+    "model": {"mixed_queries": True, "look_twice": True, "mask_look": 3, "denoising": 1},
+    "codec": {"learn_decoder": True},
+    "loss": {"decoded_dice_weight": 1.0},
+    "evaluation": {"rescore": "sharpness", "vector_dim": 9},
+}
 
 
 def write_model(folder: Path, **sections) -> tuple[Path, Experiment]:
@@ -61,6 +66,8 @@ def write_weights(folder: Path, experiment: Experiment) -> Path:
         torch.nn.init.normal_(head.classify.weight, std=0.5)
         for layer in (head.box.layers[2], *([head.vector.layers[2]] if head.vector else [])):
             torch.nn.init.normal_(layer.weight, std=0.1)
+    if model.mask_decoder is not None:
+        torch.nn.init.normal_(model.mask_decoder, std=0.1)
     path = folder / "weights.safetensors"
     save_weights(path, model.state_dict(), experiment=experiment.to_yaml(), classes=CLASSES.to_json())
     return path
@@ -106,9 +113,7 @@ def test_onnxruntime_finds_what_the_model_finds(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sections", [{}, {"model": {"two_stage": True}}, {"model": PLUS, "evaluation": {"rescore": "sharpness"}}], ids=str
-)
+@pytest.mark.parametrize("sections", [{}, {"model": {"two_stage": True}}, PLUS], ids=["plain", "two stages", "plus"])
 def test_one_file_serves_any_size_and_any_number_of_images(sections: dict[str, Any], tmp_path: Path):
     """Three images of three shapes: a padded batch of two, then one alone."""
     weights, _ = write_model(tmp_path, **sections)

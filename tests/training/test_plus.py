@@ -20,7 +20,12 @@ from training_runs import (
 )
 
 from solq_lab.boxes import cxcywh_to_xyxy
+from solq_lab.build import new_codec
+from solq_lab.codecs.dct import DCTCodec
+from solq_lab.config import default_experiment
+from solq_lab.inference.predictor import Predictor
 from solq_lab.models.solq import SOLQ
+from solq_lab.models.weights import read_weights
 from solq_lab.structures import Target
 from solq_lab.training import compilation
 from solq_lab.training.guests import BOX_NOISE, WRONG_LABELS, draw_guests
@@ -38,13 +43,25 @@ NEUTRAL = {
     "loss.proposals_per_object": 1,
     "loss.band_limit": 0.0,
     "loss.tail_drop": 0.0,
+    "loss.vector_kind": "codec",
+    "loss.vector_units": "raw",
+    "loss.vector_frame": "truth",
+    "loss.class_loss": "focal",
+    "loss.decoded_dice_weight": 0.0,
+    "loss.outline_dice_weight": 0.0,
+    "codec.learn_decoder": False,
     "evaluation.vector_dim": None,
     "evaluation.rescore": "none",
 }
 PLUS = {
     "model": {"mixed_queries": True, "look_twice": True, "mask_look": 3, "denoising": 2},
-    "loss": {"proposals_per_object": 3},
+    "loss": {"proposals_per_object": 3, "vector_kind": "l2", "vector_units": "std", "vector_frame": "predicted"}
+    | {"class_loss": "quality", "decoded_dice_weight": 1.0, "outline_dice_weight": 1.0}
+    | {"band_limit": 0.5, "tail_drop": 0.5},
+    "codec": {"learn_decoder": True},
+    "evaluation": {"rescore": "sharpness", "vector_dim": 9},
 }
+TERMS = ("class", "l1", "giou", "vector", "vector_dice", "outline_dice")
 CLASSES = 3
 PROPOSALS = {"class/proposals", "l1/proposals", "giou/proposals"}
 
@@ -62,6 +79,11 @@ def test_an_option_at_its_neutral_value_changes_no_bit_of_losses_and_gradients(d
     assert found["losses"] == plain["losses"]
     assert found["gradients"].keys() == plain["gradients"].keys()
     assert all(torch.equal(found["gradients"][name], gradient) for name, gradient in plain["gradients"].items())
+
+
+def test_the_options_are_at_most_twenty_and_neutral_by_default():
+    assert len(NEUTRAL) <= 20
+    assert {key: default_experiment().value(key) for key in NEUTRAL} == NEUTRAL
 
 
 def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(data_root, tmp_path, monkeypatch):
@@ -85,8 +107,9 @@ def test_a_training_is_replayed_bit_for_bit(data_root, tmp_path):
 
 @pytest.mark.parametrize("shares", [{"accumulate": 2}, {"gpus": 2}], ids=["two passes", "two processes"])
 def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares):
-    """But for guests, which every process draws for itself."""
+    """But for guests and lengths of vectors, which every process draws for itself."""
     same = PLUS | {"model": PLUS["model"] | {"dropout": 0.0, "denoising": 0}, "optim": {"clip_norm": 0.0}}
+    same |= {"loss": PLUS["loss"] | {"tail_drop": 0.0}}
     whole = new_run(data_root, tmp_path / "whole", **same)
     shared = new_run(data_root, tmp_path / "shared", train=shares, **same)
     assert_shares_learn_as_the_whole(whole, shared, tmp_path / "output.pt")
@@ -98,9 +121,14 @@ def test_two_processes_train_where_one_of_them_has_no_object(data_root, tmp_path
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = list(run.metrics("train"))
-    terms = {f"{term}{layer}" for term in ("class", "l1", "giou", "vector") for layer in ("", "/0")}
-    of_guests = {f"{term}/guests{layer}" for term in ("class", "l1", "giou", "vector") for layer in ("", "/0")}
+    terms = {f"{term}{layer}" for term in TERMS for layer in ("", "/0")}
+    of_guests = {f"{term}/guests{layer}" for term in TERMS for layer in ("", "/0")}
     assert all(line["losses"].keys() == terms | of_guests | PROPOSALS for line in lines)
+
+    learned, fresh = Predictor(run).codec.decoder, new_codec(run.experiment).decoder
+    assert torch.equal(learned, read_weights(run.weights).state["mask_decoder"])
+    torch.testing.assert_close(fresh, DCTCodec(16, len(fresh)).decode(torch.eye(len(fresh))).flatten(1))
+    assert 0 < (learned - fresh).abs().max() < 0.1
 
 
 def test_compiled_layers_take_guests(data_root, tmp_path, monkeypatch):

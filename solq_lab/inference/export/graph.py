@@ -6,8 +6,6 @@ Paper: section 3.2, inference. The mask vectors of the kept detections are decod
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -34,13 +32,7 @@ class DetectionGraph(nn.Module):
     """
 
     def __init__(
-        self,
-        model: SOLQ,
-        codec: MaskCodec | None,
-        top_k: int,
-        *,
-        rescore: Literal["none", "sharpness"] = "none",
-        vector_dim: int | None = None,
+        self, model: SOLQ, codec: MaskCodec | None, top_k: int, *, rescore: str = "none", vector_dim: int | None = None
     ) -> None:
         super().__init__()
         self.model, self.codec, self.top_k = model, codec, top_k
@@ -61,9 +53,8 @@ class DetectionGraph(nn.Module):
             SOLQ masks (B, K, N, N) bool in the box frame, binarized as the codec does, or of a model with a mask
             branch mask_logits (B, K, h, w) float32 over the whole padded image.
         """
-        last = (
-            self.model(ImageBatch(pixels, _padding(pixels, sizes)).normalised()).layers[-1].shortened(self.vector_dim)
-        )
+        last = self.model(ImageBatch(pixels, _padding(pixels, sizes)).normalised()).layers[-1]
+        last = last.shortened(self.vector_dim)
 
         classes = last.logits.shape[-1]
         pairs = last.logits.sigmoid().flatten(1)  # (B, J, S) -> (B, J*S)

@@ -109,10 +109,8 @@ def export_onnx(
     weights, experiment, classes = read_trained(path)
     model = build_model(experiment, len(classes))
     load_state(model, weights.state, source=str(path))
-    settings = experiment.evaluation
-    graph = DetectionGraph(
-        fold(model), predictor.codec, predictor.top_k, rescore=settings.rescore, vector_dim=settings.vector_dim
-    ).eval()
+    decoding = experiment.evaluation.decoding
+    graph = DetectionGraph(fold(model), predictor.codec, predictor.top_k, **decoding).eval()
     if fixed or "mask_logits" in graph.outputs:
         batch = batch or 1  # windows, or queries, share an axis with the images, whose number the tracer then pins
 

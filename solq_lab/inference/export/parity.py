@@ -94,15 +94,8 @@ def _resized(image: np.ndarray, room: tuple[int, int] | None, resize: TestResize
 def _detect_in_torch(predictor: Predictor, images: ImageBatch, *, top_k: int) -> list[Detections]:
     """The model's detections in uint8 images, in their own pixels."""
     last = predictor.model(images.normalised()).layers[-1]
-    return postprocess(
-        last,
-        images.sizes.tolist(),
-        predictor.codec,
-        top_k=top_k,
-        class_names=predictor.classes.names,
-        rescore=predictor.experiment.evaluation.rescore,
-        vector_dim=predictor.experiment.evaluation.vector_dim,
-    )
+    sizes, names, decoding = images.sizes.tolist(), predictor.classes.names, predictor.experiment.evaluation.decoding
+    return postprocess(last, sizes, predictor.codec, top_k=top_k, class_names=names, **decoding)
 
 
 def _detect_in_onnx(session: Session, images: ImageBatch, names: Sequence[str]) -> list[Detections]:
