@@ -19,7 +19,7 @@ from solq_lab.codecs.kinds import CODECS
 from solq_lab.config import ConfigError, Experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
-from solq_lab.data.kinds import AUGMENTATIONS
+from solq_lab.data.kinds import AUGMENTATIONS, MIXED
 from solq_lab.data.order import BatchStream
 from solq_lab.data.transforms import TestResize, Transform
 from solq_lab.data_folder import split_of
@@ -174,7 +174,8 @@ def build_dataset(
     masks = training or with_masks
     place = split_of(experiment, split)
 
-    dataset = CocoDataset(
+    mixed = training and data.augment in MIXED
+    dataset = (pkgutil.resolve_name(MIXED[data.augment]) if mixed else CocoDataset)(
         place.images,
         place.annotations,
         classes=classes,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from solq_lab.codecs.kinds import CODECS, kinds_that_are
+from solq_lab.data.kinds import MIXED
 
 if TYPE_CHECKING:
     from solq_lab.schema import Experiment
@@ -25,6 +26,7 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
     of_masks = {
         "model.mask_look": model.mask_look,
         "evaluation.rescore": experiment.evaluation.rescore.replace("none", ""),
+        "data.augment": experiment.data.augment if experiment.data.augment in MIXED else "",
     }
     for key, value in of_masks.items():
         if value and without_vectors:

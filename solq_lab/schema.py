@@ -219,7 +219,9 @@ class DataSection(Section):
     allow_links: Annotated[bool, Role.MACHINE, Role.MAY_CHANGE] = Field(
         False, description="images may be links that leave their folder, as DVC and git-annex make them"
     )
-    augment: str = Field("released", description="released: two resizes, flip, random crop; lsj; flip; none")
+    augment: str = Field(
+        "released", description="released: two resizes, flip, random crop; lsj; flip; mosaic; copy_paste; none"
+    )
     train_scales: list[PositiveInt] = Field([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], min_length=1)
     crop_scales: list[PositiveInt] = Field(
         [400, 500, 600], min_length=1, description="short sides before the random crop"

@@ -21,4 +21,10 @@ AUGMENTATIONS: dict[str, str] = {  # "module:class"
     "flip": f"{_MODULE}:FlipOnly",
     "lsj": f"{_MODULE}:LargeScaleJitter",
     "none": f"{_MODULE}:TestResize",
+    "mosaic": f"{_MODULE}:ReleasedAugmentation",
+    "copy_paste": f"{_MODULE}:LargeScaleJitter",
+}
+MIXED: dict[str, str] = {  # whose samples are made of several images, after the augmentation of each
+    "mosaic": "solq_lab.data.mixing:MosaicDataset",
+    "copy_paste": "solq_lab.data.mixing:CopyPasteDataset",
 }

@@ -107,6 +107,7 @@ def test_an_unknown_key_on_the_command_line_is_rejected_alike(write, override, s
         ("model: {mixed_queries: true, refine_boxes: false}", ("mixed_queries: true", "refine_boxes: true")),
         ("model: {look_twice: true, refine_boxes: false}", ("look_twice: true", "refine_boxes: true")),
         ("evaluation: {rescore: sharpness}\ncodec: {kind: none}", ("evaluation.rescore sharpness", "kind is none")),
+        ("data: {augment: mosaic}\ncodec: {kind: none}", ("data.augment mosaic", "codec.kind is none")),
         ("loss: {band_limit: 1}\ncodec: {kind: haar}", ("loss.band_limit 1", "codec.kind haar", "'dct_blur'")),
         (
             "evaluation: {vector_dim: 9}\ncodec: {kind: polar}",
