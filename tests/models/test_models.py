@@ -234,7 +234,6 @@ def test_layers_share_the_projection_of_what_the_mask_look_samples(monkeypatch):
     model, images = small_model(mask_look=3).double(), batch((64, 96), (50, 40))
     images = images._replace(pixels=images.pixels.double())
     look, projections, found = model.heads[0].look, [], []
-    torch.nn.init.normal_(look.output_proj.weight)
     look.value_proj.register_forward_hook(lambda *_: projections.append(len(found)))
     for _ in range(2):
         model.zero_grad()

@@ -247,15 +247,14 @@ def test_dropped_tails_leave_the_dice_of_prefixes_of_every_length():
     expected = dice_loss(codec.decode(prefixes).flatten(1), targets[0].masks.flatten(1).double().expand(VECTOR_DIM, -1))
 
     torch.manual_seed(0)
-    losses = {share: [] for share in (0.0, 0.5, 1.0)}
-    for share, found in losses.items():
+    counts = {}
+    for share in (0.0, 0.5, 1.0):
         criterion = make_criterion(codec, tail_drop=share, decoded_dice_weight=1.0)
-        found += [criterion(Predictions([layer], None), targets)["vector_dice"] for _ in range(120)]
-    lengths = {share: (torch.stack(found)[:, None] - expected).abs() < 1e-12 for share, found in losses.items()}
-    counts = {share: rows.sum(0) for share, rows in lengths.items()}
-    assert counts[0.0].tolist() == [0] * (VECTOR_DIM - 1) + [120]
-    assert counts[1.0].all()
-    assert counts[0.5][-1].item() == pytest.approx(120 * 0.55, abs=25)
+        found = torch.stack([criterion(Predictions([layer], None), targets)["vector_dice"] for _ in range(120)])
+        counts[share] = ((found[:, None] - expected).abs() < 1e-12).sum(0).tolist()
+    assert counts[0.0] == [0] * (VECTOR_DIM - 1) + [120]
+    assert min(counts[1.0]) > 0
+    assert counts[0.5][-1] == pytest.approx(120 * 0.55, abs=25)
 
 
 @pytest.mark.parametrize("kind", ["l1", "smooth_l1", "l2"])

@@ -109,10 +109,6 @@ def test_an_unknown_key_on_the_command_line_is_rejected_alike(write, override, s
         ("evaluation: {rescore: sharpness}\ncodec: {kind: none}", ("evaluation.rescore sharpness", "kind is none")),
         ("data: {augment: mosaic}\ncodec: {kind: none}", ("data.augment mosaic", "codec.kind is none")),
         ("loss: {band_limit: 1}\ncodec: {kind: haar}", ("loss.band_limit 1", "codec.kind haar", "'dct_blur'")),
-        (
-            "evaluation: {vector_dim: 9}\ncodec: {kind: polar}",
-            ("evaluation.vector_dim 9", "codec.kind polar", "'haar'"),
-        ),
         ("evaluation: {vector_dim: 300}", ("evaluation.vector_dim 300", "codec.vector_dim 256", "at most as many")),
         ("loss: {tail_drop: 0.5}", ("loss.tail_drop 0.5", "leave it out, or set loss.decoded_dice_weight")),
         ("codec: {learn_decoder: true, kind: haar}", ("learn_decoder: true", "'haar'", "set it to false")),
