@@ -1,6 +1,6 @@
-"""Sampling points of the decoder's cross-attention. Paper: section 4, figure 4.
+"""Sampling points of the decoder's cross-attention, and of a pixel in the encoder. Paper: section 4, figure 4.
 
-Nothing is injected into the network: forward hooks on its decoder layers record the points that the attention uses
+Nothing is injected into the network: forward hooks on its layers record the points that the attention uses
 (`MultiScaleDeformableAttention.sampling`).
 """
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle, paste_to_rle
-from solq_lab.models.attention import MultiScaleDeformableAttention
+from solq_lab.models.attention import Memory, MultiScaleDeformableAttention
 from solq_lab.models.decoder import DecoderLayer
+from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead
 from solq_lab.models.solq import SOLQ
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
@@ -57,6 +58,13 @@ class QueryPoints(NamedTuple):
     points: Tensor
     weights: Tensor
     levels: Tensor
+
+
+class EncoderRecord(NamedTuple):
+    """One encoder layer's attention and its input for one image: the points of any token follow from them."""
+
+    attention: MultiScaleDeformableAttention
+    memory: Memory
 
 
 class ObjectView(NamedTuple):
@@ -256,6 +264,78 @@ def layer_views(
             mask = decode_rle(paste_to_rle(binary, box, (height, width)))[0].numpy()
         caption = f"score {float(layer.scores[query]):.2f}"
         views.append(view._replace(mask=mask, box=box[0].numpy(), caption=caption))
+    return views
+
+
+def record_encoder(predictor: Predictor, image: np.ndarray) -> list[EncoderRecord]:
+    """The encoder layers of a run on one image (H, W, 3) uint8, first to last.
+
+    Raises:
+        ValueError: the model has no encoder layers.
+    """
+    records: list[EncoderRecord] = []
+    with contextlib.ExitStack() as hooks:
+        for layer in predictor.model.modules():
+            if isinstance(layer, EncoderLayer):
+                hook = layer.register_forward_pre_hook(
+                    lambda layer, inputs: records.append(EncoderRecord(layer.attention, inputs[0]))
+                )
+                hooks.callback(hook.remove)
+        predictor.predict(image)
+    if not records:
+        raise ValueError("the model has no encoder layers, so no pixel attends to others before the decoder")
+    return records
+
+
+@torch.inference_mode()
+def pixel_views(
+    pixels: np.ndarray,
+    encoder: Sequence[EncoderRecord],
+    place: tuple[float, float],
+    *,
+    level: int,
+    head: int | None = None,
+) -> list[ObjectView]:
+    """The token under a pixel in every encoder layer, to be drawn: its cell as mask, and its sampling points.
+
+    The box holds the points within 1.5 standard deviations, by their weights.
+
+    Args:
+        pixels: (H, W, 3) uint8, the image.
+        encoder: as returned by `record_encoder`.
+        place: (x, y) in 0..1 of the image.
+        level: of the token, 0 is the finest.
+        head: attention head; None: all.
+
+    Raises:
+        ValueError: no such head or level.
+    """
+    height, width = pixels.shape[:2]
+    size, views = torch.tensor([width, height]), list[ObjectView]()
+    for attention, memory in encoder:
+        shapes = memory.spatial_shapes
+        _check_index("level", level, len(shapes))
+        rows, columns = shapes[level]
+        sides = memory.valid_ratios[0, level].cpu() * torch.tensor([columns, rows])  # cells that are not padding
+        cell = torch.minimum((torch.tensor(place) * sides).floor(), sides.ceil() - 1).clamp(min=0)
+        x0, y0, x1, y1 = (torch.cat([cell, cell + 1]) / (sides / size).repeat(2)).round().int().tolist()
+        mask = np.zeros((height, width), dtype=bool)
+        mask[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
+
+        column, row = cell.int().tolist()
+        token = [sum(h * w for h, w in shapes[:level]) + row * columns + column]
+        queries = (memory.tokens + memory.positions)[:, token]
+        points, weights = attention.sampling(queries, memory.to_levels(memory.centers[:, token]), memory)
+        points = points / memory.valid_ratios[:, None, None, :, None]
+        nothing = torch.zeros(0)
+        layer = LayerAttention(points[0].cpu(), weights[0].cpu(), nothing, nothing, nothing, None)
+        looked = query_points([layer], 0, head=head)
+
+        share = looked.weights[:, None] / looked.weights.sum()
+        middle = (share * looked.points).sum(dim=0)
+        std = (share * (looked.points - middle).square()).sum(dim=0).sqrt()
+        box = torch.cat([(middle - 1.5 * std) * size, (middle + 1.5 * std) * size]).numpy()
+        views.append(ObjectView(pixels, mask, box, np.array(place), looked, f"encoder layer {len(views) + 1}"))
     return views
 
 

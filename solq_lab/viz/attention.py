@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from PIL import Image
 
 from solq_lab.evaluation.sizes import SIZES
 from solq_lab.inference.attention import LayerAttention, ObjectView, heat_map
@@ -32,11 +33,15 @@ from solq_lab.viz.style import (
     YELLOW,
     colours_of,
     new_figure,
+    new_panels,
 )
 
 LEVEL_COLOURS = (SKY, YELLOW, VERMILION, PURPLE, ORANGE, GREY)
 PANEL = 2.75  # side of a panel, inches
+LEGEND = 0.34  # inches below the panels, for a line
+NARROW = 5.0  # inches: a legend has two lines
 FADED = 0.45  # opacity of an image behind points
+DARKENED = 255 / 0.55  # the white of an image behind a heat map
 SURROUNDINGS = 2.0  # side of a close-up over the longer side of its box
 MAX_POINT = 0.2  # of a panel's side: the diameter of a point that has all the weight
 HEAT_CELLS = 160  # side of a heat map's grid
@@ -54,12 +59,11 @@ def attention_of_object(*views: ObjectView, title: str = "", close_up: bool = Fa
         title: what is shown.
         close_up: show the surroundings of the object instead of the whole image.
     """
-    height, width = views[0].pixels.shape[:2]
-    window = _close_up(views[0]) if close_up else (0.0, 0.0, float(width), float(height))
+    window = _window(views[0], close_up)
     aspect = (window[3] - window[1]) / (window[2] - window[0])
     columns, alone = max(2 * len(views), 3), len(views) == 1
-    side = 3.4 if alone else 3.1  # inches
-    figure, axes = new_figure(1, columns, size=(side * columns, 0.85 + (side - 0.1) * aspect), title=title)
+    side = 3.3 if alone else 3.0  # inches
+    figure, axes = new_panels(1, columns, panel=(side, side * aspect), title=title, below=LEGEND)
     places = iter(axes[0])
 
     for view in views:
@@ -69,6 +73,7 @@ def attention_of_object(*views: ObjectView, title: str = "", close_up: bool = Fa
             _draw_box(place, view.box, "-")
             if view.mask is not None:
                 _draw_outline(place, view)
+            _draw_scale(place, window)
             place.set_title(view.caption)
         for draw, name in ((_draw_points, "sampling points"), (_draw_heat, "attention, summed")):
             place = next(places)
@@ -92,8 +97,8 @@ def attention_of_queries(
     height, width = pixels.shape[:2]
     window, scale = (0.0, 0.0, float(width), float(height)), np.array([width, height])
     columns = 2 * len(models)
-    side = 13.6 / max(columns, 3)
-    figure, axes = new_figure(1, columns, size=(side * columns, 0.4 + side * height / width))
+    side = 13.2 / max(columns, 3)
+    figure, axes = new_panels(1, columns, panel=(side, side * height / width))
     for (name, (detections, layers)), (paths, last) in zip(models.items(), axes[0].reshape(-1, 2), strict=True):
         starts = layers[0].reference[:, :2].numpy() * scale - 0.5
         boxes, scores = layers[-1].boxes.numpy(), layers[-1].scores.numpy()
@@ -101,7 +106,7 @@ def attention_of_queries(
         colours = np.full(len(boxes), "#555555", dtype=object)
         colours[detections.queries.numpy()] = colours_of(detections.labels.tolist())
         for place, what in ((paths, "queries, first reference to last box"), (last, "last boxes")):
-            _show(place, (255 - FADED * (255.0 - pixels)).astype(np.uint8), window)
+            _show(place, pixels, window, faded=True)
             place.set_title(f"{name}: {len(boxes)} {what}" if place is paths else what)
 
         paths.add_collection(
@@ -118,15 +123,23 @@ def attention_of_queries(
 
 @mpl.rc_context(STYLE)
 def attention_by_size(
-    runs: Mapping[str, Sequence[ObjectView]], columns: Sequence[str], *, title: str = "", with_heat: bool = True
+    runs: Mapping[str, Sequence[ObjectView]],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    with_heat: bool = True,
+    close_up: bool = True,
+    outline: str = "predicted mask",
 ) -> Figure:
-    """Close-ups of objects side by side, a row of points and a row of heat maps per run.
+    """Objects side by side, a row of points and a row of heat maps per run.
 
     Args:
         runs: method -> its views of the objects, the same objects in the same order for each.
         columns: what the objects are, for example their sizes.
         title: what is shown.
         with_heat: False leaves the heat maps out.
+        close_up: show the surroundings of the objects instead of whole images.
+        outline: what a view's mask is.
 
     Raises:
         ValueError: a run with another number of objects.
@@ -142,25 +155,26 @@ def attention_by_size(
 
     # Every run shows the same cut of an image: the largest of the close-ups.
     windows = [
-        max((_close_up(views[column]) for views in runs.values()), key=lambda window: window[2] - window[0])
+        max((_window(views[column], close_up) for views in runs.values()), key=lambda window: window[2] - window[0])
         for column in range(len(columns))
     ]
+    aspect = max((bottom - top) / (right - left) for left, top, right, bottom in windows)
     kinds = (("sampling points", _draw_points), ("attention, summed", _draw_heat))[: 2 if with_heat else 1]
-    rows = len(kinds) * len(runs)
-    size = (0.5 + PANEL * len(columns), 0.95 + PANEL * rows)
-    figure, axes = new_figure(rows, len(columns), size=size, title=title)
+    rows, below = len(kinds) * len(runs), LEGEND * (1 if len(columns) > 1 else 2)
+    figure, axes = new_panels(rows, len(columns), panel=(PANEL, PANEL * aspect), title=title, left=0.5, below=below)
 
     places = iter(axes)
     for number, (name, views) in enumerate(runs.items()):
         for what, draw in kinds:
             row = next(places)
             names = [name] * (len(runs) > 1) + [what] * (with_heat or len(runs) == 1)
-            row[0].set_ylabel("\n".join(names), fontsize=10)
+            beside = {"rotation": 90, "ha": "right", "va": "center", "transform": row[0].transAxes}
+            row[0].text(-0.03, 0.5, "\n".join(names), **beside)
             for place, view, window in zip(row, views, windows, strict=True):
                 draw(place, view, window)
         for place, column, view in zip(axes[number * len(kinds)], columns, views, strict=True):
             place.set_title(f"{column}: {view.caption}" if number == 0 else view.caption)
-    _add_legend(figure, [view for views in runs.values() for view in views])
+    _add_legend(figure, [view for views in runs.values() for view in views], outline)
     return figure
 
 
@@ -206,7 +220,7 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
 
 def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
     """Every point; its area is its weight, the largest points at the bottom."""
-    _show(axes, (255 - FADED * (255.0 - view.pixels)).astype(np.uint8), window)
+    _show(axes, view.pixels, window, faded=True)
     _draw_outline(axes, view)
     height, width = view.pixels.shape[:2]
     _draw_reference(axes, view.reference, (height, width))
@@ -226,12 +240,13 @@ def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
         alpha=0.9,
         zorder=3,
     )
+    _draw_scale(axes, window)
 
 
 def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
     """The summed weights, bright where there is much, over the darkened image."""
     height, width = view.pixels.shape[:2]
-    _show(axes, (0.55 * view.pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)).astype(np.uint8), window)
+    _show(axes, view.pixels.mean(axis=2).astype(np.uint8), window)
 
     left, top, right, bottom = window
     rows, columns = HEAT_CELLS, max(round(HEAT_CELLS * (right - left) / (bottom - top)), 1)
@@ -247,11 +262,32 @@ def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
     _frame(axes, window)
 
 
-def _show(axes: Axes, pixels: np.ndarray, window: Window) -> None:
-    """The window of an image with a scale bar."""
-    axes.imshow(pixels, interpolation="bicubic")
+def _show(axes: Axes, pixels: np.ndarray, window: Window, *, faded: bool = False) -> None:
+    """The window of an image (H, W, 3), or of a grey one (H, W), which becomes dark.
+
+    It is resized to the panel's own pixels here: matplotlib would resample all of the image, as floats.
+    """
+    height, width = pixels.shape[:2]
+    left, top = max(window[0], 0.0), max(window[1], 0.0)
+    right, bottom = min(window[2], float(width)), min(window[3], float(height))
+    scale = axes.bbox.width / (window[2] - window[0])
+    size = max(round((right - left) * scale), 1), max(round((bottom - top) * scale), 1)
+
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    if faded:
+        image = image.point(lambda value: 255 - FADED * (255 - value))
+    extent = (left - 0.5, right - 0.5, bottom - 0.5, top - 0.5)
+    axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=DARKENED)
     _frame(axes, window)
 
+
+def _frame(axes: Axes, window: Window) -> None:
+    left, top, right, bottom = window
+    axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
+
+
+def _draw_scale(axes: Axes, window: Window) -> None:
+    """A bar of a round number of pixels, about a quarter of the window wide."""
     length = _round_length((window[2] - window[0]) / 4)
     x, y = window[0] + 0.05 * (window[2] - window[0]), window[3] - 0.05 * (window[3] - window[1])
     halo: dict[str, Any] = {
@@ -261,13 +297,6 @@ def _show(axes: Axes, pixels: np.ndarray, window: Window) -> None:
     }
     axes.plot([x - 0.5, x + length - 0.5], [y, y], linewidth=2.2, solid_capstyle="butt", **halo)
     axes.text(x - 0.5, y - 0.03 * (window[3] - window[1]), f"{length:g} px", fontsize=8, va="bottom", **halo)
-
-
-def _frame(axes: Axes, window: Window) -> None:
-    left, top, right, bottom = window
-    axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5), xticks=[], yticks=[])
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
 
 
 def _draw_outline(axes: Axes, view: ObjectView) -> None:
@@ -297,8 +326,8 @@ def _draw_reference(axes: Axes, reference: np.ndarray, size: tuple[int, int]) ->
     _draw_box(axes, np.array([x - half[0], y - half[1], x + half[0], y + half[1]]) + 0.5, (0, (4, 2)))
 
 
-def _add_legend(figure: Figure, views: Sequence[ObjectView]) -> None:
-    """The levels that occur, and what the lines are."""
+def _add_legend(figure: Figure, views: Sequence[ObjectView], outline: str = "predicted mask") -> None:
+    """The levels that occur, and what the lines that are drawn mean."""
     levels = sorted({level for view in views for level in view.looked.levels.unique().tolist()})
     dot: dict[str, Any] = {
         "linestyle": "",
@@ -310,8 +339,9 @@ def _add_legend(figure: Figure, views: Sequence[ObjectView]) -> None:
     names = {level: f"level {level + 1}" + ("" if level else " (finest)") for level in levels}
     handles = [Line2D([], [], color=_level_colour(level), label=name, **dot) for level, name in names.items()]
 
-    outline = withStroke(linewidth=2.6, foreground="black")
-    handles.append(Line2D([], [], color="white", linewidth=1.3, path_effects=[outline], label="predicted mask"))
+    edge = [withStroke(linewidth=2.6, foreground="black")]
+    drawn = {outline if view.mask is not None and view.mask.any() else "predicted box" for view in views}
+    handles += [Line2D([], [], color="white", linewidth=1.3, path_effects=edge, label=one) for one in sorted(drawn)]
 
     # Layers that start from a point have a cross for a reference, the others a dashed box.
     cross: dict[str, Any] = {"marker": "+", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
@@ -319,16 +349,19 @@ def _add_legend(figure: Figure, views: Sequence[ObjectView]) -> None:
     for length, name, look in ((2, "reference point", cross), (4, "reference box", {"linestyle": "--"})):
         if length in kinds:
             handles.append(Line2D([], [], color="black", label=name, **look))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.4)
+    across = len(handles) if figure.get_figwidth() > NARROW else 3
+    figure.legend(handles=handles, loc="lower center", ncols=across, handletextpad=0.4, borderaxespad=0.3)
 
 
 def _level_colour(level: int) -> str:
     return LEVEL_COLOURS[level % len(LEVEL_COLOURS)]
 
 
-def _close_up(view: ObjectView) -> Window:
-    """A square around the object's box, moved into the image where it fits."""
+def _window(view: ObjectView, close_up: bool) -> Window:
+    """A square around the object's box, moved into the image where it fits; or the whole image."""
     height, width = view.pixels.shape[:2]
+    if not close_up:
+        return 0.0, 0.0, float(width), float(height)
     x0, y0, x1, y1 = view.box.tolist()
     side = min(SURROUNDINGS * max(x1 - x0, y1 - y0, 1.0), max(height, width))
     # Where the square is larger than the image it is centred on it.

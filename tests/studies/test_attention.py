@@ -390,6 +390,6 @@ def test_figure_four_has_a_column_per_object_and_two_rows_per_run(predictor, ima
     figure = attention_by_size({"SOLQ": views, "SQR": views}, ["small", "medium", "large"], title="figure 4")
     assert len(figure.axes) == 12
     assert figure.axes[0].get_title().startswith("small: ")
-    assert figure.axes[0].get_ylabel() == "SOLQ\nsampling points"
+    assert figure.axes[0].texts[0].get_text() == "SOLQ\nsampling points"
     with pytest.raises(ValueError, match="SQR: 3 views for 2 columns"):
         attention_by_size({"SOLQ": views[:2], "SQR": views}, ["small", "medium"])

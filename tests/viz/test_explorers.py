@@ -17,13 +17,13 @@ from tiny import tiny_experiment, write_tiny_dataset
 
 from solq_lab.build import build_images, build_model
 from solq_lab.data.classes import ClassMap
-from solq_lab.inference.attention import layer_views, predict_with_attention
+from solq_lab.inference.attention import layer_views, pixel_views, predict_with_attention, record_encoder
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle
 from solq_lab.models.weights import save_weights
 from solq_lab.viz.style import OBJECT_COLOURS, colours_of, new_figure
-from solq_lab.viz.widgets.attention_explorer import ALL, LAYERS, NOTHING, QUERIES, AttentionExplorer
-from solq_lab.viz.widgets.clickable_image import colour_class, link_figure
+from solq_lab.viz.widgets.attention_explorer import ALL, LAYERS, MARK, NOTHING, PIXEL, QUERIES, AttentionExplorer
+from solq_lab.viz.widgets.clickable_image import colour_class
 from solq_lab.viz.widgets.detection_explorer import WIDTH, DetectionExplorer
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
@@ -84,7 +84,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def shown(explorer: DetectionExplorer, name: str) -> np.ndarray:
-    return pixels(explorer.panels[name].image.value)
+    return pixels(explorer.panels[name].png)
 
 
 def test_there_is_a_chip_for_every_object_of_the_score_in_its_colour(both, predictors, dataset):
@@ -122,11 +122,11 @@ def test_an_object_that_is_switched_off_or_clicked_is_gone(both):
     before, count = shown(both, "SOLQ"), len(both.switches["SOLQ"])
     other = shown(both, "SQR")
     both.switches["SOLQ"][0].value = False
-    assert len(both.shown("SOLQ").names) == len(both.panels["SOLQ"].buttons) == count - 1
+    assert len(both.shown("SOLQ").names) == len(both.panels["SOLQ"].objects) == count - 1
     assert np.array_equal(shown(both, "SQR"), other)
     both.switches["SOLQ"][0].value = True
     assert np.array_equal(shown(both, "SOLQ"), before)
-    both.panels["SOLQ"].buttons[0].click()
+    both.panels["SOLQ"].on_click(0, 0.5, 0.5)
     assert not both.switches["SOLQ"][0].value
     assert not np.array_equal(shown(both, "SOLQ"), before)
 
@@ -140,15 +140,11 @@ def test_outlines_alone_leave_the_inside_as_it_is(both, dataset):
     assert (filled[at] != hollow[at]).any()
 
 
-def test_buttons_lie_over_their_objects_and_small_ones_on_top(both):
+def test_the_places_to_click_are_the_boxes_inside_the_image(both):
     found, panel = both.shown("SOLQ"), both.panels["SOLQ"]
-    for button, box in zip(panel.buttons, found.boxes.tolist(), strict=True):
-        left, width = (float(text.rstrip("%")) for text in (button.layout.left, button.layout.width))
-        low, high = (100 * min(max(edge / 48, 0), 1) for edge in box[::2])
-        assert (left, left + width) == pytest.approx((low, high), abs=0.02)
-    whole = [(box[2] - box[0]) * (box[3] - box[1]) for box in found.boxes.tolist()]
-    assert len(panel.widget.children) == 1 + len(whole)
-    assert panel.widget.children[-1] is panel.buttons[int(np.argmin(whole))]
+    for shown, box in zip(panel.objects, found.boxes.tolist(), strict=True):
+        (left, top, width, height), edges = shown["box"], [100 * min(max(edge / 48, 0), 1) for edge in box]
+        assert (left, top, left + width, top + height) == pytest.approx(edges, abs=0.02)
 
 
 def test_one_model_alone_can_be_shown(predictors, dataset):
@@ -172,7 +168,7 @@ def test_what_cannot_be_explored_is_refused(predictors, dataset, monkeypatch):
 
 def test_an_image_without_any_object_can_be_shown(both):
     both.image.value = 3
-    assert both.panels["ground truth"].buttons == []
+    assert both.panels["ground truth"].objects == []
     assert len(both.figure().axes) == 3
 
 
@@ -245,7 +241,7 @@ def test_an_uploaded_image_is_explored_like_any_other(both, attention):
         assert (explorer.image.value, explorer.chooser.name) == (count, "mine.png")
         assert explorer.pixels(count).shape == (30, 40, 3)
         explorer.figure()
-    assert both.panels["ground truth"].buttons == []
+    assert both.panels["ground truth"].objects == []
 
 
 def test_a_click_in_a_figure_opens_the_image_and_marks_the_object(both, dataset):
@@ -253,13 +249,16 @@ def test_a_click_in_a_figure_opens_the_image_and_marks_the_object(both, dataset)
     object_id = int(dataset.truth.ids[dataset.truth.rows_of(1)][-1])
     axes[0, 0].set_gid(f"{dataset.image_ids[2]}")
     axes[0, 1].set_gid(f"{dataset.image_ids[1]} {object_id}")
-    clickable = link_figure(figure, both.open).children[1]
-    first, second = sorted(clickable.children[1:], key=lambda button: float(button.layout.left.rstrip("%")))
-    first.click()
+    clickable = both.link(figure)
+    assert clickable.objects[0]["box"][0] < clickable.objects[1]["box"][0]
+    clickable.on_click(0, 0.2, 0.5)
     assert (both.image.value, both.chosen) == (2, -1)
-    second.click()
+    clickable.on_click(1, 0.7, 0.5)
     assert (both.image.value, both.chosen) == (1, len(dataset.objects(1).names) - 1)
-    assert "solq-chosen" in both.panels["ground truth"].buttons[both.chosen]._dom_classes
+    assert both.panels["ground truth"].chosen == both.chosen
+    axes[0, 0].set_gid("999999")
+    both.link(figure).on_click(0, 0.2, 0.5)
+    assert "999999" in both.message
 
 
 # ---- attention
@@ -285,10 +284,8 @@ def test_the_view_is_the_chosen_objects_query(attention, predictors, dataset):
 
 def test_clicking_an_object_chooses_it_and_marks_it(attention):
     before = attention.panels.value
-    attention.clickable.buttons[1].click()
-    assert attention.object.value == 1
-    assert "solq-chosen" in attention.clickable.buttons[1]._dom_classes
-    assert "solq-chosen" not in attention.clickable.buttons[0]._dom_classes
+    attention.clickable.on_click(1, 0.5, 0.5)
+    assert attention.object.value == attention.clickable.chosen == 1
     assert attention.panels.value != before
 
 
@@ -316,9 +313,33 @@ def test_all_queries_are_drawn(attention, root):
     assert len(boxes.patches) == len(paths.collections[0].get_segments()) == tiny_experiment(root).model.queries
 
 
+def test_a_clicked_pixel_shows_the_points_of_its_tokens_in_the_encoder(attention, predictors, dataset):
+    attention.what.value = PIXEL
+    before = attention.panels.value
+    attention.clickable.on_click(-1, 0.9, 0.3)
+    assert attention.panels.value != before
+    assert attention.clickable.objects[0]["box"][0] == pytest.approx(90 - 100 * MARK / 48, abs=0.1)
+    encoder = record_encoder(predictors["SOLQ"], dataset[0][0].permute(1, 2, 0).numpy())
+    attending, memory = encoder[-1]
+    points, weights = attending.sampling(memory.tokens + memory.positions, memory.to_levels(memory.centers), memory)
+    first = 0
+    for level, (rows, columns) in enumerate(memory.spatial_shapes):  # nothing is padded here
+        token = first + int(0.3 * rows) * columns + int(0.9 * columns)
+        view = pixel_views(attention.pixels(0), encoder, (0.9, 0.3), level=level)[-1]
+        torch.testing.assert_close(view.looked.points, points[0, token].reshape(-1, 2))
+        torch.testing.assert_close(view.looked.weights, weights[0, token].flatten() / attending.heads)
+        assert view.mask[int(0.3 * 48), int(0.9 * 48)]
+        assert view.mask.sum() == (48 // rows) * (48 // columns)
+        first += rows * columns
+    one = pixel_views(attention.pixels(0), encoder, (0.9, 0.3), level=2, head=1)[-1]
+    torch.testing.assert_close(one.looked.weights, weights[0, token, 1].flatten())
+
+
 def test_every_control_redraws(attention):
     for name, value in (
         ("what", LAYERS),
+        ("what", PIXEL),
+        ("head", 1),
         ("what", "points"),
         ("layer", 0),
         ("head", 0),

@@ -5,27 +5,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 
 import ipywidgets as widgets
-import pandas as pd
 from matplotlib.figure import Figure
 from torchvision.ops import box_iou
 
-from solq_lab.data.coco import CocoDataset
-from solq_lab.inference.attention import LayerAttention, ObjectView, layer_views, object_view, predict_with_attention
-from solq_lab.inference.predictor import Predictor
+from solq_lab.inference.attention import (
+    LayerAttention,
+    ObjectView,
+    layer_views,
+    object_view,
+    pixel_views,
+    predict_with_attention,
+    record_encoder,
+)
 from solq_lab.structures import Detections
 from solq_lab.viz.attention import attention_by_size, attention_of_object, attention_of_queries
-from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, draw_image, figure_pixels
+from solq_lab.viz.widgets.clickable_image import ClickableImage, draw_image, figure_pixels
 from solq_lab.viz.widgets.explorer import ModelExplorer
-from solq_lab.viz.widgets.live_panel import DPI, as_png
+from solq_lab.viz.widgets.live_panel import DPI, as_jpeg
 
 WIDTH = 480  # of the drawn image, pixels
 ALL = -1  # of a list's options: everything summed up
 NOTHING = "Nothing is found in this image with that score; lower the score or choose another image."
-POINTS, LAYERS, QUERIES = "points", "layer by layer", "all queries"
+POINTS, LAYERS, QUERIES, PIXEL = "points", "layer by layer", "all queries", "encoder, a pixel"
+USED = {  # which controls change a view; the others are hidden
+    POINTS: ("object", "layer", "head", "level", "close_up"),
+    LAYERS: ("object", "head", "level", "close_up"),
+    QUERIES: (),
+    PIXEL: ("head", "level", "close_up"),
+}
+MARK = 3  # half the side of the square around the clicked pixel, image pixels
 MIN_IOU = 0.3  # of the boxes of two models' detections that are taken for one object
 
 
@@ -35,41 +46,33 @@ class AttentionExplorer(ModelExplorer):
     Attributes:
         score, object, what, layer, head, level, close_up: the controls; `object` lists the first model's objects,
             `what` chooses between the points of the object, the same layer by layer with the mask that each layer
-            predicts, and all queries of the image. `layer`, `head` and `level` count from 0, `ALL` sums up.
-        clickable: the image; clicking an object chooses it.
+            predicts, all queries of the image, and a pixel's tokens in the encoder. `layer`, `head` and `level` count
+            from 0, `ALL` sums up.
+        clickable: the image; clicking an object chooses it, and in the encoder's view any pixel.
+        place: (x, y) of that pixel, in 0..1 of the image.
         panels: the drawn attention.
     """
 
-    def __init__(
-        self,
-        predictors: Mapping[str, Predictor],
-        dataset: CocoDataset,
-        *,
-        score: float = 0.3,
-        errors: pd.DataFrame | None = None,
-    ) -> None:
-        """Show the best object of the first image. Arguments and errors as of `ModelExplorer`.
-
-        Raises:
-            ValueError: also where a predictor replays CUDA graphs.
-        """
-        super().__init__(predictors, dataset, score=score, errors=errors)
+    def build(self) -> None:
+        """Make the controls, the clickable image, and the panels below."""
         self._look = lru_cache(32)(
             lambda name, index: predict_with_attention(self._predictors[name], self.pixels(index))
         )
+        self._encode = lru_cache(2)(lambda name, index: record_encoder(self._predictors[name], self.pixels(index)))
+        self.place = 0.5, 0.5
         self._drawn = lru_cache(32)(
             lambda index, score: draw_image(
                 self.pixels(index), self._look(self.names[0], index)[0].above(score), width=WIDTH
             )
         )
         self._make_controls()
-        self.clickable = ClickableImage(self._click)
-        self.panels = widgets.Image(format="png", layout={"width": "100%", "min_width": "0"})
+        self.clickable = ClickableImage(self.guarded(self._click))
+        self.panels = widgets.Image(format="jpeg", layout={"width": "100%", "min_width": "0"})
 
         chosen = [self.score, self.object, self.what, *self._choices.values(), self.close_up, self.status]
         controls = widgets.VBox(chosen, layout={"flex": "1 1 auto", "min_width": "0"})
-        image = widgets.Box([self.clickable.widget], layout={"flex": "0 0 36%"})
-        parts = [widgets.HTML(STYLE_SHEET), self.chooser.widget, widgets.HBox([image, controls])]
+        image = widgets.Box([self.clickable], layout={"flex": "0 0 36%"})
+        parts = [self.chooser.widget, widgets.HBox([image, controls])]
         panels = widgets.VBox([self.panels], layout={"align_items": "flex-start"})  # stretched otherwise
         self.widget = widgets.VBox([*parts, panels])
         self._choose_image()
@@ -111,26 +114,55 @@ class AttentionExplorer(ModelExplorer):
         if what == QUERIES:
             return attention_of_queries(pixels, {name: self._found(name) for name in self.names})
 
+        which = self._which()
+        parts = {"head": which["head"], "level": which["level"]}
+        look = {"title": self._describe(), "close_up": self.close_up.value}
+        if what == PIXEL:
+            return self._pixel_figure(**look, head=which["head"], level=which["level"])
+
         names = [name for name in self.names if self._finds(name)]
         if what == POINTS:
             views = [self.view(name) for name in names]
-            return attention_of_object(*views, title=self._describe(), close_up=self.close_up.value)
-        which, layers = self._which(), {}
+            return attention_of_object(*views, **look)
+        layers = {}
         for name in names:
             found, attention = self._found(name)
-            parts = {"head": which["head"], "level": which["level"]}
             layers[name] = layer_views(self._predictors[name], pixels, found, attention, self.row_of(name), **parts)
         columns = [f"layer {number + 1}" for number in range(min(map(len, layers.values())))]
         shown = {name: views[: len(columns)] for name, views in layers.items()}
-        return attention_by_size(shown, columns, title=self._describe(), with_heat=len(shown) == 1)
+        return attention_by_size(shown, columns, with_heat=len(shown) == 1, **look)
+
+    def _pixel_figure(self, *, title: str, close_up: bool, head: int | None, level: int | None) -> Figure:
+        """The token of one level in every encoder layer; of all levels in the last one."""
+        pixels, shown = self.pixels(self.image.value), {}
+        levels = range(len(self.level.options) - 1) if level is None else [level]
+        for name in self.names:
+            encoder = self._encode(name, self.image.value)
+            views = [pixel_views(pixels, encoder, self.place, level=one, head=head) for one in levels]
+            shown[name] = views[0] if level is not None else [layers[-1] for layers in views]
+        count = min(map(len, shown.values()))
+        columns = [f"token of level {1 + (one if level is None else level)}" for one in range(count)]
+        return attention_by_size(
+            {name: views[:count] for name, views in shown.items()},
+            columns,
+            title=title,
+            with_heat=len(shown) == 1,
+            close_up=close_up,
+            outline="cell of the token",
+        )
 
     def update(self) -> None:
         """Draw what the controls' present values ask for."""
+        for name in ("object", "layer", "head", "level", "close_up"):
+            getattr(self, name).layout.display = None if name in USED[self.what.value] else "none"
         objects, size = self.detections, self.pixels(self.image.value).shape[:2]
         chosen = -1 if self.object.value is None else self.object.value
-        tooltips = [f"{row + 1}: {label}" for row, label in enumerate(objects.names)]
+        boxes, tooltips = objects.boxes.tolist(), [f"{row + 1}: {label}" for row, label in enumerate(objects.names)]
+        if self.what.value == PIXEL:
+            x, y = self.place[0] * size[1], self.place[1] * size[0]
+            chosen, boxes, tooltips = 0, [[x - MARK, y - MARK, x + MARK, y + MARK]], ["the pixel"]
         drawn = self._drawn(self.image.value, self.score.value)
-        self.clickable.show(drawn, objects.boxes.tolist(), tooltips, size=size, chosen=chosen)
+        self.clickable.show(drawn, boxes, tooltips, size=size, chosen=chosen)
 
         self.report("")
         try:
@@ -139,7 +171,7 @@ class AttentionExplorer(ModelExplorer):
             self.report(str(reason))
             self.panels.layout.visibility = "hidden"
         else:
-            self.panels.value = as_png(figure_pixels(figure))
+            self.panels.value = as_jpeg(figure_pixels(figure))
             self.panels.layout.max_width = f"{figure.get_figwidth() * DPI:.0f}px"
             self.panels.layout.visibility = "visible"
 
@@ -158,7 +190,7 @@ class AttentionExplorer(ModelExplorer):
         model = next(iter(self._predictors.values())).experiment.model
         narrow = widgets.Layout(width="210px")
         self.object = widgets.Dropdown(description="object", layout=narrow)
-        self.what = widgets.ToggleButtons(options=[POINTS, LAYERS, QUERIES], style={"button_width": "124px"})
+        self.what = widgets.ToggleButtons(options=list(USED), style={"button_width": "124px"})
         self.layer, self.head, self.level = (
             widgets.Dropdown(
                 options=[("all", ALL)] + [(str(number + 1), number) for number in range(count)],
@@ -199,8 +231,12 @@ class AttentionExplorer(ModelExplorer):
         if len(overlap) and overlap.max() >= MIN_IOU:
             self.object.value = int(overlap.argmax())
 
-    def _click(self, row: int) -> None:
-        self.object.value = row
+    def _click(self, row: int, x: float, y: float) -> None:
+        if self.what.value == PIXEL:
+            self.place = x, y
+            self.redraw()
+        elif row >= 0:
+            self.object.value = row
 
     def _found(self, name: str) -> tuple[Detections, list[LayerAttention]]:
         detections, layers = self._look(name, self.image.value)
@@ -211,8 +247,9 @@ class AttentionExplorer(ModelExplorer):
 
     def _describe(self) -> str:
         """What is summed up, in words: "layer 3, all heads, level 1"."""
-        controls = {name: one for name, one in self._choices.items() if self.what.value == POINTS or name != "layer"}
-        return ", ".join(
-            f"all {name}s" if control.value == ALL else f"{name} {control.value + 1}"
-            for name, control in controls.items()
-        )
+        controls = {name: one for name, one in self._choices.items() if name in USED[self.what.value]}
+        (x, y), (height, width) = self.place, self.pixels(self.image.value).shape[:2]
+        words = [f"pixel {x * width:.0f}, {y * height:.0f}"] if self.what.value == PIXEL else []
+        for name, control in controls.items():
+            words.append(f"all {name}s" if control.value == ALL else f"{name} {control.value + 1}")
+        return ", ".join(words)

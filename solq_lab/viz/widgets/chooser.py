@@ -71,7 +71,6 @@ class ImageChooser:
         self.upload = widgets.FileUpload(accept="image/*", description="own image", layout={"width": "auto"})
         self.note = widgets.Label()
 
-        self.image.observe(lambda _: self._mark(), "value")
         self.conditions = (self.search, *self.filters.values(), self.score, self.sort)
         self.refresh: Callable[[], None] = lambda: None
         self._rows: dict[int, int] = {}
@@ -154,7 +153,7 @@ class ImageChooser:
     def go(self, image: int) -> None:
         """Show an image, and its first object that meets the conditions."""
         if image == self.image.value:
-            self._mark()
+            self.mark()
             self.refresh()
         self.image.value = image
 
@@ -170,7 +169,8 @@ class ImageChooser:
             place = found.index(self.image.value) + by if self.image.value in found else 0
             self.go(found[place % len(found)])
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
+        """Mark the present image in the list."""
         self._listing = True
         self.matches.value = self.image.value if self.image.value in dict(self.matches.options).values() else None
         self._listing = False

@@ -1,12 +1,15 @@
-"""Images whose parts can be clicked: invisible buttons lie over them. No script runs in the browser."""
+"""Images whose parts can be clicked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import anywidget
 import ipywidgets as widgets
 import matplotlib as mpl
 import numpy as np
+import traitlets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -32,37 +35,75 @@ _CHIPS = "\n".join(
     f".jupyter-button.{colour_class(one)} {{background: {one} !important; color: {text_colour(one)} !important}}"
     for one in OBJECT_COLOURS
 )
-STYLE_SHEET = f"""<style>
-.solq-clickable {{position: relative; overflow: hidden; padding: 0}}
+STYLE_SHEET = f"""
+.solq-clickable {{position: relative; overflow: hidden; width: 100%; min-width: 0}}
 .solq-clickable img {{width: 100%; height: auto; display: block; margin: 0}}
-.solq-clickable .solq-object {{position: absolute; margin: 0; padding: 0; background: transparent; border: none}}
+.solq-clickable .solq-object {{position: absolute; padding: 0; background: transparent; border: none; cursor: pointer}}
 {_BY_CHIP} {{{_MARKED.format(2, 3)}; background: rgba(255, 255, 255, 0.25) !important}}
 .solq-clickable .solq-chosen {{{_MARKED.format(3, 4)}}}
 [class*="solq-chip-"]:not(.mod-active) {{opacity: 0.35}}
 {_CHIPS}
-</style>"""
+"""
 
 
-class ClickableImage:
-    """The image and its buttons.
+class ClickableImage(anywidget.AnyWidget):
+    """The image and the places of its objects, as wide as its own place.
 
     Attributes:
-        widget: for an explorer to show; as wide as its place.
-        image: the widget of the pixels.
-        buttons: one per object, in the order of the boxes.
+        png: bytes of the image.
+        objects: name and box of each object; a box is left, top, width and height in percent of the image.
+        chosen: row of the object that is marked, -1 for none.
+        on_click: is given the row of the clicked object, -1 beside all, and the place (x, y) in 0..1 of the image.
     """
 
-    def __init__(self, on_click: Callable[[int], None]) -> None:
-        """A clickable image; `on_click` is given the row of the clicked object."""
-        self._on_click = on_click
-        self.image = widgets.Image(format="png", layout=widgets.Layout(width="100%", margin="0"))
-        self.buttons: list[widgets.Button] = []
-        self.widget = widgets.Box(layout=widgets.Layout(width="100%", min_width="0"))
-        self.widget.add_class("solq-clickable")
+    png = traitlets.Bytes(b"").tag(sync=True)
+    objects: Any = traitlets.List().tag(sync=True)
+    chosen = traitlets.Int(-1).tag(sync=True)
+
+    _css = STYLE_SHEET
+    _esm = """
+    function render({ model, el }) {
+      const image = document.createElement("img");
+      el.classList.add("solq-clickable");
+      el.append(image);
+      const paint = () => {
+        URL.revokeObjectURL(image.src);
+        image.src = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
+      };
+      const place = () => {
+        el.querySelectorAll(".solq-object").forEach((button) => button.remove());
+        const buttons = model.get("objects").map(({ name, box }, row) => {
+          const button = document.createElement("button"), [left, top, width, height] = box.map((part) => part + "%");
+          button.className = `solq-object solq-object-${row}` + (row === model.get("chosen") ? " solq-chosen" : "");
+          button.title = name;
+          Object.assign(button.style, { left, top, width, height });
+          button.dataset.row = row;
+          return [box[2] * box[3], button];
+        });
+        buttons.sort((one, other) => other[0] - one[0]);  // small objects stay within reach
+        el.append(...buttons.map(([, button]) => button));
+      };
+      paint();
+      place();
+      model.on("change:png", paint);
+      model.on("change:objects change:chosen", place);
+      el.onclick = (event) => {
+        const frame = image.getBoundingClientRect();
+        const x = (event.clientX - frame.left) / frame.width, y = (event.clientY - frame.top) / frame.height;
+        model.send({ row: Number(event.target.dataset.row ?? -1), x, y });
+      };
+    }
+    export default { render };
+    """
+
+    def __init__(self, on_click: Callable[[int, float, float], None]) -> None:
+        super().__init__()
+        self.on_click = on_click
+        self.on_msg(lambda _, click, buffers: self.on_click(click["row"], click["x"], click["y"]))
 
     def show(
         self,
-        pixels: np.ndarray,
+        png: bytes,
         boxes: Sequence[Sequence[float]] = (),
         names: Sequence[str] = (),
         *,
@@ -72,31 +113,21 @@ class ClickableImage:
         """Show a drawn image, and let its objects be clicked.
 
         Args:
-            pixels: (h, w, 3) uint8 to show.
-            boxes: (K, 4) xyxy of the objects, which become buttons.
+            png: the image.
+            boxes: (K, 4) xyxy of the objects.
             names: K tooltips.
             size: (H, W) of the image that the boxes are in pixels of.
             chosen: the row of the object that is marked.
         """
-        self.image.value = as_png(pixels)
-        self.buttons = [
-            self._make_button(row, box, name, size) for row, (box, name) in enumerate(zip(boxes, names, strict=True))
-        ]
-        if 0 <= chosen < len(self.buttons):
-            self.buttons[chosen].add_class("solq-chosen")
-        largest_first = sorted(range(len(boxes)), key=lambda row: -_area(boxes[row]))  # small objects stay within reach
-        self.widget.children = [self.image, *(self.buttons[row] for row in largest_first)]
-
-    def _make_button(self, row: int, box: Sequence[float], name: str, size: tuple[int, int]) -> widgets.Button:
         height, width = size
-        x0, x1 = (100 * min(max(edge / width, 0.0), 1.0) for edge in box[::2])
-        y0, y1 = (100 * min(max(edge / height, 0.0), 1.0) for edge in box[1::2])
-        place = widgets.Layout(left=f"{x0:.2f}%", top=f"{y0:.2f}%", width=f"{x1 - x0:.2f}%", height=f"{y1 - y0:.2f}%")
-        button = widgets.Button(tooltip=name, layout=place)
-        button.add_class("solq-object")
-        button.add_class(f"solq-object-{row}")
-        button.on_click(lambda _: self._on_click(row))
-        return button
+        scale = 100 / np.array([width, height, width, height])
+        edges = (np.array(boxes, dtype=float).reshape(-1, 4) * scale).clip(0, 100)
+        edges[:, 2:] -= edges[:, :2]
+        with self.hold_sync():
+            self.png, self.chosen = png, chosen
+            self.objects = [
+                {"name": name, "box": box} for name, box in zip(names, edges.round(2).tolist(), strict=True)
+            ]
 
 
 class Tiles:
@@ -138,23 +169,21 @@ class Tiles:
             self.captions[place].value = self.buttons[place].tooltip = caption
 
 
-def link_figure(figure: Figure, open_object: Callable[..., None], *, width: str = "100%") -> widgets.Widget:
+def link_figure(figure: Figure, open_object: Callable[..., None]) -> ClickableImage:
     """A figure whose panels open an explorer: those with a gid "IMAGE_ID" or "IMAGE_ID OBJECT_ID".
 
     Args:
         figure: as `comparison_grid` and `failure_gallery` make them.
-        open_object: an explorer's `open`, called with the ids.
-        width: of the widget, a CSS length.
+        open_object: called with the ids.
     """
     pixels = figure_pixels(figure)
     panels = {axes: gid for axes in figure.axes if (gid := axes.get_gid())}
     ids = [tuple(map(int, gid.split())) for gid in panels.values()]
     corners = [axes.get_window_extent().get_points().tolist() for axes in panels]
     boxes = [(x0, pixels.shape[0] - y1, x1, pixels.shape[0] - y0) for (x0, y0), (x1, y1) in corners]
-    clickable = ClickableImage(lambda place: open_object(*ids[place]))
-    clickable.show(pixels, boxes, [f"open image {one[0]} below" for one in ids], size=pixels.shape[:2])
-    clickable.widget.layout.width = width
-    return widgets.VBox([widgets.HTML(STYLE_SHEET), clickable.widget])
+    clickable = ClickableImage(lambda row, x, y: None if row < 0 else open_object(*ids[row]))
+    clickable.show(as_png(pixels), boxes, [f"open image {one[0]} below" for one in ids], size=pixels.shape[:2])
+    return clickable
 
 
 @mpl.rc_context(STYLE)
@@ -165,13 +194,13 @@ def draw_image(
     *,
     width: int,
     filled: bool = True,
-) -> np.ndarray:
-    """(h, width, 3) uint8: an image (H, W, 3) with its objects drawn in, without any margin."""
+) -> bytes:
+    """The PNG of an image (H, W, 3) with its objects drawn in, `width` pixels wide and without any margin."""
     height = max(round(width * pixels.shape[0] / pixels.shape[1]), 1)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     draw_objects(figure.add_axes((0, 0, 1, 1)), pixels, objects, colours, font_size=9, filled=filled)
     figure.axes[0].set_aspect("auto")  # the height is rounded to whole pixels
-    return figure_pixels(figure)
+    return as_png(figure_pixels(figure))
 
 
 def figure_pixels(figure: Figure) -> np.ndarray:
@@ -179,7 +208,3 @@ def figure_pixels(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _area(box: Sequence[float]) -> float:
-    return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)

@@ -114,14 +114,14 @@ class CodecExplorer(Explorer):
         self._figures = Path(figures) if figures else Path(cache).parent / "figures"
         self.canvas = MaskCanvas()
         self.compared: list[Setting] = []
-        self.compared_tiles = Tiles(COMPARED, lambda place: self._run(lambda: self._take(self.compared[place])))
+        self.compared_tiles = Tiles(COMPARED, self.guarded(lambda place: self._take(self.compared[place])))
         self._make_controls([*splits, OWN], method, mask_size, vector_dim)
         self._live_panels = {panel: LivePanel(panel) for panel in TABLE}
         self._numbers = widgets.HTML()
 
         self._worst: list[ScoredObject] = []
         self._searched: Setting | None = None  # what the gallery was made with
-        self.gallery_tiles = Tiles(GALLERY, lambda place: self._run(lambda: self._open_thumbnail(place)))
+        self.gallery_tiles = Tiles(GALLERY, self.guarded(self._open_thumbnail))
         self._gallery_note = widgets.HTML()
 
         self.widget = self._lay_out()
@@ -294,7 +294,7 @@ class CodecExplorer(Explorer):
         self.on_click(self._unpin, self.unpin)
         for ending, button in self.savers.items():
             self.on_click(partial(self._save, ending), button)
-        self.canvas.observe(lambda _: self._run(lambda: self.show_mask(self.canvas.mask)), "bits")
+        self.on_change(lambda: self.show_mask(self.canvas.mask), self.canvas, trait="bits")
 
     def _lay_out(self) -> widgets.Widget:
         third = widgets.Layout(width="33.3%", min_width="0")

@@ -5,22 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache, partial
 
 import ipywidgets as widgets
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
-from solq_lab.data.coco import CocoDataset
-from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
 from solq_lab.studies.pairing import UNMATCHED, pair_objects
 from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import STYLE, colours_of, new_figure
-from solq_lab.viz.widgets.clickable_image import STYLE_SHEET, ClickableImage, colour_class, draw_image
+from solq_lab.viz.widgets.clickable_image import ClickableImage, colour_class, draw_image
 from solq_lab.viz.widgets.explorer import MIN_SCORE, ModelExplorer
 
 WIDTH = 440  # of a drawn image, pixels; the browser fits it into its column
@@ -38,16 +34,8 @@ class DetectionExplorer(ModelExplorer):
         panels: "ground truth" and each model -> its image.
     """
 
-    def __init__(
-        self,
-        predictors: Mapping[str, Predictor],
-        dataset: CocoDataset,
-        *,
-        score: float = 0.3,
-        errors: pd.DataFrame | None = None,
-    ) -> None:
-        """Show the first image. Arguments and errors as of `ModelExplorer`."""
-        super().__init__(predictors, dataset, score=score, errors=errors)
+    def build(self) -> None:
+        """Make the controls, and a panel for the ground truth and each model."""
         self._find = lru_cache(64)(lambda name, index: self._predictors[name].predict(self.pixels(index)))
         self._draw = lru_cache(128)(self._draw_objects)
         everything = [TRUTH, *self.names]
@@ -60,17 +48,17 @@ class DetectionExplorer(ModelExplorer):
         }
 
         self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in self.names}
-        self.panels = {name: ClickableImage(partial(self._turn_off, name)) for name in everything}
+        self.panels = {name: ClickableImage(self.guarded(partial(self._turn_off, name))) for name in everything}
         self._titles = {name: widgets.HTML() for name in everything}
         self._chips = {name: widgets.Box(layout={"flex_flow": "row wrap"}) for name in everything}
         self._places = {}
         for name in everything:
-            parts = [self._titles[name], self.panels[name].widget, self._chips[name]]
+            parts = [self._titles[name], self.panels[name], self._chips[name]]
             self._places[name] = widgets.VBox(parts, layout={"min_width": "0"})
             self._places[name].add_class("solq-panel")
         self._row = widgets.GridBox(layout={"width": "100%", "grid_gap": "8px"})
         controls = widgets.HBox([self.score, self.colouring, self.filled, *self.columns.values(), self.status])
-        self.widget = widgets.VBox([widgets.HTML(STYLE_SHEET), self.chooser.widget, controls, self._row])
+        self.widget = widgets.VBox([self.chooser.widget, controls, self._row])
 
         self.on_change(self._choose, self.image, self.score)
         self.on_change(self._recolour, self.colouring)
@@ -147,8 +135,10 @@ class DetectionExplorer(ModelExplorer):
         self.on_change(self.redraw, switch)
         return switch
 
-    def _turn_off(self, name: str, row: int) -> None:
+    def _turn_off(self, name: str, row: int, x: float, y: float) -> None:
         """Switch off the object that was clicked, the row-th of those shown; a true one is marked."""
+        if row < 0:
+            return
         if name == TRUTH:
             self.chosen = row
             self.redraw()
@@ -161,9 +151,7 @@ class DetectionExplorer(ModelExplorer):
     def _found(self, name: str) -> Detections:
         return self._find(name, self.image.value).above(self.score.value)
 
-    def _draw_objects(
-        self, name: str, index: int, rows: tuple[int, ...] | None, colouring: str, filled: bool
-    ) -> np.ndarray:
+    def _draw_objects(self, name: str, index: int, rows: tuple[int, ...] | None, colouring: str, filled: bool) -> bytes:
         """The image with some of a model's objects, best first; with all true ones where there are no rows."""
         colours = self._colours(name, index, colouring)
         objects = self.true_objects(index)

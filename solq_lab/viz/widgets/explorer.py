@@ -15,12 +15,14 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.images import decode_bytes
 from solq_lab.inference.predictor import Predictor
 from solq_lab.structures import Detections
 from solq_lab.viz.widgets.chooser import ImageChooser, list_objects
+from solq_lab.viz.widgets.clickable_image import ClickableImage, link_figure
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Explorer(ABC):
         self._quiet = False
         self.chooser = ImageChooser()
         self.image = self.chooser.image
+        self.on_change(self.chooser.mark, self.image)
         self.on_change(self.chooser.list_matches, *self.chooser.conditions)
         self.on_change(self.chooser.follow_list, self.chooser.matches)
         self.on_click(lambda: self.chooser.step(-1), self.chooser.previous)
@@ -64,14 +67,28 @@ class Explorer(ABC):
         self.message = sentence
         self.status.value = html.escape(sentence)
 
-    def on_change(self, action: Callable[[], None], *controls: widgets.Widget) -> None:
+    def guarded(self, action: Callable[..., None]) -> Callable[..., None]:
+        """`action`, whose exception is shown. Whatever a user can set off goes through here."""
+
+        def run(*arguments: object) -> None:
+            try:
+                action(*arguments)
+            except Exception as error:
+                logger.exception("a control's action failed")
+                self.report(f"{type(error).__name__}: {error}")
+
+        return run
+
+    def on_change(self, action: Callable[[], None], *controls: widgets.Widget, trait: str = "value") -> None:
         """Run `action` whenever the value of one of the controls changes."""
+        run = self.guarded(action)
         for control in controls:
-            control.observe(lambda _: self._run(action), "value")
+            control.observe(lambda _: run(), trait)
 
     def on_click(self, action: Callable[[], None], button: widgets.Button) -> None:
         """Run `action` whenever the button is clicked."""
-        button.on_click(lambda _: self._run(action))
+        run = self.guarded(action)
+        button.on_click(lambda _: run())
 
     def redraw(self) -> None:
         """`update`, unless several controls are changing."""
@@ -90,13 +107,6 @@ class Explorer(ABC):
         finally:
             self._quiet = False
         self.update()
-
-    def _run(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:
-            logger.exception("a control's action failed")
-            self.report(f"{type(error).__name__}: {error}")
 
     def _add_uploaded(self) -> None:
         for file in self.chooser.upload.value:
@@ -131,7 +141,7 @@ class ModelExplorer(Explorer):
             errors: how the first model does on each object (`object_errors`), to filter and sort by.
 
         Raises:
-            ValueError: another number of models, or no images.
+            ValueError: another number of models, no images, or, of attention, a predictor that replays CUDA graphs.
         """
         super().__init__()
         if len(predictors) not in (1, 2):
@@ -149,6 +159,12 @@ class ModelExplorer(Explorer):
             value=score, min=MIN_SCORE, max=0.95, step=0.05, description="score", readout_format=".2f"
         )
 
+        self.build()
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make the controls and views, and show the first image."""
+
     def pixels(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8 of an image."""
         if index >= len(self._dataset):
@@ -159,6 +175,10 @@ class ModelExplorer(Explorer):
         """The true objects of an image; none of an uploaded one."""
         is_own = index >= len(self._dataset)
         return self._dataset.objects(0).above(np.inf) if is_own else self._dataset.objects(index)
+
+    def link(self, figure: Figure) -> ClickableImage:
+        """A figure whose images open here when they are clicked (`link_figure`)."""
+        return link_figure(figure, self.guarded(self.open))
 
     def open(self, image_id: int, object_id: int | None = None) -> None:
         """Show an image of the data set by its id, and mark one of its objects, by its annotation id."""
