@@ -37,27 +37,27 @@ AREA_SIDES = EvaluationSection().area_sides  # COCO's limits between small, medi
 @mpl.rc_context(STYLE)
 def class_distribution(report: Report) -> Figure:
     """Objects per class and split, the class that the first split has most objects of on top."""
-    summaries = report.summaries
-    first = next(iter(summaries.values())).per_class
-    every = dict.fromkeys(name for summary in summaries.values() for name in summary.per_class)
+    splits = {name: checked.summary()["per_class"] for name, checked in report.splits.items()}
+    first = next(iter(splits.values()))
+    every = dict.fromkeys(name for per_class in splits.values() for name in per_class)
     names = sorted(every, key=lambda name: first.get(name, 0), reverse=True)[:MAX_CLASSES]
     title = "objects per class" + (f", {len(names)} of {len(every)} classes" if len(names) < len(every) else "")
     figure, axes = new_figure(1, 1, size=(9.0, 1.2 + 0.16 * len(names)), title=title)
 
-    panel, height = axes[0, 0], 0.8 / len(summaries)
-    for row, (split, summary) in enumerate(summaries.items()):
-        counts = [summary.per_class.get(name, 0) for name in names]
-        offsets = np.arange(len(names)) + (row - (len(summaries) - 1) / 2) * height
+    panel, height = axes[0, 0], 0.8 / len(splits)
+    for row, (split, per_class) in enumerate(splits.items()):
+        counts = [per_class.get(name, 0) for name in names]
+        offsets = np.arange(len(names)) + (row - (len(splits) - 1) / 2) * height
         panel.barh(offsets, counts, height, color=SPLIT_COLOURS[row % 2], label=f"{split} ({sum(counts)})")
     panel.set_yticks(range(len(names)), [_printable(name, 30) for name in names], fontsize=7)
     panel.set_ylim(max(len(names), 1) - 0.5, -0.5)
     # A logarithm only where counts differ so much that small ones would have no bar.
-    counts = [count for summary in summaries.values() for count in summary.per_class.values() if count]
+    counts = [count for per_class in splits.values() for count in per_class.values() if count]
     if counts and max(counts) > MAX_LINEAR * min(counts):
         panel.set_xscale("symlog", linthresh=1)
     panel.set_xlabel("objects")
     panel.grid(axis="y", visible=False)
-    figure.legend(loc="outside lower center", ncols=len(summaries))
+    figure.legend(loc="outside lower center", ncols=len(splits))
     return figure
 
 
@@ -65,8 +65,8 @@ def class_distribution(report: Report) -> Figure:
 def size_distribution(report: Report) -> Figure:
     """Share of a split's objects by the side of their box, beside the limits of small, medium and large objects."""
     figure, axes = new_figure(1, 1, size=(9.0, 3.0), title="objects by size")
-    panel = axes[0, 0]
-    for colour, (split, sides) in zip(SPLIT_COLOURS, report.sides.items(), strict=False):
+    panel, every = axes[0, 0], {name: checked.sides() for name, checked in report.splits.items()}
+    for colour, (split, sides) in zip(SPLIT_COLOURS, every.items(), strict=False):
         if len(sides):
             weights = np.full(len(sides), 100 / len(sides))
             edges = np.geomspace(1, 2048, 45)
@@ -74,7 +74,7 @@ def size_distribution(report: Report) -> Figure:
 
     for side in AREA_SIDES:
         panel.axvline(side, color=GREY, linestyle=":")
-    shown = np.concatenate([[*AREA_SIDES], *report.sides.values()])
+    shown = np.concatenate([[*AREA_SIDES], *every.values()])
     panel.set_xscale("log", base=2)
     panel.set_xlim(max(shown.min(), 1) / 1.3, shown.max() * 1.3)
     panel.xaxis.set_major_formatter("{x:g}")
@@ -86,42 +86,44 @@ def size_distribution(report: Report) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def finding_images(report: Report, split: Split, findings: Sequence[Finding], *, title: str = "") -> Figure:
+def finding_images(report: Report, name: str, findings: Sequence[Finding], *, title: str = "") -> Figure:
     """The images of some findings, with the box (vermilion) and the mask (blue) that each is about."""
     rows = -(-len(findings) // ACROSS)
     figure, axes = new_figure(rows, ACROSS, size=(SIDE * ACROSS, 0.4 + (SIDE + 0.6) * rows), title=title)
     for panel in axes.flat:
         hide_axes(panel)
     for panel, finding in zip(axes.flat, findings, strict=False):
-        size = _draw_image(panel, split, str(finding.file_name))
-        if finding.annotation_id in report.entries[split.name]:
-            _draw_object(panel, report.entries[split.name][finding.annotation_id], size)
+        size = _draw_image(panel, report.splits[name].split, str(finding.file_name))
+        entry = report.entry_of(name, finding)
+        if entry is not None:
+            _draw_object(panel, entry, size)
         text = _printable(finding.message, 3 * CHARACTERS)
         panel.set_title("\n".join(textwrap.wrap(text, CHARACTERS)), fontsize=6.5, loc="left")
     return figure
 
 
 @mpl.rc_context(STYLE)
-def sample_images(report: Report, split: Split) -> Figure:
+def sample_images(report: Report, name: str) -> Figure:
     """The report's samples of a split, the worst first, with the outlines and classes of all objects."""
-    samples = report.samples[split.name]
+    checked, samples = report.splits[name], report.samples(name)
     rows = max(-(-len(samples) // ACROSS), 1)
-    title = f"images of {split.name}, those with findings first"
+    title = f"images of {name}, those with findings first"
     figure, axes = new_figure(rows, ACROSS, size=(SIDE * ACROSS, 0.4 + (SIDE + 0.2) * rows), title=title)
 
     # A class has one colour in all images.
-    names = dict.fromkeys(name for sample in samples for name in sample.names)
-    colours = dict(zip(names, colours_of(range(len(names))), strict=True))
+    objects = [checked.objects_of(image) for image in samples]
+    classes = dict.fromkeys(of_class for some in objects for _, of_class in some)
+    colours = dict(zip(classes, colours_of(range(len(classes))), strict=True))
     for panel in axes.flat:
         hide_axes(panel)
-    for panel, sample in zip(axes.flat, samples, strict=False):
-        size = _draw_image(panel, split, sample.file_name)
-        panel.set_title(_printable(Path(sample.file_name).name, CHARACTERS), fontsize=6.5, loc="left")
-        for entry, name in zip(sample.entries, sample.names, strict=True):
-            corner = _draw_outline(panel, entry, size, colours[name])
+    for panel, image, some in zip(axes.flat, samples, objects, strict=False):
+        size = _draw_image(panel, checked.split, image.file_name)
+        panel.set_title(_printable(Path(image.file_name).name, CHARACTERS), fontsize=6.5, loc="left")
+        for entry, of_class in some:
+            corner = _draw_outline(panel, entry, size, colours[of_class])
             if corner is not None:
-                style = {"fontsize": 5, "color": colours[name], "path_effects": HALO, "clip_on": True}
-                panel.text(*corner, _printable(name, 20), verticalalignment="bottom", **style)
+                style = {"fontsize": 5, "color": colours[of_class], "path_effects": HALO, "clip_on": True}
+                panel.text(*corner, _printable(of_class, 20), verticalalignment="bottom", **style)
     return figure
 
 
@@ -130,11 +132,11 @@ def worst_images(report: Report, *, count: int = 8) -> dict[str, Figure]:
     figures = {}
     for rule in report.findings.failing("harmful"):
         for split in report.splits:
-            findings = report.findings.worst(rule, split.name)
+            findings = report.findings.worst(rule, split)
             shown = [finding for finding in findings if finding.file_name is not None][:count]
             if shown and rule not in ("image-missing", "path-leaves-folder"):
-                title = f"{RULES[rule].title}, {split.name}"
-                figures[f"{rule} {split.name}"] = finding_images(report, split, shown, title=title)
+                title = f"{RULES[rule].title}, {split}"
+                figures[f"{rule} {split}"] = finding_images(report, split, shown, title=title)
     return figures
 
 

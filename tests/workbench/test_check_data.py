@@ -94,9 +94,9 @@ def test_a_clean_data_set_has_no_finding_but_notes(tmp_path):
     assert broken(report) == {}
     assert report.is_clean
     assert report.findings.total("without-objects") == 1  # the second image has only a crowd
-    summary = report.summaries["train"]
-    assert summary[:-1] == (2, 1, 2, 1, 1.0, 2)
-    assert summary.per_class == {"cat": 1, "dog": 1}
+    *counts, per_class = report.splits["train"].summary().values()
+    assert counts == [2, 1, 2, 1, 1.0, 2]
+    assert per_class == {"cat": 1, "dog": 1}
     assert "nothing that would stop or harm a training" in report.table("here")
 
 
@@ -118,8 +118,8 @@ def test_the_drawn_shapes_are_clean(tmp_path):
 def test_cocos_own_annotations_have_only_classes_that_50_images_cannot_cover(coco_tiny):
     report = check(*find_splits(coco_tiny), processes=2)
     assert broken(report) == {"class-not-trained": 10}
-    assert report.summaries["train"][:4] == (50, 1, 465, 5)
-    assert report.summaries["val"][:4] == (50, 2, 377, 5)
+    assert [*report.splits["train"].summary().values()][:4] == [50, 1, 465, 5]
+    assert [*report.splits["val"].summary().values()][:4] == [50, 2, 377, 5]
 
 
 # ---- one fault each
@@ -522,11 +522,12 @@ def test_the_report_says_what_the_data_asks_for(tmp_path):
     assert "data.test_scale=128" in report.advice[1]
     assert report.findings.total("object-small") == 1  # of 2 x 10 pixels
     assert report.findings.total("class-few-objects") == 2
-    assert [sample.names for sample in report.samples["train"]] == [["cat"], ["cat", "dog"]]
+    objects = map(report.splits["train"].objects_of, report.samples("train"))
+    assert [[of_class for _, of_class in some] for some in objects] == [["cat"], ["cat", "dog"]]
 
 
 def test_samples_are_shown_with_the_class_of_every_object(tmp_path):
     report = check(write_split(tmp_path))
-    figure = sample_images(report, report.splits[0])
+    figure = sample_images(report, "train")
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert texts == ["cat", "cat", "dog"]

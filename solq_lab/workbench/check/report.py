@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
-from typing import Any, Literal, NamedTuple
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from solq_lab.data.folders import Split
-from solq_lab.workbench.check.findings import HEADINGS, KEPT, Findings
+from solq_lab.errors import shorten
+from solq_lab.workbench.check.findings import HEADINGS, KEPT, Finding, Findings
+
+if TYPE_CHECKING:
+    from solq_lab.data.orientation import Reading
 
 MAX_MESSAGE = 200  # characters, in the text
+SAMPLES = 16  # images of a split that are shown with all objects
 
 Look = Literal["decode", "header", "names"]
 
@@ -38,31 +46,76 @@ class Options(NamedTuple):
     test_scale: int = 800
     max_size: int = 1333
 
-    def scale(self, size: tuple[int, int]) -> float:
-        """By how much an image of (height, width) is enlarged for the network, when tested."""
-        return min(self.test_scale / min(size), self.max_size / max(size))
-
 
 DEFAULTS = Options()
 
 
-class Summary(NamedTuple):
-    """What there is in a split: counts of images, images without objects, objects to learn and crowd regions.
+class Image(NamedTuple):
+    """A usable entry of `images`, and what was found in its file and its objects.
 
-    median, most: objects per image.
-    per_class: objects to learn by category name.
+    size: (height, width) as annotated, pixels.
+    places: of its objects in `annotations`.
+    objects: category id and square root of the box's area, pixels, of each object to learn.
+    digest, look: of the file's bytes, and its thumbnail; empty where it was not decoded.
+    reading: what the size of a turned image says.
     """
 
-    images: int
-    empty: int
-    objects: int
-    crowds: int
-    median: float
-    most: int
-    per_class: dict[str, int]
+    image_id: int
+    file_name: str
+    size: tuple[int, int]
+    places: list[int]
+    objects: Sequence[tuple[int, float]] = ()
+    crowds: int = 0
+    digest: bytes = b""
+    look: bytes = b""
+    reading: Reading | None = None
+
+    def __str__(self) -> str:
+        return f"image id {self.image_id}: {shorten(self.file_name)}"
 
 
-_TITLES = {
+class CheckedSplit(NamedTuple):
+    """A split, its usable images, all its entries of `annotations`, and the names of its categories by id."""
+
+    split: Split
+    images: list[Image]
+    entries: Sequence[Any]
+    names: dict[int, str]
+
+    def by_path(self) -> dict[str, Image]:
+        """The images by their normalised file names."""
+        return {os.path.normpath(image.file_name): image for image in self.images}
+
+    def summary(self) -> dict[str, Any]:
+        """What there is: counts by the keys of `TITLES`, and "per_class", objects to learn by category name."""
+        per_category = Counter(category for image in self.images for category, _ in image.objects)
+        per_class: Counter[str] = Counter()
+        for category, name in self.names.items():  # categories of one name are added up
+            if name:
+                per_class[name] += per_category[category]
+
+        counts = np.array([len(image.objects) for image in self.images] or [0])
+        return {
+            "images": len(self.images),
+            "empty": sum(not image.objects for image in self.images),
+            "objects": int(counts.sum()),
+            "crowds": sum(image.crowds for image in self.images),
+            "median": float(np.median(counts)),
+            "most": int(counts.max()),
+            "per_class": dict(per_class),
+        }
+
+    def sides(self) -> np.ndarray:
+        """Square roots of the areas of the boxes to learn, pixels."""
+        return np.array([side for image in self.images for _, side in image.objects], np.float32)
+
+    def objects_of(self, image: Image) -> list[tuple[dict[str, Any], str]]:
+        """All entries of an image with their category names, to draw them."""
+        entries = [self.entries[place] for place in image.places]
+        return [(entry, self.names.get(entry["category_id"], str(entry["category_id"]))) for entry in entries]
+
+
+TITLES = {
     "empty": "images without objects",
     "crowds": "crowd regions",
     "median": "objects per image, median",
@@ -70,53 +123,52 @@ _TITLES = {
 }
 
 
-class Sample(NamedTuple):
-    """An image to look at, all its entries of `annotations`, and their category names."""
-
-    file_name: str
-    entries: list[dict[str, Any]]
-    names: list[str]
-
-
 class Report(NamedTuple):
-    """What was found in a data set.
+    """What was found in a data set, by split; `advice` is what the first one asks of an experiment, a line each."""
 
-    sides: square roots of the areas of the boxes to learn, pixels, by split.
-    entries: the annotations that the kept findings are about, by split and id, to draw them.
-    advice: what the first split asks of an experiment, a line each.
-    samples: images to look at, the worst first, by split.
-    """
-
-    splits: list[Split]
+    splits: dict[str, CheckedSplit]
     options: Options
-    summaries: dict[str, Summary]
-    sides: dict[str, np.ndarray]
     findings: Findings
-    entries: dict[str, dict[int, dict[str, Any]]]
     advice: list[str]
-    samples: dict[str, list[Sample]]
 
     def frame(self) -> pd.DataFrame:
         """What there is, one column per split."""
-        summaries = {name: summary._asdict() for name, summary in self.summaries.items()}
-        return pd.DataFrame(summaries, dtype=object).drop("per_class").rename(index=_TITLES)
+        summaries = {name: checked.summary() for name, checked in self.splits.items()}
+        return pd.DataFrame(summaries, dtype=object).drop("per_class").rename(index=TITLES)
+
+    def samples(self, name: str) -> list[Image]:
+        """Images of a split to look at: the worst findings first, then such with about as many objects as most."""
+        checked = self.splits[name]
+        images, median = checked.by_path(), checked.summary()["median"]
+        found = [found for rule in self.findings.failing("harmful") for found in self.findings.worst(rule, name)]
+        bad = dict.fromkeys(os.path.normpath(finding.file_name) for finding in found if finding.file_name)
+        worst = [path for path in bad if path in images][: SAMPLES // 2]
+        filled = [path for path, image in images.items() if image.places]
+        typical = sorted(filled, key=lambda path: abs(len(images[path].places) - median))
+        return [images[path] for path in list(dict.fromkeys([*worst, *typical]))[:SAMPLES]]
+
+    def entry_of(self, name: str, finding: Finding) -> dict[str, Any] | None:
+        """The annotation of a split that a finding is about, to draw it."""
+        images = (image for image in self.splits[name].images if image.image_id == finding.image_id)
+        entries = (self.splits[name].entries[place] for image in images for place in image.places)
+        return next((entry for entry in entries if entry["id"] == finding.annotation_id), None)
 
     def table(self, title: str) -> str:
         """The frame, then the broken rules of each severity, each with its counts and its worst finding."""
-        splits = list(self.summaries)
-        found = [f"  {split.name}: images of {split.images} with {split.annotations}" for split in self.splits]
+        splits = [checked.split for checked in self.splits.values()]
+        found = [f"  {split.name}: images of {split.images} with {split.annotations}" for split in splits]
         lines = [title, *found, self.frame().to_string()]
-        broken = self.findings.frame(splits)
+        broken = self.findings.frame([*self.splits])
         for severity, heading in HEADINGS.items():
             rules = broken[broken["severity"] == severity]
             if len(rules):
                 lines += ["", heading]
 
             for rule, row in rules.iterrows():
-                counts = ", ".join(f"{row[split]} in {split}" for split in splits if row[split])
+                counts = ", ".join(f"{row[split]} in {split}" for split in self.splits if row[split])
                 lines.append(f"  {rule}: {row['title']}: {counts}")
                 if severity != "note":
-                    worst = next(finding for split in splits for finding in self.findings.worst(rule, split, 1))
+                    worst = next(finding for split in self.splits for finding in self.findings.worst(rule, split, 1))
                     lines.append(f"    {textwrap.shorten(worst.message, MAX_MESSAGE, placeholder=' ...')}")
         if self.is_clean:
             lines.append("\nnothing that would stop or harm a training")
@@ -130,10 +182,11 @@ class Report(NamedTuple):
 
     def to_dict(self, worst: int = KEPT) -> dict[str, Any]:
         """For JSON, with at most `worst` findings of each rule and split."""
+        splits = {name: checked.split for name, checked in self.splits.items()}
         return {
-            "splits": {s.name: {"images": str(s.images), "annotations": str(s.annotations)} for s in self.splits},
+            "splits": {n: {"images": str(s.images), "annotations": str(s.annotations)} for n, s in splits.items()},
             "options": self.options._asdict(),
-            "summary": {name: summary._asdict() for name, summary in self.summaries.items()},
+            "summary": {name: checked.summary() for name, checked in self.splits.items()},
             "advice": self.advice,
             "findings": self.findings.to_dict(worst),
         }

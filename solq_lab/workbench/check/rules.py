@@ -6,7 +6,7 @@ What the loader rejects or leaves out is decided by the loader's own functions; 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from solq_lab.data.ground_truth import MANY_CROWDS
 from solq_lab.data.orientation import Reading
 from solq_lab.workbench.check.duplicates import lookalikes
 from solq_lab.workbench.check.findings import Finding
-from solq_lab.workbench.check.report import Summary
+from solq_lab.workbench.check.report import CheckedSplit
 
 # Annotators draw by hand: COCO's own polygons leave their boxes by up to a pixel, and stay up to 7 pixels inside.
 REACH = 1.0  # pixels that a box may reach out of its image, or a mask out of its box
@@ -126,7 +126,9 @@ def _mask_faults(entry: dict[str, Any], rle: dict | None, size: tuple[int, int])
     else:
         gaps = (left - x, top - y, x + w - left - width, y + h - top - height)  # negative: the mask leaves the box
         if min(gaps) < -REACH:
-            stray = pixels - _pixels_inside(rle, (x - REACH, y - REACH, x + w + REACH, y + h + REACH))
+            x0, y0 = max(math.floor(x - REACH), 0), max(math.floor(y - REACH), 0)
+            inside = coco_rle.decode(rle)[y0 : math.ceil(y + h + REACH), x0 : math.ceil(x + w + REACH)]
+            stray = pixels - int(inside.sum())
             if stray > max(STRAY[0], STRAY[1] * pixels):
                 message = f"{stray} of the mask's {pixels} pixels lie outside bbox {entry['bbox']}"
                 yield "mask-outside-box", message, stray / pixels
@@ -149,12 +151,6 @@ def _mask_faults(entry: dict[str, Any], rle: dict | None, size: tuple[int, int])
         yield "short-polygon", "one of its polygons has fewer than three points", 0.0
 
 
-def _pixels_inside(rle: dict, window: tuple[float, float, float, float]) -> int:
-    """How many pixels of a mask touch a window (x0, y0, x1, y1)."""
-    left, top = max(math.floor(window[0]), 0), max(math.floor(window[1]), 0)
-    return int(coco_rle.decode(rle)[top : math.ceil(window[3]), left : math.ceil(window[2])].sum())
-
-
 def read_mask(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict | None:
     """The compressed RLE of an object's mask; None where the loader leaves the object out.
 
@@ -165,29 +161,28 @@ def read_mask(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict |
     return masks.segmentation_to_rle(segmentation, size) if segmentation else None
 
 
-def images_twice(digests: Mapping[str, bytes], image_ids: Mapping[str, int]) -> Iterator[Finding]:
-    """Images of one split whose files are equal, by file name; a digest is empty where a file was not read."""
+def faults_of_split(checked: CheckedSplit) -> Iterator[Finding]:
+    """Equal files, and what the counts of a split reveal; a test split may have no objects."""
     first: dict[bytes, str] = {}
-    for name, digest in digests.items():
-        before = first.setdefault(digest, name) if digest else name
-        if before != name:
-            message = f"{shorten(before)} and {shorten(name)} have the same bytes"
-            yield Finding("image-twice", message, name, image_ids[name])
+    for path, image in checked.by_path().items():
+        before = first.setdefault(image.digest, path) if image.digest else path
+        if before != path:
+            message = f"{shorten(before)} and {shorten(path)} have the same bytes"
+            yield Finding("image-twice", message, path, image.image_id)
 
-
-def counts_of_split(split: str, summary: Summary, entries: int) -> Iterator[Finding]:
-    """What the counts of a split with so many entries of `annotations` reveal; a test split may have none."""
-    if split == "val" and not entries:
+    summary, entries, name = checked.summary(), len(checked.entries), checked.split.name
+    objects, crowds, per_class = summary["objects"], summary["crowds"], summary["per_class"]
+    if name == "val" and not entries:
         yield Finding("nothing-to-measure", "no objects, so that no evaluation can find the best weights")
-    elif (entries or split == "train") and not summary.objects:
-        message = f"none of the {entries} objects can be learnt, {summary.crowds} are crowds"
+    elif (entries or name == "train") and not objects:
+        message = f"none of the {entries} objects can be learnt, {crowds} are crowds"
         yield Finding("nothing-to-learn", f"{message}; see the findings of its objects")
-    elif summary.crowds >= MANY_CROWDS * entries > 0:
-        message = f"{summary.crowds} of {entries} objects are marked as crowds (iscrowd 1) and not learnt"
+    elif crowds >= MANY_CROWDS * entries > 0:
+        message = f"{crowds} of {entries} objects are marked as crowds (iscrowd 1) and not learnt"
         yield Finding("many-crowds", message)
 
-    most = max(summary.per_class.values(), default=0)
-    for name, count in summary.per_class.items():
+    most = max(per_class.values(), default=0)
+    for name, count in per_class.items():
         if not count:
             yield Finding("class-without-objects", f"category {shorten(name)}")
         elif count < FEW or FEW_OF_LARGEST * most > count:
@@ -195,32 +190,16 @@ def counts_of_split(split: str, summary: Summary, entries: int) -> Iterator[Find
             yield Finding("class-few-objects", message, weight=-count)
 
 
-def images_in_both(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iterator[Finding]:
-    """Images of val that are in train: by their bytes where they were read, else by name; digests by file name."""
-    by_digest = {digest: name for name, digest in train.items() if digest}
-    for name, digest in val.items():
-        if digest in by_digest:
-            message = f"{shorten(name)} of val has the bytes of {shorten(by_digest[digest])} of train"
-            yield Finding("image-in-both", message, name)
-        elif name in train:
-            known = "other bytes" if digest and train[name] else "the bytes were not compared"
-            yield Finding("name-in-both", f"{shorten(name)}: {known}", name)
-
-
-def what_it_asks_for(summary: Summary, sides: np.ndarray, size: tuple[int, int]) -> Iterator[str]:
-    """Settings that a split asks for.
-
-    Args:
-        summary: its counts.
-        sides: square roots of the areas of its boxes, pixels.
-        size: median (height, width) of its images.
-    """
+def what_it_asks_for(checked: CheckedSplit) -> Iterator[str]:
+    """Settings that a split asks for."""
+    sides, most = checked.sides(), checked.summary()["most"]
     if not len(sides):
         return
-    queries = max(10 * math.ceil(1.5 * summary.most / 10), 20)
-    yield f"  model.queries={queries}: at most {summary.most} objects in an image, and half as many to spare"
+    queries = max(10 * math.ceil(1.5 * most / 10), 20)
+    yield f"  model.queries={queries}: at most {most} objects in an image, and half as many to spare"
 
     # The short side at which 9 of 10 objects are wide enough; an image larger than the file shows nothing more.
+    size = np.median([image.size for image in checked.images], axis=0).tolist()
     wanted = min(size) * SEEN / max(float(np.quantile(sides, 0.1)), 1.0)
     short = int(min(max(32 * math.ceil(wanted / 32), 128), max(32 * round(min(size) / 32), 128)))
     long = 32 * math.ceil(short * max(size) / min(size) / 32)
@@ -228,43 +207,54 @@ def what_it_asks_for(summary: Summary, sides: np.ndarray, size: tuple[int, int])
     yield f"  data.test_scale={short} data.max_size={long}: {seen:.0f} % of the objects are {SEEN:.0f} pixels or wider"
 
 
-def lookalikes_in_both(train: Mapping[str, bytes], val: Mapping[str, bytes]) -> Iterator[Finding]:
-    """Images of val that look like one of train; thumbnails by file name."""
-    for name, other in lookalikes(train, val):
-        yield Finding("lookalike-in-both", f"{shorten(name)} of val looks like {shorten(other)} of train", name)
+def turned_images(splits: Sequence[CheckedSplit]) -> Iterator[tuple[str, Finding]]:
+    """Images with an EXIF orientation, with the names of their splits.
 
-
-def turned_images(
-    turned: Mapping[str, Reading], evidence: Collection[Reading], image_ids: Mapping[str, int], *, said: bool
-) -> Iterator[Finding]:
-    """Images of a split with an EXIF orientation.
-
-    Args:
-        turned: what the size of each says, by file name.
-        evidence: what sizes say anywhere in the data set.
-        image_ids: by file name.
-        said: whether the experiment or the annotation file says which way up they are annotated.
+    What the size of one says holds for all splits that do not say it themselves, in experiment or annotation file.
     """
-    mixed = not said and {"stored", "upright"} <= {*evidence}
-    for name, reading in turned.items():
-        rule = "orientation-mixed" if mixed else "orientation"
-        if not said and reading == "undecided" and evidence == {"undecided"}:
-            rule = "orientation-undecided"
-        message = f"image id {image_ids[name]}: {shorten(name)}: turned by EXIF; its annotated size is {SIZES[reading]}"
-        yield Finding(rule, message, name, image_ids[name])
+    unsaid = [checked for checked in splits if checked.split.orientation is None]
+    evidence = {image.reading for checked in unsaid for image in checked.images} - {None}
+    for checked in splits:
+        said = checked.split.orientation is not None
+        for path, image in checked.by_path().items():
+            if image.reading is None:
+                continue
+            rule = "orientation-mixed" if not said and {"stored", "upright"} <= evidence else "orientation"
+            if not said and evidence == {"undecided"}:
+                rule = "orientation-undecided"
+            where = f"image id {image.image_id}: {shorten(path)}"
+            message = f"{where}: turned by EXIF; its annotated size is {SIZES[image.reading]}"
+            yield checked.split.name, Finding(rule, message, path, image.image_id)
 
 
-def categories_differ(train: Mapping[int, str], val: Mapping[int, str]) -> Iterator[Finding]:
-    """Category ids that mean one thing in train and another in val; names by category id."""
-    for category in sorted(train.keys() & val.keys()):
-        if train[category] != val[category]:
-            message = f"category id {category}: {shorten(train[category])} in train, {shorten(val[category])} in val"
-            rule = "categories-swapped" if val[category] in train.values() else "categories-differ"
-            yield Finding(rule, message)
+def faults_between(train: CheckedSplit, val: CheckedSplit) -> Iterator[Finding]:
+    """Images and categories that do not fit together.
 
+    Images are equal by their bytes where they were read, otherwise by name.
+    """
+    known, others = train.by_path(), val.by_path()
+    by_digest = {image.digest: path for path, image in known.items() if image.digest}
+    for path, image in others.items():
+        if image.digest in by_digest:
+            message = f"{shorten(path)} of val has the bytes of {shorten(by_digest[image.digest])} of train"
+            yield Finding("image-in-both", message, path)
+        elif path in known:
+            compared = "other bytes" if image.digest and known[path].digest else "the bytes were not compared"
+            yield Finding("name-in-both", f"{shorten(path)}: {compared}", path)
 
-def classes_not_trained(train: Mapping[str, int], val: Mapping[str, int]) -> Iterator[Finding]:
-    """Categories that are measured but never learnt; objects by category name."""
-    for name, count in val.items():
-        if count and not train.get(name):
+    looks = ({path: image.look for path, image in some.items()} for some in (known, others))
+    for path, other in lookalikes(*looks):
+        if others[path].digest not in by_digest:
+            message = f"{shorten(path)} of val looks like {shorten(other)} of train"
+            yield Finding("lookalike-in-both", message, path)
+
+    for category in sorted(train.names.keys() & val.names.keys()):
+        here, there = train.names[category], val.names[category]
+        if here != there:
+            message = f"category id {category}: {shorten(here)} in train, {shorten(there)} in val"
+            yield Finding("categories-swapped" if there in train.names.values() else "categories-differ", message)
+
+    learnt = train.summary()["per_class"]
+    for name, count in val.summary()["per_class"].items():
+        if count and not learnt.get(name):
             yield Finding("class-not-trained", f"{shorten(name)}: {count} objects in val, none in train", weight=count)
