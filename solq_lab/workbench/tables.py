@@ -27,28 +27,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path("experiments/results")
 
-
-@dataclass(frozen=True)
-class RunNumbers:
-    """The numbers of one finished run.
-
-    name: of the run.
-    seed: its seed.
-    metrics: "<kind>.<number>" -> share in 0..1, as in results.json; NaN where there is no ground truth.
-    images: images it was scored on.
-    commit: git commit it was made with, None where that is unknown.
-    """
-
-    name: str
-    seed: int
-    metrics: dict[str, float]
-    images: int
-    commit: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON types."""
-        metrics = {name: None if math.isnan(value) else round(value, 5) for name, value in self.metrics.items()}
-        return {"name": self.name, "seed": self.seed, "images": self.images, "commit": self.commit, "metrics": metrics}
+# Of one finished run: "name", "seed", "images", "commit" and "metrics", shares in 0..1 as in results.json.
+RunNumbers = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,8 +43,8 @@ class TableRow:
 
     def values(self, metric: str) -> list[float]:
         """The number of each finished run that has it, percent."""
-        found = (run.metrics.get(metric, math.nan) for run in self.runs)
-        return [100 * share for share in found if not math.isnan(share)]
+        found = (run["metrics"].get(metric) for run in self.runs)
+        return [100 * share for share in found if share is not None]
 
     def mean(self, metric: str) -> float | None:
         """Mean over the seeds, percent; None where no run has this number."""
@@ -110,13 +90,14 @@ class ResultTable:
         """The table to read: mean ± standard deviation in percent, the paper's number in brackets."""
         import pandas as pd
 
-        rows = {
-            row.name: [
-                *(_cell(row, name) for name in self.metrics),
-                f"{len(row.runs)} of {len(row.runs + row.missing)}",
-            ]
-            for row in self.rows
-        }
+        rows = {}
+        for row in self.rows:
+            cells = []
+            for name in self.metrics:
+                mean, std, printed = row.mean(name), row.std(name), row.paper.get(name)
+                ours = "-" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
+                cells.append(ours if printed is None else f"{ours} ({printed:.1f})")
+            rows[row.name] = [*cells, f"{len(row.runs)} of {len(row.runs) + len(row.missing)}"]
         return pd.DataFrame.from_dict(rows, orient="index", columns=[*self.metrics, "seeds"])
 
     def text(self) -> str:
@@ -145,7 +126,12 @@ class ResultTable:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a file of `experiments/results`: the numbers of each finished run, without means."""
-        rows = [{"name": row.name, "runs": [run.to_dict() for run in row.runs]} for row in self.rows]
+
+        def rounded(run: RunNumbers) -> RunNumbers:
+            metrics = {name: None if share is None else round(share, 5) for name, share in run["metrics"].items()}
+            return run | {"metrics": metrics}
+
+        rows = [{"name": row.name, "runs": list(map(rounded, row.runs))} for row in self.rows]
         return {"sweep": self.name, "rows": rows}
 
     @property
@@ -243,13 +229,7 @@ def _carried_runs(path: Path) -> dict[tuple[str, int], RunNumbers]:
 
 def _run_from_dict(entry: Mapping[str, Any], source: Path) -> RunNumbers:
     try:
-        metrics = {name: math.nan if value is None else value for name, value in entry["metrics"].items()}
-        return RunNumbers(entry["name"], entry["seed"], metrics, entry["images"], entry.get("commit"))
-    except (KeyError, AttributeError) as error:
+        known = {key: entry[key] for key in ("name", "seed", "images")}
+        return known | {"commit": entry.get("commit"), "metrics": dict(entry["metrics"])}
+    except (KeyError, TypeError) as error:
         raise RunError(f"{source}: no {error} of a run; remove the file and evaluate again") from None
-
-
-def _cell(row: TableRow, metric: str) -> str:
-    mean, std, printed = row.mean(metric), row.std(metric), row.paper.get(metric)
-    ours = "-" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
-    return ours if printed is None else f"{ours} ({printed:.1f})"

@@ -14,7 +14,7 @@ from solq_lab.viz.overview import change_intervals, learning_curves
 from solq_lab.viz.style import BLUE, GREY
 from solq_lab.viz.tables import among_methods, beside_paper
 from solq_lab.workbench.paper import PaperTable
-from solq_lab.workbench.tables import ResultTable, RunNumbers, TableRow, read_table, runs_frame
+from solq_lab.workbench.tables import ResultTable, TableRow, read_table, runs_frame
 
 PAPER = PaperTable(
     title="made up", columns=["segm.AP", "box.AP"], rows={"1": [30.0, 40.0], "2": [32.0, None], "SOLQ": [35.0, 45.0]}
@@ -22,7 +22,7 @@ PAPER = PaperTable(
 
 
 def row(name: str, shares: list[float], paper_name: str | None) -> TableRow:
-    runs = tuple(RunNumbers(f"{name}-{seed}", seed, {"segm.AP": share}, 4) for seed, share in enumerate(shares))
+    runs = tuple({"seed": seed, "metrics": {"segm.AP": share}} for seed, share in enumerate(shares))
     return TableRow(
         name, runs, () if shares else (f"{name}-0",), paper_name, PAPER.row(paper_name) if paper_name else {}
     )
