@@ -37,6 +37,7 @@ class Difference(NamedTuple):
     score: largest difference of matched scores.
     box: largest difference of matched box edges, in the unit of the comparison.
     mask_iou, least_mask_iou: mean and smallest IoU of matched masks, pasted into the image; None without masks.
+    unit: of the comparison, "of the image" or "pixels".
     """
 
     images: int
@@ -47,6 +48,7 @@ class Difference(NamedTuple):
     box: float
     mask_iou: float | None
     least_mask_iou: float | None
+    unit: str
 
     def agrees(self, tolerance: Tolerance) -> bool:
         """Whether every detection has its partner, and the masks are the same but for single pixels."""
@@ -59,26 +61,26 @@ class Difference(NamedTuple):
             masks = f", mask IoU {self.mask_iou:.5f} on average and {self.least_mask_iou:.5f} at least"
         return (
             f"{self.matched} of {self.detections} detections in {self.images} images matched ({self.excused} more "
-            f"at the cut-off); scores within {self.score:.1e}, boxes within {self.box:.1e} of the image{masks}"
+            f"at the cut-off); scores within {self.score:.1e}, boxes within {self.box:.1e} {self.unit}{masks}"
         )
 
 
 def compare_detections(
     expected: Sequence[Detections],
     found: Sequence[Detections],
-    units: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]] | None,
     tolerance: Tolerance,
 ) -> Difference:
     """The difference of the detections in images from those expected there.
 
     Args:
         expected, found: of the same images, in the same order.
-        units: (height, width) of each image that boxes are measured in: its size for shares of it, (1, 1) for pixels.
+        sizes: (height, width) of each image, for boxes as shares of it; None: in pixels.
         tolerance: within which two detections match.
     """
     matched = excused = detections = 0
     scores, boxes, ious = [0.0], [0.0], []
-    for ours, theirs, (height, width) in zip(expected, found, units, strict=True):
+    for ours, theirs, (height, width) in zip(expected, found, sizes or [(1, 1)] * len(found), strict=True):
         unit = torch.tensor([width, height, width, height])
         score = (ours.scores[:, None] - theirs.scores).abs()  # (K, K')
         box = ((ours.boxes / unit)[:, None] - theirs.boxes / unit).abs().amax(-1)
@@ -100,4 +102,5 @@ def compare_detections(
             ious += rle_iou([ours.masks[row] for row in rows], [theirs.masks[column] for column in columns]).tolist()
 
     mean, least = (float(np.mean(ious)), min(ious)) if ious else (None, None)
-    return Difference(len(expected), detections, matched, excused, max(scores), max(boxes), mean, least)
+    unit = "pixels" if sizes is None else "of the image"
+    return Difference(len(expected), detections, matched, excused, max(scores), max(boxes), mean, least, unit)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 import shutil
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from solq_lab.bench.op import draw_inputs
+from solq_lab.bench.timing import timer
 from solq_lab.environment import first_line, processor_name
 from solq_lab.ops.extension import ExtensionBuildError, cache_folder, instruction_set, load_extension
 from solq_lab.ops.ms_deform_attn import (
@@ -24,7 +24,7 @@ from solq_lab.ops.ms_deform_attn import (
 from solq_lab.ops.toolkit import find_compiler, find_cuda_toolkits, find_ninja
 
 SHAPES = ((32, 54), (16, 27), (8, 14))
-QUERIES, HEADS, HEAD_WIDTH, POINTS = 600, 8, 48, 4
+QUERIES = 600
 TOLERANCE = 1e-4  # of the largest number; float32 sums differ by a few 1e-6
 REPEATS = 5
 
@@ -118,54 +118,22 @@ def _check(device: str, name: str) -> Implementation:
         except ExtensionBuildError as error:
             return Implementation(device, name, False, error.reason)
 
-    arguments = _arguments(device)
-    expected = _outcome(ms_deform_attn_reference, *(tensor.double().cpu() for tensor in arguments))
+    inputs, gradient = draw_inputs(QUERIES, SHAPES, device=device)
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in inputs]
+    output = ms_deform_attn_reference(exact[0], SHAPES, *exact[1:])
+    expected = [output.detach(), *torch.autograd.grad(output, exact, gradient.double().cpu())]
+
+    timed, times = timer(torch.device(device)), []
     with use_implementation(name):
-        found = _outcome(ms_deform_attn, *arguments)
-        forward_ms, backward_ms = _times(arguments)
-    pairs = zip(found, expected, strict=True)
-    difference = max(float((ours.cpu() - exact).abs().max() / exact.abs().max()) for ours, exact in pairs)
-    return Implementation(device, name, serves, "", difference, forward_ms, backward_ms)
+        for _ in range(REPEATS + 1):
+            forward_ms, output = timed(lambda: ms_deform_attn(inputs[0], SHAPES, *inputs[1:]))
+            backward_ms, gradients = timed(partial(torch.autograd.grad, output, inputs, gradient))
+            times.append((forward_ms, backward_ms))
+    medians = map(statistics.median, zip(*times[1:], strict=True))  # the first one warms up
 
-
-def _arguments(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, locations and weights in float32; no sample is close to a pixel's centre, where gradients jump."""
-    generator = torch.Generator().manual_seed(0)
-    cells = sum(height * width for height, width in SHAPES)
-    sides = torch.tensor([[width, height] for height, width in SHAPES]).view(1, 1, 1, -1, 1, 2)
-    shape = (1, QUERIES, HEADS, len(SHAPES), POINTS)
-    corner = (torch.rand(*shape, 2, generator=generator) * (sides + 1)).floor() - 1
-    between = 0.05 + 0.9 * torch.rand(*shape, 2, generator=generator)
-    value = torch.randn(1, cells, HEADS, HEAD_WIDTH, generator=generator)
-    weights = torch.rand(shape, generator=generator).flatten(-2).softmax(-1).view(shape)
-    return value.to(device), ((corner + 0.5 + between) / sides).to(device), weights.to(device)
-
-
-def _outcome(function: Callable[..., Tensor], value: Tensor, locations: Tensor, weights: Tensor) -> list[Tensor]:
-    """The output, and the three gradients of the sum of its squares."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
-    output = function(leaves[0], SHAPES, *leaves[1:])
-    return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
-
-
-def _times(arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
-    """Median milliseconds forward and backward."""
-    leaves = [tensor.detach().requires_grad_() for tensor in arguments]
-    forward, backward = [], []
-    for _ in range(REPEATS + 1):
-        started = _now()
-        output = ms_deform_attn(leaves[0], SHAPES, *leaves[1:])
-        between = _now()
-        torch.autograd.grad(output, leaves, output.detach())
-        forward.append(between - started)
-        backward.append(_now() - between)
-    return 1e3 * statistics.median(forward[1:]), 1e3 * statistics.median(backward[1:])  # the first one warms up
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    pairs = zip([output.detach(), *gradients], expected, strict=True)
+    difference = max(float((ours.cpu() - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
+    return Implementation(device, name, serves, "", difference, *medians)
 
 
 def _gpu(index: int) -> str:

@@ -42,20 +42,20 @@ class NotebookFailed(ExplainedError):
 
 def run_notebook(
     notebook: str | Path,
-    experiment_path: str | Path,
+    experiment_path: str | Path | None = None,
     overrides: Sequence[str] = (),
     runs_dir: str | Path = "runs",
     *,
     parameters: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Execute a notebook for an experiment; it is written beside its figures cell by cell, and as HTML at the end.
+    """Execute a notebook; it is written beside its figures cell by cell, and as HTML at the end.
 
-    That is `data_report_folder`, or the folder of `experiment_run`.
+    That is `data_report_folder`, the folder of `experiment_run`, or `runs_dir`/_reports without an experiment.
     The parameters, the experiment and the data folder are checked first.
 
     Args:
-        notebook: a notebook with one cell tagged `parameters` that declares experiment, overrides and runs_dir.
-        experiment_path: the experiment's YAML file.
+        notebook: a notebook with one cell tagged `parameters` that declares runs_dir, experiment and overrides.
+        experiment_path: the experiment's YAML file. None: for a notebook about several runs, which declares none.
         overrides: `section.key=value` changes to it.
         runs_dir: folder of run folders.
         parameters: further parameters of the notebook; text is converted to the declared type.
@@ -71,16 +71,14 @@ def run_notebook(
         Interrupted: Ctrl-C; a training of this run has saved and stopped.
     """
     notebook = Path(notebook)
-    shared = {
-        "experiment": str(Path(experiment_path).absolute()),
-        "overrides": list(overrides),
-        "runs_dir": str(Path(runs_dir).absolute()),
-    }
+    shared: dict[str, Any] = {"runs_dir": str(Path(runs_dir).absolute())}
+    if experiment_path is not None:
+        shared |= {"experiment": str(Path(experiment_path).absolute()), "overrides": list(overrides)}
     values = check_parameters(notebook, dict(parameters or {}) | shared)
-    experiment = load_experiment(experiment_path, list(overrides))
+    experiment = None if experiment_path is None else load_experiment(experiment_path, list(overrides))
     folder = data_report_folder(notebook, values, runs_dir)
-    if folder is not None:
-        return _execute(notebook, folder / notebook.name, values)
+    if folder is not None or experiment_path is None or experiment is None:
+        return _execute(notebook, (folder or Path(runs_dir) / "_reports") / notebook.name, values)
     check_data_folder(experiment)
 
     # Only a notebook that trains needs the backbone's weights.
@@ -88,30 +86,6 @@ def run_notebook(
         fetch_starting_weights(experiment, Path(runs_dir) / experiment.name)
     run = experiment_run(experiment_path, overrides, runs_dir)
     return _execute(notebook, run.folder / notebook.name, values, run)
-
-
-def run_report(
-    notebook: str | Path, runs_dir: str | Path = "runs", *, parameters: Mapping[str, Any] | None = None
-) -> Path:
-    """Execute a notebook that declares no experiment; one about several runs is written into `runs_dir`/_reports.
-
-    Args:
-        notebook: a notebook with one cell tagged `parameters` that declares runs_dir.
-        runs_dir: folder of run folders.
-        parameters: further parameters of the notebook; text is converted to the declared type.
-
-    Returns:
-        The executed notebook; the HTML lies beside it.
-
-    Raises:
-        NotebookError: the notebook or a parameter is not valid.
-        NotebookFailed: a cell raised; the full traceback is in the executed notebook.
-        Interrupted: Ctrl-C.
-    """
-    notebook = Path(notebook)
-    values = check_parameters(notebook, dict(parameters or {}) | {"runs_dir": str(Path(runs_dir).absolute())})
-    folder = data_report_folder(notebook, values, runs_dir) or Path(runs_dir) / "_reports"
-    return _execute(notebook, folder / notebook.name, values)
 
 
 def data_report_folder(notebook: Path, parameters: Mapping[str, Any], runs_dir: str | Path) -> Path | None:
@@ -247,15 +221,11 @@ def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Except
         f"{error.ename}: {error.evalue}\n"
         f"The full traceback is in {executed}"
     )
-    kind = UserError if _is_user_error(error.ename) else ExplainedError
-    return NotebookFailed(message, kind.exit_status)
-
-
-def _is_user_error(name: str) -> bool:
-    """Whether the library has a `UserError` of this class name, which is all that papermill knows."""
-    if name not in _class_names(UserError):
+    # All that papermill knows of the error is the name of its class.
+    if error.ename not in _class_names(UserError):
         import solq_lab.build  # noqa: F401  # defines those of data, codecs, models and operators; loads torch
-    return name in _class_names(UserError)
+    kind = UserError if error.ename in _class_names(UserError) else ExplainedError
+    return NotebookFailed(message, kind.exit_status)
 
 
 def _class_names(kind: type[Exception]) -> set[str]:

@@ -65,10 +65,12 @@ def test_half_precision_is_only_how_weights_are_stored(run: Run, packaged: Path)
 def test_it_detects_the_same_objects_and_reports_the_difference(run: Run, tmp_path: Path):
     loss = package_run(run, tmp_path / "small", run.experiment)
     assert loss.images == 4
-    assert loss.objects > 0
+    assert loss.matched == loss.detections > 0
     assert 0 < loss.score < packaging.TOLERANCE.score
     assert 0 < loss.box < packaging.TOLERANCE.box
-    assert json.loads((tmp_path / "small" / "shipped.json").read_text())["half_precision"] == loss._asdict()
+    stored = json.loads((tmp_path / "small" / "shipped.json").read_text())["half_precision"]
+    assert stored.pop("mask") == 1 - loss.mask_iou
+    assert stored == {"images": 4, "objects": loss.detections, "score": loss.score, "box": loss.box}
 
 
 def test_it_names_no_machine_and_no_path(run: Run, data_root: Path, packaged: Path):
@@ -100,7 +102,7 @@ def test_a_tensor_that_half_precision_cannot_hold_stays_and_shared_ones_stay_sha
 
 def test_too_large_a_difference_is_rejected_with_its_size_and_nothing_is_left(run: Run, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(packaging, "TOLERANCE", packaging.TOLERANCE._replace(score=1e-9))
-    with pytest.raises(RunError, match=r"half precision changes too much \(\d+ objects .*allowed are score 1e-09"):
+    with pytest.raises(RunError, match=r"half precision changes too much \(\d+ of .*allowed are score 1e-09"):
         package_run(run, tmp_path / "out" / "small", run.experiment)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -158,7 +160,7 @@ def test_the_command_gives_the_packaged_run_its_folders_name(run: Run, tmp_path:
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code in (None, 0)
-    assert "images: scores within" in capsys.readouterr().out
+    assert "images matched (0 more at the cut-off); scores within" in capsys.readouterr().out
     assert load_run(tmp_path / "small").experiment.name == "small"
     assert Predictor(tmp_path / "small").experiment.name == "small"
 

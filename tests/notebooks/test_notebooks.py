@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from tiny import tiny_experiment, write_tiny_dataset
 
-from solq_lab.workbench.notebooks import run_notebook, run_report
+from solq_lab.workbench.notebooks import run_notebook
 from solq_lab.workbench.workspace import WORKSPACE
 from solq_lab.workbench.parameters import read_parameters
 from solq_lab.runs import load_run
@@ -130,7 +130,7 @@ REPORTS = {
 def test_a_notebook_about_several_runs_works_before_any_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv(WORKSPACE, str(REPOSITORY))
-    executed = run_report(REPOSITORY / "notebooks" / f"{name}.ipynb", tmp_path)
+    executed = run_notebook(REPOSITORY / "notebooks" / f"{name}.ipynb", runs_dir=tmp_path)
     assert executed.parent == tmp_path / "_reports"
     printed(executed)
     shown = figures(executed)

@@ -26,7 +26,7 @@ from solq_lab.viz.data_report import class_distribution, sample_images, size_dis
 from solq_lab.workbench.check.checker import check_data
 from solq_lab.workbench.check.findings import KEPT, RULES, Finding, Findings
 from solq_lab.workbench.check.report import Options, Report
-from solq_lab.workbench.notebooks import run_report
+from solq_lab.workbench.notebooks import run_notebook
 
 Change = Callable[[dict[str, Any]], None]
 PIXELS = {
@@ -489,7 +489,7 @@ def test_the_frames_list_what_the_report_holds(tmp_path):
 def test_the_notebook_shows_the_tables_and_the_figures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_split(tmp_path / "mine", put("annotations", 0, bbox=[10, 5, 30, 10]))
-    executed = run_report(REPOSITORY / "notebooks" / "data_report.ipynb", "runs", parameters={"root": "mine"})
+    executed = run_notebook(REPOSITORY / "notebooks" / "data_report.ipynb", parameters={"root": "mine"})
     figures = {path.name for path in executed.parent.glob("*.png")}
     assert figures == {"mask-smaller-than-box_train.png", "images_train.png", "classes.png", "sizes.png"}
     page = executed.with_suffix(".html").read_text()

@@ -29,7 +29,7 @@ from solq_lab.files import read_json, write_json
 from solq_lab.runs import RunError, create_run, load_run
 from solq_lab.workbench import processes, trainings
 from solq_lab.workbench.cli import app
-from solq_lab.workbench.notebooks import NotebookFailed, run_notebook, run_report
+from solq_lab.workbench.notebooks import NotebookFailed, run_notebook
 from solq_lab.workbench.parameters import NotebookError
 from solq_lab.workbench.processes import find_trainer, is_alive
 from solq_lab.workbench.trainings import (
@@ -422,12 +422,12 @@ def test_a_notebook_about_several_runs_leaves_its_report_beside_them(tmp_path, m
     notebook = write_notebook(
         tmp_path / "all.ipynb", "print(runs_dir, 'x' * deep)", parameters='runs_dir: str = "runs"\ndeep: int = 1'
     )
-    executed = run_report(notebook, "mine", parameters={"deep": "3"})
+    executed = run_notebook(notebook, runs_dir="mine", parameters={"deep": "3"})
     assert executed == Path("mine/_reports/all.ipynb")
     assert f"{tmp_path / 'mine'} xxx" in executed.read_text()
     assert executed.with_suffix(".html").exists()
     with pytest.raises(NotebookError, match="unknown parameter deeep; did you mean deep"):
-        run_report(notebook, "mine", parameters={"deeep": "3"})
+        run_notebook(notebook, runs_dir="mine", parameters={"deeep": "3"})
 
 
 def test_another_experiment_under_the_same_name_is_rejected_with_what_differs(tmp_path, experiment):

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -27,28 +27,6 @@ MIN_SCORE = 0.3  # objects below this score are not compared
 TOLERANCE = Tolerance(score=0.03, box=0.5, mask_iou=0.98)  # box: pixels
 MAX_TRAIN_LINES = 600  # of metrics.jsonl: enough for a smooth curve
 REPORTED = ("versions", "git", "operator", "device", "processes", "dataset", "codec")  # of environment.json
-
-
-class PrecisionLoss(NamedTuple):
-    """How far half precision moves a model's detections.
-
-    images, objects: how many were compared; objects of a score of at least 0.3.
-    score: largest difference of a score.
-    box: largest difference of a box's edge, pixels.
-    mask: mean of 1 - IoU of the masks; 0 for a plain detector.
-    """
-
-    images: int
-    objects: int
-    score: float
-    box: float
-    mask: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.objects} objects in {self.images} images: scores within {self.score:.4f}, box edges within "
-            f"{self.box:.3f} pixels, masks differ by {100 * self.mask:.2f} % on average"
-        )
 
 
 def share(weights_or_run: str | Path | Run, destination: Path) -> Predictor:
@@ -89,7 +67,7 @@ def without_paths(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"data": data, "model": model, "codec": codec, "train": train})
 
 
-def package_run(run: Run, destination: Path, experiment: Experiment, *, images: int = 50) -> PrecisionLoss:
+def package_run(run: Run, destination: Path, experiment: Experiment, *, images: int = 50) -> Difference:
     """Write a finished run as a small folder with half-precision weights, all or nothing.
 
     Half precision is only how weights are stored: `Predictor` computes in float32 with them.
@@ -117,14 +95,20 @@ def package_run(run: Run, destination: Path, experiment: Experiment, *, images: 
         save_weights(weights, halved(trained.state), experiment=yaml, classes=trained.classes, codec=trained.codec)
 
         exact, rounded = Predictor(run.weights), Predictor(weights)
-        difference = compare_predictors(exact, rounded, build_dataset(experiment, "val", exact.classes), images)
-        loss = _checked_loss(run, difference)
+        loss = compare_predictors(exact, rounded, build_dataset(experiment, "val", exact.classes), images)
+        if not loss.agrees(TOLERANCE) or loss.excused:
+            raise RunError(
+                f"{run.folder}: half precision changes too much ({loss}); allowed are score {TOLERANCE.score}, box "
+                f"{TOLERANCE.box} pixels, mean mask IoU {TOLERANCE.mask_iou}"
+            )
 
         (unfinished / "experiment.yaml").write_text(yaml, encoding="utf-8")
         (unfinished / "metrics.jsonl").write_text(_thinned(run.metrics()), encoding="utf-8")
         _copy_facts(run, unfinished)
         origin = {"weights": hash_file(weights), "trained": hash_file(run.weights)}
-        comparison = {"half_precision": loss._asdict(), "tolerance": TOLERANCE._asdict()}
+        found = {"images": loss.images, "objects": loss.detections, "score": loss.score, "box": loss.box}
+        found["mask"] = 0.0 if loss.mask_iou is None else 1 - loss.mask_iou
+        comparison = {"half_precision": found, "tolerance": TOLERANCE._asdict()}
         write_json(unfinished / SHIPPED, origin | comparison)
     return loss
 
@@ -146,7 +130,7 @@ def compare_predictors(first: Predictor, second: Predictor, dataset: CocoDataset
     compared = [dataset[index][0].permute(1, 2, 0).numpy() for index in range(min(images, len(dataset)))]
     expected = [first.predict(image).above(MIN_SCORE) for image in compared]
     found = [second.predict(image) for image in compared]
-    return compare_detections(expected, found, [(1, 1)] * len(compared), TOLERANCE)
+    return compare_detections(expected, found, None, TOLERANCE)
 
 
 def _check(run: Run, destination: Path, experiment: Experiment) -> None:
@@ -157,17 +141,6 @@ def _check(run: Run, destination: Path, experiment: Experiment) -> None:
     for section in ("model", "codec"):
         if getattr(experiment, section) != getattr(run.experiment, section):
             raise RunError(f"{run.folder}: a packaged run keeps its {section}; change only its name and its data")
-
-
-def _checked_loss(run: Run, difference: Difference) -> PrecisionLoss:
-    images, objects, matched, _, score, box, iou, _ = difference
-    loss = PrecisionLoss(images, objects, score, box, 0.0 if iou is None else 1 - iou)
-    if matched < objects or 1 - loss.mask < TOLERANCE.mask_iou:
-        raise RunError(
-            f"{run.folder}: half precision changes too much ({loss}; {objects - matched} objects differ further); "
-            f"allowed are score {TOLERANCE.score}, box {TOLERANCE.box} pixels, mean mask IoU {TOLERANCE.mask_iou}"
-        )
-    return loss
 
 
 def _thinned(lines: Sequence[dict[str, Any]]) -> str:

@@ -94,10 +94,14 @@ def codec_ceiling(
     )
 
     # Options win over the experiment's own scoring.
-    sides = _area_sides(area_sides) if area_sides else None
-    scene = _scene(data, overrides or [], split, fit_on)
-    if sides is not None:
-        scene["area_sides"] = sides
+    scene: dict[str, Any] = {}
+    if area_sides:
+        scene["area_sides"] = sides = tuple(_numbers("--area-sides", area_sides, float))
+        if len(sides) != 2 or not 0 < sides[0] < sides[1]:
+            raise typer.BadParameter(
+                f"found {area_sides!r}, allowed are two rising sides in pixels, as in 32,96", param_hint="--area-sides"
+            )
+    scene = _scene(data, overrides or [], split, fit_on) | scene
     if boundary_ratio is not None:
         scene["boundary_ratio"] = boundary_ratio
     benchmark = CodecBenchmark(
@@ -145,21 +149,19 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numb
         ) from None
 
 
-def _area_sides(text: str) -> tuple[float, ...]:
-    sides = tuple(_numbers("--area-sides", text, float))
-    if len(sides) != 2 or not 0 < sides[0] < sides[1]:
-        raise typer.BadParameter(
-            f"found {text!r}, allowed are two rising sides in pixels, as in 32,96", param_hint="--area-sides"
-        )
-    return sides
-
-
 def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict[str, Any]:
     """Annotations to measure on and to fit to, and how to score, as arguments of `CodecBenchmark`."""
+    from solq_lab.config import load_experiment
     from solq_lab.data.folders import explain_missing, find_splits
+    from solq_lab.data_folder import annotations_of, prepare_data
 
     if data.suffix in (".yaml", ".yml"):
-        return _scene_of_experiment(data, overrides, split, fit_on)
+        experiment = load_experiment(data, overrides)
+        prepare_data(experiment)
+        scoring = {name: getattr(experiment.evaluation, name) for name in ("area_sides", "boundary_ratio")}
+        fit_annotations = annotations_of(experiment, "train") if fit_on is None else fit_on
+        return {"annotations": annotations_of(experiment, split), "fit_annotations": fit_annotations} | scoring
+
     if overrides:
         raise typer.BadParameter(f"{' '.join(overrides)}: only an experiment file has values to change")
     files = {part.name: part.annotations for part in find_splits(data)}
@@ -168,18 +170,3 @@ def _scene(data: Path, overrides: list[str], split: Split, fit_on: Path | None) 
     if split not in files:
         raise explain_missing(data, split)
     return {"annotations": files[split], "fit_annotations": fit_on or files.get("train")}
-
-
-def _scene_of_experiment(path: Path, overrides: list[str], split: Split, fit_on: Path | None) -> dict[str, Any]:
-    from solq_lab.config import load_experiment
-    from solq_lab.data_folder import annotations_of, prepare_data
-
-    experiment = load_experiment(path, overrides)
-    prepare_data(experiment)
-    evaluation = experiment.evaluation
-    return {
-        "annotations": annotations_of(experiment, split),
-        "fit_annotations": annotations_of(experiment, "train") if fit_on is None else fit_on,
-        "area_sides": evaluation.area_sides,
-        "boundary_ratio": evaluation.boundary_ratio,
-    }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from solq_lab.config import ConfigError, Experiment, change_experiment, load_experiment
+from solq_lab.config import ConfigError, change_experiment, load_experiment
 from solq_lab.data.folders import Split as OtherSplit
 from solq_lab.data.folders import find_splits
 from solq_lab.data_folder import check_data_folder, prepare_data
@@ -28,13 +28,10 @@ from solq_lab.workbench.commands.arguments import (
     cluster_options,
 )
 from solq_lab.workbench.download.weights import fetch_starting_weights
-from solq_lab.workbench.notebooks import run_notebook, run_report
+from solq_lab.workbench.notebooks import run_notebook
 from solq_lab.workbench.parameters import NotebookError, find_notebook, read_parameters
 from solq_lab.workbench.trainings import describe_trainings, follow_training, start_training, stop_training
 from solq_lab.workbench.workspace import open_run
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(
@@ -61,12 +58,9 @@ def run(
     notebook = find_notebook(notebook)
     declared = read_parameters(notebook).get("experiment")
     path = experiment or (declared and declared.default)
-    if path is None:
-        executed = run_report(notebook, runs_dir, parameters=given)
-    else:
-        executed = run_notebook(notebook, path, overrides or [], runs_dir, parameters=given)
-        if (executed.parent / "experiment.yaml").is_file():
-            _print_results(load_run(executed.parent))
+    executed = run_notebook(notebook, path, overrides or [], runs_dir, parameters=given)
+    if path is not None and (executed.parent / "experiment.yaml").is_file():
+        _print_results(load_run(executed.parent))
     typer.echo(f"\nnotebook  {executed}\nHTML      {executed.with_suffix('.html')}")
 
 
@@ -88,7 +82,11 @@ def train(
         raise ConfigError(f"--nodes {nodes}: needs --cluster slurm, or solq_lab.training.torchrun on each of them")
     resolved = load_experiment(experiment, overrides or [])
     if gpus_per_node is not None:
-        resolved = _with_processes(resolved, nodes * gpus_per_node, runs_dir)
+        # A run that has begun keeps train.gpus: its processes accumulate instead.
+        processes, folder = nodes * gpus_per_node, runs_dir / resolved.name
+        gpus = load_run(folder).experiment.train.gpus if (folder / "experiment.yaml").is_file() else processes
+        source = f"--gpus-per-node ({processes} processes)"
+        resolved = change_experiment(resolved, {"train.gpus": gpus}, source=source)
     elif resolved.train.gpus % nodes:
         raise ConfigError(
             f"--nodes {nodes}: train.gpus={resolved.train.gpus} does not divide by it; add --gpus-per-node"
@@ -117,14 +115,6 @@ def train(
         typer.echo(f"best      {trained.best}, {describe_best(trained)}")
 
 
-def _with_processes(experiment: Experiment, processes: int, runs_dir: Path) -> Experiment:
-    """The experiment for so many processes; a run that has begun keeps train.gpus, its processes accumulate instead."""
-    folder = runs_dir / experiment.name
-    begun = (folder / "experiment.yaml").is_file()
-    gpus = load_run(folder).experiment.train.gpus if begun else processes
-    return change_experiment(experiment, {"train.gpus": gpus}, source=f"--gpus-per-node ({processes} processes)")
-
-
 def evaluate(
     run_folder: RunFolder,
     split: Annotated[Split, typer.Option(help="Images: validation, or those it was trained on.")] = "val",
@@ -139,8 +129,14 @@ def evaluate(
     evaluated = open_run(run_folder, with_data=annotations is None)  # before torch is loaded, which takes seconds
     if annotations is None and images is not None:
         raise ConfigError(f"--images {images}: needs --annotations FILE")
-    chosen = split if annotations is None else _other_images(annotations, images)
-    title = f"{split} images" if annotations is None else str(annotations)
+    chosen: OtherSplit | Split = split
+    title = f"{split} images"
+    if annotations is not None:
+        chosen, *more = find_splits(annotations, images)
+        title = str(annotations)
+        if more:
+            raise ConfigError(f"--annotations {annotations}: {1 + len(more)} splits; name the annotation file of one")
+
     from solq_lab.evaluation.evaluator import evaluate_run
     from solq_lab.studies.ceiling import run_ceiling
 
@@ -157,14 +153,6 @@ def evaluate(
         typer.echo(f"\n{to_text(perfect.frame())}")
         if classes:
             typer.echo(f"\n{to_text(perfect.class_frame())}")
-
-
-def _other_images(annotations: Path, images: Path | None) -> OtherSplit:
-    """The one split of an annotation file."""
-    found = find_splits(annotations, images)
-    if len(found) > 1:
-        raise ConfigError(f"--annotations {annotations}: {len(found)} splits; name the annotation file of one")
-    return found[0]
 
 
 def status(runs_dir: RunsDir = Path("runs")) -> None:
