@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,46 +30,20 @@ NUMBERS = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}  # thres
 _DRAWS_AT_ONCE = 250  # bounds the memory on COCO
 
 
-class Difference(NamedTuple):
-    """One number of two runs, in 0..1, and the interval of its change.
-
-    metric: for example "segm.AP".
-    first, second: on all images.
-    low, high: the interval of second - first.
-    better: share of draws on which the second is better.
-    """
-
-    metric: str
-    first: float
-    second: float
-    low: float
-    high: float
-    better: float
-
-    @property
-    def change(self) -> float:
-        """The second less the first."""
-        return self.second - self.first
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
-class BootstrapComparison:
+class BootstrapComparison(NamedTuple):
     """Two sets of results on the same images.
 
     names: of the two.
-    differences: one per number.
+    differences: a row per number, for example "segm.AP", in 0..1. "first" and "second" are on all images; "change" is
+        the second less the first, "low" to "high" its interval, "clear" whether that excludes 0; "better" is the share
+        of draws on which the second is better.
     images: how many images were evaluated.
     draws: of the bootstrap.
     confidence: of the intervals.
     """
 
     names: tuple[str, str]
-    differences: tuple[Difference, ...]
+    differences: pd.DataFrame
     images: int
     draws: int
     confidence: float
@@ -78,14 +51,13 @@ class BootstrapComparison:
     @property
     def changes(self) -> dict[str, tuple[float, float, float]]:
         """Number -> change, low and high end of its interval, in 0..1."""
-        return {row.metric: (row.change, row.low, row.high) for row in self.differences}
+        return {row.Index: (row.change, row.low, row.high) for row in self.differences.itertuples()}
 
     def frame(self) -> pd.DataFrame:
         """The numbers in percent, one row each, with the interval of the change and whether it excludes 0."""
-        values = [[row.first, row.second, row.change, row.low, row.high] for row in self.differences]
-        columns = [*self.names, "change", "low", "high"]
-        frame = 100 * pd.DataFrame(values, [row.metric for row in self.differences], columns)
-        frame["verdict"] = ["clear" if row.is_clear else "may be chance" for row in self.differences]
+        frame = 100 * self.differences[["first", "second", "change", "low", "high"]]
+        frame.columns = pd.Index([*self.names, "change", "low", "high"])
+        frame["verdict"] = np.where(self.differences["clear"], "clear", "may be chance")
         return frame.rename_axis(columns=f"{100 * self.confidence:g} % interval")
 
 
@@ -162,7 +134,7 @@ def compare_results(
     if draws < 1 or not 0 < confidence < 1:
         raise ValueError(f"draws {draws}, confidence {confidence}: allowed are 1 or more, and a share between 0 and 1")
     tail = (1 - confidence) / 2
-    differences, images = [], 0
+    rows, images = {}, 0
     for kind in kinds:
         matches = [
             match_results(
@@ -181,12 +153,14 @@ def compare_results(
         drawn = [precision_on_draws(one, counts) for one in matches]  # 2 x (draws, 10)
 
         for name, thresholds in NUMBERS.items():
-            both = (float(one[0, thresholds].mean()) for one in everything)
+            before, after = (float(one[0, thresholds].mean()) for one in everything)
             change = (drawn[1] - drawn[0])[:, thresholds].mean(axis=1)
             low, high = np.nanquantile(change, [tail, 1 - tail]) if not np.isnan(change).all() else (np.nan, np.nan)
-            row = (f"{kind}.{name}", *both, float(low), float(high), float((change > 0).mean()))
-            differences.append(Difference._make(row))
-    return BootstrapComparison(names, tuple(differences), images, draws, confidence)
+            better = float((change > 0).mean())
+            rows[f"{kind}.{name}"] = [before, after, after - before, low, high, low > 0 or high < 0, better]
+    columns = ["first", "second", "change", "low", "high", "clear", "better"]
+    differences = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return BootstrapComparison(names, differences, images, draws, confidence)
 
 
 class Matches(NamedTuple):
@@ -277,24 +251,23 @@ def precision_on_draws(matches: Matches, counts: np.ndarray) -> np.ndarray:
     Returns:
         (B, 10) in 0..1, NaN for a draw without any object.
     """
-    parts = [counts[start : start + _DRAWS_AT_ONCE] for start in range(0, len(counts), _DRAWS_AT_ONCE)]
-    return np.concatenate([_precision(matches, part.astype(np.float64)) for part in parts])
+    parts = np.array_split(counts.astype(np.float64), max(-(-len(counts) // _DRAWS_AT_ONCE), 1))
+    return np.concatenate([_precision(matches, part) for part in parts])
 
 
 def _precision(matches: Matches, counts: np.ndarray) -> np.ndarray:
     total, classes = np.zeros((len(counts), len(THRESHOLDS))), np.zeros((len(counts), 1))
     for row, objects in enumerate(matches.objects):
         to_find = counts @ objects  # (B,)
-        if not to_find.any():
+        own, present = matches.classes == row, to_find > 0
+        if not present.any():
             continue
-        own = matches.classes == row
-        images, present = matches.images[own], to_find > 0
-        both = zip(matches.true_positive[:, own], matches.false_positive[:, own], strict=True)
-        for column, (true_positive, false_positive) in enumerate(both):
-            total[present, column] += _class_precision(
-                images, true_positive, false_positive, counts[present], to_find[present]
-            )
         classes[present] += 1
+        both = zip(matches.true_positive[:, own], matches.false_positive[:, own], strict=True)
+        for column, positives in enumerate(both):
+            total[present, column] += _class_precision(
+                matches.images[own], *positives, counts[present], to_find[present]
+            )
     return np.divide(total, classes, out=np.full_like(total, np.nan), where=classes > 0)
 
 

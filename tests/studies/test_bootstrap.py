@@ -57,8 +57,8 @@ def repeated(truth: dict, results: list[dict], counts: list[int]) -> tuple[dict,
 def test_as_many_detections_count_as_the_evaluation_scores(limit):
     truth, results = many_objects()
     expected = evaluate_results(truth, results, kinds=["segm"], max_detections=limit).metrics["segm.AP"]
-    (row, *_) = compare_results(truth, results, results, kinds=["segm"], draws=5, max_detections=limit).differences
-    assert row.first == pytest.approx(expected, abs=1e-9)
+    found = compare_results(truth, results, results, kinds=["segm"], draws=5, max_detections=limit).differences
+    assert found.loc["segm.AP", "first"] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["box", "segm", "boundary"])
@@ -91,28 +91,29 @@ def test_more_than_a_hundred_detections_of_an_image_count_as_coco_counts_them():
 
 def test_equal_runs_differ_by_nothing_at_all():
     truth, results = scene(4, noise=1.0)
-    for row in compare_results(truth, results, copy.deepcopy(results), draws=50).differences:
+    for row in compare_results(truth, results, copy.deepcopy(results), draws=50).differences.itertuples():
         assert (row.change, row.low, row.high, row.better) == (0.0, 0.0, 0.0, 0.0)
-        assert not row.is_clear
+        assert not row.clear
 
 
 def test_a_clearly_better_run_has_its_interval_above_zero_and_the_worse_one_below():
     truth, worse = scene(5, noise=4.0, num_images=40)
     better = [result_of(o["image_id"], o["category_id"], tuple(o["bbox"])) for o in truth["annotations"]]
-    for row in compare_results(truth, worse, better, draws=200).differences:
+    for row in compare_results(truth, worse, better, draws=200).differences.itertuples():
         assert 0 < row.low <= row.change <= row.high
         assert row.better == 1.0
-        assert row.is_clear
-    for row in compare_results(truth, better, worse, draws=200).differences:
+        assert row.clear
+    for row in compare_results(truth, better, worse, draws=200).differences.itertuples():
         assert row.high < 0
-        assert row.is_clear
+        assert row.clear
 
 
 def test_two_runs_of_the_same_quality_are_called_chance():
     truth, first = scene(6, noise=1.5)
     _, second = scene(7, noise=1.5)
     comparison = compare_results(truth, first, second, names=("one", "two"), draws=300)
-    assert all(row.low < 0 < row.high for row in comparison.differences if row.metric.endswith(".AP"))
+    aps = comparison.differences.loc[["box.AP", "segm.AP"]]
+    assert ((aps["low"] < 0) & (aps["high"] > 0)).all()
     assert set(comparison.frame()["verdict"]) == {"may be chance"}
     assert (comparison.draws, comparison.images) == (300, 12)
 
@@ -124,7 +125,7 @@ def test_pairing_makes_the_interval_narrower_than_drawing_for_each_run():
     random = np.random.default_rng(0)
     counts = [random.multinomial(30, np.full(30, 1 / 30), size=300) for _ in range(2)]
     unpaired = precision_on_draws(matches[1], counts[0]) - precision_on_draws(matches[0], counts[1])
-    (row, *_) = compare_results(truth, first, second, kinds=["segm"], draws=300).differences
+    row = compare_results(truth, first, second, kinds=["segm"], draws=300).differences.loc["segm.AP"]
     assert row.high - row.low < 0.5 * np.ptp(np.quantile(unpaired.mean(axis=1), [0.025, 0.975]))
 
 
@@ -132,18 +133,18 @@ def test_the_same_seed_gives_the_same_interval():
     truth, first = scene(9, noise=1.5)
     _, second = scene(10, noise=1.5)
     once, again, other = (compare_results(truth, first, second, draws=60, seed=seed) for seed in (1, 1, 2))
-    assert once == again
-    assert once.differences != other.differences
+    assert once.differences.equals(again.differences)
+    assert not once.differences.equals(other.differences)
 
 
 def test_without_detections_ap_is_zero_and_without_objects_there_is_none():
     truth, results = scene(11, noise=1.0)
-    row = compare_results(truth, [], results, kinds=["box"], draws=20).differences[0]
-    assert row.first == 0.0
+    row = compare_results(truth, [], results, kinds=["box"], draws=20).differences.loc["box.AP"]
+    assert row["first"] == 0.0
     assert row.change > 0
     empty = compare_results(truth_of([], 2), [], [result_of(1, 1, (0, 0, 5, 5))], kinds=["box"], draws=5)
-    assert np.isnan(empty.differences[0].first)
-    assert not empty.differences[0].is_clear
+    assert np.isnan(empty.differences["first"]).all()
+    assert not empty.differences["clear"].any()
 
 
 @pytest.mark.parametrize("wrong", [{"draws": 0}, {"confidence": 1.0}])
@@ -184,7 +185,7 @@ def test_two_runs_on_the_same_images_are_compared(tmp_path, evaluated):
     comparison = compare_runs(first, second, draws=20)
     assert comparison.names == ("a", "b")
     assert comparison.images == 4
-    assert [row.metric for row in comparison.differences] == [
+    assert list(comparison.differences.index) == [
         f"{kind}.{number}" for kind in ("box", "segm") for number in ("AP", "AP50", "AP75")
     ]
 
