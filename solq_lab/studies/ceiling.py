@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -102,9 +103,19 @@ def codec_ceiling(
         DataError: the annotations cannot be used.
         ValueError: negative noise, or several processes for a codec on a GPU.
     """
-    scene = _read_scene(annotations, codec, image_ids, max_images, noise)
-    found = _reconstruct(scene, processes)
-    scoring = _Scoring(scene, found.results, area_sides, boundary_ratio)
+    truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
+    images = sorted(truth.image_ids.tolist() if image_ids is None else image_ids)[:max_images]
+    found = reconstruct_objects(truth, codec, image_ids=images, noise=noise, processes=processes)
+    scoring = partial(
+        evaluate_results,
+        truth,
+        found.results,
+        area_sides=area_sides,
+        boundary_ratio=boundary_ratio,
+        # All objects count: the bound is the codec's, not that of a limit on detections.
+        max_detections=max(MAX_DETECTIONS, max_objects_of_a_class(truth, truth.rows(images))),
+        image_ids=images,
+    )
     segm, boundary = in_processes(_score, scoring, _KINDS, min(processes, len(_KINDS)))
 
     chosen = {"": np.ones(len(found.ious), dtype=bool)} | select_by_size(found.areas, area_sides)
@@ -155,68 +166,46 @@ def reconstruct_objects(
     processes: int = 1,
 ) -> Reconstructions:
     """Every object that is no crowd, encoded and decoded; arguments and errors as in `codec_ceiling`."""
-    return _reconstruct(_read_scene(annotations, codec, image_ids, max_images, noise), processes)
+    if not (all(0 <= size < math.inf for size in (noise.box, noise.vector, noise.step)) and noise.seed >= 0):
+        raise ValueError(f"{noise}: allowed are finite standard deviations and steps from 0 on and seeds from 0 on")
+    device = device_of(codec)
+    if processes > 1 and device.type != "cpu":
+        raise ValueError(f"{processes} processes cannot share a codec on {device}; use one, or a codec on the cpu")
+    truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
+    rows = truth.rows(sorted(truth.image_ids.tolist() if image_ids is None else image_ids)[:max_images])
+    pieces = [rows[start : start + _MASKS_AT_ONCE] for start in range(0, len(rows), _MASKS_AT_ONCE)]
+
+    scene = _Scene(truth, codec, noise, None)
+    if (noise.vector > 0 or noise.step > 0) and pieces:
+        counts, firsts, seconds = zip(*in_processes(_vector_sums, scene, pieces, processes), strict=True)
+        mean = sum(firsts) / sum(counts)
+        scene = scene._replace(std=np.sqrt(np.maximum(sum(seconds) / sum(counts) - mean**2, 0.0)))
+
+    masks.paste_to_rle(torch.zeros(0, 1, 1, dtype=torch.bool), torch.zeros(0, 4), (1, 1))  # compile once, before a fork
+    ious, results, symbols = [np.zeros(0)], [], []
+    work = in_processes(_reconstruct_piece, scene, pieces, processes)
+    progress = tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False)
+    for piece_ious, piece_results, piece_symbols in progress:
+        ious.append(piece_ious)
+        results += piece_results
+        symbols.append(piece_symbols)
+    bits = _bits_per_mask(codec, symbols)
+    return Reconstructions(truth.ids[rows], truth.areas_of(rows), np.concatenate(ious), results, bits)
 
 
 class _Scene(NamedTuple):
-    """What all pieces of work share; `rows` are the objects in the chosen images."""
+    """What all pieces of work share; std: (D,) float64 of the vectors, or None where they get no error."""
 
     truth: GroundTruth
-    rows: np.ndarray
-    image_ids: list[int]
     codec: MaskCodec
     noise: Noise
+    std: np.ndarray | None
 
 
 def max_objects_of_a_class(truth: GroundTruth, rows: np.ndarray) -> int:
     """The most objects of one class in one image among those at `rows`; 0 where there are none."""
     pairs = np.column_stack([truth.image_rows[rows], truth.category_ids[rows]])
     return int(np.unique(pairs, axis=0, return_counts=True)[1].max(initial=0))
-
-
-class _Scoring(NamedTuple):
-    scene: _Scene
-    results: list[dict]
-    area_sides: tuple[float, float]
-    boundary_ratio: float
-
-
-def _read_scene(
-    annotations: str | Path | dict | GroundTruth,
-    codec: MaskCodec,
-    image_ids: Collection[int] | None,
-    max_images: int | None,
-    noise: Noise,
-) -> _Scene:
-    if not (all(0 <= size < math.inf for size in (noise.box, noise.vector, noise.step)) and noise.seed >= 0):
-        raise ValueError(f"{noise}: allowed are finite standard deviations and steps from 0 on and seeds from 0 on")
-    truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
-    chosen = sorted(truth.image_ids.tolist() if image_ids is None else image_ids)[:max_images]
-    return _Scene(truth, truth.rows(chosen), chosen, codec, noise)
-
-
-def _reconstruct(scene: _Scene, processes: int) -> Reconstructions:
-    device = device_of(scene.codec)
-    if processes > 1 and device.type != "cpu":
-        raise ValueError(f"{processes} processes cannot share a codec on {device}; use one, or a codec on the cpu")
-    pieces = [scene.rows[start : start + _MASKS_AT_ONCE] for start in range(0, len(scene.rows), _MASKS_AT_ONCE)]
-    std = None
-    if (scene.noise.vector > 0 or scene.noise.step > 0) and pieces:
-        counts, firsts, seconds = zip(*in_processes(_vector_sums, scene, pieces, processes), strict=True)
-        mean = sum(firsts) / sum(counts)
-        std = np.sqrt(np.maximum(sum(seconds) / sum(counts) - mean**2, 0.0))
-
-    masks.paste_to_rle(torch.zeros(0, 1, 1, dtype=torch.bool), torch.zeros(0, 4), (1, 1))  # compile once, before a fork
-    ious, results, symbols = [np.zeros(0)], [], []
-    work = in_processes(_reconstruct_piece, scene, [_Piece(rows, std) for rows in pieces], processes)
-    progress = tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False)
-    for piece_ious, piece_results, piece_symbols in progress:
-        ious.append(piece_ious)
-        results += piece_results
-        symbols.append(piece_symbols)
-
-    ids, areas = scene.truth.ids[scene.rows], scene.truth.areas_of(scene.rows)
-    return Reconstructions(ids, areas, np.concatenate(ious), results, _bits_per_mask(scene.codec, symbols))
 
 
 def _bits_per_mask(codec: MaskCodec, symbols: list[np.ndarray | None]) -> float:
@@ -236,40 +225,35 @@ def _bits_per_mask(codec: MaskCodec, symbols: list[np.ndarray | None]) -> float:
     return bits
 
 
-class _Piece(NamedTuple):
-    """rows: (k,) of the scene's objects. std: (D,) float64 of the vectors, or None where they get no error."""
-
-    rows: np.ndarray
-    std: np.ndarray | None
-
-
-def _reconstruct_piece(scene: _Scene, piece: _Piece) -> tuple[np.ndarray, list[dict], np.ndarray | None]:
-    """IoU (k,) and COCO results of some objects, and their quantised entries (k, D) where a quantiser is used."""
-    codec, truth, noise = scene.codec, scene.truth, scene.noise
-    boxes = truth.boxes[piece.rows].copy()  # (k, 4)
+def _reconstruct_piece(scene: _Scene, rows: np.ndarray) -> tuple[np.ndarray, list[dict], np.ndarray | None]:
+    """IoU (k,) and COCO results of the objects at `rows` (k,); their quantised entries (k, D) behind a quantiser."""
+    truth, codec, noise, std = scene
+    boxes = truth.boxes[rows].copy()  # (k, 4)
     errors = np.zeros((len(boxes), codec.vector_dim))
-    for place, key in enumerate(truth.ids[piece.rows].tolist()):
+    for place, key in enumerate(truth.ids[rows].tolist()):
         random = np.random.default_rng((noise.seed, key % 2**64))
-        boxes[place] = _move_edges(boxes[place], noise.box * random.standard_normal(4))
-        if noise.vector > 0 and piece.std is not None:
-            errors[place] = noise.vector * piece.std * random.standard_normal(codec.vector_dim)
+        # Edges that cross are swapped.
+        sides = np.tile(boxes[place, 2:] - boxes[place, :2], 2)
+        corners = (boxes[place] + noise.box * random.standard_normal(4) * sides).reshape(2, 2)
+        boxes[place] = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+        if noise.vector > 0 and std is not None:
+            errors[place] = noise.vector * std * random.standard_normal(codec.vector_dim)
 
-    true_masks = truth.box_masks(piece.rows, codec.mask_size)
-    step = 0.0 if piece.std is None else noise.step * math.sqrt(float(np.square(piece.std).mean()))
+    true_masks = truth.box_masks(rows, codec.mask_size)
+    step = 0.0 if std is None else noise.step * math.sqrt(float(np.square(std).mean()))
     decoded = reconstruct(codec, true_masks, vector_error=torch.from_numpy(errors) if noise.vector else None, step=step)
     symbols = (decoded.vectors.double().cpu().numpy() / step).round().astype(np.int64) if step > 0 else None
 
     ious, results = [np.zeros(0)], []
-    for image, places in truth.by_image(piece.rows):
-        rows = piece.rows[places]
-        true_rles = [truth.rle(row) for row in rows.tolist()]
+    for image, places in truth.by_image(rows):
+        true_rles = [truth.rle(row) for row in rows[places].tolist()]
         rles, image_ious = paste_and_compare(
             decoded.masks[places], torch.from_numpy(boxes[places]), truth.size(image), true_rles
         )
         ious.append(image_ious)
         results += [
             {"image_id": int(truth.image_ids[image]), "category_id": category_id, "score": 1.0, "segmentation": rle}
-            for category_id, rle in zip(truth.category_ids[rows].tolist(), rles, strict=True)
+            for category_id, rle in zip(truth.category_ids[rows[places]].tolist(), rles, strict=True)
         ]
     return np.concatenate(ious), results, symbols
 
@@ -282,21 +266,5 @@ def _vector_sums(scene: _Scene, rows: np.ndarray) -> tuple[int, np.ndarray, np.n
     return len(vectors), vectors.sum(axis=0), (vectors**2).sum(axis=0)
 
 
-def _move_edges(box: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """A box (x0, y0, x1, y1) with errors (4,) of its edges, shares of its sides; edges that cross are swapped."""
-    sides = np.tile(box[2:] - box[:2], 2)
-    corners = (box + error * sides).reshape(2, 2)
-    return np.concatenate([corners.min(axis=0), corners.max(axis=0)])
-
-
-def _score(scoring: _Scoring, kind: str) -> Evaluation:
-    return evaluate_results(
-        scoring.scene.truth,
-        scoring.results,
-        kinds=(kind,),
-        area_sides=scoring.area_sides,
-        boundary_ratio=scoring.boundary_ratio,
-        # All objects count: the bound is the codec's, not that of a limit on detections.
-        max_detections=max(MAX_DETECTIONS, max_objects_of_a_class(scoring.scene.truth, scoring.scene.rows)),
-        image_ids=scoring.scene.image_ids,
-    )
+def _score(scoring: Callable[..., Evaluation], kind: str) -> Evaluation:
+    return scoring(kinds=(kind,))
