@@ -21,13 +21,7 @@ from tqdm.auto import tqdm
 
 from solq_lab.data.coco import CocoDataset
 from solq_lab.evaluation.sizes import SIZES, size_of
-from solq_lab.inference.attention import (
-    LayerAttention,
-    ObjectView,
-    object_view,
-    predict_with_attention,
-    query_points,
-)
+from solq_lab.inference.attention import ObjectView, object_view, predict_with_attention, query_points
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle
 from solq_lab.studies.pairing import UNMATCHED, pair_objects
@@ -155,7 +149,10 @@ def study_attention(
                 continue
             query = int(detections.queries[partner])
             box = (layers[-1].boxes[query] * scale).numpy()
-            attention = _attention_of(layers, query, box, scale[:2].numpy())
+            looked = [query_points(layers, query, layer=layer) for layer in range(len(layers))]
+            points = np.stack([one.points.numpy() for one in looked]) * scale[:2].numpy()
+            weights = np.stack([one.weights.numpy() for one in looked])
+            attention = _QueryAttention((points - box[:2]) / box[2:], weights)
             size = size_of(int(mask.sum()), area_sides)
             rows.append([size, *_measure(near_zones(mask, band), box, attention, before.get(size), mask.shape)])
             before[size] = attention
@@ -165,12 +162,6 @@ def study_attention(
     sizes, *shares = (np.array(column, dtype=float) for column in (zip(*rows, strict=True) if rows else [()] * 7))
     shares = [share if place % 3 == 1 else share.reshape(-1, count) for place, share in enumerate(shares)]
     return AttentionStudy(band, sizes.astype(int), *shares)
-
-
-def _attention_of(layers: Sequence[LayerAttention], query: int, box: np.ndarray, scale: np.ndarray) -> _QueryAttention:
-    looked = [query_points(layers, query, layer=layer) for layer in range(len(layers))]
-    points = np.stack([one.points.numpy() for one in looked]) * scale
-    return _QueryAttention((points - box[:2]) / box[2:], np.stack([one.weights.numpy() for one in looked]))
 
 
 def _measure(

@@ -123,20 +123,10 @@ def make_grid(
                     f"vector_dim {length} does not fit mask_size {side}: allowed are 1..{max(side, 1) ** 2} "
                     "(mask_size squared); lower vector_dim or raise mask_size"
                 )
-            settings.append(
-                CodecSetting(
-                    kind,
-                    side,
-                    codec.allowed_length(length),
-                    pca=pca if "pca" in codec.options else "plain",
-                    beta=beta if "beta" in codec.options else 1.0,
-                    threshold=threshold,
-                    box_noise=box,
-                    vector_noise=vector,
-                    step=step,
-                    seed=seed,
-                )
-            )
+            variant = pca if "pca" in codec.options else "plain"
+            price = beta if "beta" in codec.options else 1.0
+            errors = (box, vector, step, seed)
+            settings.append(CodecSetting(kind, side, codec.allowed_length(length), variant, price, threshold, *errors))
     return list(dict.fromkeys(settings))
 
 
@@ -199,7 +189,8 @@ class CodecBenchmark:
                 "name another (--fit-on)"
             )
         self._sha256 = hash_file(self.truth.source)
-        self._fit_sha256 = None if self.fit_annotations is None else hash_file(self.fit_annotations)
+        fit_sha256 = None if self.fit_annotations is None else hash_file(self.fit_annotations)
+        self._fit = {"sha256": fit_sha256, "objects": fit_objects}
 
     def __str__(self) -> str:
         counts = [f"{which.sum()} {size}" for size, which in select_by_size(self._areas, self.area_sides).items()]
@@ -260,14 +251,11 @@ class CodecBenchmark:
                     f"codec {setting.kind!r} has to be fitted, and no training annotations are named to fit it to; "
                     "name them (--fit-on FILE), or leave this codec out"
                 )
-            facts = {"fit": self._fit(setting), "pca": setting.pca, "beta": setting.beta}
+            facts = {"fit": self._fit | {"seed": setting.seed}, "pca": setting.pca, "beta": setting.beta}
             codec["artifact"] = str(stored_path(self.folder / "codecs", _file_name(setting), **facts))
             data["train_annotations"] = str(self.fit_annotations.absolute())
         values = {"name": "ceiling", "seed": setting.seed, "codec": codec, "data": data}
         return validate_experiment(values, source=f"setting {setting.method}")
-
-    def _fit(self, setting: CodecSetting) -> dict[str, Any]:
-        return {"sha256": self._fit_sha256, "objects": self.fit_objects, "seed": setting.seed}
 
     def _about(self, setting: CodecSetting) -> dict[str, Any]:
         """All that the numbers depend on, as JSON types."""
@@ -276,7 +264,7 @@ class CodecBenchmark:
             # Results from before quantisers stay valid.
             "setting": {k: v for k, v in dataclasses.asdict(setting).items() if k != "step" or v},
             "annotations": self._sha256,
-            "fit": self._fit(setting) if CODECS[setting.kind].fitted else None,
+            "fit": self._fit | {"seed": setting.seed} if CODECS[setting.kind].fitted else None,
             "area_sides": list(self.area_sides),
             "boundary_ratio": self.boundary_ratio,
             "max_images": self.max_images,
@@ -290,20 +278,19 @@ def ceiling_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:
 
     The index names the setting, so that rounding the numbers leaves it as it is; errors are in it where one is added.
     """
-    varied = [
-        name for name in ("box_noise", "vector_noise", "step") if any(getattr(bound.setting, name) for bound in bounds)
-    ]
+    noises = ("box_noise", "vector_noise", "step")
+    varied = [name for name in noises if any(getattr(bound.setting, name) for bound in bounds)]
+    named = {"codec": "codec", "mask_size": "N", "vector_dim": "n_k"} | {
+        name: name.replace("_", " ") for name in varied
+    }
     rows = []
     for bound in bounds:
-        setting = bound.setting
-        row = {"codec": setting.method, "N": setting.mask_size, "n_k": setting.vector_dim}
-        row |= {name.replace("_", " "): getattr(setting, name) for name in varied}
-        if "step" in varied:
-            row["bits"] = round(bound.evaluation.metrics["segm.bits"], 1)
-        rows.append(row | {_heading(name): 100 * bound.evaluation.metrics[name] for name in NUMBERS})
-    setting_columns = ["codec", "N", "n_k", *(name.replace("_", " ") for name in varied)]
-    setting_columns += ["bits"] if "step" in varied else []
-    return pd.DataFrame(rows, columns=[*setting_columns, *map(_heading, NUMBERS)]).set_index(setting_columns)
+        row = {"codec": bound.setting.method} | dataclasses.asdict(bound.setting)
+        numbers = {_heading(name): 100 * bound.evaluation.metrics[name] for name in NUMBERS}
+        bits = {"bits": round(bound.evaluation.metrics["segm.bits"], 1)} if "step" in varied else {}
+        rows.append({title: row[name] for name, title in named.items()} | bits | numbers)
+    index = [*named.values(), *(["bits"] if "step" in varied else [])]
+    return pd.DataFrame(rows, columns=[*index, *map(_heading, NUMBERS)]).set_index(index)
 
 
 def ceiling_table(bounds: Sequence[UpperBound]) -> str:
@@ -327,13 +314,11 @@ def length_for(bounds: Sequence[UpperBound], number: str, share: float) -> float
     """
     lengths = [bound.setting.vector_dim for bound in bounds]
     values = [bound.evaluation.metrics[number] for bound in bounds]
-    for place, value in enumerate(values):
-        if value >= share and place == 0:
-            return float(lengths[0])
-        if value >= share:
-            way = (share - values[place - 1]) / (value - values[place - 1])
-            return lengths[place - 1] * (lengths[place] / lengths[place - 1]) ** way  # evenly on a logarithmic scale
-    return math.nan
+    reached = next((place for place, value in enumerate(values) if value >= share), None)
+    if not reached:
+        return math.nan if reached is None else float(lengths[0])
+    (before, value), (shorter, longer) = values[reached - 1 : reached + 1], lengths[reached - 1 : reached + 1]
+    return shorter * (longer / shorter) ** ((share - before) / (value - before))  # evenly on a logarithmic scale
 
 
 def size_gap_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from solq_lab.build import build_codec, build_model
-from solq_lab.config import ConfigError, Experiment, validate_experiment
+from solq_lab.config import ConfigError, Experiment, change_experiment
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.ops.ms_deform_attn import MULTIPLY_ADD
@@ -163,18 +163,16 @@ def _variants(experiment: Experiment) -> dict[str, Experiment]:
             f"{experiment.name}: codec.kind none has no mask vectors to measure; give an experiment with a codec, "
             "for example experiments/solq_r50.yaml"
         )
-    values = experiment.model_dump(mode="json")
-    values["train"]["freeze_detector"] = False
-
-    def with_branch(branch: str, codec: dict[str, Any]) -> Experiment:
-        changed = values | {"model": values["model"] | {"mask_branch": branch}, "codec": codec}
-        return validate_experiment(changed, source=f"{experiment.name}, mask branch {branch}")
-
-    without = values["codec"] | {"kind": "none"}
+    changes = {
+        "detector": {"model.mask_branch": "none", "codec.kind": "none"},
+        "SQR": {"model.mask_branch": "sqr", "codec.kind": "none"},
+        "UQR": {"model.mask_branch": "none"},
+    }
     return {
-        "detector": with_branch("none", without),
-        "SQR": with_branch("sqr", without),
-        "UQR": with_branch("none", values["codec"]),
+        name: change_experiment(
+            experiment, some | {"train.freeze_detector": False}, source=f"{experiment.name}, mask branch of {name}"
+        )
+        for name, some in changes.items()
     }
 
 
