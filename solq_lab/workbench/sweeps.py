@@ -6,14 +6,14 @@ state but the run folders: finished runs are skipped, stopped ones are resumed. 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from solq_lab.config import ConfigError, Experiment, Sweep, load_experiment
 from solq_lab.data_folder import check_data_folder, prepare_data
@@ -98,14 +98,11 @@ class Outcome(NamedTuple):
     last_lines: tuple[str, ...]
 
 
-class Running(Protocol):
-    """A job that has been started."""
+class Running(NamedTuple):
+    """A started job: `status` gives its exit status, None while it runs; `stop` signals it to save and to stop."""
 
-    def status(self) -> int | None:
-        """Its exit status; None while it runs."""
-
-    def stop(self) -> None:
-        """Signal it to save and to stop."""
+    status: Callable[[], int | None]
+    stop: Callable[[], object]
 
 
 Starter = Callable[[Job], Running]
@@ -190,10 +187,12 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
     waiting = list({job.run: job for job in jobs if not job.is_finished()}.values())
     _prepare(waiting)
 
-    start, total = start or _Process, len(waiting)
+    start, total = start or _start_here, len(waiting)
     running: dict[Job, _Started] = {}
     outcomes: list[Outcome] = []
-    with _stop_signals(), status_line() as show:
+    # A shell's background jobs and their children ignore SIGINT.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    with status_line() as show:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -204,9 +203,13 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
                     status = started.process.status()
                     if status is not None:
                         del running[job]
-                        printed = tuple(last_lines(job.log_file, LINES_SHOWN))
-                        outcomes.append(Outcome(job, status, time.monotonic() - started.since, printed))
-                        _report(outcomes[-1])
+                        printed, seconds = last_lines(job.log_file, LINES_SHOWN), time.monotonic() - started.since
+                        outcomes.append(Outcome(job, status, seconds, tuple(printed)))
+                        if status == 0:
+                            log.info("%s: finished in %s", job.run, describe_duration(seconds))
+                        else:
+                            about = f"{job.run}: failed with status {status}; the end of {job.log_file}:"
+                            log.error("\n".join([about, *(f"  {line}" for line in printed)]))
 
                 failed = sum(outcome.status != 0 for outcome in outcomes)
                 done = f"{len(outcomes)} of {total} done" + (f", {failed} failed" if failed else "")
@@ -214,6 +217,9 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
             raise Interrupted(_stop_all(running)) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return outcomes
 
 
@@ -222,12 +228,10 @@ def job_command(job: Job) -> list[str]:
     return [sys.executable, "-m", "solq_lab", *job.arguments]
 
 
-class _Process:
-    """A job in a child process."""
-
-    def __init__(self, job: Job) -> None:
-        child = Command(job_command(job), job.log_file).start()
-        self.status, self.stop = child.poll, lambda: child.send_signal(signal.SIGINT)
+def _start_here(job: Job) -> Running:
+    """Start a job in a child process."""
+    child = Command(job_command(job), job.log_file).start()
+    return Running(child.poll, partial(child.send_signal, signal.SIGINT))
 
 
 def cluster_starter(
@@ -246,7 +250,8 @@ def cluster_starter(
 
     def submit(job: Job) -> Running:
         gpus, command = job.experiment().train.gpus, Command(job_command(job), job.log_file)
-        return cluster.submit(command, job.log_file, name=job.run, gpus_per_node=gpus)
+        submitted = cluster.submit(command, job.log_file, name=job.run, gpus_per_node=gpus)
+        return Running(submitted.status, submitted.stop)
 
     return submit
 
@@ -264,17 +269,6 @@ def _prepare(jobs: Sequence[Job]) -> None:
             fit_codec(experiment)
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt; a shell's background jobs and their children ignore SIGINT."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class _Started:
     """A running job."""
 
@@ -290,14 +284,6 @@ class _Started:
             except RunError:  # no run folder yet
                 return f"{self._folder.name}: starting"
         return self._progress.read()
-
-
-def _report(outcome: Outcome) -> None:
-    if outcome.status == 0:
-        log.info("%s: finished in %s", outcome.job.run, describe_duration(outcome.seconds))
-    else:
-        about = f"{outcome.job.run}: failed with status {outcome.status}; the end of {outcome.job.log_file}:"
-        log.error("\n".join([about, *(f"  {line}" for line in outcome.last_lines)]))
 
 
 def _stop_all(running: Mapping[Job, _Started]) -> str:

@@ -144,33 +144,27 @@ class Findings:
     def frame(self, splits: Sequence[str]) -> pd.DataFrame:
         """Counts of the broken rules by split, the worst severity first, with title and cure."""
         rules = [rule for severity in HEADINGS for rule in self.found(severity)]
-        rows = [
-            {"severity": RULES[rule].severity, "title": RULES[rule].title}
-            | {split: self.counts[rule][split] for split in splits}
-            | {"cure": RULES[rule].cure}
-            for rule in rules
-        ]
+        rows = []
+        for rule in rules:
+            about, counts = RULES[rule], {split: self.counts[rule][split] for split in splits}
+            rows.append({"severity": about.severity, "title": about.title} | counts | {"cure": about.cure})
         return pd.DataFrame(rows, index=pd.Index(rules, name="rule"), columns=["severity", "title", *splits, "cure"])
 
     def worst_frame(self, splits: Sequence[str], count: int) -> pd.DataFrame:
         """The `count` worst findings of each broken rule and split, without notes."""
-        found = [
-            (rule, split, finding)
+        rows = [
+            [rule, split, finding.file_name or "-", finding.message]
             for rule in self.failing("harmful")
             for split in splits
             for finding in self.worst(rule, split, count)
         ]
-        rows = [[rule, split, finding.file_name or "-", finding.message] for rule, split, finding in found]
         return pd.DataFrame(rows, columns=["rule", "split", "image", "finding"])
 
     def to_dict(self, count: int = KEPT) -> dict[str, Any]:
         """For JSON: each broken rule with its counts and its worst findings."""
-        return {
-            rule: RULES[rule]._asdict()
-            | {
-                "counts": dict(counts),
-                "worst": {split: [finding._asdict() for finding in self.worst(rule, split, count)] for split in counts},
-            }
-            for rule, counts in self.counts.items()
-            if counts.total()
-        }
+        found = {}
+        for rule, counts in self.counts.items():
+            if counts:
+                worst = {name: [finding._asdict() for finding in self.worst(rule, name, count)] for name in counts}
+                found[rule] = RULES[rule]._asdict() | {"counts": dict(counts), "worst": worst}
+        return found
