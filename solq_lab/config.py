@@ -98,16 +98,12 @@ def load_sweep(path: str | Path) -> Sweep:
     path = Path(path)
     values = {"name": path.stem} | read_yaml(path)
     sweep = _validate(Sweep, values, source=str(path))
-    rows = [
-        row.model_copy(update={"experiment": _beside(path, row.experiment)}) if row.experiment else row
-        for row in sweep.rows
-    ]
-    return sweep.model_copy(update={"experiment": _beside(path, sweep.experiment), "rows": rows})
 
+    def beside(part: Any) -> dict[str, Any]:
+        return {"experiment": os.path.normpath(path.parent / part.experiment)}
 
-def _beside(path: Path, relative: str) -> str:
-    """A path relative to a file's folder, made relative to the working directory."""
-    return os.path.normpath(path.parent / relative)
+    rows = [row.model_copy(update=beside(row)) if row.experiment else row for row in sweep.rows]
+    return sweep.model_copy(update=beside(sweep) | {"rows": rows})
 
 
 def parse_experiment(text: str, *, source: str) -> Experiment:
@@ -236,7 +232,12 @@ def _describe_fault(fault: dict[str, Any], schema: type[Section]) -> str:
     location = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         *place, key = fault["loc"]
-        elsewhere = " or ".join(_sections_with(key, schema))
+        sections = {name: field.annotation for name, field in schema.model_fields.items()}
+        elsewhere = " or ".join(
+            f"{name}.{key}"
+            for name, section in sections.items()
+            if isinstance(section, type) and issubclass(section, Section) and key in section.model_fields
+        )
         hint = did_you_mean(str(key), _allowed_keys(schema, place))
         return f"unknown key {location}; {f'did you mean {elsewhere}?' if elsewhere else hint}"
     if fault["type"] == "model_type":
@@ -247,16 +248,6 @@ def _describe_fault(fault: dict[str, Any], schema: type[Section]) -> str:
     shown = fault["type"] != "missing" and not isinstance(fault["input"], dict | BaseModel)
     found = f" (found {fault['input']!r})" if shown else ""
     return f"{location or schema.__name__.lower()}: {message}{found}"
-
-
-def _sections_with(key: object, schema: type[Section]) -> list[str]:
-    """The sections that have a key: `train.steps` for `steps`."""
-    sections = {name: field.annotation for name, field in schema.model_fields.items()}
-    return [
-        f"{name}.{key}"
-        for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, Section) and key in section.model_fields
-    ]
 
 
 def _allowed_keys(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:

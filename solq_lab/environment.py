@@ -15,17 +15,8 @@ from typing import Any
 
 import psutil
 
-PACKAGES = (
-    "solq-lab",
-    "torch",
-    "torchvision",
-    "timm",
-    "numpy",
-    "scipy",
-    "safetensors",
-    "pycocotools",
-    "faster-coco-eval",
-)
+PACKAGES = ("solq-lab", "torch", "torchvision", "timm", "numpy", "scipy")
+PACKAGES += ("safetensors", "pycocotools", "faster-coco-eval")
 
 
 def describe_software() -> dict[str, Any]:
@@ -34,9 +25,12 @@ def describe_software() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    git = ["git", "-C", str(Path(__file__).parent)]  # outside a checkout there is no commit
+    commit = first_line([*git, "rev-parse", "HEAD"])
+    modified = commit and first_line([*git, "status", "--porcelain", "--untracked-files=no"]) is not None
     return {
         "versions": versions,
-        "git": _git_commit(),
+        "git": commit and {"commit": commit, "modified": modified},
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "command": sys.argv,
@@ -94,15 +88,3 @@ def _cpuinfo() -> list[str]:
         return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return []
-
-
-def _git_commit() -> dict[str, Any] | None:
-    """Commit of the checkout that this package lies in and whether it has changes; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = first_line([*git, "rev-parse", "HEAD"])
-    if commit is None:
-        return None
-    return {
-        "commit": commit,
-        "modified": first_line([*git, "status", "--porcelain", "--untracked-files=no"]) is not None,
-    }

@@ -70,7 +70,16 @@ class Run:
         """
         self.folder = Path(folder)
         self.name = self.folder.name
-        self.experiment = _read_experiment(self.folder)
+        path = self.folder / "experiment.yaml"
+        if not path.is_file():
+            neighbours = sorted(found.parent.name for found in self.folder.parent.glob("*/experiment.yaml"))
+            hint = f"runs there: {', '.join(neighbours)}" if neighbours else f"no runs in {self.folder.parent}"
+            raise RunError(f"{self.folder}: not a run folder (no experiment.yaml); {hint}")
+        try:
+            self.experiment = validate_experiment(read_yaml(path), source=str(path))
+        except ConfigError as error:
+            raise RunError(str(error)) from None
+
         self.weights = self.folder / "weights.safetensors"
         self.best = self.folder / "best.safetensors"
         self.detections = self.folder / "detections.json.gz"
@@ -155,7 +164,12 @@ class Run:
         """
         # A POSIX record lock: unlike flock, it is not inherited by loader processes, which may outlive a kill -9.
         with self._lock_file.open("a+b") as file:
-            if not _lock_soon(file):
+            # Several times in a second: `Run.trainer` of another process holds the lock for an instant.
+            for _ in range(5):
+                if _try_lock(file, fcntl.LOCK_EX):
+                    break
+                time.sleep(0.2)
+            else:
                 owner = _read_owner(file)
                 raise RunError(
                     f"{self.folder}: process {owner.get('pid')} on {owner.get('host')} is training here; "
@@ -271,18 +285,6 @@ def working_copy(run: Run, runs_dir: str | Path = "runs") -> Run:
     return Run(copy)
 
 
-def _read_experiment(folder: Path) -> Experiment:
-    path = folder / "experiment.yaml"
-    if not path.is_file():
-        neighbours = sorted(found.parent.name for found in folder.parent.glob("*/experiment.yaml"))
-        hint = f"runs there: {', '.join(neighbours)}" if neighbours else f"no runs in {folder.parent}"
-        raise RunError(f"{folder}: not a run folder (no experiment.yaml); {hint}")
-    try:
-        return validate_experiment(read_yaml(path), source=str(path))
-    except ConfigError as error:
-        raise RunError(str(error)) from None
-
-
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The readable lines of a file of JSON objects, and the number of others, each with a log line."""
     if not path.exists():
@@ -311,15 +313,6 @@ def _read_owner(file: BinaryIO) -> dict[str, Any]:
         return json.loads(file.read())
     except ValueError:
         return {}
-
-
-def _lock_soon(file: BinaryIO) -> bool:
-    """Lock, or give up after a second: `Run.trainer` of another process holds the lock for an instant."""
-    for _ in range(5):
-        if _try_lock(file, fcntl.LOCK_EX):
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def _try_lock(file: BinaryIO, kind: int) -> bool:

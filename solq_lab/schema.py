@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from solq_lab.codecs.kinds import CODECS
 from solq_lab.conflicts import conflicts
@@ -18,11 +18,17 @@ from solq_lab.data.kinds import AUGMENTATIONS, Orientation
 from solq_lab.models.kinds import BACKBONES, TIMM, backbone_spec
 from solq_lab.sections import NAME, ConfigError, PathText, Role, Section, one_of
 
+Backbone = Annotated[
+    str, AfterValidator(lambda name: one_of(name, [*BACKBONES, f"{TIMM}NAME", *([name] * name.startswith(TIMM))]))
+]
+Codec = Annotated[str, AfterValidator(lambda name: one_of(name, [*CODECS, "none"]))]
+Augmentation = Annotated[str, AfterValidator(lambda name: one_of(name, AUGMENTATIONS))]
+
 
 class ModelSection(Section):
     """The network (paper, section 3.2)."""
 
-    backbone: str = Field(
+    backbone: Backbone = Field(
         "resnet50", description="a name in models/kinds.py, or timm:NAME (ConvNeXt, ViT with patch 16)"
     )
     pretrained: Annotated[PathText, Role.START, Role.ADAPTED] = Field(
@@ -65,11 +71,6 @@ class ModelSection(Section):
         1, gt=0, description="logits per side of a cell of the mask branch: 2 halves the stride of its masks"
     )
 
-    @field_validator("backbone")
-    @classmethod
-    def _backbone_exists(cls, name: str) -> str:
-        return name if name.startswith(TIMM) else one_of(name, [*BACKBONES, f"{TIMM}NAME"])
-
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelSection:
         if self.width % self.heads:
@@ -100,7 +101,7 @@ class ModelSection(Section):
 class CodecSection(Section):
     """The mask codec (paper, section 3.2, Mask Compression Coding)."""
 
-    kind: str = Field("dct", description="a name in codecs/kinds.py, or 'none', which trains a plain detector")
+    kind: Codec = Field("dct", description="a name in codecs/kinds.py, or 'none', which trains a plain detector")
     mask_size: int = Field(128, gt=0, description="N, pixels per side of the box frame")
     vector_dim: int = Field(256, gt=0, description="n_k, kept coefficients")
     artifact: Annotated[PathText, Role.START] = Field(
@@ -122,11 +123,6 @@ class CodecSection(Section):
     def is_fitted(self) -> bool:
         """Whether the codec's tables are read from `artifact`."""
         return self.kind in CODECS and CODECS[self.kind].fitted
-
-    @field_validator("kind")
-    @classmethod
-    def _kind_exists(cls, name: str) -> str:
-        return one_of(name, [*CODECS, "none"])
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> CodecSection:
@@ -219,7 +215,7 @@ class DataSection(Section):
     allow_links: Annotated[bool, Role.MACHINE, Role.MAY_CHANGE] = Field(
         False, description="images may be links that leave their folder, as DVC and git-annex make them"
     )
-    augment: str = Field(
+    augment: Augmentation = Field(
         "released", description="released: two resizes, flip, random crop; lsj; flip; mosaic; copy_paste; none"
     )
     train_scales: list[PositiveInt] = Field([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], min_length=1)
@@ -242,11 +238,6 @@ class DataSection(Section):
     unreadable: Literal["stop", "replace"] = Field(
         "stop", description="a damaged or lost image in training: stop with its name, or take the next one and log it"
     )
-
-    @field_validator("augment")
-    @classmethod
-    def _augmentation_exists(cls, name: str) -> str:
-        return one_of(name, AUGMENTATIONS)
 
     @model_validator(mode="after")
     def _sizes_ascend(self) -> DataSection:

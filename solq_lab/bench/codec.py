@@ -32,11 +32,6 @@ Way = Callable[[np.ndarray], np.ndarray]
 
 def rows() -> Iterator[Row]:
     """Encoding and decoding an image's worth of masks by each method, with our masks per second."""
-    for row in _rows():
-        yield row._replace(what=f"{row.what}: {1000 * MASKS / row.ours:.3g} masks/s")
-
-
-def _rows() -> Iterator[Row]:
     kept = zigzag_places(MASK_SIZE)[:VECTOR_DIM]
     decode = partial(decode_one_by_one, kept=kept, size=MASK_SIZE)
     yield from _both_ways("DCT", DCTCodec(MASK_SIZE, VECTOR_DIM), partial(encode_one_by_one, kept=kept), decode)
@@ -77,9 +72,12 @@ def _both_ways(
     masks = blob_masks(0, count=MASKS, size=codec.mask_size)
     vectors = codec.encode(masks)
     sizes = f"{MASKS} masks, {codec.mask_size}x{codec.mask_size} <-> {codec.vector_dim}, {name}"
-    measure = partial(compare, "codec", repeats=repeats)
-    yield measure(f"encode {sizes}", lambda: encode(masks.numpy()), lambda: codec.encode(masks).numpy(), same_vectors)
-    yield measure(f"decode {sizes}", lambda: decode(vectors.numpy()), lambda: codec.decode(vectors).numpy(), _close)
+    for verb, plainly, ours, same in (
+        ("encode", lambda: encode(masks.numpy()), lambda: codec.encode(masks).numpy(), same_vectors),
+        ("decode", lambda: decode(vectors.numpy()), lambda: codec.decode(vectors).numpy(), _close),
+    ):
+        row = compare("codec", f"{verb} {sizes}", plainly, ours, same, repeats=repeats)
+        yield row._replace(what=f"{row.what}: {1000 * MASKS / row.ours:.3g} masks/s")
 
 
 def _products(encoder: np.ndarray, decoder: np.ndarray) -> tuple[Way, Way]:

@@ -59,7 +59,13 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
         DataError: `data` holds no COCO validation split.
     """
     check_parts(parts)
-    split = None if data is None else _validation_split(Path(data))
+    split: Split = None
+    if data is not None:
+        found = next((some for some in find_splits(Path(data)) if some.name == "val"), None)
+        if found is None:
+            raise explain_missing(Path(data), "val")
+        split = found.images, found.annotations
+
     usual = [part for part in PARTS if part not in BY_NAME and (part != "gpu" or torch.cuda.is_available())]
     rows: list[Row] = []
     with tqdm([part for part in PARTS if part in (parts or usual)], desc="bench", unit="part") as progress:
@@ -68,7 +74,14 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
             rows += PARTS[part](split)
 
     report = {
-        "machine": _describe_machine(),
+        "machine": {
+            "processor": processor_name(),
+            "cores": os.cpu_count() or 1,
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "instruction_set": instruction_set(),
+            "system": platform.platform(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        },
         "threads": torch.get_num_threads(),
         "versions": describe_software()["versions"],
         "rows": [row.to_dict() for row in rows],
@@ -141,24 +154,6 @@ def check_parts(parts: Sequence[str]) -> None:
         raise UserError(f"no part {', '.join(unknown)}; allowed are {', '.join(PARTS)}")
     if not torch.cuda.is_available() and "gpu" in parts:
         raise UserError("part gpu needs an NVIDIA GPU that torch can use; `solq-lab doctor` shows what there is")
-
-
-def _validation_split(root: Path) -> tuple[Path, Path]:
-    split = next((split for split in find_splits(root) if split.name == "val"), None)
-    if split is None:
-        raise explain_missing(root, "val")
-    return split.images, split.annotations
-
-
-def _describe_machine() -> dict[str, str | int]:
-    return {
-        "processor": processor_name(),
-        "cores": os.cpu_count() or 1,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "instruction_set": instruction_set(),
-        "system": platform.platform(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
 
 
 if __name__ == "__main__":

@@ -175,7 +175,15 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], run: Ru
         with status_line() as show:
             while thread.is_alive():
                 thread.join(timeout=1.0)
-                show(progress.read() if progress and run and run.is_training() else _describe_cells(executed))
+                if progress and run and run.is_training():
+                    show(progress.read())
+                    continue
+                try:  # how many cells papermill has executed, by its notes
+                    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+                    done = sum(cell["metadata"].get("papermill", {}).get("status") == "completed" for cell in cells)
+                    show(f"{executed.name}: {done} of {len(cells)} cells done")
+                except (OSError, ValueError):  # not there yet, or being written
+                    show(f"{executed.name}: starting")
     except KeyboardInterrupt:
         if run is None:
             raise Interrupted(f"{notebook}: interrupted; re-running starts it again") from None
@@ -190,16 +198,6 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], run: Ru
     if errors:
         raise _explain_failure(notebook, executed, errors[0])
     return executed
-
-
-def _describe_cells(executed: Path) -> str:
-    """How many cells papermill has executed, by its notes in the notebook that it writes."""
-    try:
-        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError):  # not there yet, or being written
-        return f"{executed.name}: starting"
-    done = sum(cell["metadata"].get("papermill", {}).get("status") == "completed" for cell in cells)
-    return f"{executed.name}: {done} of {len(cells)} cells done"
 
 
 def _explain_failure(notebook: Path, executed: Path, error: Exception) -> Exception:

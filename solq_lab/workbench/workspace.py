@@ -67,13 +67,10 @@ def experiment_run(experiment_path: str | Path, overrides: Sequence[str] = (), r
     Raises:
         ConfigError, RunError: as `create_run`.
     """
-    folder, experiment = (
-        run_folder(experiment_path, overrides, runs_dir),
-        load_experiment(experiment_path, [*overrides]),
-    )
+    folder = run_folder(experiment_path, overrides, runs_dir)
     if folder.resolve() == Path(experiment_path).parent.resolve():
         return working_copy(load_run(folder), runs_dir)
-    return create_run(experiment, runs_dir)
+    return create_run(load_experiment(experiment_path, [*overrides]), runs_dir)
 
 
 def trained_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:

@@ -99,7 +99,10 @@ def export_onnx(
     _check(destination, size, batch)
 
     predictor = Predictor(weights_or_run, device="cpu", top_k=top_k)
-    arrays = [np.asarray(read_upright(path)) for path in images] or _drawn_images()
+    arrays = [np.asarray(read_upright(path)) for path in images]
+    if not arrays:  # shapes; one image is wide and one tall, so that batches are padded
+        scenes = [draw_scene(LEVELS["hard"], np.random.default_rng(seed)).image for seed in range(DRAWN)]
+        arrays = [scenes[0], scenes[1][: len(scenes[1]) * 3 // 4], scenes[2][:, : len(scenes[2]) * 2 // 3]]
     fixed = not backbone_spec(predictor.experiment.model.backbone).any_size
     if fixed and size is None:
         raise ConfigError("Swin's windows cannot be traced for free sizes; give --height and --width")
@@ -161,7 +164,13 @@ def _write(
 
     model: Any = written.model  # in general its values may be without name or shape, these have both
     model.ir_version = IR_VERSION
-    _name_sides(model)
+    # The tracer calls the free sides s77 and the like.
+    names = dict(zip(map(str, model.graph.inputs[0].shape), ("batch", "channels", "height", "width"), strict=True))
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        for axis, side in enumerate(value.shape):
+            if not isinstance(side, int) and str(side) in names:
+                value.shape[axis] = names[str(side)]
+
     inputs = {
         value.name: [side if isinstance(side, int) else str(side) for side in value.shape]
         for value in model.graph.inputs
@@ -198,16 +207,6 @@ def _sample_plainly(value: Tensor, flat_shapes: list[int], locations: Tensor, we
     return ms_deform_attn_reference(value, shapes, locations, weights)
 
 
-def _name_sides(model: Any) -> None:
-    """Rename the free sides from the tracer's s77 to their meaning."""
-    pixels = model.graph.inputs[0].shape
-    names = dict(zip((str(side) for side in pixels), ("batch", "channels", "height", "width"), strict=True))
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        for axis, side in enumerate(value.shape):
-            if not isinstance(side, int) and str(side) in names:
-                value.shape[axis] = names[str(side)]
-
-
 def _metadata(predictor: Predictor, inputs: dict[str, list[int | str]]) -> dict[str, str]:
     """Metadata for users of the file, text by name."""
     facts = {
@@ -219,9 +218,3 @@ def _metadata(predictor: Predictor, inputs: dict[str, list[int | str]]) -> dict[
     }
     texts = {name: json.dumps(fact, ensure_ascii=False) for name, fact in facts.items()}
     return texts | {"experiment": without_paths(predictor.experiment).to_yaml(), "producer": "solq_lab"}
-
-
-def _drawn_images() -> list[np.ndarray]:
-    """Images of shapes, (H, W, 3) uint8; one is wide and one tall, so that batches are padded."""
-    scenes = [draw_scene(LEVELS["hard"], np.random.default_rng(seed)).image for seed in range(DRAWN)]
-    return [scenes[0], scenes[1][: len(scenes[1]) * 3 // 4], scenes[2][:, : len(scenes[2]) * 2 // 3]]

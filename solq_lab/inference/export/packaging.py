@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -103,7 +102,13 @@ def package_run(run: Run, destination: Path, experiment: Experiment, *, images: 
             )
 
         (unfinished / "experiment.yaml").write_text(yaml, encoding="utf-8")
-        (unfinished / "metrics.jsonl").write_text(_thinned(run.metrics()), encoding="utf-8")
+
+        # Every n-th line about training steps, and all others.
+        lines = run.metrics()
+        training = [number for number, line in enumerate(lines) if line.get("kind") == "train"]
+        left_out = set(training) - set(training[:: -(-len(training) // MAX_TRAIN_LINES) or 1])
+        kept = (json.dumps(line) + "\n" for number, line in enumerate(lines) if number not in left_out)
+        (unfinished / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
         _copy_facts(run, unfinished)
         origin = {"weights": hash_file(weights), "trained": hash_file(run.weights)}
         found = {"images": loss.images, "objects": loss.detections, "score": loss.score, "box": loss.box}
@@ -141,14 +146,6 @@ def _check(run: Run, destination: Path, experiment: Experiment) -> None:
     for section in ("model", "codec"):
         if getattr(experiment, section) != getattr(run.experiment, section):
             raise RunError(f"{run.folder}: a packaged run keeps its {section}; change only its name and its data")
-
-
-def _thinned(lines: Sequence[dict[str, Any]]) -> str:
-    """metrics.jsonl with every n-th line about training steps and all others."""
-    training = [number for number, line in enumerate(lines) if line.get("kind") == "train"]
-    kept = set(training[:: -(-len(training) // MAX_TRAIN_LINES) or 1])
-    left_out = set(training) - kept
-    return "".join(json.dumps(line) + "\n" for number, line in enumerate(lines) if number not in left_out)
 
 
 def _copy_facts(run: Run, folder: Path) -> None:

@@ -21,7 +21,7 @@ from solq_lab.workbench.commands.arguments import (
     cluster_options,
     file_to_write,
 )
-from solq_lab.workbench.sweeps import SWEEPS, Job, check, cluster_starter, find_sweep, plan, run_sweep
+from solq_lab.workbench.sweeps import SWEEPS, check, cluster_starter, find_sweep, plan, run_sweep
 from solq_lab.workbench.tables import RESULTS, read_table
 
 SweepFile = Annotated[Path, typer.Argument(help=f"Sweep: a YAML file, or the name of one in {SWEEPS}.")]
@@ -41,7 +41,10 @@ def sweep(
     check(planned)
     if dry_run:
         for job in planned:
-            typer.echo(f"{_state(job):<20} solq-lab {shlex.join(job.arguments)}")
+            step = load_run(job.folder).status()["step"] if job.folder.exists() else None
+            state = "new" if step is None else f"at step {step}" if step else "started"
+            state = "finished" if job.is_finished() else state
+            typer.echo(f"{state:<20} solq-lab {shlex.join(job.arguments)}")
         return
     options = cluster_options(cluster_option, cluster)
     start = None if cluster == "none" else cluster_starter(cluster, runs_dir, options)
@@ -70,13 +73,3 @@ def table(
         write_json(json_path, results.to_dict())
     if csv_path is not None:
         write_text(csv_path, results.csv())
-
-
-def _state(job: Job) -> str:
-    """State of a run in a few words."""
-    if job.is_finished():
-        return "finished"
-    if not job.folder.exists():
-        return "new"
-    status = load_run(job.folder).status()
-    return f"at step {status['step']}" if status["step"] else "started"

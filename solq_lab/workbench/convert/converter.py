@@ -45,8 +45,10 @@ def convert_data(
     if source.suffix == ".json":
         if images is None or not images.is_dir():
             raise DataError(f"{images or source}: --images needs the folder that holds COCO's train2017 and val2017")
-        name: str = split or _split_in(source.stem)
-        documents = {name: (images, read_lvis(source, images))}
+        names = [split] if split else [name for name in ("train", "val") if name in source.stem]
+        if len(names) != 1:
+            raise DataError(f"{source.name}: the name does not tell train from val; give --split")
+        documents: dict[str, tuple[Path, dict]] = {names[0]: (images, read_lvis(source, images))}
     elif images is not None or split is not None:
         raise DataError(f"{source}: --images and --split belong to an LVIS file (.json); a YOLO folder has both itself")
     else:
@@ -72,13 +74,6 @@ def convert_data(
         counts = len(document["images"]), len(document["annotations"]), len(document["categories"])
         logger.info("%s: %d images, %d objects, %d classes", place.annotations, *counts)
     return splits
-
-
-def _split_in(stem: str) -> str:
-    found = [name for name in ("train", "val") if name in stem]
-    if len(found) != 1:
-        raise DataError(f"{stem}.json: the name does not tell train from val; give --split")
-    return found[0]
 
 
 def read_lvis(annotations: Path, images: Path) -> dict[str, Any]:

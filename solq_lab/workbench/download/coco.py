@@ -106,7 +106,7 @@ def download_coco(
             _fetch_verified(archive, file, base_url, retries=retries, backoff=backoff, timeout=timeout)
             sizes = unpack(file, Path(folder))
             # Written last: an archive with a stamp is complete.
-            write_json(_stamp(archive, workshop), {"digest": archive.digest, "members": sizes})
+            write_json((workshop / f"{archive.name}.json"), {"digest": archive.digest, "members": sizes})
             total = describe_size(sum(sizes.values()))
             logger.info("%s: %d files, %s, in %s", archive.name, len(sizes), total, folder)
             if not keep_archives:
@@ -163,14 +163,10 @@ def _locked(workshop: Path) -> Iterator[None]:
         raise DataError(f"{workshop.parent}: {other} downloads into this folder; wait for it or stop it") from None
 
 
-def _stamp(archive: Archive, workshop: Path) -> Path:
-    return workshop / f"{archive.name}.json"
-
-
 def _is_complete(archive: Archive, workshop: Path) -> bool:
     """Whether an archive was unpacked here and all its files are still there."""
     try:
-        stamp = json.loads(_stamp(archive, workshop).read_text(encoding="utf-8"))
+        stamp = json.loads((workshop / f"{archive.name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     if stamp.get("digest") != archive.digest:
@@ -204,7 +200,13 @@ def _fetch_verified(archive: Archive, file: Path, base_url: str, **patience: Any
     for _ in range(2):
         if not file.exists():
             fetch(url, file, size=archive.size, **patience)
-        found = _digest(file, ALGORITHMS[len(archive.digest)])
+        digest = hashlib.new(ALGORITHMS[len(archive.digest)], usedforsecurity=False)
+        bar = tqdm(desc=f"verifying {file.name}", unit="B", unit_scale=True, total=file.stat().st_size)
+        with file.open("rb") as opened, bar:
+            while chunk := opened.read(CHUNK):
+                digest.update(chunk)
+                bar.update(len(chunk))
+        found = digest.hexdigest()
         if found == archive.digest:
             return
         file.unlink()
@@ -213,13 +215,3 @@ def _fetch_verified(archive: Archive, file: Path, base_url: str, **patience: Any
         f"{url}: the sum is {found}, {archive.digest} is expected; the server has another file, or it is changed on "
         "the way: check the address (--base-url), and for other archives give their --sums"
     )
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    bar = tqdm(desc=f"verifying {path.name}", unit="B", unit_scale=True, total=path.stat().st_size)
-    with path.open("rb") as file, bar:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()

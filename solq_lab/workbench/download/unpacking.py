@@ -46,7 +46,15 @@ def unpack(archive: Path, folder: Path) -> dict[str, int]:
             total = sum(sizes.values())
             with tqdm(desc=f"unpacking {archive.name}", unit="B", unit_scale=True, total=total) as bar:
                 for member in members:
-                    _unpack_member(file, member, folder / member.filename)
+                    path = folder / member.filename
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    temporary = path.with_name(f".{path.name}.part")
+                    try:
+                        with file.open(member) as source, temporary.open("wb") as target:
+                            shutil.copyfileobj(source, target, CHUNK)
+                        temporary.replace(path)
+                    finally:
+                        temporary.unlink(missing_ok=True)
                     bar.update(member.file_size)
     except DataError:
         raise
@@ -63,7 +71,8 @@ def unpack(archive: Path, folder: Path) -> dict[str, int]:
 
 def lacking(folder: Path, sizes: dict[str, int]) -> list[str]:
     """Names of the files that are not in the folder, or not of the given size in bytes."""
-    return [name for name, size in sizes.items() if _size(folder / name) != size]
+    found = {name: (folder / name).stat().st_size for name in sizes if (folder / name).is_file()}
+    return [name for name, size in sizes.items() if found.get(name) != size]
 
 
 def _check_members(file: zipfile.ZipFile, archive: Path) -> None:
@@ -85,18 +94,3 @@ def _check_members(file: zipfile.ZipFile, archive: Path) -> None:
                 "thing, so do not trust this archive"
             )
         seen.add(name)
-
-
-def _unpack_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with file.open(member) as source, temporary.open("wb") as target:
-            shutil.copyfileobj(source, target, CHUNK)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
