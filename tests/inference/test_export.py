@@ -39,7 +39,6 @@ from solq_lab.inference.export.packaging import share
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.structures import Detections, ImageBatch
-from solq_lab.workbench import cli
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 PLAIN = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False}}
@@ -86,13 +85,6 @@ def solq(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(solq: Path) -> onnx_file.ExportReport:
     """For one image of one size: tracing free sizes takes twice the time."""
     return export_onnx(solq, solq.parent / "solq.onnx", size=(32, 48), batch=1)
-
-
-def run_command(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["solq-lab", "export", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code or 0
 
 
 def test_onnxruntime_finds_what_the_model_finds(exported):
@@ -227,7 +219,7 @@ def test_every_codes_decoding_gives_the_same_bits_in_onnxruntime(kind: str, tmp_
 
 
 def test_a_file_that_finds_something_else_is_not_kept_and_the_command_fails(
-    solq: Path, exported, tmp_path: Path, monkeypatch, capsys
+    solq: Path, exported, tmp_path: Path, monkeypatch, command_line
 ):
     """As if the tracer had written a graph whose boxes lie a hundredth of the image beside the model's."""
 
@@ -242,8 +234,9 @@ def test_a_file_that_finds_something_else_is_not_kept_and_the_command_fails(
         return exported.inputs
 
     monkeypatch.setattr(onnx_file, "_write", write)
-    assert run_command(monkeypatch, str(solq), str(tmp_path / "out.onnx")) == 1
-    assert "out.onnx: not written, the ONNX file detects other objects: 0 of 48 detections" in capsys.readouterr().err
+    status, output = command_line("export", solq, tmp_path / "out.onnx")
+    assert status == 1
+    assert "out.onnx: not written, the ONNX file detects other objects: 0 of 48 detections" in output
     assert [path.name for path in tmp_path.iterdir()] == ["out.parity.json"]
     assert not json.loads((tmp_path / "out.parity.json").read_text())["agrees"]
 
@@ -279,16 +272,19 @@ def test_the_documented_example_resizes_as_predict_does(size: tuple[int, int]):
     assert (known["height"], known["width"]) == resized_size((size[1], size[0]), 800, 1333)
 
 
-def test_what_cannot_be_exported_is_rejected_before_any_work(solq: Path, tmp_path: Path, monkeypatch, capsys):
+def test_what_cannot_be_exported_is_rejected_before_any_work(solq: Path, tmp_path: Path, monkeypatch, command_line):
     (tmp_path / "there.onnx").write_text("mine")
     with pytest.raises(ConfigError, match=r"there\.onnx: exists already and is not written over"):
         export_onnx(solq, tmp_path / "there.onnx")
     with pytest.raises(ConfigError, match="batch 0: allowed are positive numbers"):
         export_onnx(solq, tmp_path / "out.onnx", batch=0)
-    assert run_command(monkeypatch, str(solq), str(tmp_path / "out.onnx"), "--height", "48") == 2
-    assert "--height 48 with --width None: give both, or neither" in capsys.readouterr().err
-    assert run_command(monkeypatch, str(solq), str(tmp_path / "out.tflite")) == 2
-    assert "ending '.tflite': allowed are .onnx and .safetensors" in capsys.readouterr().err
+    for arguments, said in (
+        (("out.onnx", "--height", 48), "--height 48 with --width None: give both, or neither"),
+        (("out.tflite",), "ending '.tflite': allowed are .onnx and .safetensors"),
+    ):
+        status, output = command_line("export", solq, *arguments)
+        assert status == 2
+        assert said in output
     monkeypatch.setattr(onnx_file, "PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(ConfigError, match=r"writing ONNX needs no_such_package; .*pip install 'solq-lab\[export\]'"):
         export_onnx(solq, tmp_path / "out.onnx")
@@ -311,7 +307,7 @@ def test_a_model_that_cannot_be_traced_is_rejected_with_the_cure(solq: Path, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_shared_file_needs_nothing_else(tmp_path: Path, monkeypatch, capsys):
+def test_a_shared_file_needs_nothing_else(tmp_path: Path, monkeypatch, command_line):
     """Written with the tables' file in reach; read by a fresh process in folders that hold one file each."""
     kinds = {"dct": {}, "sqr": SQR, "pca": {"codec": {"kind": "pca", "artifact": "pca.safetensors"}}}
     image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
@@ -325,8 +321,9 @@ def test_a_shared_file_needs_nothing_else(tmp_path: Path, monkeypatch, capsys):
         if kind == "pca":
             write_pca(work, experiment)
         expected[kind] = Predictor(weights, device="cpu").predict(image)
-        assert run_command(monkeypatch, str(weights), str(tmp_path / "away" / kind / "model.safetensors")) == 0
-        assert "2 classes, codec and experiment inside" in capsys.readouterr().out
+        status, output = command_line("export", weights, tmp_path / "away" / kind / "model.safetensors")
+        assert status == 0
+        assert "2 classes, codec and experiment inside" in output
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(tmp_path / "work")
     script = (

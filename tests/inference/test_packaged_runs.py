@@ -17,7 +17,6 @@ from solq_lab.inference.export.packaging import halved, package_run
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import read_weights, save_weights
 from solq_lab.runs import Run, RunError, create_run, load_run, working_copy
-from solq_lab.workbench import cli
 from solq_lab.workbench.workspace import experiment_run, open_run, run_folder, trained_run
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
@@ -155,12 +154,10 @@ def test_a_run_without_weights_is_rejected_before_its_images_are_drawn(tmp_path:
     assert not (tmp_path / "drawn").exists()
 
 
-def test_the_command_gives_the_packaged_run_its_folders_name(run: Run, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["solq-lab", "ship", str(run.folder), str(tmp_path / "small")])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code in (None, 0)
-    assert "images matched (0 more at the cut-off); scores within" in capsys.readouterr().out
+def test_the_command_gives_the_packaged_run_its_folders_name(run: Run, tmp_path: Path, command_line):
+    status, output = command_line("ship", run.folder, tmp_path / "small")
+    assert status == 0
+    assert "images matched (0 more at the cut-off); scores within" in output
     assert load_run(tmp_path / "small").experiment.name == "small"
     assert Predictor(tmp_path / "small").experiment.name == "small"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from solq_lab.data.images import ORIENTATION, TURNS
 from solq_lab.data.loader import collate
 from solq_lab.masks import decode_rle
 from solq_lab.training.losses import build_criterion
-from solq_lab.workbench import cli
 from solq_lab.workbench.check.checker import check_data
 from solq_lab.workbench.convert.converter import convert_data
 
@@ -381,18 +379,9 @@ def test_nothing_is_written_over(yolo, tmp_path):
         convert_data(yolo, tmp_path / "other")
 
 
-def test_the_command_says_how_to_check_and_to_use_the_folder(yolo, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["solq-lab", "convert-data", "yolo", "out"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    output = capsys.readouterr().out
+def test_the_command_says_how_to_check_and_to_use_the_folder(yolo, command_line):
+    status, output = command_line("convert-data", "yolo", "out")
+    assert status == 0
     assert "solq-lab check-data out" in output
-    settings = output.split("use it:")[1].split()
-    assert settings[0] == "data.root=out"
-    assert settings[1:] == []
-    monkeypatch.setattr(sys, "argv", ["solq-lab", "convert-data", "yolo", "out", "--split", "val"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
+    assert output.split("use it:")[1].split() == ["data.root=out"]
+    assert command_line("convert-data", "yolo", "out", "--split", "val")[0] == 2

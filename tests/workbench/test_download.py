@@ -21,7 +21,6 @@ import pytest
 from server import PIECE, Server, archive_of, offer_coco, serve
 
 from solq_lab.data.annotations import DataError
-from solq_lab.workbench import cli
 from solq_lab.workbench.download import coco as download
 from solq_lab.workbench.download import transfer
 from solq_lab.workbench.download.coco import WORKSHOP, download_coco, read_sums
@@ -481,20 +480,13 @@ def test_the_stamp_survives_nonsense(coco):
     assert json.loads(stamp.read_text())["members"] == {"val2017/9.jpg": 10_000}
 
 
-def test_real_images_go_from_the_server_through_the_check(server, tmp_path, coco_tiny, monkeypatch, capsys):
+def test_real_images_go_from_the_server_through_the_check(server, tmp_path, coco_tiny, monkeypatch, command_line):
     """The README's way, on a small part of COCO: download-coco, then check-data."""
     offer_coco(server, coco_tiny, tmp_path / "sums")
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     server.breaks = [1_000_000, 2_000_000]
-
-    def command(*arguments: str) -> int | str | None:
-        monkeypatch.setattr(sys, "argv", ["solq-lab", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return end.value.code
-
-    assert not command("download-coco", "coco", "--base-url", server.url, "--sums", "sums")
-    assert command("check-data", "coco", "--worst", "0") == 1  # 50 images do not have every class
-    assert "problems: class-not-trained\n" in capsys.readouterr().out
-    assert not command("check-data", "coco", "--worst", "0", "--allow", "class-not-trained")
+    assert command_line("download-coco", "coco", "--base-url", server.url, "--sums", "sums")[0] == 0
+    status, output = command_line("check-data", "coco", "--worst", 0)  # 50 images do not have every class
+    assert status == 1
+    assert "problems: class-not-trained\n" in output
+    assert command_line("check-data", "coco", "--worst", 0, "--allow", "class-not-trained")[0] == 0

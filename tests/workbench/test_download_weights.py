@@ -17,7 +17,6 @@ from solq_lab.models import released
 from solq_lab.models.backbone import ResNetBackbone
 from solq_lab.models.released import RELEASED, cached_file
 from solq_lab.models.weights import WeightMismatch
-from solq_lab.workbench import cli
 from solq_lab.workbench.download.weights import download_weights, fetch_starting_weights
 
 BODY = np.random.default_rng(0).bytes(300_000)
@@ -35,19 +34,13 @@ def server(tmp_path, monkeypatch):
         yield serving
 
 
-def command(*arguments: str, monkeypatch) -> int:
-    monkeypatch.setattr("sys.argv", ["solq-lab", "download-weights", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code or 0
-
-
 @pytest.mark.parametrize("name", ["resnet50", "solq_r50"])
-def test_weights_come_from_a_mirror_after_broken_connections_and_are_fetched_once(server, monkeypatch, capsys, name):
+def test_weights_come_from_a_mirror_after_broken_connections_and_are_fetched_once(server, command_line, name):
     server.breaks = [100_000, 50_000]
     for _ in range(2):
-        assert command(name, "--mirror", f"{server.url}/weights/", monkeypatch=monkeypatch) == 0
-        assert str(cached_file(name)) in capsys.readouterr().out
+        status, output = command_line("download-weights", name, "--mirror", f"{server.url}/weights/")
+        assert status == 0
+        assert str(cached_file(name)) in output
     assert cached_file(name).read_bytes() == BODY
     assert server.ranges == [None, "bytes=100000-", "bytes=150000-"]
     record = cached_file(name).with_name(f"{cached_file(name).name}.sha256")
@@ -69,19 +62,19 @@ def test_a_file_that_has_changed_since_it_came_is_named_and_kept(server):
     assert path.exists()
 
 
-def test_a_page_in_the_place_of_a_file_is_named_with_the_link_and_the_place(server, monkeypatch, capsys):
+def test_a_page_in_the_place_of_a_file_is_named_with_the_link_and_the_place(server, command_line):
     server.files["/weights/solq_r50.pth"] = b"\n<!DOCTYPE html><html>Too large to scan for viruses</html>"
-    assert command("solq_r50", "--mirror", f"{server.url}/weights", monkeypatch=monkeypatch) == 2
-    message = capsys.readouterr().err
+    status, message = command_line("download-weights", "solq_r50", "--mirror", f"{server.url}/weights")
+    assert status == 2
     assert f"{server.url}/weights/solq_r50.pth: the host answers with a web page instead of the file" in message
     assert "https://drive.google.com/file/d/1D43QroYz2CH3rHDVE54tlByq6dSbmXJK/view" in message
     assert f"put it at {cached_file('solq_r50')}" in message
     assert not cached_file("solq_r50").exists()
 
 
-def test_the_list_names_every_file_its_link_and_the_cache_folder(server, monkeypatch, capsys):
-    assert command("--list", monkeypatch=monkeypatch) == 0
-    shown = capsys.readouterr().out
+def test_the_list_names_every_file_its_link_and_the_cache_folder(server, command_line):
+    status, shown = command_line("download-weights", "--list")
+    assert status == 0
     assert all(name in shown and each.link in shown for name, each in RELEASED.items())
     assert str(released.weights_folder()) in shown
 

@@ -18,32 +18,24 @@ def train_line(step: int, speed: float = 5.0) -> dict:
     return {"kind": "train", "step": step, "total": 12.345, "images_per_second": speed}
 
 
-def test_nothing_written_yet_is_a_start(run):
-    assert Progress(run).read() == "a: starting"
+START = {"kind": "start", "total_steps": 100}
+APS = {"kind": "evaluation", "step": 5, "metrics": {"box.AP": 0.25, "segm.AP": 0.125}}
 
 
-def test_the_line_tells_steps_loss_and_speed_but_guesses_no_duration_from_the_first_steps(run):
-    run.append_metrics({"kind": "start", "total_steps": 100})
-    run.append_metrics(train_line(10))
-    assert Progress(run).read() == "a: step 10 of 100 (10 %), loss 12.35, 5.0 images/s"
-
-
-def test_the_time_left_follows_from_steps_batch_and_speed(run):
-    run.append_metrics({"kind": "start", "total_steps": 100})
-    run.append_metrics(train_line(40))
-    assert Progress(run).read().endswith("5.0 images/s, 2 min left")  # 60 steps of 10 images
-
-
-def test_the_last_evaluation_stays_in_the_line(run):
-    run.append_metrics({"kind": "evaluation", "step": 5, "metrics": {"box.AP": 0.25, "segm.AP": 0.125}})
-    run.append_metrics(train_line(6))
-    assert Progress(run).read().endswith("box AP 25.0, segm AP 12.5")
-
-
-def test_an_ap_that_does_not_exist_is_left_out(run):
-    run.append_metrics({"kind": "evaluation", "step": 5, "metrics": {"box.AP": None}})
-    run.append_metrics(train_line(6))
-    assert "AP" not in Progress(run).read()
+@pytest.mark.parametrize(
+    ("lines", "ending"),
+    [
+        ([], "a: starting"),
+        ([START, train_line(10)], "a: step 10 of 100 (10 %), loss 12.35, 5.0 images/s"),  # too early to guess the rest
+        ([START, train_line(40)], "5.0 images/s, 2 min left"),  # 60 steps of 10 images
+        ([APS, train_line(6)], "5.0 images/s, box AP 25.0, segm AP 12.5"),
+        ([APS | {"metrics": {"box.AP": None}}, train_line(6)], "5.0 images/s"),  # an AP that does not exist is left out
+    ],
+)
+def test_the_line_tells_steps_loss_speed_time_left_and_the_last_ap(run, lines, ending):
+    for line in lines:
+        run.append_metrics(line)
+    assert Progress(run).read().endswith(ending)
 
 
 def test_only_whole_lines_count(run):
@@ -74,15 +66,11 @@ def test_a_duration_is_told_in_the_unit_a_person_would_choose(seconds, said):
     assert describe_duration(seconds) == said
 
 
-def test_a_log_file_gets_the_first_and_the_last_text_and_is_not_flooded(capsys):
+@pytest.mark.parametrize(
+    ("texts", "written"), [([f"line {n}" for n in range(1000)], "line 0\nline 999\n"), (["once"] * 2, "once\n")]
+)
+def test_a_log_file_gets_the_first_and_the_last_text_and_none_twice(capsys, texts, written):
     with status_line() as show:
-        for number in range(1000):
-            show(f"line {number}")
-    assert capsys.readouterr().err == "line 0\nline 999\n"
-
-
-def test_a_text_is_not_logged_twice(capsys):
-    with status_line() as show:
-        show("once")
-        show("once")
-    assert capsys.readouterr().err == "once\n"
+        for text in texts:
+            show(text)
+    assert capsys.readouterr().err == written
