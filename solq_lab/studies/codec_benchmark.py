@@ -123,7 +123,7 @@ def make_grid(
                     f"vector_dim {length} does not fit mask_size {side}: allowed are 1..{max(side, 1) ** 2} "
                     "(mask_size squared); lower vector_dim or raise mask_size"
                 )
-            variant = pca if "pca" in codec.options else "plain"
+            variant: Literal["plain", "released"] = pca if "pca" in codec.options else "plain"
             price = beta if "beta" in codec.options else 1.0
             errors = (box, vector, step, seed)
             settings.append(CodecSetting(kind, side, codec.allowed_length(length), variant, price, threshold, *errors))

@@ -45,7 +45,7 @@ def convert_data(
     if source.suffix == ".json":
         if images is None or not images.is_dir():
             raise DataError(f"{images or source}: --images needs the folder that holds COCO's train2017 and val2017")
-        names = [split] if split else [name for name in ("train", "val") if name in source.stem]
+        names: list[str] = [split] if split else [name for name in ("train", "val") if name in source.stem]
         if len(names) != 1:
             raise DataError(f"{source.name}: the name does not tell train from val; give --split")
         documents: dict[str, tuple[Path, dict]] = {names[0]: (images, read_lvis(source, images))}
