@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("solq-lab", "torch", "torchvision", "timm", "numpy", "scipy")
-PACKAGES += ("safetensors", "pycocotools", "faster-coco-eval")
+MODELS = ("torch", "torchvision", "timm", "safetensors")
+PACKAGES = ("solq-lab", *MODELS, "numpy", "scipy", "pycocotools", "faster-coco-eval")
 
 
 def describe_software() -> dict[str, Any]:

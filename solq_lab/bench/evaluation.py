@@ -33,7 +33,7 @@ def rows(num_images: int = NUM_IMAGES) -> Iterator[Row]:
             "eval",
             f"{iou_type}, {num_images} images x {DETECTIONS} detections",
             partial(evaluate_plainly, document, kept, iou_type),
-            lambda kept=kept, kind=kind: evaluate_results(document, kept, kinds=[kind]).metrics,
+            partial(_evaluate, document, kept, kind),
             partial(same_numbers, kind=kind),
         )
 
@@ -49,6 +49,10 @@ def evaluate_plainly(document: dict, results: list[dict], iou_type: str) -> np.n
         evaluator.accumulate()
         evaluator.summarize()
     return evaluator.stats
+
+
+def _evaluate(document: dict, results: list[dict], kind: str) -> dict[str, float]:
+    return evaluate_results(document, results, kinds=[kind]).metrics
 
 
 def keep_shape(results: list[dict], kind: str) -> list[dict]:

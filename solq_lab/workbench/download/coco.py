@@ -106,7 +106,7 @@ def download_coco(
             _fetch_verified(archive, file, base_url, retries=retries, backoff=backoff, timeout=timeout)
             sizes = unpack(file, Path(folder))
             # Written last: an archive with a stamp is complete.
-            write_json((workshop / f"{archive.name}.json"), {"digest": archive.digest, "members": sizes})
+            write_json(workshop / f"{archive.name}.json", {"digest": archive.digest, "members": sizes})
             total = describe_size(sum(sizes.values()))
             logger.info("%s: %d files, %s, in %s", archive.name, len(sizes), total, folder)
             if not keep_archives:
