@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -69,7 +69,9 @@ def predict_dataset(
 
     model.eval()
     try:
-        with _progress(sum(map(len, share))) as progress:
+        bar: dict[str, Any] = {"total": sum(map(len, share)), "desc": "evaluating", "unit": "img"}
+        interval = 0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
+        with tqdm(**bar, mininterval=interval, disable=not distributed.is_main()) as progress:
             for images, targets in BatchLoader(dataset, share, workers):
                 sizes = [target.original_size for target in targets]
                 with torch.inference_mode():  # not around the yield: the caller's code would run in it too
@@ -205,14 +207,9 @@ def evaluate_run(
     return evaluation
 
 
-def validation_annotations(experiment: Experiment) -> Path:
-    """The annotation file of the validation images."""
-    return annotations_of(experiment, "val")
-
-
 def inputs_of_scoring(experiment: Experiment) -> dict:
     """What scores depend on besides the detections, as JSON types."""
-    annotations = validation_annotations(experiment)
+    annotations = annotations_of(experiment, "val")
     settings, neutral = experiment.evaluation.model_dump(mode="json"), {"rescore": "none", "vector_dim": None}
     inputs = {  # results of 0.1.0 have no such keys
         "settings": {key: value for key, value in settings.items() if neutral.get(key, ...) != value},
@@ -235,8 +232,3 @@ def stored_evaluation(results_file: Path, inputs: dict) -> Evaluation | None:
         return None
     stored = read_json(results_file)
     return Evaluation.from_dict(stored) if all(stored.get(key) == value for key, value in inputs.items()) else None
-
-
-def _progress(total: int) -> tqdm:
-    interval = 0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-    return tqdm(total=total, desc="evaluating", unit="img", mininterval=interval, disable=not distributed.is_main())

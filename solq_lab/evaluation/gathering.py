@@ -37,12 +37,20 @@ def stream_to_main(items: Iterable[Item], should_stop: Callable[[], bool] | None
         EvaluationStopped: a process was stopped.
         ProcessFailed: computing an item failed in another process. Where it failed, the error itself is raised.
     """
-    chunks = _chunks(items, should_stop)
+    source = iter(items)
     chunk: list[Item] = []
 
     def compute_chunk() -> bool:
-        nonlocal chunk
-        chunk = next(chunks, [])  # [] again and again, until the other processes are done too
+        chunk.clear()
+        # Full, or after some seconds, so that the other processes do not wait long for a slow one.
+        until = time.monotonic() + SECONDS_BETWEEN_ROUNDS
+        while len(chunk) < CHUNK_SIZE and time.monotonic() < until:
+            if should_stop is not None and should_stop():
+                raise EvaluationStopped("a process was stopped")
+            try:
+                chunk.append(next(source))
+            except StopIteration:  # again and again, until the other processes are done too
+                break
         return bool(chunk)
 
     while any(_in_all_processes(compute_chunk)):
@@ -81,24 +89,3 @@ def _in_all_processes(compute: Callable[[], Any]) -> list[Any]:
     if any(ended for _, _, ended in gathered):
         raise EvaluationStopped("a process was stopped")
     return [result for result, _, _ in gathered]
-
-
-def _chunks(items: Iterable[Item], should_stop: Callable[[], bool] | None) -> Iterator[list[Item]]:
-    """The items in lists that are full, or took `SECONDS_BETWEEN_ROUNDS`."""
-    chunk: list[Item] = []
-    until = time.monotonic() + SECONDS_BETWEEN_ROUNDS
-    source = iter(items)
-    while True:
-        if should_stop is not None and should_stop():
-            raise EvaluationStopped("a process was stopped")
-        try:
-            chunk.append(next(source))
-        except StopIteration:
-            break
-
-        # Also after some seconds, so that the other processes do not wait long for a slow one.
-        if len(chunk) == CHUNK_SIZE or time.monotonic() > until:
-            yield chunk
-            chunk, until = [], time.monotonic() + SECONDS_BETWEEN_ROUNDS
-    if chunk:
-        yield chunk

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -49,7 +49,11 @@ def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["a
     left_out = set() if kind == "all" else set(_SHAPES.values()) - {_SHAPES[kind]}
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, _opened(temporary, compressed=path.suffix == ".gz") as file:
+    with replacing(path) as temporary, contextlib.ExitStack() as opened:
+        file: BinaryIO | gzip.GzipFile = opened.enter_context(temporary.open("wb"))
+        if path.suffix == ".gz":  # without a time stamp inside, so that equal results give equal files
+            packed = gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0)
+            file = opened.enter_context(packed)
         file.write(b"[")
         for start in range(0, len(results), _WRITTEN_AT_ONCE):  # the whole text at once could be half a gigabyte
             kept = [
@@ -59,17 +63,6 @@ def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["a
             text = json.dumps(kept, separators=(",", ":"), allow_nan=False)
             file.write((("," if start else "") + text[1:-1]).encode())
         file.write(b"]")
-
-
-@contextlib.contextmanager
-def _opened(path: Path, *, compressed: bool) -> Iterator[BinaryIO | gzip.GzipFile]:
-    """The file, open for writing; without a time stamp inside, so that equal results give equal files."""
-    with path.open("wb") as file:
-        if not compressed:
-            yield file
-            return
-        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as packed:
-            yield packed
 
 
 def read_results(path: str | Path) -> list[dict]:

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from solq_lab.data.ground_truth import GroundTruth
+from solq_lab.data_folder import annotations_of
 from solq_lab.evaluation.coco import DEFAULTS, ClassShare, ScoringData
-from solq_lab.evaluation.evaluator import validation_annotations
 from solq_lab.evaluation.results import read_results
 from solq_lab.evaluation.summary import MAX_DETECTIONS
 from solq_lab.files import read_json
@@ -84,7 +84,7 @@ def compare_runs(
 
     metrics = [read_json(run.results)["metrics"] for run in (first, second)]
     kinds = [kind for kind in ("box", "segm") if all(f"{kind}.AP" in numbers for numbers in metrics)]
-    truth = GroundTruth(validation_annotations(first.experiment), with_masks="segm" in kinds, keep="all")
+    truth = GroundTruth(annotations_of(first.experiment, "val"), with_masks="segm" in kinds, keep="all")
     return compare_results(
         truth,
         read_results(first.detections),

@@ -33,8 +33,9 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
 from solq_lab.data.folders import Split
 from solq_lab.data.ground_truth import DataError, GroundTruth
+from solq_lab.data_folder import annotations_of
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
-from solq_lab.evaluation.evaluator import file_of_split, validation_annotations
+from solq_lab.evaluation.evaluator import file_of_split
 from solq_lab.evaluation.results import read_results
 from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.masks import rasterize_in_box
@@ -194,7 +195,7 @@ def run_budget(run: Run, *, split: Literal["val", "train"] | Split = "val") -> B
     settings = experiment.evaluation
     if experiment.codec.kind == "none" and experiment.model.mask_branch == "none":
         raise DataError(f"{run.folder}: a plain detector has no masks, and so no oracle budget; choose another run")
-    truth = GroundTruth(validation_annotations(experiment), keep="all")
+    truth = GroundTruth(annotations_of(experiment, "val"), keep="all")
     return oracle_budget(
         truth,
         read_results(file_of_split(run.detections, split)),

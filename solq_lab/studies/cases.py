@@ -15,7 +15,8 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.data.images import read_image
-from solq_lab.evaluation.evaluator import evaluate_run, validation_annotations
+from solq_lab.data_folder import annotations_of
+from solq_lab.evaluation.evaluator import evaluate_run
 from solq_lab.evaluation.results import read_results
 from solq_lab.masks import segmentation_to_rle
 from solq_lab.runs import Run
@@ -79,7 +80,7 @@ def run_errors(run: Run) -> ErrorAnalysis:
         RunError, DataError: as `evaluate_run` and `analyse_errors`, a plain detector for example.
     """
     evaluate_run(run)
-    settings, truth = run.experiment.evaluation, GroundTruth(validation_annotations(run.experiment), keep="all")
+    settings, truth = run.experiment.evaluation, GroundTruth(annotations_of(run.experiment, "val"), keep="all")
     return analyse_errors(
         truth,
         read_results(run.detections),

@@ -22,8 +22,9 @@ from solq_lab.codecs.base import MaskCodec, describe_codec
 from solq_lab.codecs.reconstruct import device_of, paste_and_compare, reconstruct
 from solq_lab.data.folders import Split
 from solq_lab.data.ground_truth import GroundTruth
+from solq_lab.data_folder import annotations_of
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
-from solq_lab.evaluation.evaluator import file_of_split, inputs_of_scoring, stored_evaluation, validation_annotations
+from solq_lab.evaluation.evaluator import file_of_split, inputs_of_scoring, stored_evaluation
 from solq_lab.evaluation.sizes import select_by_size
 from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.files import write_json
@@ -146,7 +147,7 @@ def run_ceiling(run: Run, *, split: Literal["val", "train"] | Split = "val") -> 
     ceiling = stored_evaluation(ceiling_file, inputs)
     if ceiling is None:
         ceiling = codec_ceiling(
-            validation_annotations(experiment),
+            annotations_of(experiment, "val"),
             codec,
             area_sides=settings.area_sides,
             boundary_ratio=settings.boundary_ratio,

@@ -15,7 +15,7 @@ from solq_lab.build import build_images
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
 from solq_lab.data.coco import CocoDataset
-from solq_lab.evaluation.evaluator import validation_annotations
+from solq_lab.data_folder import annotations_of
 from solq_lab.files import hash_file
 from solq_lab.inference.predictor import Predictor
 from solq_lab.runs import Run, RunError
@@ -118,7 +118,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
     first = runs[0]
     for other in runs[1:]:
         here, there = first.experiment.data, other.experiment.data
-        files = [validation_annotations(run.experiment) for run in (first, other)]
+        files = [annotations_of(run.experiment, "val") for run in (first, other)]
         differing = []
         if files[0] != files[1] and hash_file(files[0]) != hash_file(files[1]):
             differing.append(f"validation annotations ({files[0]} and {files[1]})")
