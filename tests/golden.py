@@ -136,7 +136,7 @@ class Fixture:
         from solq_lab.models.weights import translate_official_state
 
         model = build_untrained(self.args, self.num_classes)
-        model.load_state_dict(translate_official_state(self.official_state()))
+        model.load_state_dict(translate_official_state(self.official_state())[0])
         return model.to(dtype).eval()
 
 

@@ -37,6 +37,16 @@ def random_batch(dtype: torch.dtype = torch.float64, side: int = SIDE) -> ImageB
     return ImageBatch(pixels.masked_fill(padding.unsqueeze(1), 0.0), padding)
 
 
+def draw_images(*sizes: tuple[int, int]) -> ImageBatch:
+    """Normalised noise of these (height, width), padded to the largest."""
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    padding = torch.ones(len(sizes), height, width, dtype=torch.bool)
+    for row, (real_height, real_width) in enumerate(sizes):
+        padding[row, :real_height, :real_width] = False
+    pixels = torch.randn(len(sizes), 3, height, width, generator=torch.Generator().manual_seed(0))
+    return ImageBatch(pixels.masked_fill(padding.unsqueeze(1), 0.0), padding)
+
+
 def some_loss(predictions: Predictions) -> Tensor:
     """A scalar that depends on every output."""
     layers = [*predictions.layers, *([predictions.proposals] if predictions.proposals else [])]

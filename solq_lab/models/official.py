@@ -241,20 +241,19 @@ def _detector_names(layout: Layout) -> Iterator[tuple[str, str | None]]:
     # Our head module behind each number of the released lists `class_embed` and `bbox_embed`.
     heads = [f"heads.{layer if layout.refine_boxes else 0}" for layer in range(layout.decoder_layers)]
     heads += ["proposal_head"] if layout.two_stage else []
-    classes = [pair for number, head in enumerate(heads) for pair in _classify(number, head)]
-    boxes = [
-        pair for number, head in enumerate(heads) for pair in _pairs(f"bbox_embed.{number}.", f"{head}.box.", _MLP)
-    ]
+    classes: list[tuple[str, str]] = []
+    boxes: list[tuple[str, str]] = []
+    for number, head in enumerate(heads):
+        classes += _pairs(f"class_embed.{number}.", f"{head}.classify.", WEIGHT_BIAS)
+        boxes += _pairs(f"bbox_embed.{number}.", f"{head}.box.", _MLP)
 
     # The decoder's copies of the heads, then the heads themselves.
     if layout.refine_boxes:
         yield from ((f"transformer.decoder.{name}", own) for name, own in boxes)
     if layout.two_stage:
         yield from ((f"transformer.decoder.{name}", own) for name, own in classes)
-        yield from _pairs("transformer.enc_output.", "proposal_projection.", WEIGHT_BIAS)
-        yield from _pairs("transformer.enc_output_norm.", "proposal_norm.", WEIGHT_BIAS)
-        yield from _pairs("transformer.pos_trans.", "query_projection.", WEIGHT_BIAS)
-        yield from _pairs("transformer.pos_trans_norm.", "query_norm.", WEIGHT_BIAS)
+        for official, own in _TWO_STAGE.items():
+            yield from _pairs(f"transformer.{official}.", f"{own}.", WEIGHT_BIAS)
     else:
         yield from _pairs("transformer.reference_points.", "reference_points.", WEIGHT_BIAS)
     yield from classes
@@ -275,20 +274,14 @@ def _detector_names(layout: Layout) -> Iterator[tuple[str, str | None]]:
 
 
 def _mask_branch_names() -> Iterator[tuple[str, str]]:
-    for official, own in (("q_linear", "query"), ("k_linear", "key")):
-        yield from _pairs(f"bbox_attention.{official}.", f"mask_branch.attention.{own}.", WEIGHT_BIAS)
+    names = {"bbox_attention.q_linear": "attention.query", "bbox_attention.k_linear": "attention.key"}
     for block in range(5):
-        yield from _pairs(f"mask_head.lay{block + 1}.", f"mask_branch.blocks.{block}.0.", WEIGHT_BIAS)
-        yield from _pairs(f"mask_head.gn{block + 1}.", f"mask_branch.blocks.{block}.1.", WEIGHT_BIAS)
-    yield from _pairs("mask_head.out_lay.", "mask_branch.answer.", WEIGHT_BIAS)
-    for number in range(3):
-        yield from _pairs(f"mask_head.adapter{number + 1}.", f"mask_branch.adapters.{number}.", WEIGHT_BIAS)
-    for number in range(3):
-        yield from _pairs(f"seg_input_proj.{number}.", f"mask_branch.pyramid.{number}.", WEIGHT_BIAS)
-
-
-def _classify(number: int, head: str) -> Iterator[tuple[str, str]]:
-    return _pairs(f"class_embed.{number}.", f"{head}.classify.", WEIGHT_BIAS)
+        names |= {f"mask_head.lay{block + 1}": f"blocks.{block}.0", f"mask_head.gn{block + 1}": f"blocks.{block}.1"}
+    names["mask_head.out_lay"] = "answer"
+    names |= {f"mask_head.adapter{number + 1}": f"adapters.{number}" for number in range(3)}
+    names |= {f"seg_input_proj.{number}": f"pyramid.{number}" for number in range(3)}
+    for official, own in names.items():
+        yield from _pairs(f"{official}.", f"mask_branch.{own}.", WEIGHT_BIAS)
 
 
 def _pairs(official: str, own: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -299,6 +292,12 @@ def _linears(*modules: str) -> list[str]:
     return [f"{module}.{part}" for module in modules for part in WEIGHT_BIAS]
 
 
+_TWO_STAGE = {
+    "enc_output": "proposal_projection",
+    "enc_output_norm": "proposal_norm",
+    "pos_trans": "query_projection",
+    "pos_trans_norm": "query_norm",
+}
 _MLP = _linears("layers.0", "layers.1", "layers.2")
 _DEFORMABLE = _linears("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 _ENCODER_LAYER = [

@@ -36,8 +36,11 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
         return
     for name, child in list(model.named_children()):
         use_onednn(child, training=training)  # children first: what replaces a block takes them over
-        if type(child) is nn.Linear and _replaceable(child.weight, training):
-            setattr(model, name, OneDNNLinear(child, packed=not training))
+        if type(child) is nn.Linear:
+            weight = child.weight
+            plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+            if plain and (training or not weight.requires_grad):
+                setattr(model, name, OneDNNLinear(child, packed=not training))
         elif type(child) is FeedForward and isinstance(child.linear1, OneDNNLinear):
             setattr(model, name, OneDNNFeedForward(child))
         elif (
@@ -46,10 +49,6 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
             and isinstance(child.value_proj, OneDNNLinear)
         ):
             setattr(model, name, SampleFirstAttention(child))
-
-
-def _replaceable(weight: Tensor, training: bool) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and (training or not weight.requires_grad)
 
 
 class OneDNNLinear(nn.Linear):
@@ -78,10 +77,6 @@ class OneDNNLinear(nn.Linear):
     def multiply(self, features: Tensor, activation: str = "none") -> Tensor:
         """The product with the packed weights, with an activation ("none" or "relu") on its result."""
         return _multiply(features, self._packed_weight, self.bias, activation)
-
-    def multiply_and_add(self, features: Tensor, others: Tensor) -> Tensor:
-        """The product with the packed weights plus `others`, which have its shape."""
-        return torch.ops.mkldnn._linear_pointwise.binary(features, others, self._packed_weight, self.bias, "add")
 
     def _pack(self) -> None:
         self._packed_weight: Any = torch.ops.mkldnn._reorder_linear_weight(self.weight) if self.packed else None
@@ -127,7 +122,8 @@ class OneDNNFeedForward(FeedForward):
         rows = tokens.flatten(0, -2).split(TOKENS_PER_CHUNK)  # (..., C) -> chunks (n, C)
         for some, place in zip(rows, result.flatten(0, -2).split(TOKENS_PER_CHUNK), strict=True):
             hidden = self.linear1.multiply(some, "relu")
-            place.copy_(self.norm(self.linear2.multiply_and_add(hidden, some)))
+            last = self.linear2._packed_weight, self.linear2.bias
+            place.copy_(self.norm(torch.ops.mkldnn._linear_pointwise.binary(hidden, some, *last, "add")))
         return result
 
 

@@ -202,13 +202,21 @@ def read_official(path: Path) -> OfficialFile:
     return OfficialFile(released_names(tensors), known)
 
 
-def translate_official_state(state: Mapping[str, Tensor], *, source: str = "state dict") -> dict[str, Tensor]:
-    """A state dict in our naming from one in released naming; shared tensors stay shared.
+def translate_official_state(
+    state: Mapping[str, Tensor], *, source: str = "state dict"
+) -> tuple[dict[str, Tensor], ImportReport]:
+    """A state dict in our naming from one in released naming, and the use of its tensors; shared ones stay shared.
 
     Raises:
         WeightMismatch: not a detector of this family, a tensor is missing, or two names of one tensor disagree.
     """
-    return _translate_whole(released_names(state), source)[0]
+    own, report = _translate(released_names(state), source)
+    if report.missing:
+        raise WeightMismatch(
+            f"{source}: {len(report.missing)} tensors are missing, the first is {report.missing[0]}; is the file "
+            "whole? To start a training from part of it, name it as model.pretrained"
+        )
+    return own, report
 
 
 def to_official_state(
@@ -252,7 +260,7 @@ def import_official(
         WeightMismatch: the file cannot be used (`read_official`, `translate_official_state`).
     """
     official = read_official(source)
-    own, report = _translate_whole(official.state, str(source))
+    own, report = translate_official_state(official.state, source=str(source))
     architecture = infer_architecture(official.state, official.args, source=str(source))
     experiment, classes = describe(architecture)
     save_weights(destination, own, experiment=experiment, classes=classes)
@@ -331,16 +339,6 @@ def read_backbone_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Te
                 "backbone as model.pretrained"
             )
     return {name: state.get(name, tensor) for name, tensor in own.items()}
-
-
-def _translate_whole(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], ImportReport]:
-    own, report = _translate(state, source)
-    if report.missing:
-        raise WeightMismatch(
-            f"{source}: {len(report.missing)} tensors are missing, the first is {report.missing[0]}; is the file "
-            "whole? To start a training from part of it, name it as model.pretrained"
-        )
-    return own, report
 
 
 def _translate(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], ImportReport]:

@@ -172,11 +172,6 @@ def test_attention_is_heard_as_before():
         assert all(torch.equal(one, other) for one, other in zip(plain, recomputed, strict=True))
 
 
-def test_names_of_weights_stay():
-    plain, recomputing = twins("SQR")
-    assert recomputing.state_dict().keys() == plain.state_dict().keys()
-
-
 def test_scoring_a_few_classes_at_a_time_gives_the_same_numbers(monkeypatch):
     document = coco_document(0, num_images=6)
     results = draw_results(document)

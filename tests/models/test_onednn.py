@@ -64,14 +64,6 @@ def test_a_packed_linear_layer_equals_the_plain_one(shape: tuple[int, ...], bias
     torch.testing.assert_close(packed(plain)(features), plain(features), atol=1e-5, rtol=1e-5)
 
 
-def test_bfloat16_inside_autocast_takes_the_plain_way():
-    plain, features = nn.Linear(24, 40), torch.randn(3, 24)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = packed(plain)(features)
-        assert found.dtype == torch.bfloat16
-        assert torch.equal(found, plain(features))
-
-
 def test_a_copy_of_a_packed_layer_has_its_own_weights():
     layer, features = packed(nn.Linear(24, 40)), torch.randn(3, 24)
     twin = copy.deepcopy(layer)
@@ -91,12 +83,16 @@ def test_a_packed_feed_forward_block_equals_the_plain_one(activation: str, shape
     assert torch.equal(tokens, before)
 
 
-def test_a_packed_feed_forward_block_takes_the_plain_way_under_autocast():
-    layers, tokens = frozen(nn.Sequential(FeedForward(24, 48, 0.0, "relu"))), torch.randn(2, 5, 24)
+@pytest.mark.parametrize("block", [nn.Linear(24, 24), FeedForward(24, 48, 0.0, "relu")], ids=["linear", "block"])
+def test_packed_layers_take_the_plain_way_under_autocast(block: nn.Module):
+    layers, tokens = frozen(nn.Sequential(block)), torch.randn(2, 5, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = layers(tokens)
         use_onednn(layers, training=False)
-        assert torch.equal(layers(tokens), expected)
+        found = layers(tokens)
+    assert type(layers[0]) in (OneDNNLinear, OneDNNFeedForward)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
 
 
 def test_layers_that_learn_are_not_packed_and_other_number_types_are_left_alone():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
+from small_network import draw_images
 from tiny import SIDE, tiny_experiment
 from torchvision.ops import sigmoid_focal_loss
 from training_runs import assert_shares_learn_as_the_whole
@@ -30,7 +31,7 @@ from solq_lab.models.heads import VectorMLP
 from solq_lab.models.sqr import AttentionMaps, MaskBranch, SQRDetector
 from solq_lab.models.weights import WeightMismatch, export_official, import_official, read_weights
 from solq_lab.runs import create_run
-from solq_lab.structures import ImageBatch, ImageMasks, LayerPrediction, Predictions, Target
+from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.trainer import train_run
@@ -56,16 +57,6 @@ def sqr_experiment(data_root, **sections):
 
 def frozen_experiment(data_root, weights, **train):
     return sqr_experiment(data_root, model={"pretrained": str(weights)}, train={"freeze_detector": True, **train})
-
-
-def draw_images(*sizes: tuple[int, int]) -> ImageBatch:
-    """Normalised noise of these (height, width), padded to the largest."""
-    height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    padding = torch.ones(len(sizes), height, width, dtype=torch.bool)
-    for row, (real_height, real_width) in enumerate(sizes):
-        padding[row, :real_height, :real_width] = False
-    pixels = torch.randn(len(sizes), 3, height, width, generator=torch.Generator().manual_seed(0))
-    return ImageBatch(pixels.masked_fill(padding.unsqueeze(1), 0.0), padding)
 
 
 def some_tokens(count: int, padded: int = 0, width: int = 32, batch: int = 2) -> Memory:
