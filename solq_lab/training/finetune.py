@@ -59,17 +59,6 @@ class TrainedModel(NamedTuple):
     codec: MaskCodec | None
 
 
-class SharedCoefficients(NamedTuple):
-    """What the vectors of two mask codecs have in common.
-
-    number: so many first coefficients mean the same.
-    factor: a coefficient of the new codec over that of the old one, for the same mask.
-    """
-
-    number: int
-    factor: float = 1.0
-
-
 def open_trained(experiment: Experiment) -> TrainedModel:
     """The model in `train.finetune_from`, after comparing its settings with those of the experiment's model.
 
@@ -99,31 +88,49 @@ def open_trained(experiment: Experiment) -> TrainedModel:
     return TrainedModel(path, weights, classes, build_codec(trained, tables=weights.codec))
 
 
+@torch.no_grad()
 def start_from_trained(model: SOLQ, codec: MaskCodec | None, names: Sequence[str], trained: TrainedModel) -> list[str]:
-    """Copy what fits of a trained model into a fresh one, and log line by line what that is.
+    """Copy what fits of a trained model's weights into a fresh one; what has no counterpart stays as it is.
 
-    Nothing of the earlier training's optimiser, schedule or averages is taken over.
+    Rows of the class head are matched by name. Queries beyond the model's are dropped; missing ones repeat trained
+    queries with a little noise, so that the matching separates them. Coefficients that both codecs share keep their
+    predictions, also where one model standardises its vectors and the other does not. Nothing of the earlier training's
+    optimiser, schedule or averages is taken over.
 
     Args:
-        model: changed in place; with its vector statistics where it standardises.
+        model: changed in place; a model that standardises its vectors has its statistics already.
         codec: its mask codec, None without mask vectors.
-        names: of its class channels.
+        names: of its class channels, empty for unused ones.
         trained: the model to start from.
 
     Returns:
-        The lines.
+        What was done, line by line; it is logged as well.
 
     Raises:
-        WeightMismatch: the tensors are not those that the file's settings promise.
+        WeightMismatch: a tensor is missing, unknown, or of another shape for any other reason than the above.
     """
-    lines = adapt_weights(
-        model,
-        trained.weights.state,
-        classes=trained.classes.names,
-        own_classes=names,
-        shared=shared_coefficients(trained.codec, codec),
-        source=str(trained.path),
-    )
+    own, state = model.state_dict(), trained.weights.state
+    lines = []
+    for title, pattern in BRANCHES.items():
+        here, there = (any(map(pattern.match, keys)) for keys in (own, state))
+        if here and not there:
+            lines.append(f"fresh    {title}: the file has none")
+        if there and not here:
+            lines.append(f"dropped  {title}: this model has none")
+
+    rest = {name: tensor for name, tensor in own.items() if not _is_adapted(name) and not _in_absent(name, state)}
+    _check_tensors(rest, state, own, str(trained.path))
+    for name, tensor in rest.items():
+        tensor.copy_(state[name])
+    lines.insert(0, f"copied   {len(rest)} tensors, all but what follows")
+
+    lines.append(_adapt_classes(own, state, trained.classes.names, names))
+    if QUERIES in own:
+        lines.append(_adapt_queries(own[QUERIES], state[QUERIES]))
+    vector_head = model.heads[0].vector
+    if isinstance(vector_head, VectorMLP) and not _in_absent("heads.0.vector.", state):
+        lines.append(_adapt_vectors(vector_head, state, *shared_coefficients(trained.codec, codec)))
+
     log.info("%s: starting from its weights", trained.path)
     for line in lines:
         log.info("  %s", line)
@@ -131,15 +138,19 @@ def start_from_trained(model: SOLQ, codec: MaskCodec | None, names: Sequence[str
     return lines
 
 
-def shared_coefficients(old: MaskCodec | None, new: MaskCodec | None) -> SharedCoefficients:
+def shared_coefficients(old: MaskCodec | None, new: MaskCodec | None) -> tuple[int, float]:
     """How many first coefficients of two codecs mean the same, and how their sizes compare.
 
     Two DCT codecs share the common beginning of their zig-zag scans. An orthonormal transform of an N x N mask sums N*N
     pixels, each weighted by about 1/N, so that the same outline has coefficients proportional to N. Other codecs share
     all or nothing: their tables have to be the same.
+
+    Returns:
+        So many first coefficients mean the same; and a coefficient of the new codec over that of the old one, for the
+        same mask.
     """
     if old is None or new is None or type(old) is not type(new):
-        return SharedCoefficients(0)
+        return 0, 1.0
     if isinstance(old, DCTCodec):
         frequencies = []
         for codec in (old, new):
@@ -147,66 +158,13 @@ def shared_coefficients(old: MaskCodec | None, new: MaskCodec | None) -> SharedC
             frequencies.append(torch.stack([kept // codec.mask_size, kept % codec.mask_size], dim=1))  # row, column
         length = min(map(len, frequencies))
         same = (frequencies[0][:length] == frequencies[1][:length]).all(dim=1)
-        return SharedCoefficients(int(same.cumprod(0).sum()), new.mask_size / old.mask_size)
+        return int(same.cumprod(0).sum()), new.mask_size / old.mask_size
 
     sizes = [(codec.mask_size, codec.vector_dim) for codec in (old, new)]
     tables, own = old.state_dict(), new.state_dict()
     equal = sizes[0] == sizes[1] and tables.keys() == own.keys()
     equal = equal and all(torch.equal(tables[name], own[name].cpu()) for name in tables)
-    return SharedCoefficients(new.vector_dim if equal else 0)
-
-
-@torch.no_grad()
-def adapt_weights(
-    model: SOLQ,
-    state: Mapping[str, Tensor],
-    *,
-    classes: Sequence[str],
-    own_classes: Sequence[str],
-    shared: SharedCoefficients,
-    source: str,
-) -> list[str]:
-    """Copy what fits of a trained model's weights into a fresh one; what has no counterpart stays as it is.
-
-    Rows of the class head are matched by name. Queries beyond the model's are dropped; missing ones repeat trained
-    queries with a little noise, so that the matching separates them. Coefficients that both codecs share keep their
-    predictions, also where one model standardises its vectors and the other does not.
-
-    Args:
-        model: changed in place; a model that standardises its vectors has its statistics already.
-        state: the trained model's state dict in our naming.
-        classes, own_classes: names of both models' class channels, empty for unused ones.
-        shared: what the mask codecs have in common.
-        source: what messages call the state.
-
-    Returns:
-        What was done, line by line.
-
-    Raises:
-        WeightMismatch: a tensor is missing, unknown, or of another shape for any other reason than the above.
-    """
-    own = model.state_dict()
-    lines = []
-    for title, pattern in BRANCHES.items():
-        here, there = (any(map(pattern.match, names)) for names in (own, state))
-        if here and not there:
-            lines.append(f"fresh    {title}: the file has none")
-        if there and not here:
-            lines.append(f"dropped  {title}: this model has none")
-
-    rest = {name: tensor for name, tensor in own.items() if not _is_adapted(name) and not _in_absent(name, state)}
-    _check_tensors(rest, state, own, source)
-    for name, tensor in rest.items():
-        tensor.copy_(state[name])
-    lines.insert(0, f"copied   {len(rest)} tensors, all but what follows")
-
-    lines.append(_adapt_classes(own, state, classes, own_classes))
-    if QUERIES in own:
-        lines.append(_adapt_queries(own[QUERIES], state[QUERIES]))
-    vector_head = model.heads[0].vector
-    if isinstance(vector_head, VectorMLP) and not _in_absent("heads.0.vector.", state):
-        lines.append(_adapt_vectors(vector_head, state, shared))
-    return lines
+    return new.vector_dim if equal else 0, 1.0
 
 
 def _is_adapted(name: str) -> bool:
@@ -290,8 +248,8 @@ def _adapt_queries(own: Tensor, trained: Tensor) -> str:
     return f"queries  {there} copied, {here - there} grown: trained ones again, with noise"
 
 
-def _adapt_vectors(head: VectorMLP, state: Mapping[str, Tensor], shared: SharedCoefficients) -> str:
-    """Copy the last layer's rows of the shared coefficients, converted to the units of this head."""
+def _adapt_vectors(head: VectorMLP, state: Mapping[str, Tensor], number: int, factor: float) -> str:
+    """Copy the last layer's rows of the first coefficients, times a factor, converted to the units of this head."""
     last, prefix = head.layers[2], "heads.0.vector."
     assert isinstance(last, nn.Linear)
     weight, bias = (state[f"{prefix}layers.2.{name}"].to(last.bias) for name in ("weight", "bias"))
@@ -300,19 +258,19 @@ def _adapt_vectors(head: VectorMLP, state: Mapping[str, Tensor], shared: SharedC
     std = state.get(f"{prefix}vector_spread", torch.ones(length)).to(last.bias)
 
     # To plain coefficients of the new mask size, and from there to standardised ones.
-    rows = slice(shared.number)
-    weight = shared.factor * (weight * std.unsqueeze(1))[rows]
-    bias = shared.factor * (bias * std + center)[rows]
+    rows = slice(number)
+    weight = factor * (weight * std.unsqueeze(1))[rows]
+    bias = factor * (bias * std + center)[rows]
     if head.standardise:
         own_center, own_std = head.get_buffer("vector_center")[rows], head.get_buffer("vector_spread")[rows]
         weight, bias = weight / own_std.unsqueeze(1), (bias - own_center) / own_std
     last.weight[rows], last.bias[rows] = weight, bias
 
-    scaled = shared.factor != 1 and shared.number
-    fresh, dropped = len(last.bias) - shared.number, length - shared.number
+    scaled = factor != 1 and number
+    fresh, dropped = len(last.bias) - number, length - number
     return (
-        f"vectors  {shared.number} coefficients copied"
-        + (f", times {shared.factor:g} for the other mask size" if scaled else "")
+        f"vectors  {number} coefficients copied"
+        + (f", times {factor:g} for the other mask size" if scaled else "")
         + (f", {fresh} fresh" if fresh else "")
         + (f", {dropped} dropped" if dropped else "")
     )

@@ -20,13 +20,7 @@ from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
 from solq_lab.runs import RunError, create_run
 from solq_lab.structures import ImageBatch, LayerPrediction
 from solq_lab.training import trainer
-from solq_lab.training.finetune import (
-    SharedCoefficients,
-    adapt_weights,
-    open_trained,
-    shared_coefficients,
-    start_from_trained,
-)
+from solq_lab.training.finetune import open_trained, shared_coefficients, start_from_trained
 from solq_lab.training.optim import build_optimizer
 from solq_lab.training.trainer import train_run
 
@@ -127,16 +121,15 @@ def test_another_mask_size_scales_the_coefficients_and_another_kind_shares_none(
     """Independent check: one blob, drawn at both mask sizes."""
     small, large = DCTCodec(32, 40), DCTCodec(64, 50)
     shared = shared_coefficients(small, large)
-    assert shared == SharedCoefficients(40, 2.0)
+    assert shared == (40, 2.0)
     row, column = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
     blob = ((row - 30) ** 2 + (column - 34) ** 2 < 400).float()
     coarse = torch.nn.functional.avg_pool2d(blob[None], 2)
     torch.testing.assert_close(large.encode(blob[None])[:, :40], 2 * small.encode(coarse), atol=0.4, rtol=0.02)
-    assert shared_coefficients(small, FlattenCodec(8, 16)) == shared_coefficients(None, small) == SharedCoefficients(0)
-    assert shared_coefficients(FlattenCodec(8, 16), FlattenCodec(8, 16)).number == 16
-    assert (
-        shared_coefficients(DCTCodec(4, 16), DCTCodec(16, 16)).number == 10
-    )  # then the small grid's corner ends the scan
+    assert shared_coefficients(small, FlattenCodec(8, 16)) == shared_coefficients(None, small) == (0, 1.0)
+    assert shared_coefficients(FlattenCodec(8, 16), FlattenCodec(8, 16)) == (16, 1.0)
+    number, _ = shared_coefficients(DCTCodec(4, 16), DCTCodec(16, 16))
+    assert number == 10  # then the small grid's corner ends the scan
 
     path, trained = write_trained(tmp_path)
     model, lines = start(path, codec={"kind": "flatten", "vector_dim": 16})
@@ -202,14 +195,13 @@ def test_another_network_is_rejected_by_its_settings(tmp_path):
 
 
 def test_missing_and_unknown_tensors_are_named_with_the_nearest(tmp_path):
-    _, trained = write_trained(tmp_path)
-    state = trained.state_dict()
-    state["decoder.0.self_norm.wieght"] = state.pop("decoder.0.self_norm.weight")
-    about = {"classes": ANIMALS, "own_classes": ANIMALS, "shared": SharedCoefficients(20), "source": "mine"}
-    wrong = r"mine: no tensor decoder\.0\.self_norm\.weight \(nearest: decoder\.0\.self_norm\.wieght\); unknown tensor"
+    path, trained = write_trained(tmp_path)
+    opened = open_trained(tiny_experiment(tmp_path, train={"finetune_from": str(path)}))
+    opened.weights.state["decoder.0.self_norm.wieght"] = opened.weights.state.pop("decoder.0.self_norm.weight")
+    wrong = r"no tensor decoder\.0\.self_norm\.weight \(nearest: decoder\.0\.self_norm\.wieght\); unknown tensor"
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     with pytest.raises(WeightMismatch, match=wrong):
-        adapt_weights(trained, state, **about)
+        start_from_trained(trained, None, ANIMALS, opened)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
 
 
