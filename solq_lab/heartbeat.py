@@ -123,7 +123,8 @@ class HeartbeatMonitor(threading.Thread):
             return error
         self._diagnosed = True
 
-        if not _is_failed_collective(error):
+        gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()  # its errors have no class of their own
+        if not gloo and not isinstance(error, dist.DistError):
             with contextlib.suppress(RuntimeError):  # without the store, others see failed collective operations
                 ended = "failed" if isinstance(error, Exception) else "was stopped"
                 self._publish(self._rank, f"{ended}: {type(error).__name__}: {error}")
@@ -148,8 +149,13 @@ class HeartbeatMonitor(threading.Thread):
         while not self._finished.wait(INTERVAL):
             if not self._disconnected:
                 self._check()
-            if time.monotonic() > self._deadline:
-                self._abort()
+            if time.monotonic() > self._deadline:  # the main thread is blocked
+                message = self.failure.message if self.failure else self._disconnected
+                if self.is_reporting_rank() and not self._diagnosed:
+                    self._on_fatal(f"{ProcessLost.__name__}: {message}")
+                log.error("rank %d: aborted: %s", self._rank, message)
+                logging.shutdown()
+                os._exit(1)
 
     def _check(self) -> None:
         if os.getppid() != self._launcher:
@@ -226,20 +232,6 @@ class HeartbeatMonitor(threading.Thread):
         self._deadline = time.monotonic() + SECONDS_TO_SAVE
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _abort(self) -> None:
-        """End this process although its main thread is blocked."""
-        message = self.failure.message if self.failure else self._disconnected
-        if self.is_reporting_rank() and not self._diagnosed:
-            self._on_fatal(f"{ProcessLost.__name__}: {message}")
-        log.error("rank %d: aborted: %s", self._rank, message)
-        logging.shutdown()
-        os._exit(1)
-
 
 def _key(rank: int) -> str:
     return f"{_PREFIX}/{rank}"
-
-
-def _is_failed_collective(error: BaseException) -> bool:
-    """Whether an error came out of a collective operation; gloo's are plain runtime errors."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

@@ -71,20 +71,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, cl
                 torch.save({"step": checkpoint.step, **checkpoint.state}, state)
                 write_json(partial / FINGERPRINTS, {name: hash_file(partial / name) for name in FILES})
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise SaveError(_explain_failed_save(final, error)) from error
+            free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / MEGABYTE
+            room = f"{free:.1f} MB are free"
+            for earlier in list_checkpoints(folder)[-1:]:
+                size = sum(path.stat().st_size for path in earlier.iterdir()) / MEGABYTE
+                room += f"; {earlier.name} stands, it takes {size:.1f} MB"
+            raise SaveError(
+                f"{final} could not be written ({' '.join(str(error).split())}); {room}. Make room; re-running resumes "
+                "from the last checkpoint"
+            ) from error
 
     for old in list_checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
-
-
-def _explain_failed_save(final: Path, error: Exception) -> str:
-    free = shutil.disk_usage(final.parent if final.parent.exists() else final.parent.parent).free / MEGABYTE
-    room = f"{free:.1f} MB are free"
-    for earlier in list_checkpoints(final.parent)[-1:]:
-        size = sum(path.stat().st_size for path in earlier.iterdir()) / MEGABYTE
-        room += f"; {earlier.name} stands, it takes {size:.1f} MB"
-    reason = " ".join(str(error).split())
-    return f"{final} could not be written ({reason}); {room}. Make room; re-running resumes from the last checkpoint"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -83,7 +83,10 @@ class MetricLogger:
         if self._steps_here == WARM_STEPS:
             self._warm = self.seconds
         if self._steps_here == TIMED_STEPS:
-            self._log_duration(step)
+            per_step, left = (self.seconds - self._warm) / (TIMED_STEPS - WARM_STEPS), self._total_steps - step
+            if distributed.is_main():
+                speed, duration = self._train.batch_size / per_step, describe_duration(per_step * left)
+                log.info("%.1f images/s; the remaining %d steps will take %s", speed, left, duration)
         if step % self._train.log_every == 0 or step == self._total_steps:
             self._write_train_line(step, {group["name"]: group["lr"] for group in groups})
 
@@ -144,13 +147,6 @@ class MetricLogger:
             last_layer = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items() if "/" not in name)
             progress = f"step {step} of {self._total_steps}, epoch {line['epoch']:.2f}"
             log.info("%s: loss %.3f (%s), %.1f images/s", progress, line["total"], last_layer, speed)
-
-    def _log_duration(self, step: int) -> None:
-        per_step = (self.seconds - self._warm) / (TIMED_STEPS - WARM_STEPS)
-        left = describe_duration(per_step * (self._total_steps - step))
-        if distributed.is_main():
-            speed = self._train.batch_size / per_step
-            log.info("%.1f images/s; the remaining %d steps will take %s", speed, self._total_steps - step, left)
 
     def epoch(self, step: int) -> float:
         """Passes through the training images after so many steps."""

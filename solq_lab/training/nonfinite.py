@@ -12,7 +12,6 @@ In JSON, numbers that are not finite are the texts "nan", "inf" and "-inf".
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import pickle
@@ -30,7 +29,7 @@ from solq_lab import distributed
 from solq_lab.data.coco import CocoDataset
 from solq_lab.environment import describe_software
 from solq_lab.errors import ExplainedError
-from solq_lab.files import hash_file, read_json, replacing_folder
+from solq_lab.files import hash_file, read_json, replacing_folder, write_json
 from solq_lab.models.weights import WeightFile, WeightMismatch, read_weights, save_weights
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.runs import Run, RunError
@@ -93,16 +92,16 @@ class NonFiniteRecorder:
 
         Returns:
             Its line for the metrics, and the error to raise where as many steps before it as `train.skip_nonfinite`
-            allows were not finite either.
+            allows were not finite either; both are the same in every process.
         """
         self.in_a_row += 1
-        allowed = self._run.experiment.train.skip_nonfinite
-        facts, problem = self._write(result, number, epoch)
-        images = [image["id"] for share in facts["shares"] for p in share["passes"] for image in p["images"]]
         name = f"flight/step_{number:07d}"
+        facts = {"step": number, "epoch": epoch, "in_a_row": self.in_a_row} | self._describe(result)
+        problem = self._save(self._run.folder / name, facts, result)
+        images = [image["id"] for share in facts["shares"] for done in share["passes"] for image in done["images"]]
         line = {"reason": facts["reason"], "image_ids": images, "record": None if problem else name}
 
-        place = self._run.folder / name
+        place, allowed = self._run.folder / name, self._run.experiment.train.skip_nonfinite
         where = f"no record could be written ({problem})" if problem else f"record: {place}"
         message = f"step {number}: {facts['reason']}. Image ids of this step: {images}; {where}"
         if self.in_a_row <= allowed:
@@ -116,28 +115,30 @@ class NonFiniteRecorder:
             "resuming from the last checkpoint, or train anew with a lower optim.lr or train.autocast=none"
         )
 
-    def _write(self, result: StepResult, number: int, epoch: float) -> tuple[dict[str, Any], str | None]:
-        """The facts about the step, and why they could not be written, if so; the same in every process."""
-        model, device = self._model, self._device.type
-        name_of = self._dataset.file_name
+    def _describe(self, result: StepResult) -> dict[str, Any]:
+        """What was not finite in which process, and what a repetition has to set up alike."""
         passes = [
             {
                 "images": [
-                    {"id": target.image_id, "file_name": name_of(target.image_id), "objects": len(target.labels)}
+                    {"id": key, "file_name": self._dataset.file_name(key), "objects": len(target.labels)}
                     for target in done.targets
+                    for key in [target.image_id]
                 ],
                 **describe_losses(done),
             }
             for done in result.micro_batches
         ]
         shares = distributed.gather_objects({"rank": distributed.rank(), "passes": passes})
-        gradients = describe_gradients(model, result.norm)
-        bad = nonfinite_tensors([*model.named_parameters(), *model.named_buffers()])
-        facts = {
-            "step": number,
-            "epoch": epoch,
-            "reason": _explain(shares, gradients, bad),
-            "in_a_row": self.in_a_row,
+        gradients = describe_gradients(self._model, result.norm)
+        bad = nonfinite_tensors([*self._model.named_parameters(), *self._model.named_buffers()])
+
+        # One sentence: the first value that was not finite, in the order weights, costs, losses, gradients.
+        reason = first_bad_loss(shares)
+        if not reason and gradients["nonfinite"]:
+            reason = f"all losses are finite, the gradient of {_first_of(list(gradients['nonfinite']))} is not"
+        reason = reason or f"every gradient is finite, and their norm is {gradients['norm']}"
+        return {
+            "reason": (f"{_first_of(bad)} was not finite before the step already; " if bad else "") + reason,
             "learning_rates": {group["name"]: group["lr"] for group in self._optimizer.param_groups},
             "autocast": self._run.experiment.train.autocast,
             "scale": result.scale,
@@ -146,13 +147,15 @@ class NonFiniteRecorder:
             "gradients": gradients,
             "shares": shares,
             "environment": {  # what decides whether a step gives the same bits again
-                "device": device,
+                "device": self._device.type,
                 "threads": torch.get_num_threads(),
-                "operator": implementation_for(device),
+                "operator": implementation_for(self._device.type),
                 "versions": describe_software()["versions"],
             },
         }
 
+    def _save(self, folder: Path, facts: Mapping[str, Any], result: StepResult) -> str | None:
+        """Write a record and remove all but the last `KEPT`; why it could not be written, if so, in every process."""
         # On the CPU, in containers that load with `weights_only=True`; the main process writes all files or none.
         dumps = [
             {
@@ -162,35 +165,28 @@ class NonFiniteRecorder:
             for done in result.micro_batches
         ]
         ranks = distributed.gather_on_main({"passes": dumps, "generators": result.generators})
-        problem = None
-        if distributed.is_main():
-            try:
-                self._save(self._run.folder / "flight" / f"step_{number:07d}", facts, ranks)
-            except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors at a full disk
-                problem = " ".join(str(error).split())
-        return facts, distributed.gather_objects(problem)[0]
+        codec, problem = self._criterion.codec, None
+        try:
+            if distributed.is_main():
+                with replacing_folder(folder) as partial:
+                    save_weights(
+                        partial / "weights.safetensors",
+                        self._model.state_dict(),
+                        experiment=self._run.experiment.to_yaml(),
+                        classes=self._dataset.classes.to_json(),
+                        codec={} if codec is None else codec.state_dict(),
+                    )
+                    for rank, dump in enumerate(ranks):
+                        torch.save(dump, partial / f"rank_{rank}.pt")
+                    # Last, as it holds the hashes of the others.
+                    hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+                    write_json(partial / "record.json", {**facts, "files": hashes})
 
-    def _save(self, folder: Path, facts: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Write a record, and remove all but the last `KEPT`."""
-        codec = self._criterion.codec
-        with replacing_folder(folder) as partial:
-            save_weights(
-                partial / "weights.safetensors",
-                self._model.state_dict(),
-                experiment=self._run.experiment.to_yaml(),
-                classes=self._dataset.classes.to_json(),
-                codec={} if codec is None else codec.state_dict(),
-            )
-            for rank, dump in enumerate(ranks):
-                torch.save(dump, partial / f"rank_{rank}.pt")
-
-            # Last, as it holds the hashes of the others.
-            hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
-            text = json.dumps({**facts, "files": hashes}, indent=1) + "\n"
-            (partial / "record.json").write_text(text, encoding="utf-8")
-
-        for old in list_records(folder.parent)[:-KEPT]:
-            shutil.rmtree(old)
+                for old in list_records(folder.parent)[:-KEPT]:
+                    shutil.rmtree(old)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors at a full disk
+            problem = " ".join(str(error).split())
+        return distributed.gather_objects(problem)[0]
 
 
 def list_records(folder: Path) -> list[Path]:
@@ -278,16 +274,6 @@ def first_bad_loss(shares: Sequence[Mapping[str, Any]]) -> str:
             if done["fault"] or bad:
                 return where + (done["fault"] or f"the loss {_first_of(bad)}")
     return ""
-
-
-def _explain(shares: Sequence[Mapping[str, Any]], gradients: Mapping[str, Any], weights: Sequence[str]) -> str:
-    """One sentence: the first value that was not finite, in the order weights, costs, losses, gradients."""
-    before = f"{_first_of(weights)} was not finite before the step already; " if weights else ""
-    if in_losses := first_bad_loss(shares):
-        return before + in_losses
-    if gradients["nonfinite"]:
-        return f"{before}all losses are finite, the gradient of {_first_of(list(gradients['nonfinite']))} is not"
-    return f"{before}every gradient is finite, and their norm is {gradients['norm']}"
 
 
 def _first_of(names: Sequence[str]) -> str:

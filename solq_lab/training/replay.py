@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from solq_lab import distributed
 from solq_lab.build import build_codec, build_model
@@ -190,15 +191,15 @@ def _first_nonfinite(model: nn.Module, firsts: dict[str, str]) -> Iterator[None]
     """
 
     def check_gradient(place: str, gradient: Tensor) -> None:
-        if "backward" not in firsts and not _is_finite(gradient):
+        if "backward" not in firsts and _nonfinite(gradient)[1]:
             firsts["backward"] = f"gradient of the output of {place}, {count_nonfinite(gradient)} values"
 
     def check_output(place: str, module: nn.Module, inputs: tuple, outputs: Any) -> None:
-        for output in _tensors(outputs):
-            if "forward" not in firsts and not _is_finite(output):
-                finite = all(_is_finite(value) for value in _tensors(inputs))
-                source = "from finite inputs" if finite else "its inputs are not finite either"
-                firsts["forward"] = f"output of {place}, {count_nonfinite(output)} values, {source}"
+        tensors, bad = _nonfinite(outputs)
+        if bad and "forward" not in firsts:
+            source = "its inputs are not finite either" if _nonfinite(inputs)[1] else "from finite inputs"
+            firsts["forward"] = f"output of {place}, {count_nonfinite(bad[0])} values, {source}"
+        for output in tensors:
             if output.requires_grad:
                 output.register_hook(partial(check_gradient, place))
 
@@ -213,18 +214,11 @@ def _first_nonfinite(model: nn.Module, firsts: dict[str, str]) -> Iterator[None]
             handle.remove()
 
 
-def _is_finite(values: Tensor) -> bool:
-    return bool(values.detach().isfinite().all())  # detached: recomputed layers must find the graph as it was
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All floating tensors inside tuples, lists and a tensor itself."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
+def _nonfinite(value: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating tensors inside tuples, lists or a tensor itself, and those of them that are not finite."""
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    # Detached: recomputed layers must find the graph as it was.
+    return tensors, [tensor for tensor in tensors if not tensor.detach().isfinite().all()]
 
 
 def _bad_values(shares: list[dict[str, Any]], gradients: dict[str, Any]) -> dict[str, str]:

@@ -53,7 +53,7 @@ class TensorBoard:
         if self._writer is None:
             return
         try:
-            for tag, value in scalars(line):
+            for tag, value in scalars(line, line["kind"]):
                 self._writer.add_scalar(tag, value, line["step"])
             self._writer.flush()  # what is written up to a checkpoint is there after a kill, and is not repeated
         except Exception as error:
@@ -70,14 +70,10 @@ def open_tensorboard(run: Run, *, step: int) -> TensorBoard | None:
     return TensorBoard(run.folder / FOLDER, step=step) if run.experiment.train.tensorboard else None
 
 
-def scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def scalars(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     """Tag and value of every number in a line: `train/losses/vector`, `evaluation/metrics/segm.AP`, ..."""
-    yield from _numbers({key: value for key, value in line.items() if key not in AXIS}, line["kind"])
-
-
-def _numbers(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}/{key}")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from scalars(value, f"{prefix}/{key}")
+        elif key not in AXIS and isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}/{key}", float(value)

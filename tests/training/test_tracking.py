@@ -35,7 +35,7 @@ def drawn(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def recorded(run: Run) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, list[tuple[int, float]]] = {}
     for line in run.metrics():
-        for tag, value in scalars(line):
+        for tag, value in scalars(line, line["kind"]):
             found.setdefault(tag, []).append((line["step"], pytest.approx(value, rel=1e-6)))
     return found
 
@@ -101,7 +101,7 @@ def test_a_write_that_fails_later_is_said_once(tmp_path, caplog, monkeypatch):
 
 def test_only_numbers_become_scalars():
     line = {"kind": "skipped", "step": 3, "why": "nan", "ids": [1, 2], "fatal": True, "norms": {"all": 2}}
-    assert dict(scalars(line)) == {"skipped/norms/all": 2.0}
+    assert dict(scalars(line, "skipped")) == {"skipped/norms/all": 2.0}
 
 
 def test_the_environment_says_what_the_training_ran_on(data_root, tmp_path):
