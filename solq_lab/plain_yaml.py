@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import Any
 
@@ -55,6 +54,6 @@ def _count(node: yaml.Node, counted: dict[int, int]) -> int:
     if id(node) not in counted:
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         if isinstance(node, yaml.MappingNode):
-            children = itertools.chain.from_iterable(children)  # pairs of key and value
+            children = [side for pair in children for side in pair]  # key and value
         counted[id(node)] = 1 + sum(_count(child, counted) for child in children)
     return counted[id(node)]

@@ -132,7 +132,8 @@ class CocoDataset(Dataset):
         original_size = self.truth.size(index)
         steps = self._plan(epoch, index)
         height, width = size_after(steps, original_size)
-        image = self._image(index)  # first: masks of a size that the file does not have could take all memory
+        # Before the masks: those of a size that the file does not have could take all memory.
+        image = self._cached(index).image.clone() if self.cache else self._read_image(index)
 
         rows = self.truth.rows_of(index)
         boxes = apply_to_boxes(steps, self.truth.boxes[rows])
@@ -218,9 +219,6 @@ class CocoDataset(Dataset):
             return torch.zeros(0, *size_after(steps, size), dtype=torch.bool)
         rles = [self.truth.rle(row) for row in (self.truth.starts[index] + kept).tolist()]
         return apply_to_bitmaps(steps, masks.decode_rle(rles))
-
-    def _image(self, index: int) -> Tensor:
-        return self._read_image(index) if not self.cache else self._cached(index).image.clone()
 
     def _read_image(self, index: int) -> Tensor:
         path = self.images / self.truth.file_names[index]

@@ -92,7 +92,7 @@ class BatchLoader:
         )
 
         others = multiprocessing.active_children()
-        with _stop_signals_blocked(), _child_handler_kept():
+        with _signals_kept():
             self._readings = iter(loader)
         started = [process for process in multiprocessing.active_children() if process not in others]
         self._workers = sorted(started, key=lambda process: process.pid or 0)
@@ -148,7 +148,11 @@ class BatchLoader:
         for number, process in enumerate(self._workers, start=1):
             if process.sentinel in ended:
                 process.join(timeout=1.0)
-                cause = _describe_exit(process.exitcode or 0)
+                code = process.exitcode or 0
+                cause = f"ended with exit status {code}; its last lines are in the log"
+                if code < 0:
+                    name = signal.Signals(-code).name
+                    cause = f"was killed by {name}" + (f", {_CAUSES[name]}" if name in _CAUSES else "")
                 raise LoaderError(
                     f"loader process {number} of {len(self._workers)} (pid {process.pid}) {cause}; re-running the "
                     "training resumes from its last checkpoint"
@@ -189,24 +193,18 @@ def _collate_readings(readings: list[tuple[Sample | None, list[str]]]) -> _Readi
 
 
 @contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals; processes started within inherit the block, this one gets its signals afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _signals_kept() -> Iterator[None]:
+    """Processes that start within ignore stop signals; this one gets them afterwards, and keeps its handlers.
 
-
-@contextlib.contextmanager
-def _child_handler_kept() -> Iterator[None]:
-    """Undo PyTorch's handler for SIGCHLD: it raises wherever the program is, even while a checkpoint is saved."""
-    before = signal.getsignal(signal.SIGCHLD)
+    PyTorch's handler for SIGCHLD would raise wherever the program is, even while a checkpoint is saved.
+    """
+    blocked, handler = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS), signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _kill(processes: list[BaseProcess]) -> None:
@@ -214,10 +212,3 @@ def _kill(processes: list[BaseProcess]) -> None:
         process.kill()
     for process in processes:
         process.join(timeout=1.0)  # one that waits for a lost disk ends later
-
-
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit status {code}; its last lines are in the log"
-    name = signal.Signals(-code).name
-    return f"was killed by {name}" + (f", {_CAUSES[name]}" if name in _CAUSES else "")

@@ -68,23 +68,19 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
         return (self.total_steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        drawn, order = -1, np.empty((0, self.batch_size), dtype=np.int64)
+        drawn, order = -1, np.empty((0, self.batch_size), dtype=np.int64)  # (steps_per_epoch, batch_size) of an epoch
         passes = self.world_size * self.accumulate
         for step in range(self.start_step, self.total_steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if epoch != drawn:
-                drawn, order = epoch, self._order(epoch)
+                drawn, random = epoch, np.random.default_rng((self.seed, epoch))
+                images = random.permutation(self.length)
+                order, _ = _cut(images, self.batch_size)
+                if self.aspects is not None:
+                    order = batch_by_aspect(images, self.aspects(epoch), self.batch_size, random)
             indices = order[batch].reshape(passes, -1)
             for row in indices[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]:
                 yield [(epoch, index) for index in row.tolist()]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The global batches (steps_per_epoch, batch_size) of an epoch, as indices."""
-        random = np.random.default_rng((self.seed, epoch))
-        order = random.permutation(self.length)
-        if self.aspects is not None:
-            return batch_by_aspect(order, self.aspects(epoch), self.batch_size, random)
-        return _cut(order, self.batch_size)[0]
 
 
 def batch_by_aspect(order: np.ndarray, aspects: np.ndarray, batch_size: int, random: np.random.Generator) -> np.ndarray:

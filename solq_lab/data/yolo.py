@@ -67,7 +67,43 @@ class YoloSplit(NamedTuple):
         Raises:
             DataError: an image cannot be read, or a line is no outline; the message names the file and the line.
         """
-        return _document(self, self.files())
+        from solq_lab.data.images import read_header  # torch takes seconds to load
+        from solq_lab.masks import segmentation_to_rle
+
+        files = self.files()
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        from tqdm.auto import tqdm  # not above: `solq-lab -q` turns its bars off before it is imported
+
+        progress = tqdm(files.items(), desc=f"reading {self.name}", unit="image")
+        for number, (path, label) in enumerate(progress, start=1):
+            height, width = read_header(path, str(path)).size_as("upright")
+            file_name = path.relative_to(self.images).as_posix()
+            images.append({"id": number, "file_name": file_name, "height": height, "width": width})
+            for category_id, outline in _outlines(label, len(self.classes)):
+                polygon = np.round(outline * (width, height), DIGITS)
+                corner, flat = polygon.min(axis=0), polygon.ravel().tolist()
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": category_id,
+                        "bbox": [*corner.tolist(), *np.round(polygon.max(axis=0) - corner, DIGITS).tolist()],
+                        "area": int(coco_rle.area(segmentation_to_rle([flat], (height, width)))),
+                        "iscrowd": 0,
+                        "segmentation": [flat],
+                    }
+                )
+
+        # A misspelt name would lose its objects unseen.
+        labels = set(files.values())
+        there = {path for place in {label.parent for label in labels} for path in place.glob("*.txt")}
+        left = sorted(path for path in there - labels if path.name != "classes.txt")
+        if left:
+            logger.warning("%d label files belong to no image and are left out: %s", len(left), first_few(left))
+        categories = [{"id": index, "name": name} for index, name in enumerate(self.classes)]
+        info = {"orientation": "upright"}
+        return {"info": info, "images": images, "annotations": annotations, "categories": categories}
 
 
 def is_yolo(path: Path) -> bool:
@@ -166,45 +202,6 @@ def _place(entry: Any, root: Path, source: Path | str) -> Path:
         if not plain.is_absolute() and os.pardir not in PurePath(entry).parts:
             raise DataError(f"{source}: {shorten(entry)}: no such file or folder in {root}")
     raise DataError(f"{source}: found {shorten(entry)}; needed is a path inside {root}")
-
-
-def _document(split: YoloSplit, files: dict[Path, Path]) -> dict[str, Any]:
-    from solq_lab.data.images import read_header  # torch takes seconds to load
-    from solq_lab.masks import segmentation_to_rle
-
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    from tqdm.auto import tqdm  # not above: `solq-lab -q` turns its bars off before it is imported
-
-    progress = tqdm(files.items(), desc=f"reading {split.name}", unit="image")
-    for number, (path, label) in enumerate(progress, start=1):
-        height, width = read_header(path, str(path)).size_as("upright")
-        file_name = path.relative_to(split.images).as_posix()
-        images.append({"id": number, "file_name": file_name, "height": height, "width": width})
-        for category_id, outline in _outlines(label, len(split.classes)):
-            polygon = np.round(outline * (width, height), DIGITS)
-            corner, flat = polygon.min(axis=0), polygon.ravel().tolist()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": category_id,
-                    "bbox": [*corner.tolist(), *np.round(polygon.max(axis=0) - corner, DIGITS).tolist()],
-                    "area": int(coco_rle.area(segmentation_to_rle([flat], (height, width)))),
-                    "iscrowd": 0,
-                    "segmentation": [flat],
-                }
-            )
-
-    # A misspelt name would lose its objects unseen.
-    labels = set(files.values())
-    there = {path for place in {label.parent for label in labels} for path in place.glob("*.txt")}
-    left = sorted(path for path in there - labels if path.name != "classes.txt")
-    if left:
-        logger.warning("%d label files belong to no image and are left out: %s", len(left), first_few(left))
-    categories = [{"id": index, "name": name} for index, name in enumerate(split.classes)]
-    info = {"orientation": "upright"}
-    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
 
 
 def _label_file(image: Path, root: Path) -> Path:

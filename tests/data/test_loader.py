@@ -80,11 +80,17 @@ def test_the_global_batches_are_the_same_for_any_number_of_processes(world_size,
         assert list(chain(*chain(*passes))) == batch
 
 
+@pytest.mark.parametrize("bucketed", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_stream_goes_on_at_any_step_as_if_never_interrupted(accumulate):
-    whole = list(BatchStream(11, 4, seed=5, total_steps=9, accumulate=accumulate))
+def test_a_stream_goes_on_at_any_step_as_if_never_interrupted(accumulate, bucketed):
+    aspects = np.random.default_rng(0).uniform(0.5, 2, 23)
+    arguments = {"seed": 5, "total_steps": 9, "accumulate": accumulate}
+    arguments["aspects"] = (lambda epoch: aspects) if bucketed else None
+    whole = list(BatchStream(23, 4, **arguments))
+    assert len(whole) == 9 * accumulate
+    assert len(set(chain(*whole[: 5 * accumulate]))) == 20  # the first epoch
     for start in range(10):
-        rest = BatchStream(11, 4, seed=5, total_steps=9, start_step=start, accumulate=accumulate)
+        rest = BatchStream(23, 4, start_step=start, **arguments)
         assert list(rest) == whole[start * accumulate :]
         assert len(rest) == len(whole[start * accumulate :])
 
@@ -174,16 +180,6 @@ def test_batches_of_one_shape_lose_and_repeat_nothing(length, batch_size, share,
     wide = aspects[batches] >= 1
     assert (wide.any(axis=1) & ~wide.all(axis=1)).sum() <= 1  # one batch of what was left of both
     assert (np.diff(aspects[batches], axis=1) >= 0).all()
-
-
-def test_a_bucketed_stream_goes_on_at_any_step_and_has_as_many_batches():
-    aspects = np.random.default_rng(0).uniform(0.5, 2, 23)
-    arguments = {"seed": 5, "total_steps": 9, "accumulate": 2, "aspects": lambda epoch: aspects}
-    whole = list(BatchStream(23, 4, **arguments))
-    assert len(whole) == 18
-    assert len(set(chain(*whole[:10]))) == 20  # the first epoch
-    for start in range(10):
-        assert list(BatchStream(23, 4, start_step=start, **arguments)) == whole[start * 2 :]
 
 
 def test_buckets_save_padding_on_coco(coco_tiny):

@@ -166,7 +166,7 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(writer, "_describe_objects", fail)
+    monkeypatch.setattr(writer.masks, "encode_rle", fail)
     with pytest.raises(error):
         write_shapes(tmp_path / "new", train=2, val=1, processes=1)
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from solq_lab import masks
 from solq_lab.data.annotations import DataError
-from solq_lab.data.shapes.scene import LEVELS, Level, draw_scene
+from solq_lab.data.shapes.scene import LEVELS, draw_scene
 from solq_lab.workers import in_processes
 
 logger = logging.getLogger(__name__)
@@ -26,19 +26,6 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # of the drawings: another number, other images for the same seed
 STAMP = "shapes.json"  # the settings of a folder; it is written last
 SPLITS = ("train", "val")
-
-
-class Drawn(NamedTuple):
-    """What a drawing process returns of one image.
-
-    number: which image of its split, from 1; its image id.
-    classes: K indices into `Level.classes`.
-    masks: (K, H, W / 8 rounded up) uint8, the visible masks, packed bits.
-    """
-
-    number: int
-    classes: list[int]
-    masks: np.ndarray
 
 
 def write_shapes(
@@ -115,11 +102,12 @@ def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any],
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with closing(in_processes(_draw, work, range(1, count + 1), processes)) as drawings:
-        for drawn in tqdm(drawings, total=count, desc=f"drawing {split}", unit="image"):
-            name = _file_name(drawn.number)
-            images.append({"id": drawn.number, "file_name": name, "height": level.side, "width": level.side})
-            for entry in _describe_objects(drawn, level):
-                annotations.append({"id": len(annotations) + 1, "image_id": drawn.number, **entry})
+        progress = tqdm(drawings, total=count, desc=f"drawing {split}", unit="image")
+        for number, entries in enumerate(progress, start=1):
+            name = _file_name(number)
+            images.append({"id": number, "file_name": name, "height": level.side, "width": level.side})
+            for entry in entries:
+                annotations.append({"id": len(annotations) + 1, "image_id": number, **entry})
 
     return {
         "info": {
@@ -137,26 +125,21 @@ def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any],
     }
 
 
-def _draw(work: tuple[Path, str, tuple[int, int]], number: int) -> Drawn:
-    """Draw one image and write its file; `work` is the folder, the level and the seed of the split."""
+def _draw(work: tuple[Path, str, tuple[int, int]], number: int) -> list[dict[str, Any]]:
+    """Draw one image and write its file; `work` is the folder, the level and the seed of the split.
+
+    Returns:
+        The COCO entries of the image's objects, without ids.
+    """
     folder, level, seed = work
     scene = draw_scene(LEVELS[level], np.random.default_rng((*seed, number)))
     Image.fromarray(scene.image).save(folder / _file_name(number), compress_level=1)
-    return Drawn(number, scene.classes, np.packbits(scene.masks, axis=-1))
 
-
-def _file_name(number: int) -> str:
-    return f"{number:06d}.png"
-
-
-def _describe_objects(drawn: Drawn, level: Level) -> list[dict[str, Any]]:
-    """The COCO entries of an image's objects, without ids."""
-    bits = np.unpackbits(drawn.masks, axis=-1, count=level.side).view(np.bool_)
     entries = []
-    for class_index, mask, rle in zip(drawn.classes, bits, masks.encode_rle(torch.from_numpy(bits)), strict=True):
+    rles = masks.encode_rle(torch.from_numpy(scene.masks))
+    for class_index, mask, rle in zip(scene.classes, scene.masks, rles, strict=True):
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         top, left = int(rows[0]), int(columns[0])
-
         entries.append(
             {
                 "category_id": class_index + 1,
@@ -167,3 +150,7 @@ def _describe_objects(drawn: Drawn, level: Level) -> list[dict[str, Any]]:
             }
         )
     return entries
+
+
+def _file_name(number: int) -> str:
+    return f"{number:06d}.png"
