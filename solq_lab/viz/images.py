@@ -287,7 +287,8 @@ class _Label(Text):
             move = step * height
             moved = extent + np.array([0.0, move])
             fits = step == 0 or (moved[0, 1] >= inside[0, 1] and moved[1, 1] <= inside[1, 1])
-            if fits and not any(_overlap(moved, other) for other in self._taken):
+            # Rectangles (2, 2) of lower left and upper right corner: none may have a point in common with this one.
+            if fits and not any((moved[0] < other[1]).all() and (other[0] < moved[1]).all() for other in self._taken):
                 over, extent = over + np.array([0.0, move]), moved
                 break
         self._taken.append(extent)
@@ -295,8 +296,3 @@ class _Label(Text):
         place = to_display.inverted().transform(to_display.transform(self._anchor) + over)
         self.set_position(tuple(place))
         super().draw(renderer)
-
-
-def _overlap(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two rectangles (2, 2), lower left and upper right corner, have a point in common."""
-    return bool((first[0] < second[1]).all() and (second[0] < first[1]).all())

@@ -54,9 +54,13 @@ def mask_map(places: Tensor, masks: Tensor, names: Sequence[str], colours: Seque
     inside = (places - low) / (high - low).clamp(min=1e-9) * (SIDE - 4 * RADIUS) + 2 * RADIUS
     points = []
     for (x, y), mask, name, colour in zip(inside.tolist(), masks, names, colours, strict=True):
+        png = io.BytesIO()
+        _image(mask).save(png, format="PNG")
+        url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+
         # What is shown has its own corner, where no point lies over it.
         shown = (
-            f'<image class="mask" x="{SIDE + 20}" y="30" width="{SHOWN}" height="{SHOWN}" href="{_png(mask)}"/>'
+            f'<image class="mask" x="{SIDE + 20}" y="30" width="{SHOWN}" height="{SHOWN}" href="{url}"/>'
             f'<text class="mask" x="{SIDE + 20}" y="20">{html.escape(name)}</text>'
         )
         circle = f'<circle cx="{x:.1f}" cy="{SIDE - y:.1f}" r="{RADIUS}" fill="{html.escape(colour)}"/>'
@@ -113,13 +117,6 @@ def save_way(codec: MaskCodec, vectors: Tensor, path: Path, *, frames: int = 24,
         masks = codec.decode_masks((1 - share) * vectors[0] + share * vectors[1])  # (frames, N, N)
     images = [_image(mask).resize((side, side), Image.Resampling.NEAREST) for mask in masks.cpu()]
     save_animation(images + images[-2::-1], path, milliseconds=60)
-
-
-def _png(mask: Tensor) -> str:
-    """A mask (N, N) bool as a data URL."""
-    memory = io.BytesIO()
-    _image(mask).save(memory, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(memory.getvalue()).decode()
 
 
 def _image(mask: Tensor) -> Image.Image:
