@@ -43,10 +43,6 @@ def test_the_zigzag_walks_the_anti_diagonals_of_every_size_to_the_end(size):
     assert zigzag(size).tolist() == walk(size)
 
 
-def test_the_zigzag_starts_to_the_right():
-    assert zigzag(128)[:6].tolist() == [0, 1, 128, 256, 129, 2]
-
-
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(1, 24), data=st.data())
 def test_vectors_are_the_first_coefficients_of_scipys_orthonormal_dct(size, data):
@@ -67,27 +63,6 @@ def test_decoding_is_scipys_inverse_of_the_zero_filled_spectrum(size, data):
     expected = scipy.fft.idctn(spectrum.reshape(3, size, size), axes=(1, 2), norm="ortho")
     decoded = DCTCodec(size, vector_dim).decode(vectors)
     torch.testing.assert_close(decoded, torch.from_numpy(expected), rtol=0, atol=1e-12)
-
-
-def test_encoding_undoes_decoding_for_any_vector():
-    codec, vectors = DCTCodec(63, 256), torch.randn(5, 256, dtype=torch.float64)
-    torch.testing.assert_close(codec.encode(codec.decode(vectors)), vectors)
-
-
-def test_the_first_entry_of_a_full_mask_is_its_side_and_all_others_are_zero():
-    vector = DCTCodec(128, 256).encode(torch.ones(1, 128, 128, dtype=torch.bool))[0]
-    assert vector[0].item() == pytest.approx(128, abs=FLOAT32_ROUNDING)
-    assert vector[1:].abs().max() < FLOAT32_ROUNDING
-
-
-def test_a_masks_vector_depends_on_its_cells_alone_also_in_the_compiled_products():
-    codec, masks = DCTCodec(128, 256), random_masks(9, 128)
-    assert torch.equal(codec.encode(masks), codec.encode(masks.transpose(1, 2).contiguous().transpose(1, 2)))
-    torch.testing.assert_close(codec.encode(masks), codec.encode(masks.float()), rtol=0, atol=FLOAT32_ROUNDING)
-    alone = torch.cat([codec.encode(mask.unsqueeze(0)) for mask in masks])
-    torch.testing.assert_close(codec.encode(masks), alone, rtol=0, atol=FLOAT32_ROUNDING)
-    decoded_alone = torch.cat([codec.decode(vector.unsqueeze(0)) for vector in alone])
-    torch.testing.assert_close(codec.decode(alone), decoded_alone, rtol=0, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_rle
 from torch.nn import functional as F
 
 from solq_lab import masks as mask_module
+from solq_lab.codecs.reconstruct import box_frame_iou
 from solq_lab.masks import (
     crop_and_resize,
     decode_rle,
@@ -45,12 +46,6 @@ def compiled_or_skip() -> None:
         load_extension("cpu")
     except ExtensionBuildError as error:
         pytest.skip(f"no compiled operators here: {error.reason}")
-
-
-def iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(K,) IoU of masks (K, N, N); two empty masks agree."""
-    union = (first | second).sum((1, 2))
-    return torch.where(union == 0, 1.0, (first & second).sum((1, 2)) / union.clamp(min=1))
 
 
 def bitmaps(segmentations: list, image_size: tuple[int, int]) -> torch.Tensor:
@@ -119,14 +114,6 @@ def test_pasting_samples_like_grid_sample_at_every_pixel_centre(case):
         assert torch.equal(image[away_from_ties], (value >= 0.5)[away_from_ties])
 
 
-def test_a_mask_as_large_as_its_box_is_pasted_unchanged(paste_route):
-    mask = torch.rand(1, 8, 8) < 0.5
-    rles = paste_to_rle(mask, torch.tensor([[3.0, 2.0, 11.0, 10.0]]), (20, 16))
-    expected = torch.zeros(1, 20, 16, dtype=torch.bool)
-    expected[:, 2:10, 3:11] = mask
-    assert torch.equal(decode_rle(rles), expected)
-
-
 def test_boxes_without_area_or_outside_the_image_paste_nothing(paste_route):
     boxes = torch.tensor(
         [
@@ -142,12 +129,6 @@ def test_boxes_without_area_or_outside_the_image_paste_nothing(paste_route):
     masks = torch.ones(len(boxes), 6, 6, dtype=torch.bool)
     assert not paste_masks(masks, boxes, (12, 13)).any()
     assert not decode_rle(paste_to_rle(masks, boxes, (12, 13))).any()
-
-
-def test_pasting_nothing_gives_nothing(paste_route):
-    none, no_boxes = torch.zeros(0, 8, 8, dtype=torch.bool), torch.zeros(0, 4)
-    assert paste_masks(none, no_boxes, (4, 5)).shape == (0, 4, 5)
-    assert paste_to_rle(none, no_boxes, (4, 5)) == []
 
 
 def test_compiled_pasting_does_not_depend_on_the_number_of_threads():
@@ -250,10 +231,10 @@ def test_objects_drawn_in_their_boxes_match_crops_of_full_bitmaps_under_flips_an
         full = bitmaps(segmentations, (height, width))
 
         drawn = rasterize_in_box(segmentations, boxes, (height, width), 128)
-        agreement["plain"].append(iou(drawn, crop_and_resize(full, boxes, 128) >= 0.5))
+        agreement["plain"].append(box_frame_iou(drawn, crop_and_resize(full, boxes, 128) >= 0.5))
 
         mirrored = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
-        agreement["flip"].append(iou(drawn.flip(2), crop_and_resize(full.flip(2), mirrored, 128) >= 0.5))
+        agreement["flip"].append(box_frame_iou(drawn.flip(2), crop_and_resize(full.flip(2), mirrored, 128) >= 0.5))
 
         left, top = generator.integers(0, width // 2), generator.integers(0, height // 2)
         right, bottom = generator.integers(left + width // 3, width), generator.integers(top + height // 3, height)
@@ -264,7 +245,7 @@ def test_objects_drawn_in_their_boxes_match_crops_of_full_bitmaps_under_flips_an
         drawn = rasterize_in_box(
             [s for s, k in zip(segmentations, kept, strict=True) if k], clipped, (height, width), 128
         )
-        agreement["crop"].append(iou(drawn, crop_and_resize(inside, clipped - corner, 128) >= 0.5))
+        agreement["crop"].append(box_frame_iou(drawn, crop_and_resize(inside, clipped - corner, 128) >= 0.5))
 
     means = {name: torch.cat(values).mean().item() for name, values in agreement.items()}
     assert sum(map(len, agreement["plain"])) > 800
