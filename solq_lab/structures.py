@@ -57,7 +57,7 @@ class ImageBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same batch on `device`; the copy does not block when the memory is pinned."""
-        return ImageBatch(self.pixels.to(device, non_blocking=True), self.padding.to(device, non_blocking=True))
+        return ImageBatch._make(tensor.to(device, non_blocking=True) for tensor in self)
 
     def pin_memory(self) -> ImageBatch:
         """The same batch in page-locked memory; the DataLoader's pinning thread calls this."""
@@ -93,10 +93,7 @@ class Target(NamedTuple):
 
     def to(self, device: torch.device | str) -> Target:
         """The same target with its tensors on `device`."""
-        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
-        bitmaps = None if self.bitmaps is None else self.bitmaps.to(device, non_blocking=True)
-        labels, boxes = self.labels.to(device, non_blocking=True), self.boxes.to(device, non_blocking=True)
-        return self._replace(labels=labels, boxes=boxes, masks=masks, bitmaps=bitmaps)
+        return Target._make(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self)
 
 
 class ImageMasks(NamedTuple):
@@ -157,8 +154,7 @@ class Guests(NamedTuple):
 
     def to(self, device: torch.device | str) -> Guests:
         """The same guests on `device`."""
-        labels, boxes, real, pairs = (tensor.to(device, non_blocking=True) for tensor in self[:4])
-        return Guests(labels, boxes, real, pairs, self.groups)
+        return Guests._make(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self)
 
 
 class Predictions(NamedTuple):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torchvision
 from torch import Tensor
 
 from solq_lab.errors import UserError
@@ -267,7 +268,7 @@ def _detector_names(layout: Layout) -> Iterator[tuple[str, str | None]]:
     for level in range(layout.levels):
         yield from _pairs(f"input_proj.{level}.", f"projections.{level}.", _linears("0", "1"))
     if layout.backbone in RESNET_BLOCKS:
-        yield from _pairs(BODY, "backbone.", _resnet_names(RESNET_BLOCKS[layout.backbone]))
+        yield from _pairs(BODY, "backbone.", _resnet_names(layout.backbone))
     else:
         for name in _swin_names(SWIN_BLOCKS[layout.backbone], norms=(3,) if layout.levels == 1 else (1, 2, 3)):
             yield BODY + name, None if name.endswith(SWIN_INDEX) else f"backbone.{own_swin_name(name)}"
@@ -316,18 +317,11 @@ _DECODER_LAYER = [
 ]
 
 
-def _resnet_names(blocks: tuple[int, ...]) -> Iterator[str]:
-    def with_norm(convolution: str, norm: str) -> list[str]:
-        return [f"{convolution}.weight", *(f"{norm}.{part}" for part in (*WEIGHT_BIAS, "running_mean", "running_var"))]
-
-    yield from with_norm("conv1", "bn1")
-    for stage, count in enumerate(blocks, start=1):
-        for block in range(count):
-            prefix = f"layer{stage}.{block}."
-            for number in (1, 2, 3):
-                yield from with_norm(f"{prefix}conv{number}", f"{prefix}bn{number}")
-            if block == 0:
-                yield from with_norm(f"{prefix}downsample.0", f"{prefix}downsample.1")
+def _resnet_names(name: str) -> list[str]:
+    """torchvision's names without the classifier's; frozen batch norms count no batches."""
+    with torch.device("meta"):
+        state = torchvision.models.get_model(name).state_dict()
+    return [name for name in state if not name.startswith("fc.") and not name.endswith(".num_batches_tracked")]
 
 
 def _swin_names(blocks: tuple[int, ...], norms: tuple[int, ...]) -> Iterator[str]:
