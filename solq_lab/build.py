@@ -120,8 +120,8 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
     sizes = model.model_dump(exclude={"backbone", "pretrained", "dilation", "mask_branch", "mask_detail"})
     match model.mask_branch:
         case "sqr":
-            branch = {"detail": model.mask_detail, "freeze_detector": experiment.train.freeze_detector}
-            return SQRDetector(backbone, num_classes, **branch, **sizes)
+            frozen = experiment.train.freeze_detector
+            return SQRDetector(backbone, num_classes, detail=model.mask_detail, freeze_detector=frozen, **sizes)
         case "none":
             vector_dim = None if codec.kind == "none" else codec.vector_dim
             decoder = getattr(new_codec(experiment), "decoder", None) if codec.learn_decoder else None

@@ -202,7 +202,7 @@ def test_a_fresh_mask_look_changes_no_bit_and_learns_to_look_into_the_predicted_
 
 
 def test_layers_share_the_projection_of_what_the_mask_look_samples(monkeypatch):
-    model, images = small_model(mask_look=3).double(), batch((64, 96), (50, 40))
+    model, images = small_model(mask_look=3).double(), draw_images((64, 96), (50, 40))
     images = images._replace(pixels=images.pixels.double())
     look, projections, found = model.heads[0].look, [], []
     look.value_proj.register_forward_hook(lambda *_: projections.append(len(found)))
