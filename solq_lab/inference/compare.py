@@ -102,5 +102,5 @@ def compare_detections(
             ious += rle_iou([ours.masks[row] for row in rows], [theirs.masks[column] for column in columns]).tolist()
 
     mean, least = (float(np.mean(ious)), min(ious)) if ious else (None, None)
-    unit = "pixels" if sizes is None else "of the image"
-    return Difference(len(expected), detections, matched, excused, max(scores), max(boxes), mean, least, unit)
+    named = "pixels" if sizes is None else "of the image"
+    return Difference(len(expected), detections, matched, excused, max(scores), max(boxes), mean, least, named)
