@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from solq_lab.heartbeat import Error, HeartbeatMonitor, ProcessLost
+from solq_lab.shared_memory import SharedMemory, share_memory
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # an evaluation on rank 0 may keep the others waiting for long
 
-_monitor: HeartbeatMonitor | None = None  # one per process, as torch's process group is
+# One per process, as torch's process group is.
+_monitor: HeartbeatMonitor | None = None
+_memory: SharedMemory | None = None
 
 
 def rank() -> int:
@@ -51,7 +54,7 @@ def process_group(*, rank_timeout: float, on_fatal: Callable[[str], None]) -> It
         rank_timeout: seconds without a heartbeat after which a process counts as lost (`solq_lab.heartbeat`).
         on_fatal: receives the failure, on one rank, where that is ended while its main thread is blocked.
     """
-    global _monitor
+    global _monitor, _memory
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -67,9 +70,10 @@ def process_group(*, rank_timeout: float, on_fatal: Callable[[str], None]) -> It
     with HeartbeatMonitor(
         store, rank=rank(), world_size=world_size(), timeout=rank_timeout, on_fatal=on_fatal
     ) as _monitor:
+        _memory = None if here.type == "cuda" else share_memory(_monitor)
         yield
         wait_for_all()  # leaving while another process is still in its last exchange aborts that one
-    _monitor = None
+    _monitor = _memory = None
     dist.destroy_process_group()  # not after an error: it may wait for a process that is lost
 
 
@@ -96,9 +100,17 @@ def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     """The elementwise sum of `values` over all processes, on every one of them; the argument is not changed."""
     if world_size() == 1:
         return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    if _memory is None:
+        dist.all_reduce(total)
+    else:
+        _memory.all_reduce(total)
     return total
+
+
+def has_shared_memory() -> bool:
+    """Whether sums over the processes take microseconds."""
+    return _memory is not None
 
 
 def sum_of_numbers(number: float, here: torch.device) -> float:
@@ -115,13 +127,6 @@ def sum_of_numbers(number: float, here: torch.device) -> float:
 def any_process(flag: bool, here: torch.device) -> bool:
     """Whether `flag` is true in any process; the same answer in all of them. `here` is this process's device."""
     return bool(sum_of_numbers(flag, here))
-
-
-def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrite `tensors`, on every process, with those of the main one."""
-    if world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:

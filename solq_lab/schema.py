@@ -267,7 +267,9 @@ class TrainSection(Section):
     epochs: int = Field(50, gt=0)
     steps: int | None = Field(None, gt=0, description="optimiser steps; overrides epochs where given")
     batch_size: int = Field(32, gt=0, description="images per optimiser step, over all processes and accumulation")
-    gpus: Annotated[int, Role.MACHINE] = Field(1, gt=0, description="training processes; on the CPU without CUDA")
+    gpus: Annotated[int, Role.MACHINE] = Field(
+        1, ge=0, description="training processes, on the CPU without CUDA; 0: one on a GPU, two on a CPU of two cores"
+    )
     accumulate: Annotated[int, Role.MAY_CHANGE, Role.MACHINE] = Field(1, gt=0, description="passes per optimiser step")
     autocast: Literal["none", "bf16", "fp16"] = "none"
     skip_nonfinite: Annotated[int, Role.MAY_CHANGE] = Field(0, ge=0, description="not finite steps in a row to skip")
@@ -296,7 +298,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainSection:
-        parts = self.gpus * self.accumulate
+        parts = max(self.gpus, 1) * self.accumulate
         if self.batch_size % parts:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by gpus x accumulate = {self.gpus} x {self.accumulate}"

@@ -1,6 +1,6 @@
 """Losses and weights of four training steps in float64.
 
-`python losses_and_weights.py RUN_FOLDER OUTPUT`, also under torchrun.
+`python losses_and_weights.py RUN_FOLDER OUTPUT [frozen]`, also under torchrun; frozen: batch norms are constants.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from solq_lab.training.trainer import Trainer
 STEPS = 4
 
 
-def losses_and_weights(run_folder: Path) -> dict[str, list | dict[str, torch.Tensor]]:
+def losses_and_weights(run_folder: Path, *, frozen: bool) -> dict[str, list | dict[str, torch.Tensor]]:
     """The losses of each step, the weights after the last, and objects by step, process and pass."""
     torch.set_default_dtype(torch.float64)  # rounding is not to hide behind a tolerance, and AdamW enlarges it
     trainer = Trainer(load_run(run_folder))
     trainer.model.register_forward_pre_hook(_in_double_precision)
-    trainer.model.backbone.eval()  # a batch norm sees only its own process's share of the images
+    if frozen:
+        trainer.model.backbone.eval()
     objects = []
 
     def count_objects(trainer: Trainer, batches: list[Batch]) -> None:
@@ -50,6 +51,6 @@ def _in_double_precision(model: torch.nn.Module, inputs: tuple[ImageBatch]) -> t
 
 if __name__ == "__main__":
     with distributed.process_group(rank_timeout=60.0, on_fatal=print):
-        found = losses_and_weights(Path(sys.argv[1]))
+        found = losses_and_weights(Path(sys.argv[1]), frozen="frozen" in sys.argv)
         if distributed.is_main():
             torch.save(found, sys.argv[2])

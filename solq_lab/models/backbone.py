@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from solq_lab.models.batch_norm import BatchNorm2d
 from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.released import IMAGENET, cached_file
 from solq_lab.models.weights import WeightMismatch, read_backbone_weights
@@ -210,7 +211,7 @@ class SmallBackbone(Backbone):
         super().__init__()
         # One wide stride-4 convolution: on a CPU two stride-2 ones cost more memory traffic than arithmetic.
         self.stem = nn.Conv2d(3, widths[0], kernel_size=6, stride=4, padding=1, bias=False)
-        self.stem_norm = nn.BatchNorm2d(widths[0])
+        self.stem_norm = BatchNorm2d(widths[0])
         stages, inputs = [], widths[0]
         for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             strides = [1 if stage == 0 else 2] + [1] * (count - 1)
@@ -245,13 +246,13 @@ class _BasicBlock(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != width:
             projection = nn.Conv2d(inputs, width, kernel_size=1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width))
+            self.shortcut = nn.Sequential(projection, BatchNorm2d(width))
 
     def forward(self, maps: Tensor) -> Tensor:
         changed = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(maps)), inplace=True)))

@@ -50,7 +50,7 @@ def explain_fault(error: Exception, run: Run) -> Exception:
 def advise_on_memory(experiment: Experiment) -> str:
     """The settings of an experiment that take less memory of host or GPU."""
     train, data = experiment.train, experiment.data
-    per_process = train.batch_size // train.gpus
+    per_process = train.batch_size // max(train.gpus, 1)
     images = per_process // train.accumulate
     more = next((parts for parts in range(train.accumulate + 1, per_process + 1) if per_process % parts == 0), None)
     cures = [] if more is None else [f"train.accumulate={more} (the same batch in smaller micro-batches)"]

@@ -21,6 +21,7 @@ from solq_lab.schema import TrainSection
 from solq_lab.studies.ceiling import run_ceiling
 from solq_lab.training.finetune import TrainedModel, start_from_trained
 from solq_lab.training.optim import square_root_rule
+from solq_lab.training.step import micro_batches_per_process
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def log_start(
     operator = implementation_for(device.type)
     log.info("on %s, threads: %d, deformable attention: %s", describe_device(device), torch.get_num_threads(), operator)
 
-    passes = train.gpus * train.accumulate // processes
+    passes = micro_batches_per_process(train)
     factors = f"{processes} x {passes} x {train.batch_size // (processes * passes)}"
     log.info("batch %d = %s (processes x passes x images)", train.batch_size, factors)
     rates = ", ".join(f"{group['name']} {group['base_lr']:.2g}" for group in optimizer.param_groups)

@@ -95,6 +95,7 @@ def replay_record(folder: Path | str, *, autocast: str | None = None) -> Replay:
 
     The micro-batches of several processes are repeated one after the other. On the processor that recorded them the
     numbers are the same bit for bit; gradients of more than two processes, and compiled layers, may round differently.
+    Batch norms that learn saw the images of all processes, and see those of one here: close, not the same.
 
     Args:
         folder: the record, RUN/flight/step_XXXXXXX.

@@ -111,20 +111,21 @@ def micro_batches_per_process(train: TrainSection) -> int:
     """Micro-batches per optimiser step of each process, so that each is as large as the experiment has it.
 
     A run may resume with another number of processes than it began with: its global batches and their sums stay the
-    same, and fewer processes take more micro-batches each.
+    same, and fewer processes take more micro-batches each. Where `train.gpus` is 0 they take larger ones.
 
     Raises:
         RunError: the micro-batches do not divide by the processes that were started.
     """
-    processes, passes = distributed.world_size(), train.gpus * train.accumulate
-    if passes % processes:
-        allowed = ", ".join(str(number) for number in range(1, passes + 1) if passes % number == 0)
+    processes = distributed.world_size()
+    parts = train.gpus * train.accumulate or train.batch_size // train.accumulate  # of a batch, at most
+    if parts % processes:
+        allowed = ", ".join(str(number) for number in range(1, parts + 1) if parts % number == 0)
         raise RunError(
             f"{processes} training processes were started, and train.gpus x train.accumulate = {train.gpus} x "
             f"{train.accumulate} passes per step do not divide by them; allowed are {allowed}. Start it with "
             f"python -m solq_lab.training.torchrun --nproc-per-node={train.gpus} RUN_FOLDER"
         )
-    return passes // processes
+    return parts // processes if train.gpus else train.accumulate
 
 
 def check_gpus() -> None:
@@ -142,7 +143,20 @@ def share_gradients(model: nn.Module, device: torch.device, *, micro_batches: in
     # DDP makes use of that unless the first backward pass is one of several, under `no_sync`.
     devices = [device] if device.type == "cuda" else None
     static_graph = micro_batches == 1
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, static_graph=static_graph)
+    parallel = DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=static_graph
+    )
+    parallel.broadcast_buffers = False  # they are equal now, and stay so: batch norms see the images of all processes
+    if distributed.has_shared_memory():
+        parallel.register_comm_hook(None, lambda _, bucket: _average(bucket.buffer()))
+    return parallel
+
+
+def _average(gradients: Tensor) -> torch.futures.Future[Tensor]:
+    """The mean of gradients over the processes, as DDP takes it."""
+    mean: torch.futures.Future[Tensor] = torch.futures.Future()
+    mean.set_result(distributed.sum_over_processes(gradients) / distributed.world_size())
+    return mean
 
 
 def no_sync(model: nn.Module, *, active: bool) -> contextlib.AbstractContextManager[None]:

@@ -249,7 +249,7 @@ def cluster_starter(
     cluster = Cluster(kind, Path(runs_dir) / "_sweeps" / "submitit", options)
 
     def submit(job: Job) -> Running:
-        gpus, command = job.experiment().train.gpus, Command(job_command(job), job.log_file)
+        gpus, command = job.experiment().train.gpus or 1, Command(job_command(job), job.log_file)
         submitted = cluster.submit(command, job.log_file, name=job.run, gpus_per_node=gpus)
         return Running(submitted.status, submitted.stop)
 

@@ -18,10 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from solq_lab.environment import describe_hardware
 from solq_lab.errors import ExplainedError, UserError
 from solq_lab.files import last_lines
 from solq_lab.progress import Progress, live_output, status_line
 from solq_lab.runs import Run, RunError, load_run
+from solq_lab.schema import TrainSection
 from solq_lab.training.faults import advise_on_memory
 from solq_lab.workbench.download.weights import fetch_starting_weights
 from solq_lab.workbench.processes import describe_trainer, exit_status, find_trainer, is_alive, record_child
@@ -65,7 +67,7 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
     fetch_starting_weights(run.experiment, run.folder)
     with run.log_file.open("ab") as output:
         child = subprocess.Popen(
-            training_command(run, processes or run.experiment.train.gpus),
+            training_command(run, processes or suitable_processes(run.experiment.train)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -74,6 +76,17 @@ def start_training(run_folder: str | Path, processes: int | None = None) -> int 
     record_child(run, child)
     log.info("%s: training in process %d, log in %s", run.folder, child.pid, run.log_file)
     return child.pid
+
+
+def suitable_processes(train: TrainSection) -> int:
+    """`train.gpus`, or where that is 0, what suits this machine: one process on a GPU, or two on a CPU of two cores.
+
+    A step of a small network is thousands of short operators, in which a second thread is no help.
+    """
+    if train.gpus:
+        return train.gpus
+    hardware, divides = describe_hardware(), train.batch_size % (2 * train.accumulate) == 0
+    return 2 if divides and hardware["cores"] > 1 and not hardware["gpus"] else 1
 
 
 def training_command(run: Run, processes: int, *, nodes: int = 1) -> list[str]:

@@ -10,8 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -21,6 +24,7 @@ from training_runs import ENVIRONMENT, TESTS, new_run, wait_for
 
 from solq_lab import distributed
 from solq_lab.heartbeat import Failure, Heartbeat, HeartbeatMonitor, ProcessLost
+from solq_lab.shared_memory import CHUNK, COUNTERS, SharedMemory
 from solq_lab.training import torchrun
 from solq_lab.training.checkpoint import list_checkpoints
 from solq_lab.training.trainer import train_run
@@ -29,38 +33,59 @@ from solq_lab.workbench.trainings import training_command
 # ---------------------------------------------------------------------------------------------------- the same numbers
 
 
-def four_steps(run, *, processes=1):
+def four_steps(run, *, processes=1, frozen):
     """Losses and weights of four steps, by tests/losses_and_weights.py in processes of its own."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = [TESTS / "losses_and_weights.py", run.folder, run.folder / "found.pt"]
+    script = [TESTS / "losses_and_weights.py", run.folder, run.folder / "found.pt", *(["frozen"] if frozen else [])]
     command = [sys.executable, *(several if processes > 1 else []), *script]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(run.folder / "found.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def trained_alone(data_root, tmp_path_factory):
-    """Losses and weights of one process that takes each batch whole."""
-    folder = tmp_path_factory.mktemp("alone")
-    return four_steps(new_run(data_root, folder, model={"dropout": 0.0}, train={"batch_size": 8}))
-
-
 @pytest.mark.parametrize(
-    ("processes", "passes"),
-    [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow)],
+    ("processes", "train"),
+    [
+        (2, {"gpus": 0}),
+        (2, {"gpus": 2, "accumulate": 2}),
+        pytest.param(4, {"gpus": 4}, marks=pytest.mark.slow),
+        pytest.param(2, {"gpus": 2, "gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
 )
-def test_several_processes_train_as_one_even_where_a_batch_has_no_object(
-    data_root, tmp_path, trained_alone, processes, passes
-):
-    train = {"gpus": processes, "accumulate": passes, "batch_size": 8}
-    found = four_steps(new_run(data_root, tmp_path, model={"dropout": 0.0}, train=train), processes=processes)
-    if processes * passes == 4:
+def test_several_processes_train_as_one_even_where_a_batch_has_no_object(data_root, tmp_path, processes, train):
+    frozen = "accumulate" in train  # a batch norm sees the images of one pass
+    runs = [
+        new_run(data_root, tmp_path / name, model={"dropout": 0.0}, train={"batch_size": 8, **settings})
+        for name, settings in (("whole", {}), ("parts", train))
+    ]
+    alone, found = four_steps(runs[0], frozen=frozen), four_steps(runs[1], processes=processes, frozen=frozen)
+    if processes == 4 or frozen:
         assert any(0 in share for step in found["objects"] for share in step)
-    for step, alone in zip(found["losses"], trained_alone["losses"], strict=True):
-        assert step == pytest.approx(alone, rel=1e-12)  # float64, summed in another order
-    for name, weights in trained_alone["weights"].items():
+    for step, expected in zip(found["losses"], alone["losses"], strict=True):
+        assert step == pytest.approx(expected, rel=1e-11)  # float64, summed in another order
+    for name, weights in alone["weights"].items():
         assert torch.allclose(found["weights"][name], weights, rtol=0, atol=1e-10), name
+
+
+SUMMED = [((), torch.float64), ((3, 2), torch.float32), ((700_000,), torch.float32), ((0,), torch.float32)]  # two turns
+
+
+def test_sums_in_shared_memory_are_those_of_all_processes_and_end_with_a_lost_one(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    memory, monitor = np.zeros(2 * (COUNTERS + 2 * CHUNK), dtype=np.uint8), SimpleNamespace(failure=None)
+    parts = [[torch.randn(size, dtype=dtype) for size, dtype in SUMMED] for _ in range(2)]
+    sums = [first + second for first, second in zip(*parts, strict=True)]
+    members = []
+    for rank in range(2):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        members.append(SharedMemory(memory, monitor))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda member, own: [member.all_reduce(part) for part in own], members, parts))
+    for own in parts:
+        assert all(map(torch.equal, own, sums))
+    monitor.failure = Failure(1, "rank 1 died", 0)
+    with pytest.raises(ProcessLost, match="rank 1 died"):
+        members[0].all_reduce(torch.ones(1))
 
 
 # ------------------------------------------------------------------------------------------------ the monitor by itself

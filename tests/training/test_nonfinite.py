@@ -279,7 +279,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_both(data_root, 
     record = run.folder / "flight" / "step_0000001"
     assert {path.name for path in record.iterdir()} == {"record.json", "weights.safetensors", "rank_0.pt", "rank_1.pt"}
     replay = replay_record(record)  # the box that is nan is in the record
-    assert replay.exact
+    assert replay.reproduced  # and not exact: its batch norms see one process at a time
     losses = {name for name in replay.repeated if "loss" in name}
     assert losses
     assert all(name.startswith("process 1, ") for name in losses)

@@ -105,7 +105,7 @@ def train(
             raise Interrupted(stop_training(trained.folder)) from None
     elif trained.status()["state"] != "finished":
         submitter = Cluster(cluster, trained.folder / "submitit", options)
-        follow_job(submit_training(submitter, trained, nodes=nodes, gpus_per_node=per_node), trained)
+        follow_job(submit_training(submitter, trained, nodes=nodes, gpus_per_node=per_node or 1), trained)
 
     _print_results(trained)
     typer.echo(f"\nweights   {trained.weights}")
