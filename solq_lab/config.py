@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -57,8 +58,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
     Args:
         path: YAML file; its optional key `extends` names a parent file relative to it.
-        overrides: `section.key=value` strings, later ones win. The value is YAML, or the text as typed for a key that
-            holds a text.
+        overrides: `section.key=value` strings, or one text as a shell splits it; later ones win. The value is YAML, or
+            the text as typed for a key that holds a text.
 
     Raises:
         ConfigError: the file, a key or a value is not valid.
@@ -78,7 +79,8 @@ def default_experiment(overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _with_overrides(values: dict[str, Any], overrides: Sequence[str], *, source: str) -> Experiment:
-    for override in overrides:
+    # papermill's -p gives a text where the notebook has a list.
+    for override in shlex.split(overrides) if isinstance(overrides, str) else overrides:
         _apply_override(values, override)
     return validate_experiment(values, source=source)
 

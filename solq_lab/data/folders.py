@@ -66,10 +66,10 @@ def find_splits(
     Raises:
         DataError: there are no annotations or no folder of images, or more than one reading of the folder.
     """
-    from solq_lab.data.derived import annotation_file
+    splits, there = [], _find_one_each(Path(data), val_fraction)
+    from solq_lab.data.derived import annotation_file  # torch: not for a wrong folder
 
-    splits = []
-    for found in _find_one_each(Path(data), val_fraction):
+    for found in there:
         folder = images or found.images
         if folder is None:
             raise DataError(f"{found.annotations}: no folder with its images; name it with --images")

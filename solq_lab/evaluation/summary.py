@@ -72,7 +72,8 @@ class Evaluation:
 
     def class_table(self, kind: str = "segm") -> str:
         """`class_frame` as text."""
-        return to_text(self.class_frame(kind))
+        frame = self.class_frame(kind)
+        return to_text(frame) if len(frame) else "no class has ground truth here"
 
     @property
     def legend(self) -> str:

@@ -108,7 +108,7 @@ class Predictor:
     def predict(self, image: ImageSource | list[ImageSource], *, batch: int = 1) -> Detections | list[Detections]:
         """The objects in one image, or in each of a list, with boxes and masks in its pixels.
 
-        A file is turned upright by its EXIF orientation, as `read_upright` does, unless the model's data.orientation is
+        A file is turned upright by its EXIF orientation, as `read_rgb` does, unless the model's data.orientation is
         "stored". The pixels of a PIL image, an array or a tensor are used as they are.
 
         Args:
@@ -129,7 +129,7 @@ class Predictor:
     def _predict_batch(self, images: list[ImageSource]) -> list[Detections]:
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
         if self.orientation == "stored":
-            images = [read_upright(image, "stored") if isinstance(image, str | Path) else image for image in images]
+            images = [read_rgb(image, "stored") if isinstance(image, str | Path) else image for image in images]
         resized, sizes, multiple = [], [], self.bucket or 1
         for image in images:
             pixels = _to_tensor(image)
@@ -154,7 +154,7 @@ class Predictor:
         return dataclasses.replace(found, category_ids=category_ids, image=image)
 
 
-def read_upright(path: str | Path, orientation: Orientation = "upright") -> Image.Image:
+def read_rgb(path: str | Path, orientation: Orientation = "upright") -> Image.Image:
     """The image in a file as 8-bit RGB, turned by its EXIF orientation as a viewer shows it, or as it is stored.
 
     Raises:
@@ -200,7 +200,7 @@ def as_pixels(image: ImageSource) -> np.ndarray:
     """
     match image:
         case str() | Path():
-            return np.asarray(read_upright(image))
+            return np.asarray(read_rgb(image))
         case Image.Image():
             return np.asarray(_to_rgb(image, name="the PIL image"))
         case np.ndarray():

@@ -37,6 +37,7 @@ from solq_lab.runs import RunError
 from solq_lab.training.losses import build_criterion
 from solq_lab.training.optim import build_optimizer
 from solq_lab.training.step import boxes_per_process, forward_backward
+from solq_lab.workbench.check.rules import queries_for
 from solq_lab.workbench.download.weights import download_weights
 from solq_lab.workbench.released import import_released
 
@@ -221,11 +222,13 @@ class _Planner:
 
         short, long = np.median(np.sort(truth.sizes, axis=1), axis=0).tolist()
         counts = Counter(truth.category_ids.tolist())
-        names = zip(dataset.classes.category_ids, dataset.classes.names, strict=True)
+        objects: Counter[str] = Counter()  # categories of one name are added up
+        for number, class_name in zip(dataset.classes.category_ids, dataset.classes.names, strict=True):
+            objects[class_name] += counts[number]
         self.facts = DataFacts(
             images=len(dataset),
             val_images=len(val["images"]),
-            objects={name: counts[number] for number, name in names},
+            objects=dict(objects),
             most=int(np.diff(truth.starts).max()),
             short_side=short,
             long_side=long,
@@ -260,9 +263,9 @@ class _Planner:
         self.choose("data.cache", fits, f"all images decoded take {decoded / GB:.2f} GB")
         self.choose("data.workers", max(2, device.cores - 1) if device.cuda else 0)
 
-        needed = -(-facts.most * 5 // 40) * 10  # a quarter more than objects, in tens
+        needed = queries_for(facts.most)
         if needed > self.experiment().model.queries:
-            self.choose("model.queries", needed, f"up to {facts.most} objects in an image, and a quarter more")
+            self.choose("model.queries", needed, f"up to {facts.most} objects in an image, and half as many to spare")
 
     def choose_batch(self) -> None:
         """Batch, accumulation, precision, learning rates."""
@@ -290,7 +293,6 @@ class _Planner:
             rate = getattr(base.optim, key) * (batch / base.train.batch_size) ** 0.5
             why = f"{getattr(base.optim, key):g} at batch {base.train.batch_size}, by the square-root rule"
             self.choose(f"optim.{key}", float(f"{rate:.2g}"), why)
-        self.choose("evaluation.batch_size", 1 if device.cuda else batch)
 
     def choose_length(self, minutes: float | None) -> None:
         """Steps by the measured speed, warm-up, averaged weights, evaluations, early stopping."""

@@ -56,7 +56,7 @@ def run_folder(experiment_path: str | Path, overrides: Sequence[str] = (), runs_
     Raises:
         ConfigError: the experiment is not valid.
     """
-    experiment, beside = load_experiment(experiment_path, list(overrides)), Path(experiment_path).parent
+    experiment, beside = load_experiment(experiment_path, overrides), Path(experiment_path).parent
     shipped = (beside / "weights.safetensors").is_file() and not load_run(beside).differences(experiment)
     return beside if shipped else Path(runs_dir) / experiment.name
 
@@ -70,7 +70,7 @@ def experiment_run(experiment_path: str | Path, overrides: Sequence[str] = (), r
     folder = run_folder(experiment_path, overrides, runs_dir)
     if folder.resolve() == Path(experiment_path).parent.resolve():
         return working_copy(load_run(folder), runs_dir)
-    return create_run(load_experiment(experiment_path, [*overrides]), runs_dir)
+    return create_run(load_experiment(experiment_path, overrides), runs_dir)
 
 
 def trained_run(experiment_path: str | Path, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> Run:

@@ -239,6 +239,7 @@ def test_without_objects_nothing_is_defined_and_the_table_shows_dashes(results):
     assert [row.split()[0] for row in rows] == list(KINDS)
     assert all(set(row.split()[1:]) == {"-"} for row in rows)
     assert evaluation.class_frame("segm").empty
+    assert evaluation.class_table("segm") == "no class has ground truth here"
 
 
 def test_a_false_alarm_in_an_image_without_objects_costs():

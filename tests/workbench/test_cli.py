@@ -117,10 +117,12 @@ def test_quiet_and_verbose_stand_before_or_behind_the_command(command, data_root
     assert command("-v", "doctor", "--help")[0] == 0
 
 
-def test_a_folder_that_is_not_there_is_rejected_without_torch(command):
+def test_a_folder_that_is_not_there_or_holds_nothing_is_rejected_without_torch(tmp_path):
     """Within a second; importing torch takes several."""
+    (tmp_path / "data_nowhere").mkdir()
     arguments = (
         "check-data nowhere",
+        "check-data data_nowhere",
         "evaluate nowhere",
         "predict nowhere a.png",
         "run nowhere",
@@ -129,7 +131,7 @@ def test_a_folder_that_is_not_there_is_rejected_without_torch(command):
     for line in arguments:
         code = f"import sys; sys.argv = ['solq-lab', *{line.split()}]\nfrom solq_lab.workbench import cli\n"
         code += "try: cli.main()\nexcept SystemExit as end: sys.exit(9 if 'torch' in sys.modules else end.code)"
-        outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
         assert outcome.returncode == 2, f"{line}: {outcome.stderr}"
         assert "nowhere" in outcome.stderr
 

@@ -48,6 +48,7 @@ def test_a_file_overrides_its_parent_key_by_key_and_the_command_line_overrides_b
     experiment = load_experiment(child, ["codec.vector_dim=100", "name=other"])
     assert (experiment.train.batch_size, experiment.train.epochs) == (16, 3)
     assert (experiment.codec.vector_dim, experiment.name) == (100, "other")
+    assert load_experiment(child, "codec.vector_dim=100 name=other") == experiment  # as papermill's -p gives it
 
 
 @settings(deadline=None)  # a machine may be busy

@@ -28,6 +28,7 @@ from solq_lab.inference.predictor import DeviceError, Predictor
 from solq_lab.models.weights import save_weights
 from solq_lab.workbench.cli import app
 from solq_lab.workbench.predictions import sources
+from solq_lab.workbench.predictions.outputs import Masks
 from solq_lab.workbench.predictions.sources import find_sources
 
 SHIPPED = REPOSITORY / "experiments" / "shipped" / "uqr"
@@ -133,6 +134,7 @@ def test_no_file_of_the_user_is_written_over(run, tmp_path):
     assert run("own/shot.jpg", "--out", "own").exit_code == 0
     assert Path("own/shot.png").read_bytes() == precious
     assert files_in("own") == ["shot.jpg", "shot.png", "shot_2.png"]
+    assert "folder of the inputs" in str(run("own", "--out", "own/").exception)  # its drawings would be inputs
     draw("m/a.png"), draw("m/a_classes.png"), draw("m/masks/a.png")
     assert run("m", "--out", "out", "--recursive", "--save", "masks,drawn").exit_code == 0
     assert len([name for name in files_in("out") if name.endswith(".png")]) == 9
@@ -268,6 +270,11 @@ def test_no_objects_give_empty_files(run):
     assert json.loads(Path("out/coco_segm.json").read_text()) == []
     assert Path("out/labels/a.txt").read_text() == ""
     assert len(Path("out/objects.csv").read_text().splitlines()) == 1
+
+
+def test_a_class_name_with_a_line_break_stays_one_line(tmp_path):
+    Masks(tmp_path, ClassMap(("ring\nroad", "box"), (1, 2))).close()
+    assert (tmp_path / "masks" / "classes.txt").read_text() == "ring road\nbox\n"
 
 
 def test_a_plain_detector_has_boxes_and_no_masks(run, tmp_path):

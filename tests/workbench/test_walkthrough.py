@@ -6,6 +6,7 @@ what is shown is that each command finds what the one before it has left, and sa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -15,7 +16,18 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from server import offer_coco, serve
+
+from solq_lab.build import build_images
+from solq_lab.data.annotations import read_annotations
+from solq_lab.data_folder import split_of
+from solq_lab.inference.predictor import Predictor
+from solq_lab.runs import Run
+from solq_lab.viz.widgets.attention_explorer import AttentionExplorer
+from solq_lab.viz.widgets.codec_explorer import CodecExplorer
+from solq_lab.viz.widgets.detection_explorer import DetectionExplorer
 
 pytestmark = pytest.mark.slow
 
@@ -160,3 +172,82 @@ def test_a_score_that_no_object_reaches_is_told_with_the_best_one(solq_lab, shar
     said = solq_lab("predict", "walk.safetensors", image, "--score", 0.99).stdout
     assert "0 objects, drawn in" in said
     assert re.search(r"none with a score of at least 0\.99; the best has 0\.\d\d, a lower --score shows it", said)
+
+
+# ---- images of one's own
+
+
+def write_split(kind: str, root: Path, name: str, document: dict, images: Path) -> None:
+    """A split as a labelling tool exports it; images have spaces, capitals and a folder in their names."""
+    below = {"roboflow": name, "yolo": f"images/{name}"}.get(kind, "images")
+    for entry in document["images"]:
+        old, entry["file_name"] = entry["file_name"], f"cam 1/{name} {Path(entry['file_name']).stem}.JPG"
+        target = root / below / entry["file_name"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((images / old).read_bytes())
+        if kind == "yolo":
+            size = (entry["width"], entry["height"])
+            objects = [a for a in document["annotations"] if a["image_id"] == entry["id"] and not a["iscrowd"]]
+            lines = [
+                " ".join([str(number), *(f"{min(v / size[k % 2], 1):.6f}" for k, v in enumerate(polygon))])
+                for number, polygon in ((a["category_id"], p) for a in objects for p in a["segmentation"])
+            ]
+            label = (root / "labels" / name / entry["file_name"]).with_suffix(".txt")
+            label.parent.mkdir(parents=True, exist_ok=True)
+            label.write_text("\n".join(lines))
+
+    path = {
+        "roboflow": root / name / "_annotations.coco.json",
+        "cvat": root / "annotations" / "instances_default.json",
+        "flat": root / "my objects.json",
+    }.get(kind)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document))
+    else:
+        names = {category["id"]: category["name"] for category in document["categories"]}
+        classes = [names.get(number, f"unused {number}") for number in range(max(names) + 1)]
+        (root / "data.yaml").write_text(json.dumps({"names": classes, "train": "images/train", "val": "images/valid"}))
+
+
+def part_of(document: dict, count: int) -> dict:
+    images = document["images"][:count]
+    ids = {entry["id"] for entry in images}
+    return document | {"images": images, "annotations": [a for a in document["annotations"] if a["image_id"] in ids]}
+
+
+@pytest.mark.parametrize("kind", ["roboflow", "cvat", "yolo", "flat"])
+def test_a_folder_of_a_labelling_tool_needs_no_setting(solq_lab, workspace, coco_tiny, kind):
+    root, run = Path(f"my {kind} set"), f"runs/my-{kind}-set-finetuned"
+    for split, folder in (("train", "train2017"), ("valid", "val2017"))[: 2 if kind in ("roboflow", "yolo") else 1]:
+        document = json.loads((coco_tiny / "annotations" / f"instances_{folder}.json").read_text())
+        write_split(kind, workspace / root, split, part_of(document, 10), coco_tiny / folder)
+
+    # Some classes of val are never trained: these few images come from COCO.
+    allowed = [word for rule in ("class-not-trained", "mask-outside-box") for word in ("--allow", rule)]
+    assert "the training would stop" not in solq_lab("check-data", root, *allowed).stdout
+    assert "by the square-root rule" in solq_lab("finetune", root, "--minutes", 0.1).stdout
+    printed = table_of(solq_lab("evaluate", run).stdout)
+    solq_lab("export", run, f"{kind}.safetensors")
+
+    with contextlib.chdir(workspace):
+        experiment, predictor = Run(run).experiment, Predictor(run)
+        truth, dataset = split_of(experiment, "val"), build_images(experiment)
+        for explorer in (DetectionExplorer, AttentionExplorer):
+            explorer({"SOLQ": predictor}, dataset, score=0.0)
+        CodecExplorer({"val": truth}, "codecs", mask_size=28, vector_dim=36)
+        ids = {str(truth.images / one["file_name"]): one["id"] for one in read_annotations(truth.annotations)["images"]}
+
+    arguments = ["--recursive", "--out", f"found {kind}", "--save", "coco,masks,drawn", "--score", 0]
+    solq_lab("predict", run, truth.images, *arguments)
+    found = workspace / f"found {kind}"
+    names = {one["id"]: one["file_name"] for one in json.loads((found / "coco.json").read_text())["images"]}
+    assert len(list(found.rglob("*.png"))) == 3 * len(names) == 30
+    for ours, theirs in (("box", "bbox"), ("segm", "segm")):
+        results = json.loads((found / f"coco_{theirs}.json").read_text())
+        results = [one | {"image_id": ids[names[one["image_id"]]]} for one in results if names[one["image_id"]] in ids]
+        data = COCO(str(workspace / truth.annotations))
+        scorer = COCOeval(data, data.loadRes(results), theirs)
+        scorer.evaluate(), scorer.accumulate(), scorer.summarize()
+        row = next(line for line in printed if line.startswith(ours)).split()
+        assert [float(number) for number in row[1:4]] == pytest.approx([*(100 * scorer.stats[:3])], abs=0.051)

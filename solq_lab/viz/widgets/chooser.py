@@ -23,8 +23,7 @@ def list_objects(
     truth: GroundTruth, classes: ClassMap, area_sides: tuple[float, float] = DEFAULTS.area_sides
 ) -> pd.DataFrame:
     """One line per object: "id", "image" and "row" in the ground truth, "class" and "size"."""
-    x0, y0, x1, y1 = truth.boxes.T
-    areas = np.where(np.isnan(truth.areas), (x1 - x0) * (y1 - y0), truth.areas)
+    areas = truth.areas_of(np.arange(len(truth)))
     return pd.DataFrame(
         {
             "id": truth.ids,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from solq_lab.config import ConfigError, default_experiment, load_experiment
 from solq_lab.data.folders import Split, find_splits
 from solq_lab.data.yolo import is_yolo
 from solq_lab.data_folder import prepare_data, split_of
-from solq_lab.workbench.check.report import Options
+
+if TYPE_CHECKING:
+    from solq_lab.workbench.check.report import Options
 
 
 def find_data(
@@ -37,6 +40,8 @@ def find_data(
     else:
         prepare_data(experiment)
         splits, name = (split_of(experiment, "train"), split_of(experiment, "val")), experiment.name
+    from solq_lab.workbench.check.report import Options  # pandas: not for a wrong folder
+
     options = Options(
         queries=experiment.model.queries,
         detections=experiment.evaluation.top_k,

@@ -190,13 +190,17 @@ def faults_of_split(checked: CheckedSplit) -> Iterator[Finding]:
             yield Finding("class-few-objects", message, weight=-count)
 
 
+def queries_for(most: int) -> int:
+    """model.queries for at most so many objects in an image: half as many to spare, in tens, at least 20."""
+    return max(10 * math.ceil(1.5 * most / 10), 20)
+
+
 def what_it_asks_for(checked: CheckedSplit) -> Iterator[str]:
     """Settings that a split asks for."""
     sides, most = checked.sides(), checked.summary()["most"]
     if not len(sides):
         return
-    queries = max(10 * math.ceil(1.5 * most / 10), 20)
-    yield f"  model.queries={queries}: at most {most} objects in an image, and half as many to spare"
+    yield f"  model.queries={queries_for(most)}: at most {most} objects in an image, and half as many to spare"
 
     # The short side at which 9 of 10 objects are wide enough; an image larger than the file shows nothing more.
     size = np.median([image.size for image in checked.images], axis=0).tolist()

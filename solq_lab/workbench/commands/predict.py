@@ -17,15 +17,20 @@ import typer
 from solq_lab.errors import UserError
 from solq_lab.files import read_json
 from solq_lab.workbench.commands.arguments import FAILED, existing_path, folder_to_write
-from solq_lab.workbench.predictions.sources import Source, download, find_sources, is_address, output_paths
+from solq_lab.workbench.predictions.sources import (
+    FORMATS,
+    Source,
+    download,
+    find_sources,
+    is_address,
+    output_paths,
+)
 from solq_lab.workbench.predictions.video import require_pyav
 
 if TYPE_CHECKING:
     from solq_lab.data.kinds import Orientation
     from solq_lab.structures import Detections
     from solq_lab.workbench.predictions.outputs import InputImage
-
-FORMATS = ("drawn", "coco", "masks", "polygons", "yolo", "csv")
 
 
 def predict(
@@ -145,7 +150,7 @@ def _read_images(
     import numpy as np
     from tqdm.auto import tqdm
 
-    from solq_lab.inference.predictor import read_upright
+    from solq_lab.inference.predictor import read_rgb
     from solq_lab.workbench.predictions.outputs import InputImage
     from solq_lab.workbench.predictions.video import read_frames
 
@@ -160,7 +165,7 @@ def _read_images(
                     path = Path(folder, f"download{source.suffix}")
                     download(source.name, path)
                 if not source.is_video:
-                    yield InputImage(source, image_id, np.asarray(read_upright(path, orientation)))
+                    yield InputImage(source, image_id, np.asarray(read_rgb(path, orientation)))
                     continue
                 frames = tqdm(
                     read_frames(path, source.name), desc=source.name, unit="frame", leave=False, disable=hidden

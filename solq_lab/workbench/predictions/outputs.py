@@ -114,7 +114,10 @@ class Masks:
             _save(Image.fromarray(channel.astype(np.uint8 if most < 256 else np.uint16)[objects]), path)
 
     def close(self) -> None:
-        write_text(_ensure(self._out / "masks" / "classes.txt"), "".join(f"{name}\n" for name in self._names))
+        write_text(
+            _ensure(self._out / "masks" / "classes.txt"),
+            "".join(f"{' '.join(name.splitlines())}\n" for name in self._names),
+        )
 
 
 class Polygons:
@@ -223,19 +226,10 @@ class Coco:
             write_results(self._out / "coco_segm.json", self._results, kind="segm")
 
 
-FORMATS: dict[str, Any] = {
-    "drawn": Drawn,
-    "coco": Coco,
-    "masks": Masks,
-    "polygons": Polygons,
-    "yolo": Yolo,
-    "csv": Csv,
-}
-
-
 def open_outputs(formats: Sequence[str], out: Path, classes: ClassMap) -> list[Output]:
-    """The outputs of some of the `FORMATS`, into a folder."""
-    return [FORMATS[name](out, classes) for name in formats]
+    """The outputs of some of the `sources.FORMATS`, into a folder."""
+    kinds: list[Any] = [Drawn, Coco, Masks, Polygons, Yolo, Csv]
+    return [kind(out, classes) for kind in kinds if kind.__name__.lower() in formats]
 
 
 def require_masks(formats: Sequence[str], found: Detections) -> None:

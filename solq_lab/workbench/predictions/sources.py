@@ -21,6 +21,7 @@ from solq_lab.files import files_below
 VIDEOS = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"])
 MAX_BYTES = 2 * 10**9  # of a download
 MAX_SECONDS, MAX_SILENCE = 600.0, 30.0  # of a download, and without a byte
+FORMATS = ("drawn", "coco", "masks", "polygons", "yolo", "csv")
 OUTPUTS = {  # per image, {} is the path of the image without its suffix
     "drawn": ["{}.png"],
     "masks": ["masks/{}.png", "masks/{}_classes.png"],
@@ -69,9 +70,13 @@ def find_sources(given: Sequence[str], out: Path, formats: Sequence[str], *, rec
     a data set's own folder; earlier outputs are no inputs.
 
     Raises:
-        UserError: no such file or folder, a folder without images, a pattern that nothing fits, or a file like
-            data.yaml that would be written over beside inputs.
+        UserError: `out` is a named folder, no such file or folder, a folder without images, a pattern that nothing
+            fits, or a file like data.yaml that would be written over beside inputs.
     """
+    if any(os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(out) for name in given):
+        raise UserError(
+            f"--out {out}: is the folder of the inputs, whose drawings would be inputs; give another folder"
+        )
     expanded = [path for name in given for path in _expand(name, out)]
     found: dict[str, str] = {}
     for name in expanded:
