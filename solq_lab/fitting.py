@@ -167,7 +167,9 @@ def _learn(
     seen = partial.restore(fit)
     saved = time.monotonic()
     interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
-    with tqdm(total=len(order), initial=seen, desc="fitting", unit="mask", mininterval=interval) as progress:
+    with tqdm(
+        total=len(order), initial=seen, desc="fitting", unit="mask", mininterval=interval, leave=False
+    ) as progress:
         for start in range(seen, len(order), fit.batch_size):
             batch = objects.box_masks(order[start : start + fit.batch_size], mask_size)
             fit.update(batch)

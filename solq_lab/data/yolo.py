@@ -75,7 +75,7 @@ class YoloSplit(NamedTuple):
         annotations: list[dict[str, Any]] = []
         from tqdm.auto import tqdm  # not above: `solq-lab -q` turns its bars off before it is imported
 
-        progress = tqdm(files.items(), desc=f"reading {self.name}", unit="image")
+        progress = tqdm(files.items(), desc=f"reading {self.name}", unit="image", leave=False)
         for number, (path, label) in enumerate(progress, start=1):
             height, width = read_header(path, str(path)).size_as("upright")
             file_name = path.relative_to(self.images).as_posix()

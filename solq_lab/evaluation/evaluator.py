@@ -71,7 +71,7 @@ def predict_dataset(
     try:
         bar: dict[str, Any] = {"total": sum(map(len, share)), "desc": "evaluating", "unit": "img"}
         interval = 0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-        with tqdm(**bar, mininterval=interval, disable=not distributed.is_main()) as progress:
+        with tqdm(**bar, leave=False, mininterval=interval, disable=not distributed.is_main()) as progress:
             for images, targets in BatchLoader(dataset, share, workers):
                 sizes = [target.original_size for target in targets]
                 with torch.inference_mode():  # not around the yield: the caller's code would run in it too

@@ -137,7 +137,7 @@ def study_attention(
         raise ValueError(f"band {band}: allowed are positive numbers of pixels")
     rows: list[list] = []
     before: dict[int, _QueryAttention] = {}  # the last query that found an object of this size
-    for index in tqdm(range(len(dataset))[:max_images], desc="attention", unit="img"):
+    for index in tqdm(range(len(dataset))[:max_images], desc="attention", unit="img", leave=False):
         ground_truth, image = dataset.objects(index), dataset[index][0]
         detections, layers = predict_with_attention(predictor, image.permute(1, 2, 0).numpy())
         detections = detections.above(score)

@@ -206,7 +206,10 @@ class CodecBenchmark:
         for setting in settings:
             self._experiment(setting)  # reject a wrong one before the work on the first
         (self.folder / "settings").mkdir(parents=True, exist_ok=True)
-        return [self._measure_one(setting) for setting in tqdm(settings, desc="settings", unit="setting", delay=2)]
+        return [
+            self._measure_one(setting)
+            for setting in tqdm(settings, desc="settings", unit="setting", delay=2, leave=False)
+        ]
 
     def codec(self, setting: CodecSetting) -> MaskCodec:
         """The codec of a setting on the CPU, fitted where that is needed and has not been done yet."""

@@ -148,7 +148,7 @@ def compare_images(
     without_masks = any(predictor.experiment.method == "Deformable DETR" for predictor in predictors.values())
     by: Literal["box", "mask"] = "box" if without_masks else "mask"
     compared = []
-    for index in tqdm(range(len(dataset))[:max_images], desc="comparing", unit="img"):
+    for index in tqdm(range(len(dataset))[:max_images], desc="comparing", unit="img", leave=False):
         pixels, ground_truth = dataset[index][0].permute(1, 2, 0).numpy(), dataset.objects(index)
         detections = {name: predictor.predict(pixels).above(score) for name, predictor in predictors.items()}
         ious = {}

@@ -121,7 +121,7 @@ def measure_costs(
 
     # In turns, so that what else the machine does slows all methods alike.
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    for turn in tqdm(range(repeats + 1), desc="measuring", unit="turn"):
+    for turn in tqdm(range(repeats + 1), desc="measuring", unit="turn", leave=False):
         for name in METHODS:
             started = time.perf_counter()
             predict[name]()

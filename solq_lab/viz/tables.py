@@ -22,24 +22,28 @@ def beside_paper(tables: Sequence[ResultTable], metric: str = "segm.AP", *, titl
     """One column of panels per table: the paper's numbers above, ours below, row by row of the table.
 
     The scales of the panels differ: numbers of other images compare in which row is ahead, and by how much. Small marks
-    are single seeds, bars their standard deviation.
+    are single seeds, bars their standard deviation; a row with one seed has a pale bar, the largest of the others.
 
     Args:
-        tables: results, each with the paper's table.
+        tables: results, each with the paper's table; those that have not been run are left out where others have
+            been, and so are rows without a number.
         metric: which number is shown.
         title: what is compared.
     """
+    tables = [table.with_numbers(metric) for table in tables if any(row.runs for row in table.rows)] or tables
+    single = _largest_std(tables, metric)
     ratios = [max(3, len(table.rows)) for table in tables]
     size = max(6.0, 1.0 + 0.52 * sum(ratios)), 5.0
     figure, axes = new_figure(2, len(tables), size=size, title=title, width_ratios=ratios)
     colour = KIND_COLOURS[metric.partition(".")[0]]
 
     for (above, below), table in zip(axes.T, tables, strict=True):
-        printed = [row.paper.get(metric) for row in table.rows]
-        # Steps of one quantity, which a line may join.
+        ours, printed = [row.values(metric) for row in table.rows], [row.paper.get(metric) for row in table.rows]
+        # Steps of one quantity, which a line may join; through single seeds it would show noise.
         scale = all(row.name[0].isdigit() for row in table.rows)
+        several = all(len(values) > 1 for values in ours)
         _points(above, [[] if value is None else [value] for value in printed], BLACK, joined=scale)
-        _points(below, [row.values(metric) for row in table.rows], colour, joined=scale)
+        _points(below, ours, colour, joined=scale and several, single=single)
 
         above.set_title(f"paper: {table.name.removeprefix('shapes_')}")
         below.set_title(f"ours: {table.name}")
@@ -109,14 +113,21 @@ def ladder(
     figure, axes = new_figure(1, len(metrics), size=(FIGURE_WIDTH, 3.6), title=title)
     for panel, metric in zip(axes.flat, metrics, strict=True):
         colour = KIND_COLOURS[metric.partition(".")[0]]
-        _points(panel, [row.values(metric) for row in rows], colour, joined=False)
+        values = [row.values(metric) for row in rows]
+        _points(panel, values, colour, joined=False, single=_largest_std([table], metric))
         _name_rows(panel, [row.name for row in rows])
         panel.set_title(f"{metric_title(metric)}, percent")
     return figure
 
 
-def _points(axes: Axes, rows: Sequence[Sequence[float]], colour: str, *, joined: bool) -> None:
-    """Mean and std of every row, and its single values where there are several."""
+def _largest_std(tables: Sequence[ResultTable], metric: str) -> float:
+    """Over the rows that have several seeds, percent; 0 where none has."""
+    stds = [row.std(metric) for table in tables for row in table.rows]
+    return max((std for std in stds if std is not None), default=0.0)
+
+
+def _points(axes: Axes, rows: Sequence[Sequence[float]], colour: str, *, joined: bool, single: float = 0.0) -> None:
+    """Mean and std of every row, and its single values where there are several; `single` is the bar of one value."""
     shown = [line for line, values in enumerate(rows) if values]
     means = [float(np.mean(rows[line])) for line in shown]
     stds = [float(np.std(rows[line], ddof=1)) if len(rows[line]) > 1 else 0.0 for line in shown]
@@ -125,6 +136,8 @@ def _points(axes: Axes, rows: Sequence[Sequence[float]], colour: str, *, joined:
     for line in shown:
         if len(rows[line]) > 1:
             axes.plot([line + 0.17] * len(rows[line]), rows[line], "o", color=colour, markersize=3, alpha=0.6)
+        elif single:
+            axes.errorbar(line, rows[line][0], yerr=single, color=colour, alpha=0.35, capsize=3)
     axes.margins(y=ROOM)
 
 

@@ -10,7 +10,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,12 @@ class ResultTable:
         """The rows that have this number, best mean first."""
         means = [(mean, row) for row in self.rows if (mean := row.mean(metric)) is not None]
         return [row for _, row in sorted(means, key=lambda pair: -pair[0])]
+
+    def with_numbers(self, metric: str) -> ResultTable:
+        """The table without the rows that have no such number, neither ours nor the paper's."""
+        return replace(
+            self, rows=tuple(row for row in self.rows if row.values(metric) or row.paper.get(metric) is not None)
+        )
 
     def frame(self) -> pd.DataFrame:
         """The table to read: mean ± standard deviation in percent, the paper's number in brackets."""

@@ -53,11 +53,23 @@ def test_a_table_that_was_not_run_shows_the_command():
     assert "not run yet:\nsolq-lab sweep\nshapes_table3b" in written(beside_paper([table(row("1", [], "1"))]))
 
 
-def test_only_steps_of_one_quantity_are_joined_by_a_line():
-    steps = beside_paper([table(row("1", [0.5], "1"), row("2", [0.6], "2"))]).axes[1]
-    kinds = beside_paper([table(row("flatten", [0.5], "1"), row("DCT", [0.6], "2"))]).axes[1]
-    assert {line.get_linestyle() for line in steps.lines} == {":"}
-    assert {line.get_linestyle() for line in kinds.lines} == {"None"}
+@pytest.mark.parametrize(
+    ("names", "second", "joined"),
+    [(("1", "2"), [0.6, 0.7], True), (("1", "2"), [0.6], False), (("flatten", "DCT"), [0.6, 0.7], False)],
+)
+def test_only_steps_of_one_quantity_with_several_seeds_each_are_joined_by_a_line(names, second, joined):
+    first, last = names
+    below = beside_paper([table(row(first, [0.5, 0.6], "1"), row(last, second, "2"))]).axes[1]
+    assert (":" in {line.get_linestyle() for line in below.lines}) == joined
+
+
+def test_a_single_seed_has_the_largest_spread_of_the_others_as_its_bar_and_what_was_not_run_is_left_out():
+    run, empty = table(row("1", [0.5, 0.54], "1"), row("2", [0.6], "2")), table(row("1", [], "1"))
+    (_, below) = beside_paper([empty, run]).axes
+    bars = [path for bar in below.collections for path in bar.get_segments()]
+    spread = 100 * np.std([0.5, 0.54], ddof=1)
+    assert sorted(bar[1, 1] - bar[0, 1] for bar in bars)[-1] == pytest.approx(2 * spread)
+    assert any(bar[0, 0] == 1 for bar in bars)
 
 
 def test_our_run_lies_in_the_line_of_the_method_it_repeats():

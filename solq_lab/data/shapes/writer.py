@@ -102,7 +102,7 @@ def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any],
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with closing(in_processes(_draw, work, range(1, count + 1), processes)) as drawings:
-        progress = tqdm(drawings, total=count, desc=f"drawing {split}", unit="image")
+        progress = tqdm(drawings, total=count, desc=f"drawing {split}", unit="image", leave=False)
         for number, entries in enumerate(progress, start=1):
             name = _file_name(number)
             images.append({"id": number, "file_name": name, "height": level.side, "width": level.side})

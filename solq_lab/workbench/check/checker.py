@@ -141,7 +141,7 @@ def _check_images(content: _Content, processes: int, findings: Findings) -> Iter
     """Check all images of a split in several processes; their findings are too many to be kept, and are counted."""
     name, count = content.checked.split.name, len(content.checked.images)
     chunks = [slice(first, first + CHUNK) for first in range(0, count, CHUNK)]
-    progress = tqdm(total=count, desc=f"checking {name}", unit="image")
+    progress = tqdm(total=count, desc=f"checking {name}", unit="image", leave=False)
     with progress, closing(in_processes(_check_chunk, content, chunks, processes)) as results:
         for checked in results:
             for image, found in checked:
