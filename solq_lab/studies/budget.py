@@ -17,7 +17,7 @@ With box, vector and code, or frame and code, a detection has its object's mask 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,10 +37,11 @@ from solq_lab.data_folder import annotations_of
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.evaluator import file_of_split
 from solq_lab.evaluation.results import read_results
-from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
+from solq_lab.evaluation.summary import Evaluation
 from solq_lab.masks import rasterize_in_box
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.overlaps import Overlaps, corners, measure_overlaps
 from solq_lab.studies.rules import UNMATCHED
 
@@ -75,11 +76,7 @@ def oracle_budget(
     annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
     codec: MaskCodec | None,
-    *,
-    area_sides: tuple[float, float] = DEFAULTS.area_sides,
-    boundary_ratio: float = DEFAULTS.boundary_ratio,
-    max_detections: int = MAX_DETECTIONS,
-    image_ids: Collection[int] | None = None,
+    settings: EvaluationSection = DEFAULTS,
 ) -> Budget:
     """Scores results with each combination of their parts made perfect.
 
@@ -89,28 +86,29 @@ def oracle_budget(
             read back out of its image, at the image's resolution.
         codec: the codec of the model; None for one whose masks do not come from vectors: then no part is "code" or
             "frame", and a perfect "vector" is the object's own mask in the detection's box.
-        area_sides, boundary_ratio, max_detections, image_ids: as in `evaluate_results`.
+        settings: what is small and what a boundary, detections of a class in an image that are scored, and images.
 
     Raises:
         DataError: annotations or results cannot be used.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
+    images = None if settings.max_images is None else truth.image_ids[: settings.max_images].tolist()
 
     def score(changed: Sequence[dict]) -> Evaluation:
         return evaluate_results(
             truth,
             changed,
             kinds=("segm", "boundary"),
-            area_sides=area_sides,
-            boundary_ratio=boundary_ratio,
-            max_detections=max_detections,
-            image_ids=image_ids,
+            area_sides=settings.area_sides,
+            boundary_ratio=settings.boundary_ratio,
+            max_detections=settings.top_k,
+            image_ids=images,
         )
 
     evaluations: dict[tuple[str, ...], Evaluation] = {
         (): score(results)
     }  # checks both, before the overlaps are measured
-    overlaps = measure_overlaps(truth, results, codec, max_detections=max_detections, image_ids=image_ids)
+    overlaps = measure_overlaps(truth, results, codec, max_detections=settings.top_k, image_ids=images)
     counted = [results[place] for place in overlaps.detections.results.tolist()]
     parts = PARTS if codec is not None else PARTS[:3]
     subsets = [perfect for count in range(1, len(parts) + 1) for perfect in combinations(parts, count)]
@@ -192,16 +190,8 @@ def run_budget(run: Run, *, split: Literal["val", "train"] | Split = "val") -> B
         DataError: the run has no results, or they have no masks.
     """
     experiment = run.experiment.evaluated_on(split)
-    settings = experiment.evaluation
     if experiment.codec.kind == "none" and experiment.model.mask_branch == "none":
         raise DataError(f"{run.folder}: a plain detector has no masks, and so no oracle budget; choose another run")
-    truth = GroundTruth(annotations_of(experiment, "val"), keep="all")
-    return oracle_budget(
-        truth,
-        read_results(file_of_split(run.detections, split)),
-        build_codec(experiment, tables=read_weights(run.weights).codec),
-        area_sides=settings.area_sides,
-        boundary_ratio=settings.boundary_ratio,
-        max_detections=settings.top_k,
-        image_ids=truth.image_ids.tolist()[: settings.max_images],
-    )
+    results = read_results(file_of_split(run.detections, split))
+    codec = build_codec(experiment, tables=read_weights(run.weights).codec)
+    return oracle_budget(annotations_of(experiment, "val"), results, codec, experiment.evaluation)

@@ -80,15 +80,8 @@ def run_errors(run: Run) -> ErrorAnalysis:
         RunError, DataError: as `evaluate_run` and `analyse_errors`, a plain detector for example.
     """
     evaluate_run(run)
-    settings, truth = run.experiment.evaluation, GroundTruth(annotations_of(run.experiment, "val"), keep="all")
-    return analyse_errors(
-        truth,
-        read_results(run.detections),
-        build_codec(run.experiment),
-        area_sides=settings.area_sides,
-        max_detections=settings.top_k,
-        image_ids=truth.image_ids[: settings.max_images].tolist(),
-    )
+    annotations, results = annotations_of(run.experiment, "val"), read_results(run.detections)
+    return analyse_errors(annotations, results, build_codec(run.experiment), run.experiment.evaluation)
 
 
 def object_errors(analysis: ErrorAnalysis) -> pd.DataFrame:

@@ -43,7 +43,7 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.ground_truth import DataError, GroundTruth
 from solq_lab.evaluation.coco import DEFAULTS, evaluate_results
 from solq_lab.evaluation.sizes import area_ranges, describe_sizes
-from solq_lab.evaluation.summary import MAX_DETECTIONS
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.overlaps import Overlaps, measure_overlaps
 from solq_lab.studies.rules import THRESHOLDS, UNMATCHED, average_precision, match_detections
 
@@ -151,11 +151,9 @@ def analyse_errors(
     annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
     codec: MaskCodec | None,
+    settings: EvaluationSection = DEFAULTS,
     *,
-    area_sides: tuple[float, float] = DEFAULTS.area_sides,
     occlusions: tuple[float, float] = OCCLUSIONS,
-    max_detections: int = MAX_DETECTIONS,
-    image_ids: Collection[int] | None = None,
 ) -> ErrorAnalysis:
     """Types every error of a model's results, and measures how much mask AP each type costs.
 
@@ -164,10 +162,8 @@ def analyse_errors(
         results: COCO results with boxes and masks; may be empty.
         codec: the codec of the model; None for one whose masks do not come from vectors (SQR): then no error is
             "codec", and "box" ones are those whose boxes have an IoU below t.
-        area_sides: square roots of the areas, pixels, between small and medium and between medium and large objects.
+        settings: bounds of small and medium objects, detections of a class in an image that are scored, and images.
         occlusions: shares of an object's box on other objects that part free from touched, and touched from crowded.
-        max_detections: of a class in an image that are scored.
-        image_ids: images to analyse. None: all.
 
     Raises:
         DataError: annotations or results cannot be used, or a result has no box or no mask.
@@ -181,20 +177,22 @@ def analyse_errors(
             )
     if not isinstance(annotations, GroundTruth):
         annotations = GroundTruth(annotations, keep="all")
-    evaluate_results(annotations, results, kinds=("segm",), area_sides=area_sides, image_ids=image_ids)  # checks both
-    overlaps = measure_overlaps(annotations, results, codec, max_detections=max_detections, image_ids=image_ids)
+    sides, count = settings.area_sides, settings.max_images
+    images = None if count is None else annotations.image_ids[:count].tolist()
+    evaluate_results(annotations, results, kinds=("segm",), area_sides=sides, image_ids=images)  # checks both
+    overlaps = measure_overlaps(annotations, results, codec, max_detections=settings.top_k, image_ids=images)
 
     objects, detections, (low, high) = overlaps.objects, overlaps.detections, occlusions
     outcomes = {"all": _Outcome(overlaps, np.full(len(objects.ids), True), np.full(len(detections.scores), True))}
     for measured, ranges in (
-        ("areas", area_ranges(area_sides)),
+        ("areas", area_ranges(sides)),
         ("occlusion", {"free": (0, low), "touched": (low, high), "crowded": (high, math.inf)}),
     ):
         for name, (least, most) in ranges.items():
             both = (getattr(objects, measured), getattr(detections, measured))
             outcomes[name] = _Outcome(overlaps, *((least <= values) & (values <= most) for values in both))
     legend = (
-        f"{describe_sizes(area_sides)}; free: at most {100 * low:g} % of the box on other objects, "
+        f"{describe_sizes(sides)}; free: at most {100 * low:g} % of the box on other objects, "
         f"touched: at most {100 * high:g} %"
     )
     groups = {name: outcome.losses() for name, outcome in outcomes.items()}

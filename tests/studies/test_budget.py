@@ -8,11 +8,13 @@ from rectangles import WIDTH, rectangle, result_of, rle_of, truth_of
 
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.budget import PARTS, Budget, oracle_budget
 
 CAT, DOG = 1, 2
 OBJECT, OTHER = (4, 8, 20, 24), (34, 8, 20, 24)
 TRUTH = truth_of([(1, CAT, OBJECT), (2, CAT, OTHER)])
+SETTINGS = EvaluationSection(area_sides=(10.0, 20.0))
 FOUND = [result_of(1, CAT, OBJECT), result_of(2, CAT, OTHER)]
 
 
@@ -26,7 +28,7 @@ def ap(budget: Budget, *parts: str) -> float:
 
 
 def budget_of(results: list[dict], truth: dict = TRUTH) -> Budget:
-    return oracle_budget(truth, results, FlattenCodec(28), area_sides=(10.0, 20.0))
+    return oracle_budget(truth, results, FlattenCodec(28), SETTINGS)
 
 
 LOOSE = (35, 9, 24, 28)
@@ -58,7 +60,7 @@ def test_a_codec_that_loses_detail_bounds_a_perfect_vector_and_code_repairs_it()
     bitmap = rectangle(*OBJECT) & ~((np.arange(WIDTH) // 2 % 2 == 0) & (np.arange(48)[:, None] > 16))
     truth = truth_of([(1, CAT, OBJECT)])
     truth["annotations"][0] |= {"segmentation": rle_of(bitmap), "area": int(bitmap.sum())}
-    budget = oracle_budget(truth, [result_of(1, CAT, OBJECT)], DCTCodec(48, 6), area_sides=(10.0, 20.0))
+    budget = oracle_budget(truth, [result_of(1, CAT, OBJECT)], DCTCodec(48, 6), SETTINGS)
     assert ap(budget, "vector") < 0.8
     assert ap(budget, "vector", "code") == 1
 

@@ -17,6 +17,7 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.data.annotations import DataError
 from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.results import read_results
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.errors import ERRORS, SIAMESE_LEAK, ErrorAnalysis, analyse_errors
 from solq_lab.studies.rules import THRESHOLDS, average_precision
 
@@ -46,7 +47,7 @@ class Exact(MaskCodec):
 
 
 def analyse(truth: dict, results: list[dict], codec: MaskCodec | None = None) -> ErrorAnalysis:
-    return analyse_errors(truth, results, codec or Exact(), area_sides=SIDES)
+    return analyse_errors(truth, results, codec or Exact(), EvaluationSection(area_sides=SIDES))
 
 
 def types_at(analysis: ErrorAnalysis, threshold: float) -> list[str | None]:
@@ -179,7 +180,7 @@ def test_without_a_code_the_box_itself_is_judged_and_nothing_is_truncated():
     shifted = masked(result_of(1, CAT, (8, 8, 20, 24)), rectangle(4, 8, 20, 11))
     in_place = masked(result_of(1, CAT, LEFT), rectangle(4, 8, 20, 11))
     for found, at_half, at_most in ((shifted, "vector", "box"), (in_place, "vector", "vector")):
-        analysis = analyse_errors(truth, [found], None, area_sides=SIDES)
+        analysis = analyse_errors(truth, [found], None, EvaluationSection(area_sides=SIDES))
         assert (types_at(analysis, 0.5), types_at(analysis, 0.95)) == ([at_half], [at_most])
 
 
@@ -272,7 +273,7 @@ def test_on_photographs_ap_is_cocos_and_repairs_add_up(golden_root: Path, coco_t
 def test_as_many_detections_are_typed_as_the_evaluation_scores(limit):
     truth, results = many_objects()
     expected = evaluate_results(truth, results, kinds=["segm"], max_detections=limit).metrics["segm.AP"]
-    analysis = analyse_errors(truth, results, DCTCodec(16, 30), max_detections=limit)
+    analysis = analyse_errors(truth, results, DCTCodec(16, 30), EvaluationSection(top_k=limit))
     assert analysis.groups["all"].ap == pytest.approx(expected, abs=1e-9)
 
 
