@@ -72,6 +72,8 @@ def conflicts(experiment: Experiment) -> Iterator[str]:
 def _lengths(experiment: Experiment) -> Iterator[str]:
     """Of settings about parts of a mask vector."""
     codec, loss, shorter = experiment.codec, experiment.loss, experiment.evaluation.vector_dim
+    if codec.learn_decoder and codec.kind != "dct":
+        yield f"codec.learn_decoder true is for codec.kind dct, not {codec.kind}; leave it out"
     of_decoded = {"loss.tail_drop": loss.tail_drop, "codec.learn_decoder": codec.learn_decoder}
     for key, value in of_decoded.items():
         if value and not (loss.decoded_dice_weight or loss.outline_dice_weight):

@@ -110,9 +110,7 @@ class CodecSection(Section):
     pca: Literal["plain", "released"] = Field(
         "plain", description="plain: eq. 4; released: centered, whitened, on noisy logits, other threshold and loss"
     )
-    learn_decoder: bool = Field(
-        False, description="dct: decode by a matrix that starts as the DCT's and is learnt with the network"
-    )
+    learn_decoder: bool = Field(False, description="dct: a decoder that starts as the DCT's and is learnt")
     beta: float = Field(1.0, gt=0, description="sparse: price of a coefficient in eq. 3; the paper gives no value")
     threshold: Literal["middle", "half"] | None = Field(
         None,
@@ -132,8 +130,6 @@ class CodecSection(Section):
             raise ValueError(
                 f"kind {self.kind!r} needs a square number (784: 28 x 28), not vector_dim {self.vector_dim}"
             )
-        if self.learn_decoder and self.kind != "dct":
-            raise ValueError(f"learn_decoder: true is for kind 'dct', not {self.kind!r}; set it to false")
         if self.is_fitted and not self.artifact:
             raise ValueError(
                 f"kind {self.kind!r} needs fitted tables: name their file (codec.artifact=FILE.safetensors), which "
@@ -175,12 +171,8 @@ class LossSection(Section):
     )
     decoded_dice_weight: float = Field(0.0, ge=0, description="dice loss of decoded masks, beside the vector loss")
     outline_dice_weight: float = Field(0.0, ge=0, description="the same near the masks' outlines alone")
-    band_limit: float = Field(
-        0.0, ge=0, description="highest frequency that counts, half periods per pixel of the input over a box; 0: all"
-    )
-    tail_drop: float = Field(
-        0.0, ge=0, le=1, description="share of decoded masks whose vectors lose a random tail: any prefix then decodes"
-    )
+    band_limit: float = Field(0.0, ge=0, description="highest frequency that counts, half periods per pixel; 0: all")
+    tail_drop: float = Field(0.0, ge=0, le=1, description="share of decoded masks whose vectors lose a random tail")
     proposals_per_object: int = Field(1, gt=0, description="encoder proposals that one object is matched to")
     mask_weight: float = Field(1.0, ge=0, description="focal loss of the mask branch's pixels (released)")
     dice_weight: float = Field(1.0, ge=0, description="dice loss of the mask branch (released)")
@@ -312,19 +304,12 @@ class EvaluationSection(Section):
     top_k: int = Field(100, gt=0, description="detections kept and scored per image")
     batch_size: int = Field(1, gt=0, description="images per forward pass and process")
     vector_dim: int | None = Field(None, gt=0, description="decode the first so many coefficients; None: all")
-    rescore: Literal["none", "sharpness"] = Field(
-        "none", description="sharpness: scores times the mean certainty of the decoded mask, inside times outside"
-    )
+    rescore: Literal["none", "sharpness"] = Field("none", description="sharpness: scores times certainty of the mask")
     max_images: int | None = Field(None, gt=0, description="evaluate the first so many images only")
     area_sides: tuple[PositiveFloat, PositiveFloat] = Field(
         (32.0, 96.0), description="small below, medium below; pixels"
     )
     boundary_ratio: float = Field(0.02, gt=0, lt=1, description="boundary width over the image's diagonal")
-
-    @property
-    def decoding(self) -> dict[str, Any]:
-        """How `postprocess` decodes vectors and scores their masks, as its arguments."""
-        return {"rescore": self.rescore, "vector_dim": self.vector_dim}
 
     @model_validator(mode="after")
     def _sizes_ascend(self) -> EvaluationSection:

@@ -27,7 +27,7 @@ from solq_lab.evaluation.gathering import share_from_main, stream_to_main
 from solq_lab.evaluation.results import detections_to_results, write_results
 from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.files import hash_file, read_json, write_json
-from solq_lab.inference.postprocess import postprocess
+from solq_lab.inference.postprocess import decoding_of, postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.sqr import SQRDetector
 from solq_lab.runs import Run, RunError
@@ -78,7 +78,7 @@ def predict_dataset(
                     prediction = model(images.to(device).normalised()).layers[-1]
                     names, top_k = dataset.classes.names, settings.top_k
                     detected = postprocess(
-                        prediction, sizes, codec, top_k=top_k, class_names=names, **settings.decoding
+                        prediction, sizes, codec, top_k=top_k, class_names=names, **decoding_of(settings)
                     )
                 for target, detections in zip(targets, detected, strict=True):
                     yield target.image_id, detections

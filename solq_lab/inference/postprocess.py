@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,15 @@ from torch import Tensor
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.base import MaskCodec, sharpness
 from solq_lab.masks import encode_rle, paste_to_rle
+from solq_lab.schema import EvaluationSection
 from solq_lab.structures import Detections, ImageMasks, LayerPrediction, unpadded_sizes
 
 PIXELS_PER_CHUNK = 2**22  # mask pixels at once, or one mask: 256 of 128 x 128, 16 MiB in float32
+
+
+def decoding_of(settings: EvaluationSection) -> dict[str, Any]:
+    """The arguments of `postprocess` beside `top_k` that an experiment gives."""
+    return {"rescore": settings.rescore, "vector_dim": settings.vector_dim}
 
 
 @torch.no_grad()
@@ -104,6 +110,8 @@ def _decode_masks(
     box_of = boxes.new_empty(len(distinct), 4).index_copy_(0, place, boxes)  # same query, same box: any will do
     vectors = vectors[distinct.to(vectors.device, non_blocking=True)]
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+
+    # A codec may have a faster way to masks that gives no reconstructions.
     count = max(1, PIXELS_PER_CHUNK // codec.mask_size**2)
     rles, certainties = [], []
     for some_vectors, some_boxes in zip(vectors.split(count), box_of.split(count), strict=True):
@@ -114,6 +122,7 @@ def _decode_masks(
         else:
             masks = codec.decode_masks(some_vectors)
         rles += paste_to_rle(masks.cpu(), some_boxes, size)
+
     copies = [dict(rles[row]) for row in place.tolist()]  # a caller may rewrite its RLE's counts
     return copies, torch.cat(certainties)[place] if measure else None
 

@@ -22,7 +22,7 @@ from solq_lab.data.transforms import TestResize, apply_to_image
 from solq_lab.errors import UserError
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.graphs import GraphedForward
-from solq_lab.inference.postprocess import postprocess
+from solq_lab.inference.postprocess import decoding_of, postprocess
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import WeightFile, WeightMismatch, load_state, read_weights
 from solq_lab.precision import check_autocast
@@ -145,7 +145,7 @@ class Predictor:
             last = self._graphed(batch)
         else:
             last = predict_last_layer(self.model, batch, autocast=self.autocast)
-        names, decoding = self.classes.names, self.experiment.evaluation.decoding
+        names, decoding = self.classes.names, decoding_of(self.experiment.evaluation)
         detections = postprocess(last, sizes, self.codec, top_k=self.top_k, class_names=names, **decoding)
         return [self._complete(found, image) for found, image in zip(detections, images, strict=True)]
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import ConfigError, Experiment, change_experiment
 from solq_lab.inference.folding import prepare_for_inference
-from solq_lab.inference.postprocess import postprocess
+from solq_lab.inference.postprocess import decoding_of, postprocess
 from solq_lab.ops.ms_deform_attn import MULTIPLY_ADD
 from solq_lab.structures import ImageBatch
 
@@ -203,7 +203,7 @@ def _predictor(
     if codec is not None:
         codec.to(device)
     images, names = _blank(image_size).to(device), [str(channel) for channel in range(num_classes)]
-    top_k, decoding = experiment.evaluation.top_k, experiment.evaluation.decoding
+    top_k, decoding = experiment.evaluation.top_k, decoding_of(experiment.evaluation)
 
     def predict() -> object:
         with torch.inference_mode():

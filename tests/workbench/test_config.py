@@ -112,7 +112,7 @@ def test_an_unknown_key_on_the_command_line_is_rejected_alike(write, override, s
         ("loss: {band_limit: 1}\ncodec: {kind: haar}", ("loss.band_limit 1", "codec.kind haar", "'dct_blur'")),
         ("evaluation: {vector_dim: 300}", ("evaluation.vector_dim 300", "codec.vector_dim 256", "at most as many")),
         ("loss: {tail_drop: 0.5}", ("loss.tail_drop 0.5", "leave it out, or set loss.decoded_dice_weight")),
-        ("codec: {learn_decoder: true, kind: haar}", ("learn_decoder: true", "'haar'", "set it to false")),
+        ("codec: {learn_decoder: true, kind: haar}", ("codec.learn_decoder true", "not haar", "leave it out")),
         ("model: {mask_look: 8}\ncodec: {kind: none}", ("model.mask_look 8", "codec.kind is none", "leave it out")),
         ("model: {denoising: 3}", ("denoising 3 needs mixed_queries: true or two_stage: true", "set it to 0")),
         ("loss: {proposals_per_object: 6}", ("loss.proposals_per_object 6 needs proposals", "model.mixed_queries")),

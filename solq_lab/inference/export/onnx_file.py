@@ -29,6 +29,7 @@ from solq_lab.inference.export.graph import INPUTS, DetectionGraph
 from solq_lab.inference.export.packaging import without_paths
 from solq_lab.inference.export.parity import TOLERANCE, measure_parity
 from solq_lab.inference.folding import fold
+from solq_lab.inference.postprocess import decoding_of
 from solq_lab.inference.predictor import Predictor, find_weights, read_rgb, read_trained
 from solq_lab.models.kinds import backbone_spec
 from solq_lab.models.weights import load_state
@@ -112,7 +113,7 @@ def export_onnx(
     weights, experiment, classes = read_trained(path)
     model = build_model(experiment, len(classes))
     load_state(model, weights.state, source=str(path))
-    decoding = experiment.evaluation.decoding
+    decoding = decoding_of(experiment.evaluation)
     graph = DetectionGraph(fold(model), predictor.codec, predictor.top_k, **decoding).eval()
     if fixed or "mask_logits" in graph.outputs:
         batch = batch or 1  # windows, or queries, share an axis with the images, whose number the tracer then pins

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from solq_lab.data.transforms import Resize, TestResize, apply_to_image
 from solq_lab.inference.compare import Difference, Tolerance, compare_detections
-from solq_lab.inference.postprocess import cut_out_masks, postprocess
+from solq_lab.inference.postprocess import cut_out_masks, decoding_of, postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import paste_to_rle
 from solq_lab.structures import Detections, ImageBatch, ImageMasks
@@ -94,7 +94,11 @@ def _resized(image: np.ndarray, room: tuple[int, int] | None, resize: TestResize
 def _detect_in_torch(predictor: Predictor, images: ImageBatch, *, top_k: int) -> list[Detections]:
     """The model's detections in uint8 images, in their own pixels."""
     last = predictor.model(images.normalised()).layers[-1]
-    sizes, names, decoding = images.sizes.tolist(), predictor.classes.names, predictor.experiment.evaluation.decoding
+    sizes, names, decoding = (
+        images.sizes.tolist(),
+        predictor.classes.names,
+        decoding_of(predictor.experiment.evaluation),
+    )
     return postprocess(last, sizes, predictor.codec, top_k=top_k, class_names=names, **decoding)
 
 
