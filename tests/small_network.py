@@ -30,13 +30,6 @@ def small_backbone() -> SmallBackbone:
     return SmallBackbone((8, 16, 24, 32), (1, 1, 2, 1))
 
 
-def random_batch(dtype: torch.dtype = torch.float64, side: int = SIDE) -> ImageBatch:
-    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    padding = torch.zeros(2, side, side, dtype=torch.bool)
-    padding[1, :, side // 2 :] = True
-    return ImageBatch(pixels.masked_fill(padding.unsqueeze(1), 0.0), padding)
-
-
 def draw_images(*sizes: tuple[int, int]) -> ImageBatch:
     """Normalised noise of these (height, width), padded to the largest."""
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
@@ -45,6 +38,12 @@ def draw_images(*sizes: tuple[int, int]) -> ImageBatch:
         padding[row, :real_height, :real_width] = False
     pixels = torch.randn(len(sizes), 3, height, width, generator=torch.Generator().manual_seed(0))
     return ImageBatch(pixels.masked_fill(padding.unsqueeze(1), 0.0), padding)
+
+
+def random_batch(dtype: torch.dtype = torch.float64, side: int = SIDE) -> ImageBatch:
+    """A square image, and one of half its width."""
+    images = draw_images((side, side), (side, side // 2))
+    return images._replace(pixels=images.pixels.to(dtype))
 
 
 def some_loss(predictions: Predictions) -> Tensor:

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 import re
+import shutil
 import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -27,7 +27,6 @@ from solq_lab.training.nonfinite import NonFiniteError, list_records, load_recor
 from solq_lab.training.replay import replay_record
 from solq_lab.training.step import SCALE_FLOOR, MicroBatch
 from solq_lab.training.trainer import Trainer, train_run
-from solq_lab.workbench import cli
 
 POISONED = "heads.0.vector.layers.2.bias"  # the vector losses alone notice: every other number stays finite
 
@@ -79,11 +78,7 @@ def stopped(data_root, tmp_path_factory):
 
 def copy_record(run, folder):
     """A copy to damage."""
-    target = folder / "step_0000003"
-    target.mkdir()
-    for path in (run.folder / "flight" / "step_0000003").iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
+    return shutil.copytree(run.folder / "flight" / "step_0000003", folder / "step_0000003")
 
 
 # ------------------------------------------------------------------------------------------------ record and message
@@ -127,7 +122,7 @@ def test_the_record_holds_every_term_and_the_step_itself(stopped):
     assert "name: tiny" in weights.experiment
 
 
-def test_a_gradient_alone_is_distinguished_from_a_loss(data_root, tmp_path, monkeypatch, capsys):
+def test_a_gradient_alone_is_distinguished_from_a_loss(data_root, tmp_path, monkeypatch, command_line):
     # the root of nothing: its value is 0, its slope is not finite
     spoil_total(monkeypatch, {2}, lambda value: value + (value * 0).sqrt())
     run = new_run(data_root, tmp_path)
@@ -139,10 +134,7 @@ def test_a_gradient_alone_is_distinguished_from_a_loss(data_root, tmp_path, monk
     assert not replay.reproduced
     assert replay.report().endswith("not reproduced: every value is finite now")
     assert replay.repeated == {}
-    monkeypatch.setattr(sys, "argv", ["solq-lab", "replay", str(record)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 1
+    assert command_line("replay", record)[0] == 1
 
 
 def test_costs_that_are_not_finite_stop_after_as_many_steps_as_are_allowed(data_root, tmp_path, caplog):
@@ -288,7 +280,7 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_both(data_root, 
 # ---------------------------------------------------------------------------------------------------------- replay
 
 
-def test_a_replay_repeats_the_step_bit_for_bit_and_finds_the_place(stopped, capsys, monkeypatch):
+def test_a_replay_repeats_the_step_bit_for_bit_and_finds_the_place(stopped, command_line):
     run, _ = stopped
     record = run.folder / "flight" / "step_0000003"
     torch.manual_seed(123)
@@ -298,11 +290,8 @@ def test_a_replay_repeats_the_step_bit_for_bit_and_finds_the_place(stopped, caps
     assert replay.repeated == replay.recorded
     place = "output of heads.0.vector.layers.2 (OneDNNLinear), 32 of 640 values, from finite inputs"
     assert replay.firsts == {"forward": place, "loss": "the loss vector/0 is nan (and 2 more)"}
-    monkeypatch.setattr(sys, "argv", ["solq-lab", "replay", str(record)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    shown = capsys.readouterr().out
+    status, shown = command_line("replay", record)
+    assert status == 0
     assert f"not finite before the step: {POISONED}" in shown
     assert "reproduced, bit for bit" in shown
 
@@ -363,7 +352,7 @@ def test_a_record_leads_to_no_file_outside_it_and_runs_no_code(stopped, tmp_path
         load_record(record)
 
 
-def test_what_is_no_record_is_rejected_with_a_list_of_those_there_are(stopped, tmp_path, monkeypatch, capsys):
+def test_what_is_no_record_is_rejected_with_a_list_of_those_there_are(stopped, tmp_path, command_line):
     run, _ = stopped
     with pytest.raises(RunError, match=r"not a flight record .*; records there: .*/flight/step_0000003"):
         replay_record(run.folder)
@@ -373,11 +362,9 @@ def test_what_is_no_record_is_rejected_with_a_list_of_those_there_are(stopped, t
     (tmp_path / "record.json").write_text('{"step": 3}')
     with pytest.raises(RunError, match="not the JSON of a flight record"):
         replay_record(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["solq-lab", "replay", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    assert "records there: none" in capsys.readouterr().err
+    status, shown = command_line("replay", tmp_path / "nowhere")
+    assert status == 2
+    assert "records there: none" in shown
 
 
 # ------------------------------------------------------------------------------------------------------------ fp16

@@ -64,6 +64,12 @@ def stopped_within(seconds, run):
     return run.status()
 
 
+def assert_resumes(run, whole):
+    """The run goes on to the same end as one that nothing happened to."""
+    assert train_run(run) == "finished"
+    assert what_was_learned(run) == whole
+
+
 # ----------------------------------------------------------------------------------------------------------- signals
 
 
@@ -73,8 +79,7 @@ def test_a_stop_in_start_up_ends_at_once_and_leaves_nothing_half_done(run, whole
         patch.setattr(module, phase, lambda *_, **__: interrupt())
         assert stopped_within(30, run)["message"] == "SIGTERM"
     assert list_checkpoints(run.checkpoints) == []
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 def test_a_stop_while_resuming_leaves_the_checkpoint_for_the_next_time(run, whole, monkeypatch):
@@ -85,8 +90,7 @@ def test_a_stop_while_resuming_leaves_the_checkpoint_for_the_next_time(run, whol
         patch.setattr(Trainer, "_restore", lambda *_: interrupt(signal.SIGUSR1))
         assert stopped_within(30, run) | {"time": 0} == run.status() | {"time": 0}
         assert (run.status()["step"], run.status()["message"]) == (step, "SIGUSR1")
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 def test_a_stop_in_an_evaluation_saves_and_resuming_repeats_the_evaluation(run, whole, monkeypatch):
@@ -94,8 +98,7 @@ def test_a_stop_in_an_evaluation_saves_and_resuming_repeats_the_evaluation(run, 
         patch.setattr(module, "evaluate_model", lambda *_, **__: interrupt())
         assert stopped_within(30, run)["step"] == 6
     assert run.metrics("evaluation") == []
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 def test_a_stop_in_the_last_evaluation_leaves_only_that_to_do(run, whole, monkeypatch):
@@ -104,8 +107,7 @@ def test_a_stop_in_the_last_evaluation_leaves_only_that_to_do(run, whole, monkey
         assert stopped_within(30, run)["step"] == 8
     assert not run.results.exists()
     before_each_step(monkeypatch, lambda *_: pytest.fail("all steps were done"))
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 def interrupted_after(images):
@@ -130,8 +132,7 @@ def test_a_stop_while_a_slow_disk_is_waited_for_does_not_wait(data_root, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(CocoDataset, "__getitem__", interrupted_after(12 + 9))
         assert stopped_within(30, run)["step"] in (range(3) if workers else [2])  # a worker reads ahead
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 def test_a_signal_that_torchrun_sends_once_more_is_no_second_one(run, monkeypatch):
@@ -150,8 +151,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_saving_and_costs_the_steps_since(
     expected = ("preempted", 3, "a second Ctrl-C, without saving")
     assert (status["state"], status["step"], status["message"]) == expected
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_0000003"]
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 # ------------------------------------------------------------------------------------------- disk, memory, clock, files
@@ -196,8 +196,7 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(data_root, small_disk, who
     assert "Make room; re-running resumes from the last checkpoint" in run.status()["message"]
     assert [path.name for path in run.checkpoints.iterdir()] == ["step_0000003"]
     fillers[0].unlink()
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 def test_on_a_disk_without_any_room_not_even_the_status_can_be_written_and_nothing_is_lost(
@@ -219,8 +218,7 @@ def test_on_a_disk_without_any_room_not_even_the_status_can_be_written_and_nothi
     assert (run.status()["state"], run.status()["step"]) == ("training", 3)
     assert not run.is_training()
     fillers[0].unlink()
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 def test_a_full_disk_is_distinguished_from_other_errors(run):
@@ -265,8 +263,7 @@ def test_out_of_memory_names_the_settings_that_take_less(run, whole, monkeypatch
     assert "train.batch_size 4 gives micro-batches of 2 images (gpus 1, accumulate 2)" in message
     assert "train.accumulate=4 (the same batch in smaller micro-batches); train.gradient_checkpointing=true" in message
     assert run.status()["message"] == f"OutOfMemory: {message}"
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
 
 
 def test_after_out_of_memory_a_run_resumes_with_smaller_micro_batches(data_root, run, tmp_path, monkeypatch):
@@ -306,8 +303,7 @@ def test_a_clock_that_jumps_changes_nothing(run, whole, monkeypatch):
         signal_after(patch, 5, signal.SIGTERM)
         assert train_run(run) == "preempted"
         assert not run.is_training()
-    assert train_run(run) == "finished"
-    assert what_was_learned(run) == whole
+    assert_resumes(run, whole)
     seconds = [line["seconds"] for line in run.metrics("train")]
     assert 0 < seconds[0] < seconds[-1] < 600
     assert seconds == sorted(seconds)

@@ -11,7 +11,6 @@ from tiny import tiny_experiment, write_tiny_dataset
 from training_runs import signal_after
 
 from solq_lab.config import ConfigError
-from solq_lab.files import read_json
 from solq_lab.runs import Run, create_run
 from solq_lab.training import tracking
 from solq_lab.training.tracking import FOLDER, TensorBoard, scalars
@@ -102,14 +101,3 @@ def test_a_write_that_fails_later_is_said_once(tmp_path, caplog, monkeypatch):
 def test_only_numbers_become_scalars():
     line = {"kind": "skipped", "step": 3, "why": "nan", "ids": [1, 2], "fatal": True, "norms": {"all": 2}}
     assert dict(scalars(line, "skipped")) == {"skipped/norms/all": 2.0}
-
-
-def test_the_environment_says_what_the_training_ran_on(data_root, tmp_path):
-    run = create_run(tiny_experiment(data_root, train={"steps": 1}), tmp_path)
-    train_run(run)
-    facts = read_json(run.environment)
-    assert {"versions", "git", "operator", "dataset", "codec", "command", "host", "created"} <= set(facts)
-    assert {"processor", "cores", "memory_gb", "gpus", "driver", "cuda", "cudnn", "nccl"} == set(facts["hardware"])
-    assert facts["versions"]["torch"]
-    assert facts["hardware"]["cores"] >= 1
-    assert len(facts["dataset"]["sha256"]) == len(facts["codec"]["sha256"]) == 64

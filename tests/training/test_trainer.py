@@ -29,9 +29,15 @@ from solq_lab.training.checkpoint import list_checkpoints
 from solq_lab.training.trainer import train_run
 
 
-def test_a_training_leaves_everything_a_run_promises(data_root, tmp_path):
-    run = new_run(data_root, tmp_path, train={"evaluate_every": 2})
+@pytest.fixture(scope="module")
+def finished(data_root, tmp_path_factory):
+    run = new_run(data_root, tmp_path_factory.mktemp("finished"), train={"evaluate_every": 2})
     assert train_run(run) == "finished"
+    return run
+
+
+def test_a_training_leaves_everything_a_run_promises(finished):
+    run = finished
     assert run.status()["state"] == "finished"
     start, *lines = run.metrics()
     assert start["kind"] == "start"
@@ -46,6 +52,12 @@ def test_a_training_leaves_everything_a_run_promises(data_root, tmp_path):
     assert "segm.AP50" in run.metrics("evaluation")[0]["metrics"]
 
     environment = read_json(run.environment)
+    assert {"versions", "git", "operator", "dataset", "codec", "command", "host", "created"} <= set(environment)
+    assert {"processor", "cores", "memory_gb", "gpus", "driver", "cuda", "cudnn", "nccl"} == set(
+        environment["hardware"]
+    )
+    assert environment["versions"]["torch"]
+    assert environment["hardware"]["cores"] >= 1
     assert environment["operator"] in ("cpu", "cuda", "reference")
     assert environment["dataset"]["images"] == 12
     assert len(environment["dataset"]["sha256"]) == len(environment["codec"]["sha256"]) == 64
@@ -57,14 +69,12 @@ def test_a_training_leaves_everything_a_run_promises(data_root, tmp_path):
     assert len(list_checkpoints(run.checkpoints)) == 2
 
 
-def test_a_finished_run_is_not_trained_again(data_root, tmp_path, caplog):
-    run = new_run(data_root, tmp_path, train={"steps": 1})
-    train_run(run)
-    before = run.weights.stat().st_mtime_ns
+def test_a_finished_run_is_not_trained_again(finished, caplog):
+    before = finished.weights.stat().st_mtime_ns
     with caplog.at_level(logging.INFO):
-        assert train_run(run) == "finished"
+        assert train_run(finished) == "finished"
     assert "is finished; remove the folder to train it anew" in caplog.text
-    assert run.weights.stat().st_mtime_ns == before
+    assert finished.weights.stat().st_mtime_ns == before
 
 
 def test_the_loss_falls_below_what_a_constant_answer_gives(data_root, tmp_path):
