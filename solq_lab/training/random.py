@@ -41,15 +41,12 @@ def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> No
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """States of all generators of this process, as tensors and numbers that a checkpoint can hold."""
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002
     version, internal, gauss_next = random.getstate()
     states = generator_states(device)
     state = {
         "torch": states.pop("cpu"),
-        "numpy": {
-            "keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-            "rest": (numpy["state"]["pos"], numpy["has_gauss"], numpy["gauss"]),
-        },
+        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": tuple(rest)},
         "python": {"version": version, "internal": torch.tensor(internal), "gauss_next": gauss_next},
     }
     return state | states
