@@ -16,7 +16,7 @@ from tiny import tiny_experiment
 
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run, create_run
-from solq_lab.training.trainer import Trainer
+from solq_lab.training.trainer import Trainer, train_run
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -57,6 +57,19 @@ def signal_after(patch, steps, *numbers, pause=0.0):
                 time.sleep(pause)
 
     before_each_step(patch, count_and_signal)
+
+
+def assert_an_interruption_changes_nothing(data_root, folder, *, steps=4, **sections) -> Run:
+    """A training that a signal stops learns what an uninterrupted one, which is returned, has learnt."""
+    whole, parts = (new_run(data_root, folder / name, **sections) for name in ("whole", "parts"))
+    assert train_run(whole) == "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(patch, steps)
+        assert train_run(parts) == "preempted"
+    torch.manual_seed(123)  # another process would not have these generators either
+    assert train_run(parts) == "finished"
+    assert what_was_learned(parts) == what_was_learned(whole)
+    return whole
 
 
 def wait_for(condition, seconds=120.0, *, process=None):

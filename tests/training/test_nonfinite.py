@@ -12,7 +12,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from training_runs import ENVIRONMENT, TESTS, before_each_step, new_run, signal_after, torchrun, what_was_learned
+from training_runs import (
+    ENVIRONMENT,
+    TESTS,
+    assert_an_interruption_changes_nothing,
+    before_each_step,
+    new_run,
+    signal_after,
+    torchrun,
+)
 from trap import Trap
 
 from solq_lab import precision
@@ -200,15 +208,7 @@ def test_a_resumed_training_with_skipped_steps_equals_an_uninterrupted_one_bit_f
 ):
     spoil_total(monkeypatch, {4, 5}, to_nan)
     train = {"skip_nonfinite": 2, "ema": 0.9, "log_every": 2}
-    whole = new_run(data_root, tmp_path / "whole", train=train)
-    train_run(whole)
-    parts = new_run(data_root, tmp_path / "parts", train=train)
-    with monkeypatch.context() as patch:
-        signal_after(patch, 4)
-        assert train_run(parts) == "preempted"
-    torch.manual_seed(123)
-    assert train_run(parts) == "finished"
-    assert what_was_learned(parts) == what_was_learned(whole)
+    assert_an_interruption_changes_nothing(data_root, tmp_path, train=train)
 
 
 def test_the_count_of_steps_in_a_row_survives_an_interruption(data_root, tmp_path, monkeypatch):
@@ -396,8 +396,7 @@ def test_fp16_trains_close_to_float32(data_root, tmp_path, monkeypatch):
 def test_an_overflow_halves_the_scale_without_a_record_and_is_resumed_bit_for_bit(data_root, tmp_path, monkeypatch):
     scaled(monkeypatch, 2.0**18)
     train = {"autocast": "fp16", "ema": 0.9, "save_every": 100, "steps": 6}
-    whole = new_run(data_root, tmp_path / "whole", train=train)
-    assert train_run(whole) == "finished"
+    whole = assert_an_interruption_changes_nothing(data_root, tmp_path, train=train)
     overflows = whole.metrics("overflow")
     count = len(overflows)
     assert 2 < count < 6
@@ -405,12 +404,6 @@ def test_an_overflow_halves_the_scale_without_a_record_and_is_resumed_bit_for_bi
     steps = [line["step"] for kind in ("overflow", "train") for line in whole.metrics(kind)]
     assert sorted(steps) == list(range(1, 7))
     assert not (whole.folder / "flight").exists()
-    parts = new_run(data_root, tmp_path / "parts", train=train)
-    with monkeypatch.context() as patch:
-        signal_after(patch, 4)
-        assert train_run(parts) == "preempted"
-    assert train_run(parts) == "finished"
-    assert what_was_learned(parts) == what_was_learned(whole)
 
 
 def test_gradients_that_overflow_without_a_scale_are_recorded_and_replayed(data_root, tmp_path, monkeypatch):

@@ -12,11 +12,10 @@ from small_network import SIDE, SIZES, random_batch, small_backbone
 from torchvision.ops import sigmoid_focal_loss
 from training_runs import (
     ENVIRONMENT,
+    assert_an_interruption_changes_nothing,
     assert_shares_learn_as_the_whole,
     new_run,
-    signal_after,
     torchrun,
-    what_was_learned,
 )
 
 from solq_lab.boxes import cxcywh_to_xyxy
@@ -86,16 +85,9 @@ def test_the_options_are_at_most_twenty_and_neutral_by_default():
     assert {key: default_experiment().value(key) for key in NEUTRAL} == NEUTRAL
 
 
-def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(data_root, tmp_path, monkeypatch):
+def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(data_root, tmp_path):
     sections = PLUS | {"train": {"ema": 0.9, "accumulate": 2, "gradient_checkpointing": True}}
-    whole, parts = (new_run(data_root, tmp_path / name, **sections) for name in ("whole", "parts"))
-    train_run(whole)
-    with monkeypatch.context() as patch:
-        signal_after(patch, 5)
-        assert train_run(parts) == "preempted"
-    torch.manual_seed(123)
-    assert train_run(parts) == "finished"
-    assert what_was_learned(parts) == what_was_learned(whole)
+    assert_an_interruption_changes_nothing(data_root, tmp_path, steps=5, **sections)
 
 
 def test_a_training_is_replayed_bit_for_bit(data_root, tmp_path):
