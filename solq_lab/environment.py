@@ -25,6 +25,7 @@ def describe_software() -> dict[str, Any]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+
     git = ["git", "-C", str(Path(__file__).parent)]  # outside a checkout there is no commit
     commit = first_line([*git, "rev-parse", "HEAD"])
     modified = commit and first_line([*git, "status", "--porcelain", "--untracked-files=no"]) is not None

@@ -163,6 +163,7 @@ def _variants(experiment: Experiment) -> dict[str, Experiment]:
             f"{experiment.name}: codec.kind none has no mask vectors to measure; give an experiment with a codec, "
             "for example experiments/solq_r50.yaml"
         )
+
     changes = {
         "detector": {"model.mask_branch": "none", "codec.kind": "none"},
         "SQR": {"model.mask_branch": "sqr", "codec.kind": "none"},

@@ -46,6 +46,7 @@ def sweep(
             state = "finished" if job.is_finished() else state
             typer.echo(f"{state:<20} solq-lab {shlex.join(job.arguments)}")
         return
+
     options = cluster_options(cluster_option, cluster)
     start = None if cluster == "none" else cluster_starter(cluster, runs_dir, options)
     outcomes = run_sweep(planned, start=start, at_once=jobs or (len(planned) if cluster == "slurm" else 1))

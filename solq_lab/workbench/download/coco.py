@@ -206,6 +206,7 @@ def _fetch_verified(archive: Archive, file: Path, base_url: str, **patience: Any
             while chunk := opened.read(CHUNK):
                 digest.update(chunk)
                 bar.update(len(chunk))
+
         found = digest.hexdigest()
         if found == archive.digest:
             return
