@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,9 +24,11 @@ from solq_lab.structures import Detections
 from solq_lab.studies.pairing import UNMATCHED, overlaps, pair_objects
 from solq_lab.workbench.workspace import trained_run
 
+logger = logging.getLogger(__name__)
+
 
 class Comparison(NamedTuple):
-    """One run or two, with their models and images.
+    """One run, two or three, with their models and images.
 
     runs: the first one first.
     predictors: their models by name, in the same order.
@@ -80,13 +83,19 @@ class ComparedImage(NamedTuple):
 
 
 def open_comparison(
-    experiment: str | Path, other: str | Path, *, overrides: Sequence[str] = (), runs_dir: str | Path = "runs"
+    experiment: str | Path,
+    other: str | Path,
+    *,
+    third: str | Path = "",
+    overrides: Sequence[str] = (),
+    runs_dir: str | Path = "runs",
 ) -> Comparison:
     """Open the finished run of an experiment, and that of another where its file exists.
 
     Args:
         experiment, overrides, runs_dir: as for `trained_run`.
         other: the second run's experiment file.
+        third: a third one's, left out with a warning where it has other images or classes; "": none.
 
     Raises:
         ConfigError, DataError, RunError: as `trained_run`, and where the two cannot be compared (`check_comparable`).
@@ -97,6 +106,13 @@ def open_comparison(
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise RunError(f"{runs[0].folder}: a run cannot be compared with itself; name another run's experiment.yaml")
     check_comparable(runs)
+    if Path(third).is_file():
+        last = trained_run(third, (), runs_dir)
+        try:
+            check_comparable([runs[0], last])
+            runs += [last] if last.folder.resolve() not in {run.folder.resolve() for run in runs} else []
+        except RunError as error:
+            logger.warning("left out: %s", error)
     predictors = dict(zip(run_names(runs), map(Predictor, runs), strict=True))
     dataset = build_images(runs[0].experiment, next(iter(predictors.values())).classes)
     return Comparison(runs, predictors, dataset, "" if there else str(other))
@@ -134,7 +150,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 def compare_images(
     predictors: Mapping[str, Predictor], dataset: CocoDataset, *, score: float = 0.3, max_images: int | None = None
 ) -> list[ComparedImage]:
-    """Every image with its objects and the detections of one model or two; where the first is furthest ahead first.
+    """Every image with its objects and the detections of all models; where the first is furthest ahead comes first.
 
     An object is found by a detection of its class whose box overlaps by half (`pair_objects`); how well is then the IoU
     of the masks. Where a model has no masks, boxes count for all.

@@ -164,6 +164,24 @@ def test_a_second_run_that_is_missing_is_named_and_the_first_one_shown(root, tmp
         open_comparison(run.folder / "experiment.yaml", run.folder / "experiment.yaml", runs_dir=tmp_path / "runs")
 
 
+def test_a_third_run_stands_beside_the_others_unless_its_images_are_others(root, tmp_path, caplog):
+    others = write_tiny_dataset(tmp_path / "others", val=2)
+    files = {}
+    for name, data in (("first", root), ("third", root), ("elsewhere", others)):
+        experiment = tiny_experiment(data, name=name)
+        run = create_run(experiment, tmp_path / "runs")
+        state = build_model(experiment, len(CLASSES)).state_dict()
+        save_weights(run.weights, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+        run.write_status("finished", step=10)
+        files[name] = run.folder / "experiment.yaml"
+
+    for third, shown in (("third", ["first", "third"]), ("first", ["SOLQ"]), ("elsewhere", ["SOLQ"])):
+        comparison = open_comparison(files["first"], "", third=files[third], runs_dir=tmp_path / "runs")
+        assert list(comparison.predictors) == shown
+    assert "left out" in caplog.text
+    assert "different validation annotations" in caplog.text
+
+
 def test_the_photographs_are_small_and_longer_codes_keep_more_of_each_of_their_objects():
     dataset = CocoDataset(PHOTOGRAPHS, PHOTOGRAPHS / "photographs.json", mask_size=64)
     sizes = [(PHOTOGRAPHS / dataset.file_name(image)).stat().st_size for image in dataset.image_ids]
