@@ -189,7 +189,7 @@ def with_box(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict[st
     Raises:
         DataError: as `checked_segmentation`.
     """
-    if entry.get("bbox") is not None or not has_segmentation(entry):
+    if entry.get("bbox") not in (None, []) or not has_segmentation(entry):
         return entry
     rle = masks.segmentation_to_rle(checked_segmentation(entry["segmentation"], size, name), size)
     return entry | {"bbox": coco_rle.toBbox(rle).tolist()}
@@ -211,7 +211,7 @@ def checked_area(entry: dict[str, Any], name: str) -> float:
 
 def has_segmentation(entry: dict[str, Any]) -> bool:
     """Whether an entry of `annotations` has more than a box."""
-    return entry.get("segmentation") not in (None, [])
+    return entry.get("segmentation") not in (None, [], {})
 
 
 def checked_segmentation(segmentation: Any, size: tuple[int, int], name: str) -> list[array] | dict:

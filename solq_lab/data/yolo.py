@@ -108,7 +108,7 @@ class YoloSplit(NamedTuple):
 
 def is_yolo(path: Path) -> bool:
     """Whether a YAML file is the data.yaml of a YOLO folder, sound or not: it lists class names."""
-    return re.search(r"^names\b", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
+    return re.search(r"^[{'\"]*names\b", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
 
 
 def find_yolo(source: Path) -> list[YoloSplit]:
