@@ -27,6 +27,7 @@ from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.data_folder import check_data_folder
 from solq_lab.files import read_json, write_json
 from solq_lab.runs import RunError, create_run, load_run
+from solq_lab.schema import TrainSection
 from solq_lab.workbench import processes, trainings
 from solq_lab.workbench.cli import app
 from solq_lab.workbench.notebooks import NotebookFailed, run_notebook
@@ -267,6 +268,21 @@ def test_several_processes_are_started_by_torchrun(run):
     several = trainings.training_command(run, 3)
     assert several[1:] == ["-m", "solq_lab.training.torchrun", "--nproc-per-node=3", str(run.folder)]
     assert trainings.training_command(run, 1, nodes=2)[2:4] == ["solq_lab.training.torchrun", "--nproc-per-node=1"]
+
+
+@pytest.mark.parametrize(
+    ("train", "cores", "gpus", "processes"),
+    [
+        ({"gpus": 0, "batch_size": 8}, 2, [], 2),
+        ({"gpus": 0, "batch_size": 8}, 1, [], 1),
+        ({"gpus": 0, "batch_size": 8}, 16, ["a GPU"], 1),
+        ({"gpus": 0, "batch_size": 6, "accumulate": 2}, 2, [], 1),
+        ({"gpus": 4, "batch_size": 8}, 1, [], 4),
+    ],
+)
+def test_gpus_0_starts_two_processes_where_a_cpu_has_the_cores(monkeypatch, train, cores, gpus, processes):
+    monkeypatch.setattr(trainings, "describe_hardware", lambda: {"cores": cores, "gpus": gpus})
+    assert trainings.suitable_processes(TrainSection(**train)) == processes
 
 
 # ---- data
