@@ -30,7 +30,8 @@ def on_files(files, config):
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for notebook in NOTEBOOKS:
-        files.append(File.generated(config, f"notebooks/{notebook.stem}.html", content=_page(notebook)))
+        page = re.sub(r'(href="[^":]+)\.ipynb"', r'\1.html"', _page(notebook))  # to the pages of other notebooks
+        files.append(File.generated(config, f"notebooks/{notebook.stem}.html", content=page))
 
     sources = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     linked = {_target(match[1], path) for path in sources for match in LINK.finditer(path.read_text(encoding="utf-8"))}
