@@ -80,28 +80,24 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, queries: Tensor, reference: Tensor, memory: Memory, values: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """Values of the memory at the sampled points, weighted and summed.
 
         Args:
             queries: (B, J, C), position included.
             reference: (B, J, L, 2) points or (B, J, L, 4) boxes (cx, cy, w, h), 0..1 over each padded level.
             memory: what is sampled.
-            values: `project(memory)`, where it has been computed.
 
         Returns:
             (B, J, C).
         """
         locations, weights = self.sampling(queries, reference, memory)
-        values = self.project(memory) if values is None else values
-        return self.output_proj(ms_deform_attn(values, memory.spatial_shapes, locations, weights))
-
-    def project(self, memory: Memory) -> Tensor:
-        """Values (B, T, M, C/M) of the memory's tokens, zero on padding."""
         values = self.value_proj(memory.tokens)
         # In place it costs no copy; autograd would have to keep one.
         fill = values.masked_fill if values.requires_grad else values.masked_fill_
-        return fill(memory.padding.unsqueeze(-1), 0.0).unflatten(-1, (self.heads, -1))  # (B, T, C) -> (B, T, M, C/M)
+        values = fill(memory.padding.unsqueeze(-1), 0.0)
+        values = values.unflatten(-1, (self.heads, -1))  # (B, T, C) -> (B, T, M, C/M)
+        return self.output_proj(ms_deform_attn(values, memory.spatial_shapes, locations, weights))
 
     def sampling(self, queries: Tensor, reference: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Sampling locations and attention weights of the queries; the arguments are those of `forward`.

@@ -115,7 +115,7 @@ class UnifiedQueryHead(nn.Module):
             nn.init.zeros_(look.output_proj.weight)
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
 
-    def forward(self, queries: Tensor, anchor: Tensor, memory: Memory, values: Tensor | None = None) -> LayerPrediction:
+    def forward(self, queries: Tensor, anchor: Tensor, memory: Memory) -> LayerPrediction:
         """Predictions of the queries.
 
         Args:
@@ -123,17 +123,20 @@ class UnifiedQueryHead(nn.Module):
             anchor: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image; boxes are predicted relative
                 to it.
             memory: the encoder's tokens, for `look`.
-            values: `look.project(memory)`, which several layers share; None: computed here.
         """
         delta = self.box(queries)
         boxes = _moved(anchor, delta)
         next_anchor = _moved(anchor.detach(), delta) if anchor.requires_grad else boxes
-        logits, vectors = self.classify(queries), None
-        if self.vector is not None:
-            if self.look is not None:
-                queries = queries + self.look(queries, memory.to_levels(boxes.detach()), memory, values=values)
-            vectors = self.vector(queries)
-        return LayerPrediction(logits, boxes, vectors, next_anchor=next_anchor)
+        return LayerPrediction(
+            self.classify(queries), boxes, self._vectors(queries, boxes.detach(), memory), next_anchor=next_anchor
+        )
+
+    def _vectors(self, queries: Tensor, boxes: Tensor, memory: Memory) -> Tensor | None:
+        if self.vector is None:
+            return None
+        if self.look is not None:
+            queries = queries + self.look(queries, memory.to_levels(boxes), memory)
+        return self.vector(queries)
 
 
 def _moved(anchor: Tensor, delta: Tensor) -> Tensor:

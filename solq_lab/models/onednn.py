@@ -144,10 +144,10 @@ class SampleFirstAttention(MultiScaleDeformableAttention):
         for name, layer in plain.named_children():
             setattr(self, name, layer)
 
-    def forward(self, queries: Tensor, reference: Tensor, memory: Memory, values: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """As `MultiScaleDeformableAttention.forward`."""
-        if values is not None or not (_runs_in_onednn(memory.tokens) and self._is_less_work(queries, memory)):
-            return super().forward(queries, reference, memory, values)
+        if not (_runs_in_onednn(memory.tokens) and self._is_less_work(queries, memory)):
+            return super().forward(queries, reference, memory)
 
         tokens, present = memory.tokens, torch.ones_like(memory.tokens[..., :1])  # (B, T, 1)
         if memory.padding.any():
@@ -161,8 +161,8 @@ class SampleFirstAttention(MultiScaleDeformableAttention):
 
         matrix = self.value_proj.weight.unflatten(0, (self.heads, -1))
         bias = self.value_proj.bias.unflatten(0, (self.heads, -1))
-        attended = torch.einsum("bjmc,mdc->bjmd", sampled, matrix) + share.unsqueeze(-1) * bias
-        return self.output_proj(attended.flatten(2))
+        values = torch.einsum("bjmc,mdc->bjmd", sampled, matrix) + share.unsqueeze(-1) * bias
+        return self.output_proj(values.flatten(2))
 
     def _sample(self, tokens: Tensor, locations: Tensor, weights: Tensor, memory: Memory) -> Tensor:
         """(B, J, M, C): all channels of the tokens at each head's points.

@@ -164,10 +164,10 @@ class SOLQ(Checkpointed):
         """The decoder: predictions of every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
         queries, query_pos, reference, visible = self.seat(guests, queries, query_pos, reference)
-        layers, anchor, values = [], reference, self._look_values(memory)
+        layers, anchor = [], reference
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
             queries = self.checkpoint(decode, queries, query_pos, reference, memory, visible)  # (B, J, C)
-            prediction = head(queries, anchor, memory, values)  # logits, boxes, mask vectors
+            prediction = head(queries, anchor, memory)  # logits, boxes, mask vectors
             layers.append(prediction)
             if self.refine_boxes:
                 reference = prediction.boxes.detach()
@@ -296,11 +296,6 @@ class SOLQ(Checkpointed):
             guests=guests,
             guest_layers=[layer.queries(slice(count)) for layer in layers],
         )
-
-    def _look_values(self, memory: Memory) -> Tensor | None:
-        """What the mask look samples, where several layers do: they share its projection."""
-        looks = [head.look for head in self.heads if isinstance(head, UnifiedQueryHead) and head.vector is not None]
-        return looks[0].project(memory) if len(looks) > 1 and looks[0] is not None else None
 
     @property
     def vector_std(self) -> Tensor | None:

@@ -201,21 +201,6 @@ def test_a_fresh_mask_look_changes_no_bit_and_learns_to_look_into_the_predicted_
     assert all(torch.equal(place, layer.boxes) for place, layer in zip(references, layers, strict=True))
 
 
-def test_layers_share_the_projection_of_what_the_mask_look_samples(monkeypatch):
-    model, images = small_model(mask_look=3).double(), draw_images((64, 96), (50, 40))
-    images = images._replace(pixels=images.pixels.double())
-    look, projections, found = model.heads[0].look, [], []
-    look.value_proj.register_forward_hook(lambda *_: projections.append(len(found)))
-    for _ in range(2):
-        model.zero_grad()
-        layers = model(images).layers
-        sum(layer.vectors.sin().sum() for layer in layers).backward()
-        found.append([*(layer.vectors for layer in layers), look.value_proj.weight.grad.clone()])
-        monkeypatch.setattr(SOLQ, "_look_values", lambda *_: None)  # every layer for itself
-    assert projections == [0, 1, 1]
-    torch.testing.assert_close(*found)
-
-
 def test_references_are_detached_between_layers_but_the_first_box_trains_the_initial_reference():
     model = small_model()
     model.decoder[0].cross_attention.sampling_offsets.requires_grad_(False)
