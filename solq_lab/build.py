@@ -86,9 +86,12 @@ def new_codec(experiment: Experiment) -> MaskCodec | None:
 
 
 def build_backbone(model: ModelSection, *, imagenet: bool = False) -> Backbone:
-    """The backbone, fresh or with ImageNet weights; C5 alone where the network has one level."""
+    """The backbone, fresh or with ImageNet weights, and the maps that the network reads."""
     return backbone_spec(model.backbone).build(
-        pretrained="imagenet" if imagenet else "none", dilation=model.dilation, c5_only=model.levels == 1
+        pretrained="imagenet" if imagenet else "none",
+        dilation=model.dilation,
+        c5_only=model.levels == 1,
+        c2=model.mask_look > 0,
     )
 
 

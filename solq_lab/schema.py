@@ -59,7 +59,7 @@ class ModelSection(Section):
         description="groups of noisy copies of the objects that training restores (class, box, vector); 0: none",
     )
     mask_look: Annotated[int, Role.ADAPTED] = Field(
-        0, ge=0, description="points per head and level of one more attention before the vector MLP; 0: none"
+        0, ge=0, description="points inside the predicted box where the vector MLP reads a map of stride 4; 0: none"
     )
     standardise_vectors: Annotated[bool, Role.ADAPTED] = Field(
         False, description="vectors in units of their standard deviation in training"
@@ -83,6 +83,13 @@ class ModelSection(Section):
             raise ValueError("mask_branch sqr needs the maps C3-C5: give levels 3 or more, or mask_branch: none")
         if self.mask_detail > 1 and self.mask_branch == "none":
             raise ValueError(f"mask_detail {self.mask_detail} is about a mask branch; set it to 1, or mask_branch: sqr")
+
+        # What mask vectors are read from.
+        if self.mask_look and self.width % self.mask_look:
+            allowed = ", ".join(str(number) for number in range(8, self.width + 1) if self.width % number == 0)
+            raise ValueError(f"mask_look {self.mask_look} does not divide width {self.width}; allowed are 0, {allowed}")
+        if self.mask_look and self.levels == 1:
+            raise ValueError(f"mask_look {self.mask_look} needs the maps C2-C5: give levels 3 or more, or set it to 0")
 
         # Where queries come from.
         for key in ("two_stage", "mixed_queries", "look_twice"):

@@ -126,7 +126,7 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
         model: any network with decoder layers and query heads, SOLQ and the SQR baseline alike.
     """
     sampled: list[tuple[Tensor, Tensor, Tensor]] = []
-    predicted: list[tuple[Tensor, Tensor, Tensor]] = []
+    predicted: list[tuple[Tensor, Tensor, tuple]] = []
 
     def record_points(attention: MultiScaleDeformableAttention, arguments: tuple) -> None:
         queries, reference, memory = arguments
@@ -137,7 +137,8 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
 
     def record_prediction(head: UnifiedQueryHead, arguments: tuple, prediction: LayerPrediction) -> None:
         scores = prediction.logits[0].float().sigmoid().amax(dim=1).cpu()
-        predicted.append((prediction.boxes[0].cpu(), scores, arguments[0][0]))
+        queries, _, *view = arguments
+        predicted.append((prediction.boxes[0].cpu(), scores, (queries, prediction.boxes, *view)))
 
     decoder = [part for part in model.modules() if isinstance(part, DecoderLayer)]
     heads = [part for part in model.modules() if isinstance(part, UnifiedQueryHead)]
@@ -149,11 +150,11 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
             hooks.callback(head.register_forward_hook(record_prediction).remove)
         yield layers
     # Inference computes the vectors of the last layer alone, with the network that all layers share.
-    vector = next((head.vector for head in reversed(heads) if head.vector is not None), None)
+    reader = next((head for head in reversed(heads) if head.vector is not None), None)
     of_layers = predicted[len(predicted) - len(sampled) :]  # two-stage: without the proposals
-    for place, (boxes, scores, queries) in zip(sampled, of_layers, strict=True):
+    for place, (boxes, scores, inputs) in zip(sampled, of_layers, strict=True):
         with torch.inference_mode():
-            vectors = None if vector is None else vector(queries).float().cpu()
+            vectors = None if reader is None else reader.vectors(*inputs)[0].float().cpu()
         layers.append(LayerAttention(*place, boxes, scores, vectors))
 
 

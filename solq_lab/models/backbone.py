@@ -1,4 +1,4 @@
-"""Backbones: from an image to the maps C3, C4, C5. Paper: sections 3.2 and 4.2 (ResNet), table 1 (Swin).
+"""Backbones: from an image to the maps C3, C4, C5, on request C2. Paper: sections 3.2 and 4.2 (ResNet), table 1 (Swin).
 
 `SmallBackbone` is not in the paper: it lets a CPU train a detector from scratch in minutes.
 """
@@ -60,29 +60,30 @@ class ResNetBackbone(Backbone):
         pretrained: "imagenet", "none", or a safetensors or .pth file.
         dilation: keep stride 16 in the last stage and dilate its convolutions instead (DC5).
         c5_only: return C5 alone.
+        c2: return C2 too, first.
 
     Raises:
         ValueError: an unknown name.
         WeightMismatch: the weights cannot be read or do not fit.
     """
 
-    def __init__(self, name: str, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> None:
+    def __init__(
+        self, name: str, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False, c2: bool = False
+    ) -> None:
         super().__init__()
         build = _look_up(name, RESNETS)
         body = build(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation])
         self.conv1, self.bn1 = body.conv1, body.bn1
         self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
-        self.c5_only = c5_only
-        self.strides = (8, 16, 16 if dilation else 32)
-        self.channels = (512, 1024, 2048)
-        if c5_only:
-            self.strides, self.channels = self.strides[-1:], self.channels[-1:]
+        self.first = first_map(c5_only=c5_only, c2=c2)
+        self.strides = (4, 8, 16, 16 if dilation else 32)[self.first :]
+        self.channels = (256, 512, 1024, 2048)[self.first :]
         self.conv1.requires_grad_(False)
         self.layer1.requires_grad_(False)
         _initialise(self, pretrained, name)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W)."""
+        """Maps [C3, C4, C5], [C5] or [C2, C3, C4, C5], finest first, of normalised pixels (B, 3, H, W)."""
         current = F.max_pool2d(self.bn1(self.conv1(pixels)), kernel_size=3, stride=2, padding=1)
         current = F.relu(current, inplace=True)  # the same after the pooling, on a quarter of the cells
         maps = []
@@ -90,7 +91,7 @@ class ResNetBackbone(Backbone):
             for block in stage:
                 current = self.checkpoint(block, current)
             maps.append(current)
-        return maps[-1:] if self.c5_only else maps[1:]
+        return maps[self.first :]
 
 
 class SwinBackbone(Backbone):
@@ -103,6 +104,7 @@ class SwinBackbone(Backbone):
         name: "swin_t", "swin_s", "swin_b" or "swin_l".
         pretrained: "imagenet", "none", or a safetensors or .pth file.
         c5_only: return C5 alone.
+        c2: return C2 too, first.
 
     Raises:
         ImportError: timm is not installed.
@@ -110,7 +112,7 @@ class SwinBackbone(Backbone):
         WeightMismatch: the weights cannot be read or do not fit.
     """
 
-    def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False) -> None:
+    def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False, c2: bool = False) -> None:
         super().__init__()
         try:
             import timm
@@ -125,14 +127,14 @@ class SwinBackbone(Backbone):
         self.window: int = self.layers[0].blocks[0].window_size[0]
 
         width = body.embed_dim[0] if isinstance(body.embed_dim, list | tuple) else body.embed_dim
-        returned = (3,) if c5_only else (1, 2, 3)
+        returned = range(first_map(c5_only=c5_only, c2=c2), 4)
         self.strides = tuple(4 * 2**stage for stage in returned)
         self.channels = tuple(width * 2**stage for stage in returned)
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(width * 2**stage) for stage in returned})
         _initialise(self, pretrained, name)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W) of any size."""
+        """Maps [C3, C4, C5], [C5] or [C2, C3, C4, C5], finest first, of normalised pixels (B, 3, H, W) of any size."""
         height, width = pixels.shape[-2:]
         patch = self.patch_embed.patch_size
         tokens = self.patch_embed(F.pad(pixels, (0, -width % patch[1], 0, -height % patch[0])))  # (B, H/4, W/4, C)
@@ -195,6 +197,7 @@ class SmallBackbone(Backbone):
         blocks: residual blocks of the four stages.
         pretrained: "none", or a safetensors or .pth file.
         c5_only: return C5 alone.
+        c2: return the first stage's map too, first.
 
     Raises:
         WeightMismatch: the weights cannot be read or do not fit.
@@ -207,6 +210,7 @@ class SmallBackbone(Backbone):
         *,
         pretrained: str = "none",
         c5_only: bool = False,
+        c2: bool = False,
     ) -> None:
         super().__init__()
         # One wide stride-4 convolution: on a CPU two stride-2 ones cost more memory traffic than arithmetic.
@@ -220,16 +224,15 @@ class SmallBackbone(Backbone):
             )
             inputs = width
         self.stages = nn.ModuleList(stages)
-        self.c5_only = c5_only
-        self.strides = (32,) if c5_only else (8, 16, 32)
-        self.channels = widths[-1:] if c5_only else widths[1:]
+        self.first = first_map(c5_only=c5_only, c2=c2)
+        self.strides, self.channels = (4, 8, 16, 32)[self.first :], widths[self.first :]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         _initialise(self, pretrained, "small")
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W)."""
+        """Maps [C3, C4, C5], [C5] or [C2, C3, C4, C5], finest first, of normalised pixels (B, 3, H, W)."""
         current = F.relu(self.stem_norm(self.stem(pixels)), inplace=True)
         maps = []
         for stage in self.stages:
@@ -237,7 +240,7 @@ class SmallBackbone(Backbone):
             for block in stage:
                 current = self.checkpoint(block, current)
             maps.append(current)
-        return maps[-1:] if self.c5_only else maps[1:]
+        return maps[self.first :]
 
 
 class _BasicBlock(nn.Module):
@@ -257,6 +260,11 @@ class _BasicBlock(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         changed = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(maps)), inplace=True)))
         return F.relu(changed + self.shortcut(maps), inplace=True)
+
+
+def first_map(*, c5_only: bool, c2: bool) -> int:
+    """Of the maps C2 to C5, the first that is returned."""
+    return 3 if c5_only else 0 if c2 else 1
 
 
 def _look_up(name: str, known: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solq_lab.models.attention import Memory, MultiScaleDeformableAttention
+from solq_lab.models.look import MaskLook, View
 from solq_lab.structures import LayerPrediction
 
 PRIOR = 0.01  # score of every class before training, so that the focal loss starts small
@@ -96,8 +96,7 @@ class UnifiedQueryHead(nn.Module):
         width: C.
         num_classes: S, class channels.
         vector: the mask-vector head that all layers share, or None for a plain detector.
-        look: attention that adds what it finds in the predicted box to the features of `vector`; all layers share it.
-            Its output starts at zero, so that a trained model without it predicts as before.
+        look: adds what lies in the predicted box to the features of `vector`; all layers share it.
     """
 
     def __init__(
@@ -105,37 +104,35 @@ class UnifiedQueryHead(nn.Module):
         width: int,
         num_classes: int,
         vector: VectorMLP | None,
-        look: MultiScaleDeformableAttention | None = None,
+        look: MaskLook | None = None,
     ) -> None:
         super().__init__()
         self.classify = nn.Linear(width, num_classes)
         self.box = MLP(width, width, 4)
         self.vector, self.look = vector, look
-        if look is not None:
-            nn.init.zeros_(look.output_proj.weight)
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
 
-    def forward(self, queries: Tensor, anchor: Tensor, memory: Memory) -> LayerPrediction:
+    def forward(self, queries: Tensor, anchor: Tensor, view: View | None = None) -> LayerPrediction:
         """Predictions of the queries.
 
         Args:
             queries: (B, J, C).
             anchor: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image; boxes are predicted relative
                 to it.
-            memory: the encoder's tokens, for `look`.
+            view: what `look` reads.
         """
         delta = self.box(queries)
         boxes = _moved(anchor, delta)
         next_anchor = _moved(anchor.detach(), delta) if anchor.requires_grad else boxes
-        return LayerPrediction(
-            self.classify(queries), boxes, self._vectors(queries, boxes.detach(), memory), next_anchor=next_anchor
-        )
+        vectors = None if self.vector is None else self.vectors(queries, boxes.detach(), view)
+        return LayerPrediction(self.classify(queries), boxes, vectors, next_anchor=next_anchor)
 
-    def _vectors(self, queries: Tensor, boxes: Tensor, memory: Memory) -> Tensor | None:
-        if self.vector is None:
-            return None
+    def vectors(self, queries: Tensor, boxes: Tensor, view: View | None) -> Tensor:
+        """Mask vectors (B, J, D) of queries (B, J, C) for their boxes (B, J, 4); of a head that has `vector`."""
+        assert self.vector is not None
         if self.look is not None:
-            queries = queries + self.look(queries, memory.to_levels(boxes), memory)
+            assert view is not None  # SOLQ makes it
+            queries = queries + self.look(queries, boxes, view)
         return self.vector(queries)
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class BackboneSpec(NamedTuple):
     """A backbone.
 
-    path: "module:name" of a class or function; it takes `arguments`, and `pretrained` and `c5_only` by name, and
-        returns a `models.backbone.Backbone`, or any module with its attributes.
+    path: "module:name" of a class or function; it takes `arguments`, and `pretrained` and `c5_only` by name, and `c2`
+        if it is to serve `model.mask_look`; it returns a `models.backbone.Backbone`, or a module with its attributes.
     arguments: its positional arguments.
     dilates: whether it takes `dilation` by name.
     any_size: whether it can be traced for images of any size.
@@ -27,19 +27,22 @@ class BackboneSpec(NamedTuple):
     dilates: bool = False
     any_size: bool = True
 
-    def build(self, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False) -> Backbone:
+    def build(
+        self, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False, c2: bool = False
+    ) -> Backbone:
         """The backbone.
 
         Args:
             pretrained: "imagenet", "none", or a safetensors or .pth file.
             dilation: keep stride 16 in the last stage, where the backbone can; ignored elsewhere.
             c5_only: return C5 alone.
+            c2: return C2 too, first.
 
         Raises:
             ImportError: a package is not installed.
             WeightMismatch: the weights cannot be had or do not fit.
         """
-        options = {"dilation": dilation} if self.dilates else {}
+        options = ({"dilation": dilation} if self.dilates else {}) | ({"c2": True} if c2 else {})
         return pkgutil.resolve_name(self.path)(*self.arguments, pretrained=pretrained, c5_only=c5_only, **options)
 
 

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from solq_lab.models.attention import Memory, MultiScaleDeformableAttention
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import FeedForward
-from solq_lab.models.heads import UnifiedQueryHead
 from solq_lab.ops.ms_deform_attn import ms_deform_attn
 
 TOKENS_PER_CHUNK = 1024  # of a feed-forward block: its hidden features, four megabytes, then stay in the cache
@@ -44,7 +43,7 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
         elif type(child) is FeedForward and isinstance(child.linear1, OneDNNLinear):
             setattr(model, name, OneDNNFeedForward(child))
         elif (
-            isinstance(model, DecoderLayer | UnifiedQueryHead)
+            isinstance(model, DecoderLayer)
             and isinstance(child, MultiScaleDeformableAttention)
             and isinstance(child.value_proj, OneDNNLinear)
         ):

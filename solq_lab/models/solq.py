@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solq_lab.models.attention import Memory, MultiScaleDeformableAttention
+from solq_lab.models.attention import Memory
 from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
+from solq_lab.models.look import MaskLook, View
 from solq_lab.models.position import cell_centers, sine_encoding, sine_features
 from solq_lab.structures import Guests, ImageBatch, LayerPrediction, Predictions, filled, unpadded_sizes
 
@@ -35,7 +36,7 @@ class SOLQ(Checkpointed):
     """Deformable DETR whose queries also predict their mask vector.
 
     Args:
-        backbone: module with `channels`; maps pixels (B, 3, H, W) to the maps C3, C4, C5 (or C5 alone).
+        backbone: module with `channels`; maps pixels (B, 3, H, W) to the maps C3, C4, C5 (or C5 alone, or C2 to C5).
         num_classes: S, class channels.
         vector_dim: D, length of the mask vectors; None is plain Deformable DETR.
         width: C, features per token and query.
@@ -57,7 +58,8 @@ class SOLQ(Checkpointed):
         look_twice: a layer's box loss also trains the layer before (DINO's look forward twice); needs `refine_boxes`.
         denoising: groups of guests (copies of the objects with noise) that training gives to `forward`; 0: none. Guests
             start as boxes, as queries do with `two_stage` or `mixed_queries`: it needs one of them.
-        mask_look: points of one more deformable attention, inside the predicted box, before the vector MLP; 0: none.
+        mask_look: points inside the predicted box where the vector MLP reads a map of stride 4; 0: none. The backbone
+            returns C2 too, before the others.
         standardise_vectors: the vector head predicts in units of the training vectors' std.
         mask_decoder: (D, N*N) start of a matrix that decodes mask vectors and is learnt too; None: the codec decodes.
 
@@ -108,7 +110,12 @@ class SOLQ(Checkpointed):
         self.two_stage, self.mixed_queries, self.denoising = two_stage, mixed_queries, denoising
 
         self.backbone = backbone
-        self.projections = _level_projections(backbone.channels, width, levels)
+        if bool(mask_look) != (len(backbone.channels) == 4):
+            raise ValueError(
+                f"mask_look {mask_look} does not fit a backbone with {len(backbone.channels)} maps: a look reads C2, "
+                "the first of four; without a look there are three, or C5 alone"
+            )
+        self.projections = _level_projections(backbone.channels[-3:], width, levels)
         # Only the encoder reads positions; without one an idle trainable tensor would stall distributed training.
         self.level_embedding = nn.Parameter(torch.randn(levels, width), requires_grad=encoder_layers > 0)
         shared: dict[str, Any] = {
@@ -126,7 +133,7 @@ class SOLQ(Checkpointed):
         vector = None
         if vector_dim is not None:
             vector = VectorMLP(width, vector_hidden, vector_dim, standardise=standardise_vectors)
-        look = MultiScaleDeformableAttention(width, heads, levels, mask_look) if mask_look else None
+        look = MaskLook(width, backbone.channels[0], mask_look, groups=GROUPS) if mask_look else None
         query_heads = _query_heads(UnifiedQueryHead(width, num_classes, vector, look), decoder_layers, refine_boxes)
         self.heads = nn.ModuleList(query_heads)
         if two_stage or mixed_queries:
@@ -154,20 +161,23 @@ class SOLQ(Checkpointed):
             images: normalised pixels (B, 3, H, W) and their padding (B, H, W).
             guests: in training with `denoising`; they change nothing for the queries.
         """
-        features = self.backbone(images.pixels)  # C3, C4, C5
-        memory = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
+        features = self.backbone(images.pixels)  # C3, C4, C5; C2 before them for a mask look
+        memory = self.embed_levels(features[-3:], images.padding)  # C3 to C6 as one row of tokens
         for encode in self.encoder:
             memory = self.checkpoint(encode, memory)
-        return self.decode(memory, guests)[0]
+        view = None if self.look is None else self.look.view(features[0], memory, images.padding)
+        return self.decode(memory, guests, view)[0]
 
-    def decode(self, memory: Memory, guests: Guests | None = None) -> tuple[Predictions, Tensor]:
+    def decode(
+        self, memory: Memory, guests: Guests | None = None, view: View | None = None
+    ) -> tuple[Predictions, Tensor]:
         """The decoder: predictions of every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
         queries, query_pos, reference, visible = self.seat(guests, queries, query_pos, reference)
         layers, anchor = [], reference
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
             queries = self.checkpoint(decode, queries, query_pos, reference, memory, visible)  # (B, J, C)
-            prediction = head(queries, anchor, memory)  # logits, boxes, mask vectors
+            prediction = head(queries, anchor, view)  # logits, boxes, mask vectors
             layers.append(prediction)
             if self.refine_boxes:
                 reference = prediction.boxes.detach()
@@ -241,7 +251,7 @@ class SOLQ(Checkpointed):
         cells = torch.cat([memory.centers, torch.cat(sizes).expand_as(memory.centers)], dim=-1)  # (B, T, 4)
         usable = ((cells > PROPOSAL_MARGIN) & (cells < 1 - PROPOSAL_MARGIN)).all(-1) & ~memory.padding
         tokens = memory.tokens.masked_fill(~usable.unsqueeze(-1), 0.0)
-        proposals = self.proposal_head(self.proposal_norm(self.proposal_projection(tokens)), cells, memory)
+        proposals = self.proposal_head(self.proposal_norm(self.proposal_projection(tokens)), cells)
         proposals = proposals._replace(boxes=proposals.boxes.masked_fill(~usable.unsqueeze(-1), 1.0))
 
         if self.mixed_queries:
@@ -296,6 +306,13 @@ class SOLQ(Checkpointed):
             guests=guests,
             guest_layers=[layer.queries(slice(count)) for layer in layers],
         )
+
+    @property
+    def look(self) -> MaskLook | None:
+        """The mask look that the heads share."""
+        first = self.heads[0]
+        assert isinstance(first, UnifiedQueryHead)
+        return first.look
 
     @property
     def vector_std(self) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Backbones of timm: hierarchical ones such as ConvNeXt, and plain vision transformers such as DINOv3's.
 
 A transformer's maps all have the stride of its patches; three of them, from a third, two thirds and the whole of its
-depth, are resized to strides 8, 16 and 32.
+depth, are resized to strides 8, 16 and 32, and one from a sixth of it to stride 4 where C2 is wanted.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from solq_lab.models.backbone import Backbone
+from solq_lab.models.backbone import Backbone, first_map
 from solq_lab.models.weights import WeightMismatch, read_backbone_weights
 
-STRIDES = (8, 16, 32)
+STRIDES = (4, 8, 16, 32)
+DEPTHS = (1, 2, 4, 6)  # sixths of a transformer's depth
 
 
 class TimmBackbone(Backbone):
@@ -25,30 +26,31 @@ class TimmBackbone(Backbone):
         name: timm's.
         pretrained: "none", or a safetensors or .pth file with timm's names.
         c5_only: return C5 alone.
+        c2: return C2 too, first.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: timm does not know the name, or the network has no maps of strides 8, 16 and 32, nor of 16 alone.
+        ValueError: timm does not know the name, or the network has maps of neither the returned strides nor 16 alone.
         WeightMismatch: the weights cannot be read or do not fit.
     """
 
-    def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False) -> None:
+    def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False, c2: bool = False) -> None:
         super().__init__()
         self.body = _create(name)
+        first = first_map(c5_only=c5_only, c2=c2)
+        self.strides = STRIDES[first:]
         reductions = [stage["reduction"] for stage in getattr(self.body, "feature_info", ())]
-        if hasattr(self.body, "forward_intermediates") and set(STRIDES) <= set(reductions):
-            places = [reductions.index(stride) for stride in STRIDES]
+        if hasattr(self.body, "forward_intermediates") and {*self.strides, *STRIDES[1:]} <= set(reductions):
+            self.places = [reductions.index(stride) for stride in self.strides]
         elif hasattr(self.body, "forward_intermediates") and set(reductions) == {16}:
-            places = [len(reductions) * third // 3 - 1 for third in (1, 2, 3)]
+            self.places = [max(len(reductions) * sixths // 6 - 1, 0) for sixths in DEPTHS[first:]]
         else:
+            wanted = ", ".join(str(stride) for stride in sorted({*self.strides, *STRIDES[1:]}))
             raise ValueError(
                 f"backbone timm:{name} has maps of strides {sorted(set(reductions)) or 'unknown'}; allowed are "
-                "networks with strides 8, 16 and 32, and transformers with patches of 16 pixels"
+                f"networks with strides {wanted}, and transformers with patches of 16 pixels"
             )
-        channels = tuple(int(self.body.feature_info[place]["num_chs"]) for place in places)
-        first = 2 if c5_only else 0
-        self.places = places[first:]
-        self.strides, self.channels = STRIDES[first:], channels[first:]
+        self.channels = tuple(int(self.body.feature_info[place]["num_chs"]) for place in self.places)
 
         # What comes after the last map would get no gradient, and several processes would wait for it.
         self.body.prune_intermediate_layers(self.places, prune_norm=True, prune_head=True)
@@ -61,7 +63,7 @@ class TimmBackbone(Backbone):
             self.body.load_state_dict(read_backbone_weights(Path(pretrained), self.body.state_dict()))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Maps [C3, C4, C5] or [C5], finest first, of normalised pixels (B, 3, H, W) of any size."""
+        """Maps [C3, C4, C5], [C5] or [C2, C3, C4, C5], finest first, of normalised pixels (B, 3, H, W) of any size."""
         height, width = pixels.shape[-2:]
         pixels = F.pad(pixels, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
         maps = []

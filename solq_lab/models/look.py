@@ -1,0 +1,101 @@
+"""The mask look: features of a stride-4 map inside a predicted box, for its mask vector. Not in the paper.
+
+The encoder's finest tokens are eight pixels wide, too coarse for outlines. The look adds to a query what lies at N
+points of its predicted box, on a map of half that stride. The points move with the box and with the query, each reads
+channels of its own, and nothing is cropped or pooled: a query still answers with one vector.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from solq_lab.models.attention import Memory
+from solq_lab.ops.ms_deform_attn import ms_deform_attn
+from solq_lab.structures import filled, unpadded_sizes
+
+
+class View(NamedTuple):
+    """What a mask look reads, of the images of a batch.
+
+    values: (B, H/4 * W/4, N, C/N) features of each cell, row by row, zero where the image is padded.
+    shape: (H/4, W/4), cells.
+    valid_ratio: (B, 2) float32 (x, y) share of the map that is not padding.
+    """
+
+    values: Tensor
+    shape: tuple[int, int]
+    valid_ratio: Tensor
+
+
+class MaskLook(nn.Module):
+    """What a query sees in its predicted box; zero before training, so that a trained model without it is unchanged.
+
+    Args:
+        width: C, a multiple of `points`.
+        channels: of the backbone's map C2.
+        points: N, over the box; each reads C/N channels.
+        groups: of the group norm after the projection of C2.
+
+    Raises:
+        ValueError: the width is not a multiple of the points.
+    """
+
+    def __init__(self, width: int, channels: int, points: int, *, groups: int) -> None:
+        super().__init__()
+        if width % points:
+            allowed = ", ".join(str(number) for number in range(8, width + 1) if width % number == 0)
+            raise ValueError(f"mask_look {points} does not divide width {width}; allowed are {allowed}")
+        self.points = points
+        self.fine = nn.Sequential(nn.Conv2d(channels, width, kernel_size=1), nn.GroupNorm(groups, width))
+        self.coarse = nn.Linear(width, width)
+        self.sampling_offsets = nn.Linear(width, points * 2)
+        self.output_proj = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start with points on a grid over the box, read alike by all queries, and an output of zero."""
+        for name, parameter in self.named_parameters():
+            if name in ("fine.0.weight", "coarse.weight"):
+                nn.init.xavier_uniform_(parameter)
+            elif name in ("fine.0.bias", "coarse.bias", "sampling_offsets.weight") or "output_proj" in name:
+                nn.init.zeros_(parameter)
+
+        columns = math.ceil(math.sqrt(self.points))
+        cell = torch.arange(self.points)
+        rows = math.ceil(self.points / columns)
+        grid = torch.stack([(cell % columns + 0.5) / columns, (cell // columns + 0.5) / rows], dim=-1)  # (N, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((2 * grid - 1).flatten())
+
+    def view(self, fine: Tensor, memory: Memory, padding: Tensor) -> View:
+        """The map that the points lie on, the same for all decoder layers.
+
+        Args:
+            fine: the backbone's map C2, (B, channels, H/4, W/4).
+            memory: the encoder's tokens; the finest level counts.
+            padding: (B, H, W) bool of the pixels.
+        """
+        shape = (fine.shape[-2], fine.shape[-1])
+        height, width = memory.spatial_shapes[0]
+        coarse = self.coarse(memory.tokens[:, : height * width]).transpose(1, 2).unflatten(2, (height, width))
+        tokens = self.fine(fine) + F.interpolate(coarse, size=shape, mode="bilinear")
+
+        padding = F.interpolate(padding.unsqueeze(1).to(torch.uint8), size=shape).squeeze(1).bool()  # nearest
+        tokens = tokens.masked_fill(padding.unsqueeze(1), 0.0).flatten(2).transpose(1, 2)  # (B, H/4 * W/4, C)
+        size = filled(shape, dtype=torch.float32, device=tokens.device)
+        valid_ratio = (unpadded_sizes(padding) / size).flip(-1)
+        return View(tokens.unflatten(-1, (self.points, -1)), shape, valid_ratio)
+
+    def forward(self, queries: Tensor, boxes: Tensor, view: View) -> Tensor:
+        """(B, J, C) from queries (B, J, C) and their boxes (B, J, 4) (cx, cy, w, h), normalised image."""
+        offsets = self.sampling_offsets(queries).unflatten(-1, (self.points, 2))  # in halves of the box
+        center, size = boxes.unsqueeze(2).chunk(2, dim=-1)  # (B, J, 1, 2)
+        locations = (center + offsets * size / 2) * view.valid_ratio[:, None, None]
+        locations = locations[:, :, :, None, None]  # (B, J, N, 2) -> (B, J, N, 1, 1, 2): one level, one point a head
+        weights = torch.ones_like(locations[..., 0])
+        return self.output_proj(ms_deform_attn(view.values, [view.shape], locations, weights))
