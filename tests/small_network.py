@@ -26,8 +26,8 @@ SIZES = {
 SIDE = 96  # of the images, pixels
 
 
-def small_backbone() -> SmallBackbone:
-    return SmallBackbone((8, 16, 24, 32), (1, 1, 2, 1))
+def small_backbone(*, c2: bool = False) -> SmallBackbone:
+    return SmallBackbone((8, 16, 24, 32), (1, 1, 2, 1), c2=c2)
 
 
 def draw_images(*sizes: tuple[int, int]) -> ImageBatch:

@@ -44,7 +44,7 @@ CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 PLAIN = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False}}
 SQR = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False, "mask_branch": "sqr"}}
 
-PLUS = {"model": {"mixed_queries": True, "look_twice": True, "mask_look": 3, "denoising": 1}}
+PLUS = {"model": {"mixed_queries": True, "look_twice": True, "mask_look": 8, "denoising": 1}}
 PLUS |= {"codec": {"learn_decoder": True}, "loss": {"decoded_dice_weight": 1.0}}
 PLUS |= {"evaluation": {"rescore": "sharpness", "vector_dim": 9}}
 

@@ -63,7 +63,7 @@ def assert_close(found: LayerPrediction, expected: LayerPrediction, tolerance: f
 
 
 @pytest.mark.parametrize(
-    ("backbone", "changes"), [*((name, {}) for name in BACKBONES), ("small", {"mixed_queries": True, "mask_look": 3})]
+    ("backbone", "changes"), [*((name, {}) for name in BACKBONES), ("small", {"mixed_queries": True, "mask_look": 8})]
 )
 def test_a_prepared_network_predicts_the_same(backbone: str, changes: dict[str, Any]):
     model, images = build(backbone, **changes), draw_images(padded=20).normalised()

@@ -40,7 +40,7 @@ def solq(backbone: nn.Module | None = None, **changes) -> SOLQ:
 MODELS: dict[str, Callable[[], SOLQ]] = {
     "small": solq,
     "two-stage": lambda: solq(two_stage=True),
-    "plus": lambda: solq(mixed_queries=True, look_twice=True, mask_look=3),
+    "plus": lambda: solq(small_backbone(c2=True), mixed_queries=True, look_twice=True, mask_look=8),
     "without refinement": lambda: solq(refine_boxes=False),
     "without encoder": lambda: solq(encoder_layers=0),
     "deep": lambda: solq(encoder_layers=6, decoder_layers=6),

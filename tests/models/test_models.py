@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_network import SIZES, draw_images
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solq_lab.models.attention import MultiScaleDeformableAttention, SelfAttention
@@ -17,6 +18,7 @@ from solq_lab.models.backbone import FrozenBatchNorm2d, ResNetBackbone, SmallBac
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import FeedForward
 from solq_lab.models.heads import inverse_sigmoid
+from solq_lab.models.look import MaskLook
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import WeightMismatch, to_official_state
 from solq_lab.structures import ImageBatch
@@ -39,7 +41,8 @@ class FixedMaps(nn.Module):
 
 def small_model(**changes: Any) -> SOLQ:
     torch.manual_seed(0)
-    model = SOLQ(SmallBackbone((8, 16, 24, 32), (1, 1, 1, 1)), 5, **(SMALL | changes))
+    backbone = SmallBackbone((8, 16, 24, 32), (1, 1, 1, 1), c2=bool(changes.get("mask_look")))
+    model = SOLQ(backbone, 5, **(SMALL | changes))
     for name, parameter in model.named_parameters():  # zero-initialised layers would hide what depends on what
         if not name.startswith("backbone"):
             nn.init.normal_(parameter, std=0.3)
@@ -107,7 +110,7 @@ def test_a_plain_detector_is_solq_without_its_vectors():
         {"refine_boxes": False},
         {"two_stage": True},
         {"mixed_queries": True, "look_twice": True},
-        {"mask_look": 3},
+        {"mask_look": 8},
         {"vector_dim": None},
         {"levels": 5},
         {"encoder_layers": 0},
@@ -171,18 +174,18 @@ def test_mixed_queries_take_their_place_from_the_proposals_with_the_best_class_a
     assert model(images).proposals_have_classes
 
 
-@pytest.mark.parametrize("changes", [{"mixed_queries": True}, {"mask_look": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{"mixed_queries": True}, {"mask_look": 8}], ids=str)
 def test_what_the_released_code_does_not_have_is_not_exported_to_it(changes: dict[str, Any]):
     with pytest.raises(WeightMismatch, match=r"mask_look and codec\.learn_decoder have no released counterpart"):
         to_official_state(small_model(**changes).state_dict())
 
 
 @pytest.mark.parametrize("refine_boxes", [True, False])
-def test_a_fresh_mask_look_changes_no_bit_and_learns_to_look_into_the_predicted_boxes(refine_boxes: bool):
+def test_a_fresh_mask_look_changes_no_bit_and_every_part_of_it_learns(refine_boxes: bool):
     plain, images = small_model(refine_boxes=refine_boxes), draw_images((64, 96), (50, 40))
-    model = SOLQ(plain.backbone, 5, **(SMALL | {"refine_boxes": refine_boxes, "mask_look": 3}))
-    state = plain.state_dict()
-    fresh = model.load_state_dict(state, strict=False)
+    model = small_model(refine_boxes=refine_boxes, mask_look=8)
+    model.look.reset_parameters()
+    fresh = model.load_state_dict(plain.state_dict(), strict=False)
     assert (fresh.unexpected_keys, {name.split(".")[2] for name in fresh.missing_keys}) == ([], {"look"})
     for before, after in zip(plain(images).layers, model(images).layers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
@@ -193,12 +196,36 @@ def test_a_fresh_mask_look_changes_no_bit_and_learns_to_look_into_the_predicted_
         optimizer.zero_grad()
         every_output(model, images).backward()
         optimizer.step()
-    assert all(parameter.grad.any() for parameter in model.heads[0].look.parameters())
+    assert all(parameter.grad.any() for parameter in model.look.parameters())
 
-    references = []
-    model.heads[0].look.register_forward_pre_hook(lambda look, inputs: references.append(inputs[1][:, :, 0]))
-    layers = model(images._replace(padding=torch.zeros_like(images.padding))).layers
-    assert all(torch.equal(place, layer.boxes) for place, layer in zip(references, layers, strict=True))
+
+def test_a_mask_look_reads_channels_of_its_own_at_each_point_of_the_predicted_box():
+    model, images = small_model(mask_look=8).double(), draw_images((64, 96), (48, 40))
+    images = images._replace(pixels=images.pixels.double())
+    found = []
+    model.look.register_forward_hook(lambda look, inputs, output: found.append((*inputs, output)))
+    layers = model(images).layers
+    for (queries, boxes, view, output), layer in zip(found, layers, strict=True):
+        assert torch.equal(boxes, layer.boxes)
+        assert view.shape == (16, 24)
+        maps = view.values.flatten(2).transpose(1, 2).unflatten(2, view.shape)  # (B, C, h, w)
+        assert not maps[1, :, 12:].any()
+        assert not maps[1, :, :, 10:].any()
+        for image, (height, width) in enumerate([(64, 96), (48, 40)]):
+            valid = torch.tensor([width / 96, height / 64], dtype=torch.float64)
+            offsets = model.look.sampling_offsets(queries[image]).view(7, 8, 2)
+            points = (boxes[image, :, None, :2] + offsets * boxes[image, :, None, 2:] / 2) * valid
+            samples = F.grid_sample(maps[image : image + 1], 2 * points[None] - 1, align_corners=False)  # (1, C, 7, 8)
+            own = torch.stack([samples[0, 4 * n : 4 * n + 4, :, n].T for n in range(8)], dim=1)  # (7, N, C/N)
+            expected = model.look.output_proj(own.flatten(1))
+            torch.testing.assert_close(output[image], expected, rtol=1e-5, atol=1e-6)  # the ratio is float32
+
+
+def test_fresh_points_of_a_mask_look_lie_on_a_grid_over_the_box():
+    points = MaskLook(32, 4, 8, groups=1).sampling_offsets.bias.view(8, 2)
+    assert {tuple(point) for point in points.mul(12).round().int().tolist()} == {
+        (x, y) for y in (-8, 0, 8) for x in (-8, 0, 8)
+    } - {(8, 8)}
 
 
 def test_references_are_detached_between_layers_but_the_first_box_trains_the_initial_reference():
@@ -297,6 +324,29 @@ def test_small_backbone_has_a_million_weights_and_strides_8_16_32():
     assert c5.shape == (1, 160, 3, 2)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        SmallBackbone,
+        lambda **options: ResNetBackbone("resnet50", **options),
+        lambda **options: SwinBackbone("swin_t", **options),
+    ],
+    ids=["small", "resnet", "swin"],
+)
+def test_c2_comes_before_the_same_other_maps(build):
+    maps, pixels = [], torch.randn(1, 3, 96, 64)
+    for c2 in (False, True):
+        torch.manual_seed(0)
+        backbone = build(c2=c2).eval()
+        maps.append(backbone(pixels))
+        assert [tuple(level.shape) for level in maps[-1]] == [
+            (1, channels, 96 // stride, 64 // stride)
+            for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
+        ]
+    assert (backbone.strides, len(maps[1])) == ((4, 8, 16, 32), 4)
+    assert all(torch.equal(one, other) for one, other in zip(maps[0], maps[1][1:], strict=True))
+
+
 def test_channels_last_changes_nothing_but_the_memory_order():
     model = small_model().double().eval()
     images = draw_images((64, 96), (50, 40))
@@ -372,7 +422,9 @@ def test_without_timm_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatc
         (lambda: small_model(two_stage=True, refine_boxes=False), r"two_stage needs refine_boxes"),
         (lambda: small_model(mixed_queries=True, refine_boxes=False), r"mixed_queries needs refine_boxes"),
         (lambda: small_model(look_twice=True, refine_boxes=False), r"look_twice needs refine_boxes"),
-        (lambda: small_model(mask_look=3, vector_dim=None), r"mask_look 3 serves mask vectors.*set mask_look to 0"),
+        (lambda: small_model(mask_look=8, vector_dim=None), r"mask_look 8 serves mask vectors.*set mask_look to 0"),
+        (lambda: small_model(mask_look=12), r"mask_look 12 does not divide width 32; allowed are 8, 16, 32"),
+        (lambda: SOLQ(SmallBackbone(), 5, **(SMALL | {"mask_look": 8})), r"mask_look 8 .* a backbone with 3 maps"),
         (lambda: small_model(denoising=2), r"denoising 2 needs two_stage or mixed_queries"),
         (lambda: small_model(mixed_queries=True, two_stage=True), r"two_stage and mixed_queries both .*leave one out"),
         (lambda: FeedForward(32, 32, 0.0, "tanh"), r"'tanh' is unknown; allowed are relu, gelu, silu"),

@@ -21,11 +21,11 @@ NAMES = ("convnext_atto", "resnet18", "vit_tiny_patch16_224")
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("c5_only", [False, True])
-def test_maps_cover_the_image_and_every_weight_learns(name: str, c5_only: bool):
-    backbone = TimmBackbone(name, c5_only=c5_only).train()
+@pytest.mark.parametrize(("options", "first"), [({}, 1), ({"c5_only": True}, 3), ({"c2": True}, 0)])
+def test_maps_cover_the_image_and_every_weight_learns(name: str, options: dict[str, bool], first: int):
+    backbone = TimmBackbone(name, **options).train()
     maps = backbone(torch.randn(2, 3, 100, 70))
-    sizes = [(13, 9), (7, 5), (4, 3)][2 if c5_only else 0 :]  # of strides 8, 16 and 32, rounded up
+    sizes = [(25, 18), (13, 9), (7, 5), (4, 3)][first:]  # of strides 4, 8, 16 and 32, rounded up
     assert [tuple(one.shape) for one in maps] == [
         (2, c, *size) for c, size in zip(backbone.channels, sizes, strict=True)
     ]

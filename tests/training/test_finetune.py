@@ -139,7 +139,7 @@ def test_another_mask_size_scales_the_coefficients_and_another_kind_shares_none(
 
 def test_a_trained_model_without_a_mask_look_predicts_as_before_with_a_fresh_one(tmp_path):
     path, trained = write_trained(tmp_path)
-    model, lines = start(path, model={"mask_look": 3, "look_twice": True})
+    model, lines = start(path, model={"mask_look": 8, "look_twice": True})
     assert "fresh    mask look: the file has none" in lines
     for ours, theirs in zip(predict(model)[:3], predict(trained)[:3], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

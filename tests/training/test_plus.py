@@ -53,7 +53,7 @@ NEUTRAL = {
     "evaluation.rescore": "none",
 }
 PLUS = {
-    "model": {"mixed_queries": True, "look_twice": True, "mask_look": 3, "denoising": 2},
+    "model": {"mixed_queries": True, "look_twice": True, "mask_look": 8, "denoising": 2},
     "loss": {"proposals_per_object": 3, "vector_kind": "l2", "vector_units": "std", "vector_frame": "predicted"}
     | {"class_loss": "quality", "decoded_dice_weight": 1.0, "outline_dice_weight": 1.0}
     | {"band_limit": 0.5, "tail_drop": 0.5},
