@@ -24,6 +24,7 @@ from solq_lab.models.attention import Memory, MultiScaleDeformableAttention
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead
+from solq_lab.models.look import View
 from solq_lab.models.solq import SOLQ
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction
 
@@ -126,7 +127,8 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
         model: any network with decoder layers and query heads, SOLQ and the SQR baseline alike.
     """
     sampled: list[tuple[Tensor, Tensor, Tensor]] = []
-    predicted: list[tuple[Tensor, Tensor, tuple]] = []
+    predicted: list[tuple[Tensor, Tensor, Tensor]] = []
+    views: list[View] = []
 
     def record_points(attention: MultiScaleDeformableAttention, arguments: tuple) -> None:
         queries, reference, memory = arguments
@@ -137,8 +139,7 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
 
     def record_prediction(head: UnifiedQueryHead, arguments: tuple, prediction: LayerPrediction) -> None:
         scores = prediction.logits[0].float().sigmoid().amax(dim=1).cpu()
-        queries, _, *view = arguments
-        predicted.append((prediction.boxes[0].cpu(), scores, (queries, prediction.boxes, *view)))
+        predicted.append((prediction.boxes, scores, arguments[0]))
 
     decoder = [part for part in model.modules() if isinstance(part, DecoderLayer)]
     heads = [part for part in model.modules() if isinstance(part, UnifiedQueryHead)]
@@ -148,14 +149,18 @@ def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
             hooks.callback(layer.cross_attention.register_forward_pre_hook(record_points).remove)
         for head in heads:
             hooks.callback(head.register_forward_hook(record_prediction).remove)
+        look = next((head.look for head in heads if head.look is not None), None)  # all layers share it
+        if look is not None:
+            hooks.callback(look.register_forward_pre_hook(lambda _, arguments: views.append(arguments[2])).remove)
         yield layers
     # Inference computes the vectors of the last layer alone, with the network that all layers share.
     reader = next((head for head in reversed(heads) if head.vector is not None), None)
     of_layers = predicted[len(predicted) - len(sampled) :]  # two-stage: without the proposals
-    for place, (boxes, scores, inputs) in zip(sampled, of_layers, strict=True):
+    view = views[-1] if views else None
+    for place, (boxes, scores, queries) in zip(sampled, of_layers, strict=True):
         with torch.inference_mode():
-            vectors = None if reader is None else reader.vectors(*inputs)[0].float().cpu()
-        layers.append(LayerAttention(*place, boxes, scores, vectors))
+            vectors = None if reader is None else reader.vectors(queries, boxes, view)[0].float().cpu()
+        layers.append(LayerAttention(*place, boxes[0].cpu(), scores, vectors))
 
 
 def query_points(

@@ -112,23 +112,24 @@ class UnifiedQueryHead(nn.Module):
         self.vector, self.look = vector, look
         nn.init.constant_(self.classify.bias, -math.log((1 - PRIOR) / PRIOR))
 
-    def forward(self, queries: Tensor, anchor: Tensor, view: View | None = None) -> LayerPrediction:
-        """Predictions of the queries.
+    def forward(self, queries: Tensor, anchor: Tensor) -> LayerPrediction:
+        """Classes and boxes of the queries.
 
         Args:
             queries: (B, J, C).
             anchor: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image; boxes are predicted relative
                 to it.
-            view: what `look` reads.
         """
         delta = self.box(queries)
         boxes = _moved(anchor, delta)
         next_anchor = _moved(anchor.detach(), delta) if anchor.requires_grad else boxes
-        vectors = None if self.vector is None else self.vectors(queries, boxes.detach(), view)
-        return LayerPrediction(self.classify(queries), boxes, vectors, next_anchor=next_anchor)
+        return LayerPrediction(self.classify(queries), boxes, vectors=None, next_anchor=next_anchor)
 
     def vectors(self, queries: Tensor, boxes: Tensor, view: View | None) -> Tensor:
-        """Mask vectors (B, J, D) of queries (B, J, C) for their boxes (B, J, 4); of a head that has `vector`."""
+        """Mask vectors (B, J, D) of queries (B, J, C) for their boxes (B, J, 4); for heads with `vector`.
+
+        `view` is what `look` reads. The layers share what makes vectors, so queries of several layers may come at once.
+        """
         assert self.vector is not None
         if self.look is not None:
             assert view is not None  # SOLQ makes it

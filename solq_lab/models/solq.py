@@ -6,7 +6,7 @@ Shape letters: B batch, J queries, C width, L levels, T tokens of all levels, S 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -174,15 +174,38 @@ class SOLQ(Checkpointed):
         """The decoder: predictions of every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
         queries, query_pos, reference, visible = self.seat(guests, queries, query_pos, reference)
-        layers, anchor = [], reference
+        layers: list[LayerPrediction] = []
+        outputs: list[Tensor] = []
+        anchor = reference
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
             queries = self.checkpoint(decode, queries, query_pos, reference, memory, visible)  # (B, J, C)
-            prediction = head(queries, anchor, view)  # logits, boxes, mask vectors
+            prediction = head(queries, anchor)  # logits, boxes
             layers.append(prediction)
+            outputs.append(queries)
             if self.refine_boxes:
                 reference = prediction.boxes.detach()
                 anchor = prediction.next_anchor if self.look_twice else reference
+        layers = self.add_vectors(layers, outputs, view)
         return self.part(layers, guests, proposals), queries[:, -self.num_queries :]
+
+    def add_vectors(
+        self, layers: list[LayerPrediction], outputs: list[Tensor], view: View | None
+    ) -> list[LayerPrediction]:
+        """The layers with their mask vectors, made at once: no layer reads another's, and all share one head for them.
+
+        Args:
+            layers: without mask vectors.
+            outputs: queries (B, J, C) after each layer.
+            view: what a mask look reads.
+        """
+        count = sum(head.vector is not None for head in self.query_heads)  # inference keeps the last layer's alone
+        if not count:
+            return layers
+        queries = torch.cat(outputs[-count:], dim=1)
+        boxes = torch.cat([layer.boxes.detach() for layer in layers[-count:]], dim=1)
+        vectors = self.query_heads[-1].vectors(queries, boxes, view).chunk(count, dim=1)
+        made = [layer._replace(vectors=found) for layer, found in zip(layers[-count:], vectors, strict=True)]
+        return layers[:-count] + made
 
     def embed_levels(self, features: list[Tensor], padding: Tensor) -> Memory:
         """All levels at width C, flattened into one row of tokens, with their positions.
@@ -308,17 +331,19 @@ class SOLQ(Checkpointed):
         )
 
     @property
+    def query_heads(self) -> list[UnifiedQueryHead]:
+        """Of the decoder layers."""
+        return cast("list[UnifiedQueryHead]", list(self.heads))
+
+    @property
     def look(self) -> MaskLook | None:
         """The mask look that the heads share."""
-        first = self.heads[0]
-        assert isinstance(first, UnifiedQueryHead)
-        return first.look
+        return self.query_heads[0].look
 
     @property
     def vector_std(self) -> Tensor | None:
         """The buffer (D,) of `set_vector_statistics`; None in a model that does not standardise its vectors."""
-        first = self.heads[0]
-        assert isinstance(first, UnifiedQueryHead)
+        first = self.query_heads[0]
         return first.vector.vector_spread if first.vector is not None and first.vector.standardise else None
 
     def set_vector_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -327,8 +352,7 @@ class SOLQ(Checkpointed):
         Raises:
             ValueError: the model has no mask vectors or does not standardise them, or the lengths differ.
         """
-        first = self.heads[0]  # all heads share one vector MLP
-        assert isinstance(first, UnifiedQueryHead)
+        first = self.query_heads[0]  # all heads share one vector MLP
         if first.vector is None:
             raise ValueError("a plain detector (vector_dim=None) has no mask vectors to standardise")
         first.vector.set_statistics(mean, std)

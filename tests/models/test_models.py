@@ -205,20 +205,21 @@ def test_a_mask_look_reads_channels_of_its_own_at_each_point_of_the_predicted_bo
     found = []
     model.look.register_forward_hook(lambda look, inputs, output: found.append((*inputs, output)))
     layers = model(images).layers
-    for (queries, boxes, view, output), layer in zip(found, layers, strict=True):
-        assert torch.equal(boxes, layer.boxes)
-        assert view.shape == (16, 24)
-        maps = view.values.flatten(2).transpose(1, 2).unflatten(2, view.shape)  # (B, C, h, w)
-        assert not maps[1, :, 12:].any()
-        assert not maps[1, :, :, 10:].any()
+    ((*inputs, view, output),) = found
+    assert torch.equal(inputs[1], torch.cat([layer.boxes for layer in layers], dim=1))
+    assert view.shape == (16, 24)
+    maps = view.values.flatten(2).transpose(1, 2).unflatten(2, view.shape)  # (B, C, h, w)
+    assert not maps[1, :, 12:].any()
+    assert not maps[1, :, :, 10:].any()
+    for queries, boxes, expected in zip(*(part.chunk(2, dim=1) for part in (*inputs, output)), strict=True):
         for image, (height, width) in enumerate([(64, 96), (48, 40)]):
             valid = torch.tensor([width / 96, height / 64], dtype=torch.float64)
             offsets = model.look.sampling_offsets(queries[image]).view(7, 8, 2)
             points = (boxes[image, :, None, :2] + offsets * boxes[image, :, None, 2:] / 2) * valid
             samples = F.grid_sample(maps[image : image + 1], 2 * points[None] - 1, align_corners=False)  # (1, C, 7, 8)
             own = torch.stack([samples[0, 4 * n : 4 * n + 4, :, n].T for n in range(8)], dim=1)  # (7, N, C/N)
-            expected = model.look.output_proj(own.flatten(1))
-            torch.testing.assert_close(output[image], expected, rtol=1e-5, atol=1e-6)  # the ratio is float32
+            seen = model.look.output_proj(own.flatten(1))
+            torch.testing.assert_close(seen, expected[image], rtol=1e-5, atol=1e-6)  # the ratio is float32
 
 
 def test_fresh_points_of_a_mask_look_lie_on_a_grid_over_the_box():
