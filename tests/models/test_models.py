@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_network import SIZES, draw_images
 import torch.nn.functional as F
+from small_network import SIZES, draw_images
 from torch import Tensor, nn
 
 from solq_lab.models.attention import MultiScaleDeformableAttention, SelfAttention
