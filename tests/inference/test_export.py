@@ -31,6 +31,7 @@ from solq_lab.codecs.sparse import SparseCodingCodec
 from solq_lab.config import ConfigError, Experiment, load_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.transforms import resized_size
+from solq_lab.errors import UserError
 from solq_lab.inference.compare import Difference, compare_detections
 from solq_lab.inference.export import onnx_file, parity
 from solq_lab.inference.export.graph import DetectionGraph
@@ -179,6 +180,8 @@ def test_the_graphs_masks_are_the_codes_own_and_what_lies_beyond_an_image_counts
         vectors = model(ImageBatch(pixels, padding).normalised()).layers[-1].vectors
         pixels[padding.unsqueeze(1).expand_as(pixels)] = 255
         again = graph(pixels, sizes)
+    with pytest.raises(UserError, match="cannot follow this model"):
+        torch.jit.trace(graph, (pixels, sizes))
     assert masks.shape == (2, 5, 16, 16)
     assert boxes.shape == (2, 5, 4)
     assert (scores.diff() <= 0).all()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.base import MaskCodec, sharpness
+from solq_lab.errors import UserError
 from solq_lab.models.solq import SOLQ
 from solq_lab.structures import ImageBatch
 
@@ -52,7 +53,12 @@ class DetectionGraph(nn.Module):
             (x0, y0, x1, y1) as shares of the image's width and height, not clipped; queries (B, K) int64; then of a
             SOLQ masks (B, K, N, N) bool in the box frame, binarized as the codec does, or of a model with a mask
             branch mask_logits (B, K, h, w) float32 over the whole padded image.
+
+        Raises:
+            UserError: within `torch.jit.trace`, which dies of an internal assertion.
         """
+        if torch.jit.is_tracing():
+            raise UserError("torch.jit.trace cannot follow this model; `solq-lab export` and torch.export can, exactly")
         last = self.model(ImageBatch(pixels, _padding(pixels, sizes)).normalised()).layers[-1]
         last = last.shortened(self.vector_dim)
 
