@@ -44,7 +44,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], *, title: str = "") ->
     for name in names:
         _plot_loss(next(panels), name, steps, [line["losses"][name] for line in train], plateaus.get(name))
     rate = next(panels)
-    rate.plot(steps, [line["lr"] for line in train], color=GREY, linewidth=1.4)
+    rate.plot(steps, [line["lr"] for line in train], color=GREY, marker="." if len(steps) == 1 else "", linewidth=1.4)
     rate.set_title("learning rate")
     rate.set_ylim(bottom=0)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -117,7 +117,8 @@ def ap_by_class(
 
 
 def _plot_loss(axes: Axes, name: str, steps: Sequence[int], values: Sequence[float], plateau: float | None) -> None:
-    axes.plot(steps, values, color=LOSS_COLOURS[name], linewidth=1.4, label="last decoder layer")
+    dots = "." if len(steps) == 1 else ""  # a line of one point would show nothing
+    axes.plot(steps, values, color=LOSS_COLOURS[name], marker=dots, linewidth=1.4, label="last decoder layer")
     axes.set_title(f"loss: {LOSS_TITLES[name]}")
     if plateau is not None:
         axes.axhline(plateau, color=GREY, linestyle="--", linewidth=1.2, label="plateau: predict the median")
