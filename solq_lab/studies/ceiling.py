@@ -59,7 +59,7 @@ class Reconstructions(NamedTuple):
     areas: (A,) float64 areas as annotated, pixels; the mask's where the file gives none.
     ious: (A,) float64 IoU of each mask with its ground truth; two empty masks have 1.
     results: A COCO results, score 1.
-    bits: of a stored mask on average (`_bits_per_mask`).
+    bits: of a stored mask on average (`bits_per_mask`).
     """
 
     ids: np.ndarray
@@ -190,7 +190,7 @@ def reconstruct_objects(
         ious.append(piece_ious)
         results += piece_results
         symbols.append(piece_symbols)
-    bits = _bits_per_mask(codec, symbols)
+    bits = bits_per_mask(codec, symbols)
     return Reconstructions(truth.ids[rows], truth.areas_of(rows), np.concatenate(ious), results, bits)
 
 
@@ -209,7 +209,7 @@ def max_objects_of_a_class(truth: GroundTruth, rows: np.ndarray) -> int:
     return int(np.unique(pairs, axis=0, return_counts=True)[1].max(initial=0))
 
 
-def _bits_per_mask(codec: MaskCodec, symbols: list[np.ndarray | None]) -> float:
+def bits_per_mask(codec: MaskCodec, symbols: list[np.ndarray | None]) -> float:
     """Bits of a stored mask: of its tokens, of its quantised entries (k, D) int64, or 32 for each entry.
 
     Quantised entries cost what an ideal entropy coder with a table per entry needs, the table not counted.

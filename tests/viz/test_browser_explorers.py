@@ -21,7 +21,7 @@ def test_objects_can_be_clicked_and_their_attention_chosen(tmp_path):
         notebook.run_all(seconds=180)
         page = notebook.page
         objects = page.locator(".solq-clickable .solq-object")
-        panels = page.locator("img.widget-image").nth(1)
+        panels = page.locator("img.widget-image").first
         objects.first.wait_for(timeout=20_000)
         clickable, box = page.locator(".solq-clickable").bounding_box(), objects.first.bounding_box()
         assert clickable["x"] - 1 <= box["x"] <= box["x"] + box["width"] <= clickable["x"] + clickable["width"] + 1
@@ -35,9 +35,12 @@ def test_objects_can_be_clicked_and_their_attention_chosen(tmp_path):
         notebook.choose("head", "2")
         before = notebook.wait_for_change(panels, before)
         notebook.screenshot("attention_explorer")
-        for view in ("layer by layer", "all queries", "points"):
+        for view in ("layer by layer", "all queries", "encoder, a pixel", "points"):
             page.get_by_role("button", name=view).click()
             before = notebook.wait_for_change(panels, before)
+            if view == "encoder, a pixel":
+                page.locator(".solq-clickable").click(position={"x": clickable["width"] / 4, "y": 40})
+                before = notebook.wait_for_change(panels, before)
             notebook.screenshot(f"attention_explorer_{view.replace(' ', '_')}")
         if objects.count() > 1:  # the last one in the page is the smallest, and lies on top
             chosen = notebook.control("object").locator("select").input_value()

@@ -24,7 +24,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.data.folders import Split, find_splits
 from solq_lab.data.shapes.writer import write_shapes
 from solq_lab.masks import decode_rle
-from solq_lab.studies.ceiling import reconstruct_objects
+from solq_lab.studies.ceiling import Noise, reconstruct_objects
 from solq_lab.viz.style import ADDED, MISSED
 from solq_lab.viz.widgets.codec_explorer import CodecExplorer
 from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS
@@ -109,7 +109,7 @@ def test_every_object_comes_back_as_the_ceiling_says(explorer, shapes):
     setting = explorer.setting
     ours = [explorer.lab.reconstruction(setting._replace(row=row)).iou for row in range(len(ceiling.ious))]
     np.testing.assert_allclose(ours, ceiling.ious, rtol=1e-6)
-    worst = explorer.lab.worst(setting, 5)
+    worst = explorer.lab.worst(setting)[:5]
     np.testing.assert_allclose([one.iou for one in worst], np.sort(ceiling.ious)[:5], rtol=1e-6)
 
 
@@ -164,11 +164,20 @@ def test_noise_grows_in_proportion_and_costs_overlap(explorer):
     assert much.iou < clean.iou
 
 
+def test_rounding_is_the_rate_distortion_studys(explorer, shapes):
+    explorer.step.value = 1.0
+    study = reconstruct_objects(find_splits(shapes)[1].annotations, DCTCodec(28, 64), noise=Noise(step=1.0))
+    assert said(explorer)["vector"] == f"{study.bits / 8:,.0f} bytes"
+    for row in range(len(study.ious)):
+        assert explorer.lab.reconstruction(explorer.setting._replace(row=row)).iou == pytest.approx(study.ious[row])
+
+
 # ---- what is redrawn
 
 
 @pytest.mark.parametrize(
-    ("control", "value"), [("vector_dim", 16), ("terms", 9), ("method", "flatten"), ("rule", "best"), ("error", 0.4)]
+    ("control", "value"),
+    [("vector_dim", 16), ("terms", 9), ("method", "flatten"), ("rule", "best"), ("error", 0.4), ("step", 2.0)],
 )
 def test_a_control_redraws_the_reconstruction_and_leaves_the_image_alone(explorer, control, value):
     before = {panel: shown(explorer, panel) for panel in TABLE}
@@ -270,6 +279,16 @@ def test_a_click_in_the_gallery_goes_to_that_object(explorer):
     assert said(explorer)["IoU"] == f"{one.iou:.3f}"
     assert explorer.gallery_tiles.captions[2].value.endswith(f"{one.iou:.2f}")
     assert explorer._live_panels[Original].drawn <= drawn + 1
+    explorer.chooser.sort.value = "lowest IoU"
+    assert explorer.setting.row == explorer._worst[0].row
+    explorer.chooser.next.click()
+    assert explorer.image.value != explorer.lab.folder("shapes")[explorer._worst[0].row].image
+
+
+def test_the_source_of_the_codec_is_at_hand(explorer):
+    assert "class DCTCodec" in explorer._source.value
+    explorer.method.value = "haar"
+    assert explorer._more.titles[1] == f"source: {CODECS['haar'].path.partition(':')[0].replace('.', '/')}.py"
 
 
 def test_a_click_in_the_gallery_restores_what_the_gallery_was_made_with(shapes, rectangles, tmp_path):

@@ -95,11 +95,21 @@ class ImageChooser:
             control.layout.display = None if known else "none"
         self.score.layout.display = None if "score" in objects else "none"
         self.score.value, self.search.value = (0, 1), ""
-        self.sort.options = [name for name, by in SORTS.items() if not by or by[0] in objects]
-        self.sort.layout.display = None if len(self.sort.options) > 1 else "none"
+        self._offer_sorts()
         self.image.max = len(self._files) - 1
         self._listing = False
         self.list_matches()
+
+    def add_column(self, values: pd.Series) -> None:
+        """Let the images be sorted by a number of objects, as "IoU", by their rows; those without one come last."""
+        self._objects = self._objects.assign(**{str(values.name): self._objects["row"].map(values)})
+        self._offer_sorts()
+
+    def _offer_sorts(self) -> None:
+        known = [name for name, by in SORTS.items() if not by or by[0] in self._objects]
+        if list(self.sort.options) != known:
+            self.sort.options = known
+        self.sort.layout.display = None if len(known) > 1 else "none"
 
     def add(self, file: str) -> None:
         """Offer one more image, without objects, and go there."""

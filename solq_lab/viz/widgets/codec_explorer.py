@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import html
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
+from solq_lab.codecs.kinds import CODECS
 from solq_lab.data.annotations import DataError
 from solq_lab.viz.style import CODEC_NAMES, save
 from solq_lab.viz.widgets.clickable_image import Tiles
@@ -32,6 +35,7 @@ from solq_lab.viz.widgets.codec_figures import (
 from solq_lab.viz.widgets.codec_lab import OWN, VECTOR_DIMS, CodecLab, ScoredObject, object_title
 from solq_lab.viz.widgets.codec_numbers import numbers, numbers_html
 from solq_lab.viz.widgets.codec_panels import TABLE, Setting, View
+from solq_lab.viz.widgets.codec_texts import DRAWING, TOOLTIPS
 from solq_lab.viz.widgets.explorer import Explorer
 from solq_lab.viz.widgets.live_panel import LivePanel, table_figure
 from solq_lab.viz.widgets.mask_canvas import MaskCanvas
@@ -42,32 +46,15 @@ MASK_SIZES = (28, 64, 128)
 COMPARED = 4  # settings beside each other
 THUMBNAIL = 112  # pixels
 FRAMES = 48  # of the animation, about
-DRAWING = (
-    "Draw with the mouse, erase with the shift key held: the mask is encoded as you draw. Or upload an image of a mask "
-    "above, light on dark. PCA and sparse coding are those fitted to the first data set."
-)
+STEPS = {"none": 0.0} | {f"{step:g}": step for step in (0.1, 0.25, 0.5, 1.0, 2.0)}
 MIN_SIDES = {"all": 0, "16 pixels and more": 16, "32 pixels and more": 32, "96 pixels and more": 96}
-TOOLTIPS = {
-    "data_set": "whose images and objects are shown; PCA and sparse coding are fitted to its masks",
-    "object": "class and box, pixels",
-    "method": "the codec: what a vector means",
-    "mask_size": "N: the mask is drawn into N x N pixels of its box",
-    "vector_dim": "how many numbers a mask becomes",
-    "rule": "which value parts the mask from the background",
-    "error": "normal noise on the vector, in standard deviations of each entry over the data set",
-    "terms": "how many of the vector's entries are decoded; press play to add one after the other",
-    "compare": "fit PCA and sparse coding at this N, so that their lines can be drawn",
-    "search": "look through the data set with this codec and threshold",
-    "pin": "keep this method, N, n_k and threshold below, for every object that follows; a click takes it back",
-    "least_side": "only objects whose box is at least as large as this square",
-}
 
 
 class CodecExplorer(Explorer):
     """Controls, live panels, up to four settings side by side, a canvas for an own mask, and a gallery of the worst.
 
     Attributes:
-        data_set, object, method, mask_size, vector_dim, terms, rule, error: the controls.
+        data_set, object, method, mask_size, vector_dim, terms, rule, error, step: the controls.
         compared, compared_tiles: settings that were pinned, and what they make of the present object; clicking one
             sets the controls to it.
         canvas: draw a mask there, and it becomes the object. An uploaded image does too: what is light is the mask.
@@ -117,7 +104,7 @@ class CodecExplorer(Explorer):
         self.compared_tiles = Tiles(COMPARED, self.guarded(lambda place: self._take(self.compared[place])))
         self._make_controls([*splits, OWN], method, mask_size, vector_dim)
         self._live_panels = {panel: LivePanel(panel) for panel in TABLE}
-        self._numbers = widgets.HTML()
+        self._numbers, self._source = widgets.HTML(), widgets.HTML()
 
         self._worst: list[ScoredObject] = []
         self._searched: Setting | None = None  # what the gallery was made with
@@ -142,6 +129,7 @@ class CodecExplorer(Explorer):
             self.terms.value,
             self.rule.value,
             self.error.value,
+            self.step.value,
         )
 
     def view(self) -> View:
@@ -172,7 +160,7 @@ class CodecExplorer(Explorer):
         self._numbers.value = numbers_html(view)
 
     def find_worst(self) -> None:
-        """Fill the gallery with the objects that come back worst from the present codec."""
+        """Fill the gallery with the objects that come back worst, and let the chooser sort by IoU of this codec."""
         setting = self.setting
         if setting is None:
             self._gallery_note.value = "This image has no object; choose one to say which codec is meant."
@@ -180,11 +168,14 @@ class CodecExplorer(Explorer):
 
         self._gallery_note.value = "Looking ..."
         try:
-            self._worst = self.lab.worst(setting, GALLERY, least_side=self.least_side.value)
+            found = self.lab.worst(setting, least_side=self.least_side.value)
+            self._worst = found[:GALLERY]
         except ValueError as reason:
             self._worst, self._gallery_note.value = [], html.escape(str(reason))
         else:
             self._searched = setting
+            ious = pd.Series({one.row: one.iou for one in found}, name="IoU", dtype=float)
+            self.chooser.add_column(ious)
             self._gallery_note.value = gallery_title(setting, len(self._worst))
 
         self.gallery_tiles.show(thumbnail(self.lab, setting, one, THUMBNAIL) for one in self._worst)
@@ -224,7 +215,7 @@ class CodecExplorer(Explorer):
     def gallery(self) -> Figure:
         """The worst reconstructions as a plain figure. Raises as `view` does."""
         setting = self.view().setting
-        return gallery_figure(self.lab, setting, self.lab.worst(setting, GALLERY, least_side=self.least_side.value))
+        return gallery_figure(self.lab, setting, self.lab.worst(setting, least_side=self.least_side.value)[:GALLERY])
 
     def _save(self, ending: str) -> None:
         """Write the view as PNG or SVG, or the partial sums as GIF, into the folder of figures."""
@@ -266,6 +257,7 @@ class CodecExplorer(Explorer):
         self.vector_dim = widgets.SelectionSlider(options=dims, value=vector_dim, description="n_k", **look)
         self.rule = widgets.Dropdown(options=list(RULES.items()), description="threshold", **look)
         self.error = widgets.FloatSlider(min=0, max=1, step=0.02, description="noise", **look)
+        self.step = widgets.SelectionSlider(options=STEPS, description="rounding", **look)
         self.terms = widgets.IntSlider(min=1, max=vector_dim, value=vector_dim, description="terms", **look)
         self.play = widgets.Play(interval=FRAME_MILLISECONDS, show_repeat=False)
         self._set_frames(vector_dim)
@@ -285,8 +277,9 @@ class CodecExplorer(Explorer):
         self.on_change(self._choose_image, self.image)
         self.chooser.refresh = self._choose_image
         self.on_change(self._choose_length, self.vector_dim)
-        drawn = (self.object, self.method, self.mask_size, self.terms, self.rule, self.error)
+        drawn = (self.object, self.method, self.mask_size, self.terms, self.rule, self.error, self.step)
         self.on_change(self.redraw, *drawn)
+        self.on_change(self._show_source, self.method)
         self.on_change(lambda: setattr(self.terms, "value", self.play.value), self.play)
         self.on_click(self.compare_methods, self.compare)
         self.on_click(self.find_worst, self.search)
@@ -299,9 +292,9 @@ class CodecExplorer(Explorer):
     def _lay_out(self) -> widgets.Widget:
         third = widgets.Layout(width="33.3%", min_width="0")
         columns = (
-            (self.data_set, self.object),
+            (self.data_set, self.object, self.rule),
             (self.method, self.mask_size, self.vector_dim),
-            (self.rule, self.error, self.terms),
+            (self.error, self.step, self.terms),
         )
         controls = widgets.HBox([widgets.VBox(column, layout=third) for column in columns])
 
@@ -313,10 +306,12 @@ class CodecExplorer(Explorer):
         grid = widgets.GridBox(panels, layout=widgets.Layout(grid_template_columns="repeat(5, 1fr)", width="100%"))
 
         line = widgets.HBox([self.play, self.compare, self.pin, self.unpin, *self.savers.values(), self.status])
-        own = widgets.Accordion([widgets.HBox([self.canvas, widgets.HTML(DRAWING)])], titles=("draw your own mask",))
+        drawing = widgets.HBox([self.canvas, widgets.HTML(DRAWING)])
+        self._more = widgets.Accordion([drawing, self._source], titles=("draw your own mask", ""))
+        self._show_source()
         search = widgets.HBox([self.search, self.least_side, self._gallery_note])
         top = [self.chooser.widget, controls, self._numbers, grid, line, self.compared_tiles.widget]
-        parts = [*top, own, search, self.gallery_tiles.widget]
+        parts = [*top, self._more, search, self.gallery_tiles.widget]
         return widgets.VBox(parts, layout=widgets.Layout(max_width="1240px"))
 
     def _open_thumbnail(self, place: int) -> None:
@@ -334,6 +329,11 @@ class CodecExplorer(Explorer):
             self.method.value, self.mask_size.value = setting.method, setting.mask_size
             self.vector_dim.value, self.rule.value = setting.vector_dim, setting.rule
 
+    def _show_source(self) -> None:
+        codec = CODECS[self.method.value].load()
+        self._source.value = f'<pre style="line-height:1.3">{html.escape(inspect.getsource(codec))}</pre>'
+        self._more.titles = (self._more.titles[0], f"source: {codec.__module__.replace('.', '/')}.py")
+
     def _pin(self) -> None:
         setting = self.view().setting
         if len(self.compared) == COMPARED:
@@ -348,7 +348,7 @@ class CodecExplorer(Explorer):
     def _compared_settings(self, present: Setting) -> list[Setting]:
         """The pinned settings for the present object, without noise and with all terms."""
         return [
-            one._replace(data_set=present.data_set, row=present.row, terms=one.vector_dim, error=0.0)
+            one._replace(data_set=present.data_set, row=present.row, terms=one.vector_dim, error=0.0, step=0.0)
             for one in self.compared
         ]
 

@@ -38,7 +38,7 @@ def errors_of(lab: CodecLab, setting: Setting, side: int = SIDE) -> np.ndarray:
 
 def thumbnail(lab: CodecLab, setting: Setting, one: ScoredObject, side: int) -> tuple[np.ndarray, str]:
     """Pixels (side, side, 3) and caption of an object of the gallery, decoded whole and without noise."""
-    whole = setting._replace(row=one.row, terms=setting.vector_dim, error=0.0)
+    whole = setting._replace(row=one.row, terms=setting.vector_dim, error=0.0, step=0.0)
     return errors_of(lab, whole, side), f"{lab.folder(setting.data_set)[one.row].name} {one.iou:.2f}"
 
 

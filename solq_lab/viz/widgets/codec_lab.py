@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solq_lab.codecs.base import MaskCodec
+from solq_lab.studies.ceiling import bits_per_mask
 from solq_lab.viz.widgets.codec_cache import MAX_COMPONENTS, CodecCache
 from solq_lab.viz.widgets.codec_panels import Curve, Setting, View
 from solq_lab.viz.widgets.objects import BoxedObject, ObjectFolder, OwnMask, Split
@@ -87,6 +89,7 @@ class CodecLab:
             self._continued(setting, vector),
             term_order(codec, vector),
             self._curves(setting),
+            self._bits(codec, setting),
         )
 
     def reconstruction(self, setting: Setting) -> Reconstruction:
@@ -102,6 +105,7 @@ class CodecLab:
             terms=setting.terms,
             rule=setting.rule,
             error=self._error(setting),
+            step=self._step(setting),
             boundary_ratio=self._ratio,
         )
 
@@ -118,12 +122,11 @@ class CodecLab:
             if count <= setting.mask_size**2:
                 cache.codec("sparse", setting.mask_size, count)
 
-    def worst(self, setting: Setting, count: int, *, least_side: float = 0.0) -> list[ScoredObject]:
-        """The objects of the sample that come back worst from this codec and threshold, without noise.
+    def worst(self, setting: Setting, *, least_side: float = 0.0) -> list[ScoredObject]:
+        """The objects of the sample, those first that come back worst from this codec and threshold, without noise.
 
         Args:
             setting: its object, terms and noise do not matter.
-            count: how many.
             least_side: only objects whose box covers at least the square of this, pixels.
 
         Raises:
@@ -141,7 +144,7 @@ class CodecLab:
             for place, row in enumerate(cache.rows)
             if large[row]
         ]
-        return sorted(found, key=lambda one: one.iou)[:count]
+        return sorted(found, key=lambda one: one.iou)
 
     def _cache_of(self, data_set: str) -> CodecCache:
         data_set = next(iter(self._splits)) if data_set == OWN else data_set
@@ -174,15 +177,28 @@ class CodecLab:
         longest = self._longest(setting)
         return self._vector(setting.data_set, setting.row, setting.method, setting.mask_size, longest)
 
+    def _std(self, setting: Setting) -> Tensor:
+        """(D,) standard deviation of each entry over the data set."""
+        vectors = self._cache_of(setting.data_set).vectors(setting.method, setting.mask_size, setting.vector_dim)
+        return vectors.std(dim=0, correction=0)
+
     def _error(self, setting: Setting) -> Tensor | None:
-        """(D,) a normal error in standard deviations of each entry, the same direction whatever its size."""
+        """(D,) a normal error, the same direction whatever its size."""
         if setting.error == 0:
             return None
-        vectors = self._cache_of(setting.data_set).vectors(setting.method, setting.mask_size, setting.vector_dim)
-        std = vectors.std(dim=0, correction=0)
         random = np.random.default_rng(setting.row)
         direction = torch.from_numpy(random.standard_normal(setting.vector_dim)).float()
-        return setting.error * std * direction
+        return setting.error * self._std(setting) * direction
+
+    def _step(self, setting: Setting) -> float:
+        return setting.step * float(self._std(setting).square().mean().sqrt()) if setting.step else 0.0
+
+    def _bits(self, codec: MaskCodec, setting: Setting) -> float:
+        symbols: list[np.ndarray | None] = []
+        if step := self._step(setting):
+            vectors = self._cache_of(setting.data_set).vectors(setting.method, setting.mask_size, setting.vector_dim)
+            symbols.append((vectors / step).round().long().numpy())
+        return bits_per_mask(codec, symbols)
 
     def _curves(self, setting: Setting) -> dict[str, Curve]:
         """The lines of the setting's method and of those that draw within a blink, as far as they are fitted."""

@@ -17,11 +17,13 @@ def numbers(view: View) -> list[tuple[str, str, str, str]]:
     """What is said in numbers about a view: name, value, note and colour of each."""
     setting, reconstruction = view.setting, view.reconstruction
     bitmap, rle = (setting.mask_size**2 + 7) // 8, len(view.item.rle["counts"])
-    length = 4 * setting.vector_dim
+    length, form = 4 * setting.vector_dim, "float32"
+    if setting.step:
+        length, form = round(view.bits / 8), "rounded, coded ideally"
     return [
         ("IoU", f"{reconstruction.iou:.3f}", "with the true mask", KIND_COLOURS["segm"]),
         ("boundary IoU", f"{reconstruction.boundary_iou:.3f}", "of a band along the outline", KIND_COLOURS["boundary"]),
-        ("vector", f"{length:,} bytes", f"n_k = {setting.vector_dim}, float32", CODEC_COLOURS[setting.method]),
+        ("vector", f"{length:,} bytes", f"n_k = {setting.vector_dim}, {form}", CODEC_COLOURS[setting.method]),
         ("bitmap", f"{bitmap:,} bytes", f"{setting.mask_size} x {setting.mask_size} pixels", GREY),
         ("run lengths", f"{rle:,} bytes", "the mask in COCO's own format", GREY),
     ]

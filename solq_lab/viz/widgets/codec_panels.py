@@ -31,7 +31,11 @@ CONTEXT = 1.5  # around them, as a share of the larger side of their box
 
 
 class Setting(NamedTuple):
-    """The values of the controls; `data_set` and `row` name the object, `error` is noise in stds of the vectors."""
+    """The values of the controls; `data_set` and `row` name the object.
+
+    error: noise on each entry, in its standard deviations over the data set.
+    step: of a quantiser of all entries, in their root mean square standard deviation; 0: none.
+    """
 
     data_set: str
     row: int
@@ -41,6 +45,7 @@ class Setting(NamedTuple):
     terms: int
     rule: Rule
     error: float
+    step: float
 
 
 class Curve(NamedTuple):
@@ -55,6 +60,7 @@ class View(NamedTuple):
 
     continued: (>= D,) the vector and the entries that follow where the codec were longer, for codecs where they exist.
     order: (D,) the vector's entries by importance; the first `setting.terms` are kept.
+    bits: of a mask on average, as stored by an ideal entropy coder where entries are rounded (`bits_per_mask`).
     """
 
     setting: Setting
@@ -64,6 +70,7 @@ class View(NamedTuple):
     continued: Tensor
     order: Tensor
     curves: Mapping[str, Curve]
+    bits: float
 
 
 class Original(ImagePanel):

@@ -28,7 +28,7 @@ class Reconstruction(NamedTuple):
 
     target: (N, N) bool, the mask in its box.
     vector: (D,) its mask vector.
-    received: (D,) the codec after noise, zero where terms are left out.
+    received: (D,) what is decoded: after noise and rounding, zero where terms are left out.
     decoded: (N, N) float32.
     threshold: values above it belong to the mask.
     binary: (N, N) bool.
@@ -57,6 +57,7 @@ def reconstruct(
     terms: int | None = None,
     rule: Rule = "codec",
     error: Tensor | None = None,
+    step: float = 0.0,
     boundary_ratio: float = 0.02,
 ) -> Reconstruction:
     """Decode an object's vector, make it binary and paste it.
@@ -70,12 +71,16 @@ def reconstruct(
             sparse vector, whose atoms have no order. None: all.
         rule: the threshold.
         error: (D,) what is added to the vector; None: nothing.
+        step: then every entry is rounded to a multiple of this; 0: none is.
         boundary_ratio: boundary width over the image's diagonal.
     """
     received = vector if error is None else vector + error
+    if step > 0:
+        received = (received / step).round() * step
     if terms is not None and terms < len(vector):
         received = received.clone()
         received[term_order(codec, vector)[terms:]] = 0
+
     decoded = codec.decode(received[None])
     threshold = thresholds(decoded, target[None], codec, rule)
     binary = decoded > threshold[:, None, None]
