@@ -73,12 +73,12 @@ def attention_of_object(*views: ObjectView, title: str = "", close_up: bool = Fa
             _draw_box(place, view.box, "-")
             if view.mask is not None:
                 _draw_outline(place, view)
-            _draw_scale(place, window)
             place.set_title(view.caption)
         for draw, name in ((_draw_points, "sampling points"), (_draw_heat, "attention, summed")):
             place = next(places)
             draw(place, view, window)
             place.set_title(name if alone else f"{view.caption}: {name}")
+    _draw_scale(axes[0, 0], window)
     _add_legend(figure, views)
     return figure
 
@@ -174,6 +174,8 @@ def attention_by_size(
                 draw(place, view, window)
         for place, column, view in zip(axes[number * len(kinds)], columns, views, strict=True):
             place.set_title(f"{column}: {view.caption}" if number == 0 else view.caption)
+    for place, window in zip(axes[0], windows, strict=True):
+        _draw_scale(place, window)
     _add_legend(figure, [view for views in runs.values() for view in views], outline)
     return figure
 
@@ -240,7 +242,6 @@ def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
         alpha=0.9,
         zorder=3,
     )
-    _draw_scale(axes, window)
 
 
 def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:

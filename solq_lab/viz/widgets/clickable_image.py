@@ -67,9 +67,10 @@ class ClickableImage(anywidget.AnyWidget):
       el.classList.add("solq-clickable");
       el.append(image);
       const paint = () => {
-        URL.revokeObjectURL(image.src);
         image.src = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
       };
+      image.onload = () => URL.revokeObjectURL(image.src);
+      image.onerror = () => setTimeout(paint, 500);  // the bytes may come later than the view
       const place = () => {
         el.querySelectorAll(".solq-object").forEach((button) => button.remove());
         const buttons = model.get("objects").map(({ name, box }, row) => {

@@ -331,7 +331,8 @@ class CodecExplorer(Explorer):
 
     def _show_source(self) -> None:
         codec = CODECS[self.method.value].load()
-        self._source.value = f'<pre style="line-height:1.3">{html.escape(inspect.getsource(codec))}</pre>'
+        code = html.escape(inspect.getsource(codec))
+        self._source.value = f'<pre style="line-height:1.3;max-height:320px;overflow:auto">{code}</pre>'
         self._more.titles = (self._more.titles[0], f"source: {codec.__module__.replace('.', '/')}.py")
 
     def _pin(self) -> None:

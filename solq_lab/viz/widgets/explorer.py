@@ -5,6 +5,7 @@ Jupyter would write the exception of a callback to a log that nobody opens.
 
 from __future__ import annotations
 
+import gc
 import html
 import logging
 from abc import ABC, abstractmethod
@@ -25,6 +26,7 @@ from solq_lab.viz.widgets.chooser import ImageChooser, list_objects
 from solq_lab.viz.widgets.clickable_image import ClickableImage, link_figure
 
 logger = logging.getLogger(__name__)
+gc.freeze()  # the modules: every few redraws, collecting garbage would look through torch for half a second
 
 MIN_SCORE = 0.05  # below it are hundreds of guesses; sliders of scores start here
 
