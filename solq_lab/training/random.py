@@ -41,7 +41,8 @@ def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> No
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """States of all generators of this process, as tensors and numbers that a checkpoint can hold."""
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002
+    legacy: Any = np.random.get_state()  # noqa: NPY002
+    _, keys, *rest = legacy
     version, internal, gauss_next = random.getstate()
     states = generator_states(device)
     state = {
