@@ -140,7 +140,8 @@ class AttentionExplorer(ModelExplorer):
             encoder = self._encode(name, self.image.value)
             views = [pixel_views(pixels, encoder, self.place, level=one, head=head) for one in levels]
             shown[name] = views[0] if level is not None else [layers[-1] for layers in views]
-        count = min(map(len, shown.values()))
+
+        count = min(map(len, shown.values()))  # models may differ in layers
         columns = [f"token of level {1 + (one if level is None else level)}" for one in range(count)]
         return attention_by_size(
             {name: views[:count] for name, views in shown.items()},
