@@ -33,6 +33,7 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         return
+
     for name, child in list(model.named_children()):
         use_onednn(child, training=training)  # children first: what replaces a block takes them over
         if type(child) is nn.Linear:

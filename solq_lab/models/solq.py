@@ -174,6 +174,7 @@ class SOLQ(Checkpointed):
         """The decoder: predictions of every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
         queries, query_pos, reference, visible = self.seat(guests, queries, query_pos, reference)
+
         layers: list[LayerPrediction] = []
         outputs: list[Tensor] = []
         anchor = reference
@@ -185,6 +186,7 @@ class SOLQ(Checkpointed):
             if self.refine_boxes:
                 reference = prediction.boxes.detach()
                 anchor = prediction.next_anchor if self.look_twice else reference
+
         layers = self.add_vectors(layers, outputs, view)
         return self.part(layers, guests, proposals), queries[:, -self.num_queries :]
 

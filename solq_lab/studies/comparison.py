@@ -106,6 +106,8 @@ def open_comparison(
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise RunError(f"{runs[0].folder}: a run cannot be compared with itself; name another run's experiment.yaml")
     check_comparable(runs)
+
+    # The third is an addition: where it does not fit, the two are shown without it.
     if Path(third).is_file():
         last = trained_run(third, (), runs_dir)
         try:
@@ -113,6 +115,7 @@ def open_comparison(
             runs += [last] if last.folder.resolve() not in {run.folder.resolve() for run in runs} else []
         except RunError as error:
             logger.warning("left out: %s", error)
+
     predictors = dict(zip(run_names(runs), map(Predictor, runs), strict=True))
     dataset = build_images(runs[0].experiment, next(iter(predictors.values())).classes)
     return Comparison(runs, predictors, dataset, "" if there else str(other))
