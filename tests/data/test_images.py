@@ -146,7 +146,7 @@ def test_check_and_training_find_the_rule_or_name_what_cannot_be_decided(tmp_pat
 def test_what_the_experiment_says_is_read_and_not_asked_again(tmp_path, caplog, said, pixels):
     root = write_turned(tmp_path / "data", {"a": (6, WIDE, pixels), "b": (3, WIDE, WIDE)})
     dataset = build_dataset(tiny_experiment(root, data={"orientation": said}), "val")
-    assert dataset._image(0).shape[1:] == pixels[::-1]
+    assert dataset._read_image(0).shape[1:] == pixels[::-1]
     other = {"stored": "upright", "upright": "stored"}[said]
     with pytest.raises(DataError, match=rf"turned by EXIF \(orientation 6\); set data.orientation={said}"):
         build_dataset(tiny_experiment(root, data={"orientation": other}), "val")[0]
