@@ -37,7 +37,8 @@ class SharedMemory:
         processes = dist.get_world_size()
         counters, values = np.split(memory, [processes * COUNTERS])
         self._rank, self._monitor, self._turn = dist.get_rank(), monitor, 0
-        self._counters = counters.view(np.int64)[:: COUNTERS // 8]
+        lines = counters.view(np.int64).reshape(processes, -1)
+        self._counters, self._sizes = lines[:, 0], lines[:, 1:3]  # sizes of the values in even and odd turns
         self._values = torch.from_numpy(values).view(2, processes, CHUNK)
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -46,8 +47,13 @@ class SharedMemory:
             self._turn += 1
             values = self._values[self._turn % 2, :, : chunk.nbytes].view(chunk.dtype)
             values[self._rank] = chunk
+            self._sizes[self._rank, self._turn % 2] = chunk.nbytes
             self._counters[self._rank] = self._turn
             self._wait()
+
+            sizes = self._sizes[:, self._turn % 2]
+            if (sizes != chunk.nbytes).any():  # the processes do not do the same: their sum would mean nothing
+                raise RuntimeError(f"the processes would add up tensors of different sizes: {sizes.tolist()} bytes")
             torch.sum(values, dim=0, out=chunk)
 
     def _wait(self) -> None:

@@ -83,6 +83,8 @@ def test_sums_in_shared_memory_are_those_of_all_processes_and_end_with_a_lost_on
         list(pool.map(lambda member, own: [member.all_reduce(part) for part in own], members, parts))
     for own in parts:
         assert all(map(torch.equal, own, sums))
+    with ThreadPoolExecutor() as pool, pytest.raises(RuntimeError, match=r"different sizes: \[4, 8\] bytes"):
+        list(pool.map(lambda member, size: member.all_reduce(torch.ones(size)), members, (1, 2)))
     monitor.failure = Failure(1, "rank 1 died", 0)
     with pytest.raises(ProcessLost, match="rank 1 died"):
         members[0].all_reduce(torch.ones(1))
