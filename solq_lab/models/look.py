@@ -48,8 +48,7 @@ class MaskLook(nn.Module):
     def __init__(self, width: int, channels: int, points: int, *, groups: int) -> None:
         super().__init__()
         if width % points:
-            allowed = ", ".join(str(number) for number in range(8, width + 1) if width % number == 0)
-            raise ValueError(f"mask_look {points} does not divide width {width}; allowed are {allowed}")
+            raise ValueError(f"mask_look {points} does not divide width {width}")
         self.points = points
         self.fine = nn.Sequential(nn.Conv2d(channels, width, kernel_size=1), nn.GroupNorm(groups, width))
         self.coarse = nn.Linear(width, width)

@@ -175,9 +175,7 @@ class SOLQ(Checkpointed):
         queries, query_pos, reference, proposals = self.initial_queries(memory)
         queries, query_pos, reference, visible = self.seat(guests, queries, query_pos, reference)
 
-        layers: list[LayerPrediction] = []
-        outputs: list[Tensor] = []
-        anchor = reference
+        layers, outputs, anchor = list[LayerPrediction](), list[Tensor](), reference
         for decode, head in zip(self.decoder, self.heads, strict=True):  # H^k and its unified query head
             queries = self.checkpoint(decode, queries, query_pos, reference, memory, visible)  # (B, J, C)
             prediction = head(queries, anchor)  # logits, boxes
@@ -195,10 +193,7 @@ class SOLQ(Checkpointed):
     ) -> list[LayerPrediction]:
         """The layers with their mask vectors, made at once: no layer reads another's, and all share one head for them.
 
-        Args:
-            layers: without mask vectors.
-            outputs: queries (B, J, C) after each layer.
-            view: what a mask look reads.
+        `outputs` are the queries (B, J, C) after each layer, `view` is what a mask look reads.
         """
         count = sum(head.vector is not None for head in self.query_heads)  # inference keeps the last layer's alone
         if not count:

@@ -113,6 +113,7 @@ def test_an_unknown_key_on_the_command_line_is_rejected_alike(write, override, s
         ("evaluation: {vector_dim: 300}", ("evaluation.vector_dim 300", "codec.vector_dim 256", "at most as many")),
         ("loss: {tail_drop: 0.5}", ("loss.tail_drop 0.5", "leave it out, or set loss.decoded_dice_weight")),
         ("codec: {learn_decoder: true, kind: haar}", ("codec.learn_decoder true", "not haar", "leave it out")),
+        ("model: {mask_look: 48}", ("mask_look 48 does not divide width 256", "allowed are 0, 8, 16, 32, 64")),
         ("model: {mask_look: 8}\ncodec: {kind: none}", ("model.mask_look 8", "codec.kind is none", "leave it out")),
         ("model: {denoising: 3}", ("denoising 3 needs mixed_queries: true or two_stage: true", "set it to 0")),
         ("loss: {proposals_per_object: 6}", ("loss.proposals_per_object 6 needs proposals", "model.mixed_queries")),
