@@ -71,9 +71,10 @@ def run_notebook(
         Interrupted: Ctrl-C; a training of this run has saved and stopped.
     """
     notebook = Path(notebook)
-    shared: dict[str, Any] = {"runs_dir": str(Path(runs_dir).absolute())}
+    shared: dict[str, Any] = {}
     if experiment_path is not None:
-        shared |= {"experiment": str(Path(experiment_path).absolute()), "overrides": list(overrides)}
+        shared = {"experiment": str(Path(experiment_path).absolute()), "overrides": list(overrides)}
+    shared["runs_dir"] = str(Path(runs_dir).absolute())
     values = check_parameters(notebook, dict(parameters or {}) | shared)
     experiment = None if experiment_path is None else load_experiment(experiment_path, list(overrides))
     folder = data_report_folder(notebook, values, runs_dir)

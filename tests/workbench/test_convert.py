@@ -383,5 +383,5 @@ def test_the_command_says_how_to_check_and_to_use_the_folder(yolo, command_line)
     status, output = command_line("convert-data", "yolo", "out")
     assert status == 0
     assert "solq-lab check-data out" in output
-    assert output.split("use it:")[1].split()[0] == "data.root=out"
+    assert output.split("use it:")[1].split("\r")[0].split() == ["data.root=out"]
     assert command_line("convert-data", "yolo", "out", "--split", "val")[0] == 2

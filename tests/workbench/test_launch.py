@@ -420,7 +420,7 @@ def test_a_killed_kernel_is_named_and_does_not_look_like_a_crash_of_ours(tmp_pat
     ("change", "error", "said"),
     [
         ({"parameters": {"pictres": "3"}}, NotebookError, "unknown parameter pictres"),
-        ({"declared": "x: int = 1"}, NotebookError, "unknown parameter runs_dir; allowed are x"),
+        ({"declared": "x: int = 1"}, NotebookError, "unknown parameter experiment; allowed are x"),
         ({"overrides": ["train.stesp=3"]}, ConfigError, "unknown key train.stesp; did you mean steps?"),
         ({"overrides": ["data.generate=none"]}, ConfigError, "data.root: found none, which does not exist"),
     ],
