@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -127,6 +127,13 @@ def sum_of_numbers(number: float, here: torch.device) -> float:
 def any_process(flag: bool, here: torch.device) -> bool:
     """Whether `flag` is true in any process; the same answer in all of them. `here` is this process's device."""
     return bool(sum_of_numbers(flag, here))
+
+
+def copy_from_main(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite `tensors`, on every process, with those of the main one."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -13,9 +13,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from solq_lab import distributed
+from solq_lab.models.batch_norm import BatchNorm2d
 from solq_lab.precision import autocast_to
 from solq_lab.runs import RunError
 from solq_lab.schema import TrainSection
@@ -142,11 +144,12 @@ def share_gradients(model: nn.Module, device: torch.device, *, micro_batches: in
     # Every loss reaches its parameters on every rank, objects or not: none is unused, and the graph is always the same.
     # DDP makes use of that unless the first backward pass is one of several, under `no_sync`.
     devices = [device] if device.type == "cuda" else None
-    static_graph = micro_batches == 1
     parallel = DistributedDataParallel(
-        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=static_graph
+        model, device_ids=devices, gradient_as_bucket_view=True, static_graph=micro_batches == 1
     )
-    parallel.broadcast_buffers = False  # they are equal now, and stay so: batch norms see the images of all processes
+    # Buffers are equal now. Our batch norms see the images of all processes and keep them so, timm's do not.
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    parallel.broadcast_buffers = not all(isinstance(norm, BatchNorm2d) for norm in norms)
     if distributed.has_shared_memory():
         parallel.register_comm_hook(None, lambda _, bucket: _average(bucket.buffer()))
     return parallel

@@ -311,6 +311,7 @@ class Trainer:
 
     def _evaluate(self, stop: StopRequest) -> None:
         """Evaluate the model, averaged if it is; Stopped or EvaluationStopped on a signal leave all as before."""
+        distributed.copy_from_main(self.model.buffers())  # timm's batch norms saw different images in their last step
         averaged = contextlib.nullcontext() if self.average is None else self.average.inside(self.model)
         with averaged, as_written(), rng.random_state_kept(self.device), interrupted_by(stop):
             _, evaluation = evaluate_model(

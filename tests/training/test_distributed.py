@@ -19,14 +19,16 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import write_tiny_dataset
+from tiny import tiny_experiment, write_tiny_dataset
 from training_runs import ENVIRONMENT, TESTS, new_run, wait_for
 
 from solq_lab import distributed
+from solq_lab.build import build_model
 from solq_lab.heartbeat import Failure, Heartbeat, HeartbeatMonitor, ProcessLost
 from solq_lab.shared_memory import CHUNK, COUNTERS, SharedMemory
 from solq_lab.training import torchrun
 from solq_lab.training.checkpoint import list_checkpoints
+from solq_lab.training.step import share_gradients
 from solq_lab.training.trainer import train_run
 from solq_lab.workbench.trainings import training_command
 
@@ -88,6 +90,17 @@ def test_sums_in_shared_memory_are_those_of_all_processes_and_end_with_a_lost_on
     monitor.failure = Failure(1, "rank 1 died", 0)
     with pytest.raises(ProcessLost, match="rank 1 died"):
         members[0].all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize(("backbone", "sent"), [("small", False), ("resnet50", False), ("timm:resnet18", True)])
+def test_buffers_are_sent_where_batch_norms_see_the_images_of_one_process(monkeypatch, backbone, sent):
+    model = build_model(tiny_experiment(".", model={"backbone": backbone, "pretrained": "none"}), 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    try:
+        assert share_gradients(model, torch.device("cpu"), micro_batches=1).broadcast_buffers is sent
+    finally:
+        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------ the monitor by itself
