@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_rle
 from torch import Tensor
 
@@ -360,6 +361,12 @@ class Detections:
         if self.image_size is None and not self.masks:
             raise ValueError("the size of the image is not known; give image_size=(height, width)")
         return self.image_size or tuple(self._masks()[0]["size"])
+
+
+def padding_at(shapes: Sequence[tuple[int, int]], padding: Tensor) -> list[Tensor]:
+    """The padding (B, H, W) bool of pixels at the cells of maps of other shapes: (B, h, w) bool each, the nearest."""
+    pixels = padding.unsqueeze(1).to(torch.uint8)
+    return [F.interpolate(pixels, size=shape).squeeze(1).bool() for shape in shapes]
 
 
 def unpadded_sizes(padding: Tensor) -> Tensor:

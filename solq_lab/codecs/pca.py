@@ -145,7 +145,9 @@ class PCAFit(CodecFit):
         rows = torch.zeros(codec.vector_dim, codec.mask_size**2, dtype=torch.float64)
         kept = min(found, codec.vector_dim)
         variance[:kept] = sizes[:kept].square() / max(self._count - 1, 1)
-        rows[:kept] = _with_fixed_signs(components[:kept])
+        # The largest entry of each is positive.
+        largest = components[:kept].abs().argmax(dim=1, keepdim=True)
+        rows[:kept] = components[:kept] * components[:kept].gather(1, largest).sign()
         if codec.inverse_sigmoid:  # of a logit, +-L for a pixel in or out: L is independent of the mask
             size, std = noise_moments()
             mean, variance[:kept] = size * (2 * mean - 1), 4 * size**2 * variance[:kept] + std**2
@@ -181,9 +183,3 @@ def _strongest_rows(rows: Tensor, count: int) -> Tensor:
         return sizes.clamp(min=0).sqrt().flip(0)[:count, None] * vectors.T.flip(0)[:count]
     _, vectors = torch.linalg.eigh(rows @ rows.T)
     return vectors.T.flip(0)[:count] @ rows
-
-
-def _with_fixed_signs(components: Tensor) -> Tensor:
-    """Components (k, N*N) with the sign that makes the largest entry of each positive."""
-    largest = components.abs().argmax(dim=1, keepdim=True)
-    return components * components.gather(1, largest).sign()

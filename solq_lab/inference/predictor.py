@@ -132,7 +132,7 @@ class Predictor:
             images = [read_rgb(image, "stored") if isinstance(image, str | Path) else image for image in images]
         resized, sizes, multiple = [], [], self.bucket or 1
         for image in images:
-            pixels = _to_tensor(image)
+            pixels = torch.from_numpy(np.array(as_pixels(image).transpose(2, 0, 1), order="C"))  # (3, H, W)
             height, width = pixels.shape[1:]
             steps = resize.plan((height, width), np.random.default_rng())
             resized.append(apply_to_image(steps, pixels))
@@ -187,11 +187,6 @@ def _find_device(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def _to_tensor(image: ImageSource) -> Tensor:
-    """(3, H, W) uint8."""
-    return torch.from_numpy(np.array(as_pixels(image).transpose(2, 0, 1), order="C"))
-
-
 def as_pixels(image: ImageSource) -> np.ndarray:
     """(H, W, 3) uint8 RGB of an image as `Predictor.predict` takes it.
 
@@ -202,7 +197,11 @@ def as_pixels(image: ImageSource) -> np.ndarray:
         case str() | Path():
             return np.asarray(read_rgb(image))
         case Image.Image():
-            return np.asarray(_to_rgb(image, name="the PIL image"))
+            if image.mode not in EIGHT_BIT_MODES:
+                raise DataError(
+                    f"the PIL image: mode {image.mode} has more than 8 bits per channel; scale it to 0..255 first"
+                )
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         case np.ndarray():
             return _checked_array(image)
 
@@ -218,12 +217,6 @@ def as_pixels(image: ImageSource) -> np.ndarray:
                 f"an image cannot be a {type(image).__name__}; allowed are a path, a PIL image, "
                 "a uint8 array (H, W, 3) and a uint8 tensor (3, H, W) in RGB"
             )
-
-
-def _to_rgb(image: Image.Image, *, name: str) -> Image.Image:
-    if image.mode not in EIGHT_BIT_MODES:
-        raise DataError(f"{name}: mode {image.mode} has more than 8 bits per channel; scale it to 0..255 first")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _checked_array(array: np.ndarray) -> np.ndarray:

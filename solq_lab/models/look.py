@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from solq_lab.models.attention import Memory
 from solq_lab.ops.ms_deform_attn import ms_deform_attn
-from solq_lab.structures import filled, unpadded_sizes
+from solq_lab.structures import filled, padding_at, unpadded_sizes
 
 
 class View(NamedTuple):
@@ -58,11 +58,12 @@ class MaskLook(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start with points on a grid over the box, read alike by all queries, and an output of zero."""
-        for name, parameter in self.named_parameters():
-            if name in ("fine.0.weight", "coarse.weight"):
-                nn.init.xavier_uniform_(parameter)
-            elif name in ("fine.0.bias", "coarse.bias", "sampling_offsets.weight") or "output_proj" in name:
-                nn.init.zeros_(parameter)
+        for weight in (self.fine.get_parameter("0.weight"), self.coarse.weight):
+            nn.init.xavier_uniform_(weight)
+        for bias in (self.fine.get_parameter("0.bias"), self.coarse.bias):
+            nn.init.zeros_(bias)
+        for zero in (self.sampling_offsets.weight, *self.output_proj.parameters()):
+            nn.init.zeros_(zero)
 
         columns = math.ceil(math.sqrt(self.points))
         cell = torch.arange(self.points)
@@ -84,7 +85,7 @@ class MaskLook(nn.Module):
         coarse = self.coarse(memory.tokens[:, : height * width]).transpose(1, 2).unflatten(2, (height, width))
         tokens = self.fine(fine) + F.interpolate(coarse, size=shape, mode="bilinear")
 
-        padding = F.interpolate(padding.unsqueeze(1).to(torch.uint8), size=shape).squeeze(1).bool()  # nearest
+        (padding,) = padding_at([shape], padding)
         tokens = tokens.masked_fill(padding.unsqueeze(1), 0.0).flatten(2).transpose(1, 2)  # (B, H/4 * W/4, C)
         size = filled(shape, dtype=torch.float32, device=tokens.device)
         valid_ratio = (unpadded_sizes(padding) / size).flip(-1)

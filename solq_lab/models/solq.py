@@ -9,7 +9,6 @@ import copy
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from solq_lab.models.attention import Memory
@@ -19,7 +18,7 @@ from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
 from solq_lab.models.look import MaskLook, View
 from solq_lab.models.position import cell_centers, sine_encoding, sine_features
-from solq_lab.structures import Guests, ImageBatch, LayerPrediction, Predictions, filled, unpadded_sizes
+from solq_lab.structures import Guests, ImageBatch, LayerPrediction, Predictions, filled, padding_at, unpadded_sizes
 
 if TYPE_CHECKING:
     from solq_lab.models.backbone import Backbone
@@ -165,7 +164,8 @@ class SOLQ(Checkpointed):
         memory = self.embed_levels(features[-3:], images.padding)  # C3 to C6 as one row of tokens
         for encode in self.encoder:
             memory = self.checkpoint(encode, memory)
-        view = None if self.look is None else self.look.view(features[0], memory, images.padding)
+        look = self.query_heads[0].look  # all heads share it
+        view = None if look is None else look.view(features[0], memory, images.padding)
         return self.decode(memory, guests, view)[0]
 
     def decode(
@@ -218,8 +218,7 @@ class SOLQ(Checkpointed):
             else:  # the first extra level reads the raw C5, the next ones the level below
                 maps.append(project(features[-1] if level == len(features) else maps[-1]))
         shapes = tuple((level_map.shape[-2], level_map.shape[-1]) for level_map in maps)
-        pixel_padding = padding.unsqueeze(1).to(torch.uint8)
-        paddings = [F.interpolate(pixel_padding, size=shape).squeeze(1).bool() for shape in shapes]  # nearest
+        paddings = padding_at(shapes, padding)
 
         tokens = torch.cat([level_map.flatten(2).transpose(1, 2) for level_map in maps], dim=1)  # (B, T, C)
         positions = torch.cat(
@@ -331,11 +330,6 @@ class SOLQ(Checkpointed):
     def query_heads(self) -> list[UnifiedQueryHead]:
         """Of the decoder layers."""
         return cast("list[UnifiedQueryHead]", list(self.heads))
-
-    @property
-    def look(self) -> MaskLook | None:
-        """The mask look that the heads share."""
-        return self.query_heads[0].look
 
     @property
     def vector_std(self) -> Tensor | None:

@@ -289,7 +289,9 @@ def _frame(axes: Axes, window: Window) -> None:
 
 def _draw_scale(axes: Axes, window: Window) -> None:
     """A bar of a round number of pixels, about a quarter of the window wide."""
-    length = _round_length((window[2] - window[0]) / 4)
+    most = max((window[2] - window[0]) / 4, 1.0)
+    power = 10.0 ** math.floor(math.log10(most))
+    length = max(step * power for step in (1, 2, 5) if step * power <= most)
     x, y = window[0] + 0.05 * (window[2] - window[0]), window[3] - 0.05 * (window[3] - window[1])
     halo: dict[str, Any] = {
         "path_effects": [withStroke(linewidth=4, foreground="black")],
@@ -371,9 +373,3 @@ def _window(view: ObjectView, close_up: bool) -> Window:
         for middle, length in (((x0 + x1) / 2, width), ((y0 + y1) / 2, height))
     )
     return left, top, left + side, top + side
-
-
-def _round_length(length: float) -> float:
-    """The largest of 1, 2, 5, 10, 20, ... that is not longer."""
-    power = 10.0 ** math.floor(math.log10(max(length, 1.0)))
-    return max(step * power for step in (1, 2, 5) if step * power <= max(length, 1.0))

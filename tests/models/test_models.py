@@ -184,7 +184,7 @@ def test_what_the_released_code_does_not_have_is_not_exported_to_it(changes: dic
 def test_a_fresh_mask_look_changes_no_bit_and_every_part_of_it_learns(refine_boxes: bool):
     plain, images = small_model(refine_boxes=refine_boxes), draw_images((64, 96), (50, 40))
     model = small_model(refine_boxes=refine_boxes, mask_look=8)
-    model.look.reset_parameters()
+    model.heads[0].look.reset_parameters()
     fresh = model.load_state_dict(plain.state_dict(), strict=False)
     assert (fresh.unexpected_keys, {name.split(".")[2] for name in fresh.missing_keys}) == ([], {"look"})
     for before, after in zip(plain(images).layers, model(images).layers, strict=True):
@@ -196,14 +196,14 @@ def test_a_fresh_mask_look_changes_no_bit_and_every_part_of_it_learns(refine_box
         optimizer.zero_grad()
         every_output(model, images).backward()
         optimizer.step()
-    assert all(parameter.grad.any() for parameter in model.look.parameters())
+    assert all(parameter.grad.any() for parameter in model.heads[0].look.parameters())
 
 
 def test_a_mask_look_reads_channels_of_its_own_at_each_point_of_the_predicted_box():
     model, images = small_model(mask_look=8).double(), draw_images((64, 96), (48, 40))
     images = images._replace(pixels=images.pixels.double())
-    found = []
-    model.look.register_forward_hook(lambda look, inputs, output: found.append((*inputs, output)))
+    look, found = model.heads[0].look, []
+    look.register_forward_hook(lambda look, inputs, output: found.append((*inputs, output)))
     layers = model(images).layers
     ((*inputs, view, output),) = found
     assert torch.equal(inputs[1], torch.cat([layer.boxes for layer in layers], dim=1))
@@ -214,11 +214,11 @@ def test_a_mask_look_reads_channels_of_its_own_at_each_point_of_the_predicted_bo
     for queries, boxes, expected in zip(*(part.chunk(2, dim=1) for part in (*inputs, output)), strict=True):
         for image, (height, width) in enumerate([(64, 96), (48, 40)]):
             valid = torch.tensor([width / 96, height / 64], dtype=torch.float64)
-            offsets = model.look.sampling_offsets(queries[image]).view(7, 8, 2)
+            offsets = look.sampling_offsets(queries[image]).view(7, 8, 2)
             points = (boxes[image, :, None, :2] + offsets * boxes[image, :, None, 2:] / 2) * valid
             samples = F.grid_sample(maps[image : image + 1], 2 * points[None] - 1, align_corners=False)  # (1, C, 7, 8)
             own = torch.stack([samples[0, 4 * n : 4 * n + 4, :, n].T for n in range(8)], dim=1)  # (7, N, C/N)
-            seen = model.look.output_proj(own.flatten(1))
+            seen = look.output_proj(own.flatten(1))
             torch.testing.assert_close(seen, expected[image], rtol=1e-5, atol=1e-6)  # the ratio is float32
 
 
