@@ -37,7 +37,7 @@ AREA_SIDES = EvaluationSection().area_sides  # COCO's limits between small, medi
 @mpl.rc_context(STYLE)
 def class_distribution(report: Report) -> Figure:
     """Objects per class and split, the class that the first split has most objects of on top."""
-    splits = {name: checked.summary()["per_class"] for name, checked in report.splits.items()}
+    splits = {name: checked.summary["per_class"] for name, checked in report.splits.items()}
     first = next(iter(splits.values()))
     every = dict.fromkeys(name for per_class in splits.values() for name in per_class)
     names = sorted(every, key=lambda name: first.get(name, 0), reverse=True)[:MAX_CLASSES]

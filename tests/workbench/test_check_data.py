@@ -94,7 +94,7 @@ def test_a_clean_data_set_has_no_finding_but_notes(tmp_path):
     assert broken(report) == {}
     assert report.is_clean
     assert report.findings.total("without-objects") == 1  # the second image has only a crowd
-    *counts, per_class = report.splits["train"].summary().values()
+    *counts, per_class = report.splits["train"].summary.values()
     assert counts == [2, 1, 2, 1, 1.0, 2]
     assert per_class == {"cat": 1, "dog": 1}
     assert "nothing that would stop or harm a training" in report.table("here")
@@ -118,8 +118,8 @@ def test_the_drawn_shapes_are_clean(tmp_path):
 def test_cocos_own_annotations_have_only_classes_that_50_images_cannot_cover(coco_tiny):
     report = check(*find_splits(coco_tiny), processes=2)
     assert broken(report) == {"class-not-trained": 10}
-    assert [*report.splits["train"].summary().values()][:4] == [50, 1, 465, 5]
-    assert [*report.splits["val"].summary().values()][:4] == [50, 2, 377, 5]
+    assert [*report.splits["train"].summary.values()][:4] == [50, 1, 465, 5]
+    assert [*report.splits["val"].summary.values()][:4] == [50, 2, 377, 5]
 
 
 # ---- one fault each

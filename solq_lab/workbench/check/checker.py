@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
@@ -85,7 +86,7 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
         checked = CheckedSplit(split, _read_images(document, split, found), document["annotations"], names)
         report.findings.add(split.name, found)
         images = list(_check_images(_Content(checked, options, learnt), processes, report.findings))
-        report.splits[split.name] = checked = checked._replace(images=images)
+        report.splits[split.name] = checked = replace(checked, images=images)
         report.findings.add(split.name, rules.faults_of_split(checked))
 
     train, *others = report.splits.values()

@@ -6,6 +6,8 @@ import os
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -74,7 +76,8 @@ class Image(NamedTuple):
         return f"image id {self.image_id}: {shorten(self.file_name)}"
 
 
-class CheckedSplit(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class CheckedSplit:
     """A split, its usable images, all its entries of `annotations`, and the names of its categories by id."""
 
     split: Split
@@ -82,10 +85,12 @@ class CheckedSplit(NamedTuple):
     entries: Sequence[Any]
     names: dict[int, str]
 
+    @cached_property
     def by_path(self) -> dict[str, Image]:
         """The images by their normalised file names."""
         return {os.path.normpath(image.file_name): image for image in self.images}
 
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """What there is: counts by the keys of `TITLES`, and "per_class", objects to learn by category name."""
         per_category = Counter(category for image in self.images for category, _ in image.objects)
@@ -133,13 +138,13 @@ class Report(NamedTuple):
 
     def frame(self) -> pd.DataFrame:
         """What there is, one column per split."""
-        summaries = {name: checked.summary() for name, checked in self.splits.items()}
+        summaries = {name: checked.summary for name, checked in self.splits.items()}
         return pd.DataFrame(summaries, dtype=object).drop("per_class").rename(index=TITLES)
 
     def samples(self, name: str) -> list[Image]:
         """Images of a split to look at: the worst findings first, then such with about as many objects as most."""
         checked = self.splits[name]
-        images, median = checked.by_path(), checked.summary()["median"]
+        images, median = checked.by_path, checked.summary["median"]
         found = [found for rule in self.findings.failing("harmful") for found in self.findings.worst(rule, name)]
         bad = dict.fromkeys(os.path.normpath(finding.file_name) for finding in found if finding.file_name)
         worst = [path for path in bad if path in images][: SAMPLES // 2]
@@ -186,7 +191,7 @@ class Report(NamedTuple):
         return {
             "splits": {n: {"images": str(s.images), "annotations": str(s.annotations)} for n, s in splits.items()},
             "options": self.options._asdict(),
-            "summary": {name: checked.summary() for name, checked in self.splits.items()},
+            "summary": {name: checked.summary for name, checked in self.splits.items()},
             "advice": self.advice,
             "findings": self.findings.to_dict(worst),
         }

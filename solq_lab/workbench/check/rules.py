@@ -164,13 +164,13 @@ def read_mask(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict |
 def faults_of_split(checked: CheckedSplit) -> Iterator[Finding]:
     """Equal files, and what the counts of a split reveal; a test split may have no objects."""
     first: dict[bytes, str] = {}
-    for path, image in checked.by_path().items():
+    for path, image in checked.by_path.items():
         before = first.setdefault(image.digest, path) if image.digest else path
         if before != path:
             message = f"{shorten(before)} and {shorten(path)} have the same bytes"
             yield Finding("image-twice", message, path, image.image_id)
 
-    summary, entries, name = checked.summary(), len(checked.entries), checked.split.name
+    summary, entries, name = checked.summary, len(checked.entries), checked.split.name
     objects, crowds, per_class = summary["objects"], summary["crowds"], summary["per_class"]
     if name == "val" and not entries:
         yield Finding("nothing-to-measure", "no objects, so that no evaluation can find the best weights")
@@ -197,7 +197,7 @@ def queries_for(most: int) -> int:
 
 def what_it_asks_for(checked: CheckedSplit) -> Iterator[str]:
     """Settings that a split asks for."""
-    sides, most = checked.sides(), checked.summary()["most"]
+    sides, most = checked.sides(), checked.summary["most"]
     if not len(sides):
         return
     yield f"  model.queries={queries_for(most)}: at most {most} objects in an image, and half as many to spare"
@@ -220,7 +220,7 @@ def turned_images(splits: Sequence[CheckedSplit]) -> Iterator[tuple[str, Finding
     evidence = {image.reading for checked in unsaid for image in checked.images} - {None}
     for checked in splits:
         said = checked.split.orientation is not None
-        for path, image in checked.by_path().items():
+        for path, image in checked.by_path.items():
             if image.reading is None:
                 continue
             rule = "orientation-mixed" if not said and {"stored", "upright"} <= evidence else "orientation"
@@ -236,7 +236,7 @@ def faults_between(train: CheckedSplit, val: CheckedSplit) -> Iterator[Finding]:
 
     Images are equal by their bytes where they were read, otherwise by name.
     """
-    known, others = train.by_path(), val.by_path()
+    known, others = train.by_path, val.by_path
     by_digest = {image.digest: path for path, image in known.items() if image.digest}
     for path, image in others.items():
         if image.digest in by_digest:
@@ -258,7 +258,7 @@ def faults_between(train: CheckedSplit, val: CheckedSplit) -> Iterator[Finding]:
             message = f"category id {category}: {shorten(here)} in train, {shorten(there)} in val"
             yield Finding("categories-swapped" if there in train.names.values() else "categories-differ", message)
 
-    learnt = train.summary()["per_class"]
-    for name, count in val.summary()["per_class"].items():
+    learnt = train.summary["per_class"]
+    for name, count in val.summary["per_class"].items():
         if count and not learnt.get(name):
             yield Finding("class-not-trained", f"{shorten(name)}: {count} objects in val, none in train", weight=count)
