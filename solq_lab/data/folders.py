@@ -199,16 +199,13 @@ def _ambiguous(root: Path, readings: Sequence[Sequence[_Found]], what: str) -> D
 
 def _readings(root: Path) -> list[list[_Found]]:
     """What each layout finds in a folder, without those that find nothing."""
-    readings = [list(_coco_splits(root)), list(_folder_splits(root)), list(_yolo_splits(root))]
-    readings = [found for found in readings if found]
-    return readings or [found for found in [list(_single_file(root))] if found]
-
-
-def _coco_splits(root: Path) -> Iterator[_Found]:
-    """Annotation files that are called after their splits."""
-    for path in [*_json_files(root / "annotations"), *_json_files(root)]:
-        if (name := _part_of(_stem(path))) is not None:
-            yield _Found(name, _image_folder(path), path)
+    files = [*_json_files(root / "annotations"), *_json_files(root)]
+    named = [(_part_of(_stem(path)), path) for path in files]
+    coco = [_Found(name, _image_folder(path), path) for name, path in named if name is not None]
+    readings = [coco, list(_folder_splits(root)), list(_yolo_splits(root))]
+    if not any(readings):  # no file is called after a split; several are ambiguous
+        readings = [[_Found("all", _image_folder(path), path) for path in files if first_file_name(path) is not None]]
+    return [found for found in readings if found]
 
 
 def _folder_splits(root: Path) -> Iterator[_Found]:
@@ -229,13 +226,6 @@ def _yolo_splits(data: Path) -> Iterator[_Found]:
     if path is not None and (data.is_file() or is_yolo(path)):
         for split in find_yolo(path):
             yield _Found(split.name, split.images, Path(f"{path}#{split.name}"))
-
-
-def _single_file(root: Path) -> Iterator[_Found]:
-    """The COCO files of a folder of which none is called after a split; several are ambiguous."""
-    for path in [*_json_files(root / "annotations"), *_json_files(root)]:
-        if first_file_name(path) is not None:
-            yield _Found("all", _image_folder(path), path)
 
 
 def _image_folder(annotations: Path) -> Path | None:
