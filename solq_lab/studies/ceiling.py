@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -75,7 +75,6 @@ def codec_ceiling(
     *,
     area_sides: tuple[float, float] = DEFAULTS.area_sides,
     boundary_ratio: float = DEFAULTS.boundary_ratio,
-    image_ids: Collection[int] | None = None,
     max_images: int | None = None,
     noise: Noise = Noise(),  # noqa: B008 - a constant
     processes: int = 1,
@@ -90,8 +89,7 @@ def codec_ceiling(
         codec: the codec.
         area_sides: square roots of the areas, pixels, between small and medium and between medium and large objects.
         boundary_ratio: boundary width over the image's diagonal.
-        image_ids: images to evaluate. None: all.
-        max_images: only the first so many of them, by rising id. None: all.
+        max_images: only the first so many images, by rising id. None: all.
         noise: errors of boxes and vectors.
         processes: how many work on the images; the numbers do not depend on it.
 
@@ -105,8 +103,8 @@ def codec_ceiling(
         ValueError: negative noise, or several processes for a codec on a GPU.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
-    images = sorted(truth.image_ids.tolist() if image_ids is None else image_ids)[:max_images]
-    found = reconstruct_objects(truth, codec, image_ids=images, noise=noise, processes=processes)
+    images = truth.image_ids[:max_images].tolist()
+    found = reconstruct_objects(truth, codec, max_images=max_images, noise=noise, processes=processes)
     scoring = partial(
         evaluate_results,
         truth,
@@ -161,7 +159,6 @@ def reconstruct_objects(
     annotations: str | Path | dict | GroundTruth,
     codec: MaskCodec,
     *,
-    image_ids: Collection[int] | None = None,
     max_images: int | None = None,
     noise: Noise = Noise(),  # noqa: B008 - a constant
     processes: int = 1,
@@ -173,7 +170,7 @@ def reconstruct_objects(
     if processes > 1 and device.type != "cpu":
         raise ValueError(f"{processes} processes cannot share a codec on {device}; use one, or a codec on the cpu")
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
-    rows = truth.rows(sorted(truth.image_ids.tolist() if image_ids is None else image_ids)[:max_images])
+    rows = truth.rows(truth.image_ids[:max_images].tolist())
     pieces = [rows[start : start + _MASKS_AT_ONCE] for start in range(0, len(rows), _MASKS_AT_ONCE)]
 
     scene = _Scene(truth, codec, noise, None)

@@ -152,8 +152,6 @@ def analyse_errors(
     results: Sequence[dict],
     codec: MaskCodec | None,
     settings: EvaluationSection = DEFAULTS,
-    *,
-    occlusions: tuple[float, float] = OCCLUSIONS,
 ) -> ErrorAnalysis:
     """Types every error of a model's results, and measures how much mask AP each type costs.
 
@@ -163,7 +161,6 @@ def analyse_errors(
         codec: the codec of the model; None for one whose masks do not come from vectors (SQR): then no error is
             "codec", and "box" ones are those whose boxes have an IoU below t.
         settings: bounds of small and medium objects, detections of a class in an image that are scored, and images.
-        occlusions: shares of an object's box on other objects that part free from touched, and touched from crowded.
 
     Raises:
         DataError: annotations or results cannot be used, or a result has no box or no mask.
@@ -182,7 +179,7 @@ def analyse_errors(
     evaluate_results(annotations, results, kinds=("segm",), area_sides=sides, image_ids=images)  # checks both
     overlaps = measure_overlaps(annotations, results, codec, max_detections=settings.top_k, image_ids=images)
 
-    objects, detections, (low, high) = overlaps.objects, overlaps.detections, occlusions
+    objects, detections, (low, high) = overlaps.objects, overlaps.detections, OCCLUSIONS
     outcomes = {"all": _Outcome(overlaps, np.full(len(objects.ids), True), np.full(len(detections.scores), True))}
     for measured, ranges in (
         ("areas", area_ranges(sides)),

@@ -10,29 +10,28 @@ from typing import Literal
 import numpy as np
 from pycocotools import mask as coco_rle
 from scipy.optimize import linear_sum_assignment
+from torchvision.ops import box_iou
 
 from solq_lab.structures import Detections
 from solq_lab.studies.rules import UNMATCHED
 
+MIN_IOU = 0.5  # of a pair
 
-def pair_objects(
-    detections: Detections, ground_truth: Detections, *, by: Literal["box", "mask"] = "box", least: float = 0.5
-) -> tuple[np.ndarray, np.ndarray]:
-    """The detection of each ground-truth object, of its class, and their IoU.
+
+def pair_objects(detections: Detections, ground_truth: Detections) -> tuple[np.ndarray, np.ndarray]:
+    """The detection of each ground-truth object, of its class, and the IoU of their boxes.
 
     Args:
         detections: of one image.
         ground_truth: its objects, as `CocoDataset.objects` gives them.
-        by: what overlaps. A plain detector, which has no masks, is paired by boxes.
-        least: pairs of a smaller IoU are no pairs.
 
     Returns:
         Rows of `detections` (K,) int64, `UNMATCHED` where an object is not found; and the IoU (K,) of the pairs, 0
         there.
     """
-    overlap = overlaps(detections, ground_truth, by=by)
+    overlap = overlaps(detections, ground_truth, by="box")
     overlap *= (detections.labels[:, None] == ground_truth.labels).numpy()
-    overlap[overlap < least] = 0.0
+    overlap[overlap < MIN_IOU] = 0.0
 
     rows, columns = linear_sum_assignment(overlap, maximize=True)
     real = overlap[rows, columns] > 0  # the assignment also pairs what does not overlap
@@ -43,15 +42,9 @@ def pair_objects(
 
 def overlaps(detections: Detections, ground_truth: Detections, *, by: Literal["box", "mask"]) -> np.ndarray:
     """(F, K) IoU of all detections with all objects of an image; 0 by masks where a detection has none."""
+    if by == "box":
+        return box_iou(detections.boxes.double(), ground_truth.boxes.double()).numpy()
     shape = len(detections), len(ground_truth)
-    if 0 in shape or (by == "mask" and detections.masks is None):
+    if 0 in shape or detections.masks is None:
         return np.zeros(shape)
-    first, second = (
-        (detections.masks, ground_truth.masks) if by == "mask" else (_as_xywh(detections), _as_xywh(ground_truth))
-    )
-    return np.asarray(coco_rle.iou(first, second, [0] * shape[1])).reshape(shape)
-
-
-def _as_xywh(detections: Detections) -> np.ndarray:
-    boxes = detections.boxes.double().numpy()
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    return np.asarray(coco_rle.iou(detections.masks, ground_truth.masks, [0] * shape[1])).reshape(shape)

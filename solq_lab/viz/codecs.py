@@ -14,7 +14,7 @@ from torch import Tensor
 
 from solq_lab.codecs.dct import DCTCodec, zigzag
 from solq_lab.codecs.reconstruct import box_frame_iou, reconstruct
-from solq_lab.viz.style import STYLE, VERMILION, hide_axes, new_figure
+from solq_lab.viz.style import STYLE, VERMILION, new_figure
 
 
 @mpl.rc_context(STYLE)
@@ -46,7 +46,7 @@ def reconstructions(mask: Tensor, vector_dims: Sequence[int] = (9, 36, 100, 256)
 def _show(axes: Axes, mask: np.ndarray, title: str) -> None:
     axes.imshow(mask, cmap="gray", vmin=-0.2, vmax=1.2)
     axes.set_title(title)
-    hide_axes(axes)
+    axes.set_axis_off()
 
 
 def _show_spectrum(figure: Figure, axes: Axes, vector: Tensor, size: int) -> None:

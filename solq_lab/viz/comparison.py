@@ -8,8 +8,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from solq_lab.studies.comparison import ComparedImage
-from solq_lab.viz.images import draw_objects
-from solq_lab.viz.style import FIGURE_WIDTH, STYLE, new_figure
+from solq_lab.viz.images import draw_grid
+from solq_lab.viz.style import STYLE
 
 
 @mpl.rc_context(STYLE)
@@ -21,24 +21,14 @@ def comparison_grid(images: Sequence[ComparedImage], *, images_per_row: int = 2,
         images_per_row: so many groups of columns.
         title: what is compared.
     """
-    across = min(images_per_row, max(len(images), 1))
-    names = list(images[0].detections) if images else []
-    columns = (1 + len(names)) * across
-    panel = FIGURE_WIDTH / max(columns, 4)
-    aspects = [image.pixels.shape[0] / image.pixels.shape[1] for image in images] or [0.3]
-    heights = [max(aspects[first : first + across]) for first in range(0, len(aspects), across)]
-    size = (panel * columns, 0.6 + sum(panel * height + 0.25 for height in heights))
-    figure, axes = new_figure(len(heights), columns, size=size, title=title, height_ratios=heights)
-    for place in axes.flat:
-        place.set_axis_off()
+    shown = []
+    for image in images:
+        found = {f"{name}: IoU {100 * image.mean_iou(name):.0f} %": one for name, one in image.detections.items()}
+        shown.append((image.pixels, {"ground truth": image.ground_truth} | found))
+    columns = 1 + len(images[0].detections) if images else 1
+    figure, places = draw_grid(shown, columns, across=images_per_row, title=title)
 
-    for number, image in enumerate(images):
-        row, first = number // across, (1 + len(names)) * (number % across)
-        everything = [image.ground_truth, *image.detections.values()]
-        headings = ["ground truth", *(f"{name}: IoU {100 * image.mean_iou(name):.0f} %" for name in names)]
-        for place, objects, heading in zip(axes[row, first:], everything, headings, strict=False):
-            draw_objects(place, image.pixels, objects, font_size=6.5)
-            place.set_title(heading, fontsize=9)
-            place.set_anchor("N")
+    for row, image in zip(places, images, strict=False):
+        for place in row:
             place.set_gid(str(image.image_id))  # `link_figure` opens it
     return figure

@@ -18,7 +18,7 @@ from solq_lab.data.annotations import DataError, clamped_box
 from solq_lab.data.folders import Split
 from solq_lab.schema import EvaluationSection
 from solq_lab.viz.images import MaskWindow, outline_mask
-from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, colours_of, hide_axes, new_figure
+from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, colours_of, new_figure
 from solq_lab.workbench.check.findings import RULES, Finding
 from solq_lab.workbench.check.report import Report
 from solq_lab.workbench.check.rules import read_mask
@@ -89,9 +89,9 @@ def size_distribution(report: Report) -> Figure:
 def finding_images(report: Report, name: str, findings: Sequence[Finding], *, title: str = "") -> Figure:
     """The images of some findings, with the box (vermilion) and the mask (blue) that each is about."""
     rows = -(-len(findings) // ACROSS)
-    figure, axes = new_figure(rows, ACROSS, size=(SIDE * ACROSS, 0.4 + (SIDE + 0.6) * rows), title=title)
-    for panel in axes.flat:
-        hide_axes(panel)
+    figure, axes = new_figure(
+        rows, ACROSS, size=(SIDE * ACROSS, 0.4 + (SIDE + 0.6) * rows), title=title, of_images=True
+    )
     for panel, finding in zip(axes.flat, findings, strict=False):
         size = _draw_image(panel, report.splits[name].split, str(finding.file_name))
         entry = report.entry_of(name, finding)
@@ -108,14 +108,13 @@ def sample_images(report: Report, name: str) -> Figure:
     checked, samples = report.splits[name], report.samples(name)
     rows = max(-(-len(samples) // ACROSS), 1)
     title = f"images of {name}, those with findings first"
-    figure, axes = new_figure(rows, ACROSS, size=(SIDE * ACROSS, 0.4 + (SIDE + 0.2) * rows), title=title)
+    size = SIDE * ACROSS, 0.4 + (SIDE + 0.2) * rows
+    figure, axes = new_figure(rows, ACROSS, size=size, title=title, of_images=True)
 
     # A class has one colour in all images.
     objects = [checked.objects_of(image) for image in samples]
     classes = dict.fromkeys(of_class for some in objects for _, of_class in some)
     colours = dict(zip(classes, colours_of(range(len(classes))), strict=True))
-    for panel in axes.flat:
-        hide_axes(panel)
     for panel, image, some in zip(axes.flat, samples, objects, strict=False):
         size = _draw_image(panel, checked.split, image.file_name)
         panel.set_title(_printable(Path(image.file_name).name, CHARACTERS), fontsize=6.5, loc="left")

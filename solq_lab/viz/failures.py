@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import matplotlib as mpl
 import numpy as np
@@ -19,6 +18,7 @@ from solq_lab.inference.predictor import as_pixels
 from solq_lab.masks import rle_iou
 from solq_lab.structures import Detections
 from solq_lab.studies.cases import FailureCase
+from solq_lab.studies.errors import ERRORS, GroupErrors
 from solq_lab.viz.images import MaskWindow, outline_mask
 from solq_lab.viz.style import (
     BLACK,
@@ -31,7 +31,6 @@ from solq_lab.viz.style import (
     STYLE,
     VERMILION,
     YELLOW,
-    hide_axes,
     new_figure,
     text_colour,
 )
@@ -46,32 +45,15 @@ ERROR_COLOURS = {
     "codec": SKY,
     "vector": PURPLE,
 }
-ERROR_TITLES = {
-    "missed": "missed",
-    "background": "background",
-    "class": "class",
-    "duplicate": "duplicate",
-    "box": "box",
-    "siamese": "siamese mask",
-    "codec": "codec truncation",
-    "vector": "vector regression",
-}
+ERROR_TITLES = {error: error for error in ERRORS}
+ERROR_TITLES |= {"siamese": "siamese mask", "codec": "codec truncation", "vector": "vector regression"}
 _MIN_LABELLED = 4.5  # AP points: a shorter piece of a bar has no room for its number
 _MARGIN = 0.35  # around the boxes of a case, share of their longer side
 _GALLERY_WIDTH = 9.6  # inches, without the names of the types
 
 
-class Losses(Protocol):
-    """AP lost by one group of objects (`studies.errors`); shares of AP, 0..1, NaN without objects."""
-
-    objects: int
-    ap: float
-    alone: dict[str, float]
-    in_turn: dict[str, float]
-
-
 @mpl.rc_context(STYLE)
-def lost_ap(groups: Mapping[str, Losses], *, title: str = "") -> Figure:
+def lost_ap(groups: Mapping[str, GroupErrors], *, title: str = "") -> Figure:
     """Mask AP lost to each type, repaired alone and in turn, and in turn by object size and by occlusion.
 
     Args:
@@ -96,9 +78,7 @@ def failure_gallery(cases: Mapping[str, Sequence[FailureCase]], *, title: str = 
     side = _GALLERY_WIDTH / across
     heights = [side + 0.25 if worst else 0.4 for worst in cases.values()]
     size = (1.2 + _GALLERY_WIDTH, 0.5 + sum(heights))
-    figure, axes = new_figure(len(cases), across, size=size, title=title, height_ratios=heights)
-    for place in axes.flat:
-        hide_axes(place)
+    figure, axes = new_figure(len(cases), across, size=size, title=title, height_ratios=heights, of_images=True)
 
     for row, (error, worst) in zip(axes, cases.items(), strict=True):
         name = ERROR_TITLES[error].replace(" ", "\n")
@@ -112,7 +92,7 @@ def failure_gallery(cases: Mapping[str, Sequence[FailureCase]], *, title: str = 
     return figure
 
 
-def _draw_types(axes: Axes, group: Losses) -> None:
+def _draw_types(axes: Axes, group: GroupErrors) -> None:
     """Two bars per type: what it gives back in turn, and alone."""
     rows = np.arange(len(ERROR_COLOURS))
     in_turn, alone = (
@@ -131,7 +111,7 @@ def _draw_types(axes: Axes, group: Losses) -> None:
     axes.set_title("repaired in turn (full colour), alone (pale)")
 
 
-def _draw_groups(axes: Axes, groups: Mapping[str, Losses]) -> None:
+def _draw_groups(axes: Axes, groups: Mapping[str, GroupErrors]) -> None:
     """One bar per group from 0 to 100: the AP that is there, and the pieces that repairs in turn give back."""
     names = list(groups)
     # Half a bar of room before the groups by size and before those by occlusion.

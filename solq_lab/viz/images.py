@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -28,7 +28,7 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import ImageSource, Predictor, as_pixels
 from solq_lab.masks import encode_rle, paste_to_rle, runs_of_rle
 from solq_lab.structures import Detections, Target
-from solq_lab.viz.style import FIGURE_WIDTH, STYLE, colours_of, hide_axes, new_figure, text_colour
+from solq_lab.viz.style import FIGURE_WIDTH, STYLE, colours_of, new_figure, text_colour
 
 MASK_OPACITY = 0.35
 LABEL_PAD = 0.6  # around a label's text, points
@@ -99,24 +99,43 @@ def prediction_grid(
         examples_per_row: so many times three columns.
         title: what is shown.
     """
-    across = min(examples_per_row, max(len(examples), 1))
-    images = [as_pixels(image) for image, _, _ in examples]
-    aspects = [height / width for height, width, _ in (pixels.shape for pixels in images)] or [1.0]
-    heights = [max(aspects[first : first + across]) for first in range(0, len(aspects), across)]
-    size = (FIGURE_WIDTH, 0.7 + FIGURE_WIDTH / (3 * across) * sum(heights))
-    figure, axes = new_figure(len(heights), 3 * across, size=size, title=title, height_ratios=heights)
-    for place in axes.flat:
-        hide_axes(place)
+    images = [
+        (as_pixels(image), {"image": truth.above(math.inf), "ground truth": truth, "prediction": prediction})
+        for image, truth, prediction in examples
+    ]
+    return draw_grid(images, 3, across=examples_per_row, title=title)[0]
 
-    for number, (pixels, (_, truth, prediction)) in enumerate(zip(images, examples, strict=True)):
-        row, first = number // across, 3 * (number % across)
-        columns = (("image", truth.above(math.inf)), ("ground truth", truth), ("prediction", prediction))
-        for place, (name, objects) in zip(axes[row, first:], columns, strict=False):
+
+def draw_grid(
+    images: Sequence[tuple[np.ndarray, Mapping[str, Detections]]], columns: int, *, across: int, title: str
+) -> tuple[Figure, np.ndarray]:
+    """Each image (H, W, 3) once for each of several sets of objects, whose names are above.
+
+    Args:
+        images: with `columns` sets of objects each.
+        columns: of an image.
+        across: images beside each other.
+        title: of all.
+
+    Returns:
+        The figure, and its axes (images or more, columns).
+    """
+    across = min(across, max(len(images), 1))
+    aspects = [pixels.shape[0] / pixels.shape[1] for pixels, _ in images] or [0.3]
+    heights = [max(aspects[first : first + across]) for first in range(0, len(aspects), across)]
+    side = FIGURE_WIDTH / max(columns * across, 4)
+    size = side * columns * across, 0.6 + sum(side * height + 0.25 for height in heights)
+    figure, axes = new_figure(
+        len(heights), columns * across, size=size, title=title, height_ratios=heights, of_images=True
+    )
+
+    places = axes.reshape(-1, columns)
+    for row, (pixels, panels) in zip(places, images, strict=False):
+        for place, (name, objects) in zip(row, panels.items(), strict=True):
             draw_objects(place, pixels, objects, font_size=6.5)
+            place.set_title(name, fontsize=9)
             place.set_anchor("N")
-            if row == 0:
-                place.set_title(name)
-    return figure
+    return figure, places
 
 
 def draw_objects(
@@ -141,7 +160,7 @@ def draw_objects(
     # No more pixels than the figure has: matplotlib would need a gigabyte for a photograph.
     shrink = int(min(painted.size) / max(axes.figure.bbox.size)) or 1
     axes.imshow(painted.reduce(shrink), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-    hide_axes(axes)
+    axes.set_axis_off()
 
 
 @mpl.rc_context(STYLE)
@@ -153,7 +172,7 @@ def paint_detections(image: ImageSource, detections: Detections) -> Image.Image:
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="none")
     painted = Image.fromarray(pixels)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    hide_axes(axes)
+    axes.set_axis_off()
     _add_objects(axes, painted, detections, colours_of(range(len(detections))), font_size=9)
 
     canvas = FigureCanvasAgg(figure)

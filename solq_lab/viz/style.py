@@ -13,7 +13,6 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
@@ -67,13 +66,19 @@ def new_figure(
     title: str = "",
     width_ratios: Sequence[float] | None = None,
     height_ratios: Sequence[float] | None = None,
+    of_images: bool = False,
 ) -> tuple[Figure, np.ndarray]:
-    """An empty figure and its axes (rows, columns); the size is (width, height) in inches."""
+    """An empty figure and its axes (rows, columns), `of_images` without ticks, grid and frames.
+
+    The size is (width, height) in inches.
+    """
     ratios: dict[str, Any] = {"width_ratios": width_ratios, "height_ratios": height_ratios}
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **ratios)
     plt.close(figure)  # pyplot would keep it alive, and a notebook would show it twice
     if title:
         figure.suptitle(title)
+    for place in axes.flat if of_images else ():
+        place.set_axis_off()
     return figure, axes
 
 
@@ -101,8 +106,8 @@ def new_panels(
         for row, column in np.ndindex(rows, columns):
             corner = left + column * (panel[0] + gap), below + (rows - 1 - row) * (panel[1] + above)
             place = (corner[0] / width, corner[1] / height, panel[0] / width, panel[1] / height)
-            hide_axes(added := figure.add_axes(place))
-            axes[row, column] = added
+            axes[row, column] = figure.add_axes(place)
+            axes[row, column].set_axis_off()
     return figure, axes
 
 
@@ -137,11 +142,6 @@ def metric_title(metric: str) -> str:
     kind, _, number = metric.partition(".")
     sizes = {"APs": "AP, small", "APm": "AP, medium", "APl": "AP, large"}
     return f"{kind} {sizes.get(number, number)}"
-
-
-def hide_axes(axes: Axes) -> None:
-    """Remove ticks, grid and frame: for images and empty places."""
-    axes.set_axis_off()
 
 
 def text_colour(background: str) -> str:

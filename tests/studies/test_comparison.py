@@ -27,7 +27,7 @@ from solq_lab.studies.comparison import (
     open_comparison,
     run_names,
 )
-from solq_lab.studies.pairing import UNMATCHED, pair_objects
+from solq_lab.studies.pairing import UNMATCHED, overlaps, pair_objects
 from solq_lab.viz.comparison import comparison_grid
 from solq_lab.workbench.workspace import PHOTOGRAPHS
 
@@ -46,12 +46,11 @@ def objects(*boxes: tuple[int, int, int, int], labels: list[int] | None = None, 
     return Detections(1 - 0.1 * rows, torch.tensor(labels, dtype=torch.long), corners, rows, rles, ["cat"] * len(boxes))
 
 
-@pytest.mark.parametrize("by", ["box", "mask"])
-def test_pairs_are_one_to_one_of_one_class_and_overlap_most_in_all(by):
+def test_pairs_are_one_to_one_of_one_class_and_overlap_most_in_all():
     truth = objects((0, 0, 20, 20), (0, 10, 20, 20), (38, 0, 10, 10), labels=[0, 0, 1])
     # The first detection fits both of the first two objects; the second fits only the first of them.
     found = objects((0, 5, 20, 20), (0, 0, 20, 17), (38, 0, 10, 10), (38, 0, 10, 9), labels=[0, 0, 0, 1])
-    partners, ious = pair_objects(found, truth, by=by)
+    partners, ious = pair_objects(found, truth)
     assert partners.tolist() == [1, 0, 3]
     np.testing.assert_allclose(ious, [17 / 20, 15 / 25, 9 / 10], rtol=1e-6)
 
@@ -65,7 +64,7 @@ def test_what_overlaps_too_little_is_unmatched():
 def test_images_without_detections_or_objects_have_no_pairs():
     assert pair_objects(objects(), objects((0, 0, 5, 5)))[0].tolist() == [UNMATCHED]
     assert pair_objects(objects((0, 0, 5, 5)), objects())[0].shape == (0,)
-    assert pair_objects(objects((0, 0, 5, 5), masks=False), objects((0, 0, 5, 5)), by="mask")[0].tolist() == [UNMATCHED]
+    assert overlaps(objects((0, 0, 5, 5), masks=False), objects((0, 0, 5, 5)), by="mask").tolist() == [[0.0]]
 
 
 class FakePredictor:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from solq_lab.viz.style import CODEC_NAMES, ORANGE, STYLE, hide_axes, new_figure, save_animation
+from solq_lab.viz.style import CODEC_NAMES, ORANGE, STYLE, new_figure, save_animation
 from solq_lab.viz.widgets.codec_lab import CodecLab, ScoredObject
 from solq_lab.viz.widgets.codec_panels import SIDE, Setting, error_image, fit_square, grey
 
@@ -52,15 +52,14 @@ def compared_tile(lab: CodecLab, setting: Setting) -> tuple[np.ndarray, str]:
 @mpl.rc_context(STYLE)
 def side_by_side(lab: CodecLab, settings: Mapping[str, Setting], *, width: float, title: str) -> Figure:
     """Reconstruction above errors for each setting, `width` inches each."""
-    figure, axes = new_figure(2, len(settings), size=(width * len(settings), 0.64 + 2 * width), title=title)
+    size = width * len(settings), 0.64 + 2 * width
+    figure, axes = new_figure(2, len(settings), size=size, title=title, of_images=True)
     for (above, below), (name, setting) in zip(axes.T, settings.items(), strict=True):
         found = lab.reconstruction(setting)
         above.imshow(grey(found.decoded.numpy()))
         above.set_title(name)
         below.imshow(errors_of(lab, setting))
         below.set_title(f"IoU {found.iou:.2f}")
-    for place in axes.flat:
-        hide_axes(place)
     return figure
 
 
@@ -68,9 +67,7 @@ def side_by_side(lab: CodecLab, settings: Mapping[str, Setting], *, width: float
 def gallery_figure(lab: CodecLab, setting: Setting, worst: Sequence[ScoredObject]) -> Figure:
     """The worst objects of a codec in two rows."""
     title = gallery_title(setting, len(worst)).replace("n_k", "$n_k$")
-    figure, axes = new_figure(2, GALLERY // 2, size=(11.8, 5.4), title=title)
-    for place in axes.flat:
-        hide_axes(place)
+    figure, axes = new_figure(2, GALLERY // 2, size=(11.8, 5.4), title=title, of_images=True)
     for place, one in zip(axes.flat, worst, strict=False):
         pixels, caption = thumbnail(lab, setting, one, SIDE)
         place.imshow(pixels)

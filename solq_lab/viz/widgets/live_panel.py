@@ -24,7 +24,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.image import AxesImage
 from PIL import Image
 
-from solq_lab.viz.style import STYLE, hide_axes
+from solq_lab.viz.style import STYLE
 
 DPI = 100
 CELL = (2.36, 2.6)  # width and height of a panel of one column, inches
@@ -65,7 +65,7 @@ class ImagePanel(Panel):
 
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
-        hide_axes(axes)
+        axes.set_axis_off()
         axes.set(xlim=(0, 1), ylim=(1, 0))
         self.image: AxesImage = axes.imshow(np.full((1, 1, 3), 255, dtype=np.uint8), extent=(0, 1, 1, 0))
         self.title = axes.set_title(" ")
