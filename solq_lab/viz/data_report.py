@@ -129,8 +129,8 @@ def sample_images(report: Report, name: str) -> Figure:
 def worst_images(report: Report, *, count: int = 8) -> dict[str, Figure]:
     """The worst findings of each broken rule that images can show, by rule and split; notes are left out."""
     figures = {}
-    for rule in report.findings.failing("harmful"):
-        for split in report.splits:
+    for split in report.splits:  # outside, so that the annotations of each are read once
+        for rule in report.findings.failing("harmful"):
             findings = report.findings.worst(rule, split)
             shown = [finding for finding in findings if finding.file_name is not None][:count]
             if shown and rule not in ("image-missing", "path-leaves-folder"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -522,6 +523,7 @@ def test_the_report_says_what_the_data_asks_for(tmp_path):
     assert "data.test_scale=128" in report.advice[1]
     assert report.findings.total("object-small") == 1  # of 2 x 10 pixels
     assert report.findings.total("class-few-objects") == 2
+    assert b"segmentation" not in pickle.dumps(report.splits)  # entries are read when they are drawn
     objects = map(report.splits["train"].objects_of, report.samples("train"))
     assert [[of_class for _, of_class in some] for some in objects] == [["cat"], ["cat", "dog"]]
 

@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
@@ -47,9 +46,11 @@ CHUNK = 32  # images that a process takes at once
 
 
 class _Content(NamedTuple):
-    """What the worker processes see of a split; its classes are those of the first one."""
+    """What the worker processes see of a split and its `annotations`; its classes are those of the first one."""
 
-    checked: CheckedSplit
+    split: Split
+    images: list[Image]
+    entries: Sequence[Any]
     options: Options
     classes: ClassMap | None
 
@@ -72,21 +73,8 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
     report = Report({}, options, Findings(), [])
     learnt: ClassMap | None = None
     for split in splits:
-        found: list[Finding] = []
-        document = read_annotations(split.annotations)
-        try:
-            own = ClassMap.from_categories(document["categories"], options.class_ids, options.num_classes)
-            found += [Finding("categories-same-name", shorten(name)) for name in own.same_names()]
-            learnt, names = learnt or own, dict(zip(own.category_ids, own.names, strict=True))
-        except DataError as error:
-            found.append(Finding("categories", str(error)))
-            names = {}
-
-        split = split._replace(orientation=split.orientation or orientation_said(document.get("info")))
-        checked = CheckedSplit(split, _read_images(document, split, found), document["annotations"], names)
-        report.findings.add(split.name, found)
-        images = list(_check_images(_Content(checked, options, learnt), processes, report.findings))
-        report.splits[split.name] = checked = replace(checked, images=images)
+        checked, own = _check_split(split, learnt, report, processes)
+        report.splits[split.name], learnt = checked, learnt or own
         report.findings.add(split.name, rules.faults_of_split(checked))
 
     train, *others = report.splits.values()
@@ -96,6 +84,27 @@ def check_data(splits: Sequence[Split], options: Options = DEFAULTS, *, processe
     for other in others:
         report.findings.add(other.split.name, rules.faults_between(train, other))
     return report
+
+
+def _check_split(
+    split: Split, learnt: ClassMap | None, report: Report, processes: int
+) -> tuple[CheckedSplit, ClassMap | None]:
+    """A split and its classes, where its categories can be used. Its annotations are in memory until this returns."""
+    found: list[Finding] = []
+    document, options = read_annotations(split.annotations), report.options
+    names, own = {}, None
+    try:
+        own = ClassMap.from_categories(document["categories"], options.class_ids, options.num_classes)
+        found += [Finding("categories-same-name", shorten(name)) for name in own.same_names()]
+        names = dict(zip(own.category_ids, own.names, strict=True))
+    except DataError as error:
+        found.append(Finding("categories", str(error)))
+
+    split = split._replace(orientation=split.orientation or orientation_said(document.get("info")))
+    entries, images = document["annotations"], _read_images(document, split, found)
+    report.findings.add(split.name, found)
+    content = _Content(split, images, entries, options, learnt or own)
+    return CheckedSplit(split, list(_check_images(content, processes, report.findings)), len(entries), names), own
 
 
 def _read_images(document: dict, split: Split, found: list[Finding]) -> list[Image]:
@@ -140,7 +149,7 @@ def _read_images(document: dict, split: Split, found: list[Finding]) -> list[Ima
 
 def _check_images(content: _Content, processes: int, findings: Findings) -> Iterator[Image]:
     """Check all images of a split in several processes; their findings are too many to be kept, and are counted."""
-    name, count = content.checked.split.name, len(content.checked.images)
+    name, count = content.split.name, len(content.images)
     chunks = [slice(first, first + CHUNK) for first in range(0, count, CHUNK)]
     progress = tqdm(total=count, desc=f"checking {name}", unit="image", leave=False)
     with progress, closing(in_processes(_check_chunk, content, chunks, processes)) as results:
@@ -152,7 +161,7 @@ def _check_images(content: _Content, processes: int, findings: Findings) -> Iter
 
 
 def _check_chunk(content: _Content, chunk: slice) -> list[tuple[Image, list[Finding]]]:
-    return [_check_image(content, image) for image in content.checked.images[chunk]]
+    return [_check_image(content, image) for image in content.images[chunk]]
 
 
 def _check_image(content: _Content, image: Image) -> tuple[Image, list[Finding]]:
@@ -162,7 +171,7 @@ def _check_image(content: _Content, image: Image) -> tuple[Image, list[Finding]]
     image, found = _check_file(content, image)
     scale = min(options.test_scale / min(image.size), options.max_size / max(image.size))  # when tested
     for place in image.places:
-        entry = content.checked.entries[place]
+        entry = content.entries[place]
         faults, side = rules.check_object(entry, place, image.size, content.classes, with_masks=options.with_masks)
         found += faults
         crowds += entry.get("iscrowd", 0) in (1, True)
@@ -189,7 +198,7 @@ def _check_image(content: _Content, image: Image) -> tuple[Image, list[Finding]]
 
 def _check_file(content: _Content, image: Image) -> tuple[Image, list[Finding]]:
     """An image with what its file is, as far as it was opened, and the file's fault if it has one."""
-    split, look = content.checked.split, content.options.look
+    split, look = content.split, content.options.look
     path = split.images / image.file_name
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         missing = describe_missing(split.images, image.file_name)

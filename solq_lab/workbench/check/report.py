@@ -7,12 +7,14 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from solq_lab.data.annotations import read_annotations
 from solq_lab.data.folders import Split
 from solq_lab.errors import shorten
 from solq_lab.workbench.check.findings import HEADINGS, KEPT, Finding, Findings
@@ -78,11 +80,11 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CheckedSplit:
-    """A split, its usable images, all its entries of `annotations`, and the names of its categories by id."""
+    """A split, its usable images, how many entries `annotations` has, and the names of its categories by id."""
 
     split: Split
     images: list[Image]
-    entries: Sequence[Any]
+    count: int
     names: dict[int, str]
 
     @cached_property
@@ -114,10 +116,23 @@ class CheckedSplit:
         """Square roots of the areas of the boxes to learn, pixels."""
         return np.array([side for image in self.images for _, side in image.objects], np.float32)
 
+    def entries_of(self, image: Image) -> list[dict[str, Any]]:
+        """All entries of an image, read anew, to draw them."""
+        path = self.split.annotations
+        entries = _read_entries(path, path.stat().st_mtime_ns)
+        return [entries[place] for place in image.places]
+
     def objects_of(self, image: Image) -> list[tuple[dict[str, Any], str]]:
-        """All entries of an image with their category names, to draw them."""
-        entries = [self.entries[place] for place in image.places]
-        return [(entry, self.names.get(entry["category_id"], str(entry["category_id"]))) for entry in entries]
+        """The same with their category names."""
+        return [
+            (entry, self.names.get(entry["category_id"], str(entry["category_id"]))) for entry in self.entries_of(image)
+        ]
+
+
+@lru_cache(1)  # one split at a time: a large one's take half a gigabyte
+def _read_entries(annotations: Path, changed: int) -> Sequence[Any]:
+    """The entries of a file that was changed at this time."""
+    return read_annotations(annotations)["annotations"]
 
 
 TITLES = {
@@ -155,7 +170,7 @@ class Report(NamedTuple):
     def entry_of(self, name: str, finding: Finding) -> dict[str, Any] | None:
         """The annotation of a split that a finding is about, to draw it."""
         images = (image for image in self.splits[name].images if image.image_id == finding.image_id)
-        entries = (self.splits[name].entries[place] for image in images for place in image.places)
+        entries = (entry for image in images for entry in self.splits[name].entries_of(image))
         return next((entry for entry in entries if entry["id"] == finding.annotation_id), None)
 
     def table(self, title: str) -> str:

@@ -170,7 +170,7 @@ def faults_of_split(checked: CheckedSplit) -> Iterator[Finding]:
             message = f"{shorten(before)} and {shorten(path)} have the same bytes"
             yield Finding("image-twice", message, path, image.image_id)
 
-    summary, entries, name = checked.summary, len(checked.entries), checked.split.name
+    summary, entries, name = checked.summary, checked.count, checked.split.name
     objects, crowds, per_class = summary["objects"], summary["crowds"], summary["per_class"]
     if name == "val" and not entries:
         yield Finding("nothing-to-measure", "no objects, so that no evaluation can find the best weights")
