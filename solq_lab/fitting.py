@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from solq_lab.bars import progress_bar
 from solq_lab.build import new_codec
 from solq_lab.codecs.artifact import (
     ArtifactError,
@@ -35,7 +34,6 @@ log = logging.getLogger(__name__)
 
 SAMPLED_MASKS = 2000  # to measure the quality on: mean IoU to within some 0.2 percent
 SECONDS_BETWEEN_SAVES = 60.0
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where it goes to a log file and every update is a new line
 
 
 def fit_codec(
@@ -166,10 +164,7 @@ def _learn(
     """Feed all masks in `order` to the fit; batches are the same wherever an earlier process stopped."""
     seen = partial.restore(fit)
     saved = time.monotonic()
-    interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
-    with tqdm(
-        total=len(order), initial=seen, desc="fitting", unit="mask", mininterval=interval, leave=False
-    ) as progress:
+    with progress_bar(total=len(order), initial=seen, desc="fitting", unit="mask") as progress:
         for start in range(seen, len(order), fit.batch_size):
             batch = objects.box_masks(order[start : start + fit.batch_size], mask_size)
             fit.update(batch)

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from solq_lab.bars import SECONDS_BETWEEN_LINES
 from solq_lab.runs import Run
 
 STEPS_BEFORE_ESTIMATE = 30  # the first steps are slower: they build operators and fill caches
-SECONDS_BETWEEN_LINES = 30.0  # where lines cannot be overwritten, in a log file
 
 
 class Progress:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from server import Server, serve
 from tiny import write_tiny_dataset
 
 from solq_lab.codecs import autoencoder
@@ -85,6 +86,12 @@ def _autoencoders_end_soon() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoencoder, "STEPS", 20)
         yield
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serve() as serving:
+        yield serving
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from solq_lab.bars import progress_bar
 from solq_lab.bench import codec, evaluation, gpu, loader, matcher, memory, network, op, postprocess, targets
 from solq_lab.bench.timing import Row
 from solq_lab.data.folders import explain_missing, find_splits
@@ -68,7 +68,7 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
 
     usual = [part for part in PARTS if part not in BY_NAME and (part != "gpu" or torch.cuda.is_available())]
     rows: list[Row] = []
-    with tqdm([part for part in PARTS if part in (parts or usual)], desc="bench", unit="part") as progress:
+    with progress_bar([part for part in PARTS if part in (parts or usual)], desc="bench", unit="part") as progress:
         for part in progress:
             progress.set_postfix_str(part)
             rows += PARTS[part](split)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import trange
 
+from solq_lab.bars import progress_bar
 from solq_lab.codecs.base import CodecFit, FittedCodec
 from solq_lab.codecs.flatten import cell_overlap, hat_weights, resample
 
@@ -108,7 +107,7 @@ class AutoencoderFit(CodecFit):
         optimizer = torch.optim.Adam(weights.values(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
-        for _ in trange(STEPS, desc="autoencoder", unit="step", mininterval=0.5 if sys.stderr.isatty() else 30):
+        for _ in progress_bar(range(STEPS), desc="autoencoder", unit="step"):
             loss = _reconstruction_loss(weights, self._draw(generator))
             optimizer.zero_grad()
             loss.backward()

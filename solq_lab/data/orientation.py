@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from tqdm.auto import tqdm
-
+from solq_lab.bars import progress_bar
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.images import Header, read_header
 from solq_lab.errors import DataError, first_few, shorten
@@ -58,7 +57,8 @@ def check_orientation(datasets: Sequence[CocoDataset]) -> None:
                 return None
 
         with ThreadPoolExecutor(READERS) as pool:
-            readings = tqdm(pool.map(look, range(len(dataset))), "looking for turned images", len(dataset), leave=False)
+            read = pool.map(look, range(len(dataset)))
+            readings = progress_bar(read, desc="looking for turned images", total=len(dataset))
             for name, reading in zip(dataset.truth.file_names, readings, strict=True):
                 if reading is not None:
                     found[reading].append(shorten(name))

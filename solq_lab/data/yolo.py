@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 from pycocotools import mask as coco_rle
 
+from solq_lab.bars import progress_bar
 from solq_lab.data.kinds import IMAGE_SUFFIXES
 from solq_lab.errors import DataError, first_few, shorten
 from solq_lab.files import files_below
@@ -73,9 +74,7 @@ class YoloSplit(NamedTuple):
         files = self.files()
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        from tqdm.auto import tqdm  # not above: `solq-lab -q` turns its bars off before it is imported
-
-        progress = tqdm(files.items(), desc=f"reading {self.name}", unit="image", leave=False)
+        progress = progress_bar(files.items(), desc=f"reading {self.name}", unit="image")
         for number, (path, label) in enumerate(progress, start=1):
             height, width = read_header(path, str(path)).size_as("upright")
             file_name = path.relative_to(self.images).as_posix()

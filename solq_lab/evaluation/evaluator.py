@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -12,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from solq_lab import distributed
+from solq_lab.bars import progress_bar
 from solq_lab.build import build_dataset
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.config import Experiment
@@ -35,8 +34,6 @@ from solq_lab.schema import EvaluationSection
 from solq_lab.structures import Detections
 
 logger = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_LINES = 30  # of progress, where it goes to a log file and every update is a new line
 
 
 def predict_dataset(
@@ -70,8 +67,7 @@ def predict_dataset(
     model.eval()
     try:
         bar: dict[str, Any] = {"total": sum(map(len, share)), "desc": "evaluating", "unit": "img"}
-        interval = 0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
-        with tqdm(**bar, leave=False, mininterval=interval, disable=not distributed.is_main()) as progress:
+        with progress_bar(**bar, disable=not distributed.is_main()) as progress:
             for images, targets in BatchLoader(dataset, share, workers):
                 sizes = [target.original_size for target in targets]
                 with torch.inference_mode():  # not around the yield: the caller's code would run in it too

@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 from pycocotools import mask as coco_rle
 from scipy.ndimage import distance_transform_edt
-from tqdm.auto import tqdm
 
+from solq_lab.bars import progress_bar
 from solq_lab.data.coco import CocoDataset
 from solq_lab.evaluation.sizes import SIZES, size_of
 from solq_lab.inference.attention import ObjectView, object_view, predict_with_attention, query_points
@@ -137,7 +137,7 @@ def study_attention(
         raise ValueError(f"band {band}: allowed are positive numbers of pixels")
     rows: list[list] = []
     before: dict[int, _QueryAttention] = {}  # the last query that found an object of this size
-    for index in tqdm(range(len(dataset))[:max_images], desc="attention", unit="img", leave=False):
+    for index in progress_bar(range(len(dataset))[:max_images], desc="attention", unit="img"):
         ground_truth, image = dataset.objects(index), dataset[index][0]
         detections, layers = predict_with_attention(predictor, image.permute(1, 2, 0).numpy())
         detections = detections.above(score)

@@ -26,8 +26,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from solq_lab.bars import progress_bar
 from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
@@ -115,7 +115,7 @@ def oracle_budget(
     chosen = [perfect for perfect in subsets if "frame" not in perfect or not _APART & set(perfect)]
     by_shape: dict[tuple[str, ...], tuple[list[dict], np.ndarray]] = {(): (counted, overlaps.detections.overlap)}
 
-    for perfect in tqdm(chosen, desc="budget", delay=5, leave=False):
+    for perfect in progress_bar(chosen, desc="budget"):
         shape = tuple(part for part in perfect if part != "score")
         if shape not in by_shape:
             by_shape[shape] = _with_perfect_masks(truth, overlaps, counted, codec, shape)

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from solq_lab import masks
+from solq_lab.bars import progress_bar
 from solq_lab.build import build_codec
 from solq_lab.codecs.base import MaskCodec, describe_codec
 from solq_lab.codecs.reconstruct import device_of, paste_and_compare, reconstruct
@@ -182,7 +182,7 @@ def reconstruct_objects(
     masks.paste_to_rle(torch.zeros(0, 1, 1, dtype=torch.bool), torch.zeros(0, 4), (1, 1))  # compile once, before a fork
     ious, results, symbols = [np.zeros(0)], [], []
     work = in_processes(_reconstruct_piece, scene, pieces, processes)
-    progress = tqdm(work, total=len(pieces), desc="ceiling", unit="piece", delay=5, leave=False)
+    progress = progress_bar(work, total=len(pieces), desc="ceiling", unit="piece")
     for piece_ious, piece_results, piece_symbols in progress:
         ious.append(piece_ious)
         results += piece_results

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from tqdm.auto import tqdm
 
+from solq_lab.bars import progress_bar
 from solq_lab.build import build_codec
 from solq_lab.codecs.artifact import stored_path
 from solq_lab.codecs.base import MaskCodec
@@ -206,10 +206,7 @@ class CodecBenchmark:
         for setting in settings:
             self._experiment(setting)  # reject a wrong one before the work on the first
         (self.folder / "settings").mkdir(parents=True, exist_ok=True)
-        return [
-            self._measure_one(setting)
-            for setting in tqdm(settings, desc="settings", unit="setting", delay=2, leave=False)
-        ]
+        return [self._measure_one(setting) for setting in progress_bar(settings, desc="settings", unit="setting")]
 
     def codec(self, setting: CodecSetting) -> MaskCodec:
         """The codec of a setting on the CPU, fitted where that is needed and has not been done yet."""

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
+from solq_lab.bars import progress_bar
 from solq_lab.build import build_images
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
@@ -167,7 +167,7 @@ def compare_images(
     without_masks = any(predictor.experiment.method == "Deformable DETR" for predictor in predictors.values())
     by: Literal["box", "mask"] = "box" if without_masks else "mask"
     compared = []
-    for index in tqdm(range(len(dataset))[:max_images], desc="comparing", unit="img", leave=False):
+    for index in progress_bar(range(len(dataset))[:max_images], desc="comparing", unit="img"):
         pixels, ground_truth = dataset[index][0].permute(1, 2, 0).numpy(), dataset.objects(index)
         detections = {name: predictor.predict(pixels).above(score) for name, predictor in predictors.items()}
         ious = {}

@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 
+from solq_lab.bars import progress_bar
 from solq_lab.build import build_codec, build_model
 from solq_lab.config import ConfigError, Experiment, change_experiment
 from solq_lab.inference.folding import prepare_for_inference
@@ -121,7 +121,7 @@ def measure_costs(
 
     # In turns, so that what else the machine does slows all methods alike.
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    for turn in tqdm(range(repeats + 1), desc="measuring", unit="turn", leave=False):
+    for turn in progress_bar(range(repeats + 1), desc="measuring", unit="turn"):
         for name in METHODS:
             started = time.perf_counter()
             predict[name]()

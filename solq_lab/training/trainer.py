@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from solq_lab import distributed
+from solq_lab.bars import progress_bar
 from solq_lab.build import build_codec, build_dataset, build_model, build_stream
 from solq_lab.data.loader import SUBSTITUTES, BatchLoader
 from solq_lab.data.orientation import check_orientation
@@ -394,5 +394,6 @@ class Trainer:
     def _remaining_steps(self) -> Iterable[int]:
         """Numbers of the steps that are left, the first of all being 1; a progress bar in a terminal."""
         hidden = not (distributed.is_main() and sys.stderr.isatty())
-        steps, done = range(self.step + 1, self.total_steps + 1), self.step
-        return tqdm(steps, total=self.total_steps, initial=done, desc=self.run.name, unit="step", disable=hidden)
+        whole = {"total": self.total_steps, "initial": self.step, "leave": True, "disable": hidden}
+        steps = range(self.step + 1, self.total_steps + 1)
+        return progress_bar(steps, desc=self.run.name, unit="step", **whole)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from solq_lab import bars
 from solq_lab.config import Experiment
 from solq_lab.progress import Progress, describe_duration, status_line
 from solq_lab.runs import create_run
@@ -36,6 +39,14 @@ def test_the_line_tells_steps_loss_speed_time_left_and_the_last_ap(run, lines, e
     for line in lines:
         run.append_metrics(line)
     assert Progress(run).read().endswith(ending)
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, 0), (0.6, 3)])
+def test_a_bar_in_a_log_file_is_a_line_now_and_then_of_long_work(monkeypatch, capsys, seconds, lines):
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.2)
+    for _ in bars.progress_bar(range(100), desc="work"):
+        time.sleep(seconds / 100)
+    assert abs(capsys.readouterr().err.count("work") - lines) <= seconds * 2
 
 
 def test_only_whole_lines_count(run):

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from solq_lab import masks
+from solq_lab.bars import progress_bar
 from solq_lab.data.annotations import DataError
 from solq_lab.data.shapes.scene import LEVELS, draw_scene
 from solq_lab.workers import in_processes
@@ -102,7 +102,7 @@ def _write_split(folder: Path, split: str, count: int, settings: dict[str, Any],
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with closing(in_processes(_draw, work, range(1, count + 1), processes)) as drawings:
-        progress = tqdm(drawings, total=count, desc=f"drawing {split}", unit="image", leave=False)
+        progress = progress_bar(drawings, total=count, desc=f"drawing {split}", unit="image")
         for number, entries in enumerate(progress, start=1):
             name = _file_name(number)
             images.append({"id": number, "file_name": name, "height": level.side, "width": level.side})

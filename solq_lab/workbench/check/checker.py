@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
+from solq_lab.bars import progress_bar
 from solq_lab.data.annotations import (
     DataError,
     check_image_entry,
@@ -151,7 +150,7 @@ def _check_images(content: _Content, processes: int, findings: Findings) -> Iter
     """Check all images of a split in several processes; their findings are too many to be kept, and are counted."""
     name, count = content.split.name, len(content.images)
     chunks = [slice(first, first + CHUNK) for first in range(0, count, CHUNK)]
-    progress = tqdm(total=count, desc=f"checking {name}", unit="image", leave=False)
+    progress = progress_bar(total=count, desc=f"checking {name}", unit="image")
     with progress, closing(in_processes(_check_chunk, content, chunks, processes)) as results:
         for checked in results:
             for image, found in checked:

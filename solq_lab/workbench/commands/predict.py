@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import tempfile
 from collections import Counter
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from solq_lab.bars import progress_bar
 from solq_lab.errors import UserError
 from solq_lab.files import read_json
 from solq_lab.workbench.commands.arguments import FAILED, existing_path, folder_to_write
+from solq_lab.workbench.download.transfer import fetch
 from solq_lab.workbench.predictions.sources import (
     FORMATS,
     Source,
-    download,
     find_sources,
     is_address,
     output_paths,
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from solq_lab.data.kinds import Orientation
     from solq_lab.structures import Detections
     from solq_lab.workbench.predictions.outputs import InputImage
+
+MAX_BYTES, MAX_SECONDS = 2 * 10**9, 600.0  # of an address
 
 
 def predict(
@@ -155,21 +157,18 @@ def _read_images(
     from solq_lab.workbench.predictions.video import read_frames
 
     further = count(max(ids, default=0) + 1)  # ids of frames
-    hidden = None if logging.root.isEnabledFor(logging.INFO) else True  # None: shown in a terminal only
-    bar = tqdm(sources, desc="predicting", unit="image", leave=False, disable=hidden or len(sources) == 1 or None)
+    bar = sources if len(sources) == 1 else progress_bar(sources, desc="predicting", unit="image")
     for source, image_id in zip(bar, ids, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(source.name)
             try:
                 if is_address(source.name):
                     path = Path(folder, f"download{source.suffix}")
-                    download(source.name, path)
+                    fetch(source.name, path, retries=1, timeout=30.0, max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
                 if not source.is_video:
                     yield InputImage(source, image_id, np.asarray(read_rgb(path, orientation)))
                     continue
-                frames = tqdm(
-                    read_frames(path, source.name), desc=source.name, unit="frame", leave=False, disable=hidden
-                )
+                frames = progress_bar(read_frames(path, source.name), desc=source.name, unit="frame")
                 for number, frame in enumerate(frames):
                     yield InputImage(source, next(further), frame.pixels, frame, number)
             except UserError as error:

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
+from solq_lab.bars import progress_bar
 from solq_lab.errors import DataError
 from solq_lab.files import write_json
 from solq_lab.workbench.download.transfer import describe_size, fetch, require_space
@@ -201,7 +201,7 @@ def _fetch_verified(archive: Archive, file: Path, base_url: str, **patience: Any
         if not file.exists():
             fetch(url, file, size=archive.size, **patience)
         digest = hashlib.new(ALGORITHMS[len(archive.digest)], usedforsecurity=False)
-        bar = tqdm(desc=f"verifying {file.name}", unit="B", unit_scale=True, total=file.stat().st_size)
+        bar = progress_bar(desc=f"verifying {file.name}", unit="B", unit_scale=True, total=file.stat().st_size)
         with file.open("rb") as opened, bar:
             while chunk := opened.read(CHUNK):
                 digest.update(chunk)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import http.client
 import logging
+import math
 import re
 import shutil
 import ssl
+import string
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from solq_lab.bars import progress_bar
 from solq_lab.errors import DataError
-
-if TYPE_CHECKING:
-    from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,15 @@ def part_of(target: Path) -> Path:
 
 
 def fetch(
-    url: str, target: Path, *, size: int | None = None, retries: int = 8, backoff: float = 1.0, timeout: float = 60.0
+    url: str,
+    target: Path,
+    *,
+    size: int | None = None,
+    retries: int = 8,
+    backoff: float = 1.0,
+    timeout: float = 60.0,
+    max_bytes: int = 10**12,
+    max_seconds: float = math.inf,
 ) -> None:
     """Download `url` to `target`, which appears when it is complete; re-running resumes.
 
@@ -59,21 +68,24 @@ def fetch(
         retries: attempts in a row that may bring no new byte.
         backoff: seconds before the second attempt; doubled after each attempt without a new byte, up to a minute.
         timeout: seconds without a byte after which an attempt is given up.
+        max_bytes, max_seconds: of the whole file.
 
     Raises:
         DataError: the server rejects the request, offers a file of another size or a page in its place, the disk is
-            full, or the retries are used up.
+            full, the file is too large or too slow, or the retries are used up.
     """
-    from tqdm.auto import tqdm  # not above: `solq-lab -q` turns its bars off before it is imported
-
+    url, latest = urllib.parse.quote(url, safe=string.punctuation), time.monotonic() + max_seconds
     part = part_of(target)
     try:
         part.touch()
         farthest, failures = part.stat().st_size, 0
-        with tqdm(desc=target.name, unit="B", unit_scale=True, total=size) as bar:
+        with progress_bar(desc=target.name, unit="B", unit_scale=True, total=size) as bar:
             while part.stat().st_size != size:
                 try:
-                    _fetch_rest(url, part, size, bar, timeout)
+                    for arrived in _fetch_rest(url, part, size, bar, timeout):
+                        if arrived > max_bytes or time.monotonic() > latest:
+                            limits = f"{describe_size(max_bytes)} or {max_seconds:g} s"
+                            raise DataError(f"{url}: takes more than {limits}; fetch it yourself and name the file")
                     break
                 except TransferError as error:
                     # Only attempts without progress count: a slow, shaky line may break a thousand times.
@@ -116,14 +128,14 @@ def describe_size(count: int) -> str:
 
 def _give_up(url: str, error: TransferError, failures: int, arrived: int) -> DataError:
     attempts = f"after {failures} attempts without progress " if failures > 1 else ""
-    cure = "nothing has arrived: check the address (--base-url, --mirror) and the network"
+    cure = "nothing has arrived: check the address and the network"
     if arrived:
         cure = f"{describe_size(arrived)} are kept, re-running resumes from there"
     return DataError(f"{url}: given up {attempts}({error}); {cure}")
 
 
-def _fetch_rest(url: str, part: Path, size: int | None, bar: tqdm, timeout: float) -> None:
-    """One attempt at the missing bytes; raises TransferError where it ends early."""
+def _fetch_rest(url: str, part: Path, size: int | None, bar: Any, timeout: float) -> Iterator[int]:
+    """One attempt at the missing bytes: how many have arrived; raises TransferError where it ends early."""
     arrived = part.stat().st_size
     headers = {"User-Agent": "solq-lab", "Accept-Encoding": "identity"}
     if arrived:
@@ -163,6 +175,7 @@ def _fetch_rest(url: str, part: Path, size: int | None, bar: tqdm, timeout: floa
                 while rest:
                     rest = rest[file.write(rest) :]
                 bar.update(len(chunk))
+                yield file.tell()
 
 
 def _chunks(response: http.client.HTTPResponse, start: int, total: int | None) -> Iterator[bytes]:
@@ -198,7 +211,7 @@ def _rejection(url: str, error: urllib.error.HTTPError) -> TransferError | DataE
     if error.code in TEMPORARY or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
         seconds = error.headers.get("Retry-After", "")
         return TransferError(answer, wait=min(float(seconds), MAX_WAIT) if seconds.isdecimal() else 0.0)
-    return DataError(f"{url}: {answer}; check the address (--base-url, --mirror)")
+    return DataError(f"{url}: {answer}; check the address")
 
 
 def _network_error(error: Exception) -> TransferError:

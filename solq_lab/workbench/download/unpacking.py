@@ -11,8 +11,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from solq_lab.bars import progress_bar
 from solq_lab.errors import DataError
 from solq_lab.workbench.download.transfer import require_space
 
@@ -44,7 +43,7 @@ def unpack(archive: Path, folder: Path) -> dict[str, int]:
             require_space(folder, sum(sizes[name] for name in lacking(folder, sizes)), f"unpacking {archive.name}")
 
             total = sum(sizes.values())
-            with tqdm(desc=f"unpacking {archive.name}", unit="B", unit_scale=True, total=total) as bar:
+            with progress_bar(desc=f"unpacking {archive.name}", unit="B", unit_scale=True, total=total) as bar:
                 for member in members:
                     path = folder / member.filename
                     path.parent.mkdir(parents=True, exist_ok=True)

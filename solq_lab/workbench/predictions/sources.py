@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import glob
-import http.client
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -19,8 +15,6 @@ from solq_lab.errors import UserError
 from solq_lab.files import files_below
 
 VIDEOS = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"])
-MAX_BYTES = 2 * 10**9  # of a download
-MAX_SECONDS, MAX_SILENCE = 600.0, 30.0  # of a download, and without a byte
 FORMATS = ("drawn", "coco", "masks", "polygons", "yolo", "csv")
 OUTPUTS = {  # per image, {} is the path of the image without its suffix
     "drawn": ["{}.png"],
@@ -144,33 +138,3 @@ def _files_in(folder: Path, out: Path, *, recursive: bool) -> list[str]:
         hint = "" if recursive else "; --recursive looks into its folders too"
         raise UserError(f"{folder}: no images in this folder ({', '.join(sorted(known))}){hint}")
     return [str(file) for file in inside]
-
-
-def download(address: str, target: Path) -> None:
-    """Fetch a file, within limits of size and time.
-
-    Raises:
-        UserError: the server cannot be reached or rejects the request, or the file is too large or too slow.
-    """
-    started, arrived = time.monotonic(), 0
-    request = urllib.request.Request(address, headers={"User-Agent": "solq-lab"})
-    try:
-        with urllib.request.urlopen(request, timeout=MAX_SILENCE) as response, target.open("wb") as file:
-            while piece := response.read1(1 << 18):
-                arrived += len(piece)
-                if arrived > MAX_BYTES:
-                    raise UserError(f"{address}: more than {MAX_BYTES / 1e9:g} GB; fetch it yourself and name the file")
-                if time.monotonic() - started > MAX_SECONDS:
-                    raise UserError(f"{address}: not here after {MAX_SECONDS:g} s; fetch it yourself and name the file")
-                file.write(piece)
-            expected = response.headers.get("Content-Length", "")
-
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{address}: the server answers {error.code} {error.reason}; check the address") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"{address}: cannot be fetched: {reason}; check the address and the network") from None
-    if expected.isdecimal() and arrived < int(expected):
-        raise UserError(f"{address}: the connection ended after {arrived} of {expected} bytes; try again")

@@ -1,0 +1,23 @@
+"""Progress bars of long work, all of one kind. Loads without torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+SECONDS_BETWEEN_LINES = 30.0  # in a log file, where lines cannot be overwritten
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A bar of tqdm that vanishes when it is done; in a log file, a line every half minute of long work.
+
+    Args:
+        iterable: what is counted while it is read; None: the caller counts by `update`.
+        options: of tqdm: desc, total, unit and so on.
+    """
+    from tqdm.auto import tqdm  # not above: `solq-lab -q` turns bars off before it is imported
+
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        options |= dict.fromkeys(("delay", "mininterval", "maxinterval"), SECONDS_BETWEEN_LINES)
+    return tqdm(iterable, **{"leave": False, **options})
