@@ -151,7 +151,7 @@ def draw_objects(
 
     Args:
         colours: one per object; None: those of the classes.
-        font_size: of the labels, points.
+        font_size: of the labels, points; 0 draws none.
         filled: False draws outlines only.
     """
     height, width = pixels.shape[:2]
@@ -211,11 +211,16 @@ def _add_objects(
         else:
             outline: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 1.5}
             axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
-        score = float(detections.scores[row])
-        text = detections.names[row] + ("" if score == 1 else f" {score:.2f}")
-        labels.append(_Label(text, anchor, colour, font_size, taken))
+        if font_size:
+            labels.append(_Label(label_of(detections, row), anchor, colour, font_size, taken))
     for label in reversed(labels):  # the best one chooses its place first
         axes.add_artist(label)
+
+
+def label_of(detections: Detections, row: int) -> str:
+    """An object's class and, unless it is 1 as in the ground truth, its score."""
+    score = float(detections.scores[row])
+    return detections.names[row] + ("" if score == 1 else f" {score:.2f}")
 
 
 class MaskWindow(NamedTuple):

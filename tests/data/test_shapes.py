@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,16 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch, error):
     with pytest.raises(error):
         write_shapes(tmp_path / "new", train=2, val=1, processes=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_may_draw_the_same_in_the_meantime(folder, tmp_path, monkeypatch):
+    draw, root = writer._write_split, tmp_path / "shapes"
+    monkeypatch.setattr(
+        writer, "_write_split", lambda *a: (shutil.copytree(folder, root, dirs_exist_ok=True), draw(*a))[1]
+    )
+    write_shapes(root, level="hard", train=6, val=3, seed=4, processes=1)
+    assert contents(root) == contents(folder)
+    assert list(tmp_path.iterdir()) == [root]
 
 
 def test_an_empty_folder_is_filled_and_says_how_it_was_made(tmp_path):

@@ -82,6 +82,30 @@ def test_detections_follow_chooser_score_chips_and_clicks(tmp_path):
         notebook.screenshot("detection_explorer")
         notebook.choose("size", "small")
         page.locator(".solq-chosen").wait_for(timeout=ANSWERED)
+
+        page.get_by_role("button", name="wipe", exact=True).click()
+        wipe, dividers = page.locator(".solq-wipe"), page.locator(".solq-divider")
+        dividers.nth(1).wait_for(timeout=ANSWERED)
+        wipe.scroll_into_view_if_needed()
+        assert wipe.locator("img").count() == 3
+        frame, seen = wipe.bounding_box(), []
+        for number, to in ((0, 0.5), (0, 0.8), (1, 0.3)):  # the second and third push the other divider along
+            place = dividers.nth(number).bounding_box()
+            page.mouse.move(place["x"] + place["width"] / 2, place["y"] + 60)
+            page.mouse.down()
+            page.mouse.move(frame["x"] + to * frame["width"], place["y"] + 70, steps=5)
+            page.mouse.up()
+            cuts = [one.bounding_box()["x"] + place["width"] / 2 for one in dividers.all()]
+            assert cuts[number] == pytest.approx(frame["x"] + to * frame["width"], abs=2)
+            assert cuts == sorted(cuts)
+            labels = [one.bounding_box() for one in wipe.locator("span").filter(visible=True).all()]
+            seen.append(len(labels))
+            for one in labels:
+                assert not any(one["x"] < cut < one["x"] + one["width"] for cut in cuts)  # no label is cut
+            clips = [image.evaluate("one => one.style.clipPath") for image in wipe.locator("img").all()]
+            assert len(set(clips)) == 3
+            notebook.screenshot(f"detection_explorer_wipe_{to}")
+        assert min(seen) > 1
         assert notebook.errors == []
 
 

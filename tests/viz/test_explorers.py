@@ -23,8 +23,8 @@ from solq_lab.masks import decode_rle
 from solq_lab.models.weights import save_weights
 from solq_lab.viz.style import OBJECT_COLOURS, colours_of, new_figure
 from solq_lab.viz.widgets.attention_explorer import ALL, LAYERS, MARK, NOTHING, PIXEL, QUERIES, AttentionExplorer
-from solq_lab.viz.widgets.clickable_image import colour_class
-from solq_lab.viz.widgets.detection_explorer import WIDTH, DetectionExplorer
+from solq_lab.viz.widgets.clickable_image import colour_class, draw_image
+from solq_lab.viz.widgets.detection_explorer import WIDTH, WIPE, DetectionExplorer
 
 CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 
@@ -145,6 +145,19 @@ def test_the_places_to_click_are_the_boxes_inside_the_image(both):
     for shown, box in zip(panel.objects, found.boxes.tolist(), strict=True):
         (left, top, width, height), edges = shown["box"], [100 * min(max(edge / 48, 0), 1) for edge in box]
         assert (left, top, left + width, top + height) == pytest.approx(edges, abs=0.02)
+
+
+def test_a_wipe_has_the_chosen_images_without_labels_and_the_objects_that_are_on(both):
+    both.arrangement.value, both.columns["SQR"].value = "wipe", False
+    both.switches["SOLQ"][0].value = False
+    assert both._row.children == (both._wiped,)
+    truth, found = both.wipe.layers
+    assert (truth["name"], found["name"]) == ("ground truth", "SOLQ")
+    for layer, objects in ((truth, both.true_objects(0)), (found, both.shown("SOLQ"))):
+        assert [one["label"].split()[0] for one in layer["objects"]] == objects.names
+        drawn = draw_image(both.pixels(0), objects, width=WIPE[1], labelled=False)
+        assert np.array_equal(pixels(layer["png"]), pixels(drawn))
+    assert found["objects"][0]["colours"][0] == colours_of([int(both.shown("SOLQ").labels[0])])[0]
 
 
 def test_one_model_alone_can_be_shown(predictors, dataset):

@@ -69,7 +69,11 @@ def write_shapes(
             (unfinished / "annotations" / f"instances_{split}.json").write_text(json.dumps(document), encoding="utf-8")
         (unfinished / STAMP).write_text(json.dumps(settings), encoding="utf-8")
         unfinished.chmod(0o755)  # temporary folders are private, data sets are not
-        os.replace(unfinished, root)
+        try:
+            os.replace(unfinished, root)
+        except OSError:  # another process may have drawn the same in the meantime
+            if not _already_there(root, settings):
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -120,15 +120,20 @@ class ClickableImage(anywidget.AnyWidget):
             size: (H, W) of the image that the boxes are in pixels of.
             chosen: the row of the object that is marked.
         """
-        height, width = size
-        scale = 100 / np.array([width, height, width, height])
-        edges = (np.array(boxes, dtype=float).reshape(-1, 4) * scale).clip(0, 100)
-        edges[:, 2:] -= edges[:, :2]
         with self.hold_sync():
             self.png, self.chosen = png, chosen
             self.objects = [
-                {"name": name, "box": box} for name, box in zip(names, edges.round(2).tolist(), strict=True)
+                {"name": name, "box": box} for name, box in zip(names, percent_boxes(boxes, size), strict=True)
             ]
+
+
+def percent_boxes(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> list[list[float]]:
+    """Left, top, width and height in percent of an image of `size` (H, W), for boxes (K, 4) xyxy in its pixels."""
+    height, width = size
+    scale = 100 / np.array([width, height, width, height])
+    edges = (np.array(boxes, dtype=float).reshape(-1, 4) * scale).clip(0, 100)
+    edges[:, 2:] -= edges[:, :2]
+    return edges.round(2).tolist()
 
 
 class Tiles:
@@ -195,11 +200,13 @@ def draw_image(
     *,
     width: int,
     filled: bool = True,
+    labelled: bool = True,
 ) -> bytes:
     """The PNG of an image (H, W, 3) with its objects drawn in, `width` pixels wide and without any margin."""
     height = max(round(width * pixels.shape[0] / pixels.shape[1]), 1)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    draw_objects(figure.add_axes((0, 0, 1, 1)), pixels, objects, colours, font_size=9, filled=filled)
+    font_size = 9 if labelled else 0
+    draw_objects(figure.add_axes((0, 0, 1, 1)), pixels, objects, colours, font_size=font_size, filled=filled)
     figure.axes[0].set_aspect("auto")  # the height is rounded to whole pixels
     return as_png(figure_pixels(figure))
 

@@ -18,20 +18,23 @@ from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import STYLE, colours_of, new_figure
 from solq_lab.viz.widgets.clickable_image import ClickableImage, colour_class, draw_image
 from solq_lab.viz.widgets.explorer import MIN_SCORE, ModelExplorer
+from solq_lab.viz.widgets.wipe import Wipe
 
 WIDTH = 440  # of a drawn image, pixels; the browser fits it into its column
+WIPE = (1100, 620)  # width and height of a wipe at most, pixels
 TRUTH = "ground truth"
 
 
 class DetectionExplorer(ModelExplorer):
-    """Ground truth and the detections of the models side by side, as wide as the window.
+    """Ground truth and the detections of the models side by side, as wide as the window, or in one wipe.
 
     Attributes:
-        score, colouring, filled, columns: the controls: least score, colour per class or per object, masks or outlines
-            only, and the panels that are shown.
+        score, colouring, filled, arrangement, columns: the controls: least score, colour per class or per object, masks
+            or outlines only, images side by side or as a wipe, and which of them are shown.
         switches: model -> one switch per object of at least the score, best first, in the object's colour; clicking an
             object turns it off.
         panels: "ground truth" and each model -> its image.
+        wipe: the same in one place.
     """
 
     def build(self) -> None:
@@ -42,6 +45,8 @@ class DetectionExplorer(ModelExplorer):
         self.colouring = widgets.ToggleButtons(options=["class", "object"], style={"button_width": "64px"})
         self.colouring.tooltip = "a colour per class, or per object: the same as the true object's that it meets"
         self.filled = widgets.Checkbox(value=True, description="fill", indent=False, layout={"width": "60px"})
+        self.arrangement = widgets.ToggleButtons(options=["side by side", "wipe"], style={"button_width": "112px"})
+        self.arrangement.tooltip = "images beside each other, or in one place with dividers to drag"
         self.columns = {
             name: widgets.Checkbox(value=True, description=name, indent=False, layout={"width": "auto"})
             for name in everything
@@ -56,13 +61,19 @@ class DetectionExplorer(ModelExplorer):
             parts = [self._titles[name], self.panels[name], self._chips[name]]
             self._places[name] = widgets.VBox(parts, layout={"min_width": "0"})
             self._places[name].add_class("solq-panel")
+        self.wipe = Wipe()
+        chips = [widgets.HBox([self._titles[name], self._chips[name]]) for name in self.names]
+        self._wiped = widgets.VBox([self.wipe, *chips], layout={"min_width": "0"})
         self._row = widgets.GridBox(layout={"width": "100%", "grid_gap": "8px"})
-        controls = widgets.HBox([self.score, self.colouring, self.filled, *self.columns.values(), self.status])
+        looks = [self.score, self.colouring, self.filled, self.arrangement]
+        controls = widgets.HBox(
+            [*looks, *self.columns.values(), self.status], layout={"flex_flow": "row wrap", "grid_gap": "0 10px"}
+        )
         self.widget = widgets.VBox([self.chooser.widget, controls, self._row])
 
         self.on_change(self._choose, self.image, self.score)
         self.on_change(self._recolour, self.colouring)
-        self.on_change(self.redraw, self.filled, *self.columns.values())
+        self.on_change(self.redraw, self.filled, self.arrangement, *self.columns.values())
         self.chooser.refresh = self._mark_match
         self._choose()
 
@@ -75,29 +86,32 @@ class DetectionExplorer(ModelExplorer):
     def update(self) -> None:
         """Show the image for the controls' present values."""
         index, names = self.image.value, [name for name, column in self.columns.items() if column.value]
-        size = self.pixels(index).shape[:2]
-        self._row.children = [self._places[name] for name in names]
-        self._row.layout.grid_template_columns = f"repeat({max(len(names), 1)}, minmax(0, 1fr))"
+        size, wiped = self.pixels(index).shape[:2], self.arrangement.value == "wipe"
+        self._row.children = [self._wiped] if wiped else [self._places[name] for name in names]
+        self._row.layout.grid_template_columns = f"repeat({len(self._row.children) or 1}, minmax(0, 1fr))"
+        drawings = {}
         for name in names:
             rows = None if name == TRUTH else tuple(self._switched_on(name))
-            drawn = self._draw(name, index, rows, self.colouring.value, self.filled.value)
+            drawn = self._draw(name, index, rows, self.colouring.value, self.filled.value, wiped)
             objects = self.shown(name)
+            if wiped:
+                drawings[name] = drawn, objects, self._shown_colours(name)
+                continue
             tooltips = [f"{row + 1}: {label}" for row, label in enumerate(objects.names)]
             chosen = self.chosen if name == TRUTH else -1
             self.panels[name].show(drawn, objects.boxes.tolist(), tooltips, size=size, chosen=chosen)
+        self.wipe.show(drawings, size=size)
 
     @mpl.rc_context(STYLE)
     def figure(self) -> Figure:
         """Ground truth and each model's shown objects, side by side."""
-        index, pixels = self.image.value, self.pixels(self.image.value)
+        pixels = self.pixels(self.image.value)
         title = f"{self.chooser.name}, scores of at least {self.score.value:.2f}"
         size = 3.6 * len(self.panels), 0.7 + 3.6 * pixels.shape[0] / pixels.shape[1]
         figure, axes = new_figure(1, len(self.panels), size=size, title=title)
         for place, name in zip(axes[0], self.panels, strict=True):
-            objects, rows = self.shown(name), None if name == TRUTH else self._switched_on(name)
-            colours = self._colours(name, index, self.colouring.value)
-            shown = colours if rows is None else [colours[row] for row in rows]
-            draw_objects(place, pixels, objects, shown, font_size=8, filled=self.filled.value)
+            objects, colours = self.shown(name), self._shown_colours(name)
+            draw_objects(place, pixels, objects, colours, font_size=8, filled=self.filled.value)
             place.set_title(name if name == TRUTH else f"{name}: {len(objects.labels)} shown")
         return figure
 
@@ -151,13 +165,21 @@ class DetectionExplorer(ModelExplorer):
     def _found(self, name: str) -> Detections:
         return self._find(name, self.image.value).above(self.score.value)
 
-    def _draw_objects(self, name: str, index: int, rows: tuple[int, ...] | None, colouring: str, filled: bool) -> bytes:
+    def _draw_objects(
+        self, name: str, index: int, rows: tuple[int, ...] | None, colouring: str, filled: bool, wiped: bool
+    ) -> bytes:
         """The image with some of a model's objects, best first; with all true ones where there are no rows."""
         colours = self._colours(name, index, colouring)
-        objects = self.true_objects(index)
+        objects, pixels = self.true_objects(index), self.pixels(index)
         if rows is not None:
             objects, colours = self._find(name, index)[list(rows)], [colours[row] for row in rows]
-        return draw_image(self.pixels(index), objects, colours, width=WIDTH, filled=filled)
+        width = min(WIPE[0], WIPE[1] * pixels.shape[1] // pixels.shape[0]) if wiped else WIDTH
+        return draw_image(pixels, objects, colours, width=width, filled=filled, labelled=not wiped)
+
+    def _shown_colours(self, name: str) -> list[str]:
+        """The colours of the objects that are shown."""
+        colours = self._colours(name, self.image.value, self.colouring.value)
+        return colours if name == TRUTH else [colours[row] for row in self._switched_on(name)]
 
     def _colours(self, name: str, index: int, colouring: str) -> list[str]:
         """A colour for each object: of its class, or its own; a detection shares it with the true object it meets."""
