@@ -30,7 +30,6 @@ from solq_lab.models.solq import SOLQ
 from solq_lab.models.sqr import SQRDetector
 from solq_lab.models.weights import (
     LEARNED_DECODER,
-    ImportReport,
     WeightMismatch,
     initialise,
     read_backbone_weights,
@@ -135,23 +134,18 @@ def _start_from_file(network: SOLQ, path: Path) -> None:
     """Load what fits from a detector's file, or the backbone from a classifier's."""
     frozen = isinstance(network, SQRDetector) and network.freeze_detector
     names = read_official(path).state.keys()
-    if frozen:
-        _check_frozen_part_is_whole(initialise(network, path), path)
+    if frozen:  # it must not keep a freshly initialised tensor
+        fresh = [name for name in initialise(network, path).missing if not name.startswith("mask_branch.")]
+        if fresh:
+            raise WeightMismatch(
+                f"{path}: {len(fresh)} tensors of the frozen detector are not in it, the first is {fresh[0]}; give the "
+                "weights of a detector of this very size and these classes, or set train.freeze_detector: false"
+            )
     elif is_official(names) or not names.isdisjoint(network.state_dict()):
         initialise(network, path)
     else:
         backbone = network.backbone
         backbone.load_state_dict(read_backbone_weights(path, backbone.state_dict()))
-
-
-def _check_frozen_part_is_whole(report: ImportReport, path: Path) -> None:
-    """A frozen detector must not keep a freshly initialised tensor."""
-    fresh = [name for name in report.missing if not name.startswith("mask_branch.")]
-    if fresh:
-        raise WeightMismatch(
-            f"{path}: {len(fresh)} tensors of the frozen detector are not in it, the first is {fresh[0]}; give the "
-            "weights of a detector of this very size and these classes, or set train.freeze_detector: false"
-        )
 
 
 def build_dataset(

@@ -158,11 +158,8 @@ def _in_processes(what: str, *arguments: int | str, processes: int = 1) -> dict[
     return json.loads(outputs[0])
 
 
-def _main(folder: str, what: str, arguments: str, *rank: str) -> None:
+if __name__ == "__main__":
+    folder, what, arguments, *rank = sys.argv[1:]
     place = {"rank": int(rank[0]), "folder": Path(folder)} if rank else {}
     numbers = globals()[what](*json.loads(arguments), **place)
     sys.stdout.write(json.dumps({"numbers": numbers, "peak": peak_memory()}))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -169,12 +169,12 @@ def train_row(
 
 
 def stepper(model: nn.Module, experiment: Experiment, batch: Batch, autocast: str = "none") -> Callable[[], Numbers]:
-    """A function that takes one optimiser step of `model` on `batch`: loss and gradient norm."""
+    """A function that takes one optimiser step of `model` on `batch`, and waits for its loss and gradient norm."""
     device = next(model.parameters()).device
-    criterion = build_criterion(experiment, build_codec(experiment)).to(device)
+    criterion = build_criterion(experiment, build_codec(experiment), model).to(device)
     optimizer = build_optimizer(model, experiment.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    num_boxes = boxes_per_process([batch], device)
+    num_boxes = max(boxes_per_process([batch], device), 1.0)  # the images may have no objects
 
     def step() -> Numbers:
         optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from solq_lab.bars import progress_bar
@@ -314,11 +315,9 @@ def length_for(bounds: Sequence[UpperBound], number: str, share: float) -> float
     """
     lengths = [bound.setting.vector_dim for bound in bounds]
     values = [bound.evaluation.metrics[number] for bound in bounds]
-    reached = next((place for place, value in enumerate(values) if value >= share), None)
-    if not reached:
-        return math.nan if reached is None else float(lengths[0])
-    (before, value), (shorter, longer) = values[reached - 1 : reached + 1], lengths[reached - 1 : reached + 1]
-    return shorter * (longer / shorter) ** ((share - before) / (value - before))  # evenly on a logarithmic scale
+    if not max(values) >= share:  # nor where one of them is NaN
+        return math.nan
+    return float(np.exp2(np.interp(share, np.maximum.accumulate(values), np.log2(lengths))))
 
 
 def size_gap_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:

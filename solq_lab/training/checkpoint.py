@@ -73,7 +73,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, cl
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / MEGABYTE
             room = f"{free:.1f} MB are free"
-            for earlier in list_checkpoints(folder)[-1:]:
+            for earlier in step_folders(folder)[-1:]:
                 size = sum(path.stat().st_size for path in earlier.iterdir()) / MEGABYTE
                 room += f"; {earlier.name} stands, it takes {size:.1f} MB"
             raise SaveError(
@@ -81,12 +81,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, experiment: str, cl
                 "from the last checkpoint"
             ) from error
 
-    for old in list_checkpoints(folder)[:-KEPT]:
+    for old in step_folders(folder)[:-KEPT]:
         shutil.rmtree(old)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders, oldest first."""
+def step_folders(folder: Path) -> list[Path]:
+    """The folders of steps in a run's folder of checkpoints, or of flight records, oldest first."""
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
@@ -99,7 +99,7 @@ def load_newest_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         RunError: there are checkpoints, and all of them are damaged; nothing is renamed.
     """
-    found, damaged = list_checkpoints(folder), []
+    found, damaged = step_folders(folder), []
     for path in reversed(found):
         try:
             checkpoint = load_checkpoint(path)

@@ -34,6 +34,7 @@ from solq_lab.models.weights import WeightFile, WeightMismatch, read_weights, sa
 from solq_lab.ops.ms_deform_attn import implementation_for
 from solq_lab.runs import Run, RunError
 from solq_lab.structures import ImageBatch, Target
+from solq_lab.training.checkpoint import step_folders
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.step import Batch, MicroBatch, StepResult
 
@@ -182,16 +183,11 @@ class NonFiniteRecorder:
                     hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
                     write_json(partial / "record.json", {**facts, "files": hashes})
 
-                for old in list_records(folder.parent)[:-KEPT]:
+                for old in step_folders(folder.parent)[:-KEPT]:
                     shutil.rmtree(old)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors at a full disk
             problem = " ".join(str(error).split())
         return distributed.gather_objects(problem)[0]
-
-
-def list_records(folder: Path) -> list[Path]:
-    """The records under RUN/flight, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
 def load_record(folder: Path) -> tuple[dict[str, Any], WeightFile, list[tuple[list[Batch], dict[str, Tensor]]]]:
@@ -205,7 +201,7 @@ def load_record(folder: Path) -> tuple[dict[str, Any], WeightFile, list[tuple[li
         RunError: there is none, or it is not as it was written.
     """
     if not (folder / "record.json").is_file():
-        found = ", ".join(str(path) for path in list_records(folder if folder.name == "flight" else folder / "flight"))
+        found = ", ".join(str(path) for path in step_folders(folder if folder.name == "flight" else folder / "flight"))
         raise RunError(f"{folder}: not a flight record (no record.json); records there: {found or 'none'}")
     facts = read_json(folder / "record.json")
     files = facts.get("files") if isinstance(facts, dict) else None

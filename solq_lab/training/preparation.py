@@ -108,7 +108,12 @@ def describe_training(train_set: CocoDataset, codec: MaskCodec | None, device: t
         "device": describe_device(device),
         "hardware": describe_hardware(),
         "processes": distributed.world_size(),
-        "dataset": describe_dataset(train_set),
+        "dataset": {  # what tells one from another
+            "annotations": str(train_set.annotations),
+            "sha256": hash_file(train_set.annotations),
+            "images": len(train_set),
+            "classes": sum(1 for name in train_set.classes.names if name),
+        },
         "codec": describe_codec(codec),
     }
 
@@ -142,13 +147,3 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.backends.cpu.get_cpu_capability()} CPU"
-
-
-def describe_dataset(dataset: CocoDataset) -> dict[str, Any]:
-    """What tells one data set from another: the annotation file's hash, and counts."""
-    return {
-        "annotations": str(dataset.annotations),
-        "sha256": hash_file(dataset.annotations),
-        "images": len(dataset),
-        "classes": sum(1 for name in dataset.classes.names if name),
-    }

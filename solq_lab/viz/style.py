@@ -106,8 +106,9 @@ def new_panels(
         for row, column in np.ndindex(rows, columns):
             corner = left + column * (panel[0] + gap), below + (rows - 1 - row) * (panel[1] + above)
             place = (corner[0] / width, corner[1] / height, panel[0] / width, panel[1] / height)
-            axes[row, column] = figure.add_axes(place)
-            axes[row, column].set_axis_off()
+            added = figure.add_axes(place)
+            added.set_axis_off()
+            axes[row, column] = added
     return figure, axes
 
 

@@ -21,7 +21,8 @@ import torch
 import yaml
 
 from solq_lab.allocation import keep_freed_memory
-from solq_lab.build import build_codec, build_dataset, build_model
+from solq_lab.bench.network import stepper
+from solq_lab.build import build_dataset, build_model
 from solq_lab.config import ConfigError, Experiment, validate_experiment, with_found_data
 from solq_lab.data.annotations import read_annotations
 from solq_lab.data.loader import BatchLoader
@@ -34,9 +35,6 @@ from solq_lab.models.onednn import use_onednn
 from solq_lab.models.released import RELEASED
 from solq_lab.progress import describe_duration
 from solq_lab.runs import RunError
-from solq_lab.training.losses import build_criterion
-from solq_lab.training.optim import build_optimizer
-from solq_lab.training.step import boxes_per_process, forward_backward
 from solq_lab.workbench.check.rules import queries_for
 from solq_lab.workbench.download.weights import download_weights
 from solq_lab.workbench.released import import_released
@@ -46,6 +44,7 @@ logger = logging.getLogger(__name__)
 SHAPES = Path(__file__).resolve().parents[2] / "experiments" / "shipped" / "uqr"  # a CPU can train this network
 MIN_STEPS, MIN_OBJECTS = 500, 10  # below these a warning
 EVALUATION_SHARE = 0.2  # of the time, at most
+ENOUGH_SECONDS = 20.0  # of measured steps
 GB = 2**30
 
 
@@ -332,36 +331,29 @@ class _Planner:
             self.warnings.append(f"{len(rare)} classes have under {MIN_OBJECTS} training objects ({shown})")
 
 
-def measure_speed(experiment: Experiment, *, steps: int = 7, enough: float = 20.0) -> float:
+def measure_speed(experiment: Experiment, *, steps: int = 7) -> float:
     """Training images per second of this process on its device: the median of some steps, without the first.
 
     Args:
         experiment: what will be trained.
-        steps: to take, two at least.
-        enough: seconds after which no further step is begun.
+        steps: to take, two at least; after `ENOUGH_SECONDS` no further one is begun.
     """
     keep_freed_memory()  # as a training does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(experiment.train.threads or threads)
-    train_set, codec = build_dataset(experiment, "train"), build_codec(experiment)
+    train_set = build_dataset(experiment, "train")
     model = build_model(experiment, len(train_set.classes)).to(device).train()
     use_onednn(model, training=True)
-    criterion = build_criterion(experiment, codec, model).to(device)
-    optimizer, scaler = build_optimizer(model, experiment.optim), torch.amp.GradScaler(device.type, enabled=False)
 
     # The same images in each step: read once, as a cache keeps them or loaders read them ahead.
     size = experiment.train.batch_size // experiment.train.accumulate
     batch = next(iter(BatchLoader(train_set, [list(range(size))], 0)))
+    step = stepper(model, experiment, batch, experiment.train.autocast)
     seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) < steps and sum(seconds) < enough):
+    while len(seconds) < 2 or (len(seconds) < steps and sum(seconds) < ENOUGH_SECONDS):
         started = time.perf_counter()
-        optimizer.zero_grad()
-        boxes = max(boxes_per_process([batch], device), 1.0)
-        forward_backward(model, criterion, scaler, batch, boxes, experiment.train.autocast)
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        step()
         seconds.append(time.perf_counter() - started)
     torch.set_num_threads(threads)
     return size / median(seconds[1:])

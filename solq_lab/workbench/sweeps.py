@@ -98,11 +98,28 @@ class Outcome(NamedTuple):
     last_lines: tuple[str, ...]
 
 
-class Running(NamedTuple):
-    """A started job: `status` gives its exit status, None while it runs; `stop` signals it to save and to stop."""
+class Running:
+    """A started job.
 
-    status: Callable[[], int | None]
-    stop: Callable[[], object]
+    Attributes:
+        status: gives its exit status, None while it runs.
+        stop: signals it to save and to stop.
+        since: `time.monotonic()` of its start.
+    """
+
+    def __init__(self, job: Job, status: Callable[[], int | None], stop: Callable[[], object]) -> None:
+        self.status, self.stop, self.since = status, stop, time.monotonic()
+        self._folder = job.folder
+        self._progress: Progress | None = None
+
+    def describe(self) -> str:
+        """Its progress, in a few words."""
+        if self._progress is None:
+            try:
+                self._progress = Progress(load_run(self._folder))
+            except RunError:  # no run folder yet
+                return f"{self._folder.name}: starting"
+        return self._progress.read()
 
 
 Starter = Callable[[Job], Running]
@@ -188,7 +205,7 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
     _prepare(waiting)
 
     start, total = start or _start_here, len(waiting)
-    running: dict[Job, _Started] = {}
+    running: dict[Job, Running] = {}
     outcomes: list[Outcome] = []
     # A shell's background jobs and their children ignore SIGINT.
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -197,10 +214,10 @@ def run_sweep(jobs: Sequence[Job], *, start: Starter | None = None, at_once: int
             while waiting or running:
                 while waiting and len(running) < at_once:
                     job = waiting.pop(0)
-                    running[job] = _Started(job, start(job))
+                    running[job] = start(job)
 
                 for job, started in list(running.items()):
-                    status = started.process.status()
+                    status = started.status()
                     if status is not None:
                         del running[job]
                         printed, seconds = last_lines(job.log_file, LINES_SHOWN), time.monotonic() - started.since
@@ -231,7 +248,7 @@ def job_command(job: Job) -> list[str]:
 def _start_here(job: Job) -> Running:
     """Start a job in a child process."""
     child = Command(job_command(job), job.log_file).start()
-    return Running(child.poll, partial(child.send_signal, signal.SIGINT))
+    return Running(job, child.poll, partial(child.send_signal, signal.SIGINT))
 
 
 def cluster_starter(
@@ -251,7 +268,7 @@ def cluster_starter(
     def submit(job: Job) -> Running:
         gpus, command = job.experiment().train.gpus or 1, Command(job_command(job), job.log_file)
         submitted = cluster.submit(command, job.log_file, name=job.run, gpus_per_node=gpus)
-        return Running(submitted.status, submitted.stop)
+        return Running(job, submitted.status, submitted.stop)
 
     return submit
 
@@ -269,34 +286,17 @@ def _prepare(jobs: Sequence[Job]) -> None:
             fit_codec(experiment)
 
 
-class _Started:
-    """A running job."""
-
-    def __init__(self, job: Job, process: Running) -> None:
-        self.process, self.since = process, time.monotonic()
-        self._folder = job.folder
-        self._progress: Progress | None = None
-
-    def describe(self) -> str:
-        if self._progress is None:
-            try:
-                self._progress = Progress(load_run(self._folder))
-            except RunError:  # no run folder yet
-                return f"{self._folder.name}: starting"
-        return self._progress.read()
-
-
-def _stop_all(running: Mapping[Job, _Started]) -> str:
+def _stop_all(running: Mapping[Job, Running]) -> str:
     """Stop all jobs, wait until each has saved, and return the last line of each."""
     log.info("stopping %d runs; each saves first", len(running))
     for started in running.values():
-        started.process.stop()
+        started.stop()
 
     def is_training(job: Job) -> bool:
         return job.folder.exists() and load_run(job.folder).is_training()
 
     # A cluster may end a job before its training has saved.
-    while any(started.process.status() is None for started in running.values()) or any(map(is_training, running)):
+    while any(started.status() is None for started in running.values()) or any(map(is_training, running)):
         time.sleep(POLL_SECONDS)
 
     messages = [next(iter(last_lines(job.log_file, 1)), f"{job.run}: stopped") for job in running]

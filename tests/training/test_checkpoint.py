@@ -21,9 +21,9 @@ from solq_lab.runs import RunError
 from solq_lab.training import checkpoint as module
 from solq_lab.training.checkpoint import (
     Checkpoint,
-    list_checkpoints,
     load_newest_checkpoint,
     save_checkpoint,
+    step_folders,
 )
 from solq_lab.training.ema import AveragedWeights
 from solq_lab.training.random import random_state, restore_random_state
@@ -59,7 +59,7 @@ def test_where_nothing_was_saved_there_is_no_checkpoint(tmp_path):
 def test_the_last_two_are_kept(tmp_path):
     for step in (5, 10, 100, 20):
         save(tmp_path, step)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000020", "step_0000100"]
+    assert [path.name for path in step_folders(tmp_path)] == ["step_0000020", "step_0000100"]
 
 
 def test_saving_the_same_step_twice_keeps_the_first(tmp_path):
@@ -101,7 +101,7 @@ def test_a_damaged_one_makes_way_for_the_next_of_its_step_and_does_not_count_as_
     (tmp_path / "step_0000010" / "state.pt").write_bytes(b"")
     load_newest_checkpoint(tmp_path)
     save(tmp_path, 7)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000005", "step_0000007"]
+    assert [path.name for path in step_folders(tmp_path)] == ["step_0000005", "step_0000007"]
     save(tmp_path, 10)
     assert load_newest_checkpoint(tmp_path).step == 10
     assert (tmp_path / "damaged_step_0000010").is_dir()  # for whoever wants to look at it
@@ -154,7 +154,7 @@ def test_when_all_are_damaged_the_training_does_not_start_anew(tmp_path):
         (tmp_path / f"step_{step:07d}" / "state.pt").write_bytes(b"")
     with pytest.raises(RunError, match=r"no checkpoint can be read .*step_0000005, step_0000010.* remove this folder"):
         load_newest_checkpoint(tmp_path)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000005", "step_0000010"]
+    assert [path.name for path in step_folders(tmp_path)] == ["step_0000005", "step_0000010"]
 
 
 def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from solq_lab.build import build_model
 from solq_lab.heartbeat import Failure, Heartbeat, HeartbeatMonitor, ProcessLost
 from solq_lab.shared_memory import CHUNK, COUNTERS, SharedMemory
 from solq_lab.training import torchrun
-from solq_lab.training.checkpoint import list_checkpoints
+from solq_lab.training.checkpoint import step_folders
 from solq_lab.training.step import share_gradients
 from solq_lab.training.trainer import train_run
 from solq_lab.workbench.trainings import training_command
@@ -278,7 +278,7 @@ class Started:
 
 
 def newest_checkpoint(run):
-    return max((int(path.name.removeprefix("step_")) for path in list_checkpoints(run.checkpoints)), default=0)
+    return max((int(path.name.removeprefix("step_")) for path in step_folders(run.checkpoints)), default=0)
 
 
 @pytest.fixture

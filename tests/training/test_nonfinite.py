@@ -28,10 +28,10 @@ from solq_lab.files import FileError
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError
 from solq_lab.training import nonfinite
-from solq_lab.training.checkpoint import list_checkpoints
+from solq_lab.training.checkpoint import step_folders
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.metrics import MetricLogger
-from solq_lab.training.nonfinite import NonFiniteError, list_records, load_record
+from solq_lab.training.nonfinite import NonFiniteError, load_record
 from solq_lab.training.replay import replay_record
 from solq_lab.training.step import SCALE_FLOOR, MicroBatch
 from solq_lab.training.trainer import Trainer, train_run
@@ -152,9 +152,9 @@ def test_costs_that_are_not_finite_stop_after_as_many_steps_as_are_allowed(data_
     skipped = [message for message in caplog.messages if "; skipped," in message]
     counts = [message.rpartition("; ")[2] for message in skipped]
     assert counts == [f"skipped, {number} of at most 3 in a row" for number in (1, 2, 3)]
-    assert [path.name for path in list_records(run.folder / "flight")] == [f"step_000000{n}" for n in (3, 4, 5)]
+    assert [path.name for path in step_folders(run.folder / "flight")] == [f"step_000000{n}" for n in (3, 4, 5)]
     assert [line["step"] for line in run.metrics("nonfinite")] == [2, 3, 4, 5]
-    weights = [read_weights(path / "weights.safetensors").state for path in list_records(run.folder / "flight")]
+    weights = [read_weights(path / "weights.safetensors").state for path in step_folders(run.folder / "flight")]
     assert all(torch.equal(weights[0][name], later[name]) for later in weights[1:] for name in later)
     replay = replay_record(run.folder / "flight" / "step_0000003")
     assert replay.exact
@@ -226,7 +226,7 @@ def test_weights_that_are_not_finite_are_never_saved(data_root, tmp_path, monkey
     run = new_run(data_root, tmp_path, train={"skip_nonfinite": 5})
     with pytest.raises(NonFiniteError, match=rf"{POISONED} is not finite after step 6: no checkpoint is written"):
         train_run(run)
-    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_0000003"]
+    assert [path.name for path in step_folders(run.checkpoints)] == ["step_0000003"]
 
 
 def test_what_is_trained_is_announced_with_the_square_root_rule(data_root, tmp_path, caplog):

@@ -27,7 +27,7 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.runs import RunError, create_run
 from solq_lab.training import signals
 from solq_lab.training import trainer as module
-from solq_lab.training.checkpoint import SaveError, list_checkpoints
+from solq_lab.training.checkpoint import SaveError, step_folders
 from solq_lab.training.faults import DiskFull, OutOfMemory, explain_fault
 from solq_lab.training.trainer import Trainer, train_run
 from solq_lab.workbench.trainings import follow_training, start_training
@@ -78,7 +78,7 @@ def test_a_stop_in_start_up_ends_at_once_and_leaves_nothing_half_done(run, whole
     with monkeypatch.context() as patch:
         patch.setattr(module, phase, lambda *_, **__: interrupt())
         assert stopped_within(30, run)["message"] == "SIGTERM"
-    assert list_checkpoints(run.checkpoints) == []
+    assert step_folders(run.checkpoints) == []
     assert_resumes(run, whole)
 
 
@@ -138,7 +138,7 @@ def test_a_stop_while_a_slow_disk_is_waited_for_does_not_wait(data_root, tmp_pat
 def test_a_signal_that_torchrun_sends_once_more_is_no_second_one(run, monkeypatch):
     signal_after(monkeypatch, 4, signal.SIGINT, signal.SIGINT, signal.SIGTERM)
     assert train_run(run) == "preempted"
-    assert list_checkpoints(run.checkpoints)[-1].name == "step_0000004"
+    assert step_folders(run.checkpoints)[-1].name == "step_0000004"
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_saving_and_costs_the_steps_since(run, whole, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_saving_and_costs_the_steps_since(
     status = run.status()
     expected = ("preempted", 3, "a second Ctrl-C, without saving")
     assert (status["state"], status["step"], status["message"]) == expected
-    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_0000003"]
+    assert [path.name for path in step_folders(run.checkpoints)] == ["step_0000003"]
     assert_resumes(run, whole)
 
 

@@ -25,7 +25,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.files import read_json
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import RunError
-from solq_lab.training.checkpoint import list_checkpoints
+from solq_lab.training.checkpoint import step_folders
 from solq_lab.training.trainer import train_run
 
 
@@ -66,7 +66,7 @@ def test_a_training_leaves_everything_a_run_promises(finished):
     stored = read_weights(run.weights)
     assert "name: tiny" in stored.experiment
     assert json.loads(stored.classes)["names"] == ["triangle", "diamond"]
-    assert len(list_checkpoints(run.checkpoints)) == 2
+    assert len(step_folders(run.checkpoints)) == 2
 
 
 def test_a_finished_run_is_not_trained_again(finished, caplog):
