@@ -26,7 +26,7 @@ def test_a_package_starts_with_a_docstring_and_nothing_else(path):
     assert ast.get_docstring(ast.Module(body, [])) is not None
 
 
-LIGHT = ["solq_lab", "solq_lab.workbench.cli", "solq_lab.workbench.notebooks", "solq_lab.config"]
+LIGHT = ["solq_lab", "solq_lab.workbench.cli", "solq_lab.workbench.notebooks", "solq_lab.config", "solq_lab.runs"]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from solq_lab.bench.network import SIZE, Numbers, Workload, describe_size, infer_row, released_model, train_row
+from solq_lab.bench.network import IMAGE_SIZE, Numbers, Workload, describe_size, infer_row, released_model, train_row
 from solq_lab.bench.op import draw_inputs, layer_rows
 from solq_lab.bench.timing import Row, compare, timer
 from solq_lab.ops.ms_deform_attn import implementation_for
@@ -20,7 +20,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the largest numbe
 OUTPUT_TOLERANCES = {"none": 1e-2, "bf16": 5e-2}  # after fifty convolutions, in TF32 as torch has it, and twelve layers
 LOSS_TOLERANCE = 5e-2  # relative, between float32 and bfloat16
 CALLS = 5  # of an operator that are timed as one, so that the GPU never waits for the host
-COCO = Workload(released_model(), image=(800, 1333), shown=SIZE, batch=4, repeats=50)
+COCO = Workload(released_model(), image=(800, 1333), shown=IMAGE_SIZE, batch=4, repeats=50)
 
 
 def rows(device: torch.device | str = "cuda", work: Workload = COCO) -> Iterator[Row]:

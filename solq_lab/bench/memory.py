@@ -29,6 +29,7 @@ from solq_lab.evaluation.results import write_results
 from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.onednn import use_onednn
 from solq_lab.ops.ms_deform_attn import use_implementation
+from solq_lab.studies.efficiency import build_random_network
 
 NUM_IMAGES = 5000  # of COCO's validation split
 OBJECTS = 7  # per image, COCO's mean
@@ -119,7 +120,7 @@ def train(checkpointed: bool, height: int, width: int) -> Sequence[float]:
     """Loss and gradient norm of one optimiser step that keeps its activations or recomputes them."""
     keep_freed_memory(keep=not checkpointed)  # as the training process does, and the layers below
     work = Workload(released_model(), image=(height, width), shown=(height, width), batch=1, repeats=1)
-    model = network.build_network(work.experiment).train()
+    model = build_random_network(work.experiment).train()
     use_onednn(model, training=True)
     if checkpointed:
         checkpoint_activations(model)
@@ -133,7 +134,7 @@ def train_demo(implementation: str) -> Sequence[float]:
     experiment: Experiment = load_experiment(DEMO)
     size = (experiment.data.max_size, experiment.data.max_size)
     work = Workload(experiment, image=size, shown=size, batch=experiment.train.batch_size, repeats=1)
-    step = network.stepper(network.build_network(experiment).train(), experiment, network.draw_batch(work))
+    step = network.stepper(build_random_network(experiment).train(), experiment, network.draw_batch(work))
     with use_implementation(implementation):
         return step()
 

@@ -19,21 +19,20 @@ from solq_lab.bench.postprocess import TOP_K, postprocess_one_by_one
 from solq_lab.bench.scenes import HEIGHT, WIDTH, blob_masks, boxes_xyxy
 from solq_lab.bench.timing import Row, are_near, compare
 from solq_lab.boxes import xyxy_to_cxcywh
-from solq_lab.build import build_codec, build_model
+from solq_lab.build import build_codec
 from solq_lab.config import Experiment
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.graphs import GraphedForward
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import predict_last_layer
 from solq_lab.models.onednn import use_onednn
-from solq_lab.models.solq import SOLQ
 from solq_lab.ops.ms_deform_attn import use_implementation
 from solq_lab.structures import Detections, ImageBatch, LayerPrediction, Target
+from solq_lab.studies.efficiency import CLASS_CHANNELS, IMAGE_SIZE, build_random_network
 from solq_lab.training.losses import build_criterion
 from solq_lab.training.optim import build_optimizer, clip_gradients, gradient_norm
 from solq_lab.training.step import Batch, boxes_per_process, forward_backward
 
-CLASSES = 91
 OBJECTS = 7  # per image, COCO's mean
 CPU = torch.device("cpu")
 Numbers = tuple[float, float]  # loss and gradient norm of one step
@@ -67,8 +66,7 @@ def released_model(**changes: Any) -> Experiment:
     return Experiment.model_validate({"name": "bench", "model": {"width": 384, "pretrained": "none", **changes}})
 
 
-SIZE = (512, 852)  # of the network's input: table 5 of the paper
-TABLE_5 = Workload(released_model(dropout=0), image=SIZE, shown=SIZE, batch=1, repeats=5)
+TABLE_5 = Workload(released_model(dropout=0), image=IMAGE_SIZE, shown=IMAGE_SIZE, batch=1, repeats=5)
 
 
 def infer_rows(work: Workload = TABLE_5) -> Iterator[Row]:
@@ -115,8 +113,8 @@ def inference_ways(
     work: Workload, device: torch.device = CPU, autocast: str = "none"
 ) -> tuple[Callable[[], Prediction], Callable[[], Prediction]]:
     """The plain way of predicting one image, and ours, on a GPU as a CUDA graph."""
-    model, images = build_network(work.experiment).eval().to(device), draw_images(work.shown)
-    codec, names = build_codec(work.experiment), [str(channel) for channel in range(CLASSES)]
+    model, images = build_random_network(work.experiment).eval().to(device), draw_images(work.shown)
+    codec, names = build_codec(work.experiment), [str(channel) for channel in range(CLASS_CHANNELS)]
     assert codec is not None, "the bench measures networks with mask vectors"
     codec.to(device)
     kept = zigzag_places(codec.mask_size)[: codec.vector_dim]
@@ -149,7 +147,7 @@ def train_row(
     **settings: Any,
 ) -> Row:
     """An optimiser step, against one in float32 with `grid_sample`."""
-    network = build_network(work.experiment).train()
+    network = build_random_network(work.experiment).train()
     batch = draw_batch(work, pinned=device.type == "cuda")
     plain_step = stepper(copy.deepcopy(network).to(device), work.experiment, batch)
     if device.type == "cpu":
@@ -185,17 +183,6 @@ def stepper(model: nn.Module, experiment: Experiment, batch: Batch, autocast: st
         return done.losses["total"].item(), norm.item()
 
     return step
-
-
-def build_network(experiment: Experiment) -> SOLQ:
-    """A fresh network whose zero matrices are drawn too: otherwise all queries would give one and the same mask."""
-    torch.manual_seed(0)
-    model = build_model(experiment, CLASSES)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02)
-    return model
 
 
 def draw_images(size: tuple[int, int], batch: int = 1) -> ImageBatch:

@@ -20,6 +20,7 @@ from solq_lab.build import build_codec, build_model
 from solq_lab.config import ConfigError, Experiment, change_experiment
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.postprocess import decoding_of, postprocess
+from solq_lab.models.solq import SOLQ
 from solq_lab.ops.ms_deform_attn import MULTIPLY_ADD
 from solq_lab.structures import ImageBatch
 
@@ -190,17 +191,23 @@ def _multiply_adds(function: Callable[..., Any], argument: Any) -> int:
     return counter.get_total_flops() // MULTIPLY_ADD
 
 
+def build_random_network(experiment: Experiment, num_classes: int = CLASS_CHANNELS) -> SOLQ:
+    """A fresh network whose zero matrices are drawn too: otherwise all queries would give one and the same mask."""
+    torch.manual_seed(0)
+    model = build_model(experiment, num_classes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
+
+
 def _predictor(
     experiment: Experiment, num_classes: int, image_size: tuple[int, int], device: torch.device
 ) -> Callable[[], object]:
     """A function that predicts one image, from pixels to run lengths, with random weights."""
-    torch.manual_seed(experiment.seed)
-    model = build_model(experiment, num_classes)
-    with torch.no_grad():
-        for parameter in model.parameters():  # zero matrices would give all queries one score and one mask
-            if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02)
-    model, codec = prepare_for_inference(model.to(device)), build_codec(experiment)
+    model = prepare_for_inference(build_random_network(experiment, num_classes).to(device))
+    codec = build_codec(experiment)
     if codec is not None:
         codec.to(device)
     images, names = _blank(image_size).to(device), [str(channel) for channel in range(num_classes)]

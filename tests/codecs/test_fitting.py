@@ -266,19 +266,6 @@ def test_a_file_of_other_sizes_or_settings_than_the_experiments_is_rejected_with
             build_codec(experiment_for(tmp_path, artifact, same | change))
 
 
-def test_writing_is_all_or_nothing(artifact, monkeypatch):
-    before = artifact.read_bytes()
-
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("solq_lab.files.os.fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        write_tensors(artifact, {"a": torch.ones(3)}, {})
-    assert artifact.read_bytes() == before
-    assert sorted(path.name for path in artifact.parent.iterdir()) == ["code.json", "code.safetensors"]
-
-
 # Quality
 
 

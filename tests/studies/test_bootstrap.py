@@ -81,14 +81,6 @@ def test_on_a_draw_the_ap_is_that_of_a_data_set_with_the_drawn_images():
         assert row.mean() == pytest.approx(expected["segm.AP"], abs=1e-12)
 
 
-def test_more_than_a_hundred_detections_of_an_image_count_as_coco_counts_them():
-    truth = truth_of([(1, 1, (0, 0, 20, 20))], 1)
-    results = [result_of(1, 1, (30, 20, 10, 10), 0.9 - i / 1000) for i in range(100)]
-    results.append(result_of(1, 1, (0, 0, 20, 20), 0.1))
-    assert len(match_results(truth, results, kind="box").images) == 100
-    assert precision_on_draws(match_results(truth, results, kind="box"), np.ones((1, 1))).max() == 0.0
-
-
 def test_equal_runs_differ_by_nothing_at_all():
     truth, results = scene(4, noise=1.0)
     for row in compare_results(truth, results, copy.deepcopy(results), draws=50).differences.itertuples():

@@ -151,8 +151,3 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         pass  # nothing was written that could take its place
     assert json.loads(path.read_text()) == {"a": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["value.json"]
-
-
-def test_a_run_folder_opens_without_torch():
-    code = "import sys, solq_lab.runs; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import Predictor
-from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
+from solq_lab.models.weights import WeightMismatch, read_official, read_weights, save_weights
 from solq_lab.workbench.commands.arguments import cluster_options
 from solq_lab.workbench.paper import paper_table
 
@@ -94,7 +95,7 @@ def pretrained(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["backbone.pth", "model.safetensors"])
-@pytest.mark.parametrize("read", [pretrained, Predictor, read_weights], ids=["pretrained", "predictor", "weights"])
+@pytest.mark.parametrize("read", [pretrained, Predictor, read_weights, read_official])
 def test_code_in_weights_is_rejected_and_does_not_run(tmp_path, name, read):
     marker, file = tmp_path / "marker", tmp_path / name
     torch.save({"conv1.weight": torch.zeros(1), "surprise": Trap(marker)}, file)
@@ -102,6 +103,8 @@ def test_code_in_weights_is_rejected_and_does_not_run(tmp_path, name, read):
         read(file)
     assert "Traceback" not in str(caught.value)
     assert not marker.exists()
+    pickle.loads(pickle.dumps(Trap(marker)))
+    assert marker.exists(), "the trap itself must work, or this test proves nothing"
 
 
 # --------------------------------------------------------------------------------------------------------------- YAML
