@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,14 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from PIL import Image, ImageFile, ImageOps
 
 from solq_lab.data.annotations import DataError, clamped_box
+from solq_lab.data.coco import CocoDataset
 from solq_lab.data.folders import Split
+from solq_lab.inference.predictor import as_pixels
 from solq_lab.schema import EvaluationSection
-from solq_lab.viz.images import MaskWindow, outline_mask
-from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, colours_of, new_figure
+from solq_lab.viz.images import LABEL_PAD, MaskWindow, draw_objects, ground_truth, outline_mask
+from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, colours_of, new_figure, text_colour
 from solq_lab.workbench.check.findings import RULES, Finding
 from solq_lab.workbench.check.report import Report
 from solq_lab.workbench.check.rules import read_mask
@@ -30,7 +31,6 @@ CHARACTERS = 46  # of a line above an image
 SPLIT_COLOURS = (BLUE, ORANGE)
 MAX_CLASSES = 100  # in the chart
 MAX_LINEAR = 50  # times the smallest class that the largest may have on a linear scale
-HALO = [withStroke(linewidth=1.5, foreground="black")]  # of names on images
 AREA_SIDES = EvaluationSection().area_sides  # COCO's limits between small, medium and large, pixels
 
 
@@ -121,8 +121,23 @@ def sample_images(report: Report, name: str) -> Figure:
         for entry, of_class in some:
             corner = _draw_outline(panel, entry, size, colours[of_class])
             if corner is not None:
-                style = {"fontsize": 5, "color": colours[of_class], "path_effects": HALO, "clip_on": True}
+                colour = colours[of_class]
+                box = {"facecolor": colour, "edgecolor": "none", "alpha": 0.8, "pad": LABEL_PAD}
+                style = {"fontsize": 6.5, "color": text_colour(colour), "bbox": box, "clip_on": True}
                 panel.text(*corner, _printable(of_class, 20), verticalalignment="bottom", **style)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def mixed_images(datasets: Mapping[str, CocoDataset], *, epochs: int = 3) -> Figure:
+    """What each data set, by name, makes of its first image: a row each, a column an epoch."""
+    side = SIDE * ACROSS / epochs
+    figure, axes = new_figure(len(datasets), epochs, size=(SIDE * ACROSS, (side + 0.2) * len(datasets)))
+    for panels, (name, dataset) in zip(axes, datasets.items(), strict=True):
+        for epoch, panel in enumerate(panels):
+            image, target = dataset[epoch, 0]
+            draw_objects(panel, as_pixels(image), ground_truth(target, dataset.classes.names), font_size=8)
+            panel.set_title(f"{name}, epoch {epoch}")
     return figure
 
 

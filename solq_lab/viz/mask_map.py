@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from solq_lab.viz.style import STYLE, new_figure, save_animation
 SIDE = 560  # of the map, CSS pixels
 SHOWN = 200  # of the mask under the pointer
 RADIUS = 4.0  # of a point
+ROW = 18  # of the legend
 
 
 def project(vectors: Tensor) -> tuple[Tensor, float]:
@@ -66,14 +68,23 @@ def mask_map(places: Tensor, masks: Tensor, names: Sequence[str], colours: Seque
         circle = f'<circle cx="{x:.1f}" cy="{SIDE - y:.1f}" r="{RADIUS}" fill="{html.escape(colour)}"/>'
         points.append(f'<g class="point">{circle}{shown}</g>')
 
+    # Below it the classes that are most frequent, as many as fit.
+    classes = Counter(zip(names, colours, strict=True)).most_common((SIDE - SHOWN - 60) // ROW)
+    legend = "".join(
+        f'<circle cx="{SIDE + 26}" cy="{SHOWN + 60 + ROW * row}" r="{RADIUS}" fill="{html.escape(colour)}"/>'
+        f'<text x="{SIDE + 38}" y="{SHOWN + 64 + ROW * row}">{html.escape(name)}, {count}</text>'
+        for row, ((name, colour), count) in enumerate(classes)
+    )
     style = (
         ".solq-map .mask {display: none} .solq-map .point:hover .mask {display: block}"
         ".solq-map circle {opacity: .75} .solq-map .point:hover circle {opacity: 1; stroke: black; stroke-width: 2}"
         ".solq-map text {font: 13px sans-serif; fill: currentColor} .solq-map image {image-rendering: pixelated}"
     )
+    frame = f'<rect width="{SIDE}" height="{SIDE}" rx="6" fill="none" stroke="#8888"/>'
     size = f'width="{SIDE + SHOWN + 30}" height="{SIDE}"'
     return (
-        f'<svg class="solq-map" xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{"".join(points)}</svg>'
+        f'<svg class="solq-map" xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{frame}{legend}'
+        f"{''.join(points)}</svg>"
     )
 
 

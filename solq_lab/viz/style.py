@@ -128,14 +128,17 @@ def save(figure: Figure, path: Path) -> Figure:
 
 
 def styled(frame: pd.DataFrame, digits: int = 1) -> Styler:
-    """A frame for a notebook to show: rounded, "-" where a number is missing, digits in columns."""
+    """A frame for a notebook to show: rounded, "-" where a number is missing, digits in columns, texts to the left."""
+    texts = [name for name in frame if frame[name].map(type).eq(str).all()]
     look = [
         {"selector": "td", "props": "text-align: right; font-variant-numeric: tabular-nums; padding: 3px 10px"},
         {"selector": "th.row_heading", "props": "text-align: left; font-weight: 600; padding: 3px 10px"},
         {"selector": "tr", "props": "border-bottom: 1px solid #8884; background: transparent"},
         {"selector": "", "props": "border-collapse: collapse"},
     ]
-    return frame.style.format(precision=digits, na_rep="-").set_table_styles(look)
+    shown = frame.style.format(precision=digits, na_rep="-").set_table_styles(look)
+    left: dict[Any, Any] = {name: [{"selector": "", "props": "text-align: left"}] for name in texts}
+    return shown.set_table_styles(left, overwrite=False)
 
 
 def metric_title(metric: str) -> str:

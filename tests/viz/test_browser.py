@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from browser import find_chromium, open_notebook
+from PIL import Image
+from playwright.sync_api import expect
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(find_chromium() is None, reason="no chromium or google-chrome on the PATH"),
 ]
+expect.set_options(timeout=20_000)  # milliseconds that the kernel may take
+
+
+def iou_of(text: str) -> float:
+    return float(re.search(r"IoU\s+([01]\.\d+)", text).group(1))
+
+
+def vector_bytes(text: str) -> int:
+    return int(re.search(r"vector\s+([\d,]+) bytes", text).group(1).replace(",", ""))
 
 
 def test_the_codec_explorer_answers_to_its_controls(tmp_path):
@@ -40,10 +52,55 @@ def test_the_codec_explorer_answers_to_its_controls(tmp_path):
 
         explorer.get_by_role("button", name="find the worst").click()
         tile = explorer.locator(".widget-gridbox .widget-gridbox").filter(visible=True).first
-        tile.locator(".widget-label", has_text="0.").wait_for()
+        tile.locator(".widget-html", has_text="0.").wait_for()
         tile.get_by_role("button").click()
         notebook.wait_for_text(numbers, by_components)
         notebook.screenshot("codec_explorer_worst")
+        assert notebook.errors == []
+
+
+def test_vectors_suffer_codecs_stand_side_by_side_and_views_are_saved(tmp_path):
+    with open_notebook("codec_explorer.ipynb", tmp_path) as notebook:
+        notebook.run_all(seconds=400)
+        page, explorer = notebook.page, notebook.page.locator(".jp-OutputArea .widget-vbox").first
+        numbers = explorer.locator(".widget-html", has_text="boundary IoU").first
+        clean = numbers.inner_text()
+        notebook.move_slider("rounding", "ArrowRight", times=3)
+        numbers.get_by_text("coded ideally").wait_for()
+        assert vector_bytes(numbers.inner_text()) < vector_bytes(clean) / 2
+        notebook.move_slider("rounding", "Home")
+        expect(numbers).to_have_text(clean, use_inner_text=True)
+        notebook.move_slider("noise", "End")
+        assert iou_of(notebook.wait_for_text(numbers, clean)) < iou_of(clean) - 0.02
+
+        for method in ("dct", "fourier"):
+            notebook.choose("method", method)
+            explorer.get_by_role("button", name="compare").click()
+        captions = explorer.locator(".widget-gridbox .widget-html", has_text=": IoU 0.").filter(visible=True)
+        expect(captions).to_have_count(2)
+        dct, fourier = captions.all_inner_texts()
+        assert dct.startswith("DCT,")
+        assert fourier.startswith("Fourier contour,")
+        assert iou_of(dct) == iou_of(clean)  # without noise
+        notebook.screenshot("codec_explorer_side_by_side")
+        captions.first.locator("xpath=..").get_by_role("button").click()
+        expect(notebook.control("method").locator("select")).to_have_value("dct")
+
+        for ending in ("png", "svg", "gif"):
+            explorer.get_by_role("button", name=ending.upper()).click()
+            said = explorer.get_by_text(re.compile(rf"saved as .*\.{ending}"))
+            said.wait_for()
+            path = tmp_path / said.inner_text().removeprefix("saved as ")
+            assert "</svg>" in path.read_text() if ending == "svg" else Image.open(path).size > (300, 150)
+        assert Image.open(path).n_frames > 10
+
+        Image.fromarray(np.pad(np.full((20, 20), 240, np.uint8), 15)).save(tmp_path / "square.png")
+        with page.expect_file_chooser() as chooser:
+            explorer.get_by_role("button", name="own image").click()
+        chooser.value.set_files(tmp_path / "square.png")
+        expect(notebook.control("data set").locator("select")).to_have_value("own mask")
+        notebook.move_slider("noise", "Home")
+        expect(numbers).to_contain_text("1.000")
         assert notebook.errors == []
 
 
@@ -65,10 +122,10 @@ def test_a_mask_drawn_with_the_mouse_has_an_iou(tmp_path):
         page.mouse.up()
         drawn = notebook.wait_for_text(numbers, before)
         assert notebook.control("data set").locator("select").input_value() == "own mask"
-        assert 0.5 < float(re.search(r"IoU\s+(0\.\d+)", drawn).group(1)) < 1
+        assert 0.5 < iou_of(drawn) < 1
         notebook.screenshot("codec_explorer_drawn")
         explorer.get_by_role("button", name="compare").click()
-        explorer.locator(".widget-label", has_text="100: IoU 0.").wait_for()
+        explorer.locator(".widget-html", has_text="100: IoU 0.").wait_for()
         canvas.scroll_into_view_if_needed()
         explorer.get_by_role("button", name="clear").last.click()
         explorer.get_by_text("the mask is empty").wait_for()

@@ -69,8 +69,8 @@ class AttentionExplorer(ModelExplorer):
         self.clickable = ClickableImage(self.guarded(self._click))
         self.panels = widgets.Image(format="jpeg", layout={"width": "100%", "min_width": "0"})
 
-        chosen = [self.score, self.object, self.what, *self._choices.values(), self.close_up, self.status]
-        controls = widgets.VBox(chosen, layout={"flex": "1 1 auto", "min_width": "0"})
+        chosen = [self.what, self.score, self.object, *self._choices.values(), self.close_up, self.status]
+        controls = widgets.VBox(chosen, layout={"flex": "1 1 auto", "min_width": "0", "padding": "0 0 0 8px"})
         image = widgets.Box([self.clickable], layout={"flex": "0 0 36%"})
         parts = [self.chooser.widget, widgets.HBox([image, controls])]
         panels = widgets.VBox([self.panels], layout={"align_items": "flex-start"})  # stretched otherwise
@@ -189,20 +189,20 @@ class AttentionExplorer(ModelExplorer):
 
     def _make_controls(self) -> None:
         model = next(iter(self._predictors.values())).experiment.model
-        narrow = widgets.Layout(width="210px")
-        self.object = widgets.Dropdown(description="object", layout=narrow)
-        self.what = widgets.ToggleButtons(options=list(USED), style={"button_width": "124px"})
+        look = {"layout": {"width": "250px"}, "style": {"description_width": "44px"}}
+        self.object = widgets.Dropdown(description="object", **look)
+        self.what = widgets.ToggleButtons(options=list(USED), style={"button_width": "auto"})
         self.layer, self.head, self.level = (
             widgets.Dropdown(
                 options=[("all", ALL)] + [(str(number + 1), number) for number in range(count)],
                 description=name,
-                layout=narrow,
+                **look,
             )
             for name, count in (("layer", model.decoder_layers), ("head", model.heads), ("level", model.levels))
         )
         self.layer.value = model.decoder_layers - 1
         self._choices = {"layer": self.layer, "head": self.head, "level": self.level}
-        self.close_up = widgets.Checkbox(value=True, description="close-up", indent=False)
+        self.close_up = widgets.Checkbox(value=True, description="close-up", **look)
 
         self.on_change(self._choose_image, self.image, self.score)
         self.on_change(self.redraw, self.object, self.what, *self._choices.values(), self.close_up)

@@ -63,9 +63,9 @@ class ImageChooser:
             for column, name in FILTERS.items()
         }
         self.score = widgets.FloatRangeSlider(
-            value=(0, 1), min=0, max=1, step=0.05, description="found at", continuous_update=False, readout_format=".2f"
+            value=(0, 1), min=0, max=1, step=0.05, description="found at", continuous_update=False, readout_format=".0%"
         )
-        self.score.layout, self.score.style = {"width": "310px"}, {"description_width": "54px"}
+        self.score.layout, self.score.style = {"width": "310px"}, {"description_width": "60px"}
         self.sort = widgets.Dropdown(options=["file"], description="first", layout=narrow, style=style)
         self.matches = widgets.Dropdown(options=[], layout={"width": "230px"})
         self.upload = widgets.FileUpload(accept="image/*", description="own image", layout={"width": "auto"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from solq_lab.viz.images import draw_objects
 from solq_lab.viz.style import OBJECT_COLOURS, STYLE, text_colour
 from solq_lab.viz.widgets.live_panel import DPI, as_png
 
+CAPTION = '<div style="font-size: 11px; line-height: 1.3; text-align: center">{}</div>'
 MAX_CHIPS = 100  # whose objects are marked when they are pointed at
 _MARKED = "box-shadow: inset 0 0 0 {}px white, inset 0 0 0 {}px black, 0 0 0 2px black"
 # Pointing at the chip of an object marks the object too.
@@ -147,14 +149,14 @@ class Tiles:
     def __init__(self, count: int, on_click: Callable[[int], None]) -> None:
         """At most `count` tiles; `on_click` is given the place of the clicked one."""
         self.images = [widgets.Image(format="png", layout={"width": "100%"}) for _ in range(count)]
-        self.captions = [widgets.Label() for _ in range(count)]
+        self.captions = [widgets.HTML() for _ in range(count)]
         self.buttons = [widgets.Button(layout={"width": "100%", "height": "100%", "margin": "0"}) for _ in range(count)]
         tiles = []
         for place, (image, caption, button) in enumerate(zip(self.images, self.captions, self.buttons, strict=True)):
             for part, area in ((image, "1 / 1"), (caption, "2 / 1"), (button, "1 / 1 / 3 / 2")):
                 part.layout.grid_area = area
 
-            caption.style.font_size, caption.layout.margin = "11px", "-6px auto 0"
+            caption.layout.margin = "0 auto"
             button.style.button_color = "transparent"  # without a face, over the image and its caption
             button.on_click(lambda _, place=place: on_click(place))
             tiles.append(widgets.GridBox([image, caption, button], layout={"overflow": "hidden"}))
@@ -172,7 +174,8 @@ class Tiles:
             tile.layout.display = None if place < len(shown) else "none"
         for place, (pixels, caption) in enumerate(shown):
             self.images[place].value = as_png(pixels)
-            self.captions[place].value = self.buttons[place].tooltip = caption
+            self.captions[place].value = CAPTION.format(html.escape(caption))
+            self.buttons[place].tooltip = caption
 
 
 def link_figure(figure: Figure, open_object: Callable[..., None]) -> ClickableImage:

@@ -26,7 +26,6 @@ from solq_lab.viz.widgets.codec_figures import (
     GALLERY,
     animate,
     compared_tile,
-    describe,
     gallery_figure,
     gallery_title,
     side_by_side,
@@ -205,12 +204,6 @@ class CodecExplorer(Explorer):
         title = f"{view.item.name}: partial sums of its {CODEC_NAMES[view.setting.method]} vector; below, the errors"
         sums = {f"{count}": view.setting._replace(terms=count) for count in counts}
         return side_by_side(self.lab, sums, width=1.18, title=title)
-
-    def comparison(self) -> Figure:
-        """The present object in the pinned settings, or else in the present one. Raises as `view` does."""
-        view = self.view()
-        settings = {describe(one): one for one in self._compared_settings(view.setting) or [view.setting]}
-        return side_by_side(self.lab, settings, width=2.4, title=f"{view.item.name}: decoded; below, the errors")
 
     def gallery(self) -> Figure:
         """The worst reconstructions as a plain figure. Raises as `view` does."""

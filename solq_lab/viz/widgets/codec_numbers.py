@@ -22,10 +22,10 @@ def numbers(view: View) -> list[tuple[str, str, str, str]]:
         length, form = round(view.bits / 8), "rounded, coded ideally"
     return [
         ("IoU", f"{reconstruction.iou:.3f}", "with the true mask", KIND_COLOURS["segm"]),
-        ("boundary IoU", f"{reconstruction.boundary_iou:.3f}", "of a band along the outline", KIND_COLOURS["boundary"]),
+        ("boundary IoU", f"{reconstruction.boundary_iou:.3f}", "along the outline", KIND_COLOURS["boundary"]),
         ("vector", f"{length:,} bytes", f"n_k = {setting.vector_dim}, {form}", CODEC_COLOURS[setting.method]),
         ("bitmap", f"{bitmap:,} bytes", f"{setting.mask_size} x {setting.mask_size} pixels", GREY),
-        ("run lengths", f"{rle:,} bytes", "the mask in COCO's own format", GREY),
+        ("run lengths", f"{rle:,} bytes", "COCO's own form", GREY),
     ]
 
 

@@ -23,7 +23,8 @@ from solq_lab.viz.widgets.reconstruction import Reconstruction, Rule
 SIDE = 226  # of the square images, pixels of the screen
 MARGIN = 0.12  # around an object, as a share of its larger side
 MAX_BARS = (400, 800)  # ends of the axis of coefficients
-VALUES = SymLogNorm(linthresh=1.0, vmin=-128, vmax=128)  # a full mask's first cosine coefficient is N
+TICKS = np.array([-100, -10, -1, 0, 1, 10, 100])  # of entries, in their unit
+SMALL_VECTOR = 5.0  # vectors without a larger entry, such as those of contours, are shown in hundredths
 PALE = "#D9D9D9"
 LEAST_ERROR = 1e-3  # 1 - IoU at the lower end of its axis; what is better lies on it
 SMALL = 0.25  # share of the image's longer side: objects that are smaller are shown in a crop
@@ -133,21 +134,23 @@ class Vector(Panel):
 
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
-        axes.set_yscale("symlog", linthresh=1)
-        axes.set(ylim=(-200, 200), xlabel="coefficient", title=" ")
-        ticks = [-100, -10, -1, 0, 1, 10, 100]
-        axes.yaxis.set_major_locator(FixedLocator(ticks))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set(xlabel="coefficient", title=" ")
         self._bars = axes.vlines([], [], [], linewidth=1.1)
         self.moving = [self._bars, axes.title]
 
     def background(self) -> Hashable:
-        return self.axes.get_xlim()
+        return self.axes.get_xlim(), self.axes.get_ylim()
 
     def show(self, view: View) -> None:
         setting, values = view.setting, view.continued.numpy()
         self.axes.set_xlim(-4, next(end for end in MAX_BARS if len(values) <= end) + 4)
+        unit = unit_of(view)
+        if self.axes.get_ylim() != (-200 * unit, 200 * unit):
+            self.axes.set_yscale("symlog", linthresh=unit)
+            self.axes.set_ylim(-200 * unit, 200 * unit)
+            self.axes.yaxis.set_major_locator(FixedLocator((unit * TICKS).tolist()))
+            self.axes.yaxis.set_minor_locator(NullLocator())
+            self.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         kept = np.full(len(values), PALE)
         kept[: setting.vector_dim] = GREY
         kept[view.order[: setting.terms].numpy()] = CODEC_COLOURS[setting.method]
@@ -182,7 +185,7 @@ class HeatMap(ImagePanel):
             name = "the vector, row by row"
         table = np.full((side, side), np.nan)
         table[rows, columns] = vector
-        self.set(diverging(table), name)
+        self.set(diverging(table / unit_of(view)), name)
 
 
 class Curves(Panel):
@@ -254,6 +257,11 @@ TABLE: dict[type[Panel], Cell] = {
 }
 
 
+def unit_of(view: View) -> float:
+    """What entries of the vector are shown in: ones, or hundredths where all are small."""
+    return 1.0 if float(view.reconstruction.vector.abs().max()) > SMALL_VECTOR else 0.01
+
+
 def grey(values: np.ndarray) -> np.ndarray:
     """(N, N, 3) uint8 of values that lie around 0..1: 0 is nearly black and 1 nearly white, to show what overshoots."""
     shade = ((values.astype(np.float32) + 0.2) / 1.4).clip(0, 1) * 255
@@ -261,8 +269,11 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 
 def diverging(values: np.ndarray) -> np.ndarray:
-    """(N, N, 3) uint8 of coefficients: orange below zero, purple above, pale where NaN says that there is none."""
-    colours = colormaps["PuOr"](VALUES(values), bytes=True)[..., :3]
+    """(N, N, 3) uint8 of entries in their unit: orange below zero, purple above, pale where NaN stands for none.
+
+    The scale ends at 128: the first cosine coefficient of a full mask is N.
+    """
+    colours = colormaps["PuOr"](SymLogNorm(linthresh=1.0, vmin=-128, vmax=128)(values), bytes=True)[..., :3]
     colours[np.isnan(values)] = 245
     return colours
 

@@ -2,10 +2,10 @@
 
 DRAWING = (
     "Draw with the mouse, erase with the shift key held: the mask is encoded as you draw. Or upload an image of a mask "
-    "above, light on dark. PCA and sparse coding are those fitted to the first data set."
+    "above, light on dark. Fitted codecs are those of the first data set."
 )
 TOOLTIPS = {
-    "data_set": "whose images and objects are shown; PCA and sparse coding are fitted to its masks",
+    "data_set": "whose images and objects are shown; fitted codecs, as PCA, are fitted to its masks",
     "object": "class and box, pixels",
     "method": "the codec: what a vector means",
     "mask_size": "N: the mask is drawn into N x N pixels of its box",

@@ -45,7 +45,7 @@ class DetectionExplorer(ModelExplorer):
         self.colouring = widgets.ToggleButtons(options=["class", "object"], style={"button_width": "64px"})
         self.colouring.tooltip = "a colour per class, or per object: the same as the true object's that it meets"
         self.filled = widgets.Checkbox(value=True, description="fill", indent=False, layout={"width": "60px"})
-        self.arrangement = widgets.ToggleButtons(options=["side by side", "wipe"], style={"button_width": "112px"})
+        self.arrangement = widgets.ToggleButtons(options=["side by side", "wipe"], style={"button_width": "auto"})
         self.arrangement.tooltip = "images beside each other, or in one place with dividers to drag"
         self.columns = {
             name: widgets.Checkbox(value=True, description=name, indent=False, layout={"width": "auto"})
