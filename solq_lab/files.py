@@ -64,7 +64,8 @@ def write_text(path: str | Path, text: str, *, errors: str = "strict") -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; without an error it then replaces `path`, on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # a longer one has no room for the rest: 255 bytes are allowed
+    temporary = path.with_name(f".{name}.{os.getpid()}.part")
     try:
         # safetensors makes files that only their owner may read: note the usual mode, and restore it.
         temporary.touch()

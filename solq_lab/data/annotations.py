@@ -232,13 +232,14 @@ def checked_segmentation(segmentation: Any, size: tuple[int, int], name: str) ->
             f"{name}: segmentation {shorten(segmentation)} is a list of points; needed is one flat list "
             "[[x0, y0, x1, y1, ...]] for each polygon"
         )
-    for polygon in segmentation:
-        if len(polygon) % 2:
-            raise DataError(f"{name}: a polygon has {len(polygon)} numbers; x and y come in pairs")
     try:
-        polygons = [array("d", polygon) for polygon in segmentation if len(polygon) >= 6]
+        polygons = [array("d", polygon) for polygon in segmentation]
     except (TypeError, OverflowError):
         raise DataError(f"{name}: segmentation {shorten(segmentation)}; polygons are made of numbers") from None
+    for polygon in polygons:
+        if len(polygon) % 2:
+            raise DataError(f"{name}: a polygon has {len(polygon)} numbers; x and y come in pairs")
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
 
     # Rasterising walks along every edge, pixel by pixel: a wild coordinate would take all memory, or for ever.
     longer = max(size)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from solq_lab.data.annotations import (
     name_of,
     owner_of,
     read_annotations,
+    shorten,
     with_box,
 )
 from solq_lab.data.kinds import ORIENTATIONS, Orientation
@@ -42,12 +44,14 @@ CROWDS = "marked as crowds (iscrowd 1)"
 WITHOUT_AREA = "without area in box or mask"
 WITHOUT_MASK = "without segmentation"
 TWICE = "annotated twice, with the class and box of another one of their image, and learnt twice"
+APART = "have a box and a mask that lie apart; a bbox is [x, y, width, height] in pixels, as are outlines"
 CURES = {
     CROWDS: "write iscrowd 0 for single objects",
     WITHOUT_AREA: "bbox is [x, y, width, height], a polygon has three corners or more",
     WITHOUT_MASK: "a data set without masks trains a plain detector (codec.kind=none)",
 }
-MANY_CROWDS = 0.5  # share of the objects from which crowds are a mistake; COCO has 0.012
+MANY_CROWDS = 0.3  # share of a class's objects from which crowds are a mistake; COCO has 0.012 of all
+MIN_OVERLAP = 0.5  # IoU of a box and the box of its mask, below which one of them is a mistake
 
 __all__ = ["DataError", "GroundTruth"]
 
@@ -170,6 +174,9 @@ class GroundTruth:
         sizes = np.array([(entry["height"], entry["width"]) for entry in entries], dtype=np.int64).reshape(-1, 2)
         self.image_ids, self.sizes = ids[order], sizes[order]
         self.file_names: list[str] = [entries[place]["file_name"] for place in order.tolist()]
+        if shared := [shorten(name) for name, count in Counter(self.file_names).items() if count > 1]:
+            message = "%s: %d images have several ids, each with some of the objects: %s; merge their entries"
+            logger.warning(message, self.source, len(shared), first_few(shared))
 
     def _read_objects(self, entries: Sequence[Any]) -> None:
         keep_all = self.keep == "all"
@@ -179,14 +186,18 @@ class GroundTruth:
         all_ids, ids, images, category_ids = array("q"), array("q"), array("q"), array("q")
         boxes, coco_boxes, areas = array("d"), array("d"), array("d")
         crowd, learnable = array("b"), array("b")
+        per_class: Counter[int] = Counter()
+        crowds: Counter[int] = Counter()
         left_out: dict[str, list[int]] = {reason: [] for reason in CURES}
 
         for place, entry in enumerate(entries):
             name = f"{self.source}: {name_of(entry, place)}"
             image = owner_of(entry, image_of, name)
             all_ids.append(entry["id"])
+            per_class[entry["category_id"]] += 1
             of_many = is_crowd(entry, name)
             if of_many and not keep_all:
+                crowds[entry["category_id"]] += 1
                 left_out[CROWDS].append(entry["id"])
                 continue
 
@@ -218,7 +229,8 @@ class GroundTruth:
             learnable.append(has_area and not of_many)
 
         _check_distinct(np.array(all_ids, dtype=np.int64), f"{self.source}: annotation id")
-        self._report_left_out(left_out, kept=len(ids), total=len(entries))
+        few_crowds = not crowded_classes(crowds, per_class)
+        self._report_left_out(left_out, kept=len(ids), total=len(entries), few_crowds=few_crowds)
         packed.freeze()
         owners = np.array(images, dtype=np.int64)
         order = np.argsort(owners, kind="stable")
@@ -230,6 +242,7 @@ class GroundTruth:
         self.areas = np.array(areas, dtype=np.float64)[order]
         if not keep_all:
             self._report_twice()
+            self._report_apart()
         self.crowd, self.learnable = (np.array(marks, dtype=bool)[order] for marks in (crowd, learnable))
 
     def _report_twice(self) -> None:
@@ -241,17 +254,32 @@ class GroundTruth:
             hashes ^= hashes >> np.uint64(29)
         _, first, count = np.unique(hashes, return_index=True, return_counts=True)
         if number := int((count - 1).sum()):
-            ids = first_few(self.ids[first[count > 1]].tolist())
+            ids = first_few(sorted(self.ids[first[count > 1]].tolist()))
             logger.warning("%s: %d objects are %s, as annotation ids %s: remove them", self.source, number, TWICE, ids)
 
-    def _report_left_out(self, left_out: dict[str, list[int]], *, kept: int, total: int) -> None:
+    def _report_apart(self) -> None:
+        """Count objects whose box and mask lie apart: other units, corners for sides, outlines without area."""
+        if not self.has_masks:
+            return
+        outlines, boxes = self._packed.bounds()[self._places], self.coco_boxes.copy()
+        boxes[:, 2:] += boxes[:, :2]
+        low, high = np.maximum(outlines, boxes)[:, :2], np.minimum(outlines, boxes)[:, 2:]
+        common = (high - low).clip(0).prod(axis=1)
+        both = sum((corners[:, 2:] - corners[:, :2]).prod(axis=1) for corners in (outlines, boxes)) - common
+        if len(apart := np.flatnonzero(common < MIN_OVERLAP * both)):
+            ids = first_few(self.ids[apart].tolist())
+            logger.warning(
+                "%s: %d of %d objects (annotation ids %s) %s", self.source, len(apart), len(self), ids, APART
+            )
+
+    def _report_left_out(self, left_out: dict[str, list[int]], *, kept: int, total: int, few_crowds: bool) -> None:
         reasons = {reason: ids for reason, ids in left_out.items() if ids}
         counts = "; ".join(
             f"{len(ids)} {reason}, annotation ids {first_few(ids)}: {CURES[reason]}" for reason, ids in reasons.items()
         )
         if total and not kept:
             raise DataError(f"{self.source}: none of the {total} objects can be learnt: {counts}")
-        if len(left_out[CROWDS]) < MANY_CROWDS * total:
+        if few_crowds:
             reasons.pop(CROWDS, None)
         if reasons:
             number = sum(map(len, left_out.values()))
@@ -262,6 +290,11 @@ def orientation_said(info: Any) -> Orientation | None:
     """The orientation in the `info` of an annotation file."""
     said = info.get("orientation") if isinstance(info, dict) else None
     return next((way for way in ORIENTATIONS if way == said), None)
+
+
+def crowded_classes(crowds: Mapping[int, int], objects: Mapping[int, int]) -> list[int]:
+    """Category ids of which many objects are marked as crowds, as exports of brush masks do; counts by category id."""
+    return [category for category, count in crowds.items() if count > 1 and count >= MANY_CROWDS * objects[category]]
 
 
 class _PackedSegmentations:
@@ -282,6 +315,20 @@ class _PackedSegmentations:
         ends = self._polygon_ends[first:last]
         start = self._polygon_ends[first - 1] if first else 0
         return np.split(self._coordinates[start : ends[-1]], ends[:-1] - start)
+
+    def bounds(self) -> np.ndarray:
+        """(A, 4) float64 (x0, y0, x1, y1) of the masks, pixels; zeros of those without a polygon."""
+        bounds = np.zeros((len(self._object_ends), 4))
+        points = self._coordinates.reshape(-1, 2)
+        starts = np.append(0, self._polygon_ends)[np.append(0, self._object_ends)] // 2
+        drawn = np.flatnonzero(np.diff(starts))
+        if len(drawn):
+            bounds[drawn, :2] = np.minimum.reduceat(points, starts[drawn])
+            bounds[drawn, 2:] = np.maximum.reduceat(points, starts[drawn])
+        if self._rles:
+            bounds[list(self._rles)] = boxes = coco_rle.toBbox(list(self._rles.values()))
+            bounds[list(self._rles), 2:] += boxes[:, :2]
+        return bounds
 
     def append(self, segmentation: list[array] | dict) -> None:
         if isinstance(segmentation, dict):

@@ -112,7 +112,8 @@ def decode_bytes(data: Tensor, name: str, orientation: Orientation = "stored") -
     """
     with _opened(data, name) as opened:
         turn = _header_of(opened).turn if orientation == "upright" else 1
-        if opened.format in TORCH_FORMATS:
+        moving = opened.format == "WEBP" and getattr(opened, "is_animated", False)  # torchvision reads still ones only
+        if opened.format in TORCH_FORMATS and not moving:
             image = decode_image(data, mode=ImageReadMode.RGB)
             image = image[0] if image.ndim == 4 else image
         elif opened.mode in EIGHT_BIT_MODES:

@@ -5,6 +5,7 @@ Loads without torch; each command imports what it needs.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -86,6 +87,8 @@ def options(
 def main() -> None:
     """Run the command line; status 2 is a mistake of the user, 1 a failure, 130 Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files are bytes, not all of them UTF-8
     try:
         app()
     except ExplainedError as error:

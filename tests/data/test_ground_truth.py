@@ -67,9 +67,14 @@ def test_objects_without_segmentation_are_left_out_and_counted_with_many_crowds(
     assert GroundTruth(content, with_masks=False).ids.tolist() == [2, 3]
 
 
-def test_a_few_crowds_need_no_warning(caplog):
+def test_a_few_crowds_need_no_warning_but_many_of_one_class_do(caplog):
     GroundTruth(document(*THREE, (1, (9, 9, 5, 5)), iscrowd=1))
     assert caplog.text == ""
+    content = document(*4 * THREE)
+    for entry in content["annotations"][:2]:
+        entry |= {"category_id": 2, "iscrowd": 1}
+    GroundTruth(content)
+    assert "2 of 12 objects cannot be learnt: 2 marked as crowds" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,36 @@ def test_a_few_crowds_need_no_warning(caplog):
 def test_a_file_of_which_nothing_can_be_learnt_is_rejected_with_the_reasons(changes, reason):
     with pytest.raises(DataError, match=rf"none of the 1 objects can be learnt: {reason}"):
         GroundTruth(document((1, (4, 4, 8, 8)), **changes))
+
+
+RLE = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * 30, HEIGHT * 4, HEIGHT * 6]}  # columns 30 to 33
+
+
+@pytest.mark.parametrize(
+    ("changes", "apart"),
+    [
+        ({}, None),
+        ({"bbox": [20, 10, 30, 18]}, "1 of 4"),  # two corners
+        ({"bbox": [0.5, 0.33, 0.25, 0.27]}, "1 of 4"),  # shares of the image
+        ({"bbox": [25, 14, 10, 8]}, "1 of 4"),  # centre and sides
+        ({"segmentation": [[0.5, 0.3, 0.7, 0.3, 0.7, 0.6]]}, "1 of 4"),
+        ({"segmentation": [[20, 10, 25, 10, 30, 10]]}, "1 of 4"),  # a line
+        ({"segmentation": [[20, 10, 25, 10, 25, 18], [25, 10, 30, 10, 30, 18]]}, None),
+        ({"segmentation": RLE, "bbox": [30, 0, 4, 30]}, None),
+        ({"segmentation": RLE, "bbox": [20, 10, 10, 8]}, "1 of 4"),
+    ],
+)
+def test_boxes_and_masks_that_lie_apart_are_counted_on_the_screen(changes, apart, caplog):
+    GroundTruth(document(*THREE, (2, (20, 10, 10, 8)), **changes))
+    assert (apart is None) == (caplog.text == "")
+    assert apart is None or f"{apart} objects (annotation ids 4) have a box and a mask that lie apart" in caplog.text
+
+
+def test_images_of_one_file_are_counted_on_the_screen(caplog):
+    content = document(*THREE)
+    content["images"][1]["file_name"] = "2.png"
+    GroundTruth(content)
+    assert "1 images have several ids, each with some of the objects: '2.png'; merge their entries" in caplog.text
 
 
 def test_masks_of_any_rows_are_those_of_single_ones():

@@ -250,7 +250,7 @@ def test_masks_are_not_looked_at_where_none_are_learnt(tmp_path):
 
 def test_a_split_without_an_object_to_learn_is_rejected_and_one_of_many_crowds_is_harmful(tmp_path):
     def crowds(count: int) -> Change:
-        return lambda document: [entry.update(iscrowd=1) for entry in document["annotations"][:count]]
+        return lambda document: [entry.update(iscrowd=1, category_id=1) for entry in document["annotations"][:count]]
 
     assert broken(check(write_split(tmp_path / "2", crowds(1)))) == {"many-crowds": 1}
     nothing = write_split(tmp_path / "3", crowds(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -92,15 +93,20 @@ def test_an_image_of_any_side_ratio_is_drawn_at_its_own_size(run, size):
 def test_an_animation_gives_its_first_image_and_16_bits_are_named_and_skipped(run):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     Path("in").mkdir()
-    frames[0].save("in/two.gif", save_all=True, append_images=frames[1:])
+    for name in ("two.gif", "moving.webp"):
+        frames[0].save(f"in/{name}", save_all=True, append_images=frames[1:], lossless=True)
     Image.fromarray(np.full((20, 20), 4000, dtype=np.uint16)).save("in/deep.png")
     result = run("in", "--score", 1)
     assert result.exit_code == 1
     assert "in/deep.png: more than 8 bits per channel" in result.output
-    assert Image.open("predictions/two.png").getpixel((5, 5)) == (255, 0, 0)
+    for name in ("two", "moving"):
+        assert Image.open(f"predictions/{name}.png").getpixel((5, 5)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["with space.png", "50%25.png", "größe-図.png", "a.b.c.png", "-dash.png", "[x].png"])
+NAMES = ["with space.png", "50%25.png", "größe-図.png", "a.b.c.png", "-dash.png", "[x].png", f"{240 * 'a'}.png"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_any_file_name_is_found_and_kept(run, name):
     draw(f"in/{name}")
     for named in (f"in/{name}", "in"):
@@ -108,6 +114,12 @@ def test_any_file_name_is_found_and_kept(run, name):
         assert files_in("out") == sorted([name, "objects.csv"])
     with open("out/objects.csv", encoding="utf-8") as file:
         assert {row["file"] for row in csv.DictReader(file)} == {f"in/{name}"}
+
+
+def test_a_name_that_is_no_utf8_stops_nothing(command_line, weights):
+    draw(name := os.fsdecode(b"\xff.png"))
+    assert command_line("predict", str(weights), name, "--save", "drawn,coco,csv", "--score", "0")[0] == 0
+    assert os.fsencode(name) in Path("predictions/objects.csv").read_bytes()
 
 
 def test_patterns_are_expanded_and_outputs_are_no_inputs(run):

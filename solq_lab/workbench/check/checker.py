@@ -91,9 +91,9 @@ def _check_split(
     """A split and its classes, where its categories can be used. Its annotations are in memory until this returns."""
     found: list[Finding] = []
     document, options = read_annotations(split.annotations), report.options
-    names, own = {}, None
+    names, own, source = {}, None, str(split.annotations)
     try:
-        own = ClassMap.from_categories(document["categories"], options.class_ids, options.num_classes)
+        own = ClassMap.from_categories(document["categories"], options.class_ids, options.num_classes, source=source)
         found += [Finding("categories-same-name", shorten(name)) for name in own.same_names()]
         names = dict(zip(own.category_ids, own.names, strict=True))
     except DataError as error:
@@ -165,7 +165,8 @@ def _check_chunk(content: _Content, chunk: slice) -> list[tuple[Image, list[Find
 
 def _check_image(content: _Content, image: Image) -> tuple[Image, list[Finding]]:
     """An image with what its file and its objects are, and what is wrong with them."""
-    options, objects, crowds = content.options, [], 0
+    options, objects = content.options, []
+    crowds: list[int] = []
     before: dict[tuple, Any] = {}
     image, found = _check_file(content, image)
     scale = min(options.test_scale / min(image.size), options.max_size / max(image.size))  # when tested
@@ -173,7 +174,7 @@ def _check_image(content: _Content, image: Image) -> tuple[Image, list[Finding]]
         entry = content.entries[place]
         faults, side = rules.check_object(entry, place, image.size, content.classes, with_masks=options.with_masks)
         found += faults
-        crowds += entry.get("iscrowd", 0) in (1, True)
+        crowds += [entry["category_id"]] * (entry.get("iscrowd", 0) in (1, True))
         if side:
             objects.append((entry["category_id"], side))
             if side * scale < rules.SMALL:

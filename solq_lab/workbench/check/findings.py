@@ -75,7 +75,7 @@ RULES: dict[str, Rule] = {
     "without-objects": Rule("note", "images without objects, kept"),
     "nothing-to-learn": Rule("refused", "splits of which no object can be learnt", "correct the objects"),
     "nothing-to-measure": Rule("harmful", "val splits without an object", "annotate it, or name another one"),
-    "many-crowds": Rule("harmful", "splits with many objects marked as crowds, left out", "write iscrowd 0"),
+    "many-crowds": Rule("harmful", "categories with many objects marked as crowds, left out", "write iscrowd 0"),
     "object-small": Rule("note", "objects under 8 pixels wide at the size images are tested at"),
     "class-few-objects": Rule("note", "categories with under 10 objects, or under 1 % of the largest one's"),
     "class-without-objects": Rule("note", "categories without objects"),

@@ -60,6 +60,7 @@ class Image(NamedTuple):
     size: (height, width) as annotated, pixels.
     places: of its objects in `annotations`.
     objects: category id and square root of the box's area, pixels, of each object to learn.
+    crowds: category ids of its crowd regions.
     digest, look: of the file's bytes, and its thumbnail; empty where it was not decoded.
     reading: what the size of a turned image says.
     """
@@ -69,7 +70,7 @@ class Image(NamedTuple):
     size: tuple[int, int]
     places: list[int]
     objects: Sequence[tuple[int, float]] = ()
-    crowds: int = 0
+    crowds: Sequence[int] = ()
     digest: bytes = b""
     look: bytes = b""
     reading: Reading | None = None
@@ -106,7 +107,7 @@ class CheckedSplit:
             "images": len(self.images),
             "empty": sum(not image.objects for image in self.images),
             "objects": int(counts.sum()),
-            "crowds": sum(image.crowds for image in self.images),
+            "crowds": sum(len(image.crowds) for image in self.images),
             "median": float(np.median(counts)),
             "most": int(counts.max()),
             "per_class": dict(per_class),

@@ -6,6 +6,7 @@ What the loader rejects or leaves out is decided by the loader's own functions; 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from solq_lab.data.annotations import (
     with_box,
 )
 from solq_lab.data.classes import ClassMap
-from solq_lab.data.ground_truth import MANY_CROWDS
+from solq_lab.data.ground_truth import crowded_classes
 from solq_lab.data.orientation import Reading
 from solq_lab.workbench.check.duplicates import lookalikes
 from solq_lab.workbench.check.findings import Finding
@@ -177,9 +178,12 @@ def faults_of_split(checked: CheckedSplit) -> Iterator[Finding]:
     elif (entries or name == "train") and not objects:
         message = f"none of the {entries} objects can be learnt, {crowds} are crowds"
         yield Finding("nothing-to-learn", f"{message}; see the findings of its objects")
-    elif crowds >= MANY_CROWDS * entries > 0:
-        message = f"{crowds} of {entries} objects are marked as crowds (iscrowd 1) and not learnt"
-        yield Finding("many-crowds", message)
+    else:
+        of_class = Counter(category for image in checked.images for category in image.crowds)
+        all_of = of_class + Counter(category for image in checked.images for category, _ in image.objects)
+        for category in crowded_classes(of_class, all_of):
+            count = f"{of_class[category]} of {all_of[category]} objects of category {checked.names.get(category)!r}"
+            yield Finding("many-crowds", f"{count} are marked as crowds (iscrowd 1) and not learnt")
 
     most = max(per_class.values(), default=0)
     for name, count in per_class.items():

@@ -195,7 +195,7 @@ class Csv:
             self._writer.writerow([*about, *box, area])
 
     def close(self) -> None:
-        write_text(_ensure(self._out / "objects.csv"), self._text.getvalue())
+        write_text(_ensure(self._out / "objects.csv"), self._text.getvalue(), errors="surrogateescape")
 
 
 class Coco:

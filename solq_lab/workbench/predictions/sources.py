@@ -120,10 +120,11 @@ def _expand(name: str, out: Path) -> list[str]:
     if not glob.has_magic(name):
         raise UserError(f"{name}: no such file or folder")
     fitting = [path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)]
-    fitting = [path for path in fitting if out.resolve() not in Path(path).resolve().parents]
-    if not fitting:
-        raise UserError(f"{name}: no file fits this pattern; ** stands for folders of any depth")
-    return [path for path in fitting if Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEOS] or fitting
+    outside = [path for path in fitting if out.resolve() not in Path(path).resolve().parents]
+    if not outside:
+        found = f"all that fits lies in --out {out}; give another folder" if fitting else "no file fits this pattern"
+        raise UserError(f"{name}: {found}; ** stands for folders of any depth")
+    return [path for path in outside if Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEOS] or outside
 
 
 def _files_in(folder: Path, out: Path, *, recursive: bool) -> list[str]:
