@@ -40,6 +40,8 @@ def read_annotations(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
+    if content.startswith(b"\x1f\x8b"):
+        raise DataError(f"{path}: packed by gzip; unpack it, and name the unpacked file")
     try:
         text = content.decode(json.detect_encoding(content), "surrogatepass")  # as `json.loads` does
     except ValueError as error:

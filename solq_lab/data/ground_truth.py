@@ -108,6 +108,9 @@ class GroundTruth:
         self.has_masks, self.keep = with_masks, keep
         self._read_images(document["images"])
         self._read_objects(document["annotations"])
+        if keep == "learnable":
+            self._report_twice()
+            self._report_apart()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -186,7 +189,6 @@ class GroundTruth:
         all_ids, ids, images, category_ids = array("q"), array("q"), array("q"), array("q")
         boxes, coco_boxes, areas = array("d"), array("d"), array("d")
         crowd, learnable = array("b"), array("b")
-        per_class: Counter[int] = Counter()
         crowds: Counter[int] = Counter()
         left_out: dict[str, list[int]] = {reason: [] for reason in CURES}
 
@@ -194,7 +196,6 @@ class GroundTruth:
             name = f"{self.source}: {name_of(entry, place)}"
             image = owner_of(entry, image_of, name)
             all_ids.append(entry["id"])
-            per_class[entry["category_id"]] += 1
             of_many = is_crowd(entry, name)
             if of_many and not keep_all:
                 crowds[entry["category_id"]] += 1
@@ -229,7 +230,7 @@ class GroundTruth:
             learnable.append(has_area and not of_many)
 
         _check_distinct(np.array(all_ids, dtype=np.int64), f"{self.source}: annotation id")
-        few_crowds = not crowded_classes(crowds, per_class)
+        few_crowds = not crowded_classes(crowds, Counter(category_ids) + crowds)
         self._report_left_out(left_out, kept=len(ids), total=len(entries), few_crowds=few_crowds)
         packed.freeze()
         owners = np.array(images, dtype=np.int64)
@@ -240,9 +241,6 @@ class GroundTruth:
         self.ids, self.category_ids = (np.array(column, dtype=np.int64)[order] for column in (ids, category_ids))
         self.boxes, self.coco_boxes = (np.array(sides).reshape(-1, 4)[order] for sides in (boxes, coco_boxes))
         self.areas = np.array(areas, dtype=np.float64)[order]
-        if not keep_all:
-            self._report_twice()
-            self._report_apart()
         self.crowd, self.learnable = (np.array(marks, dtype=bool)[order] for marks in (crowd, learnable))
 
     def _report_twice(self) -> None:

@@ -210,9 +210,10 @@ def check_files(
             links[folder] = _list_files(image_folder / folder)
             if leaves_folder(image_folder / folder, root):
                 leaving.append((name, image_id))
-        if file not in links[folder]:
+        is_link = links[folder].get(file)
+        if is_link is None or (is_link and not os.path.exists(image_folder / name)):
             missing.append((name, image_id))
-        elif links[folder][file] and leaves_folder(image_folder / name, root):
+        elif is_link and leaves_folder(image_folder / name, root):
             leaving.append((name, image_id))
 
     if leaving and not allow_links:
@@ -250,6 +251,8 @@ def describe_missing(image_folder: Path, name: str) -> str:
 
     The spelling is: \\ for /, upper and lower case, %20 for a space, composed accents, and the folders before the name.
     """
+    if os.path.islink(image_folder / name):
+        return f"{shorten(name)}, a link that leads to no file"
     by_path, by_name = _spellings(image_folder, image_folder.stat().st_mtime_ns)
     key = _spell(name)
     found = by_path.get(key) or by_name.get(key.rpartition("/")[2])

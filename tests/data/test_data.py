@@ -429,6 +429,9 @@ def test_links_out_of_the_folder_are_allowed_on_demand(tmp_path):
     with pytest.raises(DataError, match=r"'a\.png' .* is a link that leaves .* set data\.allow_links: true"):
         CocoDataset(**files)
     assert CocoDataset(**files, allow_links=True)[0][0].shape == (3, 30, 40)
+    (tmp_path / "stored.png").unlink()
+    with pytest.raises(DataError, match=r"images are missing: 'a\.png', a link that leads to no file \(image id 1\)"):
+        CocoDataset(**files, allow_links=True)
 
 
 def test_categories_of_another_id_than_in_the_training_are_rejected_and_other_names_logged(tmp_path, caplog):
@@ -453,6 +456,7 @@ def test_missing_folder_and_file_are_named(tmp_path):
     [
         ("{not json", r"instances\.json: not JSON \(Expecting property name"),
         ("\xff\xfe", r"instances\.json: not JSON"),
+        ("\x1f\x8b\x08", r"instances\.json: packed by gzip; unpack it"),
         ("[1, 2]", r"not a COCO annotation file: no list 'images' \(found a list\); needed are the lists 'images'"),
         ('{"images": [], "shapes": 3}', r"no list 'annotations' \(found 'images', 'shapes'\)"),
         ('{"images": [], "annotations": []}', r"no list 'categories' \(found 'images', 'annotations'\)"),

@@ -233,6 +233,8 @@ def test_a_link_out_of_the_folder_is_rejected_as_in_training_unless_it_is_allowe
     assert broken(check(split)) == {"path-leaves-folder": 1}
     assert _is_rejected_by_the_loader(split.images, split.annotations)
     assert broken(check(split, allow_links=True)) == {}
+    (tmp_path / "stored.png").unlink()
+    assert broken(check(split, allow_links=True)) == {"image-missing": 1}
 
 
 def test_a_missing_image_is_named_with_the_file_that_is_meant(tmp_path):

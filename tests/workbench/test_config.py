@@ -175,6 +175,10 @@ def test_an_override_of_a_text_is_taken_as_typed_and_any_other_as_yaml(write, ov
 
 
 def test_a_choice_that_yaml_takes_for_another_type_is_rejected_as_typed(write):
+    for override in ("optim.lr=yes", "train.steps=true", "model.dropout=no"):
+        assert f"{override.partition('=')[0]}: yes, no, true and false are no values" in rejection(
+            write(""), [override]
+        )
     assert "(found '1:30')" in rejection(write(""), ["train.steps=1:30"])
     assert "(found 'no')" in rejection(write(""), ["train.autocast=no"])
 
