@@ -100,7 +100,9 @@ def test_vectors_suffer_codecs_stand_side_by_side_and_views_are_saved(tmp_path):
         chooser.value.set_files(tmp_path / "square.png")
         expect(notebook.control("data set").locator("select")).to_have_value("own mask")
         notebook.move_slider("noise", "Home")
-        expect(numbers).to_contain_text("1.000")
+        expect(numbers).to_contain_text(
+            re.compile(r"^\s*IoU\s*0\.9[78]")
+        )  # the square, without noise; its corners are lost
         assert notebook.errors == []
 
 

@@ -54,7 +54,7 @@ class DetectionExplorer(ModelExplorer):
 
         self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in self.names}
         self.panels = {name: ClickableImage(self.guarded(partial(self._turn_off, name))) for name in everything}
-        self._titles = {name: widgets.HTML() for name in everything}
+        self._titles = {name: widgets.HTML(layout={"flex": "0 0 auto"}) for name in everything}
         self._chips = {name: widgets.Box(layout={"flex_flow": "row wrap"}) for name in everything}
         self._places = {}
         for name in everything:
@@ -67,7 +67,7 @@ class DetectionExplorer(ModelExplorer):
         self._row = widgets.GridBox(layout={"width": "100%", "grid_gap": "8px"})
         looks = [self.score, self.colouring, self.filled, self.arrangement]
         controls = widgets.HBox(
-            [*looks, *self.columns.values(), self.status], layout={"flex_flow": "row wrap", "grid_gap": "0 10px"}
+            [*looks, *self.columns.values(), self.status], layout={"flex_flow": "row wrap", "grid_gap": "0 6px"}
         )
         self.widget = widgets.VBox([self.chooser.widget, controls, self._row])
 
@@ -89,7 +89,8 @@ class DetectionExplorer(ModelExplorer):
         size, wiped = self.pixels(index).shape[:2], self.arrangement.value == "wipe"
         self._row.children = [self._wiped] if wiped else [self._places[name] for name in names]
         self._row.layout.grid_template_columns = f"repeat({len(self._row.children) or 1}, minmax(0, 1fr))"
-        drawings = {}
+
+        drawings = {}  # of the wipe; empty while the images stand side by side
         for name in names:
             rows = None if name == TRUTH else tuple(self._switched_on(name))
             drawn = self._draw(name, index, rows, self.colouring.value, self.filled.value, wiped)
