@@ -189,7 +189,7 @@ def analyse_errors(
             both = (getattr(objects, measured), getattr(detections, measured))
             outcomes[name] = _Outcome(overlaps, *((least <= values) & (values <= most) for values in both))
     legend = (
-        f"{describe_sizes(sides)}; free: at most {100 * low:g} % of the box on other objects, "
+        f"{describe_sizes(sides)}\nfree: at most {100 * low:g} % of the box on other objects, "
         f"touched: at most {100 * high:g} %"
     )
     groups = {name: outcome.losses() for name, outcome in outcomes.items()}

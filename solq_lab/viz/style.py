@@ -133,6 +133,7 @@ def styled(frame: pd.DataFrame, digits: int = 1) -> Styler:
     look = [
         {"selector": "td", "props": "text-align: right; font-variant-numeric: tabular-nums; padding: 3px 10px"},
         {"selector": "th.row_heading", "props": "text-align: left; font-weight: 600; padding: 3px 10px"},
+        {"selector": "th.col_heading", "props": "padding: 3px 10px"},
         {"selector": "tr", "props": "border-bottom: 1px solid #8884; background: transparent"},
         {"selector": "", "props": "border-collapse: collapse"},
     ]
