@@ -18,6 +18,10 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     """
     from tqdm.auto import tqdm  # not above: `solq-lab -q` turns bars off before it is imported
 
-    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
-        options |= dict.fromkeys(("delay", "mininterval", "maxinterval"), SECONDS_BETWEEN_LINES)
-    return tqdm(iterable, **{"leave": False, **options})
+    in_place = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if not in_place:
+        options |= {"miniters": 1} | dict.fromkeys(("delay", "mininterval"), SECONDS_BETWEEN_LINES)
+    bar = tqdm(iterable, **{"leave": False, **options})
+    if not in_place:
+        tqdm._instances.discard(bar)  # tqdm.write, and log messages, would draw it again below each of their lines
+    return bar

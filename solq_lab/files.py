@@ -77,6 +77,10 @@ def replacing(path: Path) -> Iterator[Path]:
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write: a full disk
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from tqdm.auto import tqdm
 
 from solq_lab import bars
 from solq_lab.config import Experiment
@@ -46,6 +47,7 @@ def test_a_bar_in_a_log_file_is_a_line_now_and_then_of_long_work(monkeypatch, ca
     monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.2)
     for _ in bars.progress_bar(range(100), desc="work"):
         time.sleep(seconds / 100)
+        tqdm.write("a line of its own")
     assert abs(capsys.readouterr().err.count("work") - lines) <= seconds * 2
 
 

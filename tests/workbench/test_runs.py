@@ -149,5 +149,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         write_json(path, {"a": object()})
     with pytest.raises(FileNotFoundError), replacing(path):
         pass  # nothing was written that could take its place
+    with pytest.raises(OSError, match=r"value\.json"), replacing(path):
+        raise OSError(28, "No space left on device")  # as writes raise it, without a name
     assert json.loads(path.read_text()) == {"a": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["value.json"]
