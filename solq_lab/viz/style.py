@@ -132,7 +132,7 @@ def styled(frame: pd.DataFrame, digits: int = 1) -> Styler:
     texts = [name for name in frame if frame[name].map(type).eq(str).all()]
     look = [
         {"selector": "td", "props": "text-align: right; font-variant-numeric: tabular-nums; padding: 3px 10px"},
-        {"selector": "th.row_heading", "props": "text-align: left; font-weight: 600; padding: 3px 10px"},
+        {"selector": "th.row_heading", "props": "text-align: left; white-space: nowrap; padding: 3px 10px"},
         {"selector": "th.col_heading", "props": "padding: 3px 10px"},
         {"selector": "tr", "props": "border-bottom: 1px solid #8884; background: transparent"},
         {"selector": "", "props": "border-collapse: collapse"},

@@ -143,8 +143,9 @@ class ResultTable:
     @property
     def remarks(self) -> str:
         """What the numbers are, and what is missing: a line each."""
-        against = f"; in brackets the paper's ({self.paper.title})" if self.paper else ""
-        remarks = [f"percent, mean ± standard deviation over seeds{against}"]
+        remarks = ["percent, mean ± standard deviation over seeds"]
+        if self.paper:
+            remarks.append(f"in brackets the paper's: {self.paper.title}")
         if self.missing:
             count = len(self.missing)
             remarks.append(f"{count} run{'s' if count > 1 else ''} not finished; `{self.command}` runs the rest")

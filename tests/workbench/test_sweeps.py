@@ -369,7 +369,7 @@ def test_a_table_has_mean_and_spread_beside_the_paper(stand_in):
     assert header.split() == ["segm.AP", "box.AP", "seeds"]
     assert first.split(maxsplit=1)[1].split("  ") == ["21.6 ± 0.1 (27.2)", "40.0 ± 0.0 (39.7)", "2 of 2"]
     assert "(29.7)" in second
-    assert remarks[1] == "1 run not finished; `solq-lab sweep sweep.yaml` runs the rest"
+    assert remarks[-1] == "1 run not finished; `solq-lab sweep sweep.yaml` runs the rest"
     assert table.csv().splitlines()[1] == "one,segm.AP,21.55,0.07,2,1,27.2"
     assert table.markdown().startswith("|  | segm.AP | box.AP | seeds |\n| --- | ---: | ---: | ---: |\n| one | 21.6 ±")
 
