@@ -76,17 +76,32 @@ at::Tensor decode_bits(const at::Tensor& vectors, const at::Tensor& rows, const 
   return bits;
 }
 
-std::vector<std::string> paste(const at::Tensor& masks, const at::Tensor& boxes, int64_t height, int64_t width) {
+// Masks (K, N, N) bool and boxes (K, 4) float.
+void check_pairs(const at::Tensor& masks, const at::Tensor& boxes) {
   check_type(masks, at::kBool, "masks");
   check_type(boxes, at::kFloat, "boxes");
   TORCH_CHECK_VALUE(masks.dim() == 3 && masks.size(1) == masks.size(2), "masks must be (K, N, N), got ",
                     masks.sizes());
   TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4, "boxes must be (",
                     masks.size(0), ", 4), got ", boxes.sizes());
+}
+
+std::vector<std::string> paste(const at::Tensor& masks, const at::Tensor& boxes, int64_t height, int64_t width) {
+  check_pairs(masks, boxes);
   TORCH_CHECK_VALUE(height > 0 && width > 0, "an image cannot be ", height, " x ", width, " pixels");
   const at::Tensor dense_masks = masks.contiguous(), dense_boxes = boxes.contiguous();
   return paste_to_counts(dense_masks.const_data_ptr<bool>(), masks.size(1), dense_boxes.const_data_ptr<float>(),
                          masks.size(0), height, width);
+}
+
+at::Tensor move(const at::Tensor& masks, const at::Tensor& boxes, const at::Tensor& others) {
+  check_pairs(masks, boxes);
+  check_pairs(masks, others);
+  const at::Tensor dense = masks.contiguous(), from = boxes.contiguous(), to = others.contiguous();
+  at::Tensor moved = at::empty(masks.sizes(), masks.options());
+  reframe(dense.const_data_ptr<bool>(), masks.size(1), from.const_data_ptr<float>(), to.const_data_ptr<float>(),
+          masks.size(0), moved.mutable_data_ptr<bool>());
+  return moved;
 }
 
 Codes read_codes(const at::Tensor& texts, const at::Tensor& ends) {
@@ -132,6 +147,7 @@ TORCH_LIBRARY_FRAGMENT(solq_lab, library) {
   define("dct_decode_bits(Tensor vectors, Tensor row_basis, Tensor column_basis, Tensor kept) -> Tensor",
          &solq::decode_bits);
   define("paste_to_rle(Tensor masks, Tensor boxes, int height, int width) -> str[]", &solq::paste);
+  define("reframe(Tensor masks, Tensor boxes, Tensor other_boxes) -> Tensor", &solq::move);
   define(
       "crop_codes(Tensor texts, Tensor ends, Tensor heights, Tensor corners, Tensor boxes, int height, int width,"
       " int mask_size) -> Tensor",

@@ -28,6 +28,9 @@ void dct_decode_bits(const Cosines& cosines, const float* vectors, int64_t count
 std::vector<std::string> paste_to_counts(const bool* masks, int64_t mask_size, const float* boxes, int64_t count,
                                          int64_t height, int64_t width);
 
+// Box-frame masks (count, N, N) in the frames of other boxes. boxes, others: (count, 4) centre x, y, width, height.
+void reframe(const bool* masks, int64_t mask_size, const float* boxes, const float* others, int64_t count, bool* moved);
+
 // Compressed run-length codes of several masks, one after another: that of mask k ends before texts[ends[k]].
 struct Codes {
   const char* texts;

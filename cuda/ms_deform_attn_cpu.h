@@ -270,6 +270,7 @@ void backward_units(const Sizes& sizes, const Inputs<Real>& inputs, const Real* 
 template <typename Run>
 void with_width(int64_t width, Run run) {
   switch (width) {
+    case 2: return run(std::integral_constant<int, 2>());
     case 12: return run(std::integral_constant<int, 12>());
     case 16: return run(std::integral_constant<int, 16>());
     case 24: return run(std::integral_constant<int, 24>());

@@ -98,7 +98,7 @@ def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = 
     """The network on the CPU, freshly initialised.
 
     Args:
-        experiment: sections `model` and `codec` are read, and `train.freeze_detector`.
+        experiment: sections `model` and `codec` are read, `loss.vector_layers` and `train.freeze_detector`.
         num_classes: number S of class channels.
         pretrained: load `model.pretrained`, as a training does: ImageNet weights of the backbone, or a file of a
             backbone or of a whole detector.
@@ -127,7 +127,8 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
         case "none":
             vector_dim = None if codec.kind == "none" else codec.vector_dim
             decoder = getattr(new_codec(experiment), "decoder", None) if codec.learn_decoder else None
-            return SOLQ(backbone, num_classes, vector_dim=vector_dim, mask_decoder=decoder, **sizes)
+            sizes |= {"vector_layers": experiment.loss.vector_layers, "mask_decoder": decoder}
+            return SOLQ(backbone, num_classes, vector_dim=vector_dim, **sizes)
 
 
 def _start_from_file(network: SOLQ, path: Path) -> None:

@@ -24,12 +24,18 @@ class MaskCodec(nn.Module, ABC):
         vector_dim: length D (n_k in the paper) of the vectors.
         loss: the loss its vectors are trained with: "l1" (eq. 5) or "l2_dice" (table 3a, flatten; the released PCA).
         threshold: of `binarize`: the "middle" of each reconstruction's range, as released, or "half" (0.5).
+        isometric: encoding multiplies by orthonormal rows, and decoding by their transpose: sums over products of a
+            decoded mask with itself or with a mask are those of their vectors (Parseval). A subclass does not inherit it.
         token_bits: bits of a stored mask where a vector follows from tokens; None where it is D real numbers.
     """
 
     loss: Literal["l1", "l2_dice"] = "l1"
     threshold: Threshold = "middle"
+    isometric: bool = False
     token_bits: int | None = None
+
+    def __init_subclass__(cls) -> None:
+        cls.isometric = cls.__dict__.get("isometric", False)
 
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__()

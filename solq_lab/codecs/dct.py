@@ -95,6 +95,8 @@ class DCTCodec(SeparableCodec):
     basis functions are symmetric.
     """
 
+    isometric = True
+
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         super().__init__(mask_size, vector_dim, cosine_basis, zigzag(mask_size))
 

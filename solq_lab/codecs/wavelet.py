@@ -17,6 +17,8 @@ class HaarCodec(SeparableCodec):
     coefficients what is decoded are the mask's averages over 2^k x 2^k cells.
     """
 
+    isometric = True
+
     def __init__(self, mask_size: int, vector_dim: int) -> None:
         basis, scale = haar_basis(max(mask_size, 1))
         finer, coarser = torch.maximum(scale[:, None], scale), torch.minimum(scale[:, None], scale)

@@ -86,7 +86,7 @@ class MaskLook(nn.Module):
         tokens = self.fine(fine) + F.interpolate(coarse, size=shape, mode="bilinear")
 
         (padding,) = padding_at([shape], padding)
-        tokens = tokens.masked_fill(padding.unsqueeze(1), 0.0).flatten(2).transpose(1, 2)  # (B, H/4 * W/4, C)
+        tokens = tokens.masked_fill_(padding.unsqueeze(1), 0.0).flatten(2).transpose(1, 2)  # (B, H/4 * W/4, C)
         size = filled(shape, dtype=torch.float32, device=tokens.device)
         valid_ratio = (unpadded_sizes(padding) / size).flip(-1)
         return View(tokens.unflatten(-1, (self.points, -1)), shape, valid_ratio)

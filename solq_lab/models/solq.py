@@ -60,6 +60,7 @@ class SOLQ(Checkpointed):
         mask_look: points inside the predicted box where the vector MLP reads a map of stride 4; 0: none. The backbone
             returns C2 too, before the others.
         standardise_vectors: the vector head predicts in units of the training vectors' std.
+        vector_layers: training makes mask vectors after so many of the last decoder layers; None: after all.
         mask_decoder: (D, N*N) start of a matrix that decodes mask vectors and is learnt too; None: the codec decodes.
 
     Raises:
@@ -91,6 +92,7 @@ class SOLQ(Checkpointed):
         denoising: int = 0,
         mask_look: int = 0,
         standardise_vectors: bool = False,
+        vector_layers: int | None = None,
         mask_decoder: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -107,6 +109,7 @@ class SOLQ(Checkpointed):
             raise ValueError(f"mask_look {mask_look} serves mask vectors, and vector_dim is None; set mask_look to 0")
         self.refine_boxes, self.look_twice, self.num_queries = refine_boxes, look_twice, queries
         self.two_stage, self.mixed_queries, self.denoising = two_stage, mixed_queries, denoising
+        self.vector_layers = vector_layers
 
         self.backbone = backbone
         if bool(mask_look) != (len(backbone.channels) == 4):
@@ -193,9 +196,11 @@ class SOLQ(Checkpointed):
     ) -> list[LayerPrediction]:
         """The layers with their mask vectors, made at once: no layer reads another's, and all share one head for them.
 
-        `outputs` are the queries (B, J, C) after each layer, `view` is what a mask look reads.
+        In training those without a vector loss have none. `outputs` are the queries (B, J, C) after each layer, `view` is what a mask look reads.
         """
         count = sum(head.vector is not None for head in self.query_heads)  # inference keeps the last layer's alone
+        if self.training and self.vector_layers is not None:
+            count = min(count, self.vector_layers)
         if not count:
             return layers
         queries = torch.cat(outputs[-count:], dim=1)

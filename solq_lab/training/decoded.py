@@ -15,8 +15,9 @@ from torch import Tensor
 from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec
+from solq_lab.ops.extension import cpu_operator
 from solq_lab.structures import Target, filled
-from solq_lab.training.focal import dice_loss
+from solq_lab.training.focal import DICE_FLOOR, dice_loss
 
 FRAME_IOU = 0.5  # generalised IoU with its object from which a predicted box is the frame of its target
 
@@ -60,8 +61,7 @@ class MatchedVectors:
         self.target, self.true_masks, self.masks = target, true_masks, true_masks
         if in_predicted_frame:
             overlap = generalized_iou(cxcywh_to_xyxy(self.boxes), cxcywh_to_xyxy(true_boxes))
-            moved = (overlap > FRAME_IOU)[..., None, None]
-            self.masks = torch.where(moved, self.masks_in_predicted_boxes, true_masks)
+            self.masks = self._true_masks_in(torch.where(overlap.unsqueeze(-1) > FRAME_IOU, self.boxes, true_boxes))
             with torch.no_grad():
                 self.target = codec.encode(self.masks.flatten(0, 1)).view(predicted.shape)
         self.tail_drop, self.counting = tail_drop, predicted
@@ -75,13 +75,13 @@ class MatchedVectors:
 
     @cached_property
     def shortened(self) -> Tensor:
-        """(Z, T, N, N) reconstructions, of `tail_drop` of the pairs from 1 to D first coefficients."""
+        """(Z, T, D) the predicted vectors, of `tail_drop` of the pairs from 1 to D first coefficients alone."""
         if not self.tail_drop:
-            return self.decoded
+            return self.counting
         pairs, dim, device = self.predicted.shape[:2], self.predicted.shape[2], self.predicted.device
         lengths = torch.randint(1, dim + 1, pairs, device=device)
         lengths = lengths.where(torch.rand(pairs, device=device) < self.tail_drop, dim)
-        return self._decode(self.counting * (torch.arange(dim, device=device) < lengths.unsqueeze(-1)))
+        return self.counting * (torch.arange(dim, device=device) < lengths.unsqueeze(-1))
 
     def _decode(self, vectors: Tensor) -> Tensor:
         return self.codec.decode(vectors.flatten(0, 1)).view(self.true_masks.shape)
@@ -89,7 +89,10 @@ class MatchedVectors:
     @cached_property
     def masks_in_predicted_boxes(self) -> Tensor:
         """(Z, T, N, N) bool: the objects' masks cut out by the predicted boxes."""
-        flat = (values.flatten(0, 1) for values in (self.true_masks, self.true_boxes, self.boxes))
+        return self._true_masks_in(self.boxes)
+
+    def _true_masks_in(self, boxes: Tensor) -> Tensor:
+        flat = (values.flatten(0, 1) for values in (self.true_masks, self.true_boxes, boxes))
         return reframe(*flat).view(self.true_masks.shape)
 
     def distance(self, kind: str, std: Tensor | None) -> Tensor:
@@ -110,8 +113,13 @@ class MatchedVectors:
 
     def dice(self, *, near_outlines: bool = False) -> Tensor:
         """Sums (Z,) of the dice losses of decoded vectors and their targets' masks; or of the pixels near outlines."""
-        masks, decoded = self.masks.flatten(0, 1), self.shortened.flatten(0, 1)  # (Z, T, N, N) -> (Z*T, N, N)
-        masks = masks.to(decoded.dtype)
+        vectors = self.shortened
+        if self.codec.isometric and not near_outlines:  # nothing to decode: Parseval
+            shared, squares = (vectors * self.target).sum(-1), vectors.square().sum(-1)
+            return (1 - 2 * shared / (squares + self.masks.sum((-2, -1)) + DICE_FLOOR)).sum(1)
+
+        decoded = (self._decode(vectors) if self.tail_drop else self.decoded).flatten(0, 1)  # (Z*T, N, N)
+        masks = self.masks.flatten(0, 1).to(decoded.dtype)
         if near_outlines:
             band = outline_band(masks)
             masks, decoded = masks * band, decoded * band
@@ -157,6 +165,10 @@ def reframe(masks: Tensor, boxes: Tensor, other_boxes: Tensor) -> Tensor:
     """
     if len(masks) == 0:
         return masks
+    # Inputs of the operator are those of a training step; the grid below is a hundred times as large as its masks.
+    compiled = cpu_operator("reframe") if masks.device.type == "cpu" and boxes.dtype == torch.float32 else None
+    if compiled is not None and not torch.compiler.is_compiling():
+        return compiled(masks, boxes, other_boxes)
     scale = other_boxes[:, 2:] / boxes[:, 2:]
     shift = 2 * (other_boxes[:, :2] - boxes[:, :2]) / boxes[:, 2:]
     affine = torch.cat([torch.diag_embed(scale), shift.unsqueeze(-1)], dim=-1)  # (K, 2, 3): -1..1 of the other box

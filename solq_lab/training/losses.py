@@ -229,7 +229,7 @@ class SetCriterion(nn.Module):
                 raise ValueError(f"image {target.image_id}: masks {found} do not fit the codec, which wants {allowed}")
             by_image.append(target.masks)
 
-        for index, layer in enumerate(predictions.layers):
+        for index, layer in list(enumerate(predictions.layers))[-self.vector_layers :]:
             length, expected = None if layer.vectors is None else layer.vectors.shape[-1], self.codec.vector_dim
             if length != expected:
                 raise ValueError(

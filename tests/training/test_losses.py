@@ -251,7 +251,8 @@ def test_dropped_tails_leave_the_dice_of_prefixes_of_every_length():
     for share in (0.0, 0.5, 1.0):
         criterion = make_criterion(codec, tail_drop=share, decoded_dice_weight=1.0)
         found = torch.stack([criterion(Predictions([layer], None), targets)["vector_dice"] for _ in range(120)])
-        counts[share] = ((found[:, None] - expected).abs() < 1e-12).sum(0).tolist()
+        # Targets are float32. Dice of neighbouring prefixes differ by more.
+        counts[share] = ((found[:, None] - expected).abs() < 1e-7).sum(0).tolist()
     assert counts[0.0] == [0] * (VECTOR_DIM - 1) + [120]
     assert min(counts[1.0]) > 0
     assert counts[0.5][-1] == pytest.approx(120 * 0.55, abs=25)
