@@ -25,7 +25,7 @@ class MaskCodec(nn.Module, ABC):
         loss: the loss its vectors are trained with: "l1" (eq. 5) or "l2_dice" (table 3a, flatten; the released PCA).
         threshold: of `binarize`: the "middle" of each reconstruction's range, as released, or "half" (0.5).
         isometric: encoding multiplies by orthonormal rows, and decoding by their transpose: sums over products of a
-            decoded mask with itself or with a mask are those of their vectors (Parseval). A subclass does not inherit it.
+            decoded mask with itself or with a mask are those of their vectors (Parseval). Subclasses do not inherit it.
         token_bits: bits of a stored mask where a vector follows from tokens; None where it is D real numbers.
     """
 

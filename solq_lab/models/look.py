@@ -89,7 +89,8 @@ class MaskLook(nn.Module):
         tokens = tokens.masked_fill_(padding.unsqueeze(1), 0.0).flatten(2).transpose(1, 2)  # (B, H/4 * W/4, C)
         size = filled(shape, dtype=torch.float32, device=tokens.device)
         valid_ratio = (unpadded_sizes(padding) / size).flip(-1)
-        return View(tokens.unflatten(-1, (self.points, -1)), shape, valid_ratio)
+        # Made dense once, not by every operator that reads it, forward and backward.
+        return View(tokens.contiguous().unflatten(-1, (self.points, -1)), shape, valid_ratio)
 
     def forward(self, queries: Tensor, boxes: Tensor, view: View) -> Tensor:
         """(B, J, C) from queries (B, J, C) and their boxes (B, J, 4) (cx, cy, w, h), normalised image."""

@@ -196,7 +196,8 @@ class SOLQ(Checkpointed):
     ) -> list[LayerPrediction]:
         """The layers with their mask vectors, made at once: no layer reads another's, and all share one head for them.
 
-        In training those without a vector loss have none. `outputs` are the queries (B, J, C) after each layer, `view` is what a mask look reads.
+        In training those without a vector loss have none. `outputs` are the queries (B, J, C) after each layer, `view`
+        is what a mask look reads.
         """
         count = sum(head.vector is not None for head in self.query_heads)  # inference keeps the last layer's alone
         if self.training and self.vector_layers is not None:

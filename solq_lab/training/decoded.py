@@ -165,7 +165,7 @@ def reframe(masks: Tensor, boxes: Tensor, other_boxes: Tensor) -> Tensor:
     """
     if len(masks) == 0:
         return masks
-    # Inputs of the operator are those of a training step; the grid below is a hundred times as large as its masks.
+    # On a CPU the grid below, 8 bytes for each byte of the masks, takes ten times as long.
     compiled = cpu_operator("reframe") if masks.device.type == "cpu" and boxes.dtype == torch.float32 else None
     if compiled is not None and not torch.compiler.is_compiling():
         return compiled(masks, boxes, other_boxes)

@@ -114,6 +114,19 @@ def test_decoding_is_linear(kind, size, data):
     torch.testing.assert_close(mixed, 2 * codec.decode(first) - 3 * codec.decode(second))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_decoded_masks_are_those_of_the_vectors_of_isometric_codecs_alone(kind):
+    masks = blob_masks(2, count=12, size=16)
+    codec = fitted(kind, 16, 9, masks)
+    vectors = torch.randn(len(masks), codec.vector_dim, dtype=torch.float64)
+    decoded, targets = codec.decode(vectors).flatten(1), codec.encode(masks).double()
+    products = (decoded * masks.flatten(1)).sum(1), decoded.square().sum(1)
+    if codec.isometric:
+        torch.testing.assert_close(products[0], (vectors * targets).sum(1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(products[1], vectors.square().sum(1))
+    assert codec.isometric == (kind in ("dct", "haar"))
+
+
 @pytest.mark.parametrize("kind", ["dct", "pca", "centered", "flatten"])
 @examples
 @given(size=sizes)

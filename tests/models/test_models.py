@@ -92,6 +92,15 @@ def test_padding_does_not_change_the_predictions(changes: dict[str, Any]):
         torch.testing.assert_close(second, first, rtol=0, atol=2e-4)
 
 
+def test_training_makes_the_vectors_of_the_layers_that_have_a_vector_loss():
+    images = draw_images((64, 64))
+    every, last = (small_model(vector_layers=count) for count in (None, 1))
+    expected, found = every(images).layers, last(images).layers
+    assert found[0].vectors is None
+    torch.testing.assert_close(found[1].vectors, expected[1].vectors)
+    assert last.eval()(images).layers[0].vectors is not None
+
+
 def test_a_plain_detector_is_solq_without_its_vectors():
     solq, plain = small_model().eval(), small_model(vector_dim=None).eval()
     assert set(plain.state_dict()) == {name for name in solq.state_dict() if ".vector." not in name}

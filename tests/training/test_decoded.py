@@ -46,7 +46,8 @@ def test_a_mask_in_another_frame_is_the_pasted_mask_cut_out_there(other):
         assert torch.equal(found, disc())
 
 
-def test_a_mask_in_another_frame_equals_its_formula_in_float64():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["plain torch", "compiled"])
+def test_a_mask_in_another_frame_equals_its_formula(dtype):
     mask = torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5
     (x0, y0, x1, y1), (left, top, right, bottom) = (0.1, 0.2, 0.5, 0.9), (0.13, 0.1, 0.61, 0.85)
     cells = (torch.arange(6, dtype=torch.float64) + 0.5) / 6
@@ -55,8 +56,11 @@ def test_a_mask_in_another_frame_equals_its_formula_in_float64():
     weights = [(1 - (place[:, None] - torch.arange(6)).abs()).clamp(min=0) for place in (down, across)]
     sampled = weights[0] @ mask[0].double() @ weights[1].T
     corners = torch.tensor([(x0, y0, x1, y1), (left, top, right, bottom)], dtype=torch.float64)
-    box, other = xyxy_to_cxcywh(corners).split(1)
+    box, other = xyxy_to_cxcywh(corners).to(dtype).split(1)
     assert torch.equal(reframe(mask, box, other)[0], sampled >= 0.5)
+    flat = torch.tensor([[0.5, 0.5, 0.0, 0.4]], dtype=dtype)
+    assert not reframe(mask, box, flat).any()
+    assert not reframe(mask, flat, box).any()
 
 
 def test_only_about_right_boxes_become_frames_and_no_gradient_reaches_them():
