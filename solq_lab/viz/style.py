@@ -5,6 +5,7 @@ Colours: Okabe and Ito, "Color Universal Design" (2008).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ OBJECT_COLOURS = (
     *("#6611FF", "#00FF00", "#FF00CC", "#FF0066", "#9977FF", "#776633", "#44AA11", "#FFDDAA", "#00FFAA", "#55EEEE"),
     *("#AA3333", "#FF0022", "#AADD88", "#BB0077", "#FF9988", "#AAEE00", "#336600"),
 )
+
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a class name in a script that no font here has
 
 STYLE: dict[Any, Any] = {  # of matplotlib
     "figure.dpi": 100,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 import tracemalloc
 
 import matplotlib.pyplot as plt
@@ -113,6 +115,19 @@ def test_labels_of_objects_in_one_place_do_not_cover_each_other():
         figure.draw_without_rendering()
         extents = [label.get_window_extent() for label in figure.axes[0].texts]
         assert not any(first.overlaps(second) for first, second in itertools.combinations(extents, 2))
+
+
+def test_names_in_any_script_are_drawn_without_a_word_on_the_terminal():
+    code = """
+import numpy as np, torch
+from solq_lab.structures import Detections
+from solq_lab.viz.images import paint_detections
+first, box = torch.zeros(1, dtype=torch.long), torch.tensor([[1.0, 1, 9, 9]])
+found = Detections(torch.ones(1), first, box, first, None, ["$文_^ع"])
+paint_detections(np.zeros((40, 40, 3), np.uint8), found)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_label_too_long_for_its_image_begins_inside():
