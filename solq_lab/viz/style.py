@@ -140,7 +140,8 @@ def styled(frame: pd.DataFrame, digits: int = 1) -> Styler:
         {"selector": "tr", "props": "border-bottom: 1px solid #8884; background: transparent"},
         {"selector": "", "props": "border-collapse: collapse"},
     ]
-    shown = frame.style.format(precision=digits, na_rep="-").set_table_styles(look)
+    shown = frame.style.format(precision=digits, na_rep="-", escape="html").set_table_styles(look)
+    shown = shown.format_index(lambda name: f"{name:g}" if isinstance(name, float) else name, escape="html")
     left: dict[Any, Any] = {name: [{"selector": "", "props": "text-align: left"}] for name in texts}
     return shown.set_table_styles(left, overwrite=False)
 
