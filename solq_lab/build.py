@@ -119,6 +119,7 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
         backbone = build_backbone(model, imagenet=imagenet)
     except (ValueError, ImportError) as error:  # no network to fetch weights, no timm
         raise ConfigError(f"model.backbone={model.backbone}, model.pretrained={model.pretrained}: {error}") from None
+
     sizes = model.model_dump(exclude={"backbone", "pretrained", "dilation", "mask_branch", "mask_detail"})
     match model.mask_branch:
         case "sqr":

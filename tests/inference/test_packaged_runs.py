@@ -61,8 +61,10 @@ def test_half_precision_is_only_how_weights_are_stored(run: Run, packaged: Path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_it_detects_the_same_objects_and_reports_the_difference(run: Run, tmp_path: Path):
-    loss = package_run(run, tmp_path / "small", run.experiment)
+@pytest.mark.parametrize("vector_dim", [None, 1])
+def test_it_detects_the_same_objects_and_reports_the_difference(run: Run, tmp_path: Path, vector_dim: int | None):
+    settings = run.experiment.evaluation.model_copy(update={"vector_dim": vector_dim})
+    loss = package_run(run, tmp_path / "small", run.experiment.model_copy(update={"evaluation": settings}))
     assert loss.images == 4
     assert loss.matched == loss.detections > 0
     assert 0 < loss.score < packaging.TOLERANCE.score

@@ -90,10 +90,12 @@ def package_run(run: Run, destination: Path, experiment: Experiment, *, images: 
         raise WeightMismatch(f"{run.weights}: the file holds no class map; package a run that this project trained")
 
     with replacing_folder(destination) as unfinished:
-        weights, yaml = unfinished / run.weights.name, experiment.to_yaml()
-        save_weights(weights, halved(trained.state), experiment=yaml, classes=trained.classes, codec=trained.codec)
-
-        exact, rounded = Predictor(run.weights), Predictor(weights)
+        # Both predictors follow the new experiment, whose evaluation may score or decode differently.
+        weights, whole, yaml = unfinished / run.weights.name, unfinished / "whole.safetensors", experiment.to_yaml()
+        for path, state in ((weights, halved(trained.state)), (whole, trained.state)):
+            save_weights(path, state, experiment=yaml, classes=trained.classes, codec=trained.codec)
+        exact, rounded = Predictor(whole), Predictor(weights)
+        whole.unlink()
         loss = compare_predictors(exact, rounded, build_dataset(experiment, "val", exact.classes), images)
         if not loss.agrees(TOLERANCE) or loss.excused:
             raise RunError(
