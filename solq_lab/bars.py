@@ -18,7 +18,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     """
     from tqdm.auto import tqdm  # not above: `solq-lab -q` turns bars off before it is imported
 
-    in_place = sys.stderr.isatty() or "ipykernel" in sys.modules
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    in_place = sys.stderr.isatty() or hasattr(shell, "kernel")  # a terminal or a notebook
     if not in_place:
         options |= {"miniters": 1} | dict.fromkeys(("delay", "mininterval"), SECONDS_BETWEEN_LINES)
     bar = tqdm(iterable, **{"leave": False, **options})
