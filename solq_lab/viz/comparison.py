@@ -25,8 +25,7 @@ def comparison_grid(images: Sequence[ComparedImage], *, images_per_row: int = 2,
     for image in images:
         found = {f"{name}: IoU {100 * image.mean_iou(name):.0f} %": one for name, one in image.detections.items()}
         shown.append((image.pixels, {"ground truth": image.ground_truth} | found))
-    columns = 1 + len(images[0].detections) if images else 1
-    figure, places = draw_grid(shown, columns, across=images_per_row, title=title)
+    figure, places = draw_grid(shown, across=images_per_row, title=title)
 
     for row, image in zip(places, images, strict=False):
         for place in row:

@@ -103,24 +103,23 @@ def prediction_grid(
         (as_pixels(image), {"image": truth.above(math.inf), "ground truth": truth, "prediction": prediction})
         for image, truth, prediction in examples
     ]
-    return draw_grid(images, 3, across=examples_per_row, title=title)[0]
+    return draw_grid(images, across=examples_per_row, title=title)[0]
 
 
 def draw_grid(
-    images: Sequence[tuple[np.ndarray, Mapping[str, Detections]]], columns: int, *, across: int, title: str
+    images: Sequence[tuple[np.ndarray, Mapping[str, Detections]]], *, across: int, title: str
 ) -> tuple[Figure, np.ndarray]:
     """Each image (H, W, 3) once for each of several sets of objects, whose names are above.
 
     Args:
-        images: with `columns` sets of objects each.
-        columns: of an image.
+        images: with as many sets of objects each, by name.
         across: images beside each other.
         title: of all.
 
     Returns:
-        The figure, and its axes (images or more, columns).
+        The figure, and its axes (images or more, sets).
     """
-    across = min(across, max(len(images), 1))
+    across, columns = min(across, max(len(images), 1)), len(images[0][1]) if images else 1
     aspects = [pixels.shape[0] / pixels.shape[1] for pixels, _ in images] or [0.3]
     heights = [max(aspects[first : first + across]) for first in range(0, len(aspects), across)]
     side = FIGURE_WIDTH / max(columns * across, 4)
