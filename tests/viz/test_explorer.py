@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -207,6 +208,26 @@ def test_one_change_is_one_drawing(explorer):
     explorer.vector_dim.value = 16
     extra = {panel: live.drawn - drawn[panel] for panel, live in explorer._live_panels.items()}
     assert extra == {panel: 1 if panel in (Original, Target) else 2 for panel in TABLE}
+
+
+def test_a_change_while_another_thread_draws_is_drawn_after_it(explorer, monkeypatch):
+    """Each widget has a thread of the kernel; the image of a setting that is gone must not stay."""
+    view, steps, drawing = explorer.lab.view, list[str](), threading.Event()
+
+    def slow_view(setting):
+        steps.append(f"begin {setting.rule}")
+        drawing.set()
+        time.sleep(0.2)  # the other thread would overtake
+        steps.append(f"end {setting.rule}")
+        return view(setting)
+
+    monkeypatch.setattr(explorer.lab, "view", slow_view)
+    noisy = threading.Thread(target=lambda: setattr(explorer.error, "value", 1.0))
+    noisy.start()
+    assert drawing.wait(60)
+    explorer.rule.value = "best"
+    noisy.join()
+    assert steps == ["begin codec", "end codec", "begin best", "end best"]
 
 
 def test_the_animation_ends_with_the_whole_vector_whatever_its_length(explorer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import html
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from solq_lab.viz.widgets.chooser import ImageChooser, list_objects
 from solq_lab.viz.widgets.clickable_image import ClickableImage, link_figure
 
 logger = logging.getLogger(__name__)
+# JupyterLab gives each widget's messages a thread of the kernel, but widgets and matplotlib are shared.
+ONE_AT_A_TIME = threading.RLock()
 gc.freeze()  # the modules: every few redraws, collecting garbage would look through torch for half a second
 
 MIN_SCORE = 0.05  # below it are hundreds of guesses; sliders of scores start here
@@ -70,14 +73,15 @@ class Explorer(ABC):
         self.status.value = html.escape(sentence)
 
     def guarded(self, action: Callable[..., None]) -> Callable[..., None]:
-        """`action`, whose exception is shown. Whatever a user can set off goes through here."""
+        """`action`, when no other one runs; its exception is shown. Whatever a user can set off goes through here."""
 
         def run(*arguments: object) -> None:
-            try:
-                action(*arguments)
-            except Exception as error:
-                logger.exception("a control's action failed")
-                self.report(f"{type(error).__name__}: {error}")
+            with ONE_AT_A_TIME:
+                try:
+                    action(*arguments)
+                except Exception as error:
+                    logger.exception("a control's action failed")
+                    self.report(f"{type(error).__name__}: {error}")
 
         return run
 
