@@ -32,6 +32,12 @@ def check_data_folder(experiment: Experiment) -> None:
         )
 
 
+def has_both_splits(experiment: Experiment) -> bool:
+    """Whether annotations for train and val are named or found."""
+    data = with_found_data(experiment).data
+    return bool(data.train_annotations and data.val_annotations)
+
+
 def prepare_data(experiment: Experiment) -> None:
     """Draw the shapes of an experiment where they are missing; check any other data folder.
 

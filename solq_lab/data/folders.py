@@ -158,8 +158,8 @@ def _divide(data: Path, found: list[_Found], val_fraction: float) -> list[_Found
     rest = [split for split in found if split.name != "test"]
     if len(rest) != 1:
         raise DataError(
-            f"{data}: data.val_fraction={val_fraction:g} would divide one annotation file, and there are "
-            f"{_describe(found, data)}; leave data.val_fraction out, or name the file with data.train_annotations"
+            f"{data}: to divide one annotation file into train and val (data.val_fraction), name it with "
+            f"data.train_annotations; there are {_describe(found, data)}"
         )
     (whole,) = rest
     parts = [_Found(name, whole.images, Path(f"{whole.annotations}#{name}")) for name in ("train", "val")]

@@ -11,6 +11,7 @@ import re
 import shlex
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,11 +24,10 @@ import yaml
 from solq_lab.allocation import keep_freed_memory
 from solq_lab.bench.network import stepper
 from solq_lab.build import build_dataset, build_model
-from solq_lab.config import ConfigError, Experiment, validate_experiment, with_found_data
+from solq_lab.config import ConfigError, Experiment, default_experiment, validate_experiment, with_found_data
 from solq_lab.data.annotations import read_annotations
 from solq_lab.data.loader import BatchLoader
-from solq_lab.data_folder import split_of
-from solq_lab.errors import DataError
+from solq_lab.data_folder import has_both_splits, split_of
 from solq_lab.files import write_text
 from solq_lab.inference.predictor import find_weights, read_trained
 from solq_lab.models.official import WeightMismatch
@@ -93,12 +93,13 @@ class Plan(NamedTuple):
 
 
 def plan_finetuning(
-    data: Path, *, start: str = "", minutes: float | None = None, name: str, runs_dir: Path = Path("runs")
+    data: Path, overrides: Sequence[str], *, start: str, minutes: float | None, name: str, runs_dir: Path
 ) -> Plan:
     """Choose everything for a training on the images of a data folder.
 
     Args:
         data: folder in any layout that `data.folders` finds.
+        overrides: `section.key=value` choices of the user; the others follow from them.
         start: weights of ours, a run, a released or Hugging Face's checkpoint, or a name in `RELEASED`; "": the small
             model of drawn shapes on a CPU, ImageNet weights on a GPU.
         minutes: how long it may take, by the speed that is measured here; None: as long as the data asks for.
@@ -108,7 +109,7 @@ def plan_finetuning(
     Raises:
         DataError, ConfigError, WeightMismatch, RunError: the data or the weights cannot be used.
     """
-    planner = _Planner(name, data)
+    planner = _Planner(name, data, overrides)
     planner.choose_start(start, runs_dir)
     planner.read_data()
     planner.choose_sizes()
@@ -119,22 +120,23 @@ def plan_finetuning(
 
 
 def planned_experiment(
-    data: Path, *, start: str = "", minutes: float | None = None, name: str = "", runs_dir: Path = Path("runs")
+    data: Path, overrides: Sequence[str], *, start: str, minutes: float | None, name: str = "", runs_dir: Path
 ) -> Path:
     """The experiment file `runs_dir`/NAME.yaml: planned and written, or as the same command wrote it, perhaps edited.
 
     Args:
-        data, start, minutes, name, runs_dir: as in `plan_finetuning`.
+        data, overrides, start, minutes, name, runs_dir: as in `plan_finetuning`.
 
     Raises:
         ConfigError: the file exists and is another command's; and as `plan_finetuning`.
     """
     name = name or re.sub(r"[^A-Za-z0-9._-]", "-", f"{Path(os.path.abspath(data)).name}-finetuned").lstrip("._-")
     options = {"--from": start, "--minutes": "" if not minutes else f"{minutes:g}", "--name": name}
-    words = ["solq-lab", "finetune", str(data), *(word for pair in options.items() if pair[1] for word in pair)]
-    path, command = runs_dir / f"{name}.yaml", shlex.join(words)
+    words = [str(data), *overrides, *(word for pair in options.items() if pair[1] for word in pair)]
+    path, command = runs_dir / f"{name}.yaml", f"solq-lab finetune {shlex.join(words)}"
     if not path.exists():
-        plan_finetuning(data, start=start, minutes=minutes, name=name, runs_dir=runs_dir).write(path, command)
+        plan = plan_finetuning(data, overrides, start=start, minutes=minutes, name=name, runs_dir=runs_dir)
+        plan.write(path, command)
         return path
 
     first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
@@ -162,23 +164,30 @@ def describe_device() -> Device:
 class _Planner:
     """The choices made so far, in the order of `plan_finetuning`: each one may look at those before it."""
 
-    def __init__(self, name: str, data: Path) -> None:
+    def __init__(self, name: str, data: Path, overrides: Sequence[str]) -> None:
         self.values: dict[str, Any] = {"name": name, "data": {"root": str(data)}}
-        self.reasons: dict[str, str] = {}
+        keys = [override.partition("=")[0] for override in overrides]
+        if wrong := [key for key in keys if key == "data.root" or key.count(".") != 1]:
+            raise ConfigError(f"{wrong[0]}: give section.key=value; the folder is the first argument, the name --name")
+        chosen = default_experiment(overrides).model_dump(mode="json")
+        self.given = {key: chosen[section][name] for key in keys for section, _, name in [key.partition(".")]}
+        self.reasons = dict.fromkeys(keys, "as given")
         self.warnings: list[str] = []
         self.device = describe_device()
         self.base = validate_experiment({"name": "base"}, source="the defaults")  # has the rates to scale
         self.facts: DataFacts
 
     def choose(self, key: str, value: Any, reason: str = "") -> None:
-        """Set a key; without a reason it is not shown."""
+        """Set a key, to the user's value where there is one; without a reason it is not shown."""
         section, name = key.split(".")
-        self.values.setdefault(section, {})[name] = value
+        self.values.setdefault(section, {})[name] = self.given.get(key, value)
         if reason:
-            self.reasons[key] = reason
+            self.reasons.setdefault(key, reason)
 
     def experiment(self) -> Experiment:
         """The experiment so far."""
+        for key, value in self.given.items():
+            self.choose(key, value)
         return with_found_data(validate_experiment(self.values, source="the fine-tuning recipe"))
 
     def choose_start(self, start: str, runs_dir: Path) -> None:
@@ -211,10 +220,8 @@ class _Planner:
         self.choose("train.finetune_from", os.path.relpath(path), why)
 
     def read_data(self) -> None:
-        """Count images, objects and sizes; a data set without a val split is divided."""
-        try:
-            split_of(self.experiment(), "val")
-        except DataError:
+        """Count images, objects and sizes; a data set of one split is divided."""
+        if not has_both_splits(self.experiment()):
             self.choose("data.val_fraction", 0.2, "one split only: a fixed random fifth of it is for validation")
         dataset = build_dataset(self.experiment(), "train")  # the loader's judgement of the data comes first
         truth, val = dataset.truth, read_annotations(split_of(self.experiment(), "val").annotations)
@@ -271,6 +278,7 @@ class _Planner:
         device, images = self.device, self.facts.images
         wanted = min(16 if device.cuda else 10, images)
         batch = next((size for size in range(wanted, wanted // 2, -1) if images % size == 0), wanted)
+        batch = self.given.get("train.batch_size", batch)
         left = images % batch
         self.choose("train.batch_size", batch, f"up to {wanted} a step" if left else f"divides {images} images")
         if left:

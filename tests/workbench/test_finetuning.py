@@ -10,7 +10,7 @@ import torch
 from made_up_weights import RELEASED, made_up
 from tiny import write_tiny_dataset
 
-from solq_lab.config import load_experiment
+from solq_lab.config import ConfigError, load_experiment
 from solq_lab.data.annotations import DataError
 from solq_lab.workbench import cli, finetuning
 from solq_lab.workbench.commands import finetune as command
@@ -32,8 +32,9 @@ def on(monkeypatch):
     return choose
 
 
-def plan_finetuning(data: Path, **options) -> finetuning.Plan:
-    return finetuning.plan_finetuning(data, name="mine", **options)
+def plan_finetuning(data: Path, *overrides: str, **options) -> finetuning.Plan:
+    defaults = {"start": "", "minutes": None, "runs_dir": Path("runs")}
+    return finetuning.plan_finetuning(data, overrides, name="mine", **defaults | options)
 
 
 def dataset(folder: Path, images: int = 12) -> Path:
@@ -74,15 +75,32 @@ def test_few_steps_lost_images_and_rare_classes_are_warned_of(tmp_path, on):
     assert any("2 classes have under 10 training objects (triangle " in text for text in warnings)
 
 
-def test_more_objects_get_more_queries_and_one_split_is_divided(tmp_path, on):
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_more_objects_get_more_queries_and_the_only_split_is_divided(tmp_path, on, missing):
     data = dataset(tmp_path, images=20)
     document = json.loads((data / "train.json").read_text())
     document["annotations"] = [{**document["annotations"][0], "id": number} for number in range(1, 90)]
     (data / "train.json").write_text(json.dumps(document))
     (data / "val.json").unlink()
+    if missing == "train":
+        (data / "train.json").rename(data / "val.json")
+        (data / "val").rename(data / "unused")
+        (data / "train").rename(data / "val")
     plan = plan_finetuning(data)
     assert plan.experiment.data.val_fraction == 0.2
     assert plan.experiment.model.queries in (130, 140)
+
+
+def test_what_the_user_gives_is_kept_and_the_rest_follows_from_it(tmp_path, on):
+    data = dataset(tmp_path)
+    overrides = ["train.batch_size=4", "model.queries=7", "data.val_images=val"]
+    plan = plan_finetuning(data, *overrides, minutes=10)
+    assert plan.experiment.train.steps == 10 * 60 * 0.8 * 25 / 4
+    assert plan.experiment.optim.lr == pytest.approx(2e-3 * (4 / 16) ** 0.5, rel=0.05)
+    assert plan.experiment.model.queries == 7
+    assert [plan.reasons[override.partition("=")[0]] for override in overrides] == ["as given"] * 3
+    with pytest.raises(ConfigError, match="the folder is the first argument"):
+        plan_finetuning(data, "data.root=elsewhere")
 
 
 def test_a_released_checkpoint_is_converted_and_gives_the_network(tmp_path, on):
@@ -129,14 +147,14 @@ def test_the_command_writes_an_experiment_that_runs_as_edited(tmp_path, on, monk
         assert ended.value.code in (0, None, 2)
 
     dataset(tmp_path)
-    call("--minutes", "10", "--dry-run")
+    call("train.ema=0.5", "--minutes", "10", "--dry-run")
     path = tmp_path / "runs" / "mine-finetuned.yaml"
     assert not trained
     assert "square-root rule" in capsys.readouterr().out
     assert "square-root rule" in path.read_text()
     path.write_text(path.read_text().replace("steps: 2000", "steps: 7"))
-    call("--minutes", "10")
-    assert trained[0].train.steps == 7
+    call("train.ema=0.5", "--minutes", "10")
+    assert (trained[0].train.steps, trained[0].train.ema) == (7, 0.5)
     assert "square-root rule" in capsys.readouterr().out
     call("--minutes", "20")
     assert len(trained) == 1

@@ -9,12 +9,15 @@ from typing import Annotated
 
 import typer
 
-from solq_lab.workbench.commands.arguments import RunsDir, existing_path
+from solq_lab.config import change_experiment, default_experiment
+from solq_lab.data_folder import check_data_folder, has_both_splits
+from solq_lab.workbench.commands.arguments import Overrides, RunsDir, existing_path
 from solq_lab.workbench.commands.runs import train
 
 
 def finetune(
     data: Annotated[Path, typer.Argument(help="Folder of your images.", callback=existing_path)],
+    overrides: Overrides = None,
     start: Annotated[
         str,
         typer.Option("--from", help="A file, a run, Hugging Face's folder, or a name of download-weights."),
@@ -24,11 +27,16 @@ def finetune(
     runs_dir: RunsDir = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the training.")] = False,
 ) -> None:
-    """Train on your own images. Chooses every setting from data and device, says why, and writes the experiment."""
+    """Train on your own images. Chooses each setting that is not given, says why, and writes the experiment."""
+    experiment = default_experiment([f"data.root={data}", *(overrides or [])])
+    if not has_both_splits(experiment):  # the only one will be divided
+        experiment = change_experiment(experiment, {"data.val_fraction": 0.5}, source="finetune")
+    check_data_folder(experiment)
+
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: the speed is measured as a training runs
     from solq_lab.workbench.finetuning import described_choices, planned_experiment
 
-    path = planned_experiment(data, start=start, minutes=minutes, name=name, runs_dir=runs_dir)
+    path = planned_experiment(data, overrides or [], start=start, minutes=minutes, name=name, runs_dir=runs_dir)
     again = f"solq-lab train {shlex.quote(str(path))}"
     typer.echo(f"{described_choices(path)}\n\nexperiment  {path}; edit it if you like, and run it with  {again}")
     if not dry_run:
