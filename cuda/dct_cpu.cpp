@@ -79,14 +79,16 @@ class Encoder {
  public:
   explicit Encoder(const Cosines& cosines)
       : size_(cosines.mask_size),
+        filled_(round_up(cosines.columns, Vector::kSize)),
         stride_(round_up(cosines.columns, kColumns)),
-        height_(round_up(cosines.rows, kRows)),
+        pairs_(round_up((cosines.rows + 1) / 2, kRows)),
         running_((size_ + 1) * stride_),
-        rows_(size_ * height_),
+        rows_((size_ + 1) / 2 * 2 * pairs_),
         places_(cosines.kept, cosines.kept + cosines.vector_dim),
+        reach_(2 * pairs_),
         changes_(size_ + 1),
         half_(size_ * stride_),
-        corner_(height_ * stride_) {
+        corner_(2 * pairs_ * stride_) {
     for (int64_t column = 0; column < cosines.columns; ++column) {
       double sum = 0;
       for (int64_t pixel = 0; pixel < size_; ++pixel) {
@@ -95,18 +97,23 @@ class Encoder {
       }
     }
     for (int64_t row = 0; row < cosines.rows; ++row) {
-      for (int64_t pixel = 0; pixel < size_; ++pixel) {
-        rows_[pixel * height_ + row] = float(cosines.row_basis[row * size_ + pixel]);
+      for (int64_t pixel = 0; pixel < (size_ + 1) / 2; ++pixel) {
+        rows_[pixel * 2 * pairs_ + sorted(row)] = float(cosines.row_basis[row * size_ + pixel]);
       }
     }
-    for (int64_t& place : places_) place = place / cosines.columns * stride_ + place % cosines.columns;
+    for (int64_t& place : places_) {
+      const int64_t row = sorted(place / cosines.columns), column = place % cosines.columns;
+      int64_t& reach = reach_[row / kRows * kRows];
+      reach = std::max(reach, column + 1);
+      place = row * stride_ + column;
+    }
   }
 
   void encode(const bool* mask, float* vector) {
     // A row of a mask is a few runs of ones; a basis sums over a run to the difference of two of its running sums.
     for (int64_t row = 0; row < size_; ++row) {
       const int count = find_changes(mask + row * size_, size_, changes_.data());
-      for (int64_t column = 0; column < stride_; column += Vector::kSize) {
+      for (int64_t column = 0; column < filled_; column += Vector::kSize) {
         const float* const sums = running_.data() + column;
         Vector::Register total{};
         for (int i = 0; i < count; i += 2) {
@@ -116,20 +123,40 @@ class Encoder {
         Vector::store(&half_[row * stride_ + column], total);
       }
     }
-    for (int64_t row = 0; row < height_; row += kRows) {
-      for (int64_t column = 0; column < stride_; column += kColumns) {
-        Tile tile;
-        tile.add_product(&rows_[row], height_, &half_[column], stride_, size_);
-        for (int i = 0; i < kRows; ++i) tile.store(i, &corner_[(row + i) * stride_ + column]);
+
+    // Even basis functions are symmetric and want the sum of a row and its mirror image, odd ones the difference.
+    for (int64_t row = 0; row < size_ / 2; ++row) {
+      float *const upper = &half_[row * stride_], *const lower = &half_[(size_ - 1 - row) * stride_];
+      for (int64_t column = 0; column < filled_; column += Vector::kSize) {
+        const auto above = Vector::load(upper + column), below = Vector::load(lower + column);
+        Vector::store(upper + column, above + below);
+        Vector::store(lower + column, above - below);
       }
     }
+    multiply_rows(0, half_.data(), stride_, (size_ + 1) / 2);
+    multiply_rows(pairs_, half_.data() + (size_ - 1) * stride_, -stride_, size_ / 2);
     for (size_t i = 0; i < places_.size(); ++i) vector[i] = corner_[places_[i]];
   }
 
  private:
-  int64_t size_, stride_, height_;     // N, and V and U rounded up to whole tiles
-  std::vector<float> running_, rows_;  // (N + 1, V): column basis summed over the pixels before; (N, U)
+  // Place of a basis function in the order of the tiles: first the even ones, then the odd ones.
+  int64_t sorted(int64_t row) const { return row % 2 * pairs_ + row / 2; }
+
+  // The corner's rows from `first` to `first` + U / 2: even or odd basis times what `half` and its stride lead to.
+  void multiply_rows(int64_t first, const float* half, int64_t stride, int64_t depth) {
+    for (int64_t row = first; row < first + pairs_; row += kRows) {
+      for (int64_t column = 0; column < reach_[row]; column += kColumns) {
+        Tile tile;
+        tile.add_product(&rows_[row], 2 * pairs_, half + column, stride, depth);
+        for (int i = 0; i < kRows; ++i) tile.store(i, &corner_[(row + i) * stride_ + column]);
+      }
+    }
+  }
+
+  int64_t size_, filled_, stride_, pairs_;  // N; V rounded up to whole vectors and to whole tiles; U / 2 to whole tiles
+  std::vector<float> running_, rows_;  // (N + 1, V): column basis summed over the pixels before; (N / 2, U), sorted
   std::vector<int64_t> places_;        // of the vector's entries in the corner (U, V)
+  std::vector<int64_t> reach_;         // of each tile's rows of the corner: columns that are asked for
   std::vector<int> changes_;           // of one row of a mask
   std::vector<float> half_, corner_;   // (N, V) and (U, V) of one mask
 };
