@@ -21,10 +21,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from solq_lab.data.kinds import Orientation
+from solq_lab.data.kinds import IMAGE_FORMATS, Orientation
 from solq_lab.errors import FIRST_FEW, DataError, shorten
 
-FORMATS = "JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF"
 TORCH_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP")  # which torchvision decodes, faster than Pillow
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error)
@@ -136,7 +135,8 @@ def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many are an error
-            opened = Image.open(io.BytesIO(source.numpy().data) if isinstance(source, Tensor) else source)
+            file = io.BytesIO(source.numpy().data) if isinstance(source, Tensor) else source
+            opened = Image.open(file, formats=list(IMAGE_FORMATS))  # others run programs: EPS starts Ghostscript
         with opened:
             yield opened
     except DataError:
@@ -148,13 +148,14 @@ def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
         raise DataError(f"{name}: no such file") from None
     except DAMAGED as error:
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        first = "a format unknown to Pillow" if unknown else next(iter(str(error).splitlines()), "") or "empty"
+        first = "a format unknown here" if unknown else next(iter(str(error).splitlines()), "") or "empty"
         reason = re.sub(r"^\S+, \S+\.cpp:\d+, ", "", first)
 
         cure = "fetch the file again or leave the image out"
         if name.rpartition("/")[2].startswith("._"):
             cure = "it is no image but what macOS adds to archives: leave it out"
-        raise DataError(f"{name}: not a whole image ({size}{reason}); {FORMATS} are read; {cure}") from None
+        formats = ", ".join(IMAGE_FORMATS)
+        raise DataError(f"{name}: not a whole image ({size}{reason}); {formats} are read; {cure}") from None
 
 
 def _header_of(opened: Image.Image) -> Header:

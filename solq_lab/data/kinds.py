@@ -6,13 +6,27 @@ new one is one class and one entry here.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Literal
 
 Orientation = Literal["stored", "upright"]
 ORIENTATIONS: tuple[Orientation, ...] = ("stored", "upright")
-IMAGE_SUFFIXES = frozenset(  # of the files that `data.images` reads, in lower case
-    [".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".avif"]
-)
+IMAGE_FORMATS: dict[str, tuple[str, ...]] = {  # that `data.images` reads, by Pillow's name: endings in lower case
+    "JPEG": (".jpg", ".jpeg", ".jfif", ".mpo"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2",),
+    "AVIF": (".avif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+}
+IMAGE_SUFFIXES = frozenset(itertools.chain.from_iterable(IMAGE_FORMATS.values()))
 
 _MODULE = "solq_lab.data.transforms"
 
@@ -28,3 +42,9 @@ MIXED: dict[str, str] = {  # whose samples are made of several images, after the
     "mosaic": "solq_lab.data.mixing:MosaicDataset",
     "copy_paste": "solq_lab.data.mixing:CopyPasteDataset",
 }
+
+
+def count_endings(paths: Iterable[PurePath]) -> str:
+    """How many files have which ending, for messages: "2 .heic, 1 without ending"."""
+    counts = Counter(path.suffix.lower() or "without ending" for path in paths)
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(8))

@@ -20,7 +20,7 @@ import yaml
 from pycocotools import mask as coco_rle
 
 from solq_lab.bars import progress_bar
-from solq_lab.data.kinds import IMAGE_SUFFIXES
+from solq_lab.data.kinds import IMAGE_SUFFIXES, count_endings
 from solq_lab.errors import DataError, first_few, shorten
 from solq_lab.files import files_below
 from solq_lab.plain_yaml import load_yaml
@@ -177,12 +177,15 @@ def _image_paths(split: YoloSplit) -> list[Path]:
 
     images = list(dict.fromkeys(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES))
     unread = [path for path in paths if path.suffix.lower() in PHOTOGRAPHS]
+    others = [path for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES | {".txt", ".npy"}]
     allowed = ", ".join(sorted(IMAGE_SUFFIXES))
     if unread:
         raise DataError(
             f"{split.settings}: {len(unread)} images are in formats that cannot be read: {first_few(unread)}; allowed "
             f"are {allowed}: convert or remove them"
         )
+    if others:
+        logger.warning("%s: files left out by their ending: %s", split.settings, count_endings(others))
     if not images:
         raise DataError(f"{split.settings}: {split.name}: {first_few(split.places)} holds no images ({allowed})")
     return images

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 from solq_lab.data.annotations import DataError, clamped_box
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.folders import Split
+from solq_lab.data.kinds import IMAGE_FORMATS
 from solq_lab.inference.predictor import as_pixels
 from solq_lab.schema import EvaluationSection
 from solq_lab.viz.images import LABEL_PAD, MaskWindow, draw_objects, ground_truth, outline_mask
@@ -159,7 +160,7 @@ def _draw_image(axes: Axes, split: Split, file_name: str) -> tuple[int, int]:
     path = split.images / file_name
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # a truncated image is shown as far as it goes
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=list(IMAGE_FORMATS)) as opened:
             width, height = opened.size
             opened.draft("RGB", (MAX_PIXELS, MAX_PIXELS))
             small: Image.Image = opened

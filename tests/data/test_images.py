@@ -15,12 +15,12 @@ from tiny import tiny_experiment
 from solq_lab.build import build_dataset
 from solq_lab.data.folders import find_splits
 from solq_lab.data.images import ORIENTATION, TURNS, read_image
-from solq_lab.data.kinds import IMAGE_SUFFIXES
+from solq_lab.data.kinds import IMAGE_FORMATS, IMAGE_SUFFIXES
 from solq_lab.data.orientation import check_orientation
 from solq_lab.errors import DataError
 from solq_lab.workbench.check.checker import check_data
 
-LOSSLESS = {".png", ".bmp", ".tif", ".tiff", ".gif"}
+LOSSLESS = {".png", ".bmp", ".tif", ".tiff", ".gif", *IMAGE_FORMATS["PPM"], ".tga"}
 
 
 def drawn(width: int, height: int) -> Image.Image:
@@ -43,6 +43,13 @@ def test_every_format_that_is_listed_is_read(tmp_path, suffix):
     with Image.open(path) as opened:
         expected = np.asarray(opened.convert("RGB")).astype(int)
     assert np.abs(found - expected).max() <= (0 if suffix in LOSSLESS else 3)
+
+
+def test_no_other_format_is_read_whatever_the_ending(tmp_path):
+    """Pillow hands EPS to Ghostscript, which runs it as a program."""
+    drawn(40, 30).save(tmp_path / "a.jpg", "EPS")
+    with pytest.raises(DataError, match=r"a\.jpg: not a whole image \(.*a format unknown here\); JPEG, PNG, "):
+        read_image(tmp_path / "a.jpg", 1, (30, 40))
 
 
 @pytest.mark.parametrize("turn", sorted(TURNS))

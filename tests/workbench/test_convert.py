@@ -316,7 +316,10 @@ def test_an_image_that_cannot_be_read_is_named(yolo, tmp_path):
         convert_data(yolo, tmp_path / "out")
 
 
-def test_images_in_formats_that_are_not_read_are_counted(yolo, tmp_path):
+def test_images_in_formats_that_are_not_read_are_counted(yolo, tmp_path, caplog):
+    (yolo / "images" / "train" / "layers.psd").touch()
+    convert_data(yolo, tmp_path / "read")
+    assert "files left out by their ending: 1 .psd" in caplog.text
     for name in ("1", "2"):
         (yolo / "images" / "train" / f"{name}.png").rename(yolo / "images" / "train" / f"{name}.HEIC")
     with pytest.raises(

@@ -122,16 +122,23 @@ def test_a_name_that_is_no_utf8_stops_nothing(command_line, weights):
     assert os.fsencode(name) in Path("predictions/objects.csv").read_bytes()
 
 
-def test_patterns_are_expanded_and_outputs_are_no_inputs(run):
-    draw("p/a.jpg"), draw("p/deep/b.png")
-    Path("p/notes.txt").write_text("no image")
+@pytest.mark.parametrize("given", [["p/**/*"], ["p", "--recursive"]])
+def test_patterns_are_expanded_outputs_are_no_inputs_and_what_is_left_out_is_counted(run, caplog, given):
+    draw("p/a.jpg"), draw("p/deep/b.tga")
+    for name in ("notes.txt", "c.HEIC", "d.heic", "e", ".hidden"):
+        Path("p", name).write_text("no image")
     for _ in range(2):
-        assert run("p/**/*", "--out", "p/out").exit_code == 0
+        caplog.clear()
+        assert run(*given, "--out", "p/out").exit_code == 0
         assert files_in("p/out") == ["a.png", "deep/b.png"]
+        (line,) = (line for line in caplog.messages if "left out" in line)
+        assert line == f"{given[0]}: files left out by their ending: 2 .heic, 1 without ending, 1 .txt"
     Path("links").mkdir()
     Path("links/p").symlink_to("../p")
     assert run("links", "--recursive", "--out", "seen").exit_code == 0
     assert {"p/a.png", "p/deep/b.png"} <= {*files_in("seen")}
+    os.remove("p/a.jpg")
+    assert "but 2 .heic" in str(run("p").exception)
     assert "no file fits this pattern" in str(run("p/*.tiff").exception)
     assert "nowhere: no such file or folder" in str(run("nowhere").exception)
 

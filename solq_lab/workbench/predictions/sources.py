@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from itertools import chain, count
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from solq_lab.data.kinds import IMAGE_SUFFIXES
+from solq_lab.data.kinds import IMAGE_SUFFIXES, count_endings
 from solq_lab.errors import UserError
 from solq_lab.files import files_below
+
+logger = logging.getLogger(__name__)
 
 VIDEOS = frozenset([".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"])
 FORMATS = ("drawn", "coco", "masks", "polygons", "yolo", "csv")
@@ -124,18 +127,27 @@ def _expand(name: str, out: Path) -> list[str]:
     if not outside:
         found = f"all that fits lies in --out {out}; give another folder" if fitting else "no file fits this pattern"
         raise UserError(f"{name}: {found}; ** stands for folders of any depth")
-    return [path for path in outside if Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEOS] or outside
+    return _known_of(name, outside) or outside
 
 
 def _files_in(folder: Path, out: Path, *, recursive: bool) -> list[str]:
     """The images and videos in a folder, without hidden ones and those of an output folder within it."""
     inside = sorted(files_below(folder) if recursive else (path for path in folder.iterdir() if not path.is_dir()))
-    known = IMAGE_SUFFIXES | VIDEOS
-    inside = [file for file in inside if file.suffix.lower() in known and not file.name.startswith(".")]
+    inside = [file for file in inside if not file.name.startswith(".")]
     drawn = out.resolve()
     if folder.resolve() in drawn.parents:
         inside = [file for file in inside if drawn not in file.resolve().parents]
-    if not inside:
-        hint = "" if recursive else "; --recursive looks into its folders too"
-        raise UserError(f"{folder}: no images in this folder ({', '.join(sorted(known))}){hint}")
-    return [str(file) for file in inside]
+    if known := _known_of(str(folder), list(map(str, inside))):
+        return known
+    allowed, found = ", ".join(sorted(IMAGE_SUFFIXES | VIDEOS)), count_endings(inside) or "no file"
+    hint = "" if recursive else "; --recursive looks into its folders too"
+    raise UserError(f"{folder}: no images in this folder ({allowed}), but {found}{hint}")
+
+
+def _known_of(name: str, paths: Sequence[str]) -> list[str]:
+    """The images and videos among files, by their endings; the others are counted on the screen."""
+    known = [path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEOS]
+    if known and len(known) < len(paths):
+        others = sorted({*paths} - {*known})
+        logger.warning("%s: files left out by their ending: %s", name, count_endings(map(Path, others)))
+    return known
