@@ -42,6 +42,14 @@ TURNS = {  # orientation -> what makes a stored image (3, H, W) upright: sides s
 }
 OTHER: dict[Orientation, Orientation] = {"stored": "upright", "upright": "stored"}
 
+PAGE = "a web page, no image: fetch it again"
+STAND_INS = {
+    b"version https://git-lfs": "a Git LFS pointer, no image: run git lfs pull",
+    b"<!doctype": PAGE,
+    b"<html": PAGE,
+}
+SMALL = 4096  # bytes, up to which a file of a data set may be such a stand-in
+
 LEAVES = (
     "is a link that leaves the image folder; put the file itself there, name the folder where it lies, or set "
     "data.allow_links: true"
@@ -152,10 +160,23 @@ def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
         reason = re.sub(r"^\S+, \S+\.cpp:\d+, ", "", first)
 
         cure = "fetch the file again or leave the image out"
-        if name.rpartition("/")[2].startswith("._"):
+        if unknown and (what := _stand_in(source)):
+            cure = f"it is {what}"
+        elif name.rpartition("/")[2].startswith("._"):
             cure = "it is no image but what macOS adds to archives: leave it out"
         formats = ", ".join(IMAGE_FORMATS)
         raise DataError(f"{name}: not a whole image ({size}{reason}); {formats} are read; {cure}") from None
+
+
+def _stand_in(source: Path | Tensor) -> str | None:
+    """What lies in the place of an image that was not fetched, by the first bytes of its file."""
+    if isinstance(source, Tensor):
+        start = bytes(source[:64].tolist())
+    else:
+        with source.open("rb") as file:
+            start = file.read(64)
+    start = start.lstrip().lower()
+    return next((what for first, what in STAND_INS.items() if start.startswith(first)), None)
 
 
 def _header_of(opened: Image.Image) -> Header:
@@ -192,7 +213,7 @@ def check_size(
 def check_files(
     image_folder: Path, names: Sequence[str], image_ids: Sequence[int], *, allow_links: bool = False
 ) -> None:
-    """Check that images are in their folder; each folder is listed once, no file is opened.
+    """Check that images are in their folder; each folder is listed once, and only tiny files are opened.
 
     Args:
         image_folder: folder that the names are relative to.
@@ -200,22 +221,24 @@ def check_files(
         allow_links: links may lead out of the folder.
 
     Raises:
-        DataError: images are missing, or a name is a link that leads out of the folder.
+        DataError: images are missing or were not fetched, or a name is a link that leads out of the folder.
     """
     root = image_folder.resolve()
-    links: dict[str, dict[str, bool]] = {}  # folder -> its files, and whether each is a link
+    listed: dict[str, dict[str, os.DirEntry]] = {}  # by folder and name
     missing, leaving = [], []
     for name, image_id in zip(names, image_ids, strict=True):
         folder, file = os.path.split(name)
-        if folder not in links:
-            links[folder] = _list_files(image_folder / folder)
+        if folder not in listed:
+            listed[folder] = _list_files(image_folder / folder)
             if leaves_folder(image_folder / folder, root):
                 leaving.append((name, image_id))
-        is_link = links[folder].get(file)
-        if is_link is None or (is_link and not os.path.exists(image_folder / name)):
+        entry = listed[folder].get(file)
+        if entry is None or (entry.is_symlink() and not os.path.isfile(entry.path)):
             missing.append((name, image_id))
-        elif is_link and leaves_folder(image_folder / name, root):
+        elif entry.is_symlink() and leaves_folder(image_folder / name, root):
             leaving.append((name, image_id))
+        elif entry.stat().st_size <= SMALL and _stand_in(Path(entry.path)):
+            missing.append((name, image_id))
 
     if leaving and not allow_links:
         name, image_id = leaving[0]
@@ -230,11 +253,11 @@ def check_files(
         raise DataError(f"{image_folder}: {count}: {', '.join(first)}; {cure}")
 
 
-def _list_files(folder: Path) -> dict[str, bool]:
-    """The names in a folder, and whether each is a link; nothing where there is no such folder."""
+def _list_files(folder: Path) -> dict[str, os.DirEntry]:
+    """The files of a folder by name; nothing where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry.is_symlink() for entry in entries}
+            return {entry.name: entry for entry in entries if entry.is_symlink() or not entry.is_dir()}
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return {}
 
@@ -252,7 +275,12 @@ def describe_missing(image_folder: Path, name: str) -> str:
 
     The spelling is: \\ for /, upper and lower case, %20 for a space, composed accents, and the folders before the name.
     """
-    if os.path.islink(image_folder / name):
+    path = image_folder / name
+    if os.path.isdir(path):
+        return f"{shorten(name)}, a folder"
+    if os.path.isfile(path) and (what := _stand_in(path)):
+        return f"{shorten(name)}, {what}"
+    if os.path.islink(path):
         return f"{shorten(name)}, a link that leads to no file"
     by_path, by_name = _spellings(image_folder, image_folder.stat().st_mtime_ns)
     key = _spell(name)

@@ -21,6 +21,8 @@ from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.reconstruct import box_frame_iou
 from solq_lab.data.classes import UNUSED, ClassMap
 from solq_lab.data.coco import CocoDataset, DataError
+from solq_lab.data.folders import Split
+from solq_lab.data.images import read_image
 from solq_lab.data.transforms import (
     Crop,
     FlipOnly,
@@ -32,6 +34,7 @@ from solq_lab.data.transforms import (
     apply_to_bitmaps,
 )
 from solq_lab.masks import decode_rle, runs_of_rle
+from solq_lab.workbench.check.checker import check_data
 
 SQUARE = [10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]
 RELEASED = ReleasedAugmentation(
@@ -420,6 +423,26 @@ def test_a_missing_image_is_named_with_the_file_that_is_meant(tmp_path, annotate
     with pytest.raises(DataError) as caught:
         CocoDataset(**files)
     assert f"{annotated!r}, while there is {there!r} (image id 3)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "a folder"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer, no image: run git"),
+        (b"\n<!DOCTYPE html><html>not found</html>", "a web page, no image: fetch it again"),
+    ],
+)
+def test_what_lies_in_the_place_of_an_image_is_named_before_it_is_read(tmp_path, content, what):
+    files = write_folder(tmp_path)
+    (files["images"] / "a.png").unlink()
+    (files["images"] / "a.png").mkdir() if content is None else (files["images"] / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match=rf"images are missing: 'a\.png', {what}"):
+        CocoDataset(**files)
+    found, *_ = check_data([Split("train", **files)], processes=1).findings.failing("refused")
+    assert found == ("image-missing" if content is None else "image-damaged")
+    with pytest.raises(DataError, match="Is a directory" if content is None else f"it is {what}"):
+        read_image(files["images"] / "a.png", 1, (30, 40))
 
 
 def test_links_out_of_the_folder_are_allowed_on_demand(tmp_path):
