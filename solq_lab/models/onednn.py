@@ -2,7 +2,7 @@
 
 On some processors the library behind `nn.Linear` is a quarter slower than oneDNN, which already serves convolutions.
 The ops are those that torch's own compiler emits for a CPU. Half precision, autocast, other devices and models that are
-being compiled take the plain layers' way. Packed convolutions were measured too and gained nothing.
+being compiled take the plain layers' way. Packed convolutions of larger kernels were measured too and gained nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ SAMPLING_COST = 4  # of a multiplication while sampling, in those of a matrix pr
 
 
 def use_onednn(model: nn.Module, *, training: bool) -> None:
-    """Replace the linear layers, feed-forward blocks and decoder attentions of a model; parameters and names stay.
+    """Replace linear layers, feed-forward blocks, decoder attentions and, to predict, 1 x 1 convolutions of a model.
+
+    Parameters and their names stay.
 
     Args:
         model: changed in place; only what is float32 on the CPU is replaced. Not for a model that will be compiled.
@@ -41,6 +43,8 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
             plain = weight.device.type == "cpu" and weight.dtype == torch.float32
             if plain and (training or not weight.requires_grad):
                 setattr(model, name, OneDNNLinear(child, packed=not training))
+        elif type(child) is nn.Conv2d and not training and OneDNNPointwise.serves(child):
+            setattr(model, name, OneDNNPointwise(child))
         elif type(child) is FeedForward and isinstance(child.linear1, OneDNNLinear):
             setattr(model, name, OneDNNFeedForward(child))
         elif (
@@ -51,7 +55,30 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
             setattr(model, name, SampleFirstAttention(child))
 
 
-class OneDNNLinear(nn.Linear):
+class _Packed(nn.Module):
+    """A layer that may keep a second copy of its weights, in the order that oneDNN reads."""
+
+    weight: Tensor
+    bias: Any
+    packed: bool
+
+    def multiply(self, features: Tensor, activation: str = "none") -> Tensor:
+        """The product with the packed weights, with an activation ("none" or "relu") on its result."""
+        return _multiply(features, self._packed_weight, self.bias, activation)
+
+    def _pack(self) -> None:
+        order = torch.ops.mkldnn._reorder_linear_weight
+        self._packed_weight: Any = order(self.weight.flatten(1).contiguous()) if self.packed else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed_weight": None}  # packed weights cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+
+class OneDNNLinear(_Packed, nn.Linear):
     """A linear layer in oneDNN.
 
     Args:
@@ -74,19 +101,33 @@ class OneDNNLinear(nn.Linear):
             return _Linear.apply(features, self.weight, self.bias)
         return super().forward(features)
 
-    def multiply(self, features: Tensor, activation: str = "none") -> Tensor:
-        """The product with the packed weights, with an activation ("none" or "relu") on its result."""
-        return _multiply(features, self._packed_weight, self.bias, activation)
 
-    def _pack(self) -> None:
-        self._packed_weight: Any = torch.ops.mkldnn._reorder_linear_weight(self.weight) if self.packed else None
+class OneDNNPointwise(_Packed, nn.Conv2d):
+    """A 1 x 1 convolution that predicts: a linear layer where channels are last. torch has a slower one on one thread.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed_weight": None}  # packed weights cannot be copied
+    Args:
+        plain: the convolution whose parameters this one takes over.
+    """
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    packed = True
+
+    def __init__(self, plain: nn.Conv2d) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(plain.__dict__)
         self._pack()
+
+    @staticmethod
+    def serves(plain: nn.Conv2d) -> bool:
+        """Whether a convolution is one of single pixels that no longer learns, in float32 on the CPU."""
+        weight = plain.weight
+        pointwise = plain.kernel_size == plain.stride == (1, 1) and plain.padding == (0, 0) and plain.groups == 1
+        return pointwise and weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W), with channels last."""
+        if not (_runs_in_onednn(features) and features.is_contiguous(memory_format=torch.channels_last)):
+            return super().forward(features)
+        return self.multiply(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class OneDNNFeedForward(FeedForward):

@@ -15,6 +15,7 @@ from solq_lab.models.onednn import (
     TOKENS_PER_CHUNK,
     OneDNNFeedForward,
     OneDNNLinear,
+    OneDNNPointwise,
     SampleFirstAttention,
     use_onednn,
 )
@@ -69,6 +70,27 @@ def test_a_copy_of_a_packed_layer_has_its_own_weights():
     twin = copy.deepcopy(layer)
     assert twin.weight.data_ptr() != layer.weight.data_ptr()
     assert torch.equal(twin(features), layer(features))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch", [1, 2, 0])
+def test_a_packed_convolution_of_pixels_equals_the_plain_one(layout: torch.memory_format, bias: bool, batch: int):
+    layers = frozen(nn.Sequential(nn.Conv2d(24, 40, 1, bias=bias), nn.Conv2d(40, 8, 1)))
+    features = torch.randn(batch, 24, 5, 7).to(memory_format=layout)
+    expected = layers(features)
+    use_onednn(layers, training=False)
+    assert all(type(layer) is OneDNNPointwise for layer in layers)
+    found = copy.deepcopy(layers)(features)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert batch == 0 or found.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("changes", [{"kernel_size": 3}, {"stride": 2}, {"padding": 1}, {"groups": 2}])
+def test_other_convolutions_are_left_alone(changes: dict):
+    layers = frozen(nn.Sequential(nn.Conv2d(24, 40, **{"kernel_size": 1, **changes})))
+    use_onednn(layers, training=False)
+    assert type(layers[0]) is nn.Conv2d
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
