@@ -204,6 +204,7 @@ def check_size(
     cure, other, header = "correct the annotations or the file", OTHER[orientation], read_header(source, name)
     if header.turn != 1 and header.size_as(other) == size:
         cure = f"this image is turned by EXIF (orientation {header.turn}); set data.orientation={other}"
+        cure += f" (of evaluate: --orientation {other})"
     raise DataError(
         f"{name}: the image is {found[0]} x {found[1]} pixels (height x width), the annotations give {size[0]} x "
         f"{size[1]}; {cure}"

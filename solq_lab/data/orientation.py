@@ -22,7 +22,7 @@ Reading = Literal["stored", "upright", "undecided"]
 READERS = 8  # threads that wait for disks
 CHOICE = (
     "their sizes do not tell whether the annotations count pixels as stored or as a viewer shows them; look at the "
-    "outlines, and set data.orientation=stored or data.orientation=upright"
+    "outlines, and set data.orientation=stored or data.orientation=upright (of evaluate: --orientation)"
 )
 
 
@@ -72,7 +72,7 @@ def check_orientation(datasets: Sequence[CocoDataset]) -> None:
     if upright:
         raise DataError(
             f"{source}: {len(upright)} images are turned by EXIF and annotated upright ({first_few(upright)}); set "
-            "data.orientation=upright"
+            "data.orientation=upright (of evaluate: --orientation upright)"
         )
     if found["undecided"] and not found["stored"]:
         undecided = found["undecided"]

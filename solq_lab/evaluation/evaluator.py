@@ -20,6 +20,7 @@ from solq_lab.config import Experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.folders import Split
 from solq_lab.data.loader import BatchLoader
+from solq_lab.data.orientation import check_orientation
 from solq_lab.data_folder import annotations_of
 from solq_lab.evaluation.coco import DEFAULTS, KINDS, evaluate_results
 from solq_lab.evaluation.gathering import share_from_main, stream_to_main
@@ -157,7 +158,8 @@ def evaluate_run(
     Args:
         run: a run whose training is finished.
         split: "train" evaluates on the training images instead, into files of their own (`results_train.json`), and a
-            `Split` on other images (`results_NAME.json`, after the annotation file).
+            `Split` on other images (`results_NAME.json`, after the annotation file), read by its orientation, or
+            what its file says, or the run's.
         device: where to predict. None: this process's GPU, or the CPU.
         should_stop: as in `evaluate_model`; a stopped evaluation writes nothing.
 
@@ -173,6 +175,8 @@ def evaluate_run(
     results_file, detections_file = file_of_split(run.results, split), file_of_split(run.detections, split)
     scale = [experiment.data.test_scale, experiment.data.max_size]
     inputs = inputs_of_scoring(experiment) | {"scale": scale, "weights": hash_file(run.weights)}
+    if isinstance(split, Split) and experiment.data.orientation is not None:
+        inputs["orientation"] = experiment.data.orientation
 
     def look_up() -> Evaluation | None:  # by one process: a shared disk may show different files to others
         return stored_evaluation(results_file, inputs) if detections_file.exists() else None
@@ -184,11 +188,16 @@ def evaluate_run(
 
     device = distributed.device() if device is None else torch.device(device)
     predictor = Predictor(run.weights, device=device)
+    dataset = build_dataset(experiment, "val", classes=predictor.classes)
+    if isinstance(split, Split):
+        dataset.orientation = split.orientation or dataset.truth.orientation or dataset.orientation
+        if experiment.data.orientation is None:
+            check_orientation([dataset])
     started = time.perf_counter()
     results, evaluation = evaluate_model(
         predictor.model,
         predictor.codec,
-        build_dataset(experiment, "val", classes=predictor.classes),
+        dataset,
         experiment.evaluation,
         device=device,
         workers=experiment.data.workers,

@@ -24,6 +24,7 @@ from tiny import tiny_experiment, write_tiny_dataset
 from solq_lab.build import build_model
 from solq_lab.config import Experiment, load_experiment
 from solq_lab.data.classes import ClassMap
+from solq_lab.data.images import ORIENTATION
 from solq_lab.data.loader import LoaderError
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import read_weights, save_weights, to_official_state
@@ -247,7 +248,7 @@ def test_a_run_ends_with_the_paths_of_its_report(command, experiment, tmp_path):
 
 
 def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_again(
-    command, experiment, data_root, train_here
+    command, experiment, data_root, train_here, caplog
 ):
     status, output = command("train", experiment, "train.steps=2")
     assert status == 0
@@ -262,11 +263,26 @@ def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_
     # Images that neither split has are evaluated by their annotations, without the run's own data.
     shutil.move(data_root / "val", "third images")
     shutil.move(data_root / "val.json", "third.json")
-    status, third = command("evaluate", "runs/tiny", "--annotations", "third.json", "--images", "third images")
+    arguments = ("evaluate", "runs/tiny", "--annotations", "third.json", "--images", "third images")
+    status, third = command(*arguments)
     assert status == 0
     assert "tiny, third.json" in third
     assert output[output.index("box ") : output.index("weights   ")].strip() in third
-    assert Path("runs/tiny/results_of_third.json").exists()
+    stored = Path("runs/tiny/results_of_third.json").read_bytes()
+
+    # Their orientation is theirs, not the run's; what cannot be decided is said.
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    image = Image.open("third images/1.png").rotate(90)
+    image.save("third images/1.png", exif=exif)
+    Path("runs/tiny/results_of_third.json").unlink()
+    assert command(*arguments)[0] == 0
+    assert "1 images are turned by EXIF ('1.png'); their sizes do not tell" in caplog.text
+    assert command(*arguments, "--orientation", "upright")[0] == 0
+    turned = json.loads(Path("runs/tiny/results_of_third.json").read_bytes())
+    assert turned.pop("orientation") == "upright"
+    assert turned | {"seconds": 0} == json.loads(stored) | {"seconds": 0}
+    assert command("evaluate", "runs/tiny", "--orientation", "upright")[0] == 2
 
 
 def test_what_goes_wrong_outside_ends_in_status_1_and_its_message(command, monkeypatch):

@@ -10,6 +10,7 @@ import typer
 from solq_lab.config import ConfigError, change_experiment, load_experiment
 from solq_lab.data.folders import Split as OtherSplit
 from solq_lab.data.folders import find_splits
+from solq_lab.data.kinds import Orientation
 from solq_lab.data_folder import check_data_folder, prepare_data
 from solq_lab.errors import Interrupted
 from solq_lab.files import read_json
@@ -120,6 +121,9 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="Images: validation, or those it was trained on.")] = "val",
     annotations: Annotated[Path | None, typer.Option(help="Annotations of other images to evaluate on.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of their images, where it is not found.")] = None,
+    orientation: Annotated[
+        Orientation | None, typer.Option(help="How they count pixels of images turned by EXIF; by default as the run.")
+    ] = None,
     classes: Annotated[bool, typer.Option("--classes", help="Also print the mask AP of every class.")] = False,
     budget: Annotated[
         bool, typer.Option("--budget", help="Also print the AP it had if scores, boxes or mask vectors were perfect.")
@@ -127,12 +131,12 @@ def evaluate(
 ) -> None:
     """Evaluate a finished run. Numbers that are there already are only printed."""
     evaluated = open_run(run_folder, with_data=annotations is None)  # before torch is loaded, which takes seconds
-    if annotations is None and images is not None:
-        raise ConfigError(f"--images {images}: needs --annotations FILE")
+    if annotations is None and (images or orientation) is not None:
+        raise ConfigError("--images and --orientation are those of other images: add --annotations FILE")
     chosen: OtherSplit | Split = split
     title = f"{split} images"
     if annotations is not None:
-        chosen, *more = find_splits(annotations, images)
+        chosen, *more = find_splits(annotations, images, orientation=orientation)
         title = str(annotations)
         if more:
             raise ConfigError(f"--annotations {annotations}: {1 + len(more)} splits; name the annotation file of one")
