@@ -77,7 +77,7 @@ def attention_of_object(*views: ObjectView, title: str = "", close_up: bool = Fa
         for draw, name in ((_draw_points, "sampling points"), (_draw_heat, "attention, summed")):
             place = next(places)
             draw(place, view, window)
-            place.set_title(name if alone else f"{view.caption}: {name}")
+            place.set_title(name if alone or draw is _draw_heat else view.caption)
     _draw_scale(axes[0, 0], window)
     _add_legend(figure, views)
     return figure
@@ -105,7 +105,7 @@ def attention_of_queries(
         ends = boxes[:, :2] * scale - 0.5
         colours = np.full(len(boxes), "#555555", dtype=object)
         colours[detections.queries.numpy()] = colours_of(detections.labels.tolist())
-        for place, what in ((paths, "queries, first reference to last box"), (last, "last boxes")):
+        for place, what in ((paths, "queries, start to end"), (last, "last boxes")):
             _show(place, pixels, window, faded=True)
             place.set_title(f"{name}: {len(boxes)} {what}" if place is paths else what)
 
@@ -155,7 +155,7 @@ def attention_by_size(
 
     # Every run shows the same cut of an image: the largest of the close-ups.
     windows = [
-        max((_window(views[column], close_up) for views in runs.values()), key=lambda window: window[2] - window[0])
+        max((_window(views[column], close_up) for views in runs.values()), key=lambda one: sum(one[2:]) - sum(one[:2]))
         for column in range(len(columns))
     ]
     aspect = max((bottom - top) / (right - left) for left, top, right, bottom in windows)
@@ -361,15 +361,13 @@ def _level_colour(level: int) -> str:
 
 
 def _window(view: ObjectView, close_up: bool) -> Window:
-    """A square around the object's box, moved into the image where it fits; or the whole image."""
+    """A square around the object's box, moved into the image, as far as that goes; or the whole image."""
     height, width = view.pixels.shape[:2]
     if not close_up:
         return 0.0, 0.0, float(width), float(height)
     x0, y0, x1, y1 = view.box.tolist()
-    side = min(SURROUNDINGS * max(x1 - x0, y1 - y0, 1.0), max(height, width))
-    # Where the square is larger than the image it is centred on it.
-    left, top = (
-        min(max(middle - side / 2, 0.0), length - side) if side <= length else (length - side) / 2
-        for middle, length in (((x0 + x1) / 2, width), ((y0 + y1) / 2, height))
-    )
-    return left, top, left + side, top + side
+    side = SURROUNDINGS * max(x1 - x0, y1 - y0, 1.0)
+    across, down = min(side, width), min(side, height)
+    left = min(max((x0 + x1 - across) / 2, 0.0), width - across)
+    top = min(max((y0 + y1 - down) / 2, 0.0), height - down)
+    return left, top, left + across, top + down

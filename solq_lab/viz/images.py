@@ -304,7 +304,7 @@ class _Label(Text):
         over += np.maximum(inside[0] - extent[0] - over + pad, 0)  # what is too long begins inside
         extent = np.asarray(extent + over)
 
-        # Down and up in turn, further and further, until the place is free; a crowd without one keeps the first.
+        # Down and up in turn, further and further, until the place is free; without one in a crowd it is left out.
         height = float(np.ptp(extent[:, 1])) + 2 * pad
         for step in (0, *(sign * count for count in range(1, MAX_MOVES) for sign in (-1, 1))):
             move = step * height
@@ -312,8 +312,10 @@ class _Label(Text):
             fits = step == 0 or (moved[0, 1] >= inside[0, 1] and moved[1, 1] <= inside[1, 1])
             # Rectangles (2, 2) of lower left and upper right corner: none may have a point in common with this one.
             if fits and not any((moved[0] < other[1]).all() and (other[0] < moved[1]).all() for other in self._taken):
-                over, extent = over + np.array([0.0, move]), moved
                 break
+        else:
+            return
+        over, extent = over + np.array([0.0, move]), moved
         self._taken.append(extent)
         to_display = self.get_transform()
         place = to_display.inverted().transform(to_display.transform(self._anchor) + over)

@@ -99,7 +99,7 @@ def data_report_folder(notebook: Path, parameters: Mapping[str, Any], runs_dir: 
 def export_html(notebook: Path, *, summary: str = "") -> Path:
     """Write an executed notebook as one HTML file beside it, to be read offline, and return that file's path.
 
-    Code is folded, widgets are left out (a figure below each shows the same), and paths below the working folder are
+    Code is folded, widgets give way to their image or to the figure below them, and paths below the working folder are
     relative.
 
     Args:
@@ -112,8 +112,9 @@ def export_html(notebook: Path, *, summary: str = "") -> Path:
     document: Any = nbformat.read(notebook, as_version=4)
     for cell in document.cells:
         for output in cell.get("outputs", []):
-            if output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None):
-                is_progress_bar = "%|" in output["data"].get("text/plain", "")
+            data = output.get("data", {})
+            if data.pop("application/vnd.jupyter.widget-view+json", None) and "image/png" not in data:
+                is_progress_bar = "%|" in data.get("text/plain", "")
                 note = "" if is_progress_bar else "(a view to work with in JupyterLab; a figure of it is below)"
                 output["data"] = {"text/plain": note}
     if summary:

@@ -51,7 +51,7 @@ def test_the_codec_explorer_answers_to_its_controls(tmp_path):
         notebook.screenshot("codec_explorer_other_method")
 
         explorer.get_by_role("button", name="find the worst").click()
-        tile = explorer.locator(".widget-gridbox .widget-gridbox").filter(visible=True).first
+        tile = explorer.locator(".widget-gridbox .widget-vbox").filter(visible=True).first
         tile.locator(".widget-html", has_text="0.").wait_for()
         tile.get_by_role("button").click()
         notebook.wait_for_text(numbers, by_components)

@@ -66,8 +66,9 @@ def test_detections_follow_chooser_score_chips_and_clicks(tmp_path):
         truth = panels.nth(0)
         truth.locator(".solq-chosen").wait_for(timeout=ANSWERED)
 
-        count, before = objects.count(), image.screenshot()
-        assert chips.count() == count > 0
+        expect(objects).to_have_count(count := chips.count(), timeout=ANSWERED)
+        assert count > 0
+        before = image.screenshot()
         chips.first.hover()
         shadow = panels.nth(1).locator(".solq-object-0")
         assert shadow.evaluate("one => getComputedStyle(one).boxShadow") != "none"  # the chip marks its object
@@ -106,6 +107,11 @@ def test_detections_follow_chooser_score_chips_and_clicks(tmp_path):
             assert len(set(clips)) == 3
             notebook.screenshot(f"detection_explorer_wipe_{to}")
         assert min(seen) > 1
+        chips = page.locator(".widget-toggle-button.mod-active[class*=solq-chip]")
+        count = chips.count()
+        label = wipe.locator("span", has_text=re.compile(r" 0\.\d\d$")).filter(visible=True).first.bounding_box()
+        page.mouse.click(label["x"] + label["width"] / 2, label["y"] + label["height"] + 4)  # the object below it
+        expect(chips).to_have_count(count - 1, timeout=ANSWERED)
         assert notebook.errors == []
 
 
@@ -113,6 +119,7 @@ def test_a_click_in_a_gallery_of_failures_opens_that_object(tmp_path):
     with open_notebook("fig6_failure_cases.ipynb", tmp_path) as notebook:
         notebook.run_all(seconds=500)
         page = notebook.page
+        assert page.locator("img[src^=data]").count() == 1  # the bars of lost AP; the gallery is seen once
         tile = page.locator(".solq-clickable").first.locator(".solq-object").nth(8)  # the first six are background
         tile.scroll_into_view_if_needed()
         wanted = int(re.search(r"image (\d+)", tile.get_attribute("title")).group(1))

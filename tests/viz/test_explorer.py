@@ -31,7 +31,7 @@ from solq_lab.viz.widgets.codec_explorer import CodecExplorer
 from solq_lab.viz.widgets.codec_lab import VECTOR_DIMS
 from solq_lab.viz.widgets.codec_panels import TABLE, Curves, Errors, HeatMap, Original, Target, Vector
 from solq_lab.viz.widgets.mask_canvas import SIDE
-from solq_lab.viz.widgets.reconstruction import best_thresholds
+from solq_lab.viz.widgets.reconstruction import RULES, best_thresholds
 from solq_lab.workbench.notebooks import run_notebook
 
 NOTEBOOK = REPOSITORY / "notebooks" / "codec_explorer.ipynb"
@@ -218,14 +218,14 @@ def test_a_change_while_another_thread_draws_is_drawn_after_it(explorer, monkeyp
         steps.append(f"begin {setting.rule}")
         drawing.set()
         time.sleep(0.2)  # the other thread would overtake
-        steps.append(f"end {setting.rule}")
+        steps.append(f"end {explorer.rule.value}")
         return view(setting)
 
     monkeypatch.setattr(explorer.lab, "view", slow_view)
     noisy = threading.Thread(target=lambda: setattr(explorer.error, "value", 1.0))
     noisy.start()
     assert drawing.wait(60)
-    explorer.rule.value = "best"
+    explorer.rule.set_state({"index": list(RULES.values()).index("best")})  # as the browser does
     noisy.join()
     assert steps == ["begin codec", "end codec", "begin best", "end best"]
 
@@ -294,11 +294,11 @@ def test_a_click_in_the_gallery_goes_to_that_object(explorer):
     explorer.find_worst()
     assert "worst reconstructions of shapes: DCT, N = 28, n_k = 64" in explorer._gallery_note.value
     drawn = explorer._live_panels[Original].drawn
-    explorer.gallery_tiles.buttons[2].click()
+    explorer.gallery_tiles.images[2].on_click(0, 0.5, 0.5)
     one = explorer._worst[2]
     assert explorer.setting.row == one.row
     assert said(explorer)["IoU"] == f"{one.iou:.3f}"
-    assert explorer.gallery_tiles.buttons[2].tooltip.endswith(f"{one.iou:.2f}")
+    assert explorer.gallery_tiles.images[2].objects[0]["name"].endswith(f"{one.iou:.2f}")
     assert explorer._live_panels[Original].drawn <= drawn + 1
     explorer.chooser.sort.value = "lowest IoU"
     assert explorer.setting.row == explorer._worst[0].row
@@ -318,7 +318,7 @@ def test_a_click_in_the_gallery_restores_what_the_gallery_was_made_with(shapes, 
     explorer.find_worst()
     one = explorer._worst[0]
     explorer.data_set.value, explorer.method.value, explorer.vector_dim.value = "rectangles", "flatten", 16
-    explorer.gallery_tiles.buttons[0].click()
+    explorer.gallery_tiles.images[0].on_click(0, 0.5, 0.5)
     assert explorer.setting[:5] == ("shapes", one.row, "dct", 28, 36)
     assert said(explorer)["IoU"] == f"{one.iou:.3f}"
 
@@ -338,11 +338,11 @@ def test_pinned_settings_stay_beside_each_other_for_every_object(explorer):
     explorer.method.value, explorer.vector_dim.value = "pca", 9
     explorer.pin.click()
     explorer.image.value = 3
-    captions = [button.tooltip for button in explorer.compared_tiles.buttons[:2]]
+    captions = [image.objects[0]["name"] for image in explorer.compared_tiles.images[:2]]
     for caption, (method, count) in zip(captions, (("dct", 64), ("pca", 9)), strict=True):
         setting = explorer.setting._replace(method=method, vector_dim=count, terms=count)
         assert f"n_k = {count}: IoU {explorer.lab.reconstruction(setting).iou:.3f}" in caption
-    explorer.compared_tiles.buttons[0].click()
+    explorer.compared_tiles.images[0].on_click(0, 0.5, 0.5)
     assert (explorer.method.value, explorer.vector_dim.value) == ("dct", 64)
     for _ in range(3):
         explorer.pin.click()
@@ -461,7 +461,7 @@ def test_plain_figures_show_the_same(explorer):
     assert [axes.get_title() for axes in sums.axes[:3]] == ["1", "16", "64"]
     gallery = explorer.gallery()
     explorer.find_worst()
-    captions = [button.tooltip for button in explorer.gallery_tiles.buttons]
+    captions = [image.objects[0]["name"] for image in explorer.gallery_tiles.images]
     assert [axes.get_title() for axes in gallery.axes] == captions
 
 

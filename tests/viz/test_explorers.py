@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import io
 import time
@@ -159,6 +160,14 @@ def test_a_wipe_has_the_chosen_images_without_labels_and_the_objects_that_are_on
         assert np.array_equal(pixels(layer["png"]), pixels(drawn))
     assert found["objects"][0]["colours"][0] == colours_of([int(both.shown("SOLQ").labels[0])])[0]
 
+    both.labelled.value = False
+    both.wipe._handle_custom_msg({"name": "ground truth", "row": 1}, [])
+    both.wipe._handle_custom_msg({"name": "SOLQ", "row": 0}, [])
+    truth, fewer = both.wipe.layers
+    assert [one["chosen"] for one in truth["objects"]] == [row == 1 for row in range(len(truth["objects"]))]
+    assert not any(one["label"] for one in truth["objects"] + fewer["objects"])
+    assert [one["box"] for one in fewer["objects"]] == [one["box"] for one in found["objects"][1:]]
+
 
 def test_one_model_alone_can_be_shown(predictors, dataset):
     explorer = DetectionExplorer({"SOLQ": predictors["SOLQ"]}, dataset, score=0.2)
@@ -263,6 +272,7 @@ def test_a_click_in_a_figure_opens_the_image_and_marks_the_object(both, dataset)
     axes[0, 0].set_gid(f"{dataset.image_ids[2]}")
     axes[0, 1].set_gid(f"{dataset.image_ids[1]} {object_id}")
     clickable = both.link(figure)
+    assert base64.b64decode(clickable._repr_mimebundle_()[0]["image/png"]) == clickable.png  # without a kernel
     assert clickable.objects[0]["box"][0] < clickable.objects[1]["box"][0]
     clickable.on_click(0, 0.2, 0.5)
     assert (both.image.value, both.chosen) == (2, -1)
@@ -306,7 +316,8 @@ def test_two_models_show_the_same_object_beside_each_other(predictors, dataset):
     explorer = AttentionExplorer({"A": predictors["SOLQ"], "B": predictors["SOLQ"]}, dataset, score=0.2)
     explorer.object.value = 1
     assert explorer.row_of("B") == 1
-    assert [axes.get_title().split(",")[0] for axes in explorer.figure().axes] == ["A", "A", "B", "B"]
+    titles = [axes.get_title().split(",")[0] for axes in explorer.figure().axes]
+    assert titles == ["A", "attention", "B", "attention"]
 
 
 def test_the_last_layers_mask_is_the_detections_and_every_layer_has_one(attention, predictors, dataset):

@@ -381,6 +381,9 @@ def test_a_notebook_about_a_data_set_files_its_report_under_the_data(tmp_path, e
 
 def test_a_report_opens_with_a_summary_folds_code_and_needs_no_kernel(tmp_path, experiment):
     cells = ["import ipywidgets\nipywidgets.IntSlider()", "import os\nprint(os.getcwd() + '/here')"]
+    cells.append(
+        "kind = 'application/vnd.jupyter.widget-' 'view+json'\ndisplay({kind: {}, 'image/png': 'aaaa'}, raw=True)"
+    )
     notebook = write_notebook(tmp_path / "look.ipynb", *cells, parameters=f"{SHARED}\ndeep: int = 1")
     run = create_run(load_experiment(experiment, ["seed=3"]), tmp_path / "runs")
     write_json(run.results, {"metrics": {"segm.AP": 0.649, "box.AP": 0.766}, "images": 100})
@@ -390,9 +393,10 @@ def test_a_report_opens_with_a_summary_folds_code_and_needs_no_kernel(tmp_path, 
     assert body.index("box 76.6, segm 64.9 (100 images)") < body.index("IntSlider")
     assert "a fast one" in body
     assert "solq-lab run look.ipynb mine.yaml seed=3 -p deep=5" in body
-    assert body.count("<details>") == 4  # the parameters, those that were given, two cells
+    assert body.count("<details>") == 5  # the parameters, those that were given, three cells
     assert str(tmp_path) not in page
     assert "widget-view" not in body
+    assert "data:image/png;base64,aaaa" in body
     assert "a figure of it is below" in body
 
 

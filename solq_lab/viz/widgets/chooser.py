@@ -50,7 +50,7 @@ class ImageChooser:
     """
 
     def __init__(self) -> None:
-        narrow, style = {"width": "190px"}, {"description_width": "44px"}
+        narrow, style = {"width": "172px"}, {"description_width": "44px"}
         self.image = widgets.BoundedIntText(min=0, max=0, description="image", layout={"width": "130px"}, style=style)
         self.previous, self.next = (
             widgets.Button(icon=f"chevron-{side}", tooltip=name, layout={"width": "34px"})
@@ -65,7 +65,7 @@ class ImageChooser:
         self.score = widgets.FloatRangeSlider(
             value=(0, 1), min=0, max=1, step=0.05, description="found at", continuous_update=False, readout_format=".0%"
         )
-        self.score.layout, self.score.style = {"width": "310px"}, {"description_width": "60px"}
+        self.score.layout, self.score.style = {"width": "270px"}, {"description_width": "60px"}
         self.sort = widgets.Dropdown(options=["file"], description="first", layout=narrow, style=style)
         self.matches = widgets.Dropdown(options=[], layout={"width": "230px"})
         self.upload = widgets.FileUpload(accept="image/*", description="own image", layout={"width": "auto"})
@@ -76,10 +76,9 @@ class ImageChooser:
         self._rows: dict[int, int] = {}
         self.is_constrained = False
         self._listing = False
-        walk = [self.image, self.previous, self.next, self.matches, self.note, self.upload]
-        self.widget = widgets.VBox(
-            [widgets.HBox(walk), widgets.HBox(self.conditions, layout={"flex_flow": "row wrap"})]
-        )
+        walk = [self.image, self.previous, self.next, self.matches, self.note, self.sort, self.upload]
+        filters = widgets.HBox([self.search, *self.filters.values(), self.score], layout={"flex_flow": "row wrap"})
+        self.widget = widgets.VBox([widgets.HBox(walk), filters])
 
     def load(self, objects: pd.DataFrame, files: Sequence[str]) -> None:
         """Offer the images of a data set.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from solq_lab.viz.widgets.live_panel import DPI, as_png
 
 CAPTION = '<div style="font-size: 11px; line-height: 1.3; text-align: center">{}</div>'
 MAX_CHIPS = 100  # whose objects are marked when they are pointed at
-_MARKED = "box-shadow: inset 0 0 0 {}px white, inset 0 0 0 {}px black, 0 0 0 2px black"
+_MARKED = "box-shadow: inset 0 0 0 2px white, inset 0 0 0 3px black, 0 0 0 2px black"
 # Pointing at the chip of an object marks the object too.
 _BY_CHIP = ", ".join(
     f".solq-panel:has(.solq-chip-{row}:hover) .solq-object-{row}, .solq-object-{row}:hover" for row in range(MAX_CHIPS)
@@ -41,8 +42,8 @@ STYLE_SHEET = f"""
 .solq-clickable {{position: relative; overflow: hidden; width: 100%; min-width: 0}}
 .solq-clickable img {{width: 100%; height: auto; display: block; margin: 0}}
 .solq-clickable .solq-object {{position: absolute; padding: 0; background: transparent; border: none; cursor: pointer}}
-{_BY_CHIP} {{{_MARKED.format(2, 3)}; background: rgba(255, 255, 255, 0.25) !important}}
-.solq-clickable .solq-chosen {{{_MARKED.format(3, 4)}}}
+{_BY_CHIP} {{{_MARKED}; background: rgba(255, 255, 255, 0.25) !important}}
+.solq-clickable .solq-chosen {{{_MARKED}}}
 [class*="solq-chip-"]:not(.mod-active) {{opacity: 0.35}}
 {_CHIPS}
 """
@@ -104,6 +105,10 @@ class ClickableImage(anywidget.AnyWidget):
         self.on_click = on_click
         self.on_msg(lambda _, click, buffers: self.on_click(click["row"], click["x"], click["y"]))
 
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        return data | {"image/png": base64.b64encode(self.png).decode()}, metadata  # seen where no kernel is
+
     def show(
         self,
         png: bytes,
@@ -142,26 +147,16 @@ class Tiles:
     """A row of small images with captions that can be clicked.
 
     Attributes:
-        buttons, images, captions: the widgets; those without content are hidden.
+        images, captions: the widgets; those without content are hidden.
         widget: all of them.
     """
 
     def __init__(self, count: int, on_click: Callable[[int], None]) -> None:
         """At most `count` tiles; `on_click` is given the place of the clicked one."""
-        self.images = [widgets.Image(format="png", layout={"width": "100%"}) for _ in range(count)]
-        self.captions = [widgets.HTML() for _ in range(count)]
-        self.buttons = [widgets.Button(layout={"width": "100%", "height": "100%", "margin": "0"}) for _ in range(count)]
-        tiles = []
-        for place, (image, caption, button) in enumerate(zip(self.images, self.captions, self.buttons, strict=True)):
-            for part, area in ((image, "1 / 1"), (caption, "2 / 1"), (button, "1 / 1 / 3 / 2")):
-                part.layout.grid_area = area
-
-            caption.layout.margin = "0 auto"
-            button.style.button_color = "transparent"  # without a face, over the image and its caption
-            button.on_click(lambda _, place=place: on_click(place))
-            tiles.append(widgets.GridBox([image, caption, button], layout={"overflow": "hidden"}))
+        self.images = [ClickableImage(lambda *_, place=place: on_click(place)) for place in range(count)]
+        self.captions = [widgets.HTML(layout={"margin": "0 auto"}) for _ in range(count)]
+        tiles = [widgets.VBox(parts) for parts in zip(self.images, self.captions, strict=True)]
         columns = f"repeat({count}, minmax(0, 1fr))"
-        self._tiles = tiles
         self.widget = widgets.GridBox(
             tiles, layout={"grid_template_columns": columns, "grid_gap": "6px", "width": "100%"}
         )
@@ -170,12 +165,11 @@ class Tiles:
     def show(self, contents: Iterable[tuple[np.ndarray, str]]) -> None:
         """Show pixels (h, w, 3) uint8 and their captions, in the first tiles; the others disappear."""
         shown = list(contents)
-        for place, tile in enumerate(self._tiles):
+        for place, tile in enumerate(self.widget.children):
             tile.layout.display = None if place < len(shown) else "none"
-        for place, (pixels, caption) in enumerate(shown):
-            self.images[place].value = as_png(pixels)
-            self.captions[place].value = CAPTION.format(html.escape(caption))
-            self.buttons[place].tooltip = caption
+        for (pixels, caption), image, words in zip(shown, self.images, self.captions, strict=False):
+            image.show(as_png(pixels), [(0, 0, 1, 1)], [caption], size=(1, 1))
+            words.value = CAPTION.format(html.escape(caption))
 
 
 def link_figure(figure: Figure, open_object: Callable[..., None]) -> ClickableImage:

@@ -29,8 +29,8 @@ class DetectionExplorer(ModelExplorer):
     """Ground truth and the detections of the models side by side, as wide as the window, or in one wipe.
 
     Attributes:
-        score, colouring, filled, arrangement, columns: the controls: least score, colour per class or per object, masks
-            or outlines only, images side by side or as a wipe, and which of them are shown.
+        score, colouring, filled, labelled, arrangement, columns: the controls: least score, colour per class or per
+            object, masks or outlines only, labels, images side by side or as a wipe, and which of them are shown.
         switches: model -> one switch per object of at least the score, best first, in the object's colour; clicking an
             object turns it off.
         panels: "ground truth" and each model -> its image.
@@ -44,13 +44,11 @@ class DetectionExplorer(ModelExplorer):
         everything = [TRUTH, *self.names]
         self.colouring = widgets.ToggleButtons(options=["class", "object"], style={"button_width": "64px"})
         self.colouring.tooltip = "a colour per class, or per object: the same as the true object's that it meets"
-        self.filled = widgets.Checkbox(value=True, description="fill", indent=False, layout={"width": "60px"})
+        look = {"value": True, "indent": False, "layout": {"width": "auto"}}
+        self.filled, self.labelled = (widgets.Checkbox(description=name, **look) for name in ("fill", "labels"))
         self.arrangement = widgets.ToggleButtons(options=["side by side", "wipe"], style={"button_width": "auto"})
         self.arrangement.tooltip = "images beside each other, or in one place with dividers to drag"
-        self.columns = {
-            name: widgets.Checkbox(value=True, description=name, indent=False, layout={"width": "auto"})
-            for name in everything
-        }
+        self.columns = {name: widgets.Checkbox(description=name, **look) for name in everything}
 
         self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in self.names}
         self.panels = {name: ClickableImage(self.guarded(partial(self._turn_off, name))) for name in everything}
@@ -61,11 +59,11 @@ class DetectionExplorer(ModelExplorer):
             parts = [self._titles[name], self.panels[name], self._chips[name]]
             self._places[name] = widgets.VBox(parts, layout={"min_width": "0"})
             self._places[name].add_class("solq-panel")
-        self.wipe = Wipe()
+        self.wipe = Wipe(self.guarded(self._turn_off))
         chips = [widgets.HBox([self._titles[name], self._chips[name]]) for name in self.names]
         self._wiped = widgets.VBox([self.wipe, *chips], layout={"min_width": "0"})
         self._row = widgets.GridBox(layout={"width": "100%", "grid_gap": "8px"})
-        looks = [self.score, self.colouring, self.filled, self.arrangement]
+        looks = [self.score, self.colouring, self.filled, self.labelled, self.arrangement]
         controls = widgets.HBox(
             [*looks, *self.columns.values(), self.status], layout={"flex_flow": "row wrap", "grid_gap": "0 6px"}
         )
@@ -73,7 +71,7 @@ class DetectionExplorer(ModelExplorer):
 
         self.on_change(self._choose, self.image, self.score)
         self.on_change(self._recolour, self.colouring)
-        self.on_change(self.redraw, self.filled, self.arrangement, *self.columns.values())
+        self.on_change(self.redraw, self.filled, self.labelled, self.arrangement, *self.columns.values())
         self.chooser.refresh = self._mark_match
         self._choose()
 
@@ -93,15 +91,15 @@ class DetectionExplorer(ModelExplorer):
         drawings = {}  # of the wipe; empty while the images stand side by side
         for name in names:
             rows = None if name == TRUTH else tuple(self._switched_on(name))
-            drawn = self._draw(name, index, rows, self.colouring.value, self.filled.value, wiped)
-            objects = self.shown(name)
+            looks = self.colouring.value, self.filled.value, self.labelled.value and not wiped
+            drawn = self._draw(name, index, rows, looks, wiped)
+            objects, chosen = self.shown(name), self.chosen if name == TRUTH else -1
             if wiped:
-                drawings[name] = drawn, objects, self._shown_colours(name)
+                drawings[name] = drawn, objects, self._shown_colours(name), chosen
                 continue
             tooltips = [f"{row + 1}: {label}" for row, label in enumerate(objects.names)]
-            chosen = self.chosen if name == TRUTH else -1
             self.panels[name].show(drawn, objects.boxes.tolist(), tooltips, size=size, chosen=chosen)
-        self.wipe.show(drawings, size=size)
+        self.wipe.show(drawings, size=size, labelled=self.labelled.value)
 
     @mpl.rc_context(STYLE)
     def figure(self) -> Figure:
@@ -112,7 +110,8 @@ class DetectionExplorer(ModelExplorer):
         figure, axes = new_figure(1, len(self.panels), size=size, title=title)
         for place, name in zip(axes[0], self.panels, strict=True):
             objects, colours = self.shown(name), self._shown_colours(name)
-            draw_objects(place, pixels, objects, colours, font_size=8, filled=self.filled.value)
+            font_size = 8 if self.labelled.value else 0
+            draw_objects(place, pixels, objects, colours, font_size=font_size, filled=self.filled.value)
             place.set_title(name if name == TRUTH else f"{name}: {len(objects.labels)} shown")
         return figure
 
@@ -125,8 +124,8 @@ class DetectionExplorer(ModelExplorer):
             captions = [f"{label} {score:.2f}" for label, score in zip(found.names, found.scores.tolist(), strict=True)]
             self.switches[name] = [self._make_switch(caption) for caption in captions]
             self._chips[name].children = self.switches[name]
-        count = len(self.true_objects(self.image.value).labels)
-        self._titles[TRUTH].value = f"<b>{TRUTH}</b>: {count} objects"
+        count, is_own = len(self.true_objects(self.image.value).labels), self.image.value >= len(self._dataset)
+        self._titles[TRUTH].value = f"<b>{TRUTH}</b>: {'none of an own image' if is_own else f'{count} objects'}"
         self.report("")
         self._recolour()
 
@@ -150,7 +149,7 @@ class DetectionExplorer(ModelExplorer):
         self.on_change(self.redraw, switch)
         return switch
 
-    def _turn_off(self, name: str, row: int, x: float, y: float) -> None:
+    def _turn_off(self, name: str, row: int, *_: float) -> None:
         """Switch off the object that was clicked, the row-th of those shown; a true one is marked."""
         if row < 0:
             return
@@ -167,15 +166,16 @@ class DetectionExplorer(ModelExplorer):
         return self._find(name, self.image.value).above(self.score.value)
 
     def _draw_objects(
-        self, name: str, index: int, rows: tuple[int, ...] | None, colouring: str, filled: bool, wiped: bool
+        self, name: str, index: int, rows: tuple[int, ...] | None, looks: tuple[str, bool, bool], wiped: bool
     ) -> bytes:
         """The image with some of a model's objects, best first; with all true ones where there are no rows."""
+        colouring, filled, labelled = looks
         colours = self._colours(name, index, colouring)
         objects, pixels = self.true_objects(index), self.pixels(index)
         if rows is not None:
             objects, colours = self._find(name, index)[list(rows)], [colours[row] for row in rows]
         width = min(WIPE[0], WIPE[1] * pixels.shape[1] // pixels.shape[0]) if wiped else WIDTH
-        return draw_image(pixels, objects, colours, width=width, filled=filled, labelled=not wiped)
+        return draw_image(pixels, objects, colours, width=width, filled=filled, labelled=labelled)
 
     def _shown_colours(self, name: str) -> list[str]:
         """The colours of the objects that are shown."""

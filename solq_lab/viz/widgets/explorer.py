@@ -77,11 +77,15 @@ class Explorer(ABC):
 
         def run(*arguments: object) -> None:
             with ONE_AT_A_TIME:
+                gc.disable()
                 try:
                     action(*arguments)
                 except Exception as error:
                     logger.exception("a control's action failed")
                     self.report(f"{type(error).__name__}: {error}")
+                finally:  # the drawn figures are still young: later they would cost a third of a second
+                    gc.collect(0)
+                    gc.enable()
 
         return run
 
@@ -90,6 +94,7 @@ class Explorer(ABC):
         run = self.guarded(action)
         for control in controls:
             control.observe(lambda _: run(), trait)
+            control.set_state = self.guarded(control.set_state)  # the browser's value waits, or half a view is older
 
     def on_click(self, action: Callable[[], None], button: widgets.Button) -> None:
         """Run `action` whenever the button is clicked."""

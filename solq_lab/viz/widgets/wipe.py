@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import anywidget
@@ -13,6 +13,8 @@ from solq_lab.viz.images import label_of
 from solq_lab.viz.style import text_colour
 from solq_lab.viz.widgets.clickable_image import percent_boxes
 
+Drawing = tuple[bytes, Detections, Sequence[str], int]  # PNG without labels, objects, colours, row marked or -1
+
 
 class Wipe(anywidget.AnyWidget):
     """Drawings from left to right, each visible between its dividers.
@@ -21,17 +23,19 @@ class Wipe(anywidget.AnyWidget):
 
     Attributes:
         layers: the name and the PNG of each drawing, and of its objects, best first, label, colours and box (percent).
+        on_click: is given the name of the drawing and the row of its smallest object at the clicked place.
     """
 
     layers: Any = traitlets.List().tag(sync=True)
 
     _css = """
     .solq-wipe {position: relative; overflow: hidden; margin: 0 auto; max-width: 100%; touch-action: none;
-                user-select: none}
+                user-select: none; cursor: pointer}
     .solq-wipe img {position: absolute; inset: 0; width: 100%; height: 100%; margin: 0}
     .solq-wipe img:first-child {position: relative; display: block; height: auto}
     .solq-wipe span {position: absolute; padding: 0 4px; font: 12px/17px sans-serif; white-space: nowrap;
                      border-radius: 2px; pointer-events: none}
+    .solq-wipe .solq-chosen {box-shadow: 0 0 0 2px white, 0 0 0 4px black}
     .solq-wipe .solq-divider {position: absolute; top: 0; bottom: 0; width: 17px; margin-left: -8px; cursor: ew-resize}
     .solq-wipe .solq-divider::before {content: ""; position: absolute; inset: 0 7px; background: white;
                                       outline: 1px solid black}
@@ -82,9 +86,11 @@ class Wipe(anywidget.AnyWidget):
         const drawn = layers.map(({ name, png, objects }) => {
           const image = new Image(), title = { label: name, colours: ["#fff", "#000"], box: [0, 0, 100] };
           image.src = URL.createObjectURL(new Blob([png], { type: "image/png" }));
-          const labels = [title, ...objects].map(({ label, colours: [background, color], box }) => {
+          const named = [title, ...objects].filter(({ label }) => label);
+          const labels = named.map(({ label, colours: [background, color], box, chosen }) => {
             const node = Object.assign(document.createElement("span"), { textContent: label });
             Object.assign(node.style, { background, color });
+            if (chosen) node.className = "solq-chosen";
             return { node, box };
           });
           return { image, labels };
@@ -102,24 +108,41 @@ class Wipe(anywidget.AnyWidget):
       };
       paint();
       model.on("change:layers", paint);
+      el.onclick = ({ target, clientX, clientY }) => {
+        if (target.className === "solq-divider") return;  // the end of a drag
+        const frame = el.getBoundingClientRect();
+        const x = (100 * (clientX - frame.left)) / frame.width, y = (100 * (clientY - frame.top)) / frame.height;
+        const { name, objects } = model.get("layers")[cuts.filter((cut) => 100 * cut < x).length];
+        const meets = ([left, top, wide, high]) => left <= x && x <= left + wide && top <= y && y <= top + high;
+        const area = (row) => objects[row].box[2] * objects[row].box[3];
+        const met = [...objects.keys()].filter((row) => meets(objects[row].box));
+        if (met.length) model.send({ name, row: met.sort((one, other) => area(one) - area(other))[0] });
+      };
       new ResizeObserver(place).observe(el);
     }
     export default { render };
     """
 
-    def show(self, drawings: Mapping[str, tuple[bytes, Detections, Sequence[str]]], *, size: tuple[int, int]) -> None:
+    def __init__(self, on_click: Callable[[str, int], None]) -> None:
+        super().__init__()
+        self.on_msg(lambda _, click, buffers: on_click(click["name"], click["row"]))
+
+    def show(self, drawings: Mapping[str, Drawing], *, size: tuple[int, int], labelled: bool) -> None:
         """Show drawings from left to right; their names stand at the top.
 
         Args:
-            drawings: of each the PNG without labels, the objects, and their colours.
+            drawings: by name.
             size: (H, W) of the image that the objects' boxes are in pixels of.
+            labelled: whether objects have labels; the mark of an object is its label's.
         """
         layers = []
-        for name, (png, objects, colours) in drawings.items():
+        for name, (png, objects, colours, chosen) in drawings.items():
             boxes = percent_boxes(objects.boxes.tolist(), size)
-            labels = [
-                {"label": label_of(objects, row), "colours": [colour, text_colour(colour)], "box": box}
-                for row, (colour, box) in enumerate(zip(colours, boxes, strict=True))
+            labels = [label_of(objects, row) if labelled else "" for row in range(len(boxes))]
+            inks = [[colour, text_colour(colour)] for colour in colours]
+            parts = [
+                {"label": label, "colours": ink, "box": box, "chosen": row == chosen}
+                for row, (label, ink, box) in enumerate(zip(labels, inks, boxes, strict=True))
             ]
-            layers.append({"name": name, "png": png, "objects": labels})
+            layers.append({"name": name, "png": png, "objects": parts})
         self.layers = layers
