@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,7 @@ def test_patterns_are_expanded_outputs_are_no_inputs_and_what_is_left_out_is_cou
     assert "but 2 .heic" in str(run("p").exception)
     assert "no file fits this pattern" in str(run("p/*.tiff").exception)
     assert "nowhere: no such file or folder" in str(run("nowhere").exception)
+    assert "standard input is not read" in str(run("-").exception)
 
 
 def test_no_file_of_the_user_is_written_over(run, tmp_path):
@@ -314,19 +316,24 @@ def test_pycocotools_scores_the_results_as_the_evaluation_does(run, shapes):
 # ---- videos
 
 
-def write_video(path: str, frames: int = 12, rate: int = 12, size: tuple[int, int] = (48, 32)) -> None:
+def write_video(path: str, size: tuple[int, int] = (48, 32), step: int = 1) -> None:
+    """12 frames, at k * k `step`s where this is not 1, else at 12 frames per second."""
     av = pytest.importorskip("av")
     with av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
+        stream = container.add_stream("mpeg4", rate=12)
         stream.width, stream.height = size
-        for number in range(frames):
+        stream.codec_context.time_base = Fraction(1, 12 * step)
+        for number in range(12):
             pixels = np.full((size[1], size[0], 3), 20 * number % 256, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = (number if step == 1 else number * number), Fraction(1, 12 * step)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def test_a_video_is_drawn_at_its_rate_and_its_frames_are_written(run):
-    write_video("clip.mp4")
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_video_is_drawn_at_its_rate_and_its_frames_are_written(run, step):
+    write_video("clip.mp4", step=step)
     result = run("clip.mp4", "--score", 0, "--out", "out", "--save", "drawn,masks,coco,csv", "--batch", 5)
     assert result.exit_code == 0, result.output
     assert "clip.mp4: 12 frames, 192 objects, drawn in out/clip.mp4" in result.output
@@ -334,7 +341,7 @@ def test_a_video_is_drawn_at_its_rate_and_its_frames_are_written(run):
 
     with av.open("out/clip.mp4") as drawn, av.open("clip.mp4") as given:
         theirs, ours = (list(container.decode(video=0)) for container in (given, drawn))
-        assert drawn.streams.video[0].average_rate == 12
+        assert step != 1 or drawn.streams.video[0].average_rate == 12
     assert [frame.time for frame in ours] == pytest.approx([frame.time for frame in theirs])
     assert (ours[0].width, ours[0].height) == (48, 32)
     assert len(list(Path("out/masks/clip").glob("*_classes.png"))) == 12
@@ -350,6 +357,11 @@ def test_a_damaged_video_is_skipped_and_without_pyav_the_install_line_is_given(r
     assert result.exit_code == 1
     assert "in/clip.mp4: not a video that can be read to its end" in result.output
     assert files_in("out") == ["a.png"]
+    write_video("small.ts"), write_video("large.ts", (64, 32))
+    Path("in/clip.mp4").write_bytes(Path("small.ts").read_bytes() + Path("large.ts").read_bytes())
+    result = run("in", "--out", "out", "--save", "csv")
+    assert "in/clip.mp4: a frame of 64 x 32 pixels after some of 48 x 32; cut the video there" in result.output
+    assert result.exit_code == 1
     monkeypatch.setitem(sys.modules, "av", None)
     assert "pip install 'solq-lab[video]'" in str(run("in").exception)
 

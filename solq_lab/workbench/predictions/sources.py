@@ -121,7 +121,8 @@ def _expand(name: str, out: Path) -> list[str]:
     if is_address(name) or os.path.exists(name):
         return [name]
     if not glob.has_magic(name):
-        raise UserError(f"{name}: no such file or folder")
+        hint = "; standard input is not read: append names by xargs" if name == "-" else ""
+        raise UserError(f"{name}: no such file or folder{hint}")
     fitting = [path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)]
     outside = [path for path in fitting if out.resolve() not in Path(path).resolve().parents]
     if not outside:

@@ -52,10 +52,18 @@ def read_frames(path: Path, name: str) -> Iterator[Frame]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = stream.average_rate or stream.guessed_rate or 25
+            first = last = None
             for frame in container.decode(stream):
+                first = first or (frame.width, frame.height)
+                if (frame.width, frame.height) != first:
+                    found = f"a frame of {frame.width} x {frame.height} pixels after some of {first[0]} x {first[1]}"
+                    raise UserError(f"{name}: {found}; cut the video there, or scale its frames to one size")
                 turns = round(frame.rotation / 90)  # counterclockwise, as phones record upright videos
                 pixels = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-                yield Frame(pixels, frame.pts, frame.time_base, rate)
+
+                # Damaged videos have times that do not rise, which no player and no writer takes.
+                last = frame.pts if last is None or frame.pts is None else max(frame.pts, last + 1)
+                yield Frame(pixels, last, frame.time_base, rate)
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"{name}: not a video that can be read to its end ({error.strerror or error})") from None
 
