@@ -51,6 +51,7 @@ class DetectionExplorer(ModelExplorer):
         self.columns = {name: widgets.Checkbox(description=name, **look) for name in everything}
 
         self.switches: dict[str, list[widgets.ToggleButton]] = {name: [] for name in self.names}
+        self._made: dict[str, list[widgets.ToggleButton]] = {name: [] for name in self.names}  # for later images too
         self.panels = {name: ClickableImage(self.guarded(partial(self._turn_off, name))) for name in everything}
         self._titles = {name: widgets.HTML(layout={"flex": "0 0 auto"}) for name in everything}
         self._chips = {name: widgets.Box(layout={"flex_flow": "row wrap"}) for name in everything}
@@ -118,16 +119,20 @@ class DetectionExplorer(ModelExplorer):
     def _choose(self) -> None:
         """Another image or score: new switches, all on."""
         self.chosen = -1
-        for name in self.names:
-            found = self._found(name)
-            self._titles[name].value = f"<b>{name}</b>: {len(found.labels) or 'nothing'} found"
-            captions = [f"{label} {score:.2f}" for label, score in zip(found.names, found.scores.tolist(), strict=True)]
-            self.switches[name] = [self._make_switch(caption) for caption in captions]
-            self._chips[name].children = self.switches[name]
-        count, is_own = len(self.true_objects(self.image.value).labels), self.image.value >= len(self._dataset)
-        self._titles[TRUTH].value = f"<b>{TRUTH}</b>: {'none of an own image' if is_own else f'{count} objects'}"
-        self.report("")
-        self._recolour()
+        with self.together():
+            for name, made in self._made.items():
+                found = self._found(name)
+                count = len(found.labels)
+                self._titles[name].value = f"<b>{name}</b>: {count or 'nothing'} found"
+                made += [self._make_switch() for _ in range(count - len(made))]
+                self.switches[name] = made[:count]
+                for switch, label, score in zip(made, found.names, found.scores.tolist(), strict=False):
+                    switch.description, switch.value = f"{label} {score:.2f}", True
+                self._chips[name].children = self.switches[name]
+            count, is_own = len(self.true_objects(self.image.value).labels), self.image.value >= len(self._dataset)
+            self._titles[TRUTH].value = f"<b>{TRUTH}</b>: {'none of an own image' if is_own else f'{count} objects'}"
+            self.report("")
+            self._recolour()
 
     def _recolour(self) -> None:
         """The chips in the colours of their objects."""
@@ -143,9 +148,8 @@ class DetectionExplorer(ModelExplorer):
             self.chosen = self.chooser.row - self._dataset.truth.rows_of(self.image.value).start
         self.redraw()
 
-    def _make_switch(self, caption: str) -> widgets.ToggleButton:
-        look = widgets.Layout(width="auto", height="24px", margin="2px")
-        switch = widgets.ToggleButton(value=True, description=caption, layout=look)
+    def _make_switch(self) -> widgets.ToggleButton:
+        switch = widgets.ToggleButton(value=True, layout=widgets.Layout(width="auto", height="24px", margin="2px"))
         self.on_change(self.redraw, switch)
         return switch
 
