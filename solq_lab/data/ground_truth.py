@@ -44,13 +44,17 @@ CROWDS = "marked as crowds (iscrowd 1)"
 WITHOUT_AREA = "without area in box or mask"
 WITHOUT_MASK = "without segmentation"
 TWICE = "annotated twice, with the class and box of another one of their image, and learnt twice"
-APART = "have a box and a mask that lie apart; a bbox is [x, y, width, height] in pixels, as are outlines"
+BEYOND = "have a box that reaches out of the image, and is cut off"
+TINY = "are no wider and higher than a pixel"
+APART = "have a box and a mask that lie apart"
+IN_PIXELS = "a bbox is [x, y, width, height] in pixels, as are outlines"
 CURES = {
     CROWDS: "write iscrowd 0 for single objects",
     WITHOUT_AREA: "bbox is [x, y, width, height], a polygon has three corners or more",
     WITHOUT_MASK: "a data set without masks trains a plain detector (codec.kind=none)",
 }
 MANY_CROWDS = 0.3  # share of a class's objects from which crowds are a mistake; COCO has 0.012 of all
+REACH = 1.0  # pixels that a drawn box may reach out of its image
 MIN_OVERLAP = 0.5  # IoU of a box and the box of its mask, below which one of them is a mistake
 
 __all__ = ["DataError", "GroundTruth"]
@@ -110,7 +114,7 @@ class GroundTruth:
         self._read_objects(document["annotations"])
         if keep == "learnable":
             self._report_twice()
-            self._report_apart()
+            self._report_units()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -255,20 +259,24 @@ class GroundTruth:
             ids = first_few(sorted(self.ids[first[count > 1]].tolist()))
             logger.warning("%s: %d objects are %s, as annotation ids %s: remove them", self.source, number, TWICE, ids)
 
-    def _report_apart(self) -> None:
-        """Count objects whose box and mask lie apart: other units, corners for sides, outlines without area."""
-        if not self.has_masks:
-            return
-        outlines, boxes = self._packed.bounds()[self._places], self.coco_boxes.copy()
-        boxes[:, 2:] += boxes[:, :2]
-        low, high = np.maximum(outlines, boxes)[:, :2], np.minimum(outlines, boxes)[:, 2:]
-        common = (high - low).clip(0).prod(axis=1)
-        both = sum((corners[:, 2:] - corners[:, :2]).prod(axis=1) for corners in (outlines, boxes)) - common
-        if len(apart := np.flatnonzero(common < MIN_OVERLAP * both)):
-            ids = first_few(self.ids[apart].tolist())
-            logger.warning(
-                "%s: %d of %d objects (annotation ids %s) %s", self.source, len(apart), len(self), ids, APART
-            )
+    def _report_units(self) -> None:
+        """Count objects in other units or with corners for sides: tiny, beyond their image, or with masks elsewhere."""
+        x, y, w, h = self.coco_boxes.T
+        height, width = self.sizes[self.image_rows].T
+        beyond = np.maximum.reduce([-x, -y, x + w - width, y + h - height])
+        found = {BEYOND: beyond > REACH, TINY: np.maximum(w, h) <= REACH}
+        if self.has_masks:
+            outlines, boxes = self._packed.bounds()[self._places], self.coco_boxes.copy()
+            boxes[:, 2:] += boxes[:, :2]
+            low, high = np.maximum(outlines, boxes)[:, :2], np.minimum(outlines, boxes)[:, 2:]
+            common = (high - low).clip(0).prod(axis=1)
+            both = sum((corners[:, 2:] - corners[:, :2]).prod(axis=1) for corners in (outlines, boxes)) - common
+            found[APART] = common < MIN_OVERLAP * both
+
+        for what, marks in found.items():
+            if ids := self.ids[marks].tolist():
+                count = (self.source, len(ids), len(self), first_few(ids))
+                logger.warning("%s: %d of %d objects (annotation ids %s) %s; %s", *count, what, IN_PIXELS)
 
     def _report_left_out(self, left_out: dict[str, list[int]], *, kept: int, total: int, few_crowds: bool) -> None:
         reasons = {reason: ids for reason, ids in left_out.items() if ids}

@@ -153,6 +153,10 @@ def _read_settings(source: Path) -> tuple[Path, dict[str, Any], list[str]]:
     if not isinstance(names, list) or not names or not all(type(name) in (str, int) for name in names):
         needed = "needed is a list, or a mapping from 0, 1, ... on; write off, no and the like in quotes"
         raise DataError(f"{path}: names: found {shorten(names)}; {needed}")
+    if "kpt_shape" in values:
+        raise DataError(
+            f"{path}: kpt_shape: labels of key points, no outlines; export the data set as YOLO segmentation"
+        )
     if values.get("nc", len(names)) != len(names):
         raise DataError(f"{path}: nc is {values['nc']!r}, but there are {len(names)} names; correct one of them")
     return path, values, [str(name) for name in names]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from solq_lab.data.ground_truth import DataError, GroundTruth
+from solq_lab.data.ground_truth import APART, BEYOND, TINY, DataError, GroundTruth
 
 HEIGHT, WIDTH = 30, 40
 
@@ -95,23 +95,27 @@ RLE = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * 30, HEIGHT * 4, HEIGHT * 6]}
 
 
 @pytest.mark.parametrize(
-    ("changes", "apart"),
+    ("changes", "what"),
     [
         ({}, None),
-        ({"bbox": [20, 10, 30, 18]}, "1 of 4"),  # two corners
-        ({"bbox": [0.5, 0.33, 0.25, 0.27]}, "1 of 4"),  # shares of the image
-        ({"bbox": [25, 14, 10, 8]}, "1 of 4"),  # centre and sides
-        ({"segmentation": [[0.5, 0.3, 0.7, 0.3, 0.7, 0.6]]}, "1 of 4"),
-        ({"segmentation": [[20, 10, 25, 10, 30, 10]]}, "1 of 4"),  # a line
+        ({"bbox": [20, 10, 30, 18]}, APART),  # two corners
+        ({"bbox": [0.5, 0.33, 0.25, 0.27]}, APART),  # shares of the image
+        ({"bbox": [25, 14, 10, 8]}, APART),  # centre and sides
+        ({"segmentation": [[0.5, 0.3, 0.7, 0.3, 0.7, 0.6]]}, APART),
+        ({"segmentation": [[20, 10, 25, 10, 30, 10]]}, APART),  # a line
         ({"segmentation": [[20, 10, 25, 10, 25, 18], [25, 10, 30, 10, 30, 18]]}, None),
         ({"segmentation": RLE, "bbox": [30, 0, 4, 30]}, None),
-        ({"segmentation": RLE, "bbox": [20, 10, 10, 8]}, "1 of 4"),
+        ({"segmentation": RLE, "bbox": [20, 10, 10, 8]}, APART),
+        ({"segmentation": [[0.5, 0.3, 0.9, 0.3, 0.9, 0.6, 0.5, 0.6]], "bbox": [0.5, 0.3, 0.4, 0.3]}, TINY),
+        ({"segmentation": [[29, 10, 44, 10, 44, 18, 29, 18]], "bbox": [29, 10, 15, 8]}, BEYOND),
     ],
 )
-def test_boxes_and_masks_that_lie_apart_are_counted_on_the_screen(changes, apart, caplog):
+def test_boxes_and_masks_in_other_units_are_counted_on_the_screen(changes, what, caplog):
     GroundTruth(document(*THREE, (2, (20, 10, 10, 8)), **changes))
-    assert (apart is None) == (caplog.text == "")
-    assert apart is None or f"{apart} objects (annotation ids 4) have a box and a mask that lie apart" in caplog.text
+    assert (what is None) == (caplog.text == "")
+    assert (
+        what is None or f"1 of 4 objects (annotation ids 4) {what}; a bbox is [x, y, width, height] in" in caplog.text
+    )
 
 
 def test_images_of_one_file_are_counted_on_the_screen(caplog):

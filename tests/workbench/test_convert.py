@@ -289,6 +289,7 @@ def test_an_outline_just_outside_is_cut_off(yolo, tmp_path):
         ("train: images/train\n", "names: found None; needed is a list, or a mapping"),
         ("names: {1: a}\ntrain: images/train\n", "names: found {1: 'a'}; needed is"),
         ("names: [a]\nnc: 3\ntrain: images/train\n", "nc is 3, but there are 1 names"),
+        ("names: [a]\nkpt_shape: [17, 3]\ntrain: images/train\n", "kpt_shape: labels of key points, no outlines"),
         ("- a\n", "found a list, needed are the keys names, train and val"),
         ("names: !!python/object/apply:os.mkdir [executed]\n", "not plain YAML"),
     ],

@@ -26,14 +26,13 @@ from solq_lab.data.annotations import (
     with_box,
 )
 from solq_lab.data.classes import ClassMap
-from solq_lab.data.ground_truth import crowded_classes
+from solq_lab.data.ground_truth import REACH, crowded_classes
 from solq_lab.data.orientation import Reading
 from solq_lab.workbench.check.duplicates import lookalikes
 from solq_lab.workbench.check.findings import Finding
 from solq_lab.workbench.check.report import CheckedSplit
 
-# Annotators draw by hand: COCO's own polygons leave their boxes by up to a pixel, and stay up to 7 pixels inside.
-REACH = 1.0  # pixels that a box may reach out of its image, or a mask out of its box
+# Annotators draw by hand: COCO's own polygons leave their boxes by up to REACH, and stay up to 7 pixels inside.
 LOOSE = (8.0, 0.2)  # pixels, and share of the box's side, that a box may be wider than its mask
 STRAY = (16, 0.05)  # pixels, and share of the mask, that may lie farther outside the box
 SMALL = 8.0  # pixels of an object's side, where the finest feature map has one cell
