@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from solq_lab.models.look import MaskLook, View
+from solq_lab.models.look import MaskLook, Rows, View
 from solq_lab.structures import LayerPrediction
 
 PRIOR = 0.01  # score of every class before training, so that the focal loss starts small
@@ -125,16 +125,19 @@ class UnifiedQueryHead(nn.Module):
         next_anchor = _moved(anchor.detach(), delta) if anchor.requires_grad else boxes
         return LayerPrediction(self.classify(queries), boxes, vectors=None, next_anchor=next_anchor)
 
-    def vectors(self, queries: Tensor, boxes: Tensor, view: View | None) -> Tensor:
+    def vectors(self, queries: Tensor, boxes: Tensor, view: View | None, *, rows: Rows | None = None) -> Tensor:
         """Mask vectors (B, J, D) of queries (B, J, C) for their boxes (B, J, 4); for heads with `vector`.
 
         `view` is what `look` reads. The layers share what makes vectors, so queries of several layers may come at once.
+        With `rows` theirs alone are made, and the others are zero.
         """
         assert self.vector is not None
+        some = queries if rows is None else queries[rows]
         if self.look is not None:
             assert view is not None  # SOLQ makes it
-            queries = queries + self.look(queries, boxes, view)
-        return self.vector(queries)
+            some = some + self.look(queries, boxes, view, rows=rows)
+        made = self.vector(some)
+        return made if rows is None else made.new_zeros(*queries.shape[:2], made.shape[-1]).index_put(rows, made)
 
 
 def _moved(anchor: Tensor, delta: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from solq_lab.models.attention import Memory
 from solq_lab.ops.ms_deform_attn import ms_deform_attn
 from solq_lab.structures import filled, padding_at, unpadded_sizes
 
+Rows = tuple[Tensor, Tensor]  # images (T,) and places (T,), int64, of T queries among (B, J)
+
 
 class View(NamedTuple):
     """What a mask look reads, of the images of a batch.
@@ -83,20 +85,29 @@ class MaskLook(nn.Module):
         shape = (fine.shape[-2], fine.shape[-1])
         height, width = memory.spatial_shapes[0]
         coarse = self.coarse(memory.tokens[:, : height * width]).transpose(1, 2).unflatten(2, (height, width))
-        tokens = self.fine(fine) + F.interpolate(coarse, size=shape, mode="bilinear")
+        # Channels last from the start: what reads the tokens, forward and backward, wants them dense.
+        fine = self.fine(fine.contiguous(memory_format=torch.channels_last))
+        tokens = (fine + F.interpolate(coarse, size=shape, mode="bilinear")).flatten(2).transpose(1, 2)
 
         (padding,) = padding_at([shape], padding)
-        tokens = tokens.masked_fill_(padding.unsqueeze(1), 0.0).flatten(2).transpose(1, 2)  # (B, H/4 * W/4, C)
+        tokens = (tokens * ~padding.flatten(1).unsqueeze(-1)).contiguous()  # (B, H/4 * W/4, C)
         size = filled(shape, dtype=torch.float32, device=tokens.device)
         valid_ratio = (unpadded_sizes(padding) / size).flip(-1)
-        # Made dense once, not by every operator that reads it, forward and backward.
-        return View(tokens.contiguous().unflatten(-1, (self.points, -1)), shape, valid_ratio)
+        return View(tokens.unflatten(-1, (self.points, -1)), shape, valid_ratio)
 
-    def forward(self, queries: Tensor, boxes: Tensor, view: View) -> Tensor:
-        """(B, J, C) from queries (B, J, C) and their boxes (B, J, 4) (cx, cy, w, h), normalised image."""
-        offsets = self.sampling_offsets(queries).unflatten(-1, (self.points, 2))  # in halves of the box
-        center, size = boxes.unsqueeze(2).chunk(2, dim=-1)  # (B, J, 1, 2)
-        locations = (center + offsets * size / 2) * view.valid_ratio[:, None, None]
+    def forward(self, queries: Tensor, boxes: Tensor, view: View, *, rows: Rows | None = None) -> Tensor:
+        """(B, J, C) from queries (B, J, C) and their boxes (B, J, 4) (cx, cy, w, h), normalised image.
+
+        With `rows`: (T, C), of those alone.
+        """
+        some, their_boxes = (queries, boxes) if rows is None else (queries[rows], boxes[rows])
+        offsets = self.sampling_offsets(some).unflatten(-1, (self.points, 2))  # in halves of the box
+        center, size = their_boxes.unsqueeze(-2).chunk(2, dim=-1)  # (..., 1, 2)
+        locations = center + offsets * size / 2
+        if rows is not None:  # the operator has a place for every query: others read beyond the map, where nothing is
+            outside = locations.new_full((*queries.shape[:2], self.points, 2), -1.0)
+            locations = outside.index_put(rows, locations)
+        locations = locations * view.valid_ratio[:, None, None]
         locations = locations[:, :, :, None, None]  # (B, J, N, 2) -> (B, J, N, 1, 1, 2): one level, one point a head
-        weights = torch.ones_like(locations[..., 0])
-        return self.output_proj(ms_deform_attn(view.values, [view.shape], locations, weights))
+        seen = ms_deform_attn(view.values, [view.shape], locations, torch.ones_like(locations[..., 0]))
+        return self.output_proj(seen if rows is None else seen[rows])

@@ -6,6 +6,7 @@ Shape letters: B batch, J queries, C width, L levels, T tokens of all levels, S 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -16,7 +17,7 @@ from solq_lab.models.checkpointing import Checkpointed
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import EncoderLayer
 from solq_lab.models.heads import UnifiedQueryHead, VectorMLP
-from solq_lab.models.look import MaskLook, View
+from solq_lab.models.look import MaskLook, Rows, View
 from solq_lab.models.position import cell_centers, sine_encoding, sine_features
 from solq_lab.structures import Guests, ImageBatch, LayerPrediction, Predictions, filled, padding_at, unpadded_sizes
 
@@ -27,8 +28,8 @@ GROUPS = 32  # of the group norm after each projection
 PROPOSAL_SIDE = 0.05  # of a proposal on the finest level, share of the image; doubles from level to level
 PROPOSAL_MARGIN = 0.01  # proposals whose centre or side is nearer to 0 or 1 are not used
 
-
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+Match = Callable[[Predictions], Rows | None]  # which T queries of Z layers need vectors: images (T,), places (Z, T)
 
 
 class SOLQ(Checkpointed):
@@ -156,12 +157,13 @@ class SOLQ(Checkpointed):
             nn.init.zeros_(self.reference_points.bias)
             nn.init.constant_(query_heads[0].box.output_bias[2:], -2.0)  # first boxes are small
 
-    def forward(self, images: ImageBatch, guests: Guests | None = None) -> Predictions:
+    def forward(self, images: ImageBatch, guests: Guests | None = None, match: Match | None = None) -> Predictions:
         """Classes, boxes and mask vectors of all queries after every decoder layer.
 
         Args:
             images: normalised pixels (B, 3, H, W) and their padding (B, H, W).
             guests: in training with `denoising`; they change nothing for the queries.
+            match: in training, finds the queries with an object from classes and boxes; others have vectors of zero.
         """
         features = self.backbone(images.pixels)  # C3, C4, C5; C2 before them for a mask look
         memory = self.embed_levels(features[-3:], images.padding)  # C3 to C6 as one row of tokens
@@ -169,10 +171,10 @@ class SOLQ(Checkpointed):
             memory = self.checkpoint(encode, memory)
         look = self.query_heads[0].look  # all heads share it
         view = None if look is None else look.view(features[0], memory, images.padding)
-        return self.decode(memory, guests, view)[0]
+        return self.decode(memory, guests, view, match)[0]
 
     def decode(
-        self, memory: Memory, guests: Guests | None = None, view: View | None = None
+        self, memory: Memory, guests: Guests | None = None, view: View | None = None, match: Match | None = None
     ) -> tuple[Predictions, Tensor]:
         """The decoder: predictions of every layer, and the queries (B, J, C) after the last."""
         queries, query_pos, reference, proposals = self.initial_queries(memory)
@@ -188,16 +190,17 @@ class SOLQ(Checkpointed):
                 reference = prediction.boxes.detach()
                 anchor = prediction.next_anchor if self.look_twice else reference
 
-        layers = self.add_vectors(layers, outputs, view)
+        chosen = None if match is None else match(self.part(layers, guests, proposals))
+        layers = self.add_vectors(layers, outputs, view, chosen)
         return self.part(layers, guests, proposals), queries[:, -self.num_queries :]
 
     def add_vectors(
-        self, layers: list[LayerPrediction], outputs: list[Tensor], view: View | None
+        self, layers: list[LayerPrediction], outputs: list[Tensor], view: View | None, chosen: Rows | None = None
     ) -> list[LayerPrediction]:
         """The layers with their mask vectors, made at once: no layer reads another's, and all share one head for them.
 
         In training those without a vector loss have none. `outputs` are the queries (B, J, C) after each layer, `view`
-        is what a mask look reads.
+        is what a mask look reads. All but those `chosen` by a `Match` are zero.
         """
         count = sum(head.vector is not None for head in self.query_heads)  # inference keeps the last layer's alone
         if self.training and self.vector_layers is not None:
@@ -206,7 +209,11 @@ class SOLQ(Checkpointed):
             return layers
         queries = torch.cat(outputs[-count:], dim=1)
         boxes = torch.cat([layer.boxes.detach() for layer in layers[-count:]], dim=1)
-        vectors = self.query_heads[-1].vectors(queries, boxes, view).chunk(count, dim=1)
+        rows = None
+        if chosen is not None:  # the layers stand side by side
+            first = torch.arange(count, device=queries.device) * outputs[0].shape[1]
+            rows = chosen[0].repeat(count), (chosen[1][-count:] + first.unsqueeze(1)).flatten()
+        vectors = self.query_heads[-1].vectors(queries, boxes, view, rows=rows).chunk(count, dim=1)
         made = [layer._replace(vectors=found) for layer, found in zip(layers[-count:], vectors, strict=True)]
         return layers[:-count] + made
 

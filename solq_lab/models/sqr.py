@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from solq_lab.models.attention import Memory
 from solq_lab.models.checkpointing import Checkpointed
-from solq_lab.models.solq import SOLQ
+from solq_lab.models.solq import SOLQ, Match
 from solq_lab.structures import Guests, ImageBatch, ImageMasks, Predictions
 
 if TYPE_CHECKING:
@@ -55,19 +55,20 @@ class SQRDetector(SOLQ):
         self.mask_branch = MaskBranch(width, detector["heads"], backbone.channels, stride=stride, detail=detail)
         self.train()  # modules start in training mode, a frozen part should not
 
-    def forward(self, images: ImageBatch, guests: Guests | None = None) -> Predictions:
+    def forward(self, images: ImageBatch, guests: Guests | None = None, match: Match | None = None) -> Predictions:
         """Classes and boxes of all queries after every decoder layer, and the masks of the last.
 
         Args:
             images: normalised pixels (B, 3, H, W) and their padding (B, H, W).
             guests: as for `SOLQ`; they have no masks.
+            match: as for `SOLQ`; there are no mask vectors to save.
         """
         features = self.backbone(images.pixels)  # C3, C4, C5
         levels = self.embed_levels(features, images.padding)  # C3 to C6 as one row of tokens
         memory = levels
         for encode in self.encoder:
             memory = self.checkpoint(encode, memory)
-        predictions, queries = self.decode(memory, guests)
+        predictions, queries = self.decode(memory, guests, match=match)
 
         logits = self.mask_branch(queries, levels, memory, features)  # (B, J, H/16, W/16) if released
         *earlier, last = predictions.layers

@@ -116,7 +116,8 @@ class MatchedVectors:
         vectors = self.shortened
         if self.codec.isometric and not near_outlines:  # nothing to decode: Parseval
             shared, squares = (vectors * self.target).sum(-1), vectors.square().sum(-1)
-            return (1 - 2 * shared / (squares + self.masks.sum((-2, -1)) + DICE_FLOOR)).sum(1)
+            areas = self.masks.view(torch.uint8).flatten(-2).to(vectors.dtype).sum(-1)  # bytes turn into floats quickly
+            return (1 - 2 * shared / (squares + areas + DICE_FLOOR)).sum(1)
 
         decoded = (self._decode(vectors) if self.tail_drop else self.decoded).flatten(0, 1)  # (Z*T, N, N)
         masks = self.masks.flatten(0, 1).to(decoded.dtype)

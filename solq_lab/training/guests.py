@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from solq_lab.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
@@ -69,3 +69,12 @@ def matched_guests(guests: Guests, predictions: Predictions) -> tuple[list[Layer
     layers = [layer._replace(logits=layer.logits.masked_fill(empty, NO_OBJECT)) for layer in predictions.guest_layers]
     images, columns, objects = guests.pairs
     return layers, Matching(images, columns.expand(len(layers), -1), objects.expand(len(layers), -1))
+
+
+def with_guests(matching: Matching, guests: Guests | None) -> tuple[Tensor, Tensor]:
+    """Images (T,) and places (Z, T) of matched queries and of guests, which sit in front of the queries."""
+    if guests is None:
+        return matching.images, matching.queries
+    (images, places, _), count = guests.pairs, guests.labels.shape[1]
+    places = places.expand(len(matching.queries), -1)
+    return torch.cat([images, matching.images]), torch.cat([places, matching.queries + count], dim=1)

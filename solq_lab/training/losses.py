@@ -22,7 +22,7 @@ from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.decoded import MatchedVectors, coefficients_in_band
 from solq_lab.training.focal import quality_focal_loss, sigmoid_focal_loss, soft_dice_loss
 from solq_lab.training.guests import matched_guests
-from solq_lab.training.matcher import HungarianMatcher, Matching
+from solq_lab.training.matcher import HungarianMatcher, Matches, Matching
 
 PROPOSAL_TERMS = ("class", "l1", "giou")  # of the encoder's proposals, which have no mask vectors
 QUALITY_GAMMA = 1.5  # DEIM's
@@ -165,7 +165,12 @@ class SetCriterion(nn.Module):
         self.focal_gamma = focal_gamma
 
     def forward(
-        self, predictions: Predictions, targets: Sequence[Target], *, num_boxes: float | None = None
+        self,
+        predictions: Predictions,
+        targets: Sequence[Target],
+        *,
+        num_boxes: float | None = None,
+        matches: Matches | None = None,
     ) -> dict[str, Tensor]:
         """The unweighted losses of one batch, scalars by name.
 
@@ -178,6 +183,7 @@ class SetCriterion(nn.Module):
                 the losses of one process with n*B images. None: the objects of this batch, and the mean over its own
                 pairs, as the released models were trained in every process. The two means differ only where an image
                 has more objects than queries, because an object without a query has no pair.
+            matches: where they are matched already, as in training before mask vectors are made.
 
         Raises:
             MatchingError: the targets are not one per image.
@@ -186,7 +192,7 @@ class SetCriterion(nn.Module):
         """
         with torch.autocast(predictions.layers[0].logits.device.type, enabled=False):
             objects = self._gather_objects(predictions, targets)
-            matches = self.matcher(predictions, targets)
+            matches = self.matcher(predictions, targets) if matches is None else matches
             count = max(float(len(objects.labels)) if num_boxes is None else num_boxes, 1.0)
 
             layers = self._match_layers(predictions.layers, matches.layers, objects, count)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from solq_lab import distributed
 from solq_lab.models.batch_norm import BatchNorm2d
@@ -22,7 +23,7 @@ from solq_lab.precision import autocast_to
 from solq_lab.runs import RunError
 from solq_lab.schema import TrainSection
 from solq_lab.structures import ImageBatch, Predictions, Target
-from solq_lab.training.guests import draw_guests
+from solq_lab.training.guests import draw_guests, with_guests
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import NonFiniteCostError
 
@@ -91,13 +92,22 @@ def forward_backward(
     images, targets = batch
     guests = draw_guests(model, targets)  # on the host, where the targets are
     device = next(model.parameters()).device
-    targets = [target.to(device) for target in targets]
+    targets, matches = [target.to(device) for target in targets], None
+
+    def match(found: Predictions) -> tuple[Tensor, Tensor] | None:
+        """Which queries need mask vectors; None where a cost is not finite, which the criterion will say."""
+        nonlocal matches
+        with contextlib.suppress(NonFiniteCostError):
+            matches = criterion.matcher(found, targets)
+        return None if matches is None else with_guests(matches.layers, found.guests)
+
     with autocast_to(autocast, device):
-        inputs = images.to(device).normalised()
-        predictions = model(inputs) if guests is None else model(inputs, guests.to(device))
+        inputs, guests = images.to(device).normalised(), None if guests is None else guests.to(device)
+        # Masks take no part in the matching: it comes first, and only queries with an object get mask vectors.
+        predictions = model(inputs, guests, match)
 
     try:
-        losses, fault = criterion(predictions, targets, num_boxes=num_boxes), None
+        losses, fault = criterion(predictions, targets, num_boxes=num_boxes, matches=matches), None
         total = criterion.total(losses)
     except NonFiniteCostError as error:
         # Without a matching there is still a backward pass, of nan: under DDP the other processes wait for these
@@ -199,11 +209,5 @@ def check_finite(micro_batches: Sequence[MicroBatch], norm: Tensor, scaler: torc
 
 def _sum_of_outputs(predictions: Predictions) -> Tensor:
     """A scalar that depends on every output of the network, and so on every parameter."""
-    layers = [
-        *predictions.layers,
-        *predictions.guest_layers,
-        *([] if predictions.proposals is None else [predictions.proposals]),
-    ]
-    outputs = [part for layer in layers for part in (layer.logits, layer.boxes, layer.vectors) if part is not None]
-    outputs += [layer.masks.logits for layer in layers if layer.masks is not None]
+    outputs = [leaf for leaf in tree_leaves(predictions) if isinstance(leaf, Tensor) and leaf.requires_grad]
     return torch.stack([output.float().sum() for output in outputs]).sum()

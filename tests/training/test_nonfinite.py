@@ -288,7 +288,7 @@ def test_a_replay_repeats_the_step_bit_for_bit_and_finds_the_place(stopped, comm
     assert replay.exact
     assert replay.reproduced
     assert replay.repeated == replay.recorded
-    place = "output of heads.0.vector.layers.2 (OneDNNLinear), 64 of 1280 values, from finite inputs"
+    place = "output of heads.0.vector.layers.2 (OneDNNLinear), 10 of 200 values, from finite inputs"
     assert replay.firsts == {"forward": place, "loss": "the loss vector/0 is nan (and 2 more)"}
     status, shown = command_line("replay", record)
     assert status == 0

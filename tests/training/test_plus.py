@@ -13,6 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 from training_runs import (
     ENVIRONMENT,
     assert_an_interruption_changes_nothing,
+    assert_same_step,
     assert_shares_learn_as_the_whole,
     new_run,
     torchrun,
@@ -32,7 +33,8 @@ from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.nonfinite import NonFiniteError
 from solq_lab.training.replay import replay_record
-from solq_lab.training.trainer import train_run
+from solq_lab.training.step import forward_backward
+from solq_lab.training.trainer import Trainer, train_run
 
 NEUTRAL = {
     "model.mixed_queries": False,
@@ -121,6 +123,36 @@ def test_two_processes_train_where_one_of_them_has_no_object(data_root, tmp_path
     assert torch.equal(learned, read_weights(run.weights).state["mask_decoder"])
     torch.testing.assert_close(fresh, DCTCodec(16, len(fresh)).decode(torch.eye(len(fresh))).flatten(1))
     assert 0 < (learned - fresh).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("sections", [{}, {"loss": {"vector_layers": 1}}, PLUS], ids=["plain", "last layer", "plus"])
+@pytest.mark.parametrize("objects", [True, False])
+def test_matching_before_mask_vectors_changes_no_loss_and_no_gradient(
+    data_root, tmp_path, monkeypatch, sections, objects
+):
+    trainer = Trainer(new_run(data_root, tmp_path, **sections))
+    for parameter in trainer.model.parameters():  # weights that start at zero would hide what reaches others
+        torch.nn.init.normal_(parameter, std=0.1)
+    images, targets = next(trainer._load_batches())
+    if not objects:
+        none = slice(0)
+        targets = [t._replace(labels=t.labels[none], boxes=t.boxes[none], masks=t.masks[none]) for t in targets]
+
+    def step():
+        torch.manual_seed(0)
+        trainer.model.zero_grad()
+        done = forward_backward(trainer.model, trainer.criterion, trainer.scaler, (images, targets), 3.0, "none")
+        gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        losses = {name: loss.item() for name, loss in done.losses.items()}
+        return done.predictions.layers[-1].vectors, {"losses": losses, "gradients": gradients}
+
+    vectors, found = step()
+    assert vectors.any(-1).sum() == sum(len(target.labels) for target in targets)
+    forward = SOLQ.forward
+    monkeypatch.setattr(SOLQ, "forward", lambda self, images, guests, _: forward(self, images, guests))
+    every, expected = step()
+    assert every.any(-1).all()
+    assert_same_step(found, expected)
 
 
 def test_compiled_layers_take_guests(data_root, tmp_path, monkeypatch):
