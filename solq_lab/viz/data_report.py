@@ -19,8 +19,8 @@ from solq_lab.data.folders import Split
 from solq_lab.data.kinds import IMAGE_FORMATS
 from solq_lab.inference.predictor import as_pixels
 from solq_lab.schema import EvaluationSection
-from solq_lab.viz.images import LABEL_PAD, MaskWindow, draw_objects, ground_truth, outline_mask
-from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, colours_of, new_figure, text_colour
+from solq_lab.viz.images import Label, MaskWindow, draw_objects, ground_truth, outline_mask
+from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, colours_of, new_figure
 from solq_lab.workbench.check.findings import RULES, Finding
 from solq_lab.workbench.check.report import Report
 from solq_lab.workbench.check.rules import read_mask
@@ -56,6 +56,7 @@ def class_distribution(report: Report) -> Figure:
     counts = [count for per_class in splits.values() for count in per_class.values() if count]
     if counts and max(counts) > MAX_LINEAR * min(counts):
         panel.set_xscale("symlog", linthresh=1)
+        panel.xaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("objects")
     panel.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=len(splits))
@@ -119,13 +120,11 @@ def sample_images(report: Report, name: str) -> Figure:
     for panel, image, some in zip(axes.flat, samples, objects, strict=False):
         size = _draw_image(panel, checked.split, image.file_name)
         panel.set_title(_printable(Path(image.file_name).name, CHARACTERS), fontsize=6.5, loc="left")
+        taken: list[np.ndarray] = []
         for entry, of_class in some:
-            corner = _draw_outline(panel, entry, size, colours[of_class])
-            if corner is not None:
-                colour = colours[of_class]
-                box = {"facecolor": colour, "edgecolor": "none", "alpha": 0.8, "pad": LABEL_PAD}
-                style = {"fontsize": 6.5, "color": text_colour(colour), "bbox": box, "clip_on": True}
-                panel.text(*corner, _printable(of_class, 20), verticalalignment="bottom", **style)
+            top = _draw_outline(panel, entry, size, colours[of_class])
+            if top is not None:
+                panel.add_artist(Label(_printable(of_class, 20), top, colours[of_class], 6.5, taken))
     return figure
 
 
@@ -199,7 +198,7 @@ def _draw_object(axes: Axes, entry: dict, size: tuple[int, int]) -> None:
 
 
 def _draw_outline(axes: Axes, entry: dict, size: tuple[int, int], colour: str) -> tuple[float, float] | None:
-    """Outline an object's mask, as far as it can be read; the upper left corner (x, y) of what was drawn."""
+    """Outline an object's mask, as far as it can be read; the middle (x, y) of its upper edge."""
     try:
         rle = read_mask(entry, size, "mask")
     except DataError:
@@ -208,7 +207,7 @@ def _draw_outline(axes: Axes, entry: dict, size: tuple[int, int], colour: str) -
     if window is None or not window.bitmap.size:
         return None
     outline_mask(axes, window, colour)
-    return window.left, window.top
+    return window.left + window.bitmap.shape[1] / 2, window.top
 
 
 def _printable(text: str, longest: int) -> str:

@@ -195,7 +195,7 @@ def _add_objects(
 ) -> None:
     """Lay the masks over an image, in place, and draw their outlines and labels into axes."""
     colours = colours_of(detections.labels.tolist()) if colours is None else colours
-    labels: list[_Label] = []
+    labels: list[Label] = []
     taken: list[np.ndarray] = []
     for row, colour in reversed(list(enumerate(colours))):
         x0, y0, x1, y1 = detections.boxes[row].tolist()
@@ -211,7 +211,7 @@ def _add_objects(
             outline: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 1.5}
             axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
         if font_size:
-            labels.append(_Label(label_of(detections, row), anchor, colour, font_size, taken))
+            labels.append(Label(label_of(detections, row), anchor, colour, font_size, taken))
     for label in reversed(labels):  # the best one chooses its place first
         axes.add_artist(label)
 
@@ -271,7 +271,7 @@ def outline_mask(axes: Axes, window: MaskWindow, colour: str, *, edge: str = "wh
     axes.add_collection(LineCollection(lines, colors=colour, linewidths=1.2, path_effects=halo), autolim=False)
 
 
-class _Label(Text):
+class Label(Text):
     """A text above a point (x, y) in pixels that moves into its axes and off the labels drawn before it.
 
     How large a text is, and how large its axes are, is known only when it is drawn. The labels of one image share the
@@ -295,7 +295,7 @@ class _Label(Text):
 
     def draw(self, renderer: RendererBase) -> None:
         assert self.axes is not None  # a label is always drawn into axes
-        if self is next(text for text in self.axes.texts if isinstance(text, _Label)):
+        if self is next(text for text in self.axes.texts if isinstance(text, Label)):
             self._taken.clear()  # drawn anew
         self.set_position(self._anchor)
         inside, extent = self.axes.bbox.get_points(), self.get_window_extent(renderer).get_points()
