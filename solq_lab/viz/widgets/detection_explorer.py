@@ -129,6 +129,7 @@ class DetectionExplorer(ModelExplorer):
                 for switch, label, score in zip(made, found.names, found.scores.tolist(), strict=False):
                     switch.description, switch.value = f"{label} {score:.2f}", True
                 self._chips[name].children = self.switches[name]
+
             count, is_own = len(self.true_objects(self.image.value).labels), self.image.value >= len(self._dataset)
             self._titles[TRUTH].value = f"<b>{TRUTH}</b>: {'none of an own image' if is_own else f'{count} objects'}"
             self.report("")
