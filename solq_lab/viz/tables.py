@@ -102,7 +102,7 @@ def among_methods(
 def ladder(
     table: ResultTable, metrics: Sequence[str] = ("segm.AP", "boundary.AP", "box.AP"), *, title: str = ""
 ) -> Figure:
-    """One panel per number, our rows that have been run in the table's order; marks as in `beside_paper`.
+    """One panel per number, our rows that have been run in the table's order; bars and marks as in `beside_paper`.
 
     Args:
         table: results.
@@ -110,12 +110,21 @@ def ladder(
         title: what is compared.
     """
     rows = [row for row in table.rows if row.runs]
-    figure, axes = new_figure(1, len(metrics), size=(FIGURE_WIDTH, 3.6), title=title)
+    lines, size = range(len(rows)), (FIGURE_WIDTH, 1.1 + 0.19 * len(rows))
+    figure, axes = new_figure(1, len(metrics), size=size, title=title)
     for panel, metric in zip(axes.flat, metrics, strict=True):
-        colour = KIND_COLOURS[metric.partition(".")[0]]
-        values = [row.values(metric) for row in rows]
-        _points(panel, values, colour, joined=False, single=_largest_std([table], metric))
-        _name_rows(panel, [row.name for row in rows])
+        colour, single = KIND_COLOURS[metric.partition(".")[0]], _largest_std([table], metric)
+        for line, row in enumerate(rows):
+            values, std = row.values(metric), row.std(metric)
+            look = {"color": colour, "marker": "o", "markersize": 6, "capsize": 3}
+            panel.errorbar(np.mean(values), line, xerr=std or single, alpha=1 if std else 0.6, **look)
+            if std:
+                panel.plot(values, [line + 0.3] * len(values), "o", color=colour, markersize=3, alpha=0.6)
+
+        panel.set_yticks(lines, [row.name for row in rows] if panel is axes.flat[0] else [""] * len(rows))
+        panel.set_ylim(len(rows) - 0.5, -0.5)
+        panel.grid(axis="x", visible=True)
+        panel.grid(axis="y", visible=False)
         panel.set_title(f"{metric_title(metric)}, percent")
     return figure
 
