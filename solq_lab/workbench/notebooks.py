@@ -115,7 +115,7 @@ def export_html(notebook: Path, *, summary: str = "") -> Path:
             data = output.get("data", {})
             if data.pop("application/vnd.jupyter.widget-view+json", None) and "image/png" not in data:
                 is_progress_bar = "%|" in data.get("text/plain", "")
-                note = "" if is_progress_bar else "(a view to work with in JupyterLab; a figure of it is below)"
+                note = "" if is_progress_bar else "(a view to work with in JupyterLab)"
                 output["data"] = {"text/plain": note}
     if summary:
         document.cells.insert(0, nbformat.v4.new_markdown_cell(summary))

@@ -397,7 +397,7 @@ def test_a_report_opens_with_a_summary_folds_code_and_needs_no_kernel(tmp_path, 
     assert str(tmp_path) not in page
     assert "widget-view" not in body
     assert "data:image/png;base64,aaaa" in body
-    assert "a figure of it is below" in body
+    assert "a view to work with in JupyterLab" in body
 
 
 def test_a_failing_cell_is_told_in_a_few_lines_and_its_traceback_kept_in_the_notebook(tmp_path, experiment):
