@@ -39,9 +39,7 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
     for name, child in list(model.named_children()):
         use_onednn(child, training=training)  # children first: what replaces a block takes them over
         if type(child) is nn.Linear:
-            weight = child.weight
-            plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-            if plain and (training or not weight.requires_grad):
+            if _is_plain(child.weight) and (training or not child.weight.requires_grad):
                 setattr(model, name, OneDNNLinear(child, packed=not training))
         elif type(child) is nn.Conv2d and not training and OneDNNPointwise.serves(child):
             setattr(model, name, OneDNNPointwise(child))
@@ -119,9 +117,8 @@ class OneDNNPointwise(_Packed, nn.Conv2d):
     @staticmethod
     def serves(plain: nn.Conv2d) -> bool:
         """Whether a convolution is one of single pixels that no longer learns, in float32 on the CPU."""
-        weight = plain.weight
         pointwise = plain.kernel_size == plain.stride == (1, 1) and plain.padding == (0, 0) and plain.groups == 1
-        return pointwise and weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
+        return pointwise and _is_plain(plain.weight) and not plain.weight.requires_grad
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W), with channels last."""
@@ -270,9 +267,12 @@ def _multiply(features: Tensor, weight: Tensor, bias: Tensor | None = None, acti
     return torch.ops.mkldnn._linear_pointwise(features, weight, bias, activation, [], "")
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
 def _runs_in_onednn(inputs: Tensor) -> bool:
-    plain = inputs.dtype == torch.float32 and inputs.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return plain and inputs.numel() > 0
+    return _is_plain(inputs) and not torch.is_autocast_enabled("cpu") and inputs.numel() > 0
 
 
 def _learns(features: Tensor, weight: Tensor) -> bool:
