@@ -1,4 +1,4 @@
-"""glibc's malloc settings: keep the memory of freed tensors for the next ones.
+"""Memory that is not given back at once: glibc's malloc keeps that of freed tensors, and garbage waits.
 
 By default glibc returns every large block to the system, which clears each page again at its first touch: up to a fifth
 of a training step on a CPU.
@@ -6,8 +6,11 @@ of a training step on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import platform
+from collections.abc import Iterator
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _DEFAULT = 32 * 2**20  # bytes; where glibc's own, growing thresholds end, twice that for trimming
@@ -25,3 +28,15 @@ def keep_freed_memory(keep: bool = True) -> bool:
     libc = ctypes.CDLL(None)
     trimmed = libc.mallopt(_TRIM_THRESHOLD, _NEVER if keep else 2 * _DEFAULT)
     return bool(trimmed and libc.mallopt(_MMAP_THRESHOLD, _NEVER if keep else _DEFAULT))
+
+
+@contextlib.contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """Meanwhile the collector searches nothing; afterwards as before."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -9,8 +9,6 @@ as background. Against a crowd region a pair keeps its mask IoU.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
 import math
 from collections import Counter
@@ -23,6 +21,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_api
 from pycocotools import mask as coco_rle
 
+from solq_lab.allocation import collecting_no_garbage
 from solq_lab.data.annotations import DataError, shorten
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
@@ -42,19 +41,7 @@ _AR_LIMITS = (1, 10, 100)  # detections of a class in an image
 _AP50, _AP75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55, ... 0.95
 
 
-@contextlib.contextmanager
-def _collecting_no_garbage() -> Iterator[None]:
-    """Scoring makes dictionaries by the hundred thousand, in no cycle: the collector searches them for nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_collecting_no_garbage()
+@collecting_no_garbage()  # it makes dictionaries by the hundred thousand, in no cycle
 def evaluate_results(
     annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from solq_lab.allocation import collecting_no_garbage
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.images import decode_bytes
 from solq_lab.inference.predictor import Predictor
@@ -76,16 +77,13 @@ class Explorer(ABC):
         """`action`, when no other one runs; its exception is shown. Whatever a user can set off goes through here."""
 
         def run(*arguments: object) -> None:
-            with ONE_AT_A_TIME:
-                gc.disable()
+            with ONE_AT_A_TIME, collecting_no_garbage():
                 try:
                     action(*arguments)
                 except Exception as error:
                     logger.exception("a control's action failed")
                     self.report(f"{type(error).__name__}: {error}")
-                finally:  # the drawn figures are still young: later they would cost a third of a second
-                    gc.collect(0)
-                    gc.enable()
+                gc.collect(0)  # the drawn figures are still young: later they would cost a third of a second
 
         return run
 
@@ -94,7 +92,8 @@ class Explorer(ABC):
         run = self.guarded(action)
         for control in controls:
             control.observe(lambda _: run(), trait)
-            control.set_state = self.guarded(control.set_state)  # the browser's value waits, or half a view is older
+            if "set_state" not in vars(control):  # the browser's value waits too, or half a view would be older
+                control.set_state = self.guarded(control.set_state)
 
     def on_click(self, action: Callable[[], None], button: widgets.Button) -> None:
         """Run `action` whenever the button is clicked."""
