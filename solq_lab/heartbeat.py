@@ -45,21 +45,15 @@ class ProcessLost(ExplainedError):
 
 
 class Heartbeat(NamedTuple):
-    """The latest sign of life of a process.
+    """The latest sign of life of a process."""
 
-    host, pid: where it runs.
-    node: machine and launcher; the processes of one node see each other's ids.
-    step: optimiser steps done.
-    number: of this heartbeat, from 1.
-    finished: whether it has left in order.
-    """
-
+    # host, pid: where it runs
     host: str
     pid: int
-    node: str
-    step: int
-    number: int
-    finished: bool
+    node: str  # machine and launcher; the processes of one node see each other's ids
+    step: int  # optimiser steps done
+    number: int  # of this heartbeat, from 1
+    finished: bool  # whether it has left in order
 
 
 class Failure(NamedTuple):

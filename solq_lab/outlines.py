@@ -16,16 +16,11 @@ BLOCK = 1024  # edges compared at once
 
 
 class _Edges(NamedTuple):
-    """Vertical borders between pixels of a mask and others, E of them, by rising x, then y.
+    """Vertical borders between pixels of a mask and others, E of them, by rising x, then y."""
 
-    points: (E, 2, 2) int64, upper and lower end as (x, y).
-    inside_right: (E,) bool, whether the mask is on the right.
-    following: (E,) int64, the next edge along the outline.
-    """
-
-    points: np.ndarray
-    inside_right: np.ndarray
-    following: np.ndarray
+    points: np.ndarray  # (E, 2, 2) int64, upper and lower end as (x, y)
+    inside_right: np.ndarray  # (E,) bool, whether the mask is on the right
+    following: np.ndarray  # (E,) int64, the next edge along the outline
 
 
 def trace_parts(rle: dict) -> list[list[np.ndarray]]:

@@ -31,14 +31,10 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class ImageBatch(NamedTuple):
-    """Images of one batch, padded bottom and right to a common size.
+    """Images of one batch, padded bottom and right to a common size."""
 
-    pixels: (B, 3, H, W) RGB; uint8 as the loader gives them, or float once `normalised`.
-    padding: (B, H, W) bool, True on padded cells.
-    """
-
-    pixels: Tensor
-    padding: Tensor
+    pixels: Tensor  # (B, 3, H, W) RGB; uint8 as the loader gives them, or float once `normalised`
+    padding: Tensor  # (B, H, W) bool, True on padded cells
 
     @classmethod
     def from_list(cls, images: Sequence[Tensor], size: tuple[int, int] | None = None) -> ImageBatch:
@@ -73,23 +69,15 @@ class ImageBatch(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Ground truth of one image after its transforms.
+    """Ground truth of one image after its transforms."""
 
-    image_id: the id in the annotation file.
-    labels: (K,) int64 class channels (not category ids).
-    boxes: (K, 4) float32 (cx, cy, w, h), normalised image.
-    masks: (K, N, N) bool in the box frame, or None without masks.
-    image_size: (height, width) of the network input before padding, pixels.
-    original_size: (height, width) of the image in the file, pixels.
-    bitmaps: (K, height, width) bool, the masks in the image frame at `image_size`, or None without them.
-    """
-
-    image_id: int
-    labels: Tensor
-    boxes: Tensor
-    masks: Tensor | None
-    image_size: tuple[int, int]
-    original_size: tuple[int, int]
+    image_id: int  # the id in the annotation file
+    labels: Tensor  # (K,) int64 class channels (not category ids)
+    boxes: Tensor  # (K, 4) float32 (cx, cy, w, h), normalised image
+    masks: Tensor | None  # (K, N, N) bool in the box frame, or None without masks
+    image_size: tuple[int, int]  # (height, width) of the network input before padding, pixels
+    original_size: tuple[int, int]  # (height, width) of the image in the file, pixels
+    # (K, height, width) bool, the masks in the image frame at `image_size`, or None without them
     bitmaps: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Target:
@@ -98,30 +86,20 @@ class Target(NamedTuple):
 
 
 class ImageMasks(NamedTuple):
-    """Masks of all queries in the image frame, coarse; output of the mask branch of the SQR baseline.
+    """Masks of all queries in the image frame, coarse; output of the mask branch of the SQR baseline."""
 
-    logits: (B, J, h, w) over the whole padded images, one sigmoid each.
-    padding: (B, H, W) bool of those images, True on padded cells.
-    """
-
-    logits: Tensor
-    padding: Tensor
+    logits: Tensor  # (B, J, h, w) over the whole padded images, one sigmoid each
+    padding: Tensor  # (B, H, W) bool of those images, True on padded cells
 
 
 class LayerPrediction(NamedTuple):
-    """Predictions of the queries after one decoder layer.
+    """Predictions of the queries after one decoder layer."""
 
-    logits: (B, J, S) class logits, one sigmoid each.
-    boxes: (B, J, 4) (cx, cy, w, h), normalised image.
-    vectors: (B, J, D) mask vectors, or None for a plain detector.
-    masks: of the last layer of a model with a mask branch, else None.
-    next_anchor: (B, J, 4) the same boxes, their gradient reaching no other layer than this; of a query head.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    vectors: Tensor | None
-    masks: ImageMasks | None = None
+    logits: Tensor  # (B, J, S) class logits, one sigmoid each
+    boxes: Tensor  # (B, J, 4) (cx, cy, w, h), normalised image
+    vectors: Tensor | None  # (B, J, D) mask vectors, or None for a plain detector
+    masks: ImageMasks | None = None  # of the last layer of a model with a mask branch, else None
+    # (B, J, 4) the same boxes, their gradient reaching no other layer than this; of a query head
     next_anchor: Tensor | None = None
 
     def queries(self, places: slice) -> LayerPrediction:
@@ -138,20 +116,14 @@ class LayerPrediction(NamedTuple):
 
 
 class Guests(NamedTuple):
-    """Copies of a batch's objects with noise, in groups; training puts G of them per image in front of the queries.
+    """Copies of a batch's objects with noise, in groups; training puts G of them per image in front of the queries."""
 
-    labels: (B, G) int64 classes to start from, some of them wrong.
-    boxes: (B, G, 4) boxes (cx, cy, w, h) to start from, moved and scaled; normalised image.
-    real: (B, G) bool, False at places without an object.
-    pairs: (3, T) int64: image, place 0..G-1 and object of each guest; objects are counted through the whole batch.
-    groups: their number; each has G / groups places, and at most one guest per object.
-    """
-
-    labels: Tensor
-    boxes: Tensor
-    real: Tensor
+    labels: Tensor  # (B, G) int64 classes to start from, some of them wrong
+    boxes: Tensor  # (B, G, 4) boxes (cx, cy, w, h) to start from, moved and scaled; normalised image
+    real: Tensor  # (B, G) bool, False at places without an object
+    # (3, T) int64: image, place 0..G-1 and object of each guest; objects are counted through the whole batch
     pairs: Tensor
-    groups: int
+    groups: int  # their number; each has G / groups places, and at most one guest per object
 
     def to(self, device: torch.device | str) -> Guests:
         """The same guests on `device`."""
@@ -159,37 +131,27 @@ class Guests(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """All decoder layers, first to last, and the encoder's proposals where queries come from them.
-
-    proposals: a `LayerPrediction` over all encoder tokens (B, T, ...) without vectors, or None.
-    proposals_have_classes: whether their logits are those of the classes; otherwise channel 0 stands for any object.
-    guests, guest_layers: the guests that were given, and all decoder layers (B, G, ...) for them.
-    """
+    """All decoder layers, first to last, and the encoder's proposals where queries come from them."""
 
     layers: list[LayerPrediction]
+    # a `LayerPrediction` over all encoder tokens (B, T, ...) without vectors, or None
     proposals: LayerPrediction | None
+    # whether their logits are those of the classes; otherwise channel 0 stands for any object
     proposals_have_classes: bool = False
+    # guests, guest_layers: the guests that were given, and all decoder layers (B, G, ...) for them
     guests: Guests | None = None
     guest_layers: Sequence[LayerPrediction] = ()
 
 
 class Detection(NamedTuple):
-    """One object of an image.
+    """One object of an image."""
 
-    name: of its class.
-    score: in 0..1.
-    box: x0, y0, x1, y1, pixels of the original image, not clipped.
-    label: class channel.
-    query: the query it came from.
-    mask: compressed COCO RLE at original size, or None for a plain detector.
-    """
-
-    name: str
-    score: float
-    box: tuple[float, float, float, float]
-    label: int
-    query: int
-    mask: dict | None
+    name: str  # of its class
+    score: float  # in 0..1
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1, pixels of the original image, not clipped
+    label: int  # class channel
+    query: int  # the query it came from
+    mask: dict | None  # compressed COCO RLE at original size, or None for a plain detector
 
 
 @dataclass(frozen=True, repr=False, eq=False)

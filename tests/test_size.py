@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "solq_lab"
-MAX_LINES = 34_010  # of the whole package
+MAX_LINES = 33_700  # of the whole package
 MAX_TEST_LINES = 25_000
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without the docstring

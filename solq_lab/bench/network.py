@@ -40,20 +40,13 @@ Prediction = tuple[LayerPrediction, Detections]  # of one image
 
 
 class Workload(NamedTuple):
-    """What is measured.
+    """What is measured."""
 
-    experiment: network, codec, losses and optimiser.
-    image: (height, width) of the training images, pixels.
-    shown: (height, width) of the image to predict, pixels.
-    batch: images of a training step.
-    repeats: timed runs of each way, at most.
-    """
-
-    experiment: Experiment
-    image: tuple[int, int]
-    shown: tuple[int, int]
-    batch: int
-    repeats: int
+    experiment: Experiment  # network, codec, losses and optimiser
+    image: tuple[int, int]  # (height, width) of the training images, pixels
+    shown: tuple[int, int]  # (height, width) of the image to predict, pixels
+    batch: int  # images of a training step
+    repeats: int  # timed runs of each way, at most
 
     def describe(self, size: tuple[int, int], batch: int) -> str:
         """The network, the size and the batch as they stand in a row."""

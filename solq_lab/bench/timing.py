@@ -17,19 +17,14 @@ SECONDS = 12.0  # that the timed runs of a pair may take together; the first run
 
 
 class Row(NamedTuple):
-    """One comparison.
+    """One comparison."""
 
-    part: name of the benchmark part.
-    what: what was done, with its sizes.
-    baseline, ours: median times or peaks of memory, in `unit`.
-    equal: whether both gave the same result, by the part's own measure.
-    """
-
-    part: str
-    what: str
+    part: str  # name of the benchmark part
+    what: str  # what was done, with its sizes
+    # baseline, ours: median times or peaks of memory, in `unit`
     baseline: float
     ours: float
-    equal: bool
+    equal: bool  # whether both gave the same result, by the part's own measure
     unit: Literal["ms", "GiB"] = "ms"
 
     @property

@@ -33,26 +33,20 @@ class ArtifactError(UserError):
 
 
 class Description(NamedTuple):
-    """The header of a codec file.
+    """The header of a codec file."""
 
-    format: version of the file's layout.
-    method: kind of the codec (`codecs.kinds.CODECS`).
-    mask_size, vector_dim: N and D.
-    settings: further arguments of the codec that the tables depend on.
-    loss, threshold: as in `MaskCodec`.
-    dataset: what it was fitted to: "annotations" (a file name), its "sha256", number of "objects" in it and "used".
-    quality: "explained_variance" and "mean_iou" over a sample of "masks" of them.
-    """
-
-    format: int
-    method: str
+    format: int  # version of the file's layout
+    method: str  # kind of the codec (`codecs.kinds.CODECS`)
+    # mask_size, vector_dim: N and D
     mask_size: int
     vector_dim: int
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # further arguments of the codec that the tables depend on
+    # loss, threshold: as in `MaskCodec`
     loss: Literal["l1", "l2_dice"]
     threshold: Threshold
+    # what it was fitted to: "annotations" (a file name), its "sha256", number of "objects" in it and "used"
     dataset: dict[str, Any]
-    quality: dict[str, Any]
+    quality: dict[str, Any]  # "explained_variance" and "mean_iou" over a sample of "masks" of them
 
 
 def save_codec(path: Path, codec: FittedCodec, *, dataset: Mapping[str, Any], quality: Mapping[str, Any]) -> None:

@@ -14,24 +14,17 @@ if TYPE_CHECKING:
 
 
 class CodecSpec(NamedTuple):
-    """A kind of mask codec.
+    """A kind of mask codec."""
 
-    path: "module:class" of a `MaskCodec`.
-    label: its name in figures and tables; the kind itself where there is none.
-    options: keys of the experiment's section `codec`, besides the sizes, that `from_options` takes.
-    fitted: whether it is a `FittedCodec`, whose tables lie in a file (`codec.artifact`).
-    square: whether `vector_dim` has to be a square number.
-    ordered: whether the first coefficients of a vector, the others zero, are the vector of a coarser mask.
-    cosine: whether it is a `DCTCodec`, whose coefficients have frequencies.
-    """
-
-    path: str
-    label: str = ""
+    path: str  # "module:class" of a `MaskCodec`
+    label: str = ""  # its name in figures and tables; the kind itself where there is none
+    # keys of the experiment's section `codec`, besides the sizes, that `from_options` takes
     options: tuple[str, ...] = ()
-    fitted: bool = False
-    square: bool = False
+    fitted: bool = False  # whether it is a `FittedCodec`, whose tables lie in a file (`codec.artifact`)
+    square: bool = False  # whether `vector_dim` has to be a square number
+    # whether the first coefficients of a vector, the others zero, are the vector of a coarser mask
     ordered: bool = False
-    cosine: bool = False
+    cosine: bool = False  # whether it is a `DCTCodec`, whose coefficients have frequencies
 
     def load(self) -> type[MaskCodec]:
         """The class."""

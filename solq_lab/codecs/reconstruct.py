@@ -14,16 +14,11 @@ from solq_lab.masks import paste_to_rle, rle_iou
 
 
 class Reconstruction(NamedTuple):
-    """K masks after a codec, on its device.
+    """K masks after a codec, on its device."""
 
-    vectors: (K, D) mask vectors as they were decoded, errors included.
-    decoded: (K, N, N) float.
-    masks: (K, N, N) bool.
-    """
-
-    vectors: Tensor
-    decoded: Tensor
-    masks: Tensor
+    vectors: Tensor  # (K, D) mask vectors as they were decoded, errors included
+    decoded: Tensor  # (K, N, N) float
+    masks: Tensor  # (K, N, N) bool
 
 
 @torch.inference_mode()

@@ -39,13 +39,10 @@ SNAP = 1e-6  # pixels: rounding of a box moved forth and back; a larger differen
 
 
 class Cached(NamedTuple):
-    """One image and its objects' masks before any transform, kept in memory.
+    """One image and its objects' masks before any transform, kept in memory."""
 
-    image: (3, H, W) uint8.
-    masks: (K, N, N / 8 rounded up) uint8, packed bits in the box frame, or None where no masks are wanted.
-    """
-
-    image: Tensor
+    image: Tensor  # (3, H, W) uint8
+    # (K, N, N / 8 rounded up) uint8, packed bits in the box frame, or None where no masks are wanted
     masks: np.ndarray | None
 
 

@@ -30,14 +30,12 @@ _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 class Split(NamedTuple):
-    """A part of a data set: its name, the folder of its images, and its annotation file.
-
-    orientation: how the annotations count the pixels of images with an EXIF orientation; None where nobody has said.
-    """
+    """A part of a data set: its name, the folder of its images, and its annotation file."""
 
     name: str
     images: Path
     annotations: Path
+    # how the annotations count the pixels of images with an EXIF orientation; None where nobody has said
     orientation: Orientation | None = None
 
 

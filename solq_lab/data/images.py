@@ -57,15 +57,11 @@ LEAVES = (
 
 
 class Header(NamedTuple):
-    """What a file says of its image before the pixels: Pillow's name of the format, size, and EXIF orientation.
-
-    size: (height, width) as stored, pixels.
-    turn: the EXIF orientation, 1 to 8; 1 is an image that is stored upright, or a TIFF, which is always read so.
-    """
+    """What a file says of its image before the pixels: Pillow's name of the format, size, and EXIF orientation."""
 
     format: str
-    size: tuple[int, int]
-    turn: int
+    size: tuple[int, int]  # (height, width) as stored, pixels
+    turn: int  # the EXIF orientation, 1 to 8; 1 is an image that is stored upright, or a TIFF, which is always read so
 
     def size_as(self, orientation: Orientation) -> tuple[int, int]:
         """(height, width) of the stored or the upright image, pixels."""

@@ -34,20 +34,13 @@ DIGITS = 2  # of pixel coordinates, as in COCO
 
 
 class YoloSplit(NamedTuple):
-    """One split of a YOLO folder, before its images and labels are read.
+    """One split of a YOLO folder, before its images and labels are read."""
 
-    name: train, val or test.
-    root: the folder of data.yaml, which nothing leads out of.
-    places: folders of images, and lists of them.
-    classes: the class names.
-    settings: data.yaml, for messages.
-    """
-
-    name: str
-    root: Path
-    places: list[Path]
-    classes: list[str]
-    settings: Path
+    name: str  # train, val or test
+    root: Path  # the folder of data.yaml, which nothing leads out of
+    places: list[Path]  # folders of images, and lists of them
+    classes: list[str]  # the class names
+    settings: Path  # data.yaml, for messages
 
     @property
     def images(self) -> Path:

@@ -17,24 +17,19 @@ MAX_DETECTIONS = 100  # of a class in an image that are scored; COCO's rule
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The numbers of COCO evaluation for one set of results.
+    """The numbers of COCO evaluation for one set of results."""
 
-    metrics: "<kind>.<number>" -> share in 0..1, kinds "box", "segm", "boundary", numbers AP_COLUMNS and AR_COLUMNS;
-        NaN where no ground truth could have been found (for example no small object in any image). A codec's ceiling
-        also has "segm.IoU", the mean IoU of its masks with the ground truth.
-    per_class: class name -> "<kind>.<AP number>" -> share; NaN for a class without ground truth.
-    area_sides: side in pixels below which an object is small, and below which it is medium (square roots of areas).
-    boundary_ratio: boundary width over the image's diagonal.
-    images: number of images evaluated.
-    max_detections: of a class in an image that were scored, the best ones.
-    """
-
+    # "<kind>.<number>" -> share in 0..1, kinds "box", "segm", "boundary", numbers AP_COLUMNS and AR_COLUMNS; NaN where
+    # no ground truth could have been found (for example no small object in any image). A codec's ceiling also has
+    # "segm.IoU", the mean IoU of its masks with the ground truth
     metrics: dict[str, float]
+    # class name -> "<kind>.<AP number>" -> share; NaN for a class without ground truth
     per_class: dict[str, dict[str, float]]
+    # side in pixels below which an object is small, and below which it is medium (square roots of areas)
     area_sides: tuple[float, float]
-    boundary_ratio: float
-    images: int
-    max_detections: int = MAX_DETECTIONS
+    boundary_ratio: float  # boundary width over the image's diagonal
+    images: int  # number of images evaluated
+    max_detections: int = MAX_DETECTIONS  # of a class in an image that were scored, the best ones
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -30,35 +30,22 @@ from solq_lab.structures import Detections, ImageBatch, LayerPrediction
 
 
 class LayerAttention(NamedTuple):
-    """Sampling points of all queries of one image in one decoder layer, in the normalised image.
+    """Sampling points of all queries of one image in one decoder layer, in the normalised image."""
 
-    points: (J, M, L, P, 2) as (x, y); a point outside 0..1 contributes nothing.
-    weights: (J, M, L, P); of each query and head they sum to 1 over levels and points.
-    reference: (J, 2) points or (J, 4) boxes (cx, cy, w, h) that the points are placed around.
-    boxes: (J, 4) boxes (cx, cy, w, h) that the layer predicts.
-    scores: (J,) of its best class.
-    vectors: (J, D) mask vectors that it predicts, or None.
-    """
-
-    points: Tensor
-    weights: Tensor
-    reference: Tensor
-    boxes: Tensor
-    scores: Tensor
-    vectors: Tensor | None
+    points: Tensor  # (J, M, L, P, 2) as (x, y); a point outside 0..1 contributes nothing
+    weights: Tensor  # (J, M, L, P); of each query and head they sum to 1 over levels and points
+    reference: Tensor  # (J, 2) points or (J, 4) boxes (cx, cy, w, h) that the points are placed around
+    boxes: Tensor  # (J, 4) boxes (cx, cy, w, h) that the layer predicts
+    scores: Tensor  # (J,) of its best class
+    vectors: Tensor | None  # (J, D) mask vectors that it predicts, or None
 
 
 class QueryPoints(NamedTuple):
-    """Selected points of one query, as one list.
+    """Selected points of one query, as one list."""
 
-    points: (K, 2) as (x, y), normalised image.
-    weights: (K,); 1 in sum over all heads and levels.
-    levels: (K,) int64, 0 is the finest.
-    """
-
-    points: Tensor
-    weights: Tensor
-    levels: Tensor
+    points: Tensor  # (K, 2) as (x, y), normalised image
+    weights: Tensor  # (K,); 1 in sum over all heads and levels
+    levels: Tensor  # (K,) int64, 0 is the finest
 
 
 class EncoderRecord(NamedTuple):
@@ -69,22 +56,15 @@ class EncoderRecord(NamedTuple):
 
 
 class ObjectView(NamedTuple):
-    """One object of an image and the sampling points of its query, to be drawn.
+    """One object of an image and the sampling points of its query, to be drawn."""
 
-    pixels: (H, W, 3) uint8.
-    mask: (H, W) bool, or None where a plain detector found it.
-    box: (4,) x0, y0, x1, y1, pixels.
-    reference: (2,) or (4,) as the points were placed around it, normalised image; of the first layer that is shown.
-    looked: the points.
-    caption: class and score.
-    """
-
-    pixels: np.ndarray
-    mask: np.ndarray | None
-    box: np.ndarray
+    pixels: np.ndarray  # (H, W, 3) uint8
+    mask: np.ndarray | None  # (H, W) bool, or None where a plain detector found it
+    box: np.ndarray  # (4,) x0, y0, x1, y1, pixels
+    # (2,) or (4,) as the points were placed around it, normalised image; of the first layer that is shown
     reference: np.ndarray
-    looked: QueryPoints
-    caption: str
+    looked: QueryPoints  # the points
+    caption: str  # class and score
 
 
 def record_attention(model: SOLQ, images: ImageBatch) -> list[LayerAttention]:

@@ -16,39 +16,28 @@ UNMATCHED_COST = 10.0  # of a pair beyond the tolerance; larger than any cost wi
 
 
 class Tolerance(NamedTuple):
-    """Largest differences of two detections of one object.
+    """Largest differences of two detections of one object."""
 
-    score: of the scores.
-    box: of a box edge, in the unit of the comparison.
-    mask_iou: least mean IoU of the masks.
-    """
-
-    score: float
-    box: float
-    mask_iou: float
+    score: float  # of the scores
+    box: float  # of a box edge, in the unit of the comparison
+    mask_iou: float  # least mean IoU of the masks
 
 
 class Difference(NamedTuple):
-    """The difference of two versions of a model on some images.
+    """The difference of two versions of a model on some images."""
 
-    images, detections: number of images, and of detections of the first version.
-    matched: detections with a partner: same class, score and box within the tolerance.
-    excused: detections without a partner whose score is that of the last one kept; which of equals is kept is chance.
-    score: largest difference of matched scores.
-    box: largest difference of matched box edges, in the unit of the comparison.
-    mask_iou, least_mask_iou: mean and smallest IoU of matched masks, pasted into the image; None without masks.
-    unit: of the comparison, "of the image" or "pixels".
-    """
-
+    # images, detections: number of images, and of detections of the first version
     images: int
     detections: int
-    matched: int
+    matched: int  # detections with a partner: same class, score and box within the tolerance
+    # detections without a partner whose score is that of the last one kept; which of equals is kept is chance
     excused: int
-    score: float
-    box: float
+    score: float  # largest difference of matched scores
+    box: float  # largest difference of matched box edges, in the unit of the comparison
+    # mask_iou, least_mask_iou: mean and smallest IoU of matched masks, pasted into the image; None without masks
     mask_iou: float | None
     least_mask_iou: float | None
-    unit: str
+    unit: str  # of the comparison, "of the image" or "pixels"
 
     def agrees(self, tolerance: Tolerance) -> bool:
         """Whether every detection has its partner, and the masks are the same but for single pixels."""

@@ -18,24 +18,15 @@ from solq_lab.ops.ms_deform_attn import ms_deform_attn
 
 
 class Memory(NamedTuple):
-    """The tokens of all levels in one row, T of them, and where they lie.
+    """The tokens of all levels in one row, T of them, and where they lie."""
 
-    tokens: (B, T, C), level after level, each row by row.
-    positions: (B, T, C) position encoding plus level embedding; added to the tokens as queries.
-    centers: (B, T, 2) float32 (x, y) of each token's cell, normalised image.
-    padding: (B, T) bool, True on padded cells.
-    spatial_shapes: (H, W) of the L levels, cells.
-    level_sizes: (L, 2) float32 (W, H), the same numbers on the device.
-    valid_ratios: (B, L, 2) float32 (x, y) share of each level that is not padding.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    centers: Tensor
-    padding: Tensor
-    spatial_shapes: tuple[tuple[int, int], ...]
-    level_sizes: Tensor
-    valid_ratios: Tensor
+    tokens: Tensor  # (B, T, C), level after level, each row by row
+    positions: Tensor  # (B, T, C) position encoding plus level embedding; added to the tokens as queries
+    centers: Tensor  # (B, T, 2) float32 (x, y) of each token's cell, normalised image
+    padding: Tensor  # (B, T) bool, True on padded cells
+    spatial_shapes: tuple[tuple[int, int], ...]  # (H, W) of the L levels, cells
+    level_sizes: Tensor  # (L, 2) float32 (W, H), the same numbers on the device
+    valid_ratios: Tensor  # (B, L, 2) float32 (x, y) share of each level that is not padding
 
     def to_levels(self, reference: Tensor) -> Tensor:
         """Points (B, J, 2) or boxes (B, J, 4), normalised image -> (B, J, L, 2 or 4), 0..1 over each padded level."""

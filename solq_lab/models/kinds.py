@@ -13,19 +13,14 @@ if TYPE_CHECKING:
 
 
 class BackboneSpec(NamedTuple):
-    """A backbone.
+    """A backbone."""
 
-    path: "module:name" of a class or function; it takes `arguments`, and `pretrained` and `c5_only` by name, and `c2`
-        if it is to serve `model.mask_look`; it returns a `models.backbone.Backbone`, or a module with its attributes.
-    arguments: its positional arguments.
-    dilates: whether it takes `dilation` by name.
-    any_size: whether it can be traced for images of any size.
-    """
-
+    # "module:name" of a class or function; it takes `arguments`, and `pretrained` and `c5_only` by name, and `c2` if it
+    # is to serve `model.mask_look`; it returns a `models.backbone.Backbone`, or a module with its attributes
     path: str
-    arguments: tuple[str, ...] = ()
-    dilates: bool = False
-    any_size: bool = True
+    arguments: tuple[str, ...] = ()  # its positional arguments
+    dilates: bool = False  # whether it takes `dilation` by name
+    any_size: bool = True  # whether it can be traced for images of any size
 
     def build(
         self, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False, c2: bool = False

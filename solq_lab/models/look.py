@@ -22,16 +22,11 @@ Rows = tuple[Tensor, Tensor]  # images (T,) and places (T,), int64, of T queries
 
 
 class View(NamedTuple):
-    """What a mask look reads, of the images of a batch.
+    """What a mask look reads, of the images of a batch."""
 
-    values: (B, H/4 * W/4, N, C/N) features of each cell, row by row, zero where the image is padded.
-    shape: (H/4, W/4), cells.
-    valid_ratio: (B, 2) float32 (x, y) share of the map that is not padding.
-    """
-
-    values: Tensor
-    shape: tuple[int, int]
-    valid_ratio: Tensor
+    values: Tensor  # (B, H/4 * W/4, N, C/N) features of each cell, row by row, zero where the image is padded
+    shape: tuple[int, int]  # (H/4, W/4), cells
+    valid_ratio: Tensor  # (B, 2) float32 (x, y) share of the map that is not padding
 
 
 class MaskLook(nn.Module):

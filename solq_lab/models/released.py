@@ -11,22 +11,14 @@ from typing import NamedTuple
 
 
 class ReleasedWeights(NamedTuple):
-    """One file of weights.
+    """One file of weights."""
 
-    file: its name in the cache folder, and on a mirror.
-    url: what is fetched.
-    about: what it is, with COCO AP (box, box / mask) on the split that its owner reports.
-    megabytes: its size as its owner publishes it, 10^6 bytes; None where no size is published.
-    sha256: the published sum or its first digits; empty where none is published.
-    page: the address for a browser, where it is not `url`.
-    """
-
-    file: str
-    url: str
-    about: str
-    megabytes: int | None = None
-    sha256: str = ""
-    page: str = ""
+    file: str  # its name in the cache folder, and on a mirror
+    url: str  # what is fetched
+    about: str  # what it is, with COCO AP (box, box / mask) on the split that its owner reports
+    megabytes: int | None = None  # its size as its owner publishes it, 10^6 bytes; None where no size is published
+    sha256: str = ""  # the published sum or its first digits; empty where none is published
+    page: str = ""  # the address for a browser, where it is not `url`
 
     @property
     def link(self) -> str:

@@ -40,44 +40,30 @@ CODEC = "codec."  # prefix of the mask codec's tables in a file; no network has 
 
 
 class WeightFile(NamedTuple):
-    """Content of a weights file of ours.
+    """Content of a weights file of ours."""
 
-    state: tensors by our names; shared tensors stand under each of their names.
-    experiment: the experiment as YAML, or None.
-    classes: the class map as JSON, or None.
-    codec: tables of the mask codec that the network was trained with, by name; empty where they follow from its sizes.
-    """
-
-    state: dict[str, Tensor]
-    experiment: str | None
-    classes: str | None
+    state: dict[str, Tensor]  # tensors by our names; shared tensors stand under each of their names
+    experiment: str | None  # the experiment as YAML, or None
+    classes: str | None  # the class map as JSON, or None
+    # tables of the mask codec that the network was trained with, by name; empty where they follow from its sizes
     codec: dict[str, Tensor]
 
 
 class OfficialFile(NamedTuple):
-    """The parts of a released checkpoint that are used.
+    """The parts of a released checkpoint that are used."""
 
-    state: tensors by released names, without the prefixes that wrappers add.
-    args: the configuration stored in the checkpoint, empty where there is none.
-    """
-
-    state: dict[str, Tensor]
-    args: dict[str, Any]
+    state: dict[str, Tensor]  # tensors by released names, without the prefixes that wrappers add
+    args: dict[str, Any]  # the configuration stored in the checkpoint, empty where there is none
 
 
 class ImportReport(NamedTuple):
-    """Tensors of a file by their use.
+    """Tensors of a file by their use."""
 
-    architecture: sections of the fitting experiment (`infer_architecture`); empty where nothing was inferred.
-    used: tensors that were taken.
-    missing: tensors of the model that the file has no fitting one for; they stay as they were.
-    left_over: tensors of the file that the model does not have, or has in another shape.
-    """
-
+    # sections of the fitting experiment (`infer_architecture`); empty where nothing was inferred
     architecture: dict[str, dict[str, Any]]
-    used: tuple[str, ...]
-    missing: tuple[str, ...]
-    left_over: tuple[str, ...]
+    used: tuple[str, ...]  # tensors that were taken
+    missing: tuple[str, ...]  # tensors of the model that the file has no fitting one for; they stay as they were
+    left_over: tuple[str, ...]  # tensors of the file that the model does not have, or has in another shape
 
     def __str__(self) -> str:
         lines = [f"{len(self.used)} tensors used, {len(self.missing)} missing, {len(self.left_over)} left over"]

@@ -15,16 +15,11 @@ import torch
 
 
 class CudaToolkit(NamedTuple):
-    """One installation of nvcc.
+    """One installation of nvcc."""
 
-    home: the folder with bin/nvcc and include/.
-    version: (major, minor).
-    runtime: its libcudart shared library.
-    """
-
-    home: Path
-    version: tuple[int, int]
-    runtime: Path
+    home: Path  # the folder with bin/nvcc and include/
+    version: tuple[int, int]  # (major, minor)
+    runtime: Path  # its libcudart shared library
 
     def __str__(self) -> str:
         return f"CUDA {self.version[0]}.{self.version[1]} in {self.home}"

@@ -92,13 +92,10 @@ class AttentionStudy(NamedTuple):
 
 
 class Zones(NamedTuple):
-    """Where "near" is, for one object: bitmaps (h, w) of a window of the image.
+    """Where "near" is, for one object: bitmaps (h, w) of a window of the image."""
 
-    corner: (x, y) of the window's first pixel; it may lie outside the image.
-    outline, extremities, box: near the outline, near the extremities, in the box.
-    """
-
-    corner: tuple[int, int]
+    corner: tuple[int, int]  # (x, y) of the window's first pixel; it may lie outside the image
+    # outline, extremities, box: near the outline, near the extremities, in the box
     outline: np.ndarray
     extremities: np.ndarray
     box: np.ndarray

@@ -31,22 +31,16 @@ _DRAWS_AT_ONCE = 250  # bounds the memory on COCO
 
 
 class BootstrapComparison(NamedTuple):
-    """Two sets of results on the same images.
+    """Two sets of results on the same images."""
 
-    names: of the two.
-    differences: a row per number, for example "segm.AP", in 0..1. "first" and "second" are on all images; "change" is
-        the second less the first, "low" to "high" its interval, "clear" whether that excludes 0; "better" is the share
-        of draws on which the second is better.
-    images: how many images were evaluated.
-    draws: of the bootstrap.
-    confidence: of the intervals.
-    """
-
-    names: tuple[str, str]
+    names: tuple[str, str]  # of the two
+    # a row per number, for example "segm.AP", in 0..1. "first" and "second" are on all images; "change" is the second
+    # less the first, "low" to "high" its interval, "clear" whether that excludes 0; "better" is the share of draws on
+    # which the second is better
     differences: pd.DataFrame
-    images: int
-    draws: int
-    confidence: float
+    images: int  # how many images were evaluated
+    draws: int  # of the bootstrap
+    confidence: float  # of the intervals
 
     @property
     def changes(self) -> dict[str, tuple[float, float, float]]:
@@ -164,18 +158,15 @@ def compare_results(
 
 
 class Matches(NamedTuple):
-    """True and false positives: F detections by falling score, S classes, I images.
+    """True and false positives: F detections by falling score, S classes, I images."""
 
-    images, classes: (F,) rows of the detection's image and class.
-    true_positive, false_positive: (10, F) bool at each threshold; neither for a detection on a crowd region.
-    objects: (S, I) objects to find.
-    """
-
+    # images, classes: (F,) rows of the detection's image and class
     images: np.ndarray
     classes: np.ndarray
+    # true_positive, false_positive: (10, F) bool at each threshold; neither for a detection on a crowd region
     true_positive: np.ndarray
     false_positive: np.ndarray
-    objects: np.ndarray
+    objects: np.ndarray  # (S, I) objects to find
 
 
 def match_results(

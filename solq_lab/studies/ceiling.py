@@ -37,36 +37,25 @@ _MASKS_AT_ONCE = 64  # a piece of work; at N = 256 its reconstructions are 16 MB
 
 
 class Noise(NamedTuple):
-    """Errors of a network that otherwise makes none.
+    """Errors of a network that otherwise makes none."""
 
-    box: standard deviation of the error of each edge, over the side of the box.
-    vector: standard deviation of the error of each entry, over that entry's standard deviation among the objects of
-        the data set: 1 is about the error of always predicting the mean vector.
-    seed: of the errors. An object's errors depend on this and its annotation id only, and grow in proportion.
-    step: of a quantiser that rounds all entries, over the root mean square of their standard deviations; 0: none.
-    """
-
-    box: float = 0.0
+    box: float = 0.0  # standard deviation of the error of each edge, over the side of the box
+    # standard deviation of the error of each entry, over that entry's standard deviation among the objects of the data
+    # set: 1 is about the error of always predicting the mean vector
     vector: float = 0.0
-    seed: int = 0
+    seed: int = 0  # of the errors. An object's errors depend on this and its annotation id only, and grow in proportion
+    # of a quantiser that rounds all entries, over the root mean square of their standard deviations; 0: none
     step: float = 0.0
 
 
 class Reconstructions(NamedTuple):
-    """Objects of a data set after encoding and decoding, in the order of their images.
+    """Objects of a data set after encoding and decoding, in the order of their images."""
 
-    ids: (A,) int64 annotation ids.
-    areas: (A,) float64 areas as annotated, pixels; the mask's where the file gives none.
-    ious: (A,) float64 IoU of each mask with its ground truth; two empty masks have 1.
-    results: A COCO results, score 1.
-    bits: of a stored mask on average (`bits_per_mask`).
-    """
-
-    ids: np.ndarray
-    areas: np.ndarray
-    ious: np.ndarray
-    results: list[dict]
-    bits: float
+    ids: np.ndarray  # (A,) int64 annotation ids
+    areas: np.ndarray  # (A,) float64 areas as annotated, pixels; the mask's where the file gives none
+    ious: np.ndarray  # (A,) float64 IoU of each mask with its ground truth; two empty masks have 1
+    results: list[dict]  # A COCO results, score 1
+    bits: float  # of a stored mask on average (`bits_per_mask`)
 
 
 def codec_ceiling(

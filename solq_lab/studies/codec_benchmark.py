@@ -37,26 +37,20 @@ _VERSION = 1  # of the measurement: with another number, no stored result is use
 
 @dataclasses.dataclass(frozen=True)
 class CodecSetting:
-    """A codec and the errors added to its boxes and vectors.
+    """A codec and the errors added to its boxes and vectors."""
 
-    kind, mask_size, vector_dim: a name in `CODECS`, N and n_k.
-    pca: "plain" or "released", for kind "pca" only.
-    beta: price of a coefficient, for kind "sparse" only.
-    threshold: "middle", "half", or None: the codec's own.
-    box_noise, vector_noise, step: as in `Noise`.
-    seed: of the errors, and of the fit.
-    """
-
+    # kind, mask_size, vector_dim: a name in `CODECS`, N and n_k
     kind: str
     mask_size: int
     vector_dim: int
-    pca: Literal["plain", "released"] = "plain"
-    beta: float = 1.0
-    threshold: Literal["middle", "half"] | None = None
+    pca: Literal["plain", "released"] = "plain"  # "plain" or "released", for kind "pca" only
+    beta: float = 1.0  # price of a coefficient, for kind "sparse" only
+    threshold: Literal["middle", "half"] | None = None  # "middle", "half", or None: the codec's own
+    # box_noise, vector_noise, step: as in `Noise`
     box_noise: float = 0.0
     vector_noise: float = 0.0
     step: float = 0.0
-    seed: int = 0
+    seed: int = 0  # of the errors, and of the fit
 
     @property
     def method(self) -> str:

@@ -28,18 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 class Comparison(NamedTuple):
-    """One run, two or three, with their models and images.
+    """One run, two or three, with their models and images."""
 
-    runs: the first one first.
-    predictors: their models by name, in the same order.
-    dataset: the images of all, as they lie in their files, with their true masks.
-    missing: the experiment file of the second run where there is none, else empty.
-    """
-
-    runs: list[Run]
-    predictors: dict[str, Predictor]
-    dataset: CocoDataset
-    missing: str
+    runs: list[Run]  # the first one first
+    predictors: dict[str, Predictor]  # their models by name, in the same order
+    dataset: CocoDataset  # the images of all, as they lie in their files, with their true masks
+    missing: str  # the experiment file of the second run where there is none, else empty
 
     def __str__(self) -> str:
         steps = {name: run.status()["step"] for name, run in zip(self.predictors, self.runs, strict=True)}
@@ -55,21 +49,15 @@ class Comparison(NamedTuple):
 
 
 class ComparedImage(NamedTuple):
-    """One image, its K ground-truth objects, and the detections of one model or several.
+    """One image, its K ground-truth objects, and the detections of one model or several."""
 
-    image_index, image_id: place in its data set, and id in the annotation file.
-    pixels: (H, W, 3) uint8.
-    ground_truth: the objects.
-    detections: model -> its detections, best score first.
-    ious: model -> (K,) IoU of each object with its detection; 0 where it is not found.
-    """
-
+    # image_index, image_id: place in its data set, and id in the annotation file
     image_index: int
     image_id: int
-    pixels: np.ndarray
-    ground_truth: Detections
-    detections: dict[str, Detections]
-    ious: dict[str, np.ndarray]
+    pixels: np.ndarray  # (H, W, 3) uint8
+    ground_truth: Detections  # the objects
+    detections: dict[str, Detections]  # model -> its detections, best score first
+    ious: dict[str, np.ndarray]  # model -> (K,) IoU of each object with its detection; 0 where it is not found
 
     def mean_iou(self, name: str) -> float:
         """Of one model, over all objects; 0 for an image without any."""

@@ -40,22 +40,16 @@ _PAPER_UNITS = {"decoding_multiply_adds": 1000.0}  # printed in 10^9, shown in m
 
 
 class Cost(NamedTuple):
-    """The cost of one method for one image.
+    """The cost of one method for one image."""
 
-    detector_parameters, mask_parameters: trained numbers of the detector and of the mask branch.
-    detector_multiply_adds: of a forward pass without masks.
-    mask_multiply_adds: of the masks, or mask vectors, of all queries after the last decoder layer. Earlier layers need
-        none to predict.
-    decoding_multiply_adds: of turning one mask vector into a mask; None where there are no vectors.
-    images_per_second: from pixels to run lengths, batch 1; None where it was not measured.
-    """
-
+    # detector_parameters, mask_parameters: trained numbers of the detector and of the mask branch
     detector_parameters: int
     mask_parameters: int
-    detector_multiply_adds: int
+    detector_multiply_adds: int  # of a forward pass without masks
+    # of the masks, or mask vectors, of all queries after the last decoder layer. Earlier layers need none to predict
     mask_multiply_adds: int
-    decoding_multiply_adds: int | None
-    images_per_second: float | None = None
+    decoding_multiply_adds: int | None  # of turning one mask vector into a mask; None where there are no vectors
+    images_per_second: float | None = None  # from pixels to run lengths, batch 1; None where it was not measured
 
 
 def count_costs(

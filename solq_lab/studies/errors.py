@@ -56,57 +56,38 @@ _ABOUT_OBJECTS = ("class", "box", "siamese", "codec", "vector")  # a repaired on
 
 
 class GroupErrors(NamedTuple):
-    """What one group of objects loses.
+    """What one group of objects loses."""
 
-    objects: how many count.
-    ap: mask AP as it is, 0..1; NaN without objects.
-    alone: error -> AP gained when this type alone is repaired.
-    in_turn: error -> AP gained when it is repaired after those before it in `ERRORS`; with `ap` they sum to 1.
-    """
-
-    objects: int
-    ap: float
-    alone: dict[str, float]
+    objects: int  # how many count
+    ap: float  # mask AP as it is, 0..1; NaN without objects
+    alone: dict[str, float]  # error -> AP gained when this type alone is repaired
+    # error -> AP gained when it is repaired after those before it in `ERRORS`; with `ap` they sum to 1
     in_turn: dict[str, float]
 
 
 class ErrorCase(NamedTuple):
-    """One error, for a gallery.
+    """One error, for a gallery."""
 
-    error: its type.
-    threshold: the lowest threshold at which it is one.
-    image_id: its image.
-    result: place of the detection in the list of results; None for a missed object.
-    object_id: annotation id of the object it is about; None for background.
-    score: of the detection; NaN for a missed object.
-    overlap: mask IoU with the object.
-    """
-
-    error: str
-    threshold: float
-    image_id: int
-    result: int | None
-    object_id: int | None
-    score: float
-    overlap: float
+    error: str  # its type
+    threshold: float  # the lowest threshold at which it is one
+    image_id: int  # its image
+    result: int | None  # place of the detection in the list of results; None for a missed object
+    object_id: int | None  # annotation id of the object it is about; None for background
+    score: float  # of the detection; NaN for a missed object
+    overlap: float  # mask IoU with the object
 
 
 @dataclass(frozen=True)
 class ErrorAnalysis:
-    """Where mask AP is lost.
+    """Where mask AP is lost."""
 
-    groups: name -> losses: "all", by size "small", "medium", "large", by occlusion "free", "touched", "crowded".
-    legend: what the groups are, one line.
-    overlaps: what the types were made from.
-    types: (10, F) at each threshold the row of `ERRORS` of each detection, -1 for true positives and ignored ones.
-    missed: (10, A) bool, at each threshold the missed objects.
-    """
-
+    # name -> losses: "all", by size "small", "medium", "large", by occlusion "free", "touched", "crowded"
     groups: dict[str, GroupErrors]
-    legend: str
-    overlaps: Overlaps
+    legend: str  # what the groups are, one line
+    overlaps: Overlaps  # what the types were made from
+    # (10, F) at each threshold the row of `ERRORS` of each detection, -1 for true positives and ignored ones
     types: np.ndarray
-    missed: np.ndarray
+    missed: np.ndarray  # (10, A) bool, at each threshold the missed objects
 
     def worst(self, error: str, count: int) -> list[ErrorCase]:
         """The worst cases of a type: first those that are wrong at the lowest threshold, then by falling score, or for

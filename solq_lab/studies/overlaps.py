@@ -31,65 +31,43 @@ _MASKS_AT_ONCE = 256  # decoded together; bounds the memory at N = 256
 
 
 class ObjectTable(NamedTuple):
-    """The objects, A of them, grouped by image.
+    """The objects, A of them, grouped by image."""
 
-    ids: (A,) annotation ids.
-    image_ids: (A,) their images.
-    classes: (A,) rows of the file's categories, by rising category id.
-    areas: (A,) pixels, as annotated; the mask's where the file gives none.
-    crowd: (A,) bool.
-    occlusion: (A,) share of the object's box that lies on other objects (those whose boxes meet its own), 0..1.
-    ceiling: (A,) IoU of the object's mask with itself after the codec; 1 without a codec.
-    """
-
-    ids: np.ndarray
-    image_ids: np.ndarray
-    classes: np.ndarray
-    areas: np.ndarray
-    crowd: np.ndarray
+    ids: np.ndarray  # (A,) annotation ids
+    image_ids: np.ndarray  # (A,) their images
+    classes: np.ndarray  # (A,) rows of the file's categories, by rising category id
+    areas: np.ndarray  # (A,) pixels, as annotated; the mask's where the file gives none
+    crowd: np.ndarray  # (A,) bool
+    # (A,) share of the object's box that lies on other objects (those whose boxes meet its own), 0..1
     occlusion: np.ndarray
-    ceiling: np.ndarray
+    ceiling: np.ndarray  # (A,) IoU of the object's mask with itself after the codec; 1 without a codec
 
 
 class DetectionTable(NamedTuple):
-    """The detections that count, F of them, best score first (equal scores: by image id, then as given).
+    """The detections that count, F of them, best score first (equal scores: by image id, then as given)."""
 
-    results: (F,) places in the list of results.
-    image_ids: (F,) their images.
-    classes: (F,) rows of the file's categories.
-    scores: (F,).
-    areas: (F,) pixels of the mask.
-    occlusion: (F,) share of the box that lies on other objects than the one the detection is about.
-    about: (F,) row of the object that the detection is about, or `UNMATCHED`: the object of its class that its box
-        overlaps most, from `SAME_OBJECT` on, or one of another class that it overlaps more, from `SAME_PLACE` on.
-    overlap: (F,) mask IoU with that object, 0 for none.
-    leak: (F,) share of the detection's mask on other objects than that one, whose boxes meet its box.
-    reach: (F,) mask IoU with that object if only the box were the detection's: the object's own vector, decoded and
-        pasted into the predicted box. Without a codec a box confines no mask, and the IoU of the boxes stands here.
-    """
-
-    results: np.ndarray
-    image_ids: np.ndarray
-    classes: np.ndarray
-    scores: np.ndarray
-    areas: np.ndarray
-    occlusion: np.ndarray
+    results: np.ndarray  # (F,) places in the list of results
+    image_ids: np.ndarray  # (F,) their images
+    classes: np.ndarray  # (F,) rows of the file's categories
+    scores: np.ndarray  # (F,)
+    areas: np.ndarray  # (F,) pixels of the mask
+    occlusion: np.ndarray  # (F,) share of the box that lies on other objects than the one the detection is about
+    # (F,) row of the object that the detection is about, or `UNMATCHED`: the object of its class that its box overlaps
+    # most, from `SAME_OBJECT` on, or one of another class that it overlaps more, from `SAME_PLACE` on
     about: np.ndarray
-    overlap: np.ndarray
-    leak: np.ndarray
+    overlap: np.ndarray  # (F,) mask IoU with that object, 0 for none
+    leak: np.ndarray  # (F,) share of the detection's mask on other objects than that one, whose boxes meet its box
+    # (F,) mask IoU with that object if only the box were the detection's: the object's own vector, decoded and pasted
+    # into the predicted box. Without a codec a box confines no mask, and the IoU of the boxes stands here
     reach: np.ndarray
 
 
 class Pairs(NamedTuple):
-    """Detections and objects of one class and image that may match, P of them.
+    """Detections and objects of one class and image that may match, P of them."""
 
-    detections: (P,) rows of the detections, ascending.
-    objects: (P,) rows of the objects.
-    overlap: (P,) mask IoU, the lowest threshold or more; the covered share of the detection for crowd objects.
-    """
-
-    detections: np.ndarray
-    objects: np.ndarray
+    detections: np.ndarray  # (P,) rows of the detections, ascending
+    objects: np.ndarray  # (P,) rows of the objects
+    # (P,) mask IoU, the lowest threshold or more; the covered share of the detection for crowd objects
     overlap: np.ndarray
 
 

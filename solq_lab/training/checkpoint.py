@@ -31,17 +31,12 @@ class SaveError(ExplainedError):
 
 
 class Checkpoint(NamedTuple):
-    """The content of one checkpoint folder.
+    """The content of one checkpoint folder."""
 
-    step: optimiser steps done.
-    weights: the model's state dict.
-    state: the training's other state, plain containers of tensors, numbers and strings.
-    codec: state dict of the mask codec; None or empty where its tables follow from its sizes.
-    """
-
-    step: int
-    weights: dict[str, Tensor]
-    state: dict[str, Any]
+    step: int  # optimiser steps done
+    weights: dict[str, Tensor]  # the model's state dict
+    state: dict[str, Any]  # the training's other state, plain containers of tensors, numbers and strings
+    # state dict of the mask codec; None or empty where its tables follow from its sizes
     codec: dict[str, Tensor] | None = None
 
 

@@ -45,18 +45,12 @@ MAX_NAMES = 8  # of classes in one line
 
 
 class TrainedModel(NamedTuple):
-    """A model to start from.
+    """A model to start from."""
 
-    path: its file.
-    weights: the file's content.
-    classes: of its class channels.
-    codec: its mask codec, None without mask vectors.
-    """
-
-    path: Path
-    weights: WeightFile
-    classes: ClassMap
-    codec: MaskCodec | None
+    path: Path  # its file
+    weights: WeightFile  # the file's content
+    classes: ClassMap  # of its class channels
+    codec: MaskCodec | None  # its mask codec, None without mask vectors
 
 
 def open_trained(experiment: Experiment) -> TrainedModel:

@@ -29,43 +29,27 @@ QUALITY_GAMMA = 1.5  # DEIM's
 
 
 class Objects(NamedTuple):
-    """All objects of a batch, the images' one after the other.
+    """All objects of a batch, the images' one after the other."""
 
-    labels: (K,) int64 class channels.
-    boxes: (K, 4) (cx, cy, w, h), normalised image.
-    masks: (K, N, N) bool in the box frame, or None for a plain detector.
-    vectors: (K, D) mask vectors, or None.
-    band: (K, D) bool, coefficients within the band limit; None without one.
-    """
-
-    labels: Tensor
-    boxes: Tensor
-    masks: Tensor | None
-    vectors: Tensor | None
-    band: Tensor | None = None
+    labels: Tensor  # (K,) int64 class channels
+    boxes: Tensor  # (K, 4) (cx, cy, w, h), normalised image
+    masks: Tensor | None  # (K, N, N) bool in the box frame, or None for a plain detector
+    vectors: Tensor | None  # (K, D) mask vectors, or None
+    band: Tensor | None = None  # (K, D) bool, coefficients within the band limit; None without one
 
 
 class MatchedLayers(NamedTuple):
-    """What the terms of the loss compare: Z layers, and the T pairs of each.
+    """What the terms of the loss compare: Z layers, and the T pairs of each."""
 
-    logits: (Z, B, J, S) of all queries.
-    boxes: (Z, T, 4) of the matched queries.
-    true_boxes: (Z, T, 4) of their objects.
-    vectors: the mask vectors of the pairs in the last layers that have a vector loss; None without any.
-    matching: the pairs.
-    objects: of the batch.
-    divisor: of sums.
-    mean_over: number of pairs of the "mean" vector loss.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    true_boxes: Tensor
+    logits: Tensor  # (Z, B, J, S) of all queries
+    boxes: Tensor  # (Z, T, 4) of the matched queries
+    true_boxes: Tensor  # (Z, T, 4) of their objects
+    # the mask vectors of the pairs in the last layers that have a vector loss; None without any
     vectors: MatchedVectors | None
-    matching: Matching
-    objects: Objects
-    divisor: float
-    mean_over: float
+    matching: Matching  # the pairs
+    objects: Objects  # of the batch
+    divisor: float  # of sums
+    mean_over: float  # number of pairs of the "mean" vector loss
 
 
 class SetCriterion(nn.Module):

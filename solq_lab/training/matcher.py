@@ -32,15 +32,11 @@ class Matching(NamedTuple):
     """The matched pairs of Z layers over one batch.
 
     An image with K objects has min(J, K) pairs in every layer, so the layers' pairs stack without padding.
-
-    images: (T,) int64, image of each pair, ascending; the same for all layers.
-    queries: (Z, T) int64.
-    objects: (Z, T) int64, counted through the whole batch, the images' objects one after the other.
     """
 
-    images: Tensor
-    queries: Tensor
-    objects: Tensor
+    images: Tensor  # (T,) int64, image of each pair, ascending; the same for all layers
+    queries: Tensor  # (Z, T) int64
+    objects: Tensor  # (Z, T) int64, counted through the whole batch, the images' objects one after the other
 
 
 class Matches(NamedTuple):

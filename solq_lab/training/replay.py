@@ -38,20 +38,15 @@ MAX_SHOWN = 20  # values of a report
 
 
 class Replay(NamedTuple):
-    """A recorded step and its repetition.
+    """A recorded step and its repetition."""
 
-    facts: what was recorded.
-    autocast: of the repetition.
-    recorded, repeated: the losses and gradients that are not finite, by name.
-    exact: whether losses and gradient norms are the recorded ones bit for bit.
-    firsts: the first place where values were not finite: "forward", "loss", "backward"; missing where all are finite.
-    """
-
-    facts: dict[str, Any]
-    autocast: str
+    facts: dict[str, Any]  # what was recorded
+    autocast: str  # of the repetition
+    # recorded, repeated: the losses and gradients that are not finite, by name
     recorded: dict[str, str]
     repeated: dict[str, str]
-    exact: bool
+    exact: bool  # whether losses and gradient norms are the recorded ones bit for bit
+    # the first place where values were not finite: "forward", "loss", "backward"; missing where all are finite
     firsts: dict[str, str]
 
     @property

@@ -34,41 +34,28 @@ StepKind = Literal["finite", "overflow", "nonfinite"]
 
 
 class MicroBatch(NamedTuple):
-    """A batch of one process after its forward and backward pass.
+    """A batch of one process after its forward and backward pass."""
 
-    images: the batch as the loader gave it.
-    targets: its targets on the model's device.
-    predictions: of the network.
-    losses: scalars by name, not weighted, and their weighted "total"; the total alone, nan, where matching failed.
-    fault: what the matcher found; None where all costs were finite.
-    """
-
-    images: ImageBatch
-    targets: list[Target]
-    predictions: Predictions
+    images: ImageBatch  # the batch as the loader gave it
+    targets: list[Target]  # its targets on the model's device
+    predictions: Predictions  # of the network
+    # scalars by name, not weighted, and their weighted "total"; the total alone, nan, where matching failed
     losses: dict[str, Tensor]
-    fault: str | None
+    fault: str | None  # what the matcher found; None where all costs were finite
 
 
 class StepResult(NamedTuple):
-    """One optimiser step of this process; `kind` is the same in every process.
+    """One optimiser step of this process; `kind` is the same in every process."""
 
-    kind: "finite"; "overflow" where fp16 gradients overflowed and the scale was halved; "nonfinite" where a cost, a
-        loss or the gradients of some process were not finite. The last two leave weights, optimiser, averaged weights
-        and the network's buffers as they were.
-    micro_batches: of this process.
-    num_boxes: what the losses were divided by.
-    norm: of all gradients before clipping, in units of the loss.
-    scale: factor of the losses in the backward passes; 1 but for fp16.
-    generators: states of torch's random generators before the first forward pass.
-    """
-
+    # "finite"; "overflow" where fp16 gradients overflowed and the scale was halved; "nonfinite" where a cost, a loss or
+    # the gradients of some process were not finite. The last two leave weights, optimiser, averaged weights and the
+    # network's buffers as they were
     kind: StepKind
-    micro_batches: list[MicroBatch]
-    num_boxes: float
-    norm: Tensor
-    scale: float
-    generators: dict[str, Tensor]
+    micro_batches: list[MicroBatch]  # of this process
+    num_boxes: float  # what the losses were divided by
+    norm: Tensor  # of all gradients before clipping, in units of the loss
+    scale: float  # factor of the losses in the backward passes; 1 but for fp16
+    generators: dict[str, Tensor]  # states of torch's random generators before the first forward pass
 
 
 def forward_backward(

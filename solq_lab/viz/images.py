@@ -223,13 +223,10 @@ def label_of(detections: Detections, row: int) -> str:
 
 
 class MaskWindow(NamedTuple):
-    """A mask inside its tight box.
+    """A mask inside its tight box."""
 
-    bitmap: (h, w) bool; (0, 0) or so for an empty mask.
-    left, top: the image pixel of its first entry.
-    """
-
-    bitmap: np.ndarray
+    bitmap: np.ndarray  # (h, w) bool; (0, 0) or so for an empty mask
+    # left, top: the image pixel of its first entry
     left: int
     top: int
 

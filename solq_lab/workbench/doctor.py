@@ -30,19 +30,15 @@ REPEATS = 5
 
 
 class Implementation(NamedTuple):
-    """One implementation on one device.
-
-    serves: whether calls on this device are dispatched to it.
-    note: why it cannot be used, or empty.
-    difference: of outputs and gradients to float64, relative to the largest value; None where it was not run.
-    forward_ms, backward_ms: medians for 600 queries, 8 heads of 48 channels, 3 levels, 4 points.
-    """
+    """One implementation on one device."""
 
     device: str
     name: str
-    serves: bool
-    note: str
+    serves: bool  # whether calls on this device are dispatched to it
+    note: str  # why it cannot be used, or empty
+    # of outputs and gradients to float64, relative to the largest value; None where it was not run
     difference: float | None = None
+    # forward_ms, backward_ms: medians for 600 queries, 8 heads of 48 channels, 3 levels, 4 points
     forward_ms: float | None = None
     backward_ms: float | None = None
 

@@ -32,17 +32,14 @@ POLL_SECONDS = 0.5
 
 
 class Job(NamedTuple):
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    sweep, row, seed: its place in the sweep.
-    run: name of the run.
-    notebook, experiment_path, overrides, runs_dir: arguments of `solq-lab run`.
-    """
-
+    # sweep, row, seed: its place in the sweep
     sweep: str
     row: str
     seed: int
-    run: str
+    run: str  # name of the run
+    # notebook, experiment_path, overrides, runs_dir: arguments of `solq-lab run`
     notebook: Path
     experiment_path: Path
     overrides: tuple[str, ...]

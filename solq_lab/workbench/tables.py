@@ -59,22 +59,14 @@ class TableRow:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A sweep's results beside the paper's.
+    """A sweep's results beside the paper's."""
 
-    name: of the sweep.
-    metrics: the columns, as in results.json.
-    rows: in the sweep's order.
-    paper: the paper's table, or None.
-    command: the command that makes the missing runs.
-    notes: runs whose settings are not the sweep's, one line each.
-    """
-
-    name: str
-    metrics: tuple[str, ...]
-    rows: tuple[TableRow, ...]
-    paper: PaperTable | None
-    command: str
-    notes: tuple[str, ...] = ()
+    name: str  # of the sweep
+    metrics: tuple[str, ...]  # the columns, as in results.json
+    rows: tuple[TableRow, ...]  # in the sweep's order
+    paper: PaperTable | None  # the paper's table, or None
+    command: str  # the command that makes the missing runs
+    notes: tuple[str, ...] = ()  # runs whose settings are not the sweep's, one line each
 
     @property
     def missing(self) -> tuple[str, ...]:

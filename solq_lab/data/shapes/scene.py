@@ -75,16 +75,11 @@ LEVELS = {
 
 
 class Scene(NamedTuple):
-    """An image and its objects.
+    """An image and its objects."""
 
-    image: (H, W, 3) uint8 RGB.
-    classes: K indices into `Level.classes`.
-    masks: (K, H, W) bool, the visible part of each object; they do not overlap.
-    """
-
-    image: np.ndarray
-    classes: list[int]
-    masks: np.ndarray
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    classes: list[int]  # K indices into `Level.classes`
+    masks: np.ndarray  # (K, H, W) bool, the visible part of each object; they do not overlap
 
 
 def draw_scene(level: Level, random: Random) -> Scene:

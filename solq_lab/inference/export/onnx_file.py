@@ -48,20 +48,13 @@ class ExportError(ExplainedError):
 
 
 class ExportReport(NamedTuple):
-    """An exported file.
+    """An exported file."""
 
-    path: the file.
-    parity: its difference from the model.
-    megabytes: its size.
-    seconds: duration of the export and the comparison.
-    inputs: shape of each input; names stand for sides that are free.
-    """
-
-    path: Path
-    parity: Difference
-    megabytes: float
-    seconds: float
-    inputs: dict[str, list[int | str]]
+    path: Path  # the file
+    parity: Difference  # its difference from the model
+    megabytes: float  # its size
+    seconds: float  # duration of the export and the comparison
+    inputs: dict[str, list[int | str]]  # shape of each input; names stand for sides that are free
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} {shape}" for name, shape in self.inputs.items())

@@ -32,11 +32,7 @@ CONTEXT = 1.5  # around them, as a share of the larger side of their box
 
 
 class Setting(NamedTuple):
-    """The values of the controls; `data_set` and `row` name the object.
-
-    error: noise on each entry, in its standard deviations over the data set.
-    step: of a quantiser of all entries, in their root mean square standard deviation; 0: none.
-    """
+    """The values of the controls; `data_set` and `row` name the object."""
 
     data_set: str
     row: int
@@ -45,8 +41,8 @@ class Setting(NamedTuple):
     vector_dim: int
     terms: int
     rule: Rule
-    error: float
-    step: float
+    error: float  # noise on each entry, in its standard deviations over the data set
+    step: float  # of a quantiser of all entries, in their root mean square standard deviation; 0: none
 
 
 class Curve(NamedTuple):
@@ -57,21 +53,17 @@ class Curve(NamedTuple):
 
 
 class View(NamedTuple):
-    """What the panels show: an object, its image (H, W, 3) uint8, and its way through a codec.
-
-    continued: (>= D,) the vector and the entries that follow where the codec were longer, for codecs where they exist.
-    order: (D,) the vector's entries by importance; the first `setting.terms` are kept.
-    bits: of a mask on average, as stored by an ideal entropy coder where entries are rounded (`bits_per_mask`).
-    """
+    """What the panels show: an object, its image (H, W, 3) uint8, and its way through a codec."""
 
     setting: Setting
     item: BoxedObject
     pixels: np.ndarray
     reconstruction: Reconstruction
+    # (>= D,) the vector and the entries that follow where the codec were longer, for codecs where they exist
     continued: Tensor
-    order: Tensor
+    order: Tensor  # (D,) the vector's entries by importance; the first `setting.terms` are kept
     curves: Mapping[str, Curve]
-    bits: float
+    bits: float  # of a mask on average, as stored by an ideal entropy coder where entries are rounded (`bits_per_mask`)
 
 
 class Original(ImagePanel):

@@ -23,22 +23,14 @@ from solq_lab.viz.widgets.chooser import list_objects
 
 
 class BoxedObject(NamedTuple):
-    """One object of a data set.
+    """One object of a data set."""
 
-    row: its place in the data set.
-    image: place of its image.
-    name: of its class.
-    box: (4,) float64 xyxy, image pixels.
-    size: (height, width) of the image, pixels.
-    rle: its mask, as a compressed RLE of the image's size.
-    """
-
-    row: int
-    image: int
-    name: str
-    box: Tensor
-    size: tuple[int, int]
-    rle: dict
+    row: int  # its place in the data set
+    image: int  # place of its image
+    name: str  # of its class
+    box: Tensor  # (4,) float64 xyxy, image pixels
+    size: tuple[int, int]  # (height, width) of the image, pixels
+    rle: dict  # its mask, as a compressed RLE of the image's size
 
 
 class ObjectFolder:

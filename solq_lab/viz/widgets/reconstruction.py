@@ -24,25 +24,16 @@ RULES: dict[str, Rule] = {
 
 
 class Reconstruction(NamedTuple):
-    """What became of a mask.
+    """What became of a mask."""
 
-    target: (N, N) bool, the mask in its box.
-    vector: (D,) its mask vector.
-    received: (D,) what is decoded: after noise and rounding, zero where terms are left out.
-    decoded: (N, N) float32.
-    threshold: values above it belong to the mask.
-    binary: (N, N) bool.
-    rle: `binary` pasted into the box, in pixels of the image.
-    iou, boundary_iou: with the true mask in the image, 0 where both are empty.
-    """
-
-    target: Tensor
-    vector: Tensor
-    received: Tensor
-    decoded: Tensor
-    threshold: float
-    binary: Tensor
-    rle: dict
+    target: Tensor  # (N, N) bool, the mask in its box
+    vector: Tensor  # (D,) its mask vector
+    received: Tensor  # (D,) what is decoded: after noise and rounding, zero where terms are left out
+    decoded: Tensor  # (N, N) float32
+    threshold: float  # values above it belong to the mask
+    binary: Tensor  # (N, N) bool
+    rle: dict  # `binary` pasted into the box, in pixels of the image
+    # iou, boundary_iou: with the true mask in the image, 0 where both are empty
     iou: float
     boundary_iou: float
 

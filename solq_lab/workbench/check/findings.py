@@ -90,20 +90,15 @@ RULES: dict[str, Rule] = {
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    rule: key of `RULES`.
-    message: what was found, in one line.
-    file_name, image_id, annotation_id: where; None where it is not about a single one.
-    weight: how bad it is among its kind; the worst are shown.
-    """
-
-    rule: str
-    message: str
+    rule: str  # key of `RULES`
+    message: str  # what was found, in one line
+    # file_name, image_id, annotation_id: where; None where it is not about a single one
     file_name: str | None = None
     image_id: int | None = None
     annotation_id: int | None = None
-    weight: float = 0.0
+    weight: float = 0.0  # how bad it is among its kind; the worst are shown
 
 
 class Findings:

@@ -29,24 +29,18 @@ Look = Literal["decode", "header", "names"]
 
 
 class Options(NamedTuple):
-    """What to look at, and what the training will be like.
+    """What to look at, and what the training will be like."""
 
-    look: "decode" opens every image, "header" reads its size only, "names" only looks whether the file is there.
-    queries: J, objects that the model can find in an image.
-    detections: per image that evaluation scores.
-    with_masks: masks are learnt.
-    class_ids, num_classes: see `ClassMap.from_categories`.
-    allow_links: images may be links that leave their folder.
-    test_scale, max_size: short side, and largest long side, that images are tested at.
-    """
-
+    # "decode" opens every image, "header" reads its size only, "names" only looks whether the file is there
     look: Look = "decode"
-    queries: int = 300
-    detections: int = 100
-    with_masks: bool = True
+    queries: int = 300  # J, objects that the model can find in an image
+    detections: int = 100  # per image that evaluation scores
+    with_masks: bool = True  # masks are learnt
+    # class_ids, num_classes: see `ClassMap.from_categories`
     class_ids: Literal["contiguous", "raw"] = "contiguous"
     num_classes: int | None = None
-    allow_links: bool = False
+    allow_links: bool = False  # images may be links that leave their folder
+    # test_scale, max_size: short side, and largest long side, that images are tested at
     test_scale: int = 800
     max_size: int = 1333
 
@@ -55,25 +49,19 @@ DEFAULTS = Options()
 
 
 class Image(NamedTuple):
-    """A usable entry of `images`, and what was found in its file and its objects.
-
-    size: (height, width) as annotated, pixels.
-    places: of its objects in `annotations`.
-    objects: category id and square root of the box's area, pixels, of each object to learn.
-    crowds: category ids of its crowd regions.
-    digest, look: of the file's bytes, and its thumbnail; empty where it was not decoded.
-    reading: what the size of a turned image says.
-    """
+    """A usable entry of `images`, and what was found in its file and its objects."""
 
     image_id: int
     file_name: str
-    size: tuple[int, int]
-    places: list[int]
+    size: tuple[int, int]  # (height, width) as annotated, pixels
+    places: list[int]  # of its objects in `annotations`
+    # category id and square root of the box's area, pixels, of each object to learn
     objects: Sequence[tuple[int, float]] = ()
-    crowds: Sequence[int] = ()
+    crowds: Sequence[int] = ()  # category ids of its crowd regions
+    # digest, look: of the file's bytes, and its thumbnail; empty where it was not decoded
     digest: bytes = b""
     look: bytes = b""
-    reading: Reading | None = None
+    reading: Reading | None = None  # what the size of a turned image says
 
     def __str__(self) -> str:
         return f"image id {self.image_id}: {shorten(self.file_name)}"

@@ -34,18 +34,12 @@ ALGORITHMS = {32: "md5", 64: "sha256"}  # by the number of hexadecimal digits
 
 
 class Archive(NamedTuple):
-    """A zip file of COCO 2017.
+    """A zip file of COCO 2017."""
 
-    path: below the base URL.
-    size: bytes; None where it is not known.
-    digest: MD5 or SHA-256, hexadecimal.
-    growth: about how many bytes one byte unpacks to; JSON packs well, JPEG not at all.
-    """
-
-    path: str
-    size: int | None
-    digest: str
-    growth: float = 1.0
+    path: str  # below the base URL
+    size: int | None  # bytes; None where it is not known
+    digest: str  # MD5 or SHA-256, hexadecimal
+    growth: float = 1.0  # about how many bytes one byte unpacks to; JSON packs well, JPEG not at all
 
     @property
     def name(self) -> str:

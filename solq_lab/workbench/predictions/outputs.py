@@ -29,20 +29,13 @@ LABELME = "5.5.0"  # version of the format that polygons are written in
 
 
 class InputImage(NamedTuple):
-    """An image, or a frame of a video.
+    """An image, or a frame of a video."""
 
-    source: the file that it is, or is in.
-    image_id: in COCO files.
-    pixels: (H, W, 3) uint8 RGB.
-    frame: None for an image.
-    number: of the frame, from 0.
-    """
-
-    source: Source
-    image_id: int
-    pixels: np.ndarray
-    frame: Frame | None = None
-    number: int = 0
+    source: Source  # the file that it is, or is in
+    image_id: int  # in COCO files
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB
+    frame: Frame | None = None  # None for an image
+    number: int = 0  # of the frame, from 0
 
     @property
     def stem(self) -> str:

@@ -34,14 +34,10 @@ FIXED = {  # per folder of outputs
 
 
 class Source(NamedTuple):
-    """An image or a video.
+    """An image or a video."""
 
-    name: as it was named or found: a path or an address.
-    stem: path in the folder of the outputs, without suffix; of each source another.
-    """
-
-    name: str
-    stem: str
+    name: str  # as it was named or found: a path or an address
+    stem: str  # path in the folder of the outputs, without suffix; of each source another
 
     @property
     def suffix(self) -> str:

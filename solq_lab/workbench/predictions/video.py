@@ -16,17 +16,12 @@ CRF = "20"  # constant quality of x264, 0..51; lower is better
 
 
 class Frame(NamedTuple):
-    """A frame and when it is shown.
+    """A frame and when it is shown."""
 
-    pixels: (H, W, 3) uint8 RGB, turned as a player shows it.
-    time: its time stamp, in units of `unit` seconds; None where the file has none.
-    rate: frames per second of the video.
-    """
-
-    pixels: np.ndarray
-    time: int | None
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB, turned as a player shows it
+    time: int | None  # its time stamp, in units of `unit` seconds; None where the file has none
     unit: Any
-    rate: Any
+    rate: Any  # frames per second of the video
 
 
 def require_pyav() -> None:
