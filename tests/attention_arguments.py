@@ -1,7 +1,5 @@
 """Random arguments of deformable attention."""
 
-from __future__ import annotations
-
 import torch
 
 SHAPES = ((7, 9), (4, 5), (2, 3))

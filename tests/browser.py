@@ -1,7 +1,5 @@
 """JupyterLab on a free port, driven by Chromium: for tests of the explorers as a user meets them."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Folders that tests may read where they exist: tensors of the released implementation, and a few real COCO images."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

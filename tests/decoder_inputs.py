@@ -1,7 +1,5 @@
 """The sizes of a small decoder layer, and a memory for it to attend to."""
 
-from __future__ import annotations
-
 import torch
 
 from solq_lab.models.attention import Memory

@@ -3,8 +3,6 @@
 Tensors on "cuda" are torch's fake ones; operators among tensors of the host run for real.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import sys

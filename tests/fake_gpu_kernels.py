@@ -4,8 +4,6 @@
 launch, which no C++ compiler accepts, and for the device that the operators are registered for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

@@ -4,8 +4,6 @@ The folder's own README states the rules (weights are not stored but drawn from 
 tests of the model, of the losses and of the post-processing.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from functools import cached_property
@@ -24,11 +22,6 @@ def fixtures(root: Path) -> list[Path]:
     """Folders under `root` that hold a model, sorted; the part fixtures are left out."""
     folders = sorted(path.parent for path in root.glob("*/fixture.json"))
     return [folder for folder in folders if not folder.name.startswith("parts_")]
-
-
-def load_fixture(folder: Path) -> Fixture:
-    """The fixture in `folder`."""
-    return Fixture(folder)
 
 
 class Fixture:

@@ -3,8 +3,6 @@
 `python losses_and_gradients.py RUN_FOLDER OUTPUT`, also under torchrun.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 `python losses_and_weights.py RUN_FOLDER OUTPUT [frozen]`, also under torchrun; frozen: batch norms are constants.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """State dicts in released naming, of random and mostly tiny tensors."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

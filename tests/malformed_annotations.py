@@ -1,7 +1,5 @@
 """Malformed annotation files: a valid COCO document of two small images with one or several random faults."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

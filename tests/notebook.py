@@ -1,7 +1,5 @@
 """Notebooks of a few lines, for tests that execute one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nbformat

@@ -1,7 +1,5 @@
 """A few images and a detector that predicts their ground truth, for tests of evaluations."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

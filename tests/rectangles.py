@@ -1,7 +1,5 @@
 """COCO ground truth and results made of rectangles, for tests that know every pixel."""
 
-from __future__ import annotations
-
 import numpy as np
 from pycocotools import mask as coco_rle
 

@@ -1,7 +1,5 @@
 """A local HTTP server with programmable faults, and the archives that it serves."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

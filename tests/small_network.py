@@ -1,7 +1,5 @@
 """A small network's parts, a random batch, and the loss, gradients and buffers of one training pass."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Three steps under torchrun, two of them spoilt by process 1 alone: `python spoilt_steps.py RUN_FOLDER OUTPUT`."""
 
-from __future__ import annotations
-
 import math
 import sys
 from itertools import pairwise

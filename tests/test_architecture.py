@@ -1,7 +1,5 @@
 """The floors of the house hold: arrows point down, packages start empty, the command line starts without torch."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

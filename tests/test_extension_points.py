@@ -1,7 +1,5 @@
 """One table each for what a researcher adds: a codec, a backbone, an augmentation, a loss is one object, one entry."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

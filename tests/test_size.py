@@ -1,7 +1,5 @@
 """Ceilings of size: growth is a decision, made in the commit that raises one."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "solq_lab"
 MAX_LINES = 33_700  # of the whole package
-MAX_TEST_LINES = 25_000
+MAX_TEST_LINES = 24_850
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without the docstring
 MAX_WITHOUT_PAUSE = 15  # lines of a function without a blank line or a comment

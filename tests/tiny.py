@@ -1,7 +1,5 @@
 """A data set of a few drawn images and an experiment small enough to train in a second, for tests of whole runs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tiny trainings: made in a folder, stopped by a signal, started as several processes, and compared."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

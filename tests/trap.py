@@ -1,7 +1,5 @@
 """A value whose unpickling leaves a trace, for tests that no file runs code."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

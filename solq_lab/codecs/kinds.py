@@ -14,17 +14,24 @@ if TYPE_CHECKING:
 
 
 class CodecSpec(NamedTuple):
-    """A kind of mask codec."""
+    """A kind of mask codec.
 
-    path: str  # "module:class" of a `MaskCodec`
-    label: str = ""  # its name in figures and tables; the kind itself where there is none
-    # keys of the experiment's section `codec`, besides the sizes, that `from_options` takes
+    path: "module:class" of a `MaskCodec`.
+    label: its name in figures and tables; the kind itself where there is none.
+    options: keys of the experiment's section `codec`, besides the sizes, that `from_options` takes.
+    fitted: whether it is a `FittedCodec`, whose tables lie in a file (`codec.artifact`).
+    square: whether `vector_dim` has to be a square number.
+    ordered: whether the first coefficients of a vector, the others zero, are the vector of a coarser mask.
+    cosine: whether it is a `DCTCodec`, whose coefficients have frequencies.
+    """
+
+    path: str
+    label: str = ""
     options: tuple[str, ...] = ()
-    fitted: bool = False  # whether it is a `FittedCodec`, whose tables lie in a file (`codec.artifact`)
-    square: bool = False  # whether `vector_dim` has to be a square number
-    # whether the first coefficients of a vector, the others zero, are the vector of a coarser mask
+    fitted: bool = False
+    square: bool = False
     ordered: bool = False
-    cosine: bool = False  # whether it is a `DCTCodec`, whose coefficients have frequencies
+    cosine: bool = False
 
     def load(self) -> type[MaskCodec]:
         """The class."""

@@ -1,7 +1,5 @@
 """The benchmark: both ways are timed, compared and reported; the plain ways do what ours do."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import time

@@ -1,7 +1,5 @@
 """The laws that all mask codecs share, and the fitted and the flat one against independent computations."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -1,7 +1,5 @@
 """The mask codecs: against scipy's transforms, against the released implementation, and against their own laws."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Fitted codes as files: written from annotations, resumed after a kill, read with care, tied to their data."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

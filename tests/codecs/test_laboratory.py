@@ -1,7 +1,5 @@
 """Smooth, local, contour and learned codes against independent computations."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -4,8 +4,6 @@ Without a GPU it is proved that no operator mixes devices, and where the host wa
 deformable attention have their own tests, in `test_ms_deform_attn.py`.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from itertools import pairwise

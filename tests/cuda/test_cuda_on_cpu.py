@@ -3,8 +3,6 @@
 `fake_gpu_kernels.py` builds them, `cuda_on_cpu/` replaces the CUDA toolkit. Speed is not tested here.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -3,8 +3,6 @@
 A fault in a kernel ends the process, with the report of what found the fault on its standard error.
 """
 
-from __future__ import annotations
-
 import ctypes
 import pickle
 import sys

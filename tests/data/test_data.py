@@ -1,7 +1,5 @@
 """COCO folders: the released targets, both mask routes, odd inputs, and the messages of bad ones."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

@@ -1,7 +1,5 @@
 """Documents whose long lists stay text: what json reads is read, entry by entry, and what it refuses is refused."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tracemalloc

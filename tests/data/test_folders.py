@@ -1,7 +1,5 @@
 """Data folders are found in every common layout, and refused where they have two readings."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

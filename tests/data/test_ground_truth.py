@@ -1,7 +1,5 @@
 """Ground truth of annotation files: filters, order, areas and masks."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Images of every format are read in one way, stored or upright, and turned images are never read wrongly unseen."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batches: padding, the order of images for any number of processes and at any step, and workers that die."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import multiprocessing

@@ -1,7 +1,5 @@
 """Samples of several images, against the same done with full-image masks."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

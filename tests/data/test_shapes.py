@@ -1,7 +1,5 @@
 """Drawn data sets: the same for a seed, true masks, sizes as promised, whole folders or none."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Transforms: sizes against the released implementation, pixels against Pillow, boxes against moved rectangles."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Several processes evaluate like one: no image twice or lost, and a stop or an error in one reaches all."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections.abc import Callable

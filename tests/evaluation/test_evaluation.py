@@ -1,7 +1,5 @@
 """Scores: against the reference numbers, against pycocotools, and where there is nothing to score."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import gc

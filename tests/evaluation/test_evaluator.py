@@ -1,7 +1,5 @@
 """From a model to its numbers: whole data sets and run folders."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The objects of an image as a sequence, and in the formats of other tools."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

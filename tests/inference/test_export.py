@@ -1,7 +1,5 @@
 """An exported model finds what the original finds, says what it needs, and is not kept when it does not."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """A packaged run is small, names nothing of the machine, detects the same objects, and is never written to."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

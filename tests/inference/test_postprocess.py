@@ -1,7 +1,5 @@
 """Post-processing against one detection decoded and pasted at a time, and the laws of its output."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """One call from an image to its objects, and the messages that a wrong file or image gets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """From an experiment to objects: every kind that the schema knows, and what is said where something is missing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import SIDE, tiny_experiment

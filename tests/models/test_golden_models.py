@@ -1,7 +1,5 @@
 """The network computes what the released implementation computed: names, shapes, outputs of all layers, digests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +41,7 @@ class Run(NamedTuple):
 )
 def run(request: pytest.FixtureRequest) -> Run:
     folder, dtype = request.param
-    fixture = golden.load_fixture(folder)
+    fixture = golden.Fixture(folder)
     model = fixture.build_model(dtype)
     seen: dict[str, Tensor] = {}
 
@@ -98,7 +96,7 @@ def test_a_golden_folder_was_found(golden_root: Path):
 
 @each_folder
 def test_names_shapes_and_order_of_the_state_dict_are_the_released_ones(folder: Path):
-    fixture = golden.load_fixture(folder)
+    fixture = golden.Fixture(folder)
     model = golden.build_untrained(fixture.args, fixture.num_classes)
     # One decoder layer alone does not tell whether boxes are refined; then the released aliases decide.
     exported = to_official_state(model.state_dict(), refine_boxes=fixture.args["with_box_refine"])
@@ -108,7 +106,7 @@ def test_names_shapes_and_order_of_the_state_dict_are_the_released_ones(folder: 
 
 @each_folder
 def test_official_to_ours_to_official_is_bit_exact(folder: Path):
-    fixture = golden.load_fixture(folder)
+    fixture = golden.Fixture(folder)
     official = fixture.official_state()
     back = to_official_state(translate_official_state(official)[0], refine_boxes=fixture.args["with_box_refine"])
     assert list(back) == list(official)
@@ -119,7 +117,7 @@ def test_official_to_ours_to_official_is_bit_exact(folder: Path):
 
 @each_folder
 def test_architecture_is_inferred_from_the_tensors(folder: Path):
-    fixture = golden.load_fixture(folder)
+    fixture = golden.Fixture(folder)
     args = fixture.args
     found = infer_architecture(fixture.official_state(), args)
     model = found["model"]
@@ -150,7 +148,7 @@ def test_architecture_is_inferred_from_the_tensors(folder: Path):
 
 @each_folder
 def test_the_same_parameters_are_trained(folder: Path):
-    fixture = golden.load_fixture(folder)
+    fixture = golden.Fixture(folder)
     model = golden.build_untrained(fixture.args, fixture.num_classes)
     released = {row[0]: row[3] for row in fixture.record["state_dict"]}
     exported = to_official_state(model.state_dict(keep_vars=True), refine_boxes=fixture.args["with_box_refine"])

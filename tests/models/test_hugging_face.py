@@ -1,7 +1,5 @@
 """Hugging Face's Deformable DETR under our names: by name always, by number where transformers is installed."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training and scoring in less memory: what is recomputed, or done in parts, gives the very same numbers."""
 
-from __future__ import annotations
-
 import copy
 import datetime
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The network's claims about itself: geometry, gradients, sharing, initialisation, sizes, messages."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

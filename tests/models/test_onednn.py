@@ -1,7 +1,5 @@
 """Layers in oneDNN compute and learn what the plain ones do, and leave to those what the kernels do not serve."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The baseline with a mask branch: its parts, its losses, and whole runs, joint and on a frozen detector."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -363,7 +361,7 @@ def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_r
 
 @pytest.mark.golden
 def test_a_released_checkpoint_is_imported_predicts_masks_and_goes_back(golden_root: Path, tmp_path):
-    fixture = golden.load_fixture(golden_root / "sqr_small")
+    fixture = golden.Fixture(golden_root / "sqr_small")
     official = fixture.official_state()
     released, ours, back = (tmp_path / name for name in ("released.pth", "ours.safetensors", "back.pth"))
     torch.save({"model": official, "args": argparse.Namespace(**fixture.args)}, released)

@@ -1,7 +1,5 @@
 """Networks of timm as backbones: maps, gradients, weights of files, a whole training, and what is rejected."""
 
-from __future__ import annotations
-
 import pytest
 import timm
 import torch

@@ -1,7 +1,5 @@
 """Weight files: the way to the released names and back loses nothing, and no file can make us run its code."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import itertools

@@ -1,7 +1,5 @@
 """The notebooks are thin, stripped and typed, and run from the first cell to the last."""
 
-from __future__ import annotations
-
 import ast
 import base64
 import io

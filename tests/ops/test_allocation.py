@@ -1,7 +1,5 @@
 """glibc keeps freed memory; another C library is left alone."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

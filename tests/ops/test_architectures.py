@@ -1,7 +1,5 @@
 """The compiled operators on other processors: levels of x86-64 by SOLQ_CPU_ARCH, and Arm."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

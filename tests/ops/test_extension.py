@@ -1,7 +1,5 @@
 """Building the compiled operators: once for all processes, atomically, and with a reason where it fails."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

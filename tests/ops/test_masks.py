@@ -1,7 +1,5 @@
 """Masks between the frames: against pycocotools, grid_sample, full bitmaps and the released tensors."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from pathlib import Path

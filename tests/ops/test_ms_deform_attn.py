@@ -1,7 +1,5 @@
 """Deformable attention: the sums, their gradients and the registration with torch, for each implementation."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

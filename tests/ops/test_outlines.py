@@ -1,7 +1,5 @@
 """Outlines from run lengths: filled again by pycocotools they give the mask, and scipy counts as many parts."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

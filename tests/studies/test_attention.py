@@ -1,7 +1,5 @@
 """Where queries look: the very points of the forward pass, measured on masks whose outline is known."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The paired bootstrap: its AP is COCO's, on all images and on any draw, and its interval says what it should."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np

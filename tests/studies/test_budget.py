@@ -1,7 +1,5 @@
 """Every part of a perfect model gains what was made wrong in it, and nothing else."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from rectangles import WIDTH, rectangle, result_of, rle_of, truth_of

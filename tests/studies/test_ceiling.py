@@ -1,7 +1,5 @@
 """Ceilings of mask codes: what must hold, what errors cost, a grid that goes on where it stopped, and bad input."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,7 +1,5 @@
 """Objects are paired one to one, runs of different data are refused, and rankings are what the IoUs say."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The counts of table 5 are the paper's, and speeds come from predictions that were made."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every error has the type it was made to have, and what repairs give back adds up."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

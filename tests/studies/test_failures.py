@@ -1,7 +1,5 @@
 """The gallery shows each error with the object it is about, and the bars show what repairs give back."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

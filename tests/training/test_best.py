@@ -1,7 +1,5 @@
 """The best weights of a training beside the last ones, and early stopping."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Checkpoints: whole or not there, the last two kept, a damaged one named, nothing executed."""
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Compiled training: the same numbers and names, evaluations as written, and a machine without a compiler."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import os

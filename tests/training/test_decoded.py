@@ -1,7 +1,5 @@
 """Targets in predicted frames, and mask quality, against pasting and cropping full images."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

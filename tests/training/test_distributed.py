@@ -1,7 +1,5 @@
 """Several processes train as one does, detect lost ranks, and stop together."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

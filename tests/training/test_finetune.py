@@ -1,7 +1,5 @@
 """Fine-tuning copies what fits of a trained model, and lists what became of the rest."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Each fixture says how far its float32 numbers are from the released model in flo
 has to stay within ten times that, our float32 run within fifty times.
 """
 
-from __future__ import annotations
-
 import copy
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import golden_folder
-from golden import Fixture, fixtures, load_fixture
+from golden import Fixture, fixtures
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -39,7 +37,7 @@ KINKED, KINK = 0.1, 3e-3
 ROUNDING = 1e-5  # lengths of a gradient below this are noise: a bias before a norm of single channels has none
 
 FOLDERS = fixtures(golden_folder())
-CASES = [(load_fixture(folder), dtype) for folder in FOLDERS for dtype in FACTOR]
+CASES = [(Fixture(folder), dtype) for folder in FOLDERS for dtype in FACTOR]
 
 
 class Replay:

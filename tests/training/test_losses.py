@@ -1,7 +1,5 @@
 """The criterion against a plain loop over layers and images, and the laws it keeps on odd batches."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The matching against the released implementation's cost matrices, and against exhaustive search."""
 
-from __future__ import annotations
-
 import itertools
 import json
 

@@ -1,7 +1,5 @@
 """Steps that are not finite: recorded, skipped by all processes alike, replayed bit for bit; fp16 and its scaler."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

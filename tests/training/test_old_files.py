@@ -1,7 +1,5 @@
 """Files written by an earlier version still open: a finished run, a stopped one, an exported model, a fitted codec."""
 
-from __future__ import annotations
-
 import tarfile
 from pathlib import Path
 

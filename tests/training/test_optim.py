@@ -1,7 +1,5 @@
 """Groups of parameters as in the released training, and learning rates by the step."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

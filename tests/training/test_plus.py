@@ -1,7 +1,5 @@
 """The options of SOLQ+: their neutral values change no bit, and trainings with all of them resume, replay and share."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Trainings that are stopped, killed, or out of disk or memory: the cause is named and nothing is lost."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import errno

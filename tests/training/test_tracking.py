@@ -1,7 +1,5 @@
 """TensorBoard shows the numbers of metrics.jsonl, each once whatever was interrupted, and never ends a training."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

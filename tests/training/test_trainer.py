@@ -1,7 +1,5 @@
 """Whole trainings of a tiny model: they learn, resume exactly, stop politely, survive kills, and share work evenly."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

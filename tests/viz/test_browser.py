@@ -1,7 +1,5 @@
 """The explorers in JupyterLab, as a user meets them: run all cells, move, look."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The detection and the attention explorer in JupyterLab, driven by Chromium on the shipped weights."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

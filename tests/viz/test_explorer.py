@@ -1,7 +1,5 @@
 """The codec explorer shows what the codes compute, redraws what changed, and says what it cannot show."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

@@ -1,7 +1,5 @@
 """Both explorers show what their controls say, remember nothing wrong, and bear images without objects."""
 
-from __future__ import annotations
-
 import base64
 import datetime
 import io

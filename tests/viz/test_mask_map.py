@@ -1,7 +1,5 @@
 """The map of masks, neighbours and the way between two masks."""
 
-from __future__ import annotations
-
 import io
 import re
 from base64 import b64decode

@@ -1,7 +1,5 @@
 """Figures are made from data alone, name what they compare, and allow the empty case."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Figures of tables and of several runs: they show the numbers they are given, and say what has not been run."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from conftest import REPOSITORY

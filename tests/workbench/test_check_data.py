@@ -1,7 +1,5 @@
 """The check of a data set finds every fault, and "refused" is exactly what the loader rejects."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

@@ -1,7 +1,5 @@
 """The command line: a user's mistake is one message and exit status 2, without a traceback, nothing written over."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

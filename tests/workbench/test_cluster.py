@@ -1,7 +1,5 @@
 """Commands as jobs: they end with their status, save and stop when asked, and are queued again when preempted."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Experiments are read strictly: what a message says about a mistake, and that nothing is lost on the way to a file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

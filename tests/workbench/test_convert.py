@@ -1,7 +1,5 @@
 """LVIS files and YOLO folders become COCO folders that the loader accepts and a model trains on."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The doctor's report on this machine's operators."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

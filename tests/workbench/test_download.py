@@ -1,7 +1,5 @@
 """COCO from an unreliable server: resumed, verified, and unpacked inside its folder only."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

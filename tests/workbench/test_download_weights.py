@@ -1,7 +1,5 @@
 """Weights of others from an unreliable server into the cache folder; which ones a training fetches before it starts."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 

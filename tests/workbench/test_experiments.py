@@ -1,7 +1,5 @@
 """The experiment files: each one loads, says what to expect, and gives a command that works."""
 
-from __future__ import annotations
-
 import re
 import shlex
 

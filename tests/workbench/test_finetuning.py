@@ -1,7 +1,5 @@
 """The fine-tuning recipe: what it chooses from data and device, what it warns of, and the experiment that it writes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

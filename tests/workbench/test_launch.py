@@ -3,8 +3,6 @@
 The training processes here are stand-ins that write a run folder as a training does, without importing torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

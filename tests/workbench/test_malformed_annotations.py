@@ -1,7 +1,5 @@
 """Malformed annotation files are trained and evaluated, or rejected with their name, an id and a reason."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """pyproject.toml, constraints.txt and environment.yml tell one story, and what is installed is whole."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

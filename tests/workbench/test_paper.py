@@ -1,7 +1,5 @@
 """The paper's numbers: all of them are there, as printed, and what is not is rejected by its name."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

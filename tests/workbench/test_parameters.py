@@ -1,7 +1,5 @@
 """A notebook's parameters are typed, and rejected before any work with the nearest name or the allowed type."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The command predict: every kind of input, every format of output read back by other code."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

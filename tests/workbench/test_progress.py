@@ -1,7 +1,5 @@
 """The progress line: right numbers, no torn lines, an estimate once there is something to estimate from."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

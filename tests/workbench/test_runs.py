@@ -1,7 +1,5 @@
 """Run folders: opened, compared, locked, and read while they are written."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Untrusted files: no code runs, no other file is read, and each is rejected by its name."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import struct

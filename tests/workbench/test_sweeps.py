@@ -3,8 +3,6 @@
 Most jobs here are stand-ins that leave a run folder as a training notebook does, without a kernel and without torch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@ Every command is a process of its own that starts in an empty folder, as a user'
 what is shown is that each command finds what the one before it has left, and says where its own results are.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
