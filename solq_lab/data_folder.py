@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from solq_lab.config import ConfigError, Experiment, with_found_data
+from solq_lab.config import ConfigError, Experiment, change_experiment, default_experiment, with_found_data
 from solq_lab.data.folders import Split, explain_missing
 from solq_lab.errors import did_you_mean
 
@@ -32,10 +33,20 @@ def check_data_folder(experiment: Experiment) -> None:
         )
 
 
-def has_both_splits(experiment: Experiment) -> bool:
-    """Whether annotations for train and val are named or found."""
-    data = with_found_data(experiment).data
-    return bool(data.train_annotations and data.val_annotations)
+def open_folder(root: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """The default experiment on a folder, with what is found there; a fifth of its only split becomes val.
+
+    Raises:
+        ConfigError, DataError: as `check_data_folder`; or a `section.key=value` of the overrides is wrong.
+    """
+    if wrong := [word for word in overrides if word.startswith("data.root=")]:
+        raise ConfigError(f"{wrong[0]}: the folder is the first argument, {root}; leave one of the two out")
+    named = default_experiment([f"data.root={root}", *overrides])
+    experiment = with_found_data(named)
+    if not (experiment.data.train_annotations and experiment.data.val_annotations):
+        experiment = with_found_data(change_experiment(named, {"data.val_fraction": 0.2}, source=str(root)))
+    check_data_folder(experiment)
+    return experiment
 
 
 def prepare_data(experiment: Experiment) -> None:

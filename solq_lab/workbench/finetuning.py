@@ -6,6 +6,7 @@ The result is an experiment like any other, written as YAML with the reasons in 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -23,11 +24,12 @@ import yaml
 
 from solq_lab.allocation import keep_freed_memory
 from solq_lab.bench.network import stepper
-from solq_lab.build import build_dataset, build_model
-from solq_lab.config import ConfigError, Experiment, default_experiment, validate_experiment, with_found_data
+from solq_lab.build import build_augmentation, build_dataset, build_model
+from solq_lab.config import ConfigError, Experiment, validate_experiment
 from solq_lab.data.annotations import read_annotations
+from solq_lab.data.coco import CocoDataset
 from solq_lab.data.loader import BatchLoader
-from solq_lab.data_folder import has_both_splits, split_of
+from solq_lab.data_folder import split_of
 from solq_lab.files import write_text
 from solq_lab.inference.predictor import find_weights, read_trained
 from solq_lab.models.official import WeightMismatch
@@ -48,18 +50,6 @@ ENOUGH_SECONDS = 20.0  # of measured steps
 GB = 2**30
 
 
-class DataFacts(NamedTuple):
-    """What the annotations say. `objects` counts the training objects of each class; sides are medians, pixels."""
-
-    images: int
-    val_images: int
-    objects: dict[str, int]
-    most: int
-    short_side: float
-    long_side: float
-    object_side: float
-
-
 class Device(NamedTuple):
     """Where the training will run; `memory` is the GPU's or the free memory of the host, bytes."""
 
@@ -78,28 +68,38 @@ class Plan(NamedTuple):
     warnings: list[str]
 
     def __str__(self) -> str:
-        rows = [(key, str(self.experiment.value(key)), reason) for key, reason in self.reasons.items()]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        lines = [f"{key:{widths[0]}}  {value:{widths[1]}}  {reason}" for key, value, reason in rows]
-        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+        """The experiment as YAML: all that is no default, the choices with their reasons as comments."""
+        every, given = self.experiment.model_dump(mode="json"), self.experiment.model_dump(exclude_defaults=True)
+        del every["seed"]
+        lines = [_yaml_line("name", every.pop("name"))]
+        for section, values in every.items():
+            keys = [key for key in values if f"{section}.{key}" in self.reasons or key in given.get(section, ())]
+            rows = [_yaml_line(key, values[key]) for key in keys]
+            width = max(map(len, rows), default=0)
+            lines += [f"{section}:"] * bool(rows)
+            for key, row in zip(keys, rows, strict=True):
+                reason = self.reasons.get(f"{section}.{key}", "")
+                lines.append(f"  {row:{width}}  # {reason}" if reason else f"  {row}")
+        return "\n".join([*lines, *(f"# warning: {text}" for text in self.warnings)])
 
     def write(self, path: Path, command: str) -> None:
-        """Write the experiment as YAML, all that is not a default, below the command and the reasons."""
-        header = [f"# {line}\n" for line in (command, *str(self).splitlines())]
-        values = self.experiment.model_dump(mode="json", exclude_defaults=True)
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        """Write the experiment, below the command."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(header) + text)
+        write_text(path, f"# {command}\n{self}\n")
+
+
+def _yaml_line(key: str, value: Any) -> str:
+    return yaml.safe_dump({key: value}, allow_unicode=True, default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
 def plan_finetuning(
-    data: Path, overrides: Sequence[str], *, start: str, minutes: float | None, name: str, runs_dir: Path
+    found: Experiment, overrides: Sequence[str], *, start: str, minutes: float | None, name: str, runs_dir: Path
 ) -> Plan:
     """Choose everything for a training on the images of a data folder.
 
     Args:
-        data: folder in any layout that `data.folders` finds.
-        overrides: `section.key=value` choices of the user; the others follow from them.
+        found: the folder as `open_folder` finds it, with the user's choices.
+        overrides: these choices, `section.key=value`; the others follow from them.
         start: weights of ours, a run, a released or Hugging Face's checkpoint, or a name in `RELEASED`; "": the small
             model of drawn shapes on a CPU, ImageNet weights on a GPU.
         minutes: how long it may take, by the speed that is measured here; None: as long as the data asks for.
@@ -109,7 +109,7 @@ def plan_finetuning(
     Raises:
         DataError, ConfigError, WeightMismatch, RunError: the data or the weights cannot be used.
     """
-    planner = _Planner(name, data, overrides)
+    planner = _Planner(name, found, overrides)
     planner.choose_start(start, runs_dir)
     planner.read_data()
     planner.choose_sizes()
@@ -120,22 +120,23 @@ def plan_finetuning(
 
 
 def planned_experiment(
-    data: Path, overrides: Sequence[str], *, start: str, minutes: float | None, name: str = "", runs_dir: Path
+    found: Experiment, overrides: Sequence[str], *, start: str, minutes: float | None, name: str = "", runs_dir: Path
 ) -> Path:
     """The experiment file `runs_dir`/NAME.yaml: planned and written, or as the same command wrote it, perhaps edited.
 
     Args:
-        data, overrides, start, minutes, name, runs_dir: as in `plan_finetuning`.
+        found, overrides, start, minutes, name, runs_dir: as in `plan_finetuning`.
 
     Raises:
         ConfigError: the file exists and is another command's; and as `plan_finetuning`.
     """
+    data = found.data.root
     name = name or re.sub(r"[^A-Za-z0-9._-]", "-", f"{Path(os.path.abspath(data)).name}-finetuned").lstrip("._-")
     options = {"--from": start, "--minutes": "" if not minutes else f"{minutes:g}", "--name": name}
-    words = [str(data), *overrides, *(word for pair in options.items() if pair[1] for word in pair)]
+    words = [data, *overrides, *(word for pair in options.items() if pair[1] for word in pair)]
     path, command = runs_dir / f"{name}.yaml", f"solq-lab finetune {shlex.join(words)}"
     if not path.exists():
-        plan = plan_finetuning(data, overrides, start=start, minutes=minutes, name=name, runs_dir=runs_dir)
+        plan = plan_finetuning(found, overrides, start=start, minutes=minutes, name=name, runs_dir=runs_dir)
         plan.write(path, command)
         return path
 
@@ -147,9 +148,8 @@ def planned_experiment(
 
 
 def described_choices(path: Path) -> str:
-    """The choices and warnings at the top of a planned experiment."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return "\n".join(line.removeprefix("# ") for line in lines[1:] if line.startswith("# "))
+    """What a planned experiment, perhaps edited, will train: its file, below the command."""
+    return path.read_text(encoding="utf-8").partition("\n")[2].strip()
 
 
 def describe_device() -> Device:
@@ -158,24 +158,26 @@ def describe_device() -> Device:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         return Device(torch.cuda.get_device_name(0), True, torch.cuda.is_bf16_supported(), cores, memory)
-    return Device(f"{cores} CPU cores", False, False, cores, psutil.virtual_memory().available)
+    return Device(f"{cores} CPU core{'s' * (cores > 1)}", False, False, cores, psutil.virtual_memory().available)
 
 
 class _Planner:
     """The choices made so far, in the order of `plan_finetuning`: each one may look at those before it."""
 
-    def __init__(self, name: str, data: Path, overrides: Sequence[str]) -> None:
-        self.values: dict[str, Any] = {"name": name, "data": {"root": str(data)}}
-        keys = [override.partition("=")[0] for override in overrides]
-        if wrong := [key for key in keys if key == "data.root" or key.count(".") != 1]:
-            raise ConfigError(f"{wrong[0]}: give section.key=value; the folder is the first argument, the name --name")
-        chosen = default_experiment(overrides).model_dump(mode="json")
+    def __init__(self, name: str, found: Experiment, overrides: Sequence[str]) -> None:
+        keys, data = [override.partition("=")[0] for override in overrides], found.data.model_dump(mode="json")
+        if wrong := [key for key in keys if key.count(".") != 1]:
+            raise ConfigError(f"{wrong[0]}: give section.key=value, and the name as --name")
+        names = ("root", "train_images", "train_annotations", "val_images", "val_annotations", "val_fraction")
+        self.values: dict[str, Any] = {"name": name, "data": {key: data[key] for key in names}}
+        chosen = found.model_dump(mode="json")
         self.given = {key: chosen[section][name] for key in keys for section, _, name in [key.partition(".")]}
         self.reasons = dict.fromkeys(keys, "as given")
         self.warnings: list[str] = []
         self.device = describe_device()
         self.base = validate_experiment({"name": "base"}, source="the defaults")  # has the rates to scale
-        self.facts: DataFacts
+        self.dataset: CocoDataset
+        self.val_images = 0
 
     def choose(self, key: str, value: Any, reason: str = "") -> None:
         """Set a key, to the user's value where there is one; without a reason it is not shown."""
@@ -188,7 +190,7 @@ class _Planner:
         """The experiment so far."""
         for key, value in self.given.items():
             self.choose(key, value)
-        return with_found_data(validate_experiment(self.values, source="the fine-tuning recipe"))
+        return validate_experiment(self.values, source="the fine-tuning recipe")
 
     def choose_start(self, start: str, runs_dir: Path) -> None:
         """The network and its first weights; those of others are converted once."""
@@ -220,40 +222,28 @@ class _Planner:
         self.choose("train.finetune_from", os.path.relpath(path), why)
 
     def read_data(self) -> None:
-        """Count images, objects and sizes; a data set of one split is divided."""
-        if not has_both_splits(self.experiment()):
-            self.choose("data.val_fraction", 0.2, "one split only: a fixed random fifth of it is for validation")
-        dataset = build_dataset(self.experiment(), "train")  # the loader's judgement of the data comes first
-        truth, val = dataset.truth, read_annotations(split_of(self.experiment(), "val").annotations)
-
-        short, long = np.median(np.sort(truth.sizes, axis=1), axis=0).tolist()
-        counts = Counter(truth.category_ids.tolist())
-        objects: Counter[str] = Counter()  # categories of one name are added up
-        for number, class_name in zip(dataset.classes.category_ids, dataset.classes.names, strict=True):
-            objects[class_name] += counts[number]
-        self.facts = DataFacts(
-            images=len(dataset),
-            val_images=len(val["images"]),
-            objects=dict(objects),
-            most=int(np.diff(truth.starts).max()),
-            short_side=short,
-            long_side=long,
-            object_side=float(np.median(np.sqrt((truth.boxes[:, 2:] - truth.boxes[:, :2]).prod(axis=1)))),
-        )
+        """Read the annotations."""
+        if fraction := self.values["data"]["val_fraction"]:
+            self.choose("data.val_fraction", fraction, "one split only: a fixed random part of it becomes val")
+        self.dataset = build_dataset(self.experiment(), "train")  # the loader's judgement of the data comes first
+        self.val_images = len(read_annotations(split_of(self.experiment(), "val").annotations)["images"])
 
     def choose_sizes(self) -> None:
         """Image size, augmentation, cache, queries."""
-        facts, device = self.facts, self.device
+        truth, device = self.dataset.truth, self.device
+        short, long = np.median(np.sort(truth.sizes, axis=1), axis=0).tolist()
         side, why = 128, "what a CPU trains in minutes"
         if device.cuda:
             side = next(side for least, side in ((20, 800), (10, 640), (0, 480)) if device.memory >= least * GB)
             why = f"fits {device.memory / GB:.0f} GB"
-        if facts.short_side < side:
-            side, why = max(32, round(facts.short_side / 32) * 32), "the images are no larger"
-        longest = round(side * min(facts.long_side / facts.short_side, 5 / 3))
-        seen = facts.object_side * side / facts.short_side
-        sizes = f"median image {facts.short_side:.0f} x {facts.long_side:.0f}, object {facts.object_side:.0f} px"
-        self.choose("data.test_scale", side, f"{why}; {sizes}, {seen:.0f} px at this size")
+        if short < side:
+            side, why = max(32, round(short / 32) * 32), "the images are no larger"
+        longest = round(side * min(long / short, 5 / 3))
+        seen = float(np.median(np.sqrt((truth.boxes[:, 2:] - truth.boxes[:, :2]).prod(axis=1))))
+        sizes = (
+            f"median image {short:.0f} x {long:.0f}, object {seen:.0f} px, {seen * side / short:.0f} px at this size"
+        )
+        self.choose("data.test_scale", side, f"{why}; {sizes}")
         self.choose("data.max_size", longest, "the long side then, at most 5 / 3 of the short one")
 
         # The released augmentation in proportion; a small network learns few images faster without crops.
@@ -264,18 +254,18 @@ class _Planner:
             self.choose("data.crop_size", [round(side * 0.48), round(side * 0.75)])
         else:
             self.choose("data.augment", "flip", "a small network learns few images faster without crops")
-        decoded = (facts.images + facts.val_images) * facts.short_side * facts.long_side * 3
+        decoded = (len(self.dataset) + self.val_images) * short * long * 3
         fits = decoded < 0.25 * psutil.virtual_memory().available
         self.choose("data.cache", fits, f"all images decoded take {decoded / GB:.2f} GB")
         self.choose("data.workers", max(2, device.cores - 1) if device.cuda else 0)
 
-        needed = queries_for(facts.most)
-        if needed > self.experiment().model.queries:
-            self.choose("model.queries", needed, f"up to {facts.most} objects in an image, and half as many to spare")
+        most = int(np.diff(truth.starts).max())
+        if queries_for(most) > self.experiment().model.queries:
+            self.choose("model.queries", queries_for(most), f"up to {most} objects in an image, half as many to spare")
 
     def choose_batch(self) -> None:
         """Batch, accumulation, precision, learning rates."""
-        device, images = self.device, self.facts.images
+        device, images = self.device, len(self.dataset)
         wanted = min(16 if device.cuda else 10, images)
         batch = next((size for size in range(wanted, wanted // 2, -1) if images % size == 0), wanted)
         batch = self.given.get("train.batch_size", batch)
@@ -293,7 +283,7 @@ class _Planner:
             precision = ("bf16", "half the memory, no scaling") if device.bf16 else ("none", "the GPU has no bf16")
             self.choose("train.autocast", *precision)
         else:
-            self.choose("train.threads", device.cores, f"all of {device.name}")
+            self.choose("train.threads", device.cores, f"{device.name} to use")
 
         base = self.base
         for key in ("lr", "backbone_lr"):
@@ -303,10 +293,10 @@ class _Planner:
 
     def choose_length(self, minutes: float | None) -> None:
         """Steps by the measured speed, warm-up, averaged weights, evaluations, early stopping."""
-        facts, batch = self.facts, self.values["train"]["batch_size"]
-        speed = measure_speed(self.experiment())
+        images, batch = len(self.dataset), self.values["train"]["batch_size"]
+        speed = measure_speed(self.experiment(), self.dataset)
         if minutes is None:
-            steps = min(max(50 * facts.images // batch, 1500), 50_000)
+            steps = min(max(50 * images // batch, 1500), 50_000)
             taken = steps * batch / speed / (1 - EVALUATION_SHARE)
             why = f"50 passes, at least 1500 steps; about {describe_duration(taken)}"
         else:
@@ -322,8 +312,8 @@ class _Planner:
         self.choose("train.ema", round(1 - 1 / window, 4), f"averages the last {window} steps: steadier on few images")
 
         # An evaluated image costs about a third of a trained one, and scoring as much again.
-        evaluations = max(1, min(12, int(EVALUATION_SHARE * taken * speed / (0.6 * facts.val_images or 1))))
-        every = max(1, steps // max(1, facts.images // batch) // evaluations)
+        evaluations = max(1, min(12, int(EVALUATION_SHARE * taken * speed / (0.6 * self.val_images or 1))))
+        every = max(1, steps // max(1, images // batch) // evaluations)
         self.choose("train.evaluate_every", every, f"epochs; about {evaluations} evaluations take a fifth of the time")
         self.choose("train.stop_after", max(3, evaluations // 2), "evaluations without a better AP; the best is kept")
         self.choose("train.save_every", max(100, min(1000, steps // 5)))
@@ -333,24 +323,29 @@ class _Planner:
         steps = self.values["train"]["steps"]
         if steps < MIN_STEPS:
             self.warnings.append(f"{steps} steps are few: below {MIN_STEPS} masks are hardly learnt; give more minutes")
-        rare = [f"{name} {count}" for name, count in self.facts.objects.items() if count < MIN_OBJECTS]
+        classes, counts = self.dataset.classes, Counter(self.dataset.truth.category_ids.tolist())
+        objects: Counter[str] = Counter()  # categories of one name are added up
+        for number, name in zip(classes.category_ids, classes.names, strict=True):
+            objects[name] += counts[number]
+        rare = [f"{name} {count}" for name, count in objects.items() if count < MIN_OBJECTS]
         if rare:
             shown = ", ".join(rare[:8]) + (", ..." if len(rare) > 8 else "")
             self.warnings.append(f"{len(rare)} classes have under {MIN_OBJECTS} training objects ({shown})")
 
 
-def measure_speed(experiment: Experiment, *, steps: int = 7) -> float:
+def measure_speed(experiment: Experiment, train_set: CocoDataset, *, steps: int = 7) -> float:
     """Training images per second of this process on its device: the median of some steps, without the first.
 
     Args:
         experiment: what will be trained.
+        train_set: its training images; they get its augmentation.
         steps: to take, two at least; after `ENOUGH_SECONDS` no further one is begun.
     """
     keep_freed_memory()  # as a training does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = torch.get_num_threads()
     torch.set_num_threads(experiment.train.threads or threads)
-    train_set = build_dataset(experiment, "train")
+    train_set.transform = build_augmentation(experiment.data)
     model = build_model(experiment, len(train_set.classes)).to(device).train()
     use_onednn(model, training=True)
 

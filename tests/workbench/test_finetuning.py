@@ -8,8 +8,11 @@ import torch
 from made_up_weights import RELEASED, made_up
 from tiny import write_tiny_dataset
 
+from solq_lab.build import build_dataset
 from solq_lab.config import ConfigError, load_experiment
+from solq_lab.data import folders
 from solq_lab.data.annotations import DataError
+from solq_lab.data_folder import open_folder
 from solq_lab.workbench import cli, finetuning
 from solq_lab.workbench.commands import finetune as command
 from solq_lab.workbench.finetuning import GB, Device, measure_speed
@@ -24,7 +27,7 @@ def on(monkeypatch):
 
     def choose(device: Device) -> None:
         monkeypatch.setattr(finetuning, "describe_device", lambda: device)
-        monkeypatch.setattr(finetuning, "measure_speed", lambda experiment: 25.0)
+        monkeypatch.setattr(finetuning, "measure_speed", lambda experiment, train_set: 25.0)
 
     choose(CPU)
     return choose
@@ -32,7 +35,7 @@ def on(monkeypatch):
 
 def plan_finetuning(data: Path, *overrides: str, **options) -> finetuning.Plan:
     defaults = {"start": "", "minutes": None, "runs_dir": Path("runs")}
-    return finetuning.plan_finetuning(data, overrides, name="mine", **defaults | options)
+    return finetuning.plan_finetuning(open_folder(data, overrides), overrides, name="mine", **defaults | options)
 
 
 def dataset(folder: Path, images: int = 12) -> Path:
@@ -51,7 +54,9 @@ def test_a_cpu_gets_the_small_network_and_steps_by_minutes_and_speed(tmp_path, o
     assert experiment.data.val_annotations == "val.json"
     assert 0 < experiment.train.stop_after < 12
     assert [text[:9] for text in plan.warnings] == ["2 classes"]
-    assert all(key in str(plan) and reason in str(plan) for key, reason in plan.reasons.items())
+    lines = [line.split("  # ") for line in str(plan).splitlines()]
+    for key, reason in plan.reasons.items():
+        assert [f"  {key.partition('.')[2]}", reason] in [[line[0].partition(":")[0], line[-1]] for line in lines]
 
 
 def test_a_gpu_gets_the_released_recipe_in_what_its_memory_holds(tmp_path, on):
@@ -130,7 +135,29 @@ def test_objects_without_bbox_and_classes_without_name_are_counted_as_the_loader
 
 
 def test_the_speed_is_measured_on_the_data_itself(tmp_path, on):
-    assert measure_speed(plan_finetuning(dataset(tmp_path)).experiment, steps=2) > 0
+    experiment = plan_finetuning(dataset(tmp_path)).experiment
+    assert measure_speed(experiment, build_dataset(experiment, "train"), steps=2) > 0
+
+
+def test_the_folder_is_looked_up_once_and_each_file_read_once(tmp_path, on, monkeypatch, caplog):
+    data = dataset(tmp_path)
+    for name in ("train", "val"):
+        document = json.loads((data / f"{name}.json").read_text())
+        document["categories"].insert(0, {"id": 0, "name": "things", "supercategory": "none"})
+        (data / f"{name}.json").write_text(json.dumps(document))
+    looked, find = [], folders._find
+    monkeypatch.setattr(folders, "_find", lambda *arguments: looked.append(arguments) or find(*arguments))
+    caplog.set_level("INFO")
+    plan_finetuning(data)
+    assert len(looked) == 1
+    assert sorted(caplog.text.count(f"{name}.json: category 0") for name in ("train", "val")) == [1, 1]
+
+
+@pytest.mark.parametrize(("cores", "name"), [(1, "1 CPU core"), (2, "2 CPU cores")])
+def test_cores_are_counted_in_words(monkeypatch, cores, name):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(cores))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert finetuning.describe_device().name == name
 
 
 def test_the_command_writes_an_experiment_that_runs_as_edited(tmp_path, on, monkeypatch, capsys):
@@ -150,10 +177,11 @@ def test_the_command_writes_an_experiment_that_runs_as_edited(tmp_path, on, monk
     assert not trained
     assert "square-root rule" in capsys.readouterr().out
     assert "square-root rule" in path.read_text()
-    path.write_text(path.read_text().replace("steps: 2000", "steps: 7"))
+    edited = path.read_text().replace("steps: 2000", "steps: 7").replace("\noptim:", "\noptim:\n  clip_norm: 3.0")
+    path.write_text(edited)
     call("train.ema=0.5", "--minutes", "10")
     assert (trained[0].train.steps, trained[0].train.ema) == (7, 0.5)
-    assert "square-root rule" in capsys.readouterr().out
+    assert edited.partition("\n")[2] in capsys.readouterr().out
     call("--minutes", "20")
     assert len(trained) == 1
     assert "was written by `solq-lab finetune" in capsys.readouterr().err

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from solq_lab.config import change_experiment, default_experiment
-from solq_lab.data_folder import check_data_folder, has_both_splits
+from solq_lab.data_folder import open_folder
 from solq_lab.workbench.commands.arguments import Overrides, RunsDir, existing_path
 from solq_lab.workbench.commands.runs import train
 
@@ -28,15 +27,11 @@ def finetune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the training.")] = False,
 ) -> None:
     """Train on your own images. Chooses each setting that is not given, says why, and writes the experiment."""
-    experiment = default_experiment([f"data.root={data}", *(overrides or [])])
-    if not has_both_splits(experiment):  # the only one will be divided
-        experiment = change_experiment(experiment, {"data.val_fraction": 0.5}, source="finetune")
-    check_data_folder(experiment)
-
+    found = open_folder(data, overrides or [])  # before torch is loaded, which takes seconds
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: the speed is measured as a training runs
     from solq_lab.workbench.finetuning import described_choices, planned_experiment
 
-    path = planned_experiment(data, overrides or [], start=start, minutes=minutes, name=name, runs_dir=runs_dir)
+    path = planned_experiment(found, overrides or [], start=start, minutes=minutes, name=name, runs_dir=runs_dir)
     again = f"solq-lab train {shlex.quote(str(path))}"
     typer.echo(f"{described_choices(path)}\n\nexperiment  {path}; edit it if you like, and run it with  {again}")
     if not dry_run:
