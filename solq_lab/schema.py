@@ -373,8 +373,7 @@ class Experiment(Section):
         """
         if isinstance(split, Split):
             files = {"val_images": str(split.images.absolute()), "val_annotations": str(split.annotations.absolute())}
-            way = {"orientation": split.orientation or self.data.orientation}
-            return self.model_copy(update={"data": self.data.model_copy(update=files | way)})
+            return self.model_copy(update={"data": self.data.model_copy(update=files)})
         if split not in ("val", "train"):
             raise ConfigError(f"split {split!r}: allowed are 'val' and 'train'")
         if split == "val":

@@ -175,8 +175,8 @@ def evaluate_run(
     results_file, detections_file = file_of_split(run.results, split), file_of_split(run.detections, split)
     scale = [experiment.data.test_scale, experiment.data.max_size]
     inputs = inputs_of_scoring(experiment) | {"scale": scale, "weights": hash_file(run.weights)}
-    if isinstance(split, Split) and experiment.data.orientation is not None:
-        inputs["orientation"] = experiment.data.orientation
+    if isinstance(split, Split):
+        inputs["orientation"] = split.orientation
 
     def look_up() -> Evaluation | None:  # by one process: a shared disk may show different files to others
         return stored_evaluation(results_file, inputs) if detections_file.exists() else None
@@ -191,7 +191,7 @@ def evaluate_run(
     dataset = build_dataset(experiment, "val", classes=predictor.classes)
     if isinstance(split, Split):
         dataset.orientation = split.orientation or dataset.truth.orientation or dataset.orientation
-        if experiment.data.orientation is None:
+        if split.orientation is None and experiment.data.orientation is None:
             check_orientation([dataset])
     started = time.perf_counter()
     results, evaluation = evaluate_model(

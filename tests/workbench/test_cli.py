@@ -278,8 +278,10 @@ def test_training_ends_with_the_table_beside_the_ceiling_and_evaluate_prints_it_
     assert "1 images are turned by EXIF ('1.png'); their sizes do not tell" in caplog.text
     assert command(*arguments, "--orientation", "upright")[0] == 0
     turned = json.loads(Path("runs/tiny/results_of_third.json").read_bytes())
-    assert turned.pop("orientation") == "upright"
-    assert turned | {"seconds": 0} == json.loads(stored) | {"seconds": 0}
+    assert turned["orientation"] == "upright"
+    assert command(*arguments)[0] == 0
+    assert json.loads(Path("runs/tiny/results_of_third.json").read_bytes())["orientation"] is None
+    assert turned | {"orientation": None, "seconds": 0} == json.loads(stored) | {"seconds": 0}
     assert command("evaluate", "runs/tiny", "--orientation", "upright")[0] == 2
 
 
