@@ -37,6 +37,7 @@ from solq_lab.data.annotations import (
     with_box,
 )
 from solq_lab.data.kinds import ORIENTATIONS, Orientation
+from solq_lab.data.readings import REACH, corners_of, iou, other_reading, reach
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +45,17 @@ CROWDS = "marked as crowds (iscrowd 1)"
 WITHOUT_AREA = "without area in box or mask"
 WITHOUT_MASK = "without segmentation"
 TWICE = "annotated twice, with the class and box of another one of their image, and learnt twice"
-BEYOND = "have a box that reaches out of the image, and is cut off"
+BEYOND = "have a box or outline that reaches out of the image, and is cut off"
 TINY = "are no wider and higher than a pixel"
 APART = "have a box and a mask that lie apart"
 IN_PIXELS = "a bbox is [x, y, width, height] in pixels, as are outlines"
+MISREAD = "almost all boxes seem to be {}; a bbox is [x, y, width, height]: convert them"
 CURES = {
     CROWDS: "write iscrowd 0 for single objects",
     WITHOUT_AREA: "bbox is [x, y, width, height], a polygon has three corners or more",
     WITHOUT_MASK: "a data set without masks trains a plain detector (codec.kind=none)",
 }
 MANY_CROWDS = 0.3  # share of a class's objects from which crowds are a mistake; COCO has 0.012 of all
-REACH = 1.0  # pixels that a drawn box may reach out of its image
 MIN_OVERLAP = 0.5  # IoU of a box and the box of its mask, below which one of them is a mistake
 
 __all__ = ["DataError", "GroundTruth"]
@@ -88,6 +89,7 @@ class GroundTruth:
         with_masks: bool = True,
         keep: Literal["learnable", "all"] = "learnable",
         source: str | Path = "annotations",
+        report: bool = True,
     ) -> None:
         """Read and check a file.
 
@@ -98,6 +100,7 @@ class GroundTruth:
                 without segmentation only, and therefore checks the masks of crowds and all areas too. One log line
                 counts what is left out or cannot be learnt, but for a few crowds.
             source: name of a parsed document in messages.
+            report: log what is left out, and what looks wrong in the objects to learn.
 
         Raises:
             DataError: an entry that is incomplete, an id that comes twice, an object of an unknown image, a box that is
@@ -109,10 +112,11 @@ class GroundTruth:
         self.source = Path(source if isinstance(annotations, dict) else annotations)
         self.categories: list[Any] = list(document["categories"])
         self.info: Any = document.get("info")
-        self.has_masks, self.keep = with_masks, keep
+        self.has_masks, self.keep, self._report = with_masks, keep, report
         self._read_images(document["images"])
         self._read_objects(document["annotations"])
-        if keep == "learnable":
+        if keep == "learnable" and report:
+            self._report_names()
             self._report_twice()
             self._report_units()
 
@@ -181,9 +185,6 @@ class GroundTruth:
         sizes = np.array([(entry["height"], entry["width"]) for entry in entries], dtype=np.int64).reshape(-1, 2)
         self.image_ids, self.sizes = ids[order], sizes[order]
         self.file_names: list[str] = [entries[place]["file_name"] for place in order.tolist()]
-        if shared := [shorten(name) for name, count in Counter(self.file_names).items() if count > 1]:
-            message = "%s: %d images have several ids, each with some of the objects: %s; merge their entries"
-            logger.warning(message, self.source, len(shared), first_few(shared))
 
     def _read_objects(self, entries: Sequence[Any]) -> None:
         keep_all = self.keep == "all"
@@ -247,6 +248,23 @@ class GroundTruth:
         self.areas = np.array(areas, dtype=np.float64)[order]
         self.crowd, self.learnable = (np.array(marks, dtype=bool)[order] for marks in (crowd, learnable))
 
+    def other_reading(self) -> str:
+        """What the boxes to learn seem to be, where they cannot be x, y, width, height; see `readings`."""
+        rows, outlines = self.rows(), self._outlines() if self.has_masks else None
+        images = self.image_rows[rows]
+        return other_reading(
+            self.coco_boxes[rows], images, self.sizes[images], None if outlines is None else outlines[rows]
+        )
+
+    def _outlines(self) -> np.ndarray:
+        """(A, 4) x0, y0, x1, y1 around the masks; zeros where there is no polygon."""
+        return self._packed.bounds()[self._places]
+
+    def _report_names(self) -> None:
+        if shared := [shorten(name) for name, count in Counter(self.file_names).items() if count > 1]:
+            message = "%s: %d images have several ids, each with some of the objects: %s; merge their entries"
+            logger.warning(message, self.source, len(shared), first_few(shared))
+
     def _report_twice(self) -> None:
         """Count objects with the image, class and box of another one: exports that were merged twice."""
         columns = [self.image_rows, self.category_ids, *self.coco_boxes.T + 0.0]  # + 0.0: -0.0 is 0.0
@@ -261,17 +279,14 @@ class GroundTruth:
 
     def _report_units(self) -> None:
         """Count objects in other units or with corners for sides: tiny, beyond their image, or with masks elsewhere."""
-        x, y, w, h = self.coco_boxes.T
-        height, width = self.sizes[self.image_rows].T
-        beyond = np.maximum.reduce([-x, -y, x + w - width, y + h - height])
-        found = {BEYOND: beyond > REACH, TINY: np.maximum(w, h) <= REACH}
+        boxes, sizes = corners_of(self.coco_boxes), self.sizes[self.image_rows]
+        found = {BEYOND: reach(boxes, sizes) > REACH, TINY: self.coco_boxes[:, 2:].max(axis=1, initial=0) <= REACH}
         if self.has_masks:
-            outlines, boxes = self._packed.bounds()[self._places], self.coco_boxes.copy()
-            boxes[:, 2:] += boxes[:, :2]
-            low, high = np.maximum(outlines, boxes)[:, :2], np.minimum(outlines, boxes)[:, 2:]
-            common = (high - low).clip(0).prod(axis=1)
-            both = sum((corners[:, 2:] - corners[:, :2]).prod(axis=1) for corners in (outlines, boxes)) - common
-            found[APART] = common < MIN_OVERLAP * both
+            outlines = self._outlines()
+            found[BEYOND] |= reach(outlines, sizes) > REACH
+            found[APART] = iou(outlines, boxes) < MIN_OVERLAP
+        if reading := self.other_reading():
+            logger.warning("%s: %s", self.source, MISREAD.format(reading))
 
         for what, marks in found.items():
             if ids := self.ids[marks].tolist():
@@ -287,7 +302,7 @@ class GroundTruth:
             raise DataError(f"{self.source}: none of the {total} objects can be learnt: {counts}")
         if few_crowds:
             reasons.pop(CROWDS, None)
-        if reasons:
+        if reasons and self._report:
             number = sum(map(len, left_out.values()))
             logger.warning("%s: %d of %d objects cannot be learnt: %s", self.source, number, total, counts)
 

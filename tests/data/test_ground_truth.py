@@ -9,6 +9,7 @@ import torch
 from pycocotools.coco import COCO
 
 from solq_lab.data.ground_truth import APART, BEYOND, TINY, DataError, GroundTruth
+from solq_lab.data.readings import CORNERS, other_reading
 
 HEIGHT, WIDTH = 30, 40
 
@@ -116,9 +117,46 @@ def test_boxes_and_masks_in_other_units_are_counted_on_the_screen(changes, what,
     )
 
 
-def test_images_of_one_file_are_counted_on_the_screen(caplog):
+READINGS = {
+    "corners x0, y0, x1, y1": lambda x, y, w, h: [x, y, x + w, y + h],
+    "y, x, height, width": lambda x, y, w, h: [y, x, h, w],
+    "corners y0, x0, y1, x1": lambda x, y, w, h: [y, x, y + h, x + w],
+    "centre x, centre y, width, height": lambda x, y, w, h: [x + w / 2, y + h / 2, w, h],
+}
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+@pytest.mark.parametrize(("name", "write"), [(None, None), *READINGS.items()])
+def test_boxes_that_are_all_written_otherwise_are_noticed_with_and_without_outlines(name, write, with_masks, caplog):
+    random = np.random.default_rng(0)
+    sides = random.integers(4, 16, (30, 2))
+    places = (random.random((30, 2)) * ([WIDTH, HEIGHT] - sides)).astype(int)
+    boxes = np.concatenate([places, sides], axis=1).tolist()
+    drawn = document(*((1 + number % 2, box) for number, box in enumerate(boxes)))
+    for entry in drawn["annotations"]:
+        entry["bbox"] = write(*entry["bbox"]) if write else entry["bbox"]
+    GroundTruth(drawn, with_masks=with_masks)
+    assert caplog.text.count("almost all boxes seem to be") == (name is not None)
+    assert name is None or f"almost all boxes seem to be {name}; a bbox is" in caplog.text
+
+
+def test_corners_that_stay_inside_their_images_are_noticed_where_images_have_several_objects():
+    corners = np.array([[x, y, x + 20.0, y + 15.0] for x in (2, 8, 14) for y in (3, 9, 17)])
+    rows, sizes = np.arange(len(corners)) // 3, np.full((len(corners), 2), 100)
+    corners, rows, sizes = np.tile(corners, (2, 1)), np.concatenate([rows, rows + 3]), np.tile(sizes, (2, 1))
+    sides = corners - np.tile(corners[:, :2], 2) * [0, 0, 1, 1]
+    assert other_reading(corners, rows, sizes) == CORNERS
+    assert other_reading(corners, rows, sizes, corners) == CORNERS
+    assert other_reading(sides, rows, sizes, corners) == ""
+    assert other_reading(corners, np.arange(len(corners)), sizes) == ""  # one large object in the middle of each
+    assert other_reading(corners[:0], rows[:0], sizes[:0]) == ""
+
+
+def test_images_of_one_file_are_counted_on_the_screen_once(caplog):
     content = document(*THREE)
     content["images"][1]["file_name"] = "2.png"
+    GroundTruth(content, keep="all")
+    assert not caplog.text
     GroundTruth(content)
     assert "1 images have several ids, each with some of the objects: '2.png'; merge their entries" in caplog.text
 

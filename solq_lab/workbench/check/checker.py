@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from solq_lab.bars import progress_bar
@@ -24,7 +24,7 @@ from solq_lab.data.annotations import (
 )
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.folders import Split
-from solq_lab.data.ground_truth import orientation_said
+from solq_lab.data.ground_truth import MISREAD, GroundTruth, orientation_said
 from solq_lab.data.images import (
     LEAVES,
     check_size,
@@ -98,6 +98,11 @@ def _check_split(
         names = dict(zip(own.category_ids, own.names, strict=True))
     except DataError as error:
         found.append(Finding("categories", str(error)))
+
+    with suppress(DataError):  # each has a finding of its own
+        truth = GroundTruth(document, with_masks=options.with_masks, keep="all", report=False)
+        if reading := truth.other_reading():
+            found.append(Finding("boxes-misread", MISREAD.format(reading)))
 
     split = split._replace(orientation=split.orientation or orientation_said(document.get("info")))
     entries, images = document["annotations"], _read_images(document, split, found)

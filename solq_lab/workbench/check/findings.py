@@ -59,6 +59,7 @@ RULES: dict[str, Rule] = {
     "box-without-area": Rule("harmful", "boxes without area, left out", "correct or remove the object"),
     "box-outside": Rule("harmful", "boxes outside their image, left out", "correct or remove the object"),
     "box-beyond-image": Rule("harmful", "boxes that reach out of their image, cut off", "correct the box"),
+    "boxes-misread": Rule("harmful", "boxes that are not x, y, width, height", "convert them"),
     # masks
     "mask": Rule("refused", "masks that cannot be read", "correct or remove the object"),
     "mask-missing": Rule("harmful", "objects without segmentation, left out", "draw or remove the object"),

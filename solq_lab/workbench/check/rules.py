@@ -26,8 +26,9 @@ from solq_lab.data.annotations import (
     with_box,
 )
 from solq_lab.data.classes import ClassMap
-from solq_lab.data.ground_truth import REACH, crowded_classes
+from solq_lab.data.ground_truth import crowded_classes
 from solq_lab.data.orientation import Reading
+from solq_lab.data.readings import REACH
 from solq_lab.workbench.check.duplicates import lookalikes
 from solq_lab.workbench.check.findings import Finding
 from solq_lab.workbench.check.report import CheckedSplit
