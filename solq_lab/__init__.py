@@ -1,7 +1,5 @@
 """A workbench for SOLQ: segmenting objects by learning queries (NeurIPS 2021)."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

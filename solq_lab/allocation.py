@@ -4,8 +4,6 @@ By default glibc returns every large block to the system, which clears each page
 of a training step on a CPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

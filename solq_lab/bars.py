@@ -1,7 +1,5 @@
 """Progress bars of long work, all of one kind. Loads without torch."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Boxes: two spellings, and generalised IoU. Paper: eq. 2, L_giou."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

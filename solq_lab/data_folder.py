@@ -1,7 +1,5 @@
 """The data folder of an experiment: found, checked, or drawn where it is to hold shapes."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence

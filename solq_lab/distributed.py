@@ -3,8 +3,6 @@
 `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process and every function is a no-op.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

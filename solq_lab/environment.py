@@ -1,7 +1,5 @@
 """Description of software and hardware, for environment.json, the benchmarks and the doctor. Loads without torch."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os

@@ -3,8 +3,6 @@
 Subclasses stand where they are raised. Any other exception is a fault of the program and keeps its traceback.
 """
 
-from __future__ import annotations
-
 import difflib
 import reprlib
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Files that are replaced as a whole, so that a reader or a power cut never leaves half of one; JSON and hashes."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -6,8 +6,6 @@ stopped or cut off one after `timeout` seconds without a heartbeat. The first ra
 and all processes end. A process that loses its launcher saves and stops, as after a signal.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -4,8 +4,6 @@ Paper: section 3.2, the mask as an N x N bitmap inside its object's box. Image p
 [j, j+1) x [i, i+1), boxes are (x0, y0, x1, y1). Box frame: N x N mask pixels that divide the box.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Outlines follow the borders of pixels: pixel (row i, column j) covers [j, j+1) x [i, i+1), vertices are integers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """YAML as plain data: no tags that make objects, no aliases that unfold into billions of values."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Networks that multiply in half precision: the types a user may name, and where they cost time."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

@@ -16,8 +16,6 @@ runs/<name>/
     shipped.json         only in a run that comes with the project: fingerprint of its weights, see `working_copy`
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,7 +1,5 @@
 """What the sections of an experiment's schema are made of. Loads without torch."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from enum import Enum

@@ -1,7 +1,5 @@
 """Sums over the processes of one machine in shared memory: microseconds, gloo's sockets take far longer."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """Independent pieces of work in several processes; the results do not depend on their number."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 from collections import deque

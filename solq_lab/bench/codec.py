@@ -1,7 +1,5 @@
 """Every mask codec: ours, batched, against one mask after the other in scipy, numpy and scikit-learn."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator

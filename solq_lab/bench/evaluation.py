@@ -1,7 +1,5 @@
 """COCO evaluation of 1,000 images with 100 detections each: faster-coco-eval against pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

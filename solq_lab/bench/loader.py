@@ -1,7 +1,5 @@
 """From a file to a training sample: uint8 tensors and box windows against PIL, floats and full bitmaps."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator

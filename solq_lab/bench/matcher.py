@@ -1,7 +1,5 @@
 """Bipartite matching: all layers at once, image by image, against all pairs of a batch, layer by layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Peak memory, measured in processes of their own: scoring a split of COCO's size, training steps, and a prediction."""
 
-from __future__ import annotations
-
 import json
 import resource
 import subprocess

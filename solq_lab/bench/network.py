@@ -3,8 +3,6 @@
 On the CPU our training step keeps freed memory, as the training process does; the plain one leaves it to the C library.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial

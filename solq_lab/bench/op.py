@@ -1,7 +1,5 @@
 """Deformable attention: the implementation in use against bilinear sampling by `grid_sample`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

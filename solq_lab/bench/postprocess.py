@@ -1,7 +1,5 @@
 """From vectors to run-length codes: inside the boxes against full images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

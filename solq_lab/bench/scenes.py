@@ -1,7 +1,5 @@
 """Generated images, objects and detections with the counts and sizes of COCO, for machines without COCO."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

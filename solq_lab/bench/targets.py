@@ -1,7 +1,5 @@
 """Target masks: drawn inside their boxes against full-image bitmaps, resized and cropped by ROI-align."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Comparisons of two ways of doing the same, timed in turn."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterable

@@ -4,8 +4,6 @@ They hold what an outline can hold: a mask with a hole comes back filled, of sev
 `codec-ceiling`, that is what holes and parts cost.
 """
 
-from __future__ import annotations
-
 import math
 from typing import cast
 

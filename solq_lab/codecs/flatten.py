@@ -1,7 +1,5 @@
 """The mask itself as its vector, on a coarser grid for a shorter one. Paper: table 3a, row "Flatten"."""
 
-from __future__ import annotations
-
 import math
 
 import torch

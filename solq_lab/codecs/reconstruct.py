@@ -1,7 +1,5 @@
 """Masks through a codec and back: encode, decode, binarize, paste, compare. Paper: section 3.2."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

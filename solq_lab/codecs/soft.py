@@ -1,7 +1,5 @@
 """Codes of smooth images of the mask instead of its 0/1 pixels: blurred, or its signed distance, cut at the outline."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy import ndimage

@@ -1,7 +1,5 @@
 """A local code: the coarse coefficients of a Haar wavelet transform."""
 
-from __future__ import annotations
-
 import math
 
 import torch

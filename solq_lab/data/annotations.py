@@ -1,7 +1,5 @@
 """COCO annotation files: reading them, and checking their entries one by one."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

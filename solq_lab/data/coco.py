@@ -1,7 +1,5 @@
 """A folder of images with a COCO annotation file, as pairs of image and target."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Literal, NamedTuple

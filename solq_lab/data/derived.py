@@ -4,8 +4,6 @@ A YOLO folder is read as COCO documents, and a file without a val split is divid
 annotation files works on both so. The cache is $XDG_CACHE_HOME/solq_lab/annotations, by default in ~/.cache.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

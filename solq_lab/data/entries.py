@@ -4,8 +4,6 @@ COCO's 470 MB of text are five gigabytes of Python's lists and numbers, and fork
 counting references. The text itself is shared, and one entry at a time is a few kilobytes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from array import array

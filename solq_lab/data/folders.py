@@ -9,8 +9,6 @@ NAME begins with train, val (or valid, validation) or test. A part of a file is 
 data.yaml, or the train or val part of a file that `data.val_fraction` divides.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import re

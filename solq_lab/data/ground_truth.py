@@ -4,8 +4,6 @@ COCO's 860 000 objects as Python lists cost gigabytes, and every forked loader p
 counting references. Flat arrays are shared instead.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from array import array

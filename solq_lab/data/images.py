@@ -1,7 +1,5 @@
 """Image files: which are there, and reading them into uint8 RGB tensors."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -4,8 +4,6 @@ An augmentation is a dataclass with the method of `transforms.Transform`; its fi
 new one is one class and one entry here.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable

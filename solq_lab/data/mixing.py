@@ -3,8 +3,6 @@
 Sources: YOLOv4's mosaic (Bochkovskiy et al., 2020), Simple Copy-Paste (Ghiasi et al., CVPR 2021).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

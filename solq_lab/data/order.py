@@ -1,7 +1,5 @@
 """Order of the images in a training: the same for any number of processes, and resumable at any step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

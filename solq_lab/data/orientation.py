@@ -4,8 +4,6 @@ The sizes in the annotation file tell it where an image lies on its side: they a
 upright image. For square images, half turns and mirror images both have the same size.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

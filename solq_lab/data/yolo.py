@@ -5,8 +5,6 @@ Training tools of this format turn an image by its EXIF orientation first, so th
 images, and say so in their `info`.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

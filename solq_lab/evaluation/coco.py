@@ -7,8 +7,6 @@ erosion by a 3 x 3 square, repeated round(ratio * diagonal) times but at least o
 as background. Against a crowd region a pair keeps its mask IoU.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Evaluation of a model: predict a data set, on one process or several, and score the detections."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Generator

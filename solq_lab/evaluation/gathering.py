@@ -1,7 +1,5 @@
 """Collects the results of several processes on the main one while they are computed, in bounded memory."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Detections as COCO results, in memory and in files, for evaluation and test servers."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import gzip

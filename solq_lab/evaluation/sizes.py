@@ -1,7 +1,5 @@
 """Small, medium and large objects, by area as COCO defines them; an experiment sets the bounds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

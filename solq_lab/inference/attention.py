@@ -4,8 +4,6 @@ Nothing is injected into the network: forward hooks on its layers record the poi
 (`MultiScaleDeformableAttention.sampling`).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How far the detections of two versions of one model differ: an exported file, or weights in half precision."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Preparing a network for inference: batch norms folded into convolutions, linear layers in oneDNN on the CPU."""
 
-from __future__ import annotations
-
 import copy
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """A forward pass as one CUDA graph per input size: one launch from the host instead of several hundred."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 No score threshold and no suppression of duplicates, as in the released models.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal

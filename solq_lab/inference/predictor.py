@@ -1,7 +1,5 @@
 """A trained model with everything around it: from an image to its objects in one call."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,6 @@ Paper: section 3.1 (Deformable DETR). Attention maps need no change here: a forw
 `MultiScaleDeformableAttention` receives the arguments that `sampling` takes.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Source: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training ...", algorithm 1.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Training then keeps the inputs of the parts instead of everything inside them, for about a third more time.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar

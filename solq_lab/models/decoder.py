@@ -1,7 +1,5 @@
 """One decoder layer, H^k: queries attend to each other, then to the memory. Paper: section 3.1, fig. 1(b)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from solq_lab.models.attention import Memory, MultiScaleDeformableAttention, SelfAttention

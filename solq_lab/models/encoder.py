@@ -1,7 +1,5 @@
 """One encoder layer: every token attends to points around itself on all levels. Paper: section 3.1, fig. 1(b)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The unified query head: class, box and mask vector of one query. Paper: section 3.2, fig. 2."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 The network is the same; only names differ, and the projections of queries, keys and values are stored one by one.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

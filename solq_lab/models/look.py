@@ -5,8 +5,6 @@ points of its predicted box, on a map of half that stride. The points move with 
 channels of its own, and nothing is cropped or pooled: a query still answers with one vector.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

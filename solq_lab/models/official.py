@@ -6,8 +6,6 @@ refinement every head once per layer. Here each such name points to the one that
 mask branch (SQR) the detector's names begin with `detr.`; the tables are without it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ The ops are those that torch's own compiler emits for a CPU. Half precision, aut
 being compiled take the plain layers' way. Packed convolutions of larger kernels were measured too and gained nothing.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

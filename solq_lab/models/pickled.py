@@ -1,7 +1,5 @@
 """Files that `torch.save` wrote, read without executing anything in them."""
 
-from __future__ import annotations
-
 import argparse
 import pickle
 import re

@@ -4,8 +4,6 @@ Paper: section 3.2 takes both from Deformable DETR. Everything here is float32 w
 released implementation does so too, and a half-precision coordinate would miss its cell.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

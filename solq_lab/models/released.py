@@ -3,8 +3,6 @@
 Loads without torch. The library only looks for the files; `solq-lab download-weights` fetches them.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import NamedTuple

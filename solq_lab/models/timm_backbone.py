@@ -4,8 +4,6 @@ A transformer's maps all have the stride of its patches; three of them, from a t
 depth, are resized to strides 8, 16 and 32, and one from a sixth of it to stride 4 where C2 is wanted.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

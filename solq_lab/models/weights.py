@@ -1,7 +1,5 @@
 """Weight files: ours (safetensors), the released ones (.pth), and their conversion. No file's code is ever executed."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

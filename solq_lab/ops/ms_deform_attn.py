@@ -9,8 +9,6 @@ at the first call), and "reference" in plain torch. The compiled one of a tensor
 elsewhere the reference; the environment variable SOLQ_OPS=reference and `use_implementation` override that.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

@@ -1,7 +1,5 @@
 """Finds the tools that compile the operators: the C++ compiler, ninja, and a CUDA toolkit that fits this torch."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

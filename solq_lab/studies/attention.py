@@ -6,8 +6,6 @@ layer, beside two baselines: points spread evenly over the box, and the points o
 into this object's box. Only what exceeds the second follows the shape of this very object.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -7,8 +7,6 @@ the sign would be the same on other images of the same kind. It does not cover t
 Matching happens inside an image, so it is done once; a draw only changes how often each image counts.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path

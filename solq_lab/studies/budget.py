@@ -15,8 +15,6 @@ on none, or of another class than its object, keeps its class, so that a perfect
 With box, vector and code, or frame and code, a detection has its object's mask as an N x N bitmap.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The worst errors of a model with their images, for a gallery of failures. Paper: appendix A.5, fig. 6."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Noise adds normal errors to every box or mask vector, as a network would make them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

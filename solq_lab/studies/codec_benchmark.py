@@ -1,7 +1,5 @@
 """Upper bounds of many codecs on one data set: a grid of settings, each measured once. Paper: table 3(a), (d), (e)."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

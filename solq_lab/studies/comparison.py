@@ -1,7 +1,5 @@
 """Two models on the same images, object by object. Paper: figures 3 and 5, unified against separate queries."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence

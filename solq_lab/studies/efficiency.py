@@ -3,8 +3,6 @@
 Both are the same detector with another mask branch, so the counts of the detector are those without any.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

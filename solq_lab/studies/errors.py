@@ -28,8 +28,6 @@ Repaired alone, gains do not add up: two faults can hide each other. Repaired in
 top of the ones before, they do: the AP that was there and the eight gains are exactly 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

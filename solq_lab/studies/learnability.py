@@ -1,7 +1,5 @@
 """What trainings reached of what their codec can hold: AP, its ceiling, and their quotient."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

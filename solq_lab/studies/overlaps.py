@@ -3,8 +3,6 @@
 Overlaps are of masks, in pixels of the original image. Crowd regions are kept: a detection on one is no error.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Unlike COCO's matching, which goes by falling score, this maximises the total overlap.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

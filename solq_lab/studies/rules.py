@@ -3,8 +3,6 @@
 `evaluate_results` gives the numbers to report; these rules give the same ones (a test compares them).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 UNMATCHED = -1  # in place of the row of an object or of a detection

@@ -3,8 +3,6 @@
 Loads without torch, whose import takes seconds, so that signals are handled from the start.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """The best weights of a training by validation AP, kept beside the last ones, and early stopping."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checkpoints: the weights and all other state that a resumed training needs to continue bit for bit."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 import shutil

@@ -4,8 +4,6 @@ A layer compiles in a minute or two on a CPU, the whole network in many; and a n
 still averages its gradients while the backward pass runs, and still checkpoints its activations.
 """
 
-from __future__ import annotations
-
 import logging
 from contextlib import AbstractContextManager
 

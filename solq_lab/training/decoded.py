@@ -3,8 +3,6 @@
 Shape letters beside those of `structures`: Z decoder layers with a vector loss, T matched pairs of one layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """Averaged weights: an exponential moving average of the model over the optimiser steps."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

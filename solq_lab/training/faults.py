@@ -1,7 +1,5 @@
 """Errors of the machine, memory or disk full, and the last status of a failed training. Loads without torch."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import shutil

@@ -4,8 +4,6 @@ Everything else of the two models has to be the same. The paper starts from Imag
 addition.
 """
 
-from __future__ import annotations
-
 import difflib
 import logging
 import re

@@ -1,7 +1,5 @@
 """Losses of single scores and of pixels: focal, matchability-aware, dice. Paper: eq. 2, L_cls; table 3a."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

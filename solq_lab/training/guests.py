@@ -3,8 +3,6 @@
 A guest needs no matching: its object is known. What it restores is the class, the box and, here, the mask vector too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Shape letters beside those of `structures`: Z decoder layers, T matched pairs of one layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple

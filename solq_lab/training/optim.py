@@ -1,7 +1,5 @@
 """AdamW with three groups of parameters, and the learning rate as a function of the step. Paper: section 4.2."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Measurements before the first step: mask vectors, their best constant prediction, the codec's ceiling, the data."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Random generators of a training process: seed them, and save and restore their states."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import random

@@ -1,7 +1,5 @@
 """Repeats a recorded training step, and finds the first module, loss and gradient that is not finite."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from functools import partial

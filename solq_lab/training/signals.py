@@ -5,8 +5,6 @@ while waiting for images, in an evaluation - it stops at once. A second Ctrl-C, 
 first signal, skips the saving: it costs the steps since the last checkpoint.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -3,8 +3,6 @@
 `Trainer.train_steps` puts them together; a replay repeats `forward_backward` alone.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -4,8 +4,6 @@ It adds to torchrun, under which a training works as well: a rendezvous on the f
 free port; after a stop signal, SIGUSR1 too, time to save, and status 0 where the training has saved.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

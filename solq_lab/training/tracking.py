@@ -1,7 +1,5 @@
 """The numbers of metrics.jsonl in TensorBoard as well; metrics.jsonl is the record."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The training of one run: the loop, its checkpoints, and resuming from them. Paper: section 4.2."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

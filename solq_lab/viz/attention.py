@@ -1,7 +1,5 @@
 """Figures of decoder attention: sampling points, heat maps, shares near outlines. Paper: figure 4."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Upper bounds of mask codecs over the length of their vectors and over noise. Paper: table 3."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

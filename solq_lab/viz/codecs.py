@@ -1,7 +1,5 @@
 """Reconstructions of a mask from its first coefficients. Paper: section 3.2, table 3(d) and (e)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import matplotlib as mpl

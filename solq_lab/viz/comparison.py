@@ -1,7 +1,5 @@
 """Objects of several models side by side. Paper: figures 3 and 5."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import matplotlib as mpl

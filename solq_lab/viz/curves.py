@@ -1,7 +1,5 @@
 """Figures of a training and of an evaluation: curves over steps, bars per size and class."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Figures of a data set's check: objects per class and by size, and images of what is wrong."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path

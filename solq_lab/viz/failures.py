@@ -1,7 +1,5 @@
 """AP lost to each type of error, as bars, and the worst errors, as images. Paper: appendix A.5, fig. 6."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """A data set's masks as points of code space: a map, neighbours, and the way from one mask to another."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

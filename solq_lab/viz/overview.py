@@ -1,7 +1,5 @@
 """Learning curves of several runs, and intervals of the difference between two."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl

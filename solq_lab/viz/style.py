@@ -3,8 +3,6 @@
 Colours: Okabe and Ito, "Color Universal Design" (2008).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path

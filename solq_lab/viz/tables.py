@@ -1,7 +1,5 @@
 """Tables of results as figures: our mean and std over seeds beside the paper's numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

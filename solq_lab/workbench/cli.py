@@ -3,8 +3,6 @@
 Loads without torch; each command imports what it needs.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -3,8 +3,6 @@
 The result is an experiment like any other, written as YAML with the reasons in it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -3,8 +3,6 @@
 A notebook has one code cell with the tag `parameters`; each of its lines is `name: type = default`.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Mapping

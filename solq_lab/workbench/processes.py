@@ -3,8 +3,6 @@
 A process is identified by its id and its start time: safe against pid reuse, and against changes of the clock.
 """
 
-from __future__ import annotations
-
 import socket
 import subprocess
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Released weights as weights of ours, with the experiment and the classes that they were trained with."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The folder that a notebook's relative paths start from, and the trained runs in it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A silhouette is a list of parts that are painted over each other, solid ones in 
 -1..1, x to the right and y down; scale, turn and shear are the scene's business.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A drawn data set of shapes in COCO format, the same on every machine for one seed."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

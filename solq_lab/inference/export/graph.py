@@ -4,8 +4,6 @@ Paper: section 3.2, inference. The mask vectors of the kept detections are decod
 (for the DCT two thin ones per mask), so that running the file needs neither the codec nor its tables.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

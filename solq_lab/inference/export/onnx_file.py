@@ -4,8 +4,6 @@ The inputs and outputs are those of `DetectionGraph`; docs/export.md shows the f
 Deformable attention becomes ONNX GridSample, in its plain torch form.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

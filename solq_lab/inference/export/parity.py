@@ -4,8 +4,6 @@ The model runs as in `Predictor`, with its compiled kernels and `postprocess`, s
 cannot cancel out by being made twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

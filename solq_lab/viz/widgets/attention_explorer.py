@@ -3,8 +3,6 @@
 `AttentionExplorer.widget` is for JupyterLab; `figure` is the same view as a plain figure.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import ipywidgets as widgets

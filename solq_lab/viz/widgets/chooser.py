@@ -1,7 +1,5 @@
 """One chooser of images for all explorers: by file name, class, size, score or error, and in which order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import ipywidgets as widgets

@@ -1,7 +1,5 @@
 """Images whose parts can be clicked."""
 
-from __future__ import annotations
-
 import base64
 import html
 from collections.abc import Callable, Iterable, Sequence

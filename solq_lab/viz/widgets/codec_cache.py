@@ -1,7 +1,5 @@
 """The codecs of one data set, fitted to its masks when they are first asked for, and kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 `CodecExplorer.widget` is for JupyterLab; `figure`, `partial_sums` and `gallery` are the same views as plain figures.
 """
 
-from __future__ import annotations
-
 import html
 import inspect
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the codec explorer draws of several settings: side by side, as a gallery, as an animation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

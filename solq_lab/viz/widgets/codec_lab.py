@@ -1,7 +1,5 @@
 """From a setting to a view: everything the codec explorer computes, and remembers so that a slider answers at once."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache

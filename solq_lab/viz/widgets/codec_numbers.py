@@ -1,7 +1,5 @@
 """A reconstruction in numbers: IoU, boundary IoU, and the size of the vector beside other forms of the mask."""
 
-from __future__ import annotations
-
 from solq_lab.viz.style import CODEC_COLOURS, GREY, KIND_COLOURS
 from solq_lab.viz.widgets.codec_panels import View
 

@@ -1,7 +1,5 @@
 """The panels of the codec explorer: a mask on its way through a codec, and what the way costs. Paper: section 3.2."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 `DetectionExplorer.widget` is for JupyterLab; `figure` is the same view as a plain figure.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache, partial
 
 import ipywidgets as widgets

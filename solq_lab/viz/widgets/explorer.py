@@ -3,8 +3,6 @@
 Jupyter would write the exception of a callback to a log that nobody opens.
 """
 
-from __future__ import annotations
-
 import gc
 import html
 import logging

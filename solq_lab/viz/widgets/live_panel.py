@@ -4,8 +4,6 @@ Drawing a whole matplotlib figure takes tens of milliseconds, ticks and texts mo
 once, so each panel of an explorer is a small figure of its own whose axes are drawn once.
 """
 
-from __future__ import annotations
-
 import io
 import zlib
 from abc import ABC, abstractmethod

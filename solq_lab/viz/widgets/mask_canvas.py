@@ -1,7 +1,5 @@
 """A canvas to draw a mask with the mouse. Strokes appear in the browser at once; the kernel gets each as a bitmap."""
 
-from __future__ import annotations
-
 import anywidget
 import numpy as np
 import traitlets

@@ -1,7 +1,5 @@
 """The images and objects of a COCO folder, for looking at one after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """One object's way through a codec and back, and what is left of it. Paper: section 3.2."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """A wipe: several drawings of one image in one place, parted by dividers that the mouse moves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

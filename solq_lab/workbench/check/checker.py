@@ -3,8 +3,6 @@
 `check_data` never stops at the first fault. Severity "refused" is decided by the loader's own functions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ Candidates have nearly the same bits of a perceptual hash, the signs of a thumbn
 median; of these, the thumbnails have to correlate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import numpy as np

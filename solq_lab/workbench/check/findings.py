@@ -1,7 +1,5 @@
 """What can be wrong with a data set, as a table of rules, and what was found: counted, the worst of each rule kept."""
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections import Counter, defaultdict

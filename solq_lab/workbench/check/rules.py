@@ -3,8 +3,6 @@
 What the loader rejects or leaves out is decided by the loader's own functions; the rest is what it cannot notice.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

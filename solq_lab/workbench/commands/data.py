@@ -1,7 +1,5 @@
 """Commands around data sets: make-shapes, download-coco, check-data, convert-data."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal

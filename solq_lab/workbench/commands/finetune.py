@@ -1,7 +1,5 @@
 """The command finetune: choices made from data and device, an experiment file, and its training."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from pathlib import Path

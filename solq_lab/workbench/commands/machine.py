@@ -1,7 +1,5 @@
 """Commands about this machine: doctor, bench."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

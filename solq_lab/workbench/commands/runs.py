@@ -1,7 +1,5 @@
 """Commands for run folders: run, train, evaluate, status, replay."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

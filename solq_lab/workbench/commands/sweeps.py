@@ -1,7 +1,5 @@
 """Commands for sweeps: sweep, table."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Commands for weights: download-weights, import-weights, export, ship."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Data sets of other formats as COCO-format folders; the images stay where they are and are linked."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path, PurePosixPath

@@ -4,8 +4,6 @@ Sizes and MD5 sums are those of the files that the COCO server gives out. The se
 ones that the download scripts of many public projects agree on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """One file over HTTP, resumed after every broken connection (HTTP Range: RFC 9110, section 14)."""
 
-from __future__ import annotations
-
 import http.client
 import logging
 import math

@@ -1,7 +1,5 @@
 """Zip archives unpacked safely: nothing lands outside the folder, every byte is checked."""
 
-from __future__ import annotations
-
 import lzma
 import os
 import re

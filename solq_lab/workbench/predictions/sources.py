@@ -1,7 +1,5 @@
 """The images and videos that are named on the command line: files, folders, patterns and addresses. Without torch."""
 
-from __future__ import annotations
-
 import glob
 import logging
 import os

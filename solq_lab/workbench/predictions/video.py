@@ -1,7 +1,5 @@
 """Videos, frame by frame, by PyAV (the extra `video`)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
