@@ -1,7 +1,5 @@
 """Fitting a mask codec to the training masks of an experiment: streamed, resumable, the same for the same seed."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path
@@ -33,12 +31,10 @@ from solq_lab.files import hash_file
 log = logging.getLogger(__name__)
 
 SAMPLED_MASKS = 2000  # to measure the quality on: mean IoU to within some 0.2 percent
-SECONDS_BETWEEN_SAVES = 60.0
+SECONDS_BETWEEN_SAVES = 60.0  # of the .partial file
 
 
-def fit_codec(
-    experiment: Experiment, *, max_objects: int | None = None, seconds_between_saves: float = SECONDS_BETWEEN_SAVES
-) -> Description:
+def fit_codec(experiment: Experiment, *, max_objects: int | None = None) -> Description:
     """Fit the experiment's codec to its training masks and write it to `codec.artifact`.
 
     The order of the masks follows from the experiment's seed. Beside the artifact a `.partial` file keeps the state of
@@ -47,7 +43,6 @@ def fit_codec(
     Args:
         experiment: sections `codec` and `data` and the seed are read; images are not needed.
         max_objects: number of objects to fit to, drawn at random. None: all.
-        seconds_between_saves: after which the `.partial` file is written again.
 
     Returns:
         The description of the file. Where it exists already, fitted to the same data, nothing is done.
@@ -78,7 +73,18 @@ def fit_codec(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _PartialFit(path.with_suffix(".partial"), identity(codec) | dataset | {"seed": experiment.seed})
-    _learn(fit, objects, order, codec.mask_size, partial, seconds_between_saves)
+    seen, saved = partial.restore(fit), time.monotonic()
+    with progress_bar(total=len(order), initial=seen, desc="fitting", unit="mask") as progress:
+        # The batches are the same wherever an earlier process stopped.
+        for start in range(seen, len(order), fit.batch_size):
+            batch = objects.box_masks(order[start : start + fit.batch_size], codec.mask_size)
+            fit.update(batch)
+            seen += len(batch)
+            progress.update(len(batch))
+            if time.monotonic() - saved >= SECONDS_BETWEEN_SAVES:
+                partial.save(fit, seen)
+                saved = time.monotonic()
+
     codec.load_state_dict(fit.tables())
     quality = measure_quality(codec.eval(), objects.box_masks(order[:SAMPLED_MASKS], codec.mask_size))
     save_codec(path, codec, dataset=dataset, quality=quality)
@@ -151,28 +157,6 @@ class _PartialFit:
 
     def save(self, fit: CodecFit, seen: int) -> None:
         write_tensors(self.path, fit.state(), {"about": self._about, "seen": seen})
-
-
-def _learn(
-    fit: CodecFit,
-    objects: GroundTruth,
-    order: np.ndarray,
-    mask_size: int,
-    partial: _PartialFit,
-    seconds_between_saves: float,
-) -> None:
-    """Feed all masks in `order` to the fit; batches are the same wherever an earlier process stopped."""
-    seen = partial.restore(fit)
-    saved = time.monotonic()
-    with progress_bar(total=len(order), initial=seen, desc="fitting", unit="mask") as progress:
-        for start in range(seen, len(order), fit.batch_size):
-            batch = objects.box_masks(order[start : start + fit.batch_size], mask_size)
-            fit.update(batch)
-            seen += len(batch)
-            progress.update(len(batch))
-            if time.monotonic() - saved >= seconds_between_saves:
-                partial.save(fit, seen)
-                saved = time.monotonic()
 
 
 def _already_there(path: Path, codec: FittedCodec, dataset: dict[str, Any]) -> Description:

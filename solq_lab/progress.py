@@ -1,7 +1,5 @@
 """The progress of a run in one line of text, the same in a terminal, a notebook and a log file. Loads without torch."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -13,6 +11,7 @@ from typing import Any
 from solq_lab.bars import SECONDS_BETWEEN_LINES
 from solq_lab.runs import Run
 
+SECONDS_BETWEEN_DRAWINGS = 30.0
 STEPS_BEFORE_ESTIMATE = 30  # the first steps are slower: they build operators and fill caches
 
 
@@ -65,8 +64,8 @@ def describe_duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def live_output(draw: Callable[[], Any] | None, *, seconds: float = 30.0) -> Iterator[Callable[[], None]]:
-    """A function that shows what `draw` gives in a notebook, at most every `seconds`; at the end it is taken away.
+def live_output(draw: Callable[[], Any] | None) -> Iterator[Callable[[], None]]:
+    """A function that shows what `draw` gives in a notebook, at most every half minute; at the end it is taken away.
 
     Without `draw`, and outside of a notebook, the function does nothing.
     """
@@ -77,11 +76,11 @@ def live_output(draw: Callable[[], Any] | None, *, seconds: float = 30.0) -> Ite
         yield lambda: None
         return
     handle = display({"text/plain": ""}, raw=True, display_id=True)
-    when = -seconds
+    when = -SECONDS_BETWEEN_DRAWINGS
 
     def show() -> None:
         nonlocal when
-        if time.monotonic() - when >= seconds:
+        if time.monotonic() - when >= SECONDS_BETWEEN_DRAWINGS:
             when = time.monotonic()
             handle.update(draw())
 

@@ -3,8 +3,6 @@
 Sizes are COCO's: an encoder layer and a training step at 800 x 1333, inference at the 512 x 852 of the paper's table 5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 
@@ -24,12 +22,7 @@ COCO = Workload(released_model(), image=(800, 1333), shown=IMAGE_SIZE, batch=4, 
 
 
 def rows(device: torch.device | str = "cuda", work: Workload = COCO) -> Iterator[Row]:
-    """An encoder layer's attention, inference, and a training step.
-
-    Args:
-        device: where; a CPU has no CUDA graphs, and runs without.
-        work: what is measured.
-    """
+    """An encoder layer's attention, inference, and a training step; a CPU has no CUDA graphs, and runs without."""
     device = torch.device(device)
     shapes = [(-(-work.image[0] // stride), -(-work.image[1] // stride)) for stride in STRIDES]
     measure = partial(compare, repeats=work.repeats, timed=timer(device, CALLS))

@@ -1,7 +1,5 @@
 """Runs the benchmark parts and reports them: a table for the screen, a JSON file for comparisons."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess
@@ -93,17 +91,9 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
 
 
 def run_builds(
-    architectures: Sequence[str],
-    parts: Sequence[str],
-    json_path: str | Path | None = None,
-    *,
-    data: str | Path | None = None,
+    architectures: Sequence[str], parts: Sequence[str], json_path: Path | None = None, *, data: Path | None = None
 ) -> list[Report]:
-    """The reports of several builds of the CPU operators, each measured in a process of its own.
-
-    Args:
-        architectures: values of SOLQ_CPU_ARCH.
-        parts, json_path, data: as in `run`; the file holds the list of reports.
+    """The reports of builds of the CPU operators by SOLQ_CPU_ARCH, each measured as by `run` in its own process.
 
     Raises:
         UserError: an unknown part or architecture.

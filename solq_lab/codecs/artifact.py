@@ -4,8 +4,6 @@ Tables and description share one file so that neither can be replaced without th
 beside it, as JSON, is for people and never read. Nothing in a file is ever executed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -50,13 +48,7 @@ class Description(NamedTuple):
 
 
 def save_codec(path: Path, codec: FittedCodec, *, dataset: Mapping[str, Any], quality: Mapping[str, Any]) -> None:
-    """Write a fitted codec, all or nothing, and a readable copy of its description beside it (.json).
-
-    Args:
-        path: the file; missing folders are made.
-        codec: the codec.
-        dataset, quality: as in `Description`.
-    """
+    """Write a fitted codec, all or nothing, and a readable copy of its description beside it (.json)."""
     description = Description(
         format=FORMAT,
         method=codec.method,

@@ -17,15 +17,10 @@ MAX_RAW_CHANNELS = 10_000
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Class channels, in order.
+    """Class channels, in order."""
 
-    Attributes:
-        names: one name per channel; empty for an unused channel.
-        category_ids: one category id per channel; `UNUSED` for an unused channel.
-    """
-
-    names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    names: tuple[str, ...]  # one name per channel; empty for an unused channel
+    category_ids: tuple[int, ...]  # one category id per channel; `UNUSED` for an unused channel
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.category_ids):

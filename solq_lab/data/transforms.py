@@ -7,8 +7,6 @@ there, in the original image. The released route, nearest-resized full bitmaps, 
 Paper: section 4.2 (training); the details follow the released code, which resizes training images twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -56,17 +54,12 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class TestResize:
-    """Resize to the test scale, nothing random.
-
-    Attributes:
-        test_scale: length of the shorter side, pixels.
-        max_size: longest allowed longer side, pixels.
-    """
+    """Resize to the test scale, nothing random."""
 
     __test__ = False  # pytest: not a test case
 
-    test_scale: int
-    max_size: int
+    test_scale: int  # length of the shorter side, pixels
+    max_size: int  # longest allowed longer side, pixels
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
         """The steps for an image of (height, width) pixels."""
@@ -75,15 +68,10 @@ class TestResize:
 
 @dataclass(frozen=True)
 class FlipOnly:
-    """Mirror with probability 1/2, then resize to the test scale.
+    """Mirror with probability 1/2, then resize to the test scale."""
 
-    Attributes:
-        test_scale: length of the shorter side, pixels.
-        max_size: longest allowed longer side, pixels.
-    """
-
-    test_scale: int
-    max_size: int
+    test_scale: int  # length of the shorter side, pixels
+    max_size: int  # longest allowed longer side, pixels
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
         """The steps for an image of (height, width) pixels."""
@@ -95,17 +83,13 @@ class ReleasedAugmentation:
     """The augmentation of the released models: mirror, resize, then one more resize or a crop between two more.
 
     The first resize always happens, also before the crop; it is not in the paper.
-
-    Attributes:
-        train_scales: lengths of the shorter side to draw from, pixels.
-        max_size: longest allowed longer side, pixels.
-        crop_scales: lengths of the shorter side before the crop, pixels; the longer side is not limited there.
-        crop_size: smallest and largest side of the crop, pixels; an image smaller than the smallest limits it.
     """
 
-    train_scales: Sequence[int]
-    max_size: int
+    train_scales: Sequence[int]  # lengths of the shorter side to draw from, pixels
+    max_size: int  # longest allowed longer side, pixels
+    # lengths of the shorter side before the crop, pixels; the longer side is not limited there
     crop_scales: Sequence[int]
+    # smallest and largest side of the crop, pixels; an image smaller than the smallest limits it
     crop_size: tuple[int, int]
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
@@ -126,13 +110,9 @@ class ReleasedAugmentation:
 
 @dataclass(frozen=True)
 class LargeScaleJitter:
-    """Mirror, resize to a tenth up to twice the largest size, cut out what exceeds it (Simple Copy-Paste, LSJ).
+    """Mirror, resize to a tenth up to twice the largest size, cut out what exceeds it (Simple Copy-Paste, LSJ)."""
 
-    Attributes:
-        max_size: longest allowed side, pixels; the image fits a square of this side at scale 1.
-    """
-
-    max_size: int
+    max_size: int  # longest allowed side, pixels; the image fits a square of this side at scale 1
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
         """The steps for an image of (height, width) pixels."""

@@ -1,7 +1,5 @@
 """The metrics of a training: lines of metrics.jsonl and of the log, and once the expected duration."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -52,13 +50,7 @@ class MetricLogger:
                 self._sums[name] = self._sums[name] + value.detach() if name in self._sums else value.detach()
 
     def skip_step(self, step: int, kind: str, facts: dict[str, Any]) -> None:
-        """Write a line about a step that was skipped; it is left out of the means.
-
-        Args:
-            step: its number, the first being 1.
-            kind: of the line.
-            facts: plain values, why it was skipped.
-        """
+        """Write a line about a step, the first being 1, that was skipped; it is left out of the means."""
         self._skipped += 1
         if distributed.is_main():
             self.write_line({"kind": kind, "step": step, "epoch": self.epoch(step), **facts})

@@ -10,14 +10,13 @@ RUN/flight/step_XXXXXXX/
 In JSON, numbers that are not finite are the texts "nan", "inf" and "-inf".
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import pickle
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,32 +47,17 @@ class NonFiniteError(ExplainedError):
     """Too many steps in a row were not finite; the message names the step, the images, the reason and the record."""
 
 
+@dataclass
 class NonFiniteRecorder:
-    """Writes steps that are not finite to the run's folder `flight`, and counts them.
+    """Writes steps of a training that are not finite to the run's folder `flight`, and counts them."""
 
-    Args:
-        run: the run.
-        model: the network.
-        criterion, optimizer: of the training.
-        dataset: the training images.
-        device: of the network.
-
-    Attributes:
-        in_a_row: how many steps were not finite since the last one that was; the trainer resets it.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        criterion: SetCriterion,
-        optimizer: torch.optim.Optimizer,
-        dataset: CocoDataset,
-        device: torch.device,
-    ) -> None:
-        self._run, self._model, self._criterion, self._optimizer = run, model, criterion, optimizer
-        self._dataset, self._device = dataset, device
-        self.in_a_row = 0
+    run: Run
+    model: nn.Module
+    criterion: SetCriterion
+    optimizer: torch.optim.Optimizer
+    dataset: CocoDataset  # the training images
+    device: torch.device  # of the network
+    in_a_row: int = 0  # how many steps were not finite since the last one that was; the trainer resets it
 
     def check_weights(self, number: int) -> None:
         """Keep weights that are not finite out of the checkpoints: the one before is worth more.
@@ -81,7 +65,7 @@ class NonFiniteRecorder:
         Raises:
             NonFiniteError: the network's parameters are not finite after step `number`.
         """
-        bad = nonfinite_tensors(self._model.named_parameters())  # the same in every process
+        bad = nonfinite_tensors(self.model.named_parameters())  # the same in every process
         if bad:
             raise NonFiniteError(
                 f"{_first_of(bad)} is not finite after step {number}: no checkpoint is written, the last one stays. "
@@ -98,11 +82,11 @@ class NonFiniteRecorder:
         self.in_a_row += 1
         name = f"flight/step_{number:07d}"
         facts = {"step": number, "epoch": epoch, "in_a_row": self.in_a_row} | self._describe(result)
-        problem = self._save(self._run.folder / name, facts, result)
+        problem = self._save(self.run.folder / name, facts, result)
         images = [image["id"] for share in facts["shares"] for done in share["passes"] for image in done["images"]]
         line = {"reason": facts["reason"], "image_ids": images, "record": None if problem else name}
 
-        place, allowed = self._run.folder / name, self._run.experiment.train.skip_nonfinite
+        place, allowed = self.run.folder / name, self.run.experiment.train.skip_nonfinite
         where = f"no record could be written ({problem})" if problem else f"record: {place}"
         message = f"step {number}: {facts['reason']}. Image ids of this step: {images}; {where}"
         if self.in_a_row <= allowed:
@@ -121,7 +105,7 @@ class NonFiniteRecorder:
         passes = [
             {
                 "images": [
-                    {"id": key, "file_name": self._dataset.file_name(key), "objects": len(target.labels)}
+                    {"id": key, "file_name": self.dataset.file_name(key), "objects": len(target.labels)}
                     for target in done.targets
                     for key in [target.image_id]
                 ],
@@ -130,8 +114,8 @@ class NonFiniteRecorder:
             for done in result.micro_batches
         ]
         shares = distributed.gather_objects({"rank": distributed.rank(), "passes": passes})
-        gradients = describe_gradients(self._model, result.norm)
-        bad = nonfinite_tensors([*self._model.named_parameters(), *self._model.named_buffers()])
+        gradients = describe_gradients(self.model, result.norm)
+        bad = nonfinite_tensors([*self.model.named_parameters(), *self.model.named_buffers()])
 
         # One sentence: the first value that was not finite, in the order weights, costs, losses, gradients.
         reason = first_bad_loss(shares)
@@ -140,17 +124,17 @@ class NonFiniteRecorder:
         reason = reason or f"every gradient is finite, and their norm is {gradients['norm']}"
         return {
             "reason": (f"{_first_of(bad)} was not finite before the step already; " if bad else "") + reason,
-            "learning_rates": {group["name"]: group["lr"] for group in self._optimizer.param_groups},
-            "autocast": self._run.experiment.train.autocast,
+            "learning_rates": {group["name"]: group["lr"] for group in self.optimizer.param_groups},
+            "autocast": self.run.experiment.train.autocast,
             "scale": result.scale,
             "num_boxes": result.num_boxes,
             "weights_nonfinite": bad,
             "gradients": gradients,
             "shares": shares,
             "environment": {  # what decides whether a step gives the same bits again
-                "device": self._device.type,
+                "device": self.device.type,
                 "threads": torch.get_num_threads(),
-                "operator": implementation_for(self._device.type),
+                "operator": implementation_for(self.device.type),
                 "versions": describe_software()["versions"],
             },
         }
@@ -166,15 +150,15 @@ class NonFiniteRecorder:
             for done in result.micro_batches
         ]
         ranks = distributed.gather_on_main({"passes": dumps, "generators": result.generators})
-        codec, problem = self._criterion.codec, None
+        codec, problem = self.criterion.codec, None
         try:
             if distributed.is_main():
                 with replacing_folder(folder) as partial:
                     save_weights(
                         partial / "weights.safetensors",
-                        self._model.state_dict(),
-                        experiment=self._run.experiment.to_yaml(),
-                        classes=self._dataset.classes.to_json(),
+                        self.model.state_dict(),
+                        experiment=self.run.experiment.to_yaml(),
+                        classes=self.dataset.classes.to_json(),
                         codec={} if codec is None else codec.state_dict(),
                     )
                     for rank, dump in enumerate(ranks):

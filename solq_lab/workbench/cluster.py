@@ -4,8 +4,6 @@ A job is a command line that writes files and resumes when it is called again. S
 and before preemption; it then saves, stops, and is queued again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -35,15 +33,12 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}  
 
 
 class Command:
-    """A command line that clusters pickle and call: it runs the command to its end and forwards stop signals."""
+    """A command line that clusters pickle and call: it runs the command to its end and forwards stop signals.
+
+    The command's output is appended to `log_file`.
+    """
 
     def __init__(self, arguments: Sequence[str], log_file: str | Path) -> None:
-        """Describe the command.
-
-        Args:
-            arguments: the command line.
-            log_file: its output is appended there.
-        """
         self._arguments, self._folder = list(arguments), Path.cwd()
         self._log_file = self._folder / log_file
         self._child: subprocess.Popen[bytes] | None = None
@@ -101,15 +96,11 @@ class Command:
 
 
 class Submitted:
-    """A submitted job.
-
-    Attributes:
-        job_id: the cluster's id of the job.
-    """
+    """A submitted job."""
 
     def __init__(self, job: Any, log_file: Path) -> None:
         self._job, self._log_file = job, log_file
-        self.job_id: str = job.job_id
+        self.job_id: str = job.job_id  # the cluster's
 
     def status(self) -> int | None:
         """Its exit status; None while it waits or runs. The reason of a lost job is appended to the log file."""

@@ -1,7 +1,5 @@
 """Report of `solq-lab doctor`: versions, devices and tools; dispatch, accuracy and times of the operators."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import statistics
@@ -90,11 +88,15 @@ def _machine() -> list[tuple[str, str]]:
     compiler = find_compiler()
     folder = cache_folder()
     capability = torch.backends.cpu.get_cpu_capability()
+    gpus = [
+        f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
 
     return [
         ("torch", f"{torch.__version__}, {built_for}, Python {platform.python_version()}"),
         ("processor", f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"),
-        ("GPU", "; ".join(map(_gpu, range(torch.cuda.device_count()))) or "none"),
+        ("GPU", "; ".join(gpus) or "none"),
         (
             "C++ compiler",
             f"{compiler}, {first_line([compiler, '--version']) or 'unknown version'}" if compiler else "none",
@@ -130,9 +132,3 @@ def _check(device: str, name: str) -> Implementation:
     pairs = zip([output.detach(), *gradients], expected, strict=True)
     difference = max(float((ours.cpu() - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
     return Implementation(device, name, serves, "", difference, *medians)
-
-
-def _gpu(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    memory = properties.total_memory / 2**30
-    return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"

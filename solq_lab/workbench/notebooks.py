@@ -1,7 +1,5 @@
 """Notebooks executed by papermill into run folders, after checks that need no work. Loads without torch."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -100,11 +98,7 @@ def export_html(notebook: Path, *, summary: str = "") -> Path:
     """Write an executed notebook as one HTML file beside it, to be read offline, and return that file's path.
 
     Code is folded, widgets give way to their image or to the figure below them, and paths below the working folder are
-    relative.
-
-    Args:
-        notebook: the executed notebook.
-        summary: Markdown that is put before it.
+    relative. `summary` is Markdown that is put before it.
     """
     import nbformat
     from nbconvert import HTMLExporter

@@ -4,8 +4,6 @@ A job is the command `solq-lab run NOTEBOOK EXPERIMENT OVERRIDES` in a child pro
 state but the run folders: finished runs are skipped, stopped ones are resumed. Logs: <runs>/_sweeps/<sweep>/<run>.log
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys
@@ -96,16 +94,12 @@ class Outcome(NamedTuple):
 
 
 class Running:
-    """A started job.
-
-    Attributes:
-        status: gives its exit status, None while it runs.
-        stop: signals it to save and to stop.
-        since: `time.monotonic()` of its start.
-    """
+    """A started job."""
 
     def __init__(self, job: Job, status: Callable[[], int | None], stop: Callable[[], object]) -> None:
-        self.status, self.stop, self.since = status, stop, time.monotonic()
+        self.status = status  # its exit status, None while it runs
+        self.stop = stop  # signals it to save and to stop
+        self.since = time.monotonic()
         self._folder = job.folder
         self._progress: Progress | None = None
 
@@ -141,12 +135,8 @@ def find_sweep(named: str | Path) -> Path:
 def plan(sweep: Sweep, overrides: Sequence[str] = (), runs_dir: str | Path = "runs") -> list[Job]:
     """The jobs of a sweep: all rows with the first seed, then all rows with the next.
 
-    A sweep that is stopped early thus has complete tables with fewer seeds.
-
-    Args:
-        sweep: the sweep.
-        overrides: further `section.key=value` changes of every row.
-        runs_dir: folder of run folders.
+    A sweep that is stopped early thus has complete tables with fewer seeds. `overrides` are further `section.key=value`
+    changes of every row.
     """
     jobs = []
     for seed in sweep.seeds:

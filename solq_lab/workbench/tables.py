@@ -19,7 +19,7 @@ from solq_lab.files import read_json
 from solq_lab.runs import Run, RunError, label_runs, load_run
 from solq_lab.schema import keys_with
 from solq_lab.sections import Role
-from solq_lab.workbench.paper import PAPER_RESULTS, PaperTable, paper_table
+from solq_lab.workbench.paper import PaperTable, paper_table
 from solq_lab.workbench.sweeps import Job, find_sweep, plan
 
 if TYPE_CHECKING:
@@ -145,19 +145,9 @@ class ResultTable:
 
 
 def read_table(
-    sweep_file: str | Path,
-    *,
-    runs_dir: str | Path = "runs",
-    results_dir: str | Path = RESULTS,
-    paper_results: str | Path = PAPER_RESULTS,
+    sweep_file: str | Path, *, runs_dir: str | Path = "runs", results_dir: str | Path = RESULTS
 ) -> ResultTable:
-    """The results of a sweep, as far as its runs are finished.
-
-    Args:
-        sweep_file: the sweep: a YAML file, or the name of one.
-        runs_dir: folder of run folders.
-        results_dir: folder of the tables that come with the project.
-        paper_results: file of the paper's numbers.
+    """The results of a sweep, given by its file or name, as far as its runs are finished.
 
     Raises:
         ConfigError: the sweep, or the paper's row it names, cannot be used.
@@ -165,7 +155,7 @@ def read_table(
     """
     path = find_sweep(sweep_file)
     sweep = load_sweep(path)
-    paper = None if sweep.paper is None else paper_table(sweep.paper, paper_results)
+    paper = None if sweep.paper is None else paper_table(sweep.paper)
     carried = _carried_runs(Path(results_dir) / f"{sweep.name}.json")
     jobs = plan(sweep, runs_dir=runs_dir)
 

@@ -3,8 +3,6 @@
 The training runs in its own session and writes files: it continues when the browser, kernel or terminal is closed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -31,6 +29,7 @@ from solq_lab.workbench.processes import describe_trainer, exit_status, find_tra
 log = logging.getLogger(__name__)
 
 LOG_LINES_SHOWN = 15
+SECONDS_TO_STOP = 600.0  # of a training that was told to save and stop
 MIN_FREE_BYTES = 2**20  # with less free, a full disk is the likely cause of a failure
 
 
@@ -139,12 +138,8 @@ def follow_training(
     return run
 
 
-def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
+def stop_training(run_folder: str | Path) -> str:
     """Send a training SIGTERM, so that it saves and stops, and wait for that; Ctrl-C ends only the waiting.
-
-    Args:
-        run_folder: the run.
-        patience: seconds to wait for the checkpoint.
 
     Returns:
         One sentence about where the run stands.
@@ -158,7 +153,7 @@ def stop_training(run_folder: str | Path, *, patience: float = 600.0) -> str:
 
     with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.kill(target["pid"], signal.SIGTERM)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + SECONDS_TO_STOP
     try:
         while is_alive(run) and time.monotonic() < deadline:
             time.sleep(0.2)

@@ -104,9 +104,9 @@ def kill_after(updates: int, experiment: Experiment) -> int:
     code = f"""
 import os, signal, sys
 import yaml
+from solq_lab import fitting
 from solq_lab.codecs import pca, sparse
 from solq_lab.config import validate_experiment
-from solq_lab.fitting import fit_codec
 pca.PIXELS_PER_UPDATE, sparse.MASKS_PER_UPDATE = 20 * {CELLS}, 20
 experiment = validate_experiment(yaml.safe_load(sys.stdin.read()), source="stdin")
 fit = pca.PCAFit if experiment.codec.kind == "pca" else sparse.DictionaryFit
@@ -118,7 +118,8 @@ def counted(self, masks):
         os.kill(os.getpid(), signal.SIGKILL)
     update(self, masks)
 fit.update = counted
-fit_codec(experiment, seconds_between_saves=0)
+fitting.SECONDS_BETWEEN_SAVES = 0
+fitting.fit_codec(experiment)
 """
     return subprocess.run([sys.executable, "-c", code], input=experiment.to_yaml(), text=True).returncode
 

@@ -23,29 +23,18 @@ COLOUR_TRIES, PLACE_TRIES = 6, 10
 
 @dataclass(frozen=True)
 class Level:
-    """How difficult the images are.
+    """How difficult the images are."""
 
-    Attributes:
-        side: of the square image, pixels.
-        classes: class names, in the order of their category ids.
-        objects: smallest and largest number of objects.
-        object_side: shortest and longest longer side of an object's box before occlusion, pixels; log-uniform.
-        rotation: largest turn either way, degrees.
-        clutter: smallest and largest number of lines, arcs and specks in the background.
-        occlusion: share of the objects that are put against another one.
-        contrast: RGB distance (channels in 0..1) of an object to what lies below it, where it can be had.
-        overhang: largest share of an object's side that may stick out of the image.
-    """
-
-    side: int
-    classes: tuple[str, ...]
-    objects: tuple[int, int]
+    side: int  # of the square image, pixels
+    classes: tuple[str, ...]  # class names, in the order of their category ids
+    objects: tuple[int, int]  # smallest and largest number of objects
+    # shortest and longest longer side of an object's box before occlusion, pixels; log-uniform
     object_side: tuple[float, float]
-    rotation: float
-    clutter: tuple[int, int]
-    occlusion: float
-    contrast: float
-    overhang: float
+    rotation: float  # largest turn either way, degrees
+    clutter: tuple[int, int]  # smallest and largest number of lines, arcs and specks in the background
+    occlusion: float  # share of the objects that are put against another one
+    contrast: float  # RGB distance (channels in 0..1) of an object to what lies below it, where it can be had
+    overhang: float  # largest share of an object's side that may stick out of the image
 
 
 LEVELS = {
@@ -169,19 +158,12 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _Cutout:
-    """A silhouette of final size and turn, its box's centre at the origin.
+    """A silhouette of final size and turn, its box's centre at the origin."""
 
-    Attributes:
-        polygons: (P, 2) corners (x, y) of each part, oversampled pixels.
-        solid: for each part, whether it adds or cuts out.
-        size: (height, width) of the box, oversampled pixels.
-        area: oversampled pixels when nothing covers it.
-    """
-
-    polygons: list[np.ndarray]
-    solid: list[bool]
-    size: np.ndarray
-    area: int
+    polygons: list[np.ndarray]  # (P, 2) corners (x, y) of each part, oversampled pixels
+    solid: list[bool]  # for each part, whether it adds or cuts out
+    size: np.ndarray  # (height, width) of the box, oversampled pixels
+    area: int  # oversampled pixels when nothing covers it
 
     def at(self, center: np.ndarray, side: int) -> np.ndarray:
         """(side, side) bool, True where the silhouette lies when its box's centre is at (y, x)."""

@@ -3,8 +3,6 @@
 Both carry weights, mask codec, classes and experiment, and nothing of the machine that trained them.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,13 +13,13 @@ from torch import Tensor
 from solq_lab.build import build_codec, build_dataset
 from solq_lab.codecs.base import FittedCodec
 from solq_lab.config import ConfigError, Experiment
-from solq_lab.data.coco import CocoDataset
 from solq_lab.files import hash_file, read_json, replacing, replacing_folder, write_json
 from solq_lab.inference.compare import Difference, Tolerance, compare_detections
 from solq_lab.inference.predictor import Predictor, find_weights, read_trained
 from solq_lab.models.weights import WeightMismatch, read_weights, save_weights
 from solq_lab.runs import SHIPPED, Run, RunError
 
+MAX_COMPARED = 50  # images
 MIN_SCORE = 0.3  # objects below this score are not compared
 TOLERANCE = Tolerance(score=0.03, box=0.5, mask_iou=0.98)  # box: pixels
 MAX_TRAIN_LINES = 600  # of metrics.jsonl: enough for a smooth curve
@@ -32,10 +30,6 @@ def share(weights_or_run: str | Path | Run, destination: Path) -> Predictor:
     """Write a file from which `Predictor(file)` can do everything, on a machine that has nothing else.
 
     A fitted codec's tables go into the file even where the original left them beside it.
-
-    Args:
-        weights_or_run: as for `Predictor`.
-        destination: the file; it must not exist.
 
     Returns:
         The predictor of the written file.
@@ -66,7 +60,7 @@ def without_paths(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"data": data, "model": model, "codec": codec, "train": train})
 
 
-def package_run(run: Run, destination: Path, experiment: Experiment, *, images: int = 50) -> Difference:
+def package_run(run: Run, destination: Path, experiment: Experiment) -> Difference:
     """Write a finished run as a small folder with half-precision weights, all or nothing.
 
     Half precision is only how weights are stored: `Predictor` computes in float32 with them.
@@ -75,10 +69,9 @@ def package_run(run: Run, destination: Path, experiment: Experiment, *, images: 
         run: the finished run.
         destination: folder to make; an earlier package is replaced.
         experiment: the run's own, with its name and its data changed. Its validation images have to exist.
-        images: number of images to compare at most.
 
     Returns:
-        How far the packaged weights differ, on these images.
+        How far the packaged weights differ, on the first images; boxes in pixels.
 
     Raises:
         RunError: the run has no weights, the destination holds something else, the experiment describes another model,
@@ -96,7 +89,10 @@ def package_run(run: Run, destination: Path, experiment: Experiment, *, images: 
             save_weights(path, state, experiment=yaml, classes=trained.classes, codec=trained.codec)
         exact, rounded = Predictor(whole), Predictor(weights)
         whole.unlink()
-        loss = compare_predictors(exact, rounded, build_dataset(experiment, "val", exact.classes), images)
+        dataset = build_dataset(experiment, "val", exact.classes)
+        compared = [dataset[index][0].permute(1, 2, 0).numpy() for index in range(min(MAX_COMPARED, len(dataset)))]
+        expected = [exact.predict(image).above(MIN_SCORE) for image in compared]
+        loss = compare_detections(expected, [rounded.predict(image) for image in compared], None, TOLERANCE)
         if not loss.agrees(TOLERANCE) or loss.excused:
             raise RunError(
                 f"{run.folder}: half precision changes too much ({loss}); allowed are score {TOLERANCE.score}, box "
@@ -130,14 +126,6 @@ def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         half = tensor.half() if tensor.is_floating_point() else tensor
         known[id(tensor)] = half if half.isfinite().all() else tensor
     return {name: known[id(tensor)] for name, tensor in state.items()}
-
-
-def compare_predictors(first: Predictor, second: Predictor, dataset: CocoDataset, images: int) -> Difference:
-    """The difference of two versions of one model on the first images of a data set, boxes in pixels."""
-    compared = [dataset[index][0].permute(1, 2, 0).numpy() for index in range(min(images, len(dataset)))]
-    expected = [first.predict(image).above(MIN_SCORE) for image in compared]
-    found = [second.predict(image) for image in compared]
-    return compare_detections(expected, found, None, TOLERANCE)
 
 
 def _check(run: Run, destination: Path, experiment: Experiment) -> None:

@@ -1,14 +1,12 @@
 """Files of predicted objects, one class per format; docs/predict.md describes them."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -50,23 +48,25 @@ class InputImage(NamedTuple):
         return entry if self.frame is None else entry | {"frame": self.number}
 
 
-class Output(Protocol):
-    """Files of one format."""
+class Output:
+    """Files of one format in the folder `out`."""
+
+    def __init__(self, out: Path, classes: ClassMap) -> None:
+        self._out, self._classes = out, classes
 
     def write(self, image: InputImage, found: Detections) -> None:
         """Add an image."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Write what is written once for all images."""
+        """Write what is written once for all images; by default nothing."""
 
 
-class Drawn:
+class Drawn(Output):
     """The images with their objects drawn in, at their own size: PNG, of a video one MP4."""
 
-    def __init__(self, out: Path, classes: ClassMap) -> None:
-        self._out = out
-        self._source: Source | None = None  # of the video that is being written
-        self._video: VideoWriter | None = None
+    _source: Source | None = None  # of the video that is being written
+    _video: VideoWriter | None = None
 
     def write(self, image: InputImage, found: Detections) -> None:
         painted = paint_detections(image.pixels, found)
@@ -86,11 +86,8 @@ class Drawn:
             self._video = None
 
 
-class Masks:
+class Masks(Output):
     """Two grey PNGs, the object and the class of each pixel from 1 on; 0 is background, the best object is on top."""
-
-    def __init__(self, out: Path, classes: ClassMap) -> None:
-        self._out, self._names = out, classes.names
 
     def write(self, image: InputImage, found: Detections) -> None:
         height, width = image.pixels.shape[:2]
@@ -103,21 +100,16 @@ class Masks:
             objects[window.top : window.top + tall, window.left : window.left + wide][window.bitmap] = row + 1
 
         for path, channel in zip(output_paths(self._out, image.stem, ["masks"]), values.T, strict=True):
-            most = max(len(found), len(self._names))
+            most = max(len(found), len(self._classes))
             _save(Image.fromarray(channel.astype(np.uint8 if most < 256 else np.uint16)[objects]), path)
 
     def close(self) -> None:
-        write_text(
-            _ensure(self._out / "masks" / "classes.txt"),
-            "".join(f"{' '.join(name.splitlines())}\n" for name in self._names),
-        )
+        lines = [f"{' '.join(name.splitlines())}\n" for name in self._classes.names]
+        write_text(_ensure(self._out / "masks" / "classes.txt"), "".join(lines))
 
 
-class Polygons:
+class Polygons(Output):
     """LabelMe's JSON: the exact outlines, one polygon per part; the parts of an object share their group_id."""
-
-    def __init__(self, out: Path, classes: ClassMap) -> None:
-        self._out = out
 
     def write(self, image: InputImage, found: Detections) -> None:
         (path,) = output_paths(self._out, image.stem, ["polygons"])
@@ -141,15 +133,9 @@ class Polygons:
         }
         write_json(_ensure(path), document)
 
-    def close(self) -> None:
-        """Nothing is left to write."""
 
-
-class Yolo:
+class Yolo(Output):
     """YOLO segmentation: a line per object with its class and polygon, or its box, in shares of the image's sides."""
-
-    def __init__(self, out: Path, classes: ClassMap) -> None:
-        self._out, self._names = out, classes.names
 
     def write(self, image: InputImage, found: Detections) -> None:
         (path,) = output_paths(self._out, image.stem, ["yolo"])
@@ -166,16 +152,19 @@ class Yolo:
         write_text(_ensure(path), "".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
-        write_text(_ensure(self._out / "data.yaml"), yaml.safe_dump({"names": list(self._names)}, allow_unicode=True))
+        write_text(
+            _ensure(self._out / "data.yaml"), yaml.safe_dump({"names": list(self._classes.names)}, allow_unicode=True)
+        )
 
 
-class Csv:
+class Csv(Output):
     """objects.csv, a row per object."""
 
     columns = ("file", "frame", "object", "class", "category_id", "score", "x0", "y0", "x1", "y1", "area")
 
     def __init__(self, out: Path, classes: ClassMap) -> None:
-        self._out, self._text = out, io.StringIO()
+        super().__init__(out, classes)
+        self._text = io.StringIO()
         self._writer = csv.writer(self._text, lineterminator="\n")
         self._writer.writerow(self.columns)
 
@@ -191,13 +180,12 @@ class Csv:
         write_text(_ensure(self._out / "objects.csv"), self._text.getvalue(), errors="surrogateescape")
 
 
-class Coco:
+class Coco(Output):
     """coco.json, a data set with all objects, and their results for pycocotools: coco_segm.json and coco_bbox.json."""
 
     def __init__(self, out: Path, classes: ClassMap) -> None:
-        pairs = zip(classes.category_ids, classes.names, strict=True)
-        self._categories = [{"id": key, "name": name} for key, name in pairs if key != UNUSED]
-        self._out, self._masks = out, True
+        super().__init__(out, classes)
+        self._masks = True
         self._images: list[dict[str, Any]] = []
         self._results: list[dict[str, Any]] = []
 
@@ -212,7 +200,9 @@ class Coco:
             rle = result.get("segmentation")
             area = result["bbox"][2] * result["bbox"][3] if rle is None else int(coco_rle.area(rle))
             annotations.append({"id": number + 1, **result, "area": area, "iscrowd": 0})
-        document = {"images": self._images, "categories": self._categories, "annotations": annotations}
+        pairs = zip(self._classes.category_ids, self._classes.names, strict=True)
+        categories = [{"id": key, "name": name} for key, name in pairs if key != UNUSED]
+        document = {"images": self._images, "categories": categories, "annotations": annotations}
         write_json(_ensure(self._out / "coco.json"), document)
         write_results(self._out / "coco_bbox.json", self._results, kind="box")
         if self._masks:
@@ -221,7 +211,7 @@ class Coco:
 
 def open_outputs(formats: Sequence[str], out: Path, classes: ClassMap) -> list[Output]:
     """The outputs of some of the `sources.FORMATS`, into a folder."""
-    kinds: list[Any] = [Drawn, Coco, Masks, Polygons, Yolo, Csv]
+    kinds = (Drawn, Coco, Masks, Polygons, Yolo, Csv)
     return [kind(out, classes) for kind in kinds if kind.__name__.lower() in formats]
 
 
