@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from solq_lab.build import build_model
 from solq_lab.config import Experiment, validate_experiment
+from solq_lab.data.classes import ClassMap
+from solq_lab.models.weights import save_weights
 
 SIDE = 48  # of the images, pixels
+CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 
 
 def write_tiny_dataset(root: Path, *, train: int = 12, val: int = 4) -> Path:
@@ -83,3 +88,14 @@ def tiny_experiment(root: Path, **sections: dict[str, Any]) -> Experiment:
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes if isinstance(changes, dict) else changes
     return validate_experiment(values, source="tests/tiny.py")
+
+
+def write_model(
+    path: Path, experiment: Experiment, model: torch.nn.Module | None = None, *, classes: ClassMap = CLASSES
+) -> Path:
+    """The weights file of a model; None: an untrained one."""
+    if model is None:
+        torch.manual_seed(0)
+        model = build_model(experiment, len(classes))
+    save_weights(path, model.state_dict(), experiment=experiment.to_yaml(), classes=classes.to_json())
+    return path

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fake_gpu import Traffic, fake_gpu
-from tiny import tiny_experiment, write_tiny_dataset
+from tiny import CLASSES, tiny_experiment, write_model, write_tiny_dataset
 from torch import Tensor, nn
 from training_runs import before_each_step
 
@@ -25,12 +25,10 @@ from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.codecs.pca import PCACodec
 from solq_lab.codecs.sparse import SparseCodingCodec
 from solq_lab.config import Experiment
-from solq_lab.data.classes import ClassMap
 from solq_lab.inference.folding import prepare_for_inference
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import crop_and_resize, paste_masks
-from solq_lab.models.weights import save_weights
 from solq_lab.runs import create_run
 from solq_lab.structures import ImageBatch, Target
 from solq_lab.training import trainer as trainer_module
@@ -40,7 +38,6 @@ from solq_lab.training.signals import StopRequest
 from solq_lab.training.step import Batch, forward_backward
 from solq_lab.training.trainer import Trainer
 
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 MATCHING, CHECKING = "HungarianMatcher.__call__", "check_finite"
 VARIANTS = {
     "solq": {},
@@ -184,9 +181,7 @@ def test_after_the_network_the_host_waits_for_what_it_shows(variant, for_masks):
 
 def test_a_predictor_goes_from_a_file_to_masks(tmp_path):
     experiment = tiny_experiment(tmp_path)
-    weights = build_model(experiment, len(CLASSES)).state_dict()
-    path = tmp_path / "weights.safetensors"
-    save_weights(path, weights, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+    path = write_model(tmp_path / "weights.safetensors", experiment)
     with fake_gpu():
         predictor = Predictor(path, device="cuda", autocast="bf16", top_k=3)
         found = predictor.predict(np.zeros((64, 96, 3), dtype=np.uint8))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle_detector import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, OracleDetector, open_dataset, write_coco_folder
-from tiny import tiny_experiment
+from tiny import tiny_experiment, write_model
 
 from solq_lab.build import build_model
 from solq_lab.codecs.dct import DCTCodec
@@ -26,7 +26,6 @@ from solq_lab.evaluation.evaluator import (
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.results import read_results
 from solq_lab.evaluation.summary import Evaluation
-from solq_lab.models.weights import save_weights
 from solq_lab.runs import Run, RunError, create_run
 from solq_lab.schema import EvaluationSection
 from solq_lab.studies import ceiling as ceiling_module
@@ -152,9 +151,7 @@ def run(coco_folder: Path, tmp_path: Path) -> Run:
 def write_weights(run: Run, dataset: CocoDataset, seed: int) -> None:
     torch.manual_seed(seed)
     model = build_model(run.experiment, len(dataset.classes))
-    save_weights(
-        run.weights, model.state_dict(), experiment=run.experiment.to_yaml(), classes=dataset.classes.to_json()
-    )
+    write_model(run.weights, run.experiment, model, classes=dataset.classes)
 
 
 def test_evaluating_a_run_leaves_detections_and_numbers_in_its_folder(run, dataset):

@@ -17,7 +17,7 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 from pycocotools import mask as mask_api
-from tiny import tiny_experiment
+from tiny import CLASSES, tiny_experiment, write_model
 
 from solq_lab.build import build_model, new_codec
 from solq_lab.codecs.artifact import save_codec
@@ -27,7 +27,6 @@ from solq_lab.codecs.flatten import FlattenCodec
 from solq_lab.codecs.pca import PCACodec
 from solq_lab.codecs.sparse import SparseCodingCodec
 from solq_lab.config import ConfigError, Experiment, load_experiment
-from solq_lab.data.classes import ClassMap
 from solq_lab.data.transforms import resized_size
 from solq_lab.errors import UserError
 from solq_lab.inference.compare import Difference, compare_detections
@@ -36,10 +35,9 @@ from solq_lab.inference.export.graph import DetectionGraph
 from solq_lab.inference.export.onnx_file import ExportError, export_onnx
 from solq_lab.inference.export.packaging import share
 from solq_lab.inference.predictor import Predictor
-from solq_lab.models.weights import read_weights, save_weights
+from solq_lab.models.weights import read_weights
 from solq_lab.structures import Detections, ImageBatch
 
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 PLAIN = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False}}
 SQR = {"codec": {"kind": "none"}, "model": {"standardise_vectors": False, "mask_branch": "sqr"}}
 
@@ -48,7 +46,7 @@ PLUS |= {"codec": {"learn_decoder": True}, "loss": {"decoded_dice_weight": 1.0}}
 PLUS |= {"evaluation": {"rescore": "sharpness", "vector_dim": 9}}
 
 
-def write_model(folder: Path, **sections) -> tuple[Path, Experiment]:
+def write_small(folder: Path, **sections) -> tuple[Path, Experiment]:
     """Weights of a small model that sees objects of all scores everywhere."""
     experiment = tiny_experiment(folder / "secret" / "data", **sections)
     return write_weights(folder, experiment), experiment
@@ -63,9 +61,7 @@ def write_weights(folder: Path, experiment: Experiment) -> Path:
             torch.nn.init.normal_(layer.weight, std=0.1)
     if model.mask_decoder is not None:
         torch.nn.init.normal_(model.mask_decoder, std=0.1)
-    path = folder / "weights.safetensors"
-    save_weights(path, model.state_dict(), experiment=experiment.to_yaml(), classes=CLASSES.to_json())
-    return path
+    return write_model(folder / "weights.safetensors", experiment, model)
 
 
 def write_pca(folder: Path, experiment: Experiment) -> Path:
@@ -77,7 +73,7 @@ def write_pca(folder: Path, experiment: Experiment) -> Path:
 
 @pytest.fixture(scope="module")
 def solq(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("solq"))[0]
+    return write_small(tmp_path_factory.mktemp("solq"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +100,7 @@ def test_onnxruntime_finds_what_the_model_finds(exported):
 @pytest.mark.parametrize("sections", [{}, {"model": {"two_stage": True}}, PLUS], ids=["plain", "two stages", "plus"])
 def test_one_file_serves_any_size_and_any_number_of_images(sections: dict[str, Any], tmp_path: Path):
     """Three images of three shapes: a padded batch of two, then one alone."""
-    weights, _ = write_model(tmp_path, **sections)
+    weights, _ = write_small(tmp_path, **sections)
     report = export_onnx(weights, tmp_path / "free.onnx")
     assert (report.parity.images, report.parity.detections, report.parity.matched) == (3, 48, 48)
     assert report.parity.mask_iou > 0.999
@@ -155,7 +151,7 @@ def test_the_documented_example_runs_with_onnxruntime_alone(exported, tmp_path: 
     ids=["detector", "sqr", "swin"],
 )
 def test_a_detector_the_baseline_and_swin_export_at_a_fixed_size(sections: dict, output: str | None, tmp_path: Path):
-    weights, _ = write_model(tmp_path, **sections)
+    weights, _ = write_small(tmp_path, **sections)
     report = export_onnx(weights, tmp_path / "model.onnx", size=(64, 96), batch=1)
     assert report.inputs == {"pixels": [1, 3, 64, 96], "sizes": [1, 2]}
     assert report.parity.matched == report.parity.detections == 48
@@ -166,7 +162,7 @@ def test_a_detector_the_baseline_and_swin_export_at_a_fixed_size(sections: dict,
 
 @pytest.mark.parametrize("rescore", ["none", "sharpness"])
 def test_the_graphs_masks_are_the_codes_own_and_what_lies_beyond_an_image_counts_for_nothing(rescore, tmp_path: Path):
-    weights, experiment = write_model(tmp_path)
+    weights, experiment = write_small(tmp_path)
     codec, model = new_codec(experiment).eval(), build_model(experiment, len(CLASSES)).eval()
     model.load_state_dict(read_weights(weights).state)
     graph = DetectionGraph(model, codec, 5, rescore=rescore).eval()
@@ -293,7 +289,7 @@ def test_what_cannot_be_exported_is_rejected_before_any_work(solq: Path, tmp_pat
 
 
 def test_swin_is_rejected_without_a_size(tmp_path: Path):
-    weights, _ = write_model(tmp_path, model={"backbone": "swin_t"})
+    weights, _ = write_small(tmp_path, model={"backbone": "swin_t"})
     with pytest.raises(ConfigError, match=r"Swin's windows cannot be traced for free sizes; give --height and --width"):
         export_onnx(weights, tmp_path / "out.onnx")
 
@@ -318,7 +314,7 @@ def test_a_shared_file_needs_nothing_else(tmp_path: Path, monkeypatch, command_l
         work = tmp_path / "work" / kind
         work.mkdir(parents=True)
         monkeypatch.chdir(work)
-        weights, experiment = write_model(work, **sections)
+        weights, experiment = write_small(work, **sections)
         if kind == "pca":
             write_pca(work, experiment)
         expected[kind] = Predictor(weights, device="cpu").predict(image)

@@ -9,24 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_experiment
+from tiny import CLASSES, tiny_experiment, write_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from solq_lab import precision
 from solq_lab.build import build_model
-from solq_lab.data.classes import ClassMap
 from solq_lab.inference.folding import fold, prepare_for_inference
 from solq_lab.inference.graphs import WARM_UP_RUNS, GraphedForward
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.attention import MultiScaleDeformableAttention
 from solq_lab.models.backbone import FrozenBatchNorm2d
 from solq_lab.models.solq import SOLQ
-from solq_lab.models.weights import save_weights
 from solq_lab.structures import ImageBatch, LayerPrediction
 
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 BACKBONES = ("small", "resnet50", "swin_t")
 BATCH_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
@@ -113,9 +110,7 @@ def test_a_hook_on_the_attention_of_a_prepared_network_is_called():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     experiment = tiny_experiment(tmp_path_factory.mktemp("data"))
-    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    save_weights(path, build("small").state_dict(), experiment=experiment.to_yaml(), classes=CLASSES.to_json())
-    return path
+    return write_model(tmp_path_factory.mktemp("weights") / "weights.safetensors", experiment, build("small"))
 
 
 @pytest.fixture

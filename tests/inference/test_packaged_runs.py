@@ -5,19 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_experiment
+from tiny import CLASSES, tiny_experiment, write_model
 
 from solq_lab.build import build_model
-from solq_lab.data.classes import ClassMap
 from solq_lab.evaluation.evaluator import evaluate_run
 from solq_lab.inference.export import packaging
 from solq_lab.inference.export.packaging import halved, package_run
 from solq_lab.inference.predictor import Predictor
-from solq_lab.models.weights import read_weights, save_weights
+from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run, RunError, create_run, load_run, working_copy
 from solq_lab.workbench.workspace import experiment_run, open_run, run_folder, trained_run
-
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 
 
 def finish(run: Run, *, seed: int = 0) -> Run:
@@ -28,7 +25,7 @@ def finish(run: Run, *, seed: int = 0) -> Run:
         torch.nn.init.constant_(head.classify.bias, 0.0)
         for layer in (head.box.layers[2], head.vector.layers[2]):
             torch.nn.init.normal_(layer.weight, std=0.1)
-    save_weights(run.weights, model.state_dict(), experiment=run.experiment.to_yaml(), classes=CLASSES.to_json())
+    write_model(run.weights, run.experiment, model)
     run.write_status("finished", step=8)
     for step in range(1, 9):
         run.append_metrics({"kind": "train", "step": step, "total": 1.0 / step})

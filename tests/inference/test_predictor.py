@@ -7,19 +7,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import tiny_experiment
+from tiny import CLASSES, tiny_experiment, write_model
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.build import build_model
 from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
-from solq_lab.data.classes import ClassMap
 from solq_lab.inference.predictor import Predictor, read_rgb
 from solq_lab.models.weights import WeightMismatch, save_weights
 from solq_lab.runs import RunError, create_run, load_run
 from solq_lab.structures import PIXEL_MEAN, PIXEL_STD, ImageBatch
 
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 ORIENTATION = 0x0112  # EXIF tag; 6: turn by 90 degrees clockwise to stand upright
 
 
@@ -30,11 +28,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def weights(experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    state = build_model(experiment, len(CLASSES)).state_dict()
-    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    save_weights(path, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
-    return path
+    return write_model(tmp_path_factory.mktemp("weights") / "weights.safetensors", experiment)
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +143,7 @@ def test_top_k_limits_detections_and_defaults_to_the_experiments(weights: Path, 
 
 def test_a_plain_detector_predicts_without_masks(tmp_path: Path, image: np.ndarray):
     experiment = tiny_experiment(tmp_path, codec={"kind": "none"}, model={"standardise_vectors": False})
-    state = build_model(experiment, 2).state_dict()
-    path = tmp_path / "detector.safetensors"
-    save_weights(path, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
-    predictor = Predictor(path, device="cpu")
+    predictor = Predictor(write_model(tmp_path / "detector.safetensors", experiment), device="cpu")
     assert predictor.codec is None
     assert predictor.predict(image).masks is None
 
@@ -213,9 +204,7 @@ def test_weights_without_an_experiment_or_classes_are_rejected_with_the_cure(tmp
 
 
 def test_weights_of_another_network_than_the_one_beside_them_are_rejected(weights: Path, tmp_path: Path, experiment):
-    state = build_model(experiment, 3).state_dict()
-    path = tmp_path / "other.safetensors"
-    save_weights(path, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+    path = write_model(tmp_path / "other.safetensors", experiment, build_model(experiment, 3))
     with pytest.raises(WeightMismatch, match=r"other\.safetensors: .* has shape \(3"):
         Predictor(path)
 

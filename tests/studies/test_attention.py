@@ -9,11 +9,10 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from tiny import SIDE, tiny_experiment
+from tiny import CLASSES, SIDE, tiny_experiment, write_model
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.build import build_images, build_model
-from solq_lab.data.classes import ClassMap
 from solq_lab.inference.attention import (
     LayerAttention,
     QueryPoints,
@@ -25,7 +24,6 @@ from solq_lab.inference.attention import (
 )
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import encode_rle
-from solq_lab.models.weights import save_weights
 from solq_lab.structures import Detections, ImageBatch
 from solq_lab.studies import attention as study
 from solq_lab.studies.attention import (
@@ -37,7 +35,6 @@ from solq_lab.studies.attention import (
 )
 from solq_lab.viz.attention import attention_by_size, attention_of_object, attention_shares
 
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 HEADS, LEVELS, POINTS, QUERIES = 2, 3, 4, 8
 
 
@@ -70,9 +67,7 @@ def predictor(data_root: Path, model, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def saved(experiment, model, folder: Path, **arguments) -> Predictor:
-    path = folder / "weights.safetensors"
-    save_weights(path, model.state_dict(), experiment=experiment.to_yaml(), classes=CLASSES.to_json())
-    return Predictor(path, device="cpu", **arguments)
+    return Predictor(write_model(folder / "weights.safetensors", experiment, model), device="cpu", **arguments)
 
 
 @pytest.fixture

@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_rle
-from tiny import SIDE, tiny_experiment, write_tiny_dataset
+from tiny import SIDE, tiny_experiment, write_model, write_tiny_dataset
 
-from solq_lab.build import build_images, build_model
+from solq_lab.build import build_images
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.config import Experiment
-from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
 from solq_lab.masks import encode_rle
-from solq_lab.models.weights import save_weights
 from solq_lab.runs import RunError, create_run
 from solq_lab.structures import Detections
 from solq_lab.studies.comparison import (
@@ -28,8 +26,6 @@ from solq_lab.studies.comparison import (
 from solq_lab.studies.pairing import UNMATCHED, overlaps, pair_objects
 from solq_lab.viz.comparison import comparison_grid
 from solq_lab.workbench.workspace import PHOTOGRAPHS
-
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 
 
 def objects(*boxes: tuple[int, int, int, int], labels: list[int] | None = None, masks: bool = True) -> Detections:
@@ -144,8 +140,7 @@ def test_runs_of_different_data_are_refused(root, tmp_path):
 def test_a_second_run_that_is_missing_is_named_and_the_first_one_shown(root, tmp_path):
     experiment = tiny_experiment(root)
     run = create_run(experiment, tmp_path / "runs")
-    state = build_model(experiment, len(CLASSES)).state_dict()
-    save_weights(run.weights, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+    write_model(run.weights, experiment)
     run.write_status("finished", step=1200)
     comparison = open_comparison(run.folder / "experiment.yaml", tmp_path / "none.yaml", runs_dir=tmp_path / "runs")
     assert "1,200 steps" in str(comparison)
@@ -167,8 +162,7 @@ def test_a_third_run_stands_beside_the_others_unless_its_images_are_others(root,
     for name, data in (("first", root), ("third", root), ("elsewhere", others)):
         experiment = tiny_experiment(data, name=name)
         run = create_run(experiment, tmp_path / "runs")
-        state = build_model(experiment, len(CLASSES)).state_dict()
-        save_weights(run.weights, state, experiment=experiment.to_yaml(), classes=CLASSES.to_json())
+        write_model(run.weights, experiment)
         run.write_status("finished", step=10)
         files[name] = run.folder / "experiment.yaml"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_experiment, write_tiny_dataset
+from tiny import tiny_experiment, write_model, write_tiny_dataset
 
 from solq_lab.build import build_model, new_codec
 from solq_lab.codecs.dct import DCTCodec
@@ -41,9 +41,7 @@ def write_trained(folder: Path, classes: tuple[str, ...] = ANIMALS, **sections) 
     experiment = tiny_experiment(folder, **sections)
     model = trained_model(experiment, len(classes))
     ids = ClassMap(classes, tuple(range(1, len(classes) + 1)))
-    path = folder / "trained.safetensors"
-    save_weights(path, model.state_dict(), experiment=experiment.to_yaml(), classes=ids.to_json())
-    return path, model
+    return write_model(folder / "trained.safetensors", experiment, model, classes=ids), model
 
 
 def start(path: Path, names: tuple[str, ...] = ANIMALS, **sections) -> tuple[SOLQ, list[str]]:

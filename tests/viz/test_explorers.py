@@ -12,20 +12,16 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_experiment, write_tiny_dataset
+from tiny import CLASSES, tiny_experiment, write_model, write_tiny_dataset
 
 from solq_lab.build import build_images, build_model
-from solq_lab.data.classes import ClassMap
 from solq_lab.inference.attention import layer_views, pixel_views, predict_with_attention, record_encoder
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle
-from solq_lab.models.weights import save_weights
 from solq_lab.viz.style import OBJECT_COLOURS, colours_of, new_figure
 from solq_lab.viz.widgets.attention_explorer import ALL, LAYERS, MARK, NOTHING, PIXEL, QUERIES, AttentionExplorer
 from solq_lab.viz.widgets.clickable_image import colour_class, draw_image
 from solq_lab.viz.widgets.detection_explorer import WIDTH, WIPE, DetectionExplorer
-
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +49,7 @@ def make_predictor(root: Path, folder: Path, *, seed: int) -> Predictor:
         torch.nn.init.normal_(head.classify.bias, mean=-1.0, std=0.3)
         torch.nn.init.normal_(head.box.layers[2].weight, std=0.5)
         torch.nn.init.normal_(head.vector.layers[2].weight, std=1.0)
-    path = folder / f"{seed}.safetensors"
-    experiment = tiny_experiment(root).to_yaml()
-    save_weights(path, model.state_dict(), experiment=experiment, classes=CLASSES.to_json())
-    return Predictor(path, device="cpu")
+    return Predictor(write_model(folder / f"{seed}.safetensors", tiny_experiment(root), model), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 from notebook import write_notebook
 from PIL import Image
 from pycocotools.mask import decode
-from tiny import tiny_experiment, write_tiny_dataset
+from tiny import tiny_experiment, write_model, write_tiny_dataset
 
 from solq_lab.build import build_model
 from solq_lab.config import Experiment, load_experiment
@@ -25,14 +25,13 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.images import ORIENTATION
 from solq_lab.data.loader import LoaderError
 from solq_lab.inference.predictor import Predictor
-from solq_lab.models.weights import read_weights, save_weights, to_official_state
+from solq_lab.models.weights import read_weights, to_official_state
 from solq_lab.runs import load_run
 from solq_lab.workbench.cli import main
 from solq_lab.workbench.commands import runs
 from solq_lab.workbench.workspace import WORKSPACE
 
 TRAIN = REPOSITORY / "notebooks" / "train.ipynb"
-CLASSES = ClassMap(("triangle", "diamond"), (1, 2)).to_json()
 
 
 @pytest.fixture
@@ -69,10 +68,7 @@ def experiment(tmp_path, data_root):
 @pytest.fixture
 def weights(tmp_path, data_root):
     """An untrained model in a weights file."""
-    settings = tiny_experiment(data_root)
-    path = tmp_path / "weights.safetensors"
-    save_weights(path, build_model(settings, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
-    return path
+    return write_model(tmp_path / "weights.safetensors", tiny_experiment(data_root))
 
 
 @pytest.fixture
@@ -167,6 +163,7 @@ def test_the_version_is_that_of_the_package(command):
         (f"run '{TRAIN}' tiny.yaml -p images", "allowed is name=value"),
         (f"run '{TRAIN.with_name('trian.ipynb')}' tiny.yaml", "train.ipynb?"),
         ("predict images/train.json images/val/1.png", "train.json: not a safetensors file"),
+        ("predict images/train.json images/val/1.png nowhere.jpg", "nowhere.jpg: no such file"),
         ("import-weights tiny.yaml out.safetensors", "tiny.yaml: "),
         ("export weights.safetensors a.onnx --top-k 0", "Invalid value for '--top-k'"),
         ("make-shapes s --level medium", "is not one of 'easy', 'hard'"),
@@ -317,21 +314,6 @@ def files_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_predict_writes_over_no_image_and_no_other_drawing(command, weights, data_root, tmp_path):
-    put_images(tmp_path, data_root, "own/1.png", "own/1.jpg")
-    before = (tmp_path / "own" / "1.png").read_bytes()
-    status, _ = command("predict", weights, "own/1.png", "own/1.jpg", "--out", "own")
-    assert status == 0
-    assert files_in(tmp_path / "own") == ["1.jpg", "1.png", "1_2.png", "1_3.png"]
-    assert (tmp_path / "own" / "1.png").read_bytes() == before
-
-
-def test_drawings_lie_as_their_images_do(command, weights, data_root, tmp_path):
-    put_images(tmp_path, data_root, "a/1.jpg", "b/1.jpg")
-    assert command("predict", weights, "a/1.jpg", "b/1.jpg", "--out", "drawn")[0] == 0
-    assert files_in(tmp_path / "drawn") == ["a/1.png", "b/1.png"]
-
-
 def test_predict_takes_the_images_of_a_folder_and_with_recursive_of_its_folders(command, weights, data_root, tmp_path):
     put_images(tmp_path, data_root, "photos/1.jpg", "photos/deep/er/1.png")
     (tmp_path / "photos" / "notes.txt").write_text("no image")
@@ -396,17 +378,10 @@ def test_predict_tells_the_best_score_where_none_is_high_enough(command, weights
     assert "none with a score of at least 1; the best has 0.0" in output  # of an untrained model
 
 
-def test_an_image_that_does_not_exist_is_rejected_before_another_is_looked_at(rejected, weights, data_root, tmp_path):
-    message = rejected("predict", weights, data_root / "val" / "1.png", "nowhere.jpg")
-    assert "nowhere.jpg: no such file" in message
-    assert not (tmp_path / "predictions").exists()
-
-
 def test_a_checkpoint_of_another_architecture_is_rejected(rejected, tmp_path, data_root):
     settings = tiny_experiment(data_root)
     wider = tiny_experiment(data_root, model={"width": 64})
-    path = tmp_path / "other.safetensors"
-    save_weights(path, build_model(wider, 2).state_dict(), experiment=settings.to_yaml(), classes=CLASSES)
+    path = write_model(tmp_path / "other.safetensors", settings, build_model(wider, 2))
     message = rejected("predict", path, data_root / "val" / "1.png")
     assert "other.safetensors" in message
 

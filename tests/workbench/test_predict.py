@@ -9,21 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import REPOSITORY
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny import tiny_experiment
+from tiny import tiny_experiment, write_model
 from typer.testing import CliRunner
 
-from solq_lab.build import build_dataset, build_model
-from solq_lab.config import Experiment, change_experiment
+from solq_lab.build import build_dataset
+from solq_lab.config import change_experiment
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.shapes.writer import write_shapes
 from solq_lab.evaluation.evaluator import evaluate_model
 from solq_lab.inference.predictor import DeviceError, Predictor
-from solq_lab.models.weights import save_weights
 from solq_lab.workbench.cli import app
 from solq_lab.workbench.predictions.outputs import Masks
 from solq_lab.workbench.predictions.sources import find_sources
@@ -38,14 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model of two classes, 16 objects per image."""
     folder = tmp_path_factory.mktemp("weights")
     experiment = tiny_experiment(folder)
-    return write_weights(folder / "weights.safetensors", experiment)
-
-
-def write_weights(path: Path, experiment: Experiment) -> Path:
-    torch.manual_seed(0)
-    state, classes = build_model(experiment, 2).state_dict(), ClassMap(("box", "ring"), (3, 5))
-    save_weights(path, state, experiment=experiment.to_yaml(), classes=classes.to_json())
-    return path
+    return write_model(folder / "weights.safetensors", experiment, classes=ClassMap(("box", "ring"), (3, 5)))
 
 
 @pytest.fixture
@@ -273,7 +264,7 @@ def test_a_class_name_with_a_line_break_stays_one_line(tmp_path):
 
 def test_a_plain_detector_has_boxes_and_no_masks(run, tmp_path):
     experiment = tiny_experiment(tmp_path, codec={"kind": "none"}, model={"standardise_vectors": False})
-    detector = write_weights(tmp_path / "detector.safetensors", experiment)
+    detector = write_model(tmp_path / "detector.safetensors", experiment)
     draw("a.png")
     assert run("a.png", "--score", 0, "--out", "out", "--save", "drawn,coco,yolo,csv", model=detector).exit_code == 0
     found = Predictor(detector).predict("a.png").clipped()
@@ -382,3 +373,5 @@ def test_two_inputs_of_one_name_get_two_outputs(tmp_path, monkeypatch):
     draw("a/x.png"), draw("b/x.png"), draw("b/x.jpg")
     found = find_sources(["a/x.png", "b", "b/x.jpg", "http://h/x.png"], Path("out"), ["drawn"])
     assert [source.stem for source in found] == ["a/x", "b/x", "b/x_2", "x"]
+    found = find_sources(["b/x.png", "b/x.jpg"], Path("b"), ["drawn"])
+    assert [source.stem for source in found] == ["x_2", "x_3"]
