@@ -25,10 +25,7 @@ class SharedMemory:
 
     A process writes its values and then its counter, waits for the counters of all, and adds up. There are two sets of
     values, for even and odd turns: whoever writes one has seen that all are done with it, for they are a turn further.
-
-    Args:
-        memory: bytes, the same for all processes.
-        monitor: knows whether a process that is waited for will not come.
+    `memory` are bytes, the same for all processes; the monitor knows whether one that is waited for will not come.
     """
 
     def __init__(self, memory: np.ndarray, monitor: HeartbeatMonitor) -> None:

@@ -18,14 +18,9 @@ class Entries(Sequence[Any]):
     """A list of a JSON document. Each access decodes the entry anew: changes to it are not kept."""
 
     def __init__(self, text: str, starts: array, make_error: Callable[[Exception], Exception]) -> None:
-        """Keep the text.
-
-        Args:
-            text: the whole document.
-            starts: for each entry, where in the text it begins; 64-bit integers.
-            make_error: makes the error for an entry that is nested too deep for the stack at its access.
-        """
-        self._text, self._starts, self._make_error = text, starts, make_error
+        self._text = text  # the whole document
+        self._starts = starts  # for each entry, where in the text it begins; 64-bit integers
+        self._make_error = make_error  # the error for an entry that is nested too deep for the stack at its access
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -1,6 +1,7 @@
 """Order of the images in a training: the same for any number of processes, and resumable at any step."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -8,54 +9,44 @@ from torch.utils.data import Sampler
 from solq_lab.data.annotations import DataError
 
 
+@dataclass(eq=False)
 class BatchStream(Sampler[list[tuple[int, int]]]):
     """The keys (epoch, index) of every batch of a training, one list per backward pass of one process.
 
     Each epoch is a permutation drawn from (seed, epoch), cut into global batches; an incomplete last one is dropped. A
     global batch is the same whatever the number of processes: each rank takes a contiguous slice of it, and gradient
     accumulation divides that slice further. A stream with a `start_step` resumes exactly there.
+
+    Raises:
+        DataError: the data set is smaller than one batch.
+        ValueError: the batch does not divide by world_size x accumulate.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        seed: int,
-        total_steps: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        aspects: Callable[[int], np.ndarray] | None = None,
-    ) -> None:
-        """Lay out the stream.
+    length: int  # images in the data set
+    batch_size: int  # images per optimiser step, over all ranks and accumulated passes
+    _: KW_ONLY
+    seed: int  # of the permutations
+    total_steps: int  # optimiser steps of the whole training
+    start_step: int = 0  # optimiser steps already done
+    # rank, world_size: of this process, and how many there are
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1  # backward passes per optimiser step; each gets its own list of keys
+    # Width over height of all images in an epoch, (length,): batches are then made of alike shapes (`batch_by_aspect`),
+    # which need less padding. None: shapes come as they fall.
+    aspects: Callable[[int], np.ndarray] | None = None
 
-        Args:
-            length: images in the data set.
-            batch_size: images per optimiser step, over all ranks and accumulated passes.
-            seed: of the permutations.
-            total_steps: optimiser steps of the whole training.
-            start_step: optimiser steps already done.
-            rank, world_size: of this process, and how many there are.
-            accumulate: backward passes per optimiser step; each gets its own list of keys.
-            aspects: width over height of all images in an epoch, (length,); batches are then made of alike shapes
-                (`batch_by_aspect`), which need less padding. None: shapes come as they fall.
-
-        Raises:
-            DataError: the data set is smaller than one batch.
-            ValueError: the batch does not divide by world_size x accumulate.
-        """
-        if batch_size % (world_size * accumulate):
+    def __post_init__(self) -> None:
+        passes = self.world_size * self.accumulate
+        if self.batch_size % passes:
             raise ValueError(
-                f"batch_size {batch_size} does not divide by processes x accumulate = {world_size} x {accumulate}"
+                f"batch_size {self.batch_size} does not divide by processes x accumulate = {self.world_size} x "
+                f"{self.accumulate}"
             )
-        if length < batch_size:
-            raise DataError(f"the data set has {length} images, fewer than train.batch_size {batch_size}; lower it")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.total_steps, self.start_step = total_steps, start_step
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.aspects = aspects
+        if self.length < self.batch_size:
+            raise DataError(
+                f"the data set has {self.length} images, fewer than train.batch_size {self.batch_size}; lower it"
+            )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -62,7 +62,6 @@ class TestResize:
     max_size: int  # longest allowed longer side, pixels
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for an image of (height, width) pixels."""
         return _resize(size, self.test_scale, self.max_size)
 
 
@@ -74,7 +73,6 @@ class FlipOnly:
     max_size: int  # longest allowed longer side, pixels
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for an image of (height, width) pixels."""
         return [*_mirror(size, random), *_resize(size, self.test_scale, self.max_size)]
 
 
@@ -93,7 +91,6 @@ class ReleasedAugmentation:
     crop_size: tuple[int, int]
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for an image of (height, width) pixels."""
         steps = _mirror(size, random)
         steps += _resize(size, random.choice(self.train_scales), self.max_size)
         if random.random() < 0.5:
@@ -115,7 +112,6 @@ class LargeScaleJitter:
     max_size: int  # longest allowed side, pixels; the image fits a square of this side at scale 1
 
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        """The steps for an image of (height, width) pixels."""
         steps, longest = _mirror(size, random), self.max_size * random.uniform(*JITTER)
         after = tuple(max(1, round(side * longest / max(size))) for side in size)
         height, width = (min(side, self.max_size) for side in after)

@@ -131,14 +131,7 @@ class _MaskEvaluator(COCOeval_faster):
 
 
 class ScoringData:
-    """The images, classes and objects that count, in the form faster-coco-eval reads.
-
-    source: the annotation file, for messages.
-    sizes: image id -> (height, width), pixels, of all images of the file.
-    images: image id -> entry, of the images to evaluate.
-    category_ids, class_names: of all classes, by rising id.
-    objects: entries of the images to evaluate, numbered from 1: faster-coco-eval takes id 0 for "not matched".
-    """
+    """The images, classes and objects that count, in the form faster-coco-eval reads."""
 
     def __init__(
         self, annotations: str | Path | dict | GroundTruth, image_ids: Collection[int] | None, *, with_masks: bool
@@ -149,6 +142,7 @@ class ScoringData:
         if truth.keep != "all" or (with_masks and not truth.has_masks):
             raise ValueError('scoring needs GroundTruth(..., keep="all"), with masks where masks are scored')
         self.source = str(truth.source)
+        # Image id -> (height, width), pixels, of all images of the file.
         self.sizes = dict(zip(truth.image_ids.tolist(), map(tuple, truth.sizes.tolist()), strict=True))
         try:
             chosen = {key: self.sizes[key] for key in (self.sizes if image_ids is None else image_ids)}
@@ -156,6 +150,7 @@ class ScoringData:
             raise DataError(f"{self.source}: no image of id {error}; image_ids are those of this file") from None
         self.images = {key: {"id": key, "height": size[0], "width": size[1]} for key, size in chosen.items()}
 
+        # Of all classes, by rising id.
         classes = ClassMap.from_categories(truth.categories, source=self.source)
         self.category_ids = list(classes.category_ids)
         self._known = set(self.category_ids)
@@ -167,6 +162,7 @@ class ScoringData:
         self.objects = self._read_objects(truth, with_masks)
 
     def _read_objects(self, truth: GroundTruth, with_masks: bool) -> list[dict]:
+        """Entries of the images to evaluate, numbered from 1: faster-coco-eval takes id 0 for "not matched"."""
         objects: list[dict] = []
         columns = (truth.image_ids[truth.image_rows], truth.ids, truth.category_ids, truth.coco_boxes, truth.crowd)
         for row, (image_id, key, category_id, box, crowd) in enumerate(

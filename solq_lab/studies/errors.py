@@ -179,34 +179,30 @@ class _Outcome:
     """COCO's matching as far as a group of objects is concerned.
 
     Objects outside the group are ignored, and so are detections that match one, or match none and lie outside too.
-
-    counts: (A,) bool, objects to find.
-    true_positive, false_positive: (10, F) bool at each threshold; neither where a detection is ignored.
-    found_by: (10, A + 1) the detection that finds each object, F for none; the last column is for `UNMATCHED`.
-    types: (10, F) rows of `ERRORS`, -1 where a detection matches.
-    missed: (10, A) bool.
     """
 
     def __init__(self, overlaps: Overlaps, objects_inside: np.ndarray, detections_inside: np.ndarray) -> None:
         self.objects, self.detections = overlaps.objects, overlaps.detections
         self.classes = len(overlaps.class_names)
-        self.counts = objects_inside & ~self.objects.crowd
+        self.counts = objects_inside & ~self.objects.crowd  # (A,) bool, objects to find
         count = len(self.detections.scores)
         matched = match_detections(
             *overlaps.pairs, count=count, crowd=self.objects.crowd, ignored=~self.counts, thresholds=THRESHOLDS
         )
-        self.true_positive = np.append(self.counts, False)[matched]  # UNMATCHED, -1, reads the False
+        # (10, F) bool at each threshold; neither where a detection is ignored. UNMATCHED, -1, reads the False.
+        self.true_positive = np.append(self.counts, False)[matched]
         self.false_positive = (matched == UNMATCHED) & detections_inside
+        # (10, A + 1) the detection that finds each object, F for none; the last column is for `UNMATCHED`.
         self.found_by = np.full((len(THRESHOLDS), len(self.counts) + 1), count)
         row, detection = np.nonzero(self.true_positive)
         self.found_by[row, matched[row, detection]] = detection
-        self.types = np.where(matched == UNMATCHED, self._type_of_each(), UNMATCHED)
+        self.types = np.where(matched == UNMATCHED, self._type_of_each(), UNMATCHED)  # (10, F), -1 where one matches
 
         # An object is not missed where a false positive would find it once it is repaired.
         claimed = np.zeros((len(THRESHOLDS), len(self.counts)), dtype=bool)
         row, detection = np.nonzero(_among(self.types, _ABOUT_OBJECTS))
         claimed[row, self.detections.about[detection]] = True
-        self.missed = self.counts & (self.found_by[:, :-1] == count) & ~claimed
+        self.missed = self.counts & (self.found_by[:, :-1] == count) & ~claimed  # (10, A) bool
         self.to_find = self._per_class(self.counts)
 
     def losses(self) -> GroupErrors:

@@ -4,6 +4,7 @@ Shape letters beside those of `structures`: Z decoder layers with a vector loss,
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -20,51 +21,40 @@ from solq_lab.training.focal import DICE_FLOOR, dice_loss
 FRAME_IOU = 0.5  # generalised IoU with its object from which a predicted box is the frame of its target
 
 
+@dataclass(eq=False)
 class MatchedVectors:
     """The matched mask vectors of the last Z decoder layers, and their targets.
 
     Attributes:
-        codec: makes vectors of masks and back.
-        predicted: (Z, T, D) vectors.
-        target: (Z, T, D) vectors of the objects.
-        boxes, true_boxes: (Z, T, 4) (cx, cy, w, h) of queries and objects, normalised image.
-        true_masks: (Z, T, N, N) bool of the objects in their own boxes.
-        masks: the same in the frame of the targets.
+        masks: (Z, T, N, N) bool of the objects in the frame of the targets.
+        counting: `predicted`, without the coefficients that do not count.
     """
 
-    def __init__(
-        self,
-        codec: MaskCodec,
-        predicted: Tensor,
-        target: Tensor,
-        boxes: Tensor,
-        true_boxes: Tensor,
-        true_masks: Tensor,
-        *,
-        in_predicted_frame: bool,
-        band: Tensor | None = None,
-        tail_drop: float = 0.0,
-    ) -> None:
-        """Collect the pairs.
+    codec: MaskCodec
+    predicted: Tensor  # (Z, T, D) vectors
+    target: Tensor  # (Z, T, D) vectors of the objects
+    # boxes, true_boxes: (Z, T, 4) (cx, cy, w, h) of queries and objects, normalised image
+    boxes: Tensor
+    true_boxes: Tensor
+    true_masks: Tensor  # (Z, T, N, N) bool of the objects in their own boxes
+    # Recompute masks and vectors of the targets in the predicted boxes. A query's mask is pasted into its own box, so
+    # this is what it is to learn, where that box is about right: from a generalised IoU of `FRAME_IOU` with its
+    # object's on. No gradient passes through a frame.
+    in_predicted_frame: bool
+    band: Tensor | None = None  # (Z, T, D) bool, coefficients that count; the others have target 0. None: all
+    tail_drop: float = 0.0  # share of the pairs of which `dice` decodes a random number of first coefficients alone
 
-        Args:
-            codec, predicted, target, boxes, true_boxes, true_masks: as the attributes.
-            in_predicted_frame: recompute masks and vectors of the targets in the predicted boxes. A query's mask is
-                pasted into its own box, so this is what it is to learn, where that box is about right: from a
-                generalised IoU of `FRAME_IOU` with its object's on. No gradient passes through a frame.
-            band: (Z, T, D) bool, coefficients that count: the others have target 0 and are not decoded. None: all.
-            tail_drop: share of the pairs of which `dice` decodes a random number of first coefficients alone.
-        """
-        self.codec, self.predicted, self.boxes, self.true_boxes = codec, predicted, boxes.detach(), true_boxes
-        self.target, self.true_masks, self.masks = target, true_masks, true_masks
-        if in_predicted_frame:
-            overlap = generalized_iou(cxcywh_to_xyxy(self.boxes), cxcywh_to_xyxy(true_boxes))
-            self.masks = self._true_masks_in(torch.where(overlap.unsqueeze(-1) > FRAME_IOU, self.boxes, true_boxes))
+    def __post_init__(self) -> None:
+        self.boxes, self.masks = self.boxes.detach(), self.true_masks
+        if self.in_predicted_frame:
+            overlap = generalized_iou(cxcywh_to_xyxy(self.boxes), cxcywh_to_xyxy(self.true_boxes))
+            frames = torch.where(overlap.unsqueeze(-1) > FRAME_IOU, self.boxes, self.true_boxes)
+            self.masks = self._true_masks_in(frames)
             with torch.no_grad():
-                self.target = codec.encode(self.masks.flatten(0, 1)).view(predicted.shape)
-        self.tail_drop, self.counting = tail_drop, predicted
-        if band is not None:
-            self.target, self.counting = self.target * band, predicted * band
+                self.target = self.codec.encode(self.masks.flatten(0, 1)).view(self.predicted.shape)
+        self.counting = self.predicted
+        if self.band is not None:
+            self.target, self.counting = self.target * self.band, self.predicted * self.band
 
     @cached_property
     def decoded(self) -> Tensor:

@@ -5,7 +5,7 @@ Shape letters beside those of `structures`: Z decoder layers, T matched pairs of
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from solq_lab.boxes import cxcywh_to_xyxy, generalized_iou
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import LearnedDCTCodec
 from solq_lab.models.solq import SOLQ
-from solq_lab.schema import Experiment
+from solq_lab.schema import Experiment, LossSection
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.decoded import MatchedVectors, coefficients_in_band
 from solq_lab.training.focal import quality_focal_loss, sigmoid_focal_loss, soft_dice_loss
@@ -64,87 +64,42 @@ class SetCriterion(nn.Module):
     Args:
         codec: gives the target vectors, and by its `loss` the default kind of vector loss; None for a plain detector.
         matcher: assigns queries to objects.
-        class_weight: weight of the focal loss.
-        l1_weight: weight of the L1 box loss.
-        giou_weight: weight of the GIoU box loss.
-        vector_weight: weight of the vector loss, lambda_vec.
-        vector_layers: how many of the last decoder layers have a vector loss (table 3c); at least one.
-        vector_normalisation: of the "l1" vector loss: "mean" over pairs and coefficients, as the released models were
-            trained, or "num_boxes", the sum over both by the number of boxes. "l2" and "l2_dice" always take the mean
-            over coefficients and the sum over pairs by the number of boxes.
-        vector_kind: "codec", or "l1", "smooth_l1", "l2" instead of the codec's own loss.
-        vector_units: "raw", or "std": differences are divided by `vector_std`.
-        vector_frame: box that the targets are drawn in: "truth", the object's, or "predicted" (`MatchedVectors`).
-        decoded_dice_weight: weight of the dice loss "vector_dice" of decoded vectors; 0: no such loss.
-        outline_dice_weight: weight of the same near outlines alone, "outline_dice"; 0: no such loss.
-        band_limit: as in `coefficients_in_band`; 0: all coefficients count.
-        tail_drop: as in `MatchedVectors`.
-        class_loss: "focal", or "quality": a query's class is to have the IoU of its mask with its object's as score,
-            not 1. Not of the proposals, which have no masks.
+        settings: weights and kinds of the losses, an experiment's section `loss`.
         vector_std: standard deviations (D,) of the training vectors, for units of "std"; kept as it is, not copied.
-        mask_weight: weight of the mask branch's focal loss over pixels.
-        dice_weight: weight of the mask branch's dice loss.
-        focal_alpha: share of the positive term in both focal losses.
-        focal_gamma: focusing power of both focal losses.
 
     Raises:
-        ValueError: an argument outside its choices.
+        ValueError: a codec with another loss than "l1" and "l2_dice", or units of "std" without `vector_std`.
     """
 
     def __init__(
         self,
         codec: MaskCodec | None,
         matcher: HungarianMatcher,
+        settings: LossSection = LossSection(),  # noqa: B008 - a constant
         *,
-        class_weight: float,
-        l1_weight: float,
-        giou_weight: float,
-        vector_weight: float,
-        vector_layers: int,
-        vector_normalisation: Literal["mean", "num_boxes"],
-        mask_weight: float,
-        dice_weight: float,
-        focal_alpha: float,
-        focal_gamma: float,
-        vector_kind: Literal["codec", "l1", "smooth_l1", "l2"] = "codec",
-        vector_units: Literal["raw", "std"] = "raw",
-        vector_frame: Literal["truth", "predicted"] = "truth",
-        class_loss: Literal["focal", "quality"] = "focal",
-        decoded_dice_weight: float = 0.0,
-        outline_dice_weight: float = 0.0,
-        band_limit: float = 0.0,
-        tail_drop: float = 0.0,
         vector_std: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if vector_normalisation not in ("mean", "num_boxes"):
-            raise ValueError(f"vector_normalisation {vector_normalisation!r}: allowed are 'mean' and 'num_boxes'")
-        if vector_layers < 1:
-            raise ValueError(f"vector_layers {vector_layers}: allowed is 1 (the last layer alone) or more")
         if codec is not None and codec.loss not in ("l1", "l2_dice"):
             raise ValueError(f"{type(codec).__name__}.loss {codec.loss!r}: allowed are 'l1' and 'l2_dice'")
-        if vector_units == "std" and vector_std is None:
+        if settings.vector_units == "std" and vector_std is None:
             raise ValueError("vector_units 'std' needs vector_std, of a model built with standardise_vectors")
-        self.codec, self.band_limit, self.tail_drop = codec, band_limit, tail_drop
-        self.matcher = matcher
-        self.weights = {"class": class_weight, "l1": l1_weight, "giou": giou_weight, "vector": vector_weight}
-        self.weights |= {"mask": mask_weight, "dice": dice_weight}
+        self.codec, self.matcher, self.settings = codec, matcher, settings
+        self.vector_kind = codec.loss if codec is not None and settings.vector_kind == "codec" else settings.vector_kind
+        self.vector_std = vector_std if settings.vector_units == "std" else None  # the model's own, on its device
+        self.weights: dict[str, float] = {
+            name: getattr(settings, f"{name}_weight") for name in ("class", "l1", "giou", "vector", "mask", "dice")
+        }
         # A new term of every layer is a method (MatchedLayers) -> (Z,), a line here, and its weight above.
         self.terms = {"class": self._class_loss, "l1": self._l1_loss, "giou": self._giou_loss}
         if codec is not None:
             self.terms["vector"] = self._vector_loss
-        if codec is not None and decoded_dice_weight > 0:
-            self.terms["vector_dice"], self.weights["vector_dice"] = self._decoded_dice_loss, decoded_dice_weight
-        if codec is not None and outline_dice_weight > 0:
+        if codec is not None and settings.decoded_dice_weight > 0:
+            self.terms["vector_dice"] = self._decoded_dice_loss
+            self.weights["vector_dice"] = settings.decoded_dice_weight
+        if codec is not None and settings.outline_dice_weight > 0:
             self.terms["outline_dice"] = partial(self._decoded_dice_loss, near_outlines=True)
-            self.weights["outline_dice"] = outline_dice_weight
-        self.vector_layers = vector_layers
-        self.vector_normalisation = vector_normalisation
-        self.vector_frame, self.class_loss = vector_frame, class_loss
-        self.vector_kind = codec.loss if codec is not None and vector_kind == "codec" else vector_kind
-        self.vector_std = vector_std if vector_units == "std" else None  # the model's own buffer, on its device
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+            self.weights["outline_dice"] = settings.outline_dice_weight
 
     def forward(
         self,
@@ -217,7 +172,7 @@ class SetCriterion(nn.Module):
                 raise ValueError(f"image {target.image_id}: masks {found} do not fit the codec, which wants {allowed}")
             by_image.append(target.masks)
 
-        for index, layer in list(enumerate(predictions.layers))[-self.vector_layers :]:
+        for index, layer in list(enumerate(predictions.layers))[-self.settings.vector_layers :]:
             length, expected = None if layer.vectors is None else layer.vectors.shape[-1], self.codec.vector_dim
             if length != expected:
                 raise ValueError(
@@ -226,8 +181,9 @@ class SetCriterion(nn.Module):
                 )
 
         masks = torch.cat(by_image)
+        limit = self.settings.band_limit
         with torch.no_grad():
-            band = coefficients_in_band(self.codec, targets, self.band_limit) if self.band_limit else None
+            band = coefficients_in_band(self.codec, targets, limit) if limit else None
             return Objects(labels, boxes, masks, self.codec.encode(masks), band)
 
     def _match_layers(
@@ -243,7 +199,7 @@ class SetCriterion(nn.Module):
         self, layers: Sequence[LayerPrediction], matching: Matching, objects: Objects, boxes: Tensor, true_boxes: Tensor
     ) -> MatchedVectors | None:
         """The matched vectors of the last `vector_layers` layers; `boxes` and `true_boxes` (Z, T, 4) of all layers."""
-        vectors = [layer.vectors for layer in layers[-self.vector_layers :] if layer.vectors is not None]
+        vectors = [layer.vectors for layer in layers[-self.settings.vector_layers :] if layer.vectors is not None]
         if not vectors or self.codec is None:
             return None
         assert objects.masks is not None  # `_gather_objects` has looked
@@ -259,23 +215,27 @@ class SetCriterion(nn.Module):
             boxes[-depth:],
             true_boxes[-depth:],
             objects.masks[rows],
-            in_predicted_frame=self.vector_frame == "predicted",
+            in_predicted_frame=self.settings.vector_frame == "predicted",
             band=None if objects.band is None else objects.band[rows],
-            tail_drop=self.tail_drop,
+            tail_drop=self.settings.tail_drop,
         )
 
     def _class_loss(self, layers: MatchedLayers) -> Tensor:
-        """Focal loss (Z,) of all queries; those without an object are to have no class."""
+        """Focal loss (Z,) of all queries; those without an object are to have no class.
+
+        With class_loss "quality" a query's class is to have the IoU of its mask with its object's as score, not 1; not
+        that of proposals, which have no masks.
+        """
         logits, matching = layers.logits, layers.matching
         truth = torch.zeros_like(logits)
         index = torch.arange(len(logits), device=logits.device)[:, None]
         present = (index, matching.images, matching.queries, layers.objects.labels[matching.objects])
         truth.index_put_(present, truth.new_ones(()))  # `= 1.0` would be a copy from the host, which waits
-        if self.class_loss == "quality" and layers.vectors is not None:
+        if self.settings.class_loss == "quality" and layers.vectors is not None:
             quality = torch.zeros_like(logits).index_put_(present, layers.vectors.quality().to(logits.dtype))
             focal = quality_focal_loss(logits, truth, quality, gamma=QUALITY_GAMMA)
         else:
-            focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
+            focal = sigmoid_focal_loss(logits, truth, alpha=self.settings.focal_alpha, gamma=self.settings.focal_gamma)
         return focal.sum((1, 2, 3)) / layers.divisor
 
     def _l1_loss(self, layers: MatchedLayers) -> Tensor:
@@ -288,7 +248,12 @@ class SetCriterion(nn.Module):
         return (1 - overlap).sum(1) / layers.divisor
 
     def _vector_loss(self, layers: MatchedLayers) -> Tensor:
-        """Distance of matched mask vectors in the last `vector_layers` layers, a tensor of that length."""
+        """Distance of matched mask vectors in the last `vector_layers` layers, a tensor of that length.
+
+        "l1" and "smooth_l1" take the mean over pairs and coefficients, or with vector_normalisation "num_boxes" the sum
+        over both by the number of boxes; "l2" and "l2_dice" always the mean over coefficients and the sum over pairs by
+        the number of boxes.
+        """
         vectors = layers.vectors
         assert vectors is not None  # no such term without a codec
         distance = vectors.distance(self.vector_kind, self.vector_std)  # (Z,)
@@ -296,7 +261,7 @@ class SetCriterion(nn.Module):
         if self.vector_kind in ("l2", "l2_dice"):
             squared = distance / dim
             return (squared + vectors.dice() if self.vector_kind == "l2_dice" else squared) / layers.divisor
-        return distance / (layers.mean_over * dim if self.vector_normalisation == "mean" else layers.divisor)
+        return distance / (layers.mean_over * dim if self.settings.vector_normalisation == "mean" else layers.divisor)
 
     def _decoded_dice_loss(self, layers: MatchedLayers, *, near_outlines: bool = False) -> Tensor:
         """Dice loss of what matched vectors decode to, of the same layers as the vector loss."""
@@ -312,7 +277,7 @@ class SetCriterion(nn.Module):
         logits = _at_least_float32(masks.logits[matching.images, matching.queries[-1]])  # (T, h, w)
         logits = F.interpolate(logits.unsqueeze(1), size=padded_size, mode="bilinear").flatten(1)  # (T, H*W)
         truth = truth.flatten(1).to(logits.dtype)
-        focal = sigmoid_focal_loss(logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        focal = sigmoid_focal_loss(logits, truth, alpha=self.settings.focal_alpha, gamma=self.settings.focal_gamma)
         return {"mask": focal.mean(1).sum() / count, "dice": soft_dice_loss(logits.sigmoid(), truth).sum() / count}
 
 
@@ -326,10 +291,9 @@ def build_criterion(experiment: Experiment, codec: MaskCodec | None, model: nn.M
     """
     if isinstance(codec, LearnedDCTCodec) and isinstance(model, SOLQ) and model.mask_decoder is not None:
         codec.decoder = model.mask_decoder
-    loss, costs = experiment.loss.model_dump(), experiment.matcher.model_dump()
-    costs |= {key: loss[key] for key in ("focal_alpha", "focal_gamma")}
-    matcher = HungarianMatcher(**costs, proposals_per_object=loss.pop("proposals_per_object"))
-    return SetCriterion(codec, matcher, **loss, vector_std=getattr(model, "vector_std", None)).train()
+    loss, costs = experiment.loss, experiment.matcher.model_dump()
+    costs |= {key: getattr(loss, key) for key in ("focal_alpha", "focal_gamma", "proposals_per_object")}
+    return SetCriterion(codec, HungarianMatcher(**costs), loss, vector_std=getattr(model, "vector_std", None)).train()
 
 
 def _gather_bitmaps(targets: Sequence[Target], padded_size: tuple[int, int]) -> Tensor:

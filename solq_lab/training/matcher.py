@@ -4,6 +4,7 @@ Shape letters beside those of `structures`: Z decoder layers, T matched pairs of
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ class Matches(NamedTuple):
     proposals: Matching | None
 
 
+@dataclass(kw_only=True)
 class HungarianMatcher:
     """Finds, for every layer and image on its own, the cheapest one-to-one matching of queries and objects.
 
@@ -59,22 +61,12 @@ class HungarianMatcher:
         proposals_per_object: how many of the encoder's proposals an object is matched to, as far as there are enough.
     """
 
-    def __init__(
-        self,
-        *,
-        class_cost: float,
-        l1_cost: float,
-        giou_cost: float,
-        focal_alpha: float,
-        focal_gamma: float,
-        proposals_per_object: int = 1,
-    ) -> None:
-        self.class_cost = class_cost
-        self.l1_cost = l1_cost
-        self.giou_cost = giou_cost
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
-        self.proposals_per_object = proposals_per_object
+    class_cost: float
+    l1_cost: float
+    giou_cost: float
+    focal_alpha: float
+    focal_gamma: float
+    proposals_per_object: int = 1
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Sequence[Target]) -> Matches:

@@ -26,10 +26,6 @@ class MetricLogger:
     """Means of losses and gradient norm over every `log_every` optimiser steps, in metrics.jsonl and the log.
 
     Every process collects its own; the main one writes the means over all of them.
-
-    Attributes:
-        steps_per_epoch: optimiser steps in a pass over the training images.
-        seconds: spent on optimiser steps since the training's first start, data loading included.
     """
 
     def __init__(
@@ -37,7 +33,7 @@ class MetricLogger:
     ) -> None:
         self._run, self._train, self._tensorboard = run, run.experiment.train, tensorboard
         self._total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.seconds = 0.0
+        self.seconds = 0.0  # spent on optimiser steps since the training's first start, data loading included
         self._sums: dict[str, Tensor] = {}  # since the last line
         self._steps, self._skipped, self._since = 0, 0, 0.0
         self._steps_here, self._warm = 0, 0.0  # of this process, for the expected duration

@@ -33,13 +33,10 @@ class StopRequest:
     """Records the first of `STOP_SIGNALS` that comes while its `with` block runs.
 
     Loader processes are forked inside the block and so survive a Ctrl-C in the terminal, which reaches them as well.
-
-    Attributes:
-        received: name of the first signal, or None.
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received: str | None = None  # name of the first signal
         self._when = 0.0
         self._at_once = False
 

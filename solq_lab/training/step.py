@@ -98,7 +98,8 @@ def forward_backward(
         # Without a matching there is still a backward pass, of nan: under DDP the other processes wait for these
         # gradients, and learn from them that the step is to be skipped.
         losses, fault = {}, str(error)
-        total = _sum_of_outputs(predictions) * math.nan
+        outputs = [leaf for leaf in tree_leaves(predictions) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        total = torch.stack([output.float().sum() for output in outputs]).sum() * math.nan  # reaches every parameter
 
     scaler.scale(total).backward()
     return MicroBatch(images, targets, predictions, {**losses, "total": total}, fault)
@@ -190,9 +191,3 @@ def check_finite(micro_batches: Sequence[MicroBatch], norm: Tensor, scaler: torc
             return "overflow"
     scaler.update(scaler.get_scale())  # unchanged
     return "nonfinite"
-
-
-def _sum_of_outputs(predictions: Predictions) -> Tensor:
-    """A scalar that depends on every output of the network, and so on every parameter."""
-    outputs = [leaf for leaf in tree_leaves(predictions) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return torch.stack([output.float().sum() for output in outputs]).sum()

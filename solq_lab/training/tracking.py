@@ -32,9 +32,7 @@ def check_tracking(train: TrainSection) -> None:
 class TensorBoard:
     """Scalars of a run in its folder `tensorboard`; where they cannot be written, the training continues without.
 
-    Args:
-        folder: where the event files go.
-        step: optimiser steps done. What an earlier process wrote of later steps is purged: they will be repeated.
+    What an earlier process wrote of steps later than `step` is purged: they will be repeated.
     """
 
     def __init__(self, folder: Path, *, step: int) -> None:

@@ -29,6 +29,7 @@ from solq_lab.models.heads import VectorMLP
 from solq_lab.models.sqr import AttentionMaps, MaskBranch, SQRDetector
 from solq_lab.models.weights import WeightMismatch, export_official, import_official, read_weights
 from solq_lab.runs import create_run
+from solq_lab.schema import LossSection
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
@@ -130,11 +131,9 @@ def test_padding_changes_nothing_in_classes_and_boxes_of_the_same_detector_witho
 
 
 def criterion_of(**weights) -> SetCriterion:
-    focal = {"focal_alpha": 0.25, "focal_gamma": 2.0}
-    matcher = HungarianMatcher(class_cost=2.0, l1_cost=5.0, giou_cost=2.0, **focal)
-    all_weights = {f"{name}_weight": 1.0 for name in ("class", "l1", "giou", "vector", "mask", "dice")}
-    options = {"vector_layers": 1, "vector_normalisation": "mean", **focal}
-    return SetCriterion(None, matcher, **{**all_weights, **weights}, **options)
+    matcher = HungarianMatcher(class_cost=2.0, l1_cost=5.0, giou_cost=2.0, focal_alpha=0.25, focal_gamma=2.0)
+    equal = {f"{name}_weight": 1.0 for name in ("class", "l1", "giou", "vector", "mask", "dice")}
+    return SetCriterion(None, matcher, LossSection(**{**equal, **weights}))
 
 
 def random_layer(padding: torch.Tensor, queries: int = 4) -> LayerPrediction:

@@ -21,6 +21,7 @@ from solq_lab.codecs.dct import DCTCodec
 from solq_lab.inference.postprocess import postprocess
 from solq_lab.masks import crop_and_resize, rle_iou
 from solq_lab.models.weights import to_official_state
+from solq_lab.schema import LossSection
 from solq_lab.structures import Detections, Predictions, Target
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher, Matches
@@ -81,7 +82,6 @@ class Replay:
 
 
 def build_criterion(args: dict, codec: DCTCodec | None) -> SetCriterion:
-    focal = {"focal_alpha": args["focal_alpha"], "focal_gamma": 2.0}
     matcher = HungarianMatcher(
         class_cost=args["set_cost_class"],
         l1_cost=args["set_cost_bbox"],
@@ -89,9 +89,7 @@ def build_criterion(args: dict, codec: DCTCodec | None) -> SetCriterion:
         focal_alpha=0.25,
         focal_gamma=2.0,
     )
-    return SetCriterion(
-        codec,
-        matcher,
+    settings = LossSection(
         class_weight=args["cls_loss_coef"],
         l1_weight=args["bbox_loss_coef"],
         giou_weight=args["giou_loss_coef"],
@@ -100,8 +98,9 @@ def build_criterion(args: dict, codec: DCTCodec | None) -> SetCriterion:
         vector_normalisation="num_boxes" if args["no_vector_loss_norm"] else "mean",
         mask_weight=args["mask_loss_coef"],
         dice_weight=args["dice_loss_coef"],
-        **focal,
+        focal_alpha=args["focal_alpha"],
     )
+    return SetCriterion(codec, matcher, settings)
 
 
 def build_targets(fixture: Fixture) -> list[Target]:

@@ -11,15 +11,13 @@ from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.dct import DCTCodec, zigzag
+from solq_lab.schema import LossSection
 from solq_lab.structures import LayerPrediction, Predictions, Target
 from solq_lab.training.focal import dice_loss, sigmoid_focal_loss
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.preparation import vector_plateau
 
-WEIGHTS = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "vector_weight": 3.0}
-WEIGHTS |= {"mask_weight": 1.0, "dice_weight": 1.0}
-FOCAL = {"focal_alpha": 0.25, "focal_gamma": 2.0}
 CLASSES, MASK_SIZE, VECTOR_DIM = 5, 8, 10
 
 
@@ -32,12 +30,9 @@ class SquashedDCT(DCTCodec):
         return super().decode(vectors).sigmoid()
 
 
-def make_criterion(
-    codec: MaskCodec | None, *, vector_layers: int = 6, vector_normalisation: str = "mean", **options: object
-):
-    matcher = HungarianMatcher(class_cost=2.0, l1_cost=5.0, giou_cost=2.0, **FOCAL)
-    options |= {"vector_layers": vector_layers, "vector_normalisation": vector_normalisation}
-    return SetCriterion(codec, matcher, **WEIGHTS, **FOCAL, **options)
+def make_criterion(codec: MaskCodec | None, *, vector_std: torch.Tensor | None = None, **settings: object):
+    matcher = HungarianMatcher(class_cost=2.0, l1_cost=5.0, giou_cost=2.0, focal_alpha=0.25, focal_gamma=2.0)
+    return SetCriterion(codec, matcher, LossSection(**settings), vector_std=vector_std)
 
 
 def random_layer(generator, batch: int, queries: int, *, vectors: bool = True) -> LayerPrediction:
@@ -83,7 +78,7 @@ def plain_losses(criterion, layer, matching, row, targets, count) -> dict[str, f
             vectors = criterion.codec.encode(target.masks[objects]).double()
             sums["vector"] = sums["vector"] + F.l1_loss(layer.vectors[image, queries], vectors, reduction="sum")
     losses = {term: value.item() / count for term, value in sums.items() if term != "vector"}
-    over = pairs * VECTOR_DIM if criterion.vector_normalisation == "mean" else count
+    over = pairs * VECTOR_DIM if criterion.settings.vector_normalisation == "mean" else count
     return losses | {"vector": sums["vector"].item() / over}
 
 
@@ -365,10 +360,9 @@ def test_targets_and_predictions_that_do_not_fit_the_codec_are_named():
 
 
 def test_arguments_outside_their_choices_are_refused():
-    with pytest.raises(ValueError, match="vector_normalisation 'sum': allowed are 'mean' and 'num_boxes'"):
-        make_criterion(None, vector_normalisation="sum")
-    with pytest.raises(ValueError, match="vector_layers 0: allowed is 1"):
-        make_criterion(None, vector_layers=0)
+    for wrong in ({"vector_normalisation": "sum"}, {"vector_layers": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            make_criterion(None, **wrong)
     codec = DCTCodec(MASK_SIZE, VECTOR_DIM)
     codec.loss = "huber"
     with pytest.raises(ValueError, match=r"DCTCodec.loss 'huber': allowed are 'l1' and 'l2_dice'"):

@@ -233,10 +233,8 @@ def test_losses_of_guests_are_means_over_the_pairs_and_reach_the_labels_without_
     model = network()
     guests = draw_guests(model, targets_of(counts))
     predictions, targets = model(random_batch(), guests), targets_of(counts)
-    weights = {"class_weight": 2.0, "l1_weight": 5.0, "giou_weight": 2.0, "vector_weight": 3.0, "vector_layers": 2}
-    weights |= {"mask_weight": 1.0, "dice_weight": 1.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
     costs = {"class_cost": 2.0, "l1_cost": 5.0, "giou_cost": 2.0, "focal_alpha": 0.25, "focal_gamma": 2.0}
-    criterion = SetCriterion(None, HungarianMatcher(**costs), vector_normalisation="mean", **weights)
+    criterion = SetCriterion(None, HungarianMatcher(**costs))
     losses = criterion(predictions, targets)
 
     boxes, labels = torch.cat([t.boxes for t in targets]), torch.cat([t.labels for t in targets])

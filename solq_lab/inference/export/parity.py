@@ -23,22 +23,14 @@ MAX_BATCH = 2  # images at once where the file takes any number
 
 
 class Session:
-    """An ONNX file of ours in onnxruntime, on the CPU.
-
-    Args:
-        path: the file.
-
-    Attributes:
-        outputs: names of its outputs.
-        size: (height, width) that its images must have, pixels; None: any.
-        batch: number of images that it takes at once; None: any.
-    """
+    """An ONNX file of ours in onnxruntime, on the CPU."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
 
         self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         self.outputs = tuple(output.name for output in self._session.get_outputs())
+        # (height, width) that its images must have, pixels, and how many it takes at once; None: any.
         batch, _, height, width = self._session.get_inputs()[0].shape
         self.size = (height, width) if isinstance(height, int) else None
         self.batch = batch if isinstance(batch, int) else None
@@ -92,11 +84,8 @@ def _resized(image: np.ndarray, room: tuple[int, int] | None, resize: TestResize
 def _detect_in_torch(predictor: Predictor, images: ImageBatch, *, top_k: int) -> list[Detections]:
     """The model's detections in uint8 images, in their own pixels."""
     last = predictor.model(images.normalised()).layers[-1]
-    sizes, names, decoding = (
-        images.sizes.tolist(),
-        predictor.classes.names,
-        decoding_of(predictor.experiment.evaluation),
-    )
+    sizes, names = images.sizes.tolist(), predictor.classes.names
+    decoding = decoding_of(predictor.experiment.evaluation)
     return postprocess(last, sizes, predictor.codec, top_k=top_k, class_names=names, **decoding)
 
 

@@ -27,16 +27,12 @@ TEMPORARY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MA
 
 
 class TransferError(Exception):
-    """An attempt that ended early.
-
-    Attributes:
-        wait: seconds to wait before the next attempt, as the server's Retry-After says; 0 where it does not.
-        final: another attempt would end the same way.
-    """
+    """An attempt that ended early."""
 
     def __init__(self, message: str, *, wait: float = 0.0, final: bool = False) -> None:
         super().__init__(message)
-        self.wait, self.final = wait, final
+        self.wait = wait  # seconds before the next attempt, as the server's Retry-After says; 0 where it does not
+        self.final = final  # another attempt would end the same way
 
 
 def part_of(target: Path) -> Path:
