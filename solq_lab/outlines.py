@@ -22,13 +22,10 @@ class _Edges(NamedTuple):
 
 
 def trace_parts(rle: dict) -> list[list[np.ndarray]]:
-    """The outlines of a mask's parts: of each its outer ring, then those of its holes.
+    """The outlines of the parts of a mask, a compressed COCO RLE: of each its outer ring, then those of its holes.
 
     Pixels that only touch at a corner belong to different parts, so no ring crosses itself. Rings with the mask on
     their left and right, seen along them, are outer ones and holes.
-
-    Args:
-        rle: compressed COCO RLE.
 
     Returns:
         Rings (n, 2) int64 as (x, y), image pixels; the last vertex is joined to the first. Empty for an empty mask.

@@ -39,9 +39,7 @@ DEMO = Path(__file__).resolve().parents[2] / "experiments" / "shapes.yaml"
 def rows(num_images: int = NUM_IMAGES, size: tuple[int, int] = TRAINING_SIZE) -> Iterator[Row]:
     """Scoring against pycocotools, activation checkpointing against none, demo and prediction against plain torch.
 
-    Args:
-        num_images: that are scored.
-        size: (height, width) of the training image, pixels.
+    `num_images` are scored; `size` is the (height, width) of the training image, pixels.
     """
     yield _row(
         f"main of {PROCESSES} processes, {num_images} images x {DETECTIONS} masks, {', '.join(KINDS)} AP and the "

@@ -214,11 +214,8 @@ def middle_of_range(decoded: Tensor) -> Tensor:
 def sharpness(decoded: Tensor, masks: Tensor) -> Tensor:
     """(K,) mean of reconstructions (K, N, N), clamped to 0..1, inside their masks times the mean of 1 - them outside.
 
-    A codec trained by distances answers an uncertain shape with a blurred one. 0 for an empty mask.
-
-    Args:
-        decoded: reconstructions (K, N, N).
-        masks: (K, N, N) bool, `binarize` of them.
+    A codec trained by distances answers an uncertain shape with a blurred one. The masks (K, N, N) bool are `binarize`
+    of the reconstructions; 0 for an empty one.
     """
     certain, inside = decoded.clamp(0, 1).flatten(1), masks.flatten(1).to(decoded.dtype)
     found, area = (certain * inside).sum(1), inside.sum(1)

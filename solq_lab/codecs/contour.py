@@ -134,10 +134,7 @@ class FourierContourCodec(MaskCodec):
 def longest_contour(mask: np.ndarray) -> np.ndarray:
     """(CONTOUR_POINTS,) complex points x + i y, mask pixels, at equal steps along a mask's largest contour.
 
-    An empty mask has zeros.
-
-    Args:
-        mask: (N, N) bool.
+    The mask is (N, N) bool; an empty one has zeros.
     """
     if not mask.any():
         return np.zeros(CONTOUR_POINTS, dtype=complex)

@@ -102,12 +102,9 @@ def is_yolo(path: Path) -> bool:
 
 
 def find_yolo(source: Path) -> list[YoloSplit]:
-    """The splits of a YOLO segmentation folder.
+    """The splits of a YOLO segmentation folder, named itself or by its data.yaml.
 
     Everything is read from this folder: `path` in data.yaml is not followed, and entries must not leave it.
-
-    Args:
-        source: the folder, or its data.yaml.
 
     Raises:
         DataError: data.yaml is missing or cannot be used, or leads to nothing.

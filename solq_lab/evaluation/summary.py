@@ -39,8 +39,7 @@ class Evaluation:
     def frame(self, *, ceiling: Evaluation | None = None) -> pd.DataFrame:
         """The numbers in percent, one row per kind; NaN where there is no ground truth.
 
-        Args:
-            ceiling: the evaluation of a codec alone, whose rows "<kind> ceiling" are put below the ones they bound.
+        The rows "<kind> ceiling", of the evaluation of a codec alone, stand below the ones they bound.
         """
         rows = {}
         for kind in self.kinds:

@@ -61,17 +61,12 @@ class ObjectView(NamedTuple):
     box: np.ndarray  # (4,) x0, y0, x1, y1, pixels
     # (2,) or (4,) as the points were placed around it, normalised image; of the first layer that is shown
     reference: np.ndarray
-    looked: QueryPoints  # the points
+    looked: QueryPoints
     caption: str  # class and score
 
 
 def record_attention(model: SOLQ, images: ImageBatch) -> list[LayerAttention]:
-    """Run the model on one image and return the sampling points of every decoder layer, first to last.
-
-    Args:
-        model: in evaluation mode.
-        images: one normalised image, B = 1.
-    """
+    """Sampling points of every decoder layer, first to last, for one normalised image. The model is in eval mode."""
     with recording(model) as layers, torch.no_grad():
         model(images)
     return layers
@@ -81,10 +76,6 @@ def predict_with_attention(
     predictor: Predictor, image: str | Path | Image.Image | np.ndarray
 ) -> tuple[Detections, list[LayerAttention]]:
     """The objects in one image, and the sampling points of all queries in every decoder layer, on the CPU.
-
-    Args:
-        predictor: built without `bucket`.
-        image: as `Predictor.predict` takes it.
 
     Raises:
         ValueError: a predictor that replays CUDA graphs, which call no hooks.
@@ -101,8 +92,7 @@ def predict_with_attention(
 def recording(model: nn.Module) -> Iterator[list[LayerAttention]]:
     """Record a single run of the model, on one image, within the block; the list is filled when the block ends.
 
-    Args:
-        model: any network with decoder layers and query heads, SOLQ and the SQR baseline alike.
+    The model is any network with decoder layers and query heads, SOLQ and the SQR baseline alike.
     """
     sampled: list[tuple[Tensor, Tensor, Tensor]] = []
     predicted: list[tuple[Tensor, Tensor, Tensor]] = []

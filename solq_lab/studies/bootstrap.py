@@ -56,11 +56,7 @@ class BootstrapComparison(NamedTuple):
 def compare_runs(
     first: Run, second: Run, *, draws: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> BootstrapComparison:
-    """Compare two finished runs on the images that both were evaluated on.
-
-    Args:
-        first, second: evaluated runs; the change is the second's.
-        draws, confidence, seed: of the bootstrap.
+    """Compare two finished runs on the images that both were evaluated on; the change is the second's.
 
     Raises:
         RunError: a run has no results, or they are of different images or settings.

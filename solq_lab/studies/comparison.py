@@ -53,7 +53,7 @@ class ComparedImage(NamedTuple):
     image_index: int
     image_id: int
     pixels: np.ndarray  # (H, W, 3) uint8
-    ground_truth: Detections  # the objects
+    ground_truth: Detections
     detections: dict[str, Detections]  # model -> its detections, best score first
     ious: dict[str, np.ndarray]  # model -> (K,) IoU of each object with its detection; 0 where it is not found
 
@@ -169,9 +169,7 @@ def compare_images(
 def compare_codecs(codecs: Mapping[str, MaskCodec], dataset: CocoDataset) -> list[ComparedImage]:
     """Every image with its objects, and as detections what codecs leave of their masks in the true boxes.
 
-    Args:
-        codecs: by name, fitted where they have to be.
-        dataset: images with true masks of the codecs' side N, without a transform.
+    Codecs are fitted where they have to be; the data set has true masks of their side N, and no transform.
     """
     compared = []
     for index in range(len(dataset)):

@@ -66,9 +66,9 @@ class GroupErrors(NamedTuple):
 class ErrorCase(NamedTuple):
     """One error, for a gallery."""
 
-    error: str  # its type
+    error: str  # type
     threshold: float  # the lowest threshold at which it is one
-    image_id: int  # its image
+    image_id: int
     result: int | None  # place of the detection in the list of results; None for a missed object
     object_id: int | None  # annotation id of the object it is about; None for background
     score: float  # of the detection; NaN for a missed object

@@ -17,11 +17,7 @@ MIN_IOU = 0.5  # of a pair
 
 
 def pair_objects(detections: Detections, ground_truth: Detections) -> tuple[np.ndarray, np.ndarray]:
-    """The detection of each ground-truth object, of its class, and the IoU of their boxes.
-
-    Args:
-        detections: of one image.
-        ground_truth: its objects, as `CocoDataset.objects` gives them.
+    """The detection, of its class, of each ground-truth object (`CocoDataset.objects`) of an image, and their box IoUs.
 
     Returns:
         Rows of `detections` (K,) int64, `UNMATCHED` where an object is not found; and the IoU (K,) of the pairs, 0

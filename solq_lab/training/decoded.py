@@ -86,9 +86,7 @@ class MatchedVectors:
     def distance(self, kind: str, std: Tensor | None) -> Tensor:
         """Sums (Z,) over pairs and coefficients of the squares ("l2", "l2_dice"), smooth or absolute differences.
 
-        Args:
-            kind: of the distance.
-            std: (D,) that differences are divided by; None: raw ones.
+        The differences are divided by `std` (D,), where it is given.
         """
         difference = self.predicted - self.target  # (Z, T, D)
         if std is not None:
@@ -169,8 +167,7 @@ def reframe(masks: Tensor, boxes: Tensor, other_boxes: Tensor) -> Tensor:
 def outline_band(masks: Tensor) -> Tensor:
     """(K, N, N) bool: pixels at most N / 16 rows and columns from a pixel of the other kind; outside is background.
 
-    Args:
-        masks: (K, N, N) float of 0 and 1.
+    The masks are (K, N, N) floats of 0 and 1.
     """
     reach = max(1, masks.shape[-1] // 16)
     rows = F.avg_pool2d(masks.unsqueeze(1), (2 * reach + 1, 1), stride=1, padding=(reach, 0))

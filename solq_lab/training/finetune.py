@@ -45,8 +45,8 @@ MAX_NAMES = 8  # of classes in one line
 class TrainedModel(NamedTuple):
     """A model to start from."""
 
-    path: Path  # its file
-    weights: WeightFile  # the file's content
+    path: Path
+    weights: WeightFile
     classes: ClassMap  # of its class channels
     codec: MaskCodec | None  # its mask codec, None without mask vectors
 

@@ -20,14 +20,10 @@ NO_OBJECT = -1e4  # logit of a place without an object: neither loss nor gradien
 
 
 def draw_guests(model: nn.Module, targets: Sequence[Target]) -> Guests | None:
-    """Guests for a batch, from torch's global generator of the CPU; None for a model that takes none.
+    """Guests for the targets, on the host, of a batch; None for a model (or DDP around it) that takes none.
 
-    Every image has as many places as the one with most objects needs, at least one: every process of a distributed
-    training reaches the label embedding.
-
-    Args:
-        model: the network, or DDP around it.
-        targets: of B images, on the host.
+    They are drawn from torch's global generator of the CPU. Every image has as many places as the one with most objects
+    needs, at least one: every process of a distributed training reaches the label embedding.
     """
     network = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(network, SOLQ) or not network.denoising:

@@ -44,7 +44,7 @@ class MatchedLayers(NamedTuple):
     true_boxes: Tensor  # (Z, T, 4) of their objects
     # the mask vectors of the pairs in the last layers that have a vector loss; None without any
     vectors: MatchedVectors | None
-    matching: Matching  # the pairs
+    matching: Matching
     objects: Objects  # of the batch
     divisor: float  # of sums
     mean_over: float  # number of pairs of the "mean" vector loss

@@ -64,9 +64,7 @@ log = logging.getLogger(__name__)
 def train_run(run: Run, stop: StopRequest | None = None) -> State:
     """Train a run to its end, or until a signal stops it; resume from its newest checkpoint.
 
-    Args:
-        run: the run.
-        stop: handles signals already; None: they are handled from here on.
+    Signals are handled from here on, or by `stop` already.
 
     Returns:
         "finished" or "preempted"; the same is written to the run's status.

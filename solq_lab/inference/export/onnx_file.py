@@ -48,9 +48,9 @@ class ExportError(ExplainedError):
 class ExportReport(NamedTuple):
     """An exported file."""
 
-    path: Path  # the file
+    path: Path
     parity: Difference  # its difference from the model
-    megabytes: float  # its size
+    megabytes: float
     seconds: float  # duration of the export and the comparison
     inputs: dict[str, list[int | str]]  # shape of each input; names stand for sides that are free
 
