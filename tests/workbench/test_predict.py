@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
@@ -22,9 +23,10 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.shapes.writer import write_shapes
 from solq_lab.evaluation.evaluator import evaluate_model
 from solq_lab.inference.predictor import DeviceError, Predictor
+from solq_lab.structures import Detections
 from solq_lab.workbench.cli import app
-from solq_lab.workbench.predictions.outputs import Masks
-from solq_lab.workbench.predictions.sources import find_sources
+from solq_lab.workbench.predictions.outputs import Coco, InputImage, Masks
+from solq_lab.workbench.predictions.sources import Source, find_sources
 
 SHIPPED = REPOSITORY / "experiments" / "shipped" / "uqr"
 READ = ["L.png", "1.png", "P.png", "RGBA.png", "LA.png", "CMYK.jpg", "RGB.webp", "RGB.bmp", "RGB.tiff"]
@@ -255,6 +257,16 @@ def test_no_objects_give_empty_files(run):
     assert json.loads(Path("out/coco_segm.json").read_text()) == []
     assert Path("out/labels/a.txt").read_text() == ""
     assert len(Path("out/objects.csv").read_text().splitlines()) == 1
+
+
+def test_boxes_are_cut_at_the_borders_but_in_the_results_that_are_scored(tmp_path):
+    zero, box = torch.zeros(1, dtype=torch.long), torch.tensor([[-3.0, 2.0, 50.0, 20.0]])
+    found = Detections(torch.ones(1), zero, box, zero, None, ["box"], category_ids=[1])
+    output = Coco(tmp_path, ClassMap(("box",), (1,)))
+    output.write(InputImage(Source("a.png", "a"), 1, np.zeros((30, 40, 3), np.uint8)), found)
+    output.close()
+    assert json.loads((tmp_path / "coco_bbox.json").read_text())[0]["bbox"] == [-3, 2, 53, 18]
+    assert json.loads((tmp_path / "coco.json").read_text())["annotations"][0]["bbox"] == [0, 2, 40, 18]
 
 
 def test_a_class_name_with_a_line_break_stays_one_line(tmp_path):

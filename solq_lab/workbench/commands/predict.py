@@ -82,10 +82,10 @@ def predict(
         while chunk := list(islice(read, batch)):
             predicted = predictor.predict([image.pixels for image in chunk], batch=batch)
             for image, everything in zip(chunk, predicted, strict=True):
-                found = everything.above(score).clipped()
-                require_masks(formats, found)
+                require_masks(formats, everything)
                 for output in outputs:
-                    output.write(image, found)
+                    output.write(image, everything.above(score))
+                found = everything.above(score).clipped()
 
                 # A video gets one line at the end, an image its list of objects.
                 drawings = output_paths(out, image.source.stem, {"drawn"} & {*formats}, video=image.source.is_video)

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from pycocotools import mask as coco_rle
 
+from solq_lab.data.annotations import clamped_box
 from solq_lab.data.classes import UNUSED, ClassMap
 from solq_lab.errors import UserError
 from solq_lab.evaluation.results import write_results
@@ -55,7 +56,7 @@ class Output:
         self._out, self._classes = out, classes
 
     def write(self, image: InputImage, found: Detections) -> None:
-        """Add an image."""
+        """Add an image, whose boxes may leave it."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -69,7 +70,7 @@ class Drawn(Output):
     _video: VideoWriter | None = None
 
     def write(self, image: InputImage, found: Detections) -> None:
-        painted = paint_detections(image.pixels, found)
+        painted = paint_detections(image.pixels, found.clipped())
         (path,) = output_paths(self._out, image.source.stem, ["drawn"], video=image.source.is_video)
         if image.frame is None:
             _save(painted, path)
@@ -142,7 +143,7 @@ class Yolo(Output):
         height, width = image.pixels.shape[:2]
         lines = []
         if found.masks is None:
-            x0, y0, x1, y1 = found.boxes.double().numpy().T
+            x0, y0, x1, y1 = found.clipped().boxes.double().numpy().T
             shapes = list(np.stack([x0 + x1, y0 + y1, 2 * (x1 - x0), 2 * (y1 - y0)], axis=1).reshape(-1, 2, 2) / 2)
         else:
             shapes = [join_rings(parts) if parts else np.zeros((0, 2)) for parts in found.polygons()]
@@ -170,7 +171,7 @@ class Csv(Output):
 
     def write(self, image: InputImage, found: Detections) -> None:
         number = "" if image.frame is None else image.number
-        for row, (one, category) in enumerate(zip(found, found.category_ids or [], strict=True)):
+        for row, (one, category) in enumerate(zip(found.clipped(), found.category_ids or [], strict=True)):
             area = "" if one.mask is None else int(coco_rle.area(one.mask))
             box = [f"{edge:.2f}" for edge in one.box]
             about = [image.source.name, number, row + 1, one.name, category, f"{one.score:.6f}"]
@@ -195,11 +196,13 @@ class Coco(Output):
         self._masks = found.masks is not None
 
     def close(self) -> None:
-        annotations = []
+        # Boxes of the data set end at the borders; those of the results are scored as the evaluation scores them.
+        annotations, sizes = [], {entry["id"]: (entry["height"], entry["width"]) for entry in self._images}
         for number, result in enumerate(self._results):
-            rle = result.get("segmentation")
-            area = result["bbox"][2] * result["bbox"][3] if rle is None else int(coco_rle.area(rle))
-            annotations.append({"id": number + 1, **result, "area": area, "iscrowd": 0})
+            x0, y0, x1, y1 = clamped_box(result["bbox"], sizes[result["image_id"]], f"object {number}")
+            box, rle = [x0, y0, x1 - x0, y1 - y0], result.get("segmentation")
+            area = box[2] * box[3] if rle is None else int(coco_rle.area(rle))
+            annotations.append({"id": number + 1, **result, "bbox": box, "area": area, "iscrowd": 0})
         pairs = zip(self._classes.category_ids, self._classes.names, strict=True)
         categories = [{"id": key, "name": name} for key, name in pairs if key != UNUSED]
         document = {"images": self._images, "categories": categories, "annotations": annotations}
