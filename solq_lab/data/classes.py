@@ -134,7 +134,7 @@ def name_of_category(category: dict[str, Any], source: str) -> str:
     Raises:
         DataError: half of a surrogate pair, which no file can store; `source` is the file in the message.
     """
-    name = category.get("name", category["id"])
+    name = category["id"] if category.get("name") is None else category["name"]
     name = name if isinstance(name, str) else shorten(name)
     try:
         name.encode()

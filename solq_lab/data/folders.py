@@ -169,6 +169,8 @@ def _only_reading(root: Path) -> list[_Found]:
         inner = next((child for child in _listed(root) if child.is_dir() and _readings(child)), None)
         there = ", ".join(path.name for path in _listed(root)[:8]) or "nothing"
         hint = f"did you mean {inner}?" if inner else "name the annotation file itself"
+        if packed := [*root.glob("*.json.gz"), *root.glob("*/*.json.gz")]:
+            hint = f"unpack {packed[0]}"
         raise DataError(
             f"{root}: no annotations found; needed is annotations/instances_NAME.json, NAME/{ROBOFLOW}, one COCO file "
             f"(.json), or a YOLO data.yaml; it holds {there}; {hint}"

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from solq_lab.data.kinds import IMAGE_FORMATS, Orientation
+from solq_lab.data.kinds import IMAGE_FORMATS, IMAGE_SUFFIXES, Orientation
 from solq_lab.errors import FIRST_FEW, DataError, shorten
 
 TORCH_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP")  # which torchvision decodes, faster than Pillow
@@ -268,7 +268,8 @@ def leaves_folder(path: Path, root: Path) -> bool:
 def describe_missing(image_folder: Path, name: str) -> str:
     """A missing file, with the file of the folder whose name differs in spelling only, if there is one.
 
-    The spelling is: \\ for /, upper and lower case, %20 for a space, composed accents, and the folders before the name.
+    The spelling is: \\ for /, upper and lower case, %20 for a space, composed accents, the folders before the name, its
+    ending, and the eight digits that Label Studio puts in front of it.
     """
     path = image_folder / name
     if os.path.isdir(path):
@@ -277,22 +278,26 @@ def describe_missing(image_folder: Path, name: str) -> str:
         return f"{shorten(name)}, {what}"
     if os.path.islink(path):
         return f"{shorten(name)}, a link that leads to no file"
-    by_path, by_name = _spellings(image_folder, image_folder.stat().st_mtime_ns)
-    key = _spell(name)
-    found = by_path.get(key) or by_name.get(key.rpartition("/")[2])
+    spellings = _spellings(image_folder, image_folder.stat().st_mtime_ns)
+    found = next((there[key] for there, key in zip(spellings, _keys(name), strict=True) if key in there), None)
     return shorten(name) + (f", while there is {shorten(found)}" if found else "")
 
 
 @lru_cache(maxsize=2)
-def _spellings(folder: Path, changed: int) -> tuple[dict[str, str], dict[str, str]]:
-    """The files below a folder by their normalised paths, and by their normalised names; `changed` is its time."""
-    by_path, by_name = {}, {}
+def _spellings(folder: Path, changed: int) -> tuple[dict[str, str], ...]:
+    """The files below a folder by each of their `_keys`; `changed` is its time."""
+    spellings: tuple[dict[str, str], ...] = ({}, {}, {})
     for place, _, files in os.walk(folder):
         for file in files:
             path = os.path.relpath(os.path.join(place, file), folder)
-            by_path[_spell(path)] = by_name[_spell(file)] = path
-    return by_path, by_name
+            for there, key in zip(spellings, _keys(path), strict=True):
+                there[key] = path
+    return spellings
 
 
-def _spell(name: str) -> str:
-    return unicodedata.normalize("NFC", unquote(name).replace("\\", "/")).casefold()
+def _keys(name: str) -> tuple[str, str, str]:
+    """The normalised path, the name in it, and that without ending and Label Studio's digits."""
+    path = unicodedata.normalize("NFC", unquote(name).replace("\\", "/")).casefold()
+    last = path.rpartition("/")[2]
+    stem, _, ending = last.strip().rpartition(".")
+    return path, last, re.sub(r"^[0-9a-f]{8}-", "", stem if f".{ending}" in IMAGE_SUFFIXES else last.strip())

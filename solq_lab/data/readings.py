@@ -7,13 +7,13 @@ import numpy as np
 REACH = 1.0  # pixels that a drawn box may reach out of its image
 FITTING = 0.9  # IoU with the box around its outline, from which a box is read right
 FEW, ENOUGH, ALMOST_ALL = 3, 10, 0.98  # boxes that are evidence, and the share of them that has to agree
-CORNERS = "corners x0, y0, x1, y1"
+CORNERS, SWAPPED = "corners x0, y0, x1, y1", "y, x, height, width"
 
 
 def other_reading(
     boxes: np.ndarray, image_rows: np.ndarray, sizes: np.ndarray, outlines: np.ndarray | None = None
 ) -> str:
-    """What almost all boxes must be, where they cannot be x, y, width, height; else empty.
+    """What almost all boxes, or outlines, must be where they cannot be x, y, width, height; else empty.
 
     Args:
         boxes: (A, 4) as annotated, pixels.
@@ -25,14 +25,14 @@ def other_reading(
     beyond = reach(usual, sizes) > REACH
     readings = {
         CORNERS: boxes,
-        "y, x, height, width": usual[:, [1, 0, 3, 2]],
+        SWAPPED: usual[:, [1, 0, 3, 2]],
         "corners y0, x0, y1, x1": boxes[:, [1, 0, 3, 2]],
         "centre x, centre y, width, height": usual - np.tile(boxes[:, 2:] / 2, 2),
     }
+    if outlines is not None and _explains(outlines[:, [1, 0, 3, 2]], reach(outlines, sizes) > REACH, sizes):
+        return SWAPPED
     for name, corners in readings.items():
-        # Read so, boxes that leave their images lie inside, with all the others.
-        inside = (reach(corners, sizes) <= REACH) & (corners[:, 2:] > corners[:, :2]).all(axis=1)
-        if beyond.sum() >= FEW and len(boxes) >= ENOUGH and inside.mean() >= ALMOST_ALL:
+        if _explains(corners, beyond, sizes):
             return name
         if outlines is not None:
             before, after = iou(usual, outlines), iou(corners, outlines)
@@ -46,14 +46,20 @@ def other_reading(
     return CORNERS if low else ""
 
 
+def _explains(corners: np.ndarray, beyond: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether boxes that leave their images lie inside with all the others, if these are their corners."""
+    inside = (reach(corners, sizes) <= REACH) & (corners[:, 2:] > corners[:, :2]).all(axis=1)
+    return bool(len(inside) >= ENOUGH and beyond.sum() >= FEW and inside.mean() >= ALMOST_ALL)
+
+
 def corners_of(boxes: np.ndarray) -> np.ndarray:
     """(A, 4) x0, y0, x1, y1 of x, y, width, height."""
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
 
 def reach(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """(A,) how far corners (A, 4) lie outside images of these sizes (A, 2) height and width; negative inside."""
-    return np.maximum(-corners[:, :2], corners[:, 2:] - sizes[:, ::-1]).max(axis=1)
+    """(A,) how far corners (A, 4) lie outside images of sizes (A, 2) or (2,), height and width; negative inside."""
+    return np.maximum(-corners[:, :2], corners[:, 2:] - sizes[..., ::-1]).max(axis=1)
 
 
 def iou(corners: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -63,6 +63,12 @@ class YoloSplit(NamedTuple):
         from solq_lab.masks import segmentation_to_rle
 
         files = self.files()
+        if unlabelled := [path for path, label in files.items() if not label.exists()]:
+            message = f"{self.settings}: {len(unlabelled)} of the {len(files)} images of {self.name} have no label file"
+            if len(unlabelled) == len(files) and self.name == "train":
+                raise DataError(f"{message}; that of {unlabelled[0]} would be {files[unlabelled[0]]}")
+            logger.info("%s, and no objects: %s", message, first_few(unlabelled))
+
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         progress = progress_bar(files.items(), desc=f"reading {self.name}", unit="image")
@@ -98,7 +104,8 @@ class YoloSplit(NamedTuple):
 
 def is_yolo(path: Path) -> bool:
     """Whether a YAML file is the data.yaml of a YOLO folder, sound or not: it lists class names."""
-    return re.search(r"^[{'\"]*names\b", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
+    text = path.read_text(encoding="utf-8-sig", errors="replace")  # some editors write a byte order mark
+    return re.search(r"^[{'\"]*names\b", text, re.MULTILINE) is not None
 
 
 def find_yolo(source: Path) -> list[YoloSplit]:
@@ -145,14 +152,14 @@ def _read_settings(source: Path) -> tuple[Path, dict[str, Any], list[str]]:
         raise DataError(
             f"{path}: kpt_shape: labels of key points, no outlines; export the data set as YOLO segmentation"
         )
-    if values.get("nc", len(names)) != len(names):
+    if str(values.get("nc", len(names))) != str(len(names)):
         raise DataError(f"{path}: nc is {values['nc']!r}, but there are {len(names)} names; correct one of them")
     return path, values, [str(name) for name in names]
 
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()  # some editors write a byte order mark
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
@@ -186,6 +193,7 @@ def _image_paths(split: YoloSplit) -> list[Path]:
 def _place(entry: Any, root: Path, source: Path | str) -> Path:
     """A path below `root`. Some tools write ../train/images for train/images: such dots are dropped."""
     if isinstance(entry, str):
+        entry = entry if os.path.lexists(root / entry) else entry.replace("\\", "/")  # as Windows writes paths
         plain = PurePath(os.path.normpath(entry))
         if plain.is_relative_to(root.resolve()):
             plain = plain.relative_to(root.resolve())

@@ -136,8 +136,17 @@ def test_boxes_that_are_all_written_otherwise_are_noticed_with_and_without_outli
     for entry in drawn["annotations"]:
         entry["bbox"] = write(*entry["bbox"]) if write else entry["bbox"]
     GroundTruth(drawn, with_masks=with_masks)
-    assert caplog.text.count("almost all boxes seem to be") == (name is not None)
-    assert name is None or f"almost all boxes seem to be {name}; a bbox is" in caplog.text
+    assert caplog.text.count("almost all boxes or outlines seem to be") == (name is not None)
+    assert name is None or f"seem to be {name}; a bbox is" in caplog.text
+
+
+def test_outlines_of_which_all_are_swapped_are_noticed_without_boxes(caplog):
+    drawn = document(*((1, (x, 22, 8, 6)) for x in range(0, 30, 2)))
+    for entry in drawn["annotations"]:
+        del entry["bbox"]
+        entry["segmentation"] = [np.reshape(entry["segmentation"], (-1, 2))[:, ::-1].ravel().tolist()]
+    GroundTruth(drawn)
+    assert "seem to be y, x, height, width" in caplog.text
 
 
 def test_corners_that_stay_inside_their_images_are_noticed_where_images_have_several_objects():

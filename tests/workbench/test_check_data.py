@@ -163,7 +163,8 @@ FAULTS = {
     "box-without-area": [put("annotations", 0, bbox=[10, 5, 0, 10]), put("annotations", 0, bbox=[10, 5, 4, -10])],
     "box-outside": [put("annotations", 0, bbox=[100, 5, 10, 10]), put("annotations", 0, bbox=[-30, 5, 10, 10])],
     "box-beyond-image": [
-        put("annotations", 0, bbox=[10, 5, 10, 40], segmentation=[[10, 5, 20, 5, 20, 30, 10, 30]], area=250)
+        put("annotations", 0, bbox=[10, 5, 10, 40], segmentation=[[10, 5, 20, 5, 20, 30, 10, 30]], area=250),
+        put("annotations", 0, bbox=[10, 5, 10, 25], segmentation=[[10, 5, 20, 5, 20, 34, 10, 34]], area=250),
     ],
     "mask": [
         put("annotations", 0, segmentation=[[10, 5], [20, 5], [20, 15]]),
@@ -237,9 +238,12 @@ def test_a_link_out_of_the_folder_is_rejected_as_in_training_unless_it_is_allowe
 
 def test_a_missing_image_is_named_with_the_file_that_is_meant(tmp_path):
     split = write_split(tmp_path)
-    (split.images / "b.png").rename(split.images / "B.PNG")
-    (finding,) = check(split).findings.worst("image-missing", "train")
-    assert finding.message == "image id 2: 'b.png', while there is 'B.PNG'"
+    before = split.images / "b.png"
+    for name in ("B.PNG", "0a1b2c3d-b.png", "b.jpg", "b", "sub/b.png "):
+        (split.images / name).parent.mkdir(exist_ok=True)
+        before = before.rename(split.images / name)
+        (finding,) = check(split).findings.worst("image-missing", "train")
+        assert finding.message == f"image id 2: 'b.png', while there is {name!r}"
 
 
 def test_masks_are_not_looked_at_where_none_are_learnt(tmp_path):

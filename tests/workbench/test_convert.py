@@ -234,6 +234,19 @@ def test_labels_without_an_image_are_named(yolo, tmp_path, caplog):
     assert "misspelt.txt" in caplog.text
 
 
+def test_images_without_label_files_are_counted_and_rejected_where_none_has_one(yolo, tmp_path, caplog):
+    first, *others = sorted((yolo / "labels" / "train").glob("*.txt"))
+    first.unlink()
+    caplog.set_level("INFO")
+    convert_data(yolo, tmp_path / "out")
+    images = len(list((yolo / "images" / "train").iterdir()))
+    assert f"{images - len(others)} of the {images} images of train have no label file, and no" in caplog.text
+    for path in others:
+        path.rename(path.with_suffix(".TXT"))
+    with pytest.raises(DataError, match=r"have no label file; that of .*png would be .*labels/train/.*txt$"):
+        convert_data(yolo, tmp_path / "elsewhere")
+
+
 def test_without_links_the_images_stay_and_nothing_leads_to_them(yolo, tmp_path):
     splits = convert_data(yolo, tmp_path / "out", link=False)
     assert [split.images for split in splits] == [yolo / "images" / "train", yolo / "images" / "val"]
@@ -280,6 +293,7 @@ def test_an_outline_just_outside_is_cut_off(yolo, tmp_path):
     [
         ("names: [a]\ntrain: /etc\n", "found '/etc'; needed is a path inside"),
         ("names: [a]\ntrain: ../../../etc\n", "needed is a path inside"),
+        ("names: [a]\ntrain: images\\..\\..\\..\\etc\n", "needed is a path inside"),
         ("names: [a]\ntrain: images/none\n", "'images/none': no such file or folder"),
         ("names: [a]\ntrain: labels\n", "labels holds no images"),
         ("names: [a]\ntrain: 7\n", "found 7; needed is a path inside"),

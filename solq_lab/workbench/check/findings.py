@@ -56,8 +56,8 @@ RULES: dict[str, Rule] = {
     "box": Rule("refused", "boxes that are not four finite numbers", "correct or remove the object"),
     "box-without-area": Rule("harmful", "boxes without area, left out", "correct or remove the object"),
     "box-outside": Rule("harmful", "boxes outside their image, left out", "correct or remove the object"),
-    "box-beyond-image": Rule("harmful", "boxes that reach out of their image, cut off", "correct the box"),
-    "boxes-misread": Rule("harmful", "boxes that are not x, y, width, height", "convert them"),
+    "box-beyond-image": Rule("harmful", "boxes or outlines out of their image, cut off", "correct them"),
+    "boxes-misread": Rule("harmful", "boxes or outlines with numbers in another order", "convert them"),
     # masks
     "mask": Rule("refused", "masks that cannot be read", "correct or remove the object"),
     "mask-missing": Rule("harmful", "objects without segmentation, left out", "draw or remove the object"),

@@ -26,7 +26,7 @@ from solq_lab.data.annotations import (
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import crowded_classes
 from solq_lab.data.orientation import Reading
-from solq_lab.data.readings import REACH
+from solq_lab.data.readings import REACH, reach
 from solq_lab.workbench.check.duplicates import lookalikes
 from solq_lab.workbench.check.findings import Finding
 from solq_lab.workbench.check.report import CheckedSplit
@@ -146,8 +146,14 @@ def _mask_faults(entry: dict[str, Any], rle: dict | None, size: tuple[int, int])
         yield "area", f"area {area} of a mask of {pixels} pixels", abs(area - pixels)
 
     segmentation = entry["segmentation"]
-    if isinstance(segmentation, list) and any(len(polygon) < 6 for polygon in segmentation):
-        yield "short-polygon", "one of its polygons has fewer than three points", 0.0
+    if isinstance(segmentation, list):
+        if any(len(polygon) < 6 for polygon in segmentation):
+            yield "short-polygon", "one of its polygons has fewer than three points", 0.0
+        points = np.reshape([number for polygon in segmentation if len(polygon) >= 6 for number in polygon], (-1, 2))
+        edges = np.array([[*points.min(axis=0), *points.max(axis=0)], [x, y, x + w, y + h]])
+        outside, of_box = reach(edges, np.array(size)).tolist()
+        if pixels and outside > REACH >= of_box:  # others have been found already
+            yield "box-beyond-image", f"its outline reaches {outside:.1f} pixels out of the image", outside
 
 
 def read_mask(entry: dict[str, Any], size: tuple[int, int], name: str) -> dict | None:
