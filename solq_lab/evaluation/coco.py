@@ -117,7 +117,12 @@ class ClassShare(NamedTuple):
 
 
 class _MaskEvaluator(COCOeval_faster):
-    """Compares masks as they are; faster-coco-eval would first decode each of them and encode it again."""
+    """Compares masks as they are, and boundaries of those that overlap enough to match.
+
+    faster-coco-eval would first decode each mask and encode it again, and make every boundary.
+    """
+
+    with_boundaries = False
 
     def computeIoU(self, imgId: int, catId: int) -> np.ndarray:
         """(F, K) overlaps of the best detections, by falling score, with the objects of a class in an image."""
@@ -127,7 +132,22 @@ class _MaskEvaluator(COCOeval_faster):
         )
         detections = sorted(detections, key=lambda entry: -entry["score"])[: self.params.maxDets[-1]]
         found, true = ([entry["segmentation"] for entry in entries] for entries in (detections, objects))
-        return coco_rle.iou(found, true, [entry["iscrowd"] for entry in objects])
+        crowd = [entry["iscrowd"] for entry in objects]
+        overlaps = coco_rle.iou(found, true, crowd)
+        if not (self.with_boundaries and len(overlaps)):
+            return overlaps
+
+        # The smaller of both IoUs counts: below the lowest threshold the other one changes nothing.
+        close = (overlaps >= self.params.iouThrs[0]) & ~np.array(crowd, dtype=bool)
+        rows, columns = np.flatnonzero(close.any(axis=1)), np.flatnonzero(close.any(axis=0))
+        pairs = np.ix_(rows, columns)
+        if len(rows):
+            detected, annotated = (
+                [rle_api.rleToBoundary(masks[place], self.boundary_dilation_ratio) for place in places.tolist()]
+                for masks, places in ((found, rows), (true, columns))
+            )
+            overlaps[pairs] = np.minimum(overlaps[pairs], coco_rle.iou(detected, annotated, [0] * len(columns)))
+        return overlaps
 
 
 class ScoringData:
@@ -223,14 +243,15 @@ class ScoringData:
             for entry, area in zip(detections, areas.tolist(), strict=True):
                 entry["area"] = area
 
-        evaluator = (_MaskEvaluator if kind == "segm" else COCOeval_faster)(
+        evaluator = (COCOeval_faster if kind == "box" else _MaskEvaluator)(
             self._index(objects, share.category_ids),
             self._index(detections, share.category_ids),
-            "boundary" if kind == "boundary" else "bbox",
+            "bbox",
             boundary_dilation_ratio=boundary_ratio,
             print_function=logger.debug,
             ranges=ranges,
         )
+        evaluator.with_boundaries = kind == "boundary"
         evaluator.params.maxDets = _limits(max_detections)
         evaluator.evaluate()
         return evaluator

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -117,6 +118,15 @@ def test_pycocotools_gives_the_same_numbers(tiny_annotations, golden_detections,
         expected = pycocotools_evaluation(tiny_annotations, golden_detections, kind, sides=sides)
         expected.summarize()
         np.testing.assert_allclose(numbers(evaluation, kind), expected.stats, atol=1e-6)
+
+
+def test_boundaries_are_made_of_masks_that_can_match_only():
+    truth = truth_of([(1, 1, (8, 8, 20, 20)), (1, 2, (40, 8, 16, 24))])
+    found = [(1, 1, (8, 8, 20, 18)), (1, 1, (9, 26, 20, 20)), (1, 2, (8, 8, 20, 18))]  # near, off, of the other class
+    with patch.object(faster_rle, "rleToBoundary", side_effect=faster_rle.rleToBoundary) as made:
+        evaluation = evaluate_results(truth, [result_of(*one) for one in found], kinds=["boundary"])
+    assert made.call_count == 2
+    assert evaluation.metrics["boundary.AP50"] == pytest.approx(0.5)
 
 
 def test_a_pair_counts_by_the_smaller_of_mask_and_boundary_iou():
