@@ -1,7 +1,7 @@
 """Figures of decoder attention: sampling points, heat maps, shares near outlines. Paper: figure 4."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -19,7 +19,7 @@ from solq_lab.evaluation.sizes import SIZES
 from solq_lab.inference.attention import LayerAttention, ObjectView, heat_map
 from solq_lab.structures import Detections
 from solq_lab.studies.attention import AttentionStudy
-from solq_lab.viz.images import MaskWindow, outline_mask
+from solq_lab.viz.images import Backdrop, MaskWindow, Window, frame_box, outline_mask, show_window, square_around
 from solq_lab.viz.style import (
     GREY,
     METHOD_COLOURS,
@@ -36,16 +36,14 @@ from solq_lab.viz.style import (
 
 LEVEL_COLOURS = (SKY, YELLOW, VERMILION, PURPLE, ORANGE, GREY)
 PANEL = 2.75  # side of a panel, inches
-LEGEND = 0.34  # inches below the panels, for a line
-NARROW = 5.0  # inches: a legend has two lines
+LEGEND = 0.34  # inches below the panels, for a line of the legend
+LEGEND_WIDTHS = (10.0, 5.0)  # inches of a figure: a narrower one has a second line, and a third
 FADED = 0.45  # opacity of an image behind points
-DARKENED = 255 / 0.55  # the white of an image behind a heat map
+DARKENED = 0.55  # brightness of an image behind a heat map
 SURROUNDINGS = 2.0  # side of a close-up over the longer side of its box
 MAX_POINT = 0.2  # of a panel's side: the diameter of a point that has all the weight
 HEAT_CELLS = 160  # side of a heat map's grid
 HEAT_STD = 0.03  # standard deviation of a point in a heat map, share of the panel's side
-
-Window = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 
 
 @mpl.rc_context(STYLE)
@@ -67,8 +65,8 @@ def attention_of_object(*views: ObjectView, title: str = "", close_up: bool = Fa
     for view in views:
         if alone:
             place = next(places)
-            _show(place, view.pixels, window)
-            _draw_box(place, view.box, "-")
+            _show(place, view.pixels, window, lambda image: image)
+            frame_box(place, view.box)
             if view.mask is not None:
                 _draw_outline(place, view)
             place.set_title(view.caption)
@@ -104,7 +102,7 @@ def attention_of_queries(
         colours = np.full(len(boxes), "#555555", dtype=object)
         colours[detections.queries.numpy()] = colours_of(detections.labels.tolist())
         for place, what in ((paths, "queries, start to end"), (last, "last boxes")):
-            _show(place, pixels, window, faded=True)
+            _show(place, pixels, window, _fade)
             place.set_title(f"{name}: {len(boxes)} {what}" if place is paths else what)
 
         paths.add_collection(
@@ -158,7 +156,7 @@ def attention_by_size(
     ]
     aspect = max((bottom - top) / (right - left) for left, top, right, bottom in windows)
     kinds = (("sampling points", _draw_points), ("attention, summed", _draw_heat))[: 2 if with_heat else 1]
-    rows, below = len(kinds) * len(runs), LEGEND * (1 if len(columns) > 1 else 2)
+    rows, below = len(kinds) * len(runs), LEGEND * _legend_lines(0.5 + PANEL * len(columns))
     figure, axes = new_panels(rows, len(columns), panel=(PANEL, PANEL * aspect), title=title, left=0.5, below=below)
 
     places = iter(axes)
@@ -220,7 +218,7 @@ def attention_shares(studies: Mapping[str, AttentionStudy], *, title: str = "") 
 
 def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
     """Every point; its area is its weight, the largest points at the bottom."""
-    _show(axes, view.pixels, window, faded=True)
+    _show(axes, view.pixels, window, _fade)
     _draw_outline(axes, view)
     height, width = view.pixels.shape[:2]
     _draw_reference(axes, view.reference, (height, width))
@@ -245,8 +243,6 @@ def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
 def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
     """The summed weights, bright where there is much, over the darkened image."""
     height, width = view.pixels.shape[:2]
-    _show(axes, view.pixels.mean(axis=2).astype(np.uint8), window)
-
     left, top, right, bottom = window
     rows, columns = HEAT_CELLS, max(round(HEAT_CELLS * (right - left) / (bottom - top)), 1)
     scale, corner = torch.tensor([width, height]), torch.tensor([left, top])
@@ -256,33 +252,25 @@ def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
 
     painted = mpl.colormaps["inferno"](heat)
     painted[..., 3] = np.clip(1.6 * heat, 0, 0.92)
-    axes.imshow(painted, extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5), interpolation="bilinear")
+    glow = Image.fromarray((255 * painted).round().astype(np.uint8))
+
+    def light(image: Image.Image) -> Image.Image:
+        over = glow.resize(image.size, Image.Resampling.BILINEAR)
+        return Image.alpha_composite(image.convert("L").point(lambda value: DARKENED * value).convert("RGBA"), over)
+
+    _show(axes, view.pixels, window, light)
     _draw_outline(axes, view)
-    _frame(axes, window)
 
 
-def _show(axes: Axes, pixels: np.ndarray, window: Window, *, faded: bool = False) -> None:
-    """The window of an image (H, W, 3), or of a grey one (H, W), which becomes dark.
-
-    It is resized to the panel's own pixels here: matplotlib would resample all of the image, as floats.
-    """
-    height, width = pixels.shape[:2]
-    left, top = max(window[0], 0.0), max(window[1], 0.0)
-    right, bottom = min(window[2], float(width)), min(window[3], float(height))
-    scale = axes.bbox.width / (window[2] - window[0])
-    size = max(round((right - left) * scale), 1), max(round((bottom - top) * scale), 1)
-
-    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    if faded:
-        image = image.point(lambda value: 255 - FADED * (255 - value))
-    extent = (left - 0.5, right - 0.5, bottom - 0.5, top - 0.5)
-    axes.imshow(image, extent=extent, cmap="gray", vmin=0, vmax=DARKENED)
-    _frame(axes, window)
+def _show(axes: Axes, pixels: np.ndarray, window: Window, finish: Callable[[Image.Image], Image.Image]) -> None:
+    """The window of an image (H, W, 3), changed by `finish`."""
+    image = Image.fromarray(pixels)
+    axes.add_artist(Backdrop(image, window, resample=Image.Resampling.BICUBIC, finish=finish))
+    show_window(axes, window)
 
 
-def _frame(axes: Axes, window: Window) -> None:
-    left, top, right, bottom = window
-    axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5))
+def _fade(image: Image.Image) -> Image.Image:
+    return image.point(lambda value: 255 - FADED * (255 - value))
 
 
 def _draw_scale(axes: Axes, window: Window) -> None:
@@ -303,16 +291,9 @@ def _draw_scale(axes: Axes, window: Window) -> None:
 def _draw_outline(axes: Axes, view: ObjectView) -> None:
     """The mask's outline; the box where there is no mask."""
     if view.mask is None or not view.mask.any():
-        _draw_box(axes, view.box, "-")
+        frame_box(axes, view.box)
     else:
         outline_mask(axes, MaskWindow.of_bitmap(view.mask), "white", edge="black")
-
-
-def _draw_box(axes: Axes, box: np.ndarray, style: str | tuple[int, tuple[int, int]]) -> None:
-    x0, y0, x1, y1 = box
-    for colour, thickness in (("white", 2.4), ("black", 1.2)):
-        line: dict[str, Any] = {"edgecolor": colour, "linewidth": thickness, "linestyle": style}
-        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, **line))
 
 
 def _draw_reference(axes: Axes, reference: np.ndarray, size: tuple[int, int]) -> None:
@@ -324,7 +305,7 @@ def _draw_reference(axes: Axes, reference: np.ndarray, size: tuple[int, int]) ->
             axes.plot([x], [y], marker="+", markersize=12, markeredgewidth=thickness, color=colour, zorder=2)
         return
     half = reference[2:] * (width, height) / 2
-    _draw_box(axes, np.array([x - half[0], y - half[1], x + half[0], y + half[1]]) + 0.5, (0, (4, 2)))
+    frame_box(axes, np.array([x - half[0], y - half[1], x + half[0], y + half[1]]) + 0.5, style=(0, (4, 2)))
 
 
 def _add_legend(figure: Figure, views: Sequence[ObjectView], outline: str = "predicted mask") -> None:
@@ -350,8 +331,13 @@ def _add_legend(figure: Figure, views: Sequence[ObjectView], outline: str = "pre
     for length, name, look in ((2, "reference point", cross), (4, "reference box", {"linestyle": "--"})):
         if length in kinds:
             handles.append(Line2D([], [], color="black", label=name, **look))
-    across = len(handles) if figure.get_figwidth() > NARROW else 3
+    across = math.ceil(len(handles) / _legend_lines(figure.get_figwidth()))
     figure.legend(handles=handles, loc="lower center", ncols=across, handletextpad=0.4, borderaxespad=0.3)
+
+
+def _legend_lines(width: float) -> int:
+    """Lines that the legend of a figure needs, by its inches."""
+    return 1 + sum(width < limit for limit in LEGEND_WIDTHS)
 
 
 def _level_colour(level: int) -> str:
@@ -359,13 +345,8 @@ def _level_colour(level: int) -> str:
 
 
 def _window(view: ObjectView, close_up: bool) -> Window:
-    """A square around the object's box, moved into the image, as far as that goes; or the whole image."""
+    """A square around the object's box; or the whole image."""
     height, width = view.pixels.shape[:2]
     if not close_up:
         return 0.0, 0.0, float(width), float(height)
-    x0, y0, x1, y1 = view.box.tolist()
-    side = SURROUNDINGS * max(x1 - x0, y1 - y0, 1.0)
-    across, down = min(side, width), min(side, height)
-    left = min(max((x0 + x1 - across) / 2, 0.0), width - across)
-    top = min(max((y0 + y1 - down) / 2, 0.0), height - down)
-    return left, top, left + across, top + down
+    return square_around(view.box.tolist(), (height, width), sides=SURROUNDINGS)

@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from torch import Tensor
 
 from solq_lab.inference.predictor import as_pixels
 from solq_lab.masks import rle_iou
 from solq_lab.structures import Detections
 from solq_lab.studies.cases import FailureCase
 from solq_lab.studies.errors import ERRORS, GroupErrors
-from solq_lab.viz.images import MaskWindow, outline_mask
+from solq_lab.viz.images import Backdrop, MaskWindow, outline_mask, show_window, square_around
 from solq_lab.viz.style import (
     BLACK,
     GREEN,
@@ -46,7 +45,7 @@ ERROR_COLOURS = {
 ERROR_TITLES = {error: error for error in ERRORS}
 ERROR_TITLES |= {"siamese": "siamese mask", "codec": "codec truncation", "vector": "vector regression"}
 _MIN_LABELLED = 4.5  # AP points: a shorter piece of a bar has no room for its number
-_MARGIN = 0.35  # around the boxes of a case, share of their longer side
+_SURROUNDINGS = 1.7  # side of the square around the boxes of a case, over their longer side
 _GALLERY_WIDTH = 9.6  # inches, without the names of the types
 
 
@@ -148,15 +147,18 @@ def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detectio
     painted = Image.fromarray(pixels)
     if found_window:
         found_window.paint(painted, colour)
-    axes.imshow(painted)
+    boxes = torch.cat([true.boxes, found.boxes])
+    around = [*boxes[:, :2].amin(dim=0).tolist(), *boxes[:, 2:].amax(dim=0).tolist()]
+    window = square_around(around, pixels.shape[:2], sides=_SURROUNDINGS)
+    axes.add_artist(Backdrop(painted, window))
+    show_window(axes, window)
 
     for x0, y0, x1, y1 in found.boxes.tolist():
         box = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=":")
         axes.add_patch(box)
-    for window, line in ((true_window, "white"), (found_window, colour)):
-        if window and window.bitmap.size:
-            outline_mask(axes, window, line)
-    _zoom(axes, torch.cat([true.boxes, found.boxes]), pixels.shape[:2])
+    for mask, line in ((true_window, "white"), (found_window, colour)):
+        if mask and mask.bitmap.size:
+            outline_mask(axes, mask, line)
 
     words = [*(found.names or true.names), *(f"{score:.2f}" for score in found.scores.tolist())]
     if found.names and true.names and found.names != true.names:
@@ -164,15 +166,3 @@ def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detectio
     if found.masks and true.masks:
         words += [f"IoU {rle_iou(found.masks, true.masks)[0]:.2f}"]
     axes.set_title(" ".join(words), fontsize=7.5, pad=3)
-
-
-def _zoom(axes: Axes, boxes: Tensor, size: tuple[int, int]) -> None:
-    """Show a square around boxes (K, 4) xyxy, as far as an image of `size` (height, width) goes."""
-    height, width = size
-    left, top = boxes[:, :2].amin(dim=0).tolist()
-    right, bottom = boxes[:, 2:].amax(dim=0).tolist()
-    side = min((1 + 2 * _MARGIN) * max(right - left, bottom - top), height, width)
-    x0 = min(max((left + right - side) / 2, 0), width - side) - 0.5
-    y0 = min(max((top + bottom - side) / 2, 0), height - side) - 0.5
-    axes.set_xlim(x0, x0 + side)
-    axes.set_ylim(y0 + side, y0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import torch
 from contourpy import contour_generator
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,6 +36,7 @@ LABEL_PAD = 0.6  # around a label's text, points
 MAX_MOVES = 8  # of a label off others, in its own height
 PAINTED_SIDE = 8.0  # inches that the longer side of a large image counts as, beside lines and labels in points
 BAND = 256  # rows of an image that lines are laid over at once
+Window = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 MAX_OUTLINE = 1000  # pixels of a mask's longer side that its outline is found in; larger masks are thinned out
 
 
@@ -153,12 +155,10 @@ def draw_objects(
         font_size: of the labels, points; 0 draws none.
         filled: False draws outlines only.
     """
-    height, width = pixels.shape[:2]
     painted = Image.fromarray(pixels)
     _add_objects(axes, painted, detections, colours, font_size=font_size, filled=filled)
-    # No more pixels than the figure has: matplotlib would need a gigabyte for a photograph.
-    shrink = int(min(painted.size) / max(axes.figure.bbox.size)) or 1
-    axes.imshow(painted.reduce(shrink), extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    axes.add_artist(Backdrop(painted))
+    show_window(axes, (0.0, 0.0, float(painted.width), float(painted.height)))
     axes.set_axis_off()
 
 
@@ -216,6 +216,51 @@ def _add_objects(
         axes.add_artist(label)
 
 
+class Backdrop(Artist):
+    """An image, or a window of it, that fills its axes, below all else; resized to their pixels when it is drawn.
+
+    matplotlib resamples all of an image as floats: half a redraw, and a gigabyte for a photograph.
+    """
+
+    zorder = -1
+
+    def __init__(
+        self,
+        image: Image.Image,
+        window: Window | None = None,
+        *,
+        resample: Image.Resampling = Image.Resampling.BOX,
+        finish: Callable[[Image.Image], Image.Image] = lambda resized: resized,
+    ) -> None:
+        """Keep the image; `finish` changes it once it has the size of the axes."""
+        super().__init__()
+        self.image, self._window, self._resample, self._finish = image, window, resample, finish
+
+    def draw(self, renderer: RendererBase) -> None:
+        assert self.axes is not None  # it is always drawn into axes
+        scale, (left, bottom), (right, top) = renderer.get_image_magnification(), *self.axes.bbox.get_points().round()
+        size = max(round((right - left) * scale), 1), max(round((top - bottom) * scale), 1)
+        resized = self._finish(self.image.resize(size, self._resample, self._window))
+        rows = np.asarray(resized.convert("RGBA"))[::-1]  # the lowest first
+        renderer.draw_image(renderer.new_gc(), left, bottom, np.ascontiguousarray(rows))
+
+
+def show_window(axes: Axes, window: Window) -> None:
+    """Limit axes to a window, the pixels square."""
+    left, top, right, bottom = window
+    axes.set(xlim=(left - 0.5, right - 0.5), ylim=(bottom - 0.5, top - 0.5), aspect="equal")
+
+
+def square_around(box: Sequence[float], size: tuple[int, int], *, sides: float) -> Window:
+    """A square around a box xyxy, `sides` of its longer side wide, moved into an image (H, W) as far as that goes."""
+    (x0, y0, x1, y1), (height, width) = box, size
+    side = sides * max(x1 - x0, y1 - y0, 1.0)
+    across, down = min(side, width), min(side, height)
+    left = min(max((x0 + x1 - across) / 2, 0.0), width - across)
+    top = min(max((y0 + y1 - down) / 2, 0.0), height - down)
+    return left, top, left + across, top + down
+
+
 def label_of(detections: Detections, row: int) -> str:
     """An object's class and, unless it is 1 as in the ground truth, its score."""
     score = float(detections.scores[row])
@@ -266,6 +311,14 @@ def outline_mask(axes: Axes, window: MaskWindow, colour: str, *, edge: str = "wh
     lines: Any = contour_generator(across, down, padded).lines(0.5)
     halo = [withStroke(linewidth=2.2, foreground=edge)]
     axes.add_collection(LineCollection(lines, colors=colour, linewidths=1.2, path_effects=halo), autolim=False)
+
+
+def frame_box(axes: Axes, box: Sequence[float] | np.ndarray, *, style: Any = "-") -> None:
+    """Draw a box, xyxy in pixels, black on white, below labels."""
+    x0, y0, x1, y1 = box
+    for colour, thickness in (("white", 2.4), ("black", 1.2)):
+        line: dict[str, Any] = {"edgecolor": colour, "linewidth": thickness, "linestyle": style, "fill": False}
+        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **line))
 
 
 class Label(Text):

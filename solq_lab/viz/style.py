@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
@@ -83,6 +84,24 @@ def new_figure(
     return figure, axes
 
 
+_NO_TICKS: Any = ()
+
+
+class _Across(XAxis):
+    majorTicks = minorTicks = _NO_TICKS  # matplotlib's names
+
+
+class _Down(YAxis):
+    majorTicks = minorTicks = _NO_TICKS
+
+
+class ImageAxes(Axes):
+    """Axes of an image. Half of the time that makes usual ones goes into ticks that nobody sees."""
+
+    def _init_axis(self) -> None:
+        self.xaxis, self.yaxis = _Across(self, clear=False), _Down(self, clear=False)
+
+
 def new_panels(
     rows: int, columns: int, *, panel: tuple[float, float], title: str = "", left: float = 0.0, below: float = 0.0
 ) -> tuple[Figure, np.ndarray]:
@@ -103,13 +122,11 @@ def new_panels(
         figure.suptitle(title, y=1 - 0.06 / height)
 
     axes = np.empty((rows, columns), dtype=object)
-    with mpl.rc_context({"axes.grid": False}):
-        for row, column in np.ndindex(rows, columns):
-            corner = left + column * (panel[0] + gap), below + (rows - 1 - row) * (panel[1] + above)
-            place = (corner[0] / width, corner[1] / height, panel[0] / width, panel[1] / height)
-            added = figure.add_axes(place)
-            added.set_axis_off()
-            axes[row, column] = added
+    for row, column in np.ndindex(rows, columns):
+        corner = left + column * (panel[0] + gap), below + (rows - 1 - row) * (panel[1] + above)
+        place = (corner[0] / width, corner[1] / height, panel[0] / width, panel[1] / height)
+        axes[row, column] = added = figure.add_axes(ImageAxes(figure, place))
+        added.set_axis_off()
     return figure, axes
 
 

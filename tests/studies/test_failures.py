@@ -71,7 +71,7 @@ def test_the_gallery_has_a_row_per_type_and_names_what_it_shows(dataset, results
     titles = {error: axes.get_title() for error, axes in rows.items() if axes.get_title()}
     assert titles == {"missed": "dog", "background": "dog 0.40", "vector": "cat 0.90 IoU 0.46"}
     assert [text.get_text() for text in rows["siamese"].texts] == ["siamese\nmask", "none"]
-    painted = rows["vector"].images[0].get_array()[12, 10]
+    painted = rows["vector"].artists[0].image.getpixel((10, 12))
     colour = 255 * np.array(to_rgb(ERROR_COLOURS["vector"]))
     np.testing.assert_allclose(painted, (1 - MASK_OPACITY) * 128 + MASK_OPACITY * colour, atol=0.5)
 

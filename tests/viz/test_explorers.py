@@ -5,6 +5,7 @@ import datetime
 import io
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +19,7 @@ from solq_lab.build import build_images, build_model
 from solq_lab.inference.attention import layer_views, pixel_views, predict_with_attention, record_encoder
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import decode_rle
+from solq_lab.viz.attention import attention_by_size
 from solq_lab.viz.style import OBJECT_COLOURS, colours_of, new_figure
 from solq_lab.viz.widgets.attention_explorer import ALL, LAYERS, MARK, NOTHING, PIXEL, QUERIES, AttentionExplorer
 from solq_lab.viz.widgets.clickable_image import colour_class, draw_image
@@ -298,9 +300,29 @@ def test_the_view_is_the_chosen_objects_query(attention, predictors, dataset):
 
 def test_clicking_an_object_chooses_it_and_marks_it(attention):
     before = attention.panels.value
+    drawn = attention.clickable.png
     attention.clickable.on_click(1, 0.5, 0.5)
     assert attention.object.value == attention.clickable.chosen == 1
     assert attention.panels.value != before
+    assert attention.clickable.png != drawn  # its frame is drawn in, below the labels
+
+
+def test_a_redraw_reads_its_image_once(both, dataset):
+    kind = type(dataset)
+    with patch.object(kind, "__getitem__", autospec=True, side_effect=kind.__getitem__) as read:
+        both.image.value = 1
+    assert read.call_count == 1
+
+
+def test_a_legend_with_many_entries_stays_within_its_figure(attention, monkeypatch):
+    attention.what.value = LAYERS
+    views = layer_views(attention._predictors["SOLQ"], attention.pixels(0), *attention._found("SOLQ"), 0)
+    figure = attention_by_size(
+        {"A": views, "B": [view._replace(mask=None) for view in views]}, ["1", "2"][: len(views)]
+    )
+    figure.draw_without_rendering()
+    extent = figure.legends[0].get_window_extent()
+    assert 0 <= extent.x0 < extent.x1 <= figure.bbox.x1
 
 
 def test_two_models_show_the_same_object_beside_each_other(predictors, dataset):

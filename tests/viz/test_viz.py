@@ -83,7 +83,7 @@ def test_ground_truth_puts_box_frame_masks_where_their_boxes_are():
 
 def test_a_mask_is_a_translucent_fill_of_its_classs_colour():
     figure = draw_detections(grey_image(), detections((10, 10, 30, 30)))
-    shown = figure.axes[0].images[0].get_array()
+    shown = np.array(figure.axes[0].artists[0].image)
     colour = np.array(to_rgb(OBJECT_COLOURS[0]))
     np.testing.assert_allclose(shown[20, 20], (1 - MASK_OPACITY) * 200 + MASK_OPACITY * 255 * colour, atol=0.5)
     np.testing.assert_array_equal(shown[5, 5], 200)
@@ -141,7 +141,7 @@ def test_a_label_too_long_for_its_image_begins_inside():
 
 def test_the_best_score_lies_on_top():
     figure = draw_detections(grey_image(), detections((5, 5, 25, 25), (5, 5, 25, 25)))
-    shown = figure.axes[0].images[0].get_array()[15, 15]
+    shown = figure.axes[0].artists[0].image.getpixel((15, 15))
     below, above = (255 * np.array(to_rgb(colour)) for colour in OBJECT_COLOURS[1::-1])
     below = (1 - MASK_OPACITY) * 200 + MASK_OPACITY * below
     np.testing.assert_allclose(shown, (1 - MASK_OPACITY) * below + MASK_OPACITY * above, atol=1)
@@ -191,7 +191,7 @@ def test_an_image_without_objects_is_just_an_image(masks):
 def test_a_tensor_is_drawn_like_an_array():
     pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
     drawn = [draw_detections(image, detections()) for image in (pixels, torch.from_numpy(pixels).permute(2, 0, 1))]
-    first, second = (figure.axes[0].images[0].get_array() for figure in drawn)
+    first, second = (np.array(figure.axes[0].artists[0].image) for figure in drawn)
     np.testing.assert_array_equal(first, second)
 
 
@@ -207,12 +207,12 @@ def test_a_grid_shows_image_truth_and_prediction_of_each_example():
     assert len(figure.axes) == 12  # two rows of two examples; the last place stays empty
     assert [axes.get_title() for axes in figure.axes[:3]] == ["image", "ground truth", "prediction"]
     assert [len(axes.texts) for axes in figure.axes[:3]] == [0, 1, 1]
-    assert [len(axes.images) for axes in figure.axes[9:]] == [0, 0, 0]
+    assert [len(axes.artists) for axes in figure.axes[8:]] == [1, 0, 0, 0]
     assert figure.get_suptitle() == "three"
 
 
 def test_a_grid_of_nothing_is_empty():
-    assert all(not axes.images for axes in prediction_grid([]).axes)
+    assert all(not axes.artists for axes in prediction_grid([]).axes)
 
 
 def test_every_class_has_its_own_colour_in_all_images_as_long_as_there_are_enough():

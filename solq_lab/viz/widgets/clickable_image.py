@@ -3,6 +3,7 @@
 import base64
 import html
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import anywidget
@@ -10,11 +11,12 @@ import ipywidgets as widgets
 import matplotlib as mpl
 import numpy as np
 import traitlets
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from solq_lab.structures import Detections
-from solq_lab.viz.images import draw_objects
+from solq_lab.viz.images import draw_objects, frame_box
 from solq_lab.viz.style import OBJECT_COLOURS, STYLE, text_colour
 from solq_lab.viz.widgets.live_panel import DPI, as_png
 
@@ -41,7 +43,6 @@ STYLE_SHEET = f"""
 .solq-clickable img {{width: 100%; height: auto; display: block; margin: 0}}
 .solq-clickable .solq-object {{position: absolute; padding: 0; background: transparent; border: none; cursor: pointer}}
 {_BY_CHIP} {{{_MARKED}; background: rgba(255, 255, 255, 0.25) !important}}
-.solq-clickable .solq-chosen {{{_MARKED}}}
 [class*="solq-chip-"]:not(.mod-active) {{opacity: 0.35}}
 {_CHIPS}
 """
@@ -53,7 +54,7 @@ class ClickableImage(anywidget.AnyWidget):
     Attributes:
         png: bytes of the image.
         objects: name and box of each object; a box is left, top, width and height in percent of the image.
-        chosen: row of the object that is marked, -1 for none.
+        chosen: row of the object that is chosen, -1 for none; its frame is part of the image (`draw_image`).
         on_click: is given the row of the clicked object, -1 beside all, and the place (x, y) in 0..1 of the image.
     """
 
@@ -123,7 +124,7 @@ class ClickableImage(anywidget.AnyWidget):
             boxes: (K, 4) xyxy of the objects.
             names: K tooltips.
             size: (H, W) of the image that the boxes are in pixels of.
-            chosen: the row of the object that is marked.
+            chosen: the row of the object that is chosen.
         """
         with self.hold_sync():
             self.png, self.chosen = png, chosen
@@ -196,14 +197,29 @@ def draw_image(
     width: int,
     filled: bool = True,
     labelled: bool = True,
+    framed: Sequence[float] = (),
 ) -> bytes:
-    """The PNG of an image (H, W, 3) with its objects drawn in, `width` pixels wide and without any margin."""
+    """The PNG of an image (H, W, 3) with its objects drawn in, `width` pixels wide and without any margin.
+
+    The box `framed`, xyxy, lies below the labels, which a frame of the browser's would cross.
+    """
     height = max(round(width * pixels.shape[0] / pixels.shape[1]), 1)
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure, axes = _bare_figure(width, height)
+    for artist in (*axes.artists, *axes.patches, *axes.collections, *axes.texts):
+        artist.remove()
     font_size = 9 if labelled else 0
-    draw_objects(figure.add_axes((0, 0, 1, 1)), pixels, objects, colours, font_size=font_size, filled=filled)
-    figure.axes[0].set_aspect("auto")  # the height is rounded to whole pixels
+    draw_objects(axes, pixels, objects, colours, font_size=font_size, filled=filled)
+    if len(framed):
+        frame_box(axes, framed)
+    axes.set_aspect("auto")  # the height is rounded to whole pixels
     return as_png(figure_pixels(figure))
+
+
+@lru_cache(16)
+def _bare_figure(width: int, height: int) -> tuple[Figure, Axes]:
+    """A figure that its axes fill, to be used again: making some takes as long as drawing an image."""
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    return figure, figure.add_axes((0, 0, 1, 1))
 
 
 def figure_pixels(figure: Figure) -> np.ndarray:

@@ -117,17 +117,9 @@ class CodecExplorer(Explorer):
         """What the controls say; None where the image has no object."""
         if self.object.value is None:
             return None
-        return Setting(
-            self.data_set.value,
-            self.object.value,
-            self.method.value,
-            self.mask_size.value,
-            self.vector_dim.value,
-            self.terms.value,
-            self.rule.value,
-            self.error.value,
-            self.step.value,
-        )
+        what = self.data_set, self.object, self.method, self.mask_size, self.vector_dim
+        how = self.terms, self.rule, self.error, self.step
+        return Setting(*(control.value for control in (*what, *how)))
 
     def view(self) -> View:
         """What is shown.

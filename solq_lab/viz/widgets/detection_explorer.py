@@ -91,8 +91,8 @@ class DetectionExplorer(ModelExplorer):
         for name in names:
             rows = None if name == TRUTH else tuple(self._switched_on(name))
             looks = self.colouring.value, self.filled.value, self.labelled.value and not wiped
-            drawn = self._draw(name, index, rows, looks, wiped)
             objects, chosen = self.shown(name), self.chosen if name == TRUTH else -1
+            drawn = self._draw(name, index, rows, looks, wiped, -1 if wiped else chosen)
             if wiped:
                 drawings[name] = drawn, objects, self._shown_colours(name), chosen
                 continue
@@ -169,7 +169,13 @@ class DetectionExplorer(ModelExplorer):
         return self._find(name, self.image.value).above(self.score.value)
 
     def _draw_objects(
-        self, name: str, index: int, rows: tuple[int, ...] | None, looks: tuple[str, bool, bool], wiped: bool
+        self,
+        name: str,
+        index: int,
+        rows: tuple[int, ...] | None,
+        looks: tuple[str, bool, bool],
+        wiped: bool,
+        chosen: int,
     ) -> bytes:
         """The image with some of a model's objects, best first; with all true ones where there are no rows."""
         colouring, filled, labelled = looks
@@ -178,7 +184,8 @@ class DetectionExplorer(ModelExplorer):
         if rows is not None:
             objects, colours = self._find(name, index)[list(rows)], [colours[row] for row in rows]
         width = min(WIPE[0], WIPE[1] * pixels.shape[1] // pixels.shape[0]) if wiped else WIDTH
-        return draw_image(pixels, objects, colours, width=width, filled=filled, labelled=labelled)
+        framed = objects.boxes[chosen].tolist() if chosen >= 0 else ()
+        return draw_image(pixels, objects, colours, width=width, filled=filled, labelled=labelled, framed=framed)
 
     def _shown_colours(self, name: str) -> list[str]:
         """The colours of the objects that are shown."""

@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 
 import ipywidgets as widgets
 import numpy as np
@@ -129,6 +130,7 @@ class ModelExplorer(Explorer):
     Attributes:
         score: control of the least score.
         names: of the models.
+        pixels: an image by its number, (H, W, 3) uint8.
         chosen: row of the true object that was asked for (`open`), -1 for none.
     """
 
@@ -158,6 +160,7 @@ class ModelExplorer(Explorer):
             raise ValueError("the data set has no images to explore")
 
         self._predictors, self._dataset, self._own = dict(predictors), dataset, list[np.ndarray]()
+        self.pixels = lru_cache(8)(self._read)  # a redraw needs an image several times
         self.names = list(predictors)
         self.chosen = -1
         sides = next(iter(predictors.values())).experiment.evaluation.area_sides
@@ -174,7 +177,7 @@ class ModelExplorer(Explorer):
     def build(self) -> None:
         """Make the controls and views, and show the first image."""
 
-    def pixels(self, index: int) -> np.ndarray:
+    def _read(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8 of an image."""
         if index >= len(self._dataset):
             return self._own[index - len(self._dataset)]
