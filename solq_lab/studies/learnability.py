@@ -43,10 +43,10 @@ def learnt_by_tables(results_dir: str | Path, benchmark: CodecBenchmark) -> pd.D
     return pd.DataFrame(found).set_index(["codec", "N", "n_k"])
 
 
-def learnt_by_runs(runs_dir: str | Path) -> pd.DataFrame:
-    """The same for finished runs of a folder, each beside the ceiling that its training measured on its own data."""
+def learnt_by_runs(*folders: str | Path) -> pd.DataFrame:
+    """The same for finished runs in folders, each beside the ceiling that its training measured on its own data."""
     found = []
-    for run in list_runs(runs_dir):
+    for run in (run for folder in folders for run in list_runs(folder)):
         results, ceiling = run.folder / "results.json", run.folder / "ceiling.json"
         if results.exists() and ceiling.exists():
             codec = run.experiment.codec

@@ -1,5 +1,6 @@
 """Upper bounds of mask codecs over the length of their vectors and over noise. Paper: table 3."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ NOISES = {
     "vector_noise": "error of each entry, its std over all objects",
     "step": "step of the quantiser, std of the entries over all objects",
 }
+MAX_ACROSS = 7  # entries of a legend beside each other
 _LINES: tuple[Any, ...] = ("-", "--", ":", "-.")  # one per N, in rising order
 _MARKERS = ("o", "s", "^", "D")
 
@@ -105,4 +107,5 @@ def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:
         line, marker = _LINES[place % len(_LINES)], _MARKERS[place % len(_MARKERS)]
         label = f"N = {side}"
         handles.append(Line2D([], [], color=BLACK, linestyle=line, marker=marker, markersize=4, label=label))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(max(1, len(handles)), 5))
+    lines = math.ceil(len(handles) / MAX_ACROSS) or 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / lines) or 1)

@@ -81,7 +81,7 @@ def size_distribution(report: Report) -> Figure:
     panel.set_xlabel("square root of the box's area, pixels")
     panel.set_ylabel("objects, percent")
     if panel.patches:
-        panel.legend(loc="upper right")
+        figure.legend(loc="outside lower center", ncols=len(every))
     return figure
 
 
@@ -111,9 +111,10 @@ def sample_images(report: Report, name: str) -> Figure:
     size = SIDE * ACROSS, 0.4 + (SIDE + 0.2) * rows
     figure, axes = new_figure(rows, ACROSS, size=size, title=title, of_images=True)
 
-    # A class has one colour in all images.
+    # A class has one colour in all images of all splits, as it has in a training's.
     objects = [checked.objects_of(image) for image in samples]
-    classes = dict.fromkeys(of_class for some in objects for _, of_class in some)
+    listed = [of_class for one in report.splits.values() for _, of_class in sorted(one.names.items())]
+    classes = dict.fromkeys([*listed, *(of_class for some in objects for _, of_class in some)])
     colours = dict(zip(classes, colours_of(range(len(classes))), strict=True))
     for panel, image, some in zip(axes.flat, samples, objects, strict=False):
         size = _draw_image(panel, checked.split, image.file_name)

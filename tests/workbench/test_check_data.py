@@ -14,6 +14,7 @@ import pytest
 from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from malformed_annotations import HEIGHT, NUM_IMAGES, RUNS, SQUARE, WIDTH, annotation_files, valid_document
+from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools import mask as coco_rle
 from tiny import tiny_experiment, write_tiny_dataset
@@ -22,6 +23,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.folders import Split, find_splits
 from solq_lab.viz.data_report import class_distribution, sample_images, size_distribution, worst_images
+from solq_lab.viz.style import colours_of
 from solq_lab.workbench.check.checker import check_data
 from solq_lab.workbench.check.findings import KEPT, RULES, Finding, Findings
 from solq_lab.workbench.check.report import Options, Report
@@ -530,6 +532,14 @@ def test_the_report_says_what_the_data_asks_for(tmp_path):
     assert b"segmentation" not in pickle.dumps(report.splits)  # entries are read when they are drawn
     objects = map(report.splits["train"].objects_of, report.samples("train"))
     assert [[of_class for _, of_class in some] for some in objects] == [["cat"], ["cat", "dog"]]
+
+
+def test_a_class_has_its_channels_colour_whichever_is_seen_first(tmp_path):
+    split = write_split(tmp_path, lambda document: document["annotations"][0].update(category_id=2))
+    figure = sample_images(check(split), "train")
+    labels = [text for axes in figure.axes for text in axes.texts]
+    colours = {label.get_text(): label.get_bbox_patch().get_facecolor()[:3] for label in labels}
+    assert [colours[name] for name in ("cat", "dog")] == [to_rgb(colour) for colour in colours_of([0, 1])]
 
 
 def test_samples_are_shown_with_the_class_of_every_object(tmp_path):
