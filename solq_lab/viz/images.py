@@ -176,9 +176,9 @@ def paint_detections(image: ImageSource, detections: Detections) -> Image.Image:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    lines = Image.fromarray(np.asarray(canvas.buffer_rgba()))
-    for top in range(0, height, BAND):  # converted to RGB as a whole, they would need the memory of the image again
-        band = lines.crop((0, top, width, min(top + BAND, height)))
+    lines = np.asarray(canvas.buffer_rgba())
+    for top in range(0, height, BAND):  # as a whole, they would need the memory of the image twice again
+        band = Image.fromarray(lines[top : top + BAND])
         painted.paste(band, (0, top), band)
     del canvas.renderer  # figure and canvas hold each other: its pixels would stay until they are collected
     return painted
