@@ -150,8 +150,8 @@ def _mask_faults(entry: dict[str, Any], rle: dict | None, size: tuple[int, int])
         if any(len(polygon) < 6 for polygon in segmentation):
             yield "short-polygon", "one of its polygons has fewer than three points", 0.0
         points = np.reshape([number for polygon in segmentation if len(polygon) >= 6 for number in polygon], (-1, 2))
-        edges = np.array([[*points.min(axis=0), *points.max(axis=0)], [x, y, x + w, y + h]])
-        outside, of_box = reach(edges, np.array(size)).tolist()
+        corners = np.array([[*points.min(axis=0), *points.max(axis=0)], [x, y, x + w, y + h]])
+        outside, of_box = reach(corners, np.array(size)).tolist()
         if pixels and outside > REACH >= of_box:  # others have been found already
             yield "box-beyond-image", f"its outline reaches {outside:.1f} pixels out of the image", outside
 
