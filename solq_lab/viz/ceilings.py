@@ -95,7 +95,7 @@ def _draw(axes: Axes, rows: Sequence[Row], number: str, over: str) -> None:
     elif over == "bits":
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel({"vector_dim": "vector length $n_k$", "bits": "bits per mask", **NOISES}[over])
+    axes.set_xlabel({"vector_dim": "vector length n_k", "bits": "bits per mask", **NOISES}[over])
 
 
 def _add_legend(figure: Figure, rows: Sequence[Row]) -> None:

@@ -35,7 +35,7 @@ def reconstructions(mask: Tensor, vector_dims: Sequence[int] = (9, 36, 100, 256)
     for place, kept in zip(axes[0, 2:], vector_dims, strict=True):
         _, (decoded,), (back,) = reconstruct(DCTCodec(size, min(kept, size**2)), mask[None])
         (overlap,) = box_frame_iou(back[None], mask[None])
-        _show(place, decoded.numpy(), f"$n_k$ = {kept}, IoU {overlap:.3f}")
+        _show(place, decoded.numpy(), f"n_k = {kept}, IoU {overlap:.3f}")
         if back.any() and not back.all():
             place.contour(back.numpy().astype(float), levels=[0.5], colors=[VERMILION], linewidths=1.2)
     return figure

@@ -210,7 +210,6 @@ def _draw_outline(axes: Axes, entry: dict, size: tuple[int, int], colour: str) -
 
 
 def _printable(text: str, longest: int) -> str:
-    """A text from an annotation file for a figure; a pair of dollar signs would be a formula."""
+    """A text from an annotation file for a figure."""
     printable = "".join(character if character.isprintable() else "?" for character in text)
-    shown = printable if len(printable) <= longest else printable[: longest - 3] + "..."
-    return shown.replace("$", r"\$")
+    return printable if len(printable) <= longest else printable[: longest - 3] + "..."

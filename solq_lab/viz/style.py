@@ -57,6 +57,7 @@ STYLE: dict[Any, Any] = {  # of matplotlib
     "legend.frameon": False,
     "axes.titley": 1.0,  # the place that is searched otherwise, for milliseconds
     "image.interpolation": "nearest",
+    "text.parse_math": False,  # a name with two dollar signs would be a formula
 }
 
 

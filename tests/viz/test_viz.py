@@ -121,7 +121,7 @@ import numpy as np, torch
 from solq_lab.structures import Detections
 from solq_lab.viz.images import paint_detections
 first, box = torch.zeros(1, dtype=torch.long), torch.tensor([[1.0, 1, 9, 9]])
-found = Detections(torch.ones(1), first, box, first, None, ["$文_^ع"])
+found = Detections(torch.ones(1), first, box, first, None, ["$文_^ع$"])
 paint_detections(np.zeros((40, 40, 3), np.uint8), found)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -315,7 +315,7 @@ def test_reconstructions_say_what_each_number_of_coefficients_keeps():
     back = codec.binarize(codec.decode(codec.encode(mask[None])))[0]
     overlap = float((back & mask).sum() / (back | mask).sum())
     titles = [axes.get_title() for axes in figure.axes]
-    assert f"$n_k$ = 64, IoU {overlap:.3f}" in titles
+    assert f"n_k = 64, IoU {overlap:.3f}" in titles
     assert "first 64 coefficients" in titles
 
 

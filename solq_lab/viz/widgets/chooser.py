@@ -66,8 +66,9 @@ class ImageChooser:
         self.score.layout, self.score.style = {"width": "270px"}, {"description_width": "60px"}
         self.sort = widgets.Dropdown(options=["file"], description="first", layout=narrow, style=style)
         self.matches = widgets.Dropdown(options=[], layout={"width": "230px"})
-        self.upload = widgets.FileUpload(accept="image/*", description="own image", layout={"width": "auto"})
-        self.note = widgets.Label()
+        whole = {"flex": "0 0 auto", "width": "auto"}  # narrower, they would end in dots
+        self.upload = widgets.FileUpload(accept="image/*", description="own image", layout=whole)
+        self.note = widgets.Label(layout=whole)
 
         self.conditions = (self.search, *self.filters.values(), self.score, self.sort)
         self.refresh: Callable[[], None] = lambda: None
@@ -75,8 +76,8 @@ class ImageChooser:
         self.is_constrained = False
         self._listing = False
         walk = [self.image, self.previous, self.next, self.matches, self.note, self.sort, self.upload]
-        filters = widgets.HBox([self.search, *self.filters.values(), self.score], layout={"flex_flow": "row wrap"})
-        self.widget = widgets.VBox([widgets.HBox(walk), filters])
+        filters = [self.search, *self.filters.values(), self.score]
+        self.widget = widgets.VBox([widgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in (walk, filters)])
 
     def load(self, objects: pd.DataFrame, files: Sequence[str]) -> None:
         """Offer the images of a data set.

@@ -165,7 +165,7 @@ class CodecExplorer(Explorer):
             self._searched = setting
             ious = pd.Series({one.row: one.iou for one in found}, name="IoU", dtype=float)
             self.chooser.add_column(ious)
-            self._gallery_note.value = gallery_title(setting, len(self._worst))
+            self._gallery_note.value = html.escape(gallery_title(setting, len(self._worst)))
 
         self.gallery_tiles.show(thumbnail(self.lab, setting, one, THUMBNAIL) for one in self._worst)
 

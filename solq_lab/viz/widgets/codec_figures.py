@@ -64,7 +64,7 @@ def side_by_side(lab: CodecLab, settings: Mapping[str, Setting], *, width: float
 @mpl.rc_context(STYLE)
 def gallery_figure(lab: CodecLab, setting: Setting, worst: Sequence[ScoredObject]) -> Figure:
     """The worst objects of a codec in two rows."""
-    title = gallery_title(setting, len(worst)).replace("n_k", "$n_k$")
+    title = gallery_title(setting, len(worst))
     figure, axes = new_figure(2, GALLERY // 2, size=(11.8, 5.4), title=title, of_images=True)
     for place, one in zip(axes.flat, worst, strict=False):
         pixels, caption = thumbnail(lab, setting, one, SIDE)

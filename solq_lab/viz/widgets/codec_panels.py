@@ -188,7 +188,7 @@ class Curves(Panel):
         super().__init__(axes)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set(xlim=(0.9, 900), ylim=(0.8 * LEAST_ERROR, 1.2), xlabel="vector length $n_k$")
+        axes.set(xlim=(0.9, 900), ylim=(0.8 * LEAST_ERROR, 1.2), xlabel="vector length n_k")
         axes.set_title("1 - IoU of this object")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_locator(FixedLocator([1, 4, 16, 64, 256, 784]))

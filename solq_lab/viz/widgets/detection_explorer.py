@@ -3,6 +3,7 @@
 `DetectionExplorer.widget` is for JupyterLab; `figure` is the same view as a plain figure.
 """
 
+import html
 from functools import lru_cache, partial
 
 import ipywidgets as widgets
@@ -121,7 +122,7 @@ class DetectionExplorer(ModelExplorer):
             for name, made in self._made.items():
                 found = self._found(name)
                 count = len(found.labels)
-                self._titles[name].value = f"<b>{name}</b>: {count or 'nothing'} found"
+                self._titles[name].value = f"<b>{html.escape(name)}</b>: {count or 'nothing'} found"
                 made += [self._make_switch() for _ in range(count - len(made))]
                 self.switches[name] = made[:count]
                 for switch, label, score in zip(made, found.names, found.scores.tolist(), strict=False):
