@@ -169,7 +169,7 @@ class ModelExplorer(Explorer):
         self.score = widgets.FloatSlider(
             value=score, min=MIN_SCORE, max=0.95, step=0.05, description="score", readout_format=".2f"
         )
-        self.score.layout, self.score.style = {"width": "180px"}, {"description_width": "44px"}
+        self.score.layout, self.score.style = {"width": "220px"}, {"description_width": "44px"}
 
         self.build()
 
