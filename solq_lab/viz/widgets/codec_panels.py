@@ -120,7 +120,7 @@ class Vector(Panel):
     """The coefficients in their order: kept, left out of the sum, and cut off by the codec's length."""
 
     columns = 2
-    place = (0.085, 0.16, 0.885, 0.73)
+    place = (0.085, 0.175, 0.885, 0.715)
 
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
@@ -182,7 +182,7 @@ class Curves(Panel):
     """1 - IoU of this object by vector length, one line per method, and where the setting stands."""
 
     columns = 2
-    place = (0.105, 0.16, 0.865, 0.73)
+    place = (0.105, 0.175, 0.865, 0.715)
 
     def __init__(self, axes: Axes) -> None:
         super().__init__(axes)
