@@ -130,8 +130,13 @@ template <typename Real>
 class AlignedSpace {
  public:
   Real* zeros(int64_t count) {
+    Real* const start = numbers(count);
+    std::fill_n(start, count, Real(0));
+    return start;
+  }
+  Real* numbers(int64_t count) {
     constexpr size_t kCacheLine = 64;
-    memory_.assign(count + kCacheLine / sizeof(Real), Real(0));
+    memory_.resize(count + kCacheLine / sizeof(Real));
     void* start = memory_.data();
     size_t room = memory_.size() * sizeof(Real);
     return static_cast<Real*>(std::align(kCacheLine, count * sizeof(Real), start, room));
@@ -154,14 +159,18 @@ struct RowLevels {
   }
 };
 
-// Forward, rows begin..end of the order (B, M, Q).
+// Forward, rows begin..end of the order (B, M, Q). A map that is read more often than it has cells is gathered first:
+// cells M heads apart touch so many pages of memory that looking up their addresses takes longer than the sums.
 template <typename Real, int kWidth>
 void forward_rows(const Sizes& sizes, const Inputs<Real>& inputs, Real* output, int64_t begin, int64_t end) {
   const int64_t width = kWidth > 0 ? kWidth : sizes.width;
   const int64_t row_samples = sizes.samples_per_row();
-  const int64_t stride = sizes.heads * width;  // from one cell's channels to the next's
-  const std::vector<Real> zeros(width);        // what a corner beyond the map reads
+  const int64_t heads_stride = sizes.heads * width;  // from one cell's channels to the next's, in the values
+  const std::vector<Real> zeros(width);              // what a corner beyond the map reads
   const RowLevels levels(sizes);
+  AlignedSpace<Real> space;
+  const Real* maps = nullptr;
+  int64_t stride = heads_stride;  // the same in `maps`
   Channels<Real, kWidth> sums(width);
   Block<Real> at;
 
@@ -169,7 +178,19 @@ void forward_rows(const Sizes& sizes, const Inputs<Real>& inputs, Real* output, 
     const int64_t query = unit % sizes.queries, head = unit / sizes.queries % sizes.heads;
     const int64_t image = unit / (sizes.queries * sizes.heads);
     const int64_t row = (image * sizes.queries + query) * sizes.heads + head;  // in the order (B, Q, M)
-    const Real* const maps = inputs.value + (image * sizes.cells * sizes.heads + head) * width;
+    if (unit == begin || query == 0) {
+      maps = inputs.value + (image * sizes.cells * sizes.heads + head) * width;
+      stride = heads_stride;
+      const int64_t reads = std::min(sizes.queries - query, end - unit) * row_samples;
+      if (sizes.heads > 1 && reads > sizes.cells) {
+        Real* const gathered = space.numbers(sizes.cells * width);
+        for (int64_t cell = 0; cell < sizes.cells; ++cell) {
+          std::copy_n(maps + cell * stride, width, gathered + cell * width);
+        }
+        maps = gathered;
+        stride = width;
+      }
+    }
     sums.clear();
     for (int64_t first = 0; first < row_samples; first += kBlock) {
       const int count = int(std::min<int64_t>(kBlock, row_samples - first));
