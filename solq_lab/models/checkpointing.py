@@ -28,11 +28,8 @@ class Checkpointed(nn.Module):
         """part(*inputs), its activations recomputed in the backward pass of training where checkpointing is on.
 
         Dropout draws the same numbers again and autocast is restored, so that losses and gradients are those of the
-        plain call. Batch norms see each batch once: the second pass leaves their running statistics alone.
-
-        Args:
-            part: a module or a method of this one.
-            inputs: its arguments; tensors may lie inside lists and tuples.
+        plain call. Batch norms see each batch once: the second pass leaves their running statistics alone. `part` is a
+        module or a method of this one; tensors may lie inside lists and tuples.
         """
         if not (self.checkpointing and self.training and torch.is_grad_enabled()):
             return part(*inputs)

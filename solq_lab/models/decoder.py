@@ -33,7 +33,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, queries: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, visible: Tensor | None = None
     ) -> Tensor:
-        """The queries after this layer.
+        """The queries (B, J, C) after this layer.
 
         Args:
             queries: (B, J, C) content.
@@ -41,9 +41,6 @@ class DecoderLayer(nn.Module):
             reference: (B, J, 2) points or (B, J, 4) boxes (cx, cy, w, h), normalised image.
             memory: the encoder's tokens.
             visible: (B, 1, J, J) bool, which queries each attends to; None: all.
-
-        Returns:
-            (B, J, C).
         """
         queries = self.self_norm(queries + self.dropout(self.self_attention(queries, query_pos, visible)))
         attended = self.cross_attention(queries + query_pos, memory.to_levels(reference), memory)

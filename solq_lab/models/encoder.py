@@ -13,11 +13,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 class FeedForward(nn.Module):
     """Two linear layers per token with a residual connection and a layer norm.
 
-    Args:
-        width: C.
-        hidden: features between the two layers.
-        dropout: share of features that training drops, after each layer.
-        activation: "relu", "gelu" or "silu".
+    `hidden` features lie between the two; training drops a share `dropout` of the features after each.
     """
 
     def __init__(self, width: int, hidden: int, dropout: float, activation: str) -> None:
@@ -41,14 +37,7 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Deformable self-attention of the tokens, then a feed-forward block; both normalise after adding.
 
-    Args:
-        width: C.
-        heads: M.
-        levels: L.
-        points: P per head and level.
-        feedforward: hidden features of the feed-forward block.
-        dropout: share of features that training drops.
-        activation: "relu", "gelu" or "silu".
+    Args: as `DecoderLayer`'s.
     """
 
     def __init__(

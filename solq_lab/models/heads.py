@@ -127,13 +127,13 @@ class UnifiedQueryHead(nn.Module):
         """Mask vectors (B, J, D) of queries (B, J, C) for their boxes (B, J, 4); for heads with `vector`.
 
         `view` is what `look` reads. The layers share what makes vectors, so queries of several layers may come at once.
-        With `rows` theirs alone are made, and the others are zero.
+        With `rows`, ascending by image, theirs alone are made, and the others are zero.
         """
         assert self.vector is not None
-        some = queries if rows is None else queries[rows]
+        some, near = (queries, boxes) if rows is None else (queries[rows], boxes[rows])
         if self.look is not None:
             assert view is not None  # SOLQ makes it
-            some = some + self.look(queries, boxes, view, rows=rows)
+            some = some + self.look(some, near, view, images=None if rows is None else rows[0])
         made = self.vector(some)
         return made if rows is None else made.new_zeros(*queries.shape[:2], made.shape[-1]).index_put(rows, made)
 

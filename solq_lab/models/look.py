@@ -88,19 +88,20 @@ class MaskLook(nn.Module):
         valid_ratio = (unpadded_sizes(padding) / size).flip(-1)
         return View(tokens.unflatten(-1, (self.points, -1)), shape, valid_ratio)
 
-    def forward(self, queries: Tensor, boxes: Tensor, view: View, *, rows: Rows | None = None) -> Tensor:
+    def forward(self, queries: Tensor, boxes: Tensor, view: View, *, images: Tensor | None = None) -> Tensor:
         """(B, J, C) from queries (B, J, C) and their boxes (B, J, 4) (cx, cy, w, h), normalised image.
 
-        With `rows`: (T, C), of those alone.
+        With `images` (T,), ascending: (T, C) from queries (T, C) of those images and their boxes (T, 4).
         """
-        some, their_boxes = (queries, boxes) if rows is None else (queries[rows], boxes[rows])
-        offsets = self.sampling_offsets(some).unflatten(-1, (self.points, 2))  # in halves of the box
-        center, size = their_boxes.unsqueeze(-2).chunk(2, dim=-1)  # (..., 1, 2)
+        offsets = self.sampling_offsets(queries).unflatten(-1, (self.points, 2))  # in halves of the box
+        center, size = boxes.unsqueeze(-2).chunk(2, dim=-1)  # (..., 1, 2)
         locations = center + offsets * size / 2
-        if rows is not None:  # the operator has a place for every query: others read beyond the map, where nothing is
-            outside = locations.new_full((*queries.shape[:2], self.points, 2), -1.0)
-            locations = outside.index_put(rows, locations)
+        if images is not None:  # the operator takes as many queries of each image: what is missing reads beyond the map
+            counts = torch.bincount(images, minlength=len(view.values))
+            places = torch.arange(len(images), device=images.device) - (counts.cumsum(0) - counts)[images]
+            outside = locations.new_full((len(counts), int(counts.max()), self.points, 2), -1.0)
+            locations = outside.index_put((images, places), locations)
         locations = locations * view.valid_ratio[:, None, None]
         locations = locations[:, :, :, None, None]  # (B, J, N, 2) -> (B, J, N, 1, 1, 2): one level, one point a head
         seen = ms_deform_attn(view.values, [view.shape], locations, torch.ones_like(locations[..., 0]))
-        return self.output_proj(seen if rows is None else seen[rows])
+        return self.output_proj(seen if images is None else seen[images, places])

@@ -5,16 +5,19 @@ The ops are those that torch's own compiler emits for a CPU. Half precision, aut
 being compiled take the plain layers' way. Packed convolutions of larger kernels were measured too and gained nothing.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torchvision.models.resnet import Bottleneck
 
 from solq_lab.models.attention import Memory, MultiScaleDeformableAttention
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import FeedForward
+from solq_lab.models.heads import MLP
+from solq_lab.models.look import MaskLook
 from solq_lab.ops.ms_deform_attn import ms_deform_attn
 
 TOKENS_PER_CHUNK = 1024  # of a feed-forward block: its hidden features, four megabytes, then stay in the cache
@@ -22,7 +25,7 @@ SAMPLING_COST = 4  # of a multiplication while sampling, in those of a matrix pr
 
 
 def use_onednn(model: nn.Module, *, training: bool) -> None:
-    """Replace linear layers, feed-forward blocks, decoder attentions and, to predict, 1 x 1 convolutions of a model.
+    """Replace the layers of a model that oneDNN computes faster, and the blocks that can do with less work.
 
     Parameters and their names stay.
 
@@ -35,20 +38,25 @@ def use_onednn(model: nn.Module, *, training: bool) -> None:
         return
 
     for name, child in list(model.named_children()):
-        use_onednn(child, training=training)  # children first: what replaces a block takes them over
+        use_onednn(child, training=training)  # children first: what replaces a block uses them
         if type(child) is nn.Linear:
             if _is_plain(child.weight) and (training or not child.weight.requires_grad):
                 setattr(model, name, OneDNNLinear(child, packed=not training))
+        # All others keep what they have, and get another `forward`.
         elif type(child) is nn.Conv2d and not training and OneDNNPointwise.serves(child):
-            setattr(model, name, OneDNNPointwise(child))
+            child.__class__ = OneDNNPointwise
+            cast(OneDNNPointwise, child)._pack()
+        elif type(child) is Bottleneck and type(child.conv1) is OneDNNPointwise and type(child.bn3) is nn.Identity:
+            child.__class__ = OneDNNBottleneck
         elif type(child) is FeedForward and isinstance(child.linear1, OneDNNLinear):
-            setattr(model, name, OneDNNFeedForward(child))
-        elif (
-            isinstance(model, DecoderLayer)
-            and isinstance(child, MultiScaleDeformableAttention)
-            and isinstance(child.value_proj, OneDNNLinear)
-        ):
-            setattr(model, name, SampleFirstAttention(child))
+            child.__class__ = OneDNNFeedForward
+        elif type(child) is MultiScaleDeformableAttention and isinstance(model, DecoderLayer):
+            if isinstance(child.value_proj, OneDNNLinear):
+                child.__class__ = SampleFirstAttention
+        elif training and name == "proposal_head":
+            child.get_submodule("box").__class__ = ProposalMLP
+        elif training and name == "fine" and isinstance(model, MaskLook):
+            child.__class__ = ProjectionWithNorm
 
 
 class _Packed(nn.Module):
@@ -99,18 +107,9 @@ class OneDNNLinear(_Packed, nn.Linear):
 
 
 class OneDNNPointwise(_Packed, nn.Conv2d):
-    """A 1 x 1 convolution that predicts: a linear layer where channels are last. torch has a slower one on one thread.
-
-    Args:
-        plain: the convolution whose parameters this one takes over.
-    """
+    """A 1 x 1 convolution that predicts: a linear layer where channels are last. On one thread torch's is slower."""
 
     packed = True
-
-    def __init__(self, plain: nn.Conv2d) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(plain.__dict__)
-        self._pack()
 
     @staticmethod
     def serves(plain: nn.Conv2d) -> bool:
@@ -125,21 +124,28 @@ class OneDNNPointwise(_Packed, nn.Conv2d):
         return self.multiply(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class OneDNNFeedForward(FeedForward):
-    """A feed-forward block with ReLU whose hidden features, or their gradients, never leave the cache.
+class OneDNNBottleneck(Bottleneck):
+    """A block of a ResNet that predicts, its batch norms folded: ReLU and residual sum are part of the convolutions."""
 
-    Args:
-        plain: the block whose layers, `OneDNNLinear` already, this one takes over.
-    """
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> (B, outputs, H', W')."""
+        if not (_runs_in_onednn(x) and x.is_contiguous(memory_format=torch.channels_last)):
+            return super().forward(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        hidden = self.conv1.multiply(x.permute(0, 2, 3, 1), "relu").permute(0, 3, 1, 2)
+        second, third = (
+            (layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups)
+            for layer in (self.conv2, self.conv3)
+        )
+        hidden = torch.ops.mkldnn._convolution_pointwise(hidden, *second, "relu", [], "")
+        return torch.ops.mkldnn._convolution_pointwise.binary(hidden, shortcut, *third, "add", None, "relu", [], "")
+
+
+class OneDNNFeedForward(FeedForward):
+    """A feed-forward block with ReLU whose hidden features, or their gradients, never leave the cache."""
 
     linear1: OneDNNLinear
     linear2: OneDNNLinear
-
-    def __init__(self, plain: FeedForward) -> None:
-        nn.Module.__init__(self)
-        self.activate = plain.activate
-        for name, layer in plain.named_children():
-            setattr(self, name, layer)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -154,13 +160,45 @@ class OneDNNFeedForward(FeedForward):
         return super().forward(tokens)
 
     def _predict(self, tokens: Tensor) -> Tensor:
-        result = torch.empty_like(tokens)
-        rows = tokens.flatten(0, -2).split(TOKENS_PER_CHUNK)  # (..., C) -> chunks (n, C)
-        for some, place in zip(rows, result.flatten(0, -2).split(TOKENS_PER_CHUNK), strict=True):
-            hidden = self.linear1.multiply(some, "relu")
-            last = self.linear2._packed_weight, self.linear2.bias
-            place.copy_(self.norm(torch.ops.mkldnn._linear_pointwise.binary(hidden, some, *last, "add")))
-        return result
+        add, last = torch.ops.mkldnn._linear_pointwise.binary, (self.linear2._packed_weight, self.linear2.bias)
+        chunks = tokens.flatten(0, -2).split(TOKENS_PER_CHUNK)  # (..., C) -> chunks (n, C)
+        changed = [self.norm(add(self.linear1.multiply(some, "relu"), some, *last, "add")) for some in chunks]
+        return torch.cat(changed).view_as(tokens)
+
+
+class ProposalMLP(MLP):
+    """The box head of the encoder's proposals, of which few have an object: only those are differentiated."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        learns = _learns(features, self.output_bias)
+        return _ProposalMLP.apply(features, *self.parameters()) if learns else super().forward(features)
+
+
+class ProjectionWithNorm(nn.Sequential):
+    """A 1 x 1 convolution to more channels and its group norm, as one product per image.
+
+    Mean and variance of what the convolution makes follow from mean and covariance of its fewer inputs.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, C, H, W), with channels last."""
+        convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm]", tuple(self))
+        if not _learns(maps, convolution.weight):
+            return super().forward(maps)
+        weight, groups = convolution.weight.flatten(1), (norm.num_groups, -1)
+
+        tokens = maps.flatten(2).mT  # (B, H*W, channels)
+        mean = tokens.mean(1, keepdim=True)
+        centered = tokens - mean
+        variance = ((weight @ (centered.mT @ centered)) * weight).sum(-1) / tokens.shape[1]  # (B, C)
+        shift = F.linear(mean, weight, convolution.bias).squeeze(1).unflatten(1, groups)
+        shift = shift - shift.mean(-1, keepdim=True)  # of a feature from the mean of its group
+        spread = (variance.unflatten(1, groups) + shift.square()).mean(-1, keepdim=True)
+        scale = norm.weight.unflatten(0, groups) * (spread + norm.eps).rsqrt()
+        shift = torch.addcmul(norm.bias, shift.flatten(1), scale.flatten(1))
+        tokens = torch.baddbmm(shift.unsqueeze(1), centered, (scale.flatten(1).unsqueeze(-1) * weight).mT)
+        return tokens.mT.unflatten(2, maps.shape[2:])
 
 
 class SampleFirstAttention(MultiScaleDeformableAttention):
@@ -169,16 +207,7 @@ class SampleFirstAttention(MultiScaleDeformableAttention):
     Projection and sampling are both linear, so they may change places. The few queries of a decoder touch fewer numbers
     than a projection of all tokens: sampling all C channels for each head, and then projecting, is less work. The bias
     counts as much as a head's weights fell on the map, and not beyond it or on padding.
-
-    Args:
-        plain: the attention whose layers this one takes over.
     """
-
-    def __init__(self, plain: MultiScaleDeformableAttention) -> None:
-        nn.Module.__init__(self)  # the layers exist
-        self.heads, self.levels, self.points = plain.heads, plain.levels, plain.points
-        for name, layer in plain.named_children():
-            setattr(self, name, layer)
 
     def forward(self, queries: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """As `MultiScaleDeformableAttention.forward`."""
@@ -259,6 +288,29 @@ class _FeedForward(torch.autograd.Function):
             grad_weight2.add_(_multiply(grad_output.t(), active.t()))
             grad_bias1.add_(grad_hidden.sum(0))
         return grad_tokens, grad_weight1, grad_bias1, grad_weight2, gradient.flatten(0, -2).sum(0)
+
+
+class _ProposalMLP(torch.autograd.Function):
+    """Three linear layers; the backward pass computes the rows that have a gradient again."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(features, *parameters)
+        weight1, bias1, weight2, bias2, weight3, bias3 = parameters
+        hidden = _multiply(_multiply(features, weight1, bias1, "relu"), weight2, bias2, "relu")
+        return _multiply(hidden, weight3, bias3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        features, *parameters = ctx.saved_tensors
+        rows = gradient.any(-1).nonzero(as_tuple=True)
+        with torch.enable_grad():
+            some = features[rows].requires_grad_()
+            hidden = F.linear(F.linear(some, *parameters[:2]).relu(), *parameters[2:4]).relu()
+            outputs = F.linear(hidden, *parameters[4:])
+        grad_some, *grads = torch.autograd.grad(outputs, [some, *parameters], gradient[rows])
+        return torch.zeros_like(features).index_put_(rows, grad_some), *grads
 
 
 def _multiply(features: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

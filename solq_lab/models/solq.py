@@ -212,7 +212,9 @@ class SOLQ(Checkpointed):
         rows = None
         if chosen is not None:  # the layers stand side by side
             first = torch.arange(count, device=queries.device) * outputs[0].shape[1]
-            rows = chosen[0].repeat(count), (chosen[1][-count:] + first.unsqueeze(1)).flatten()
+            images, order = chosen[0].repeat(count).sort(stable=True)  # a look wants an image's queries together
+            rows = images, (chosen[1][-count:] + first.unsqueeze(1)).flatten()[order]
+
         vectors = self.query_heads[-1].vectors(queries, boxes, view, rows=rows).chunk(count, dim=1)
         made = [layer._replace(vectors=found) for layer, found in zip(layers[-count:], vectors, strict=True)]
         return layers[:-count] + made

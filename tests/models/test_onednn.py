@@ -6,28 +6,31 @@ import pytest
 import torch
 from decoder_inputs import LAYER, draw_memory
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
 from solq_lab.models.decoder import DecoderLayer
 from solq_lab.models.encoder import FeedForward
+from solq_lab.models.heads import UnifiedQueryHead
+from solq_lab.models.look import MaskLook
 from solq_lab.models.onednn import (
     TOKENS_PER_CHUNK,
+    OneDNNBottleneck,
     OneDNNFeedForward,
     OneDNNLinear,
     OneDNNPointwise,
+    ProjectionWithNorm,
+    ProposalMLP,
     SampleFirstAttention,
     use_onednn,
 )
 
 SHAPES = [(7, 24), (2, 5, 24), (2, 0, 24)]
+OTHER_CONVOLUTIONS = [{"kernel_size": 3}, {"stride": 2}, {"padding": 1}, {"groups": 2}]
 CHUNKED_SHAPES = [(2, 5, 24), (1, 2 * TOKENS_PER_CHUNK + 1, 24), (1, 0, 24)]
 
 
 def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
-
-
-def packed(plain: nn.Linear) -> OneDNNLinear:
-    return OneDNNLinear(frozen(plain), packed=True)
 
 
 def decoder_layer() -> DecoderLayer:
@@ -60,42 +63,38 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_linear_layer_equals_the_plain_one(shape: tuple[int, ...], bias: bool):
     plain, features = nn.Linear(24, 40, bias=bias), torch.randn(shape)
-    torch.testing.assert_close(packed(plain)(features), plain(features), atol=1e-5, rtol=1e-5)
+    packed = OneDNNLinear(frozen(plain), packed=True)
+    torch.testing.assert_close(packed(features), plain(features), atol=1e-5, rtol=1e-5)
 
 
 def test_a_copy_of_a_packed_layer_has_its_own_weights():
-    layer, features = packed(nn.Linear(24, 40)), torch.randn(3, 24)
+    layer, features = OneDNNLinear(frozen(nn.Linear(24, 40)), packed=True), torch.randn(3, 24)
     twin = copy.deepcopy(layer)
     assert twin.weight.data_ptr() != layer.weight.data_ptr()
     assert torch.equal(twin(features), layer(features))
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [OneDNNPointwise, OneDNNBottleneck])
 @pytest.mark.parametrize("batch", [1, 2, 0])
-def test_a_packed_convolution_of_pixels_equals_the_plain_one(layout: torch.memory_format, bias: bool, batch: int):
-    layers = frozen(nn.Sequential(nn.Conv2d(24, 40, 1, bias=bias), nn.Conv2d(40, 8, 1)))
+def test_packed_convolutions_equal_the_plain_ones(layout: torch.memory_format, kind: type[nn.Module], batch: int):
+    layers = nn.Sequential(nn.Conv2d(24, 40, 1), nn.Conv2d(40, 8, 1, bias=False))
+    if kind is OneDNNBottleneck:  # its batch norms folded
+        downsample = nn.Conv2d(24, 32, 1, stride=2)
+        layers = nn.Sequential(Bottleneck(24, 8, 2, downsample, norm_layer=lambda _: nn.Identity()))
     features = torch.randn(batch, 24, 5, 7).to(memory_format=layout)
-    expected = layers(features)
+    expected = frozen(layers)(features)
     use_onednn(layers, training=False)
-    assert all(type(layer) is OneDNNPointwise for layer in layers)
+    assert all(type(layer) is kind for layer in layers)
     found = copy.deepcopy(layers)(features)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert batch == 0 or found.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("changes", [{"kernel_size": 3}, {"stride": 2}, {"padding": 1}, {"groups": 2}])
-def test_other_convolutions_are_left_alone(changes: dict):
-    layers = frozen(nn.Sequential(nn.Conv2d(24, 40, **{"kernel_size": 1, **changes})))
-    use_onednn(layers, training=False)
-    assert type(layers[0]) is nn.Conv2d
-
-
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("shape", CHUNKED_SHAPES)
 def test_a_packed_feed_forward_block_equals_the_plain_one(activation: str, shape: tuple[int, ...]):
-    layers = frozen(nn.Sequential(FeedForward(24, 48, 0.1, activation)))
-    tokens = torch.randn(shape)
+    layers, tokens = frozen(nn.Sequential(FeedForward(24, 48, 0.1, activation))), torch.randn(shape)
     expected, before = layers(tokens), tokens.clone()
     use_onednn(layers, training=False)
     assert isinstance(layers[0], OneDNNFeedForward)
@@ -115,11 +114,15 @@ def test_packed_layers_take_the_plain_way_under_autocast(block: nn.Module):
     assert torch.equal(found, expected)
 
 
-def test_layers_that_learn_are_not_packed_and_other_number_types_are_left_alone():
-    learning, double = nn.Sequential(nn.Linear(4, 4)), frozen(nn.Sequential(nn.Linear(4, 4)).double())
-    for model in (learning, double):
-        use_onednn(model, training=False)
-        assert type(model[0]) is nn.Linear
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 4), frozen(nn.Linear(4, 4).double())]
+    + [frozen(nn.Conv2d(24, 40, **{"kernel_size": 1, **changes})) for changes in OTHER_CONVOLUTIONS],
+)
+def test_layers_that_learn_or_are_of_another_kind_or_number_type_are_not_packed(layer: nn.Module):
+    layers = nn.Sequential(layer)
+    use_onednn(layers, training=False)
+    assert layers[0] is layer
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -147,27 +150,32 @@ def test_many_queries_on_a_small_map_keep_the_order_of_the_paper(monkeypatch):
     assert layer(queries, queries, torch.rand(1, 40, 4), memory).shape == queries.shape
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_linear_layer_learns_as_the_plain_one(shape: tuple[int, ...], bias: bool):
-    layers = nn.Sequential(nn.Linear(24, 40, bias=bias))
-    features, weights = torch.randn(shape), torch.randn(*shape[:-1], 40)
-    expected = gradients(copy.deepcopy(layers), features, weights=weights)
-    use_onednn(layers, training=True)
-    assert isinstance(layers[0], OneDNNLinear)
-    assert_same(gradients(layers, features, weights=weights), expected)
+def learning_blocks() -> nn.ModuleDict:
+    """One of each that learns, by the names they have in the network."""
+    blocks = {"linear": nn.Linear(24, 40), "bare": nn.Linear(24, 40, bias=False)}
+    blocks |= {"feedforward": FeedForward(24, 48, 0.0, "relu"), "look": MaskLook(96, 24, 48, groups=32)}
+    blocks["proposal_head"] = UnifiedQueryHead(24, 3, None)
+    nn.init.normal_(blocks["proposal_head"].box.layers[2].weight)
+    return nn.ModuleDict(blocks)
 
 
-@pytest.mark.parametrize("shape", CHUNKED_SHAPES)
-def test_a_feed_forward_block_learns_as_the_plain_one(shape: tuple[int, ...]):
-    blocks = nn.Sequential(FeedForward(24, 48, 0.0, "relu"))
-    tokens, weights = torch.randn(shape), torch.randn(shape)
-    expected = gradients(copy.deepcopy(blocks), tokens, weights=weights)
+@pytest.mark.parametrize(
+    ("name", "kind", "shape"),
+    [(name, OneDNNLinear, shape) for name in ("linear", "bare") for shape in SHAPES]
+    + [("feedforward", OneDNNFeedForward, shape) for shape in CHUNKED_SHAPES]
+    + [("proposal_head.box", ProposalMLP, shape) for shape in SHAPES]
+    + [("look.fine", ProjectionWithNorm, (2, 24, 5, 7)), ("look.fine", ProjectionWithNorm, (1, 24, 40, 30))],
+)
+def test_what_is_replaced_learns_as_the_plain_one(name: str, kind: type[nn.Module], shape: tuple[int, ...]):
+    blocks, features = learning_blocks(), 3 + torch.randn(shape)
+    scale = max(1.0, features.numel() / 240)  # sums over tokens, in another order
+    weights = torch.randn(blocks.get_submodule(name)(features).shape) / scale
+    if kind is ProposalMLP:
+        weights[..., 1:, :] = 0  # most proposals have no object
+    expected = gradients(copy.deepcopy(blocks).get_submodule(name), features, weights=weights)
     use_onednn(blocks, training=True)
-    assert isinstance(blocks[0], OneDNNFeedForward)
-    found = gradients(blocks, tokens, weights=weights)
-    scale = max(1.0, shape[0] * shape[1] / 10)  # sums over tokens, in another order
-    assert_same({name: value / scale for name, value in found.items()}, {k: v / scale for k, v in expected.items()})
+    assert type(blocks.get_submodule(name)) is kind
+    assert_same(gradients(blocks.get_submodule(name), features, weights=weights), expected)
 
 
 @pytest.mark.parametrize(("dropout", "activation"), [(0.5, "relu"), (0.0, "gelu")])
@@ -186,19 +194,16 @@ def test_a_decoder_layer_that_samples_first_learns_as_the_plain_one(padded: bool
     layer = decoder_layer()
     memory, reference = draw_memory(2, ((20, 30), (10, 15)), padded=padded), torch.rand(2, 5, 4)
 
-    class Around(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, queries: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-            return self.inner(queries, positions, reference, memory._replace(tokens=tokens))
+    def around(layer: DecoderLayer) -> DecoderLayer:
+        forward = type(layer).forward
+        layer.forward = lambda q, pos, tokens: forward(layer, q, pos, reference, memory._replace(tokens=tokens))
+        return layer
 
     given, weights = (torch.randn(2, 5, 24), torch.randn(2, 5, 24), memory.tokens), torch.randn(2, 5, 24)
-    expected = gradients(Around(copy.deepcopy(layer)), *given, weights=weights)
+    expected = gradients(around(copy.deepcopy(layer)), *given, weights=weights)
     use_onednn(layer, training=True)
     assert isinstance(layer.cross_attention, SampleFirstAttention)
-    assert_same(gradients(Around(layer), *given, weights=weights), expected)
+    assert_same(gradients(around(layer), *given, weights=weights), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -223,8 +228,7 @@ def test_layers_that_do_not_learn_in_training_use_the_plain_kernels():
 
 
 def test_a_replaced_layer_compiles_as_a_whole():
-    layers = nn.Sequential(nn.Linear(24, 40))
+    layers, features = nn.Sequential(nn.Linear(24, 40)), torch.randn(7, 24)
     use_onednn(layers, training=True)
-    features = torch.randn(7, 24)
     compiled = torch.compile(layers, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(features), layers(features), atol=1e-5, rtol=1e-5)
