@@ -105,7 +105,7 @@ def neighbours(
         distance[index] = -1
         for column, place in enumerate(distance.argsort()[: count + 1].tolist()):
             panel = axes[row, column]
-            panel.imshow(masks[place], cmap="gray")
+            panel.imshow(masks[place], cmap="gray", vmin=-0.2, vmax=1.2)  # no mask is as white as the page
             panel.set_axis_off()
             panel.set_title(names[place] if column == 0 else f"{names[place]}\n{distance[place]:.2g} away", fontsize=7)
     return figure
