@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,17 +50,17 @@ class InputImage(NamedTuple):
         return entry if self.frame is None else entry | {"frame": self.number}
 
 
-class Output:
+class Output(ABC):
     """Files of one format in the folder `out`."""
 
     def __init__(self, out: Path, classes: ClassMap) -> None:
         self._out, self._classes = out, classes
 
+    @abstractmethod
     def write(self, image: InputImage, found: Detections) -> None:
         """Add an image, whose boxes may leave it."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most formats have nothing left)
         """Write what is written once for all images; by default nothing."""
 
 
