@@ -28,9 +28,8 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
     seed: int  # of the permutations
     total_steps: int  # optimiser steps of the whole training
     start_step: int = 0  # optimiser steps already done
-    # rank, world_size: of this process, and how many there are
-    rank: int = 0
-    world_size: int = 1
+    rank: int = 0  # of this process
+    world_size: int = 1  # how many processes there are
     accumulate: int = 1  # backward passes per optimiser step; each gets its own list of keys
     # Width over height of all images in an epoch, (length,): batches are then made of alike shapes (`batch_by_aspect`),
     # which need less padding. None: shapes come as they fall.

@@ -23,6 +23,7 @@ def other_reading(
     """
     (a, b, c, d), usual = boxes.T, corners_of(boxes)
     beyond = reach(usual, sizes) > REACH
+    before = np.zeros(len(boxes)) if outlines is None else iou(usual, outlines)
     readings = {
         CORNERS: boxes,
         SWAPPED: usual[:, [1, 0, 3, 2]],
@@ -35,7 +36,7 @@ def other_reading(
         if _explains(corners, beyond, sizes):
             return name
         if outlines is not None:
-            before, after = iou(usual, outlines), iou(corners, outlines)
+            after = iou(corners, outlines)
             telling = np.abs(after - before) > 1 - FITTING
             if telling.sum() >= FEW and (after > np.maximum(before, FITTING))[telling].mean() >= ALMOST_ALL:
                 return name

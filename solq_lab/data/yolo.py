@@ -193,7 +193,8 @@ def _image_paths(split: YoloSplit) -> list[Path]:
 def _place(entry: Any, root: Path, source: Path | str) -> Path:
     """A path below `root`. Some tools write ../train/images for train/images: such dots are dropped."""
     if isinstance(entry, str):
-        entry = entry if os.path.lexists(root / entry) else entry.replace("\\", "/")  # as Windows writes paths
+        if "\\" in entry and not os.path.lexists(root / entry):
+            entry = entry.replace("\\", "/")  # as Windows writes paths
         plain = PurePath(os.path.normpath(entry))
         if plain.is_relative_to(root.resolve()):
             plain = plain.relative_to(root.resolve())

@@ -3,7 +3,6 @@
 import base64
 import html
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import anywidget
@@ -11,13 +10,12 @@ import ipywidgets as widgets
 import matplotlib as mpl
 import numpy as np
 import traitlets
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from solq_lab.structures import Detections
 from solq_lab.viz.images import draw_objects, frame_box
-from solq_lab.viz.style import OBJECT_COLOURS, STYLE, text_colour
+from solq_lab.viz.style import OBJECT_COLOURS, STYLE, ImageAxes, text_colour
 from solq_lab.viz.widgets.live_panel import DPI, as_png
 
 CAPTION = '<div style="font-size: 11px; line-height: 1.3; text-align: center">{}</div>'
@@ -204,22 +202,14 @@ def draw_image(
     The box `framed`, xyxy, lies below the labels, which a frame of the browser's would cross.
     """
     height = max(round(width * pixels.shape[0] / pixels.shape[1]), 1)
-    figure, axes = _bare_figure(width, height)
-    for artist in (*axes.artists, *axes.patches, *axes.collections, *axes.texts):
-        artist.remove()
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    axes = figure.add_axes(ImageAxes(figure, (0, 0, 1, 1)))
     font_size = 9 if labelled else 0
     draw_objects(axes, pixels, objects, colours, font_size=font_size, filled=filled)
     if len(framed):
         frame_box(axes, framed)
     axes.set_aspect("auto")  # the height is rounded to whole pixels
     return as_png(figure_pixels(figure))
-
-
-@lru_cache(16)
-def _bare_figure(width: int, height: int) -> tuple[Figure, Axes]:
-    """A figure that its axes fill, to be used again: making some takes as long as drawing an image."""
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    return figure, figure.add_axes((0, 0, 1, 1))
 
 
 def figure_pixels(figure: Figure) -> np.ndarray:
