@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.stats import spearmanr
 
 from solq_lab.codecs.base import MaskCodec
 from solq_lab.data.ground_truth import DataError, GroundTruth
@@ -115,6 +116,18 @@ class ErrorAnalysis:
             image_id, result = int(detections.image_ids[row]), int(detections.results[row])
             cases.append(ErrorCase(error, threshold, image_id, result, its_object, score, overlap))
         return cases
+
+    def rank_correlation(self) -> float:
+        """Spearman's rank correlation of score and mask IoU, over the best detection of every object that has one of
+        IoU 0.5 or more; NaN for fewer than two."""
+        detections = self.overlaps.detections
+        found = np.flatnonzero((detections.about != UNMATCHED) & (detections.overlap >= THRESHOLDS[0]))
+        best_first = found[np.argsort(-detections.overlap[found], kind="stable")]
+        _, first = np.unique(detections.about[best_first], return_index=True)
+        best = best_first[first]
+        if len(best) < 2:
+            return math.nan
+        return float(spearmanr(detections.scores[best], detections.overlap[best]).statistic)
 
     def frame(self) -> pd.DataFrame:
         """AP of every group, percent, and the points that repairing each type in turn gains; they add up to 100."""

@@ -1,6 +1,7 @@
 """Tables of results as figures: our mean and std over seeds beside the paper's numbers."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -8,9 +9,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from solq_lab.viz.style import BLACK, BLUE, FIGURE_WIDTH, GREY, KIND_COLOURS, STYLE, VERMILION, metric_title, new_figure
+from solq_lab.viz.style import (
+    BLACK,
+    BLUE,
+    FIGURE_WIDTH,
+    GREEN,
+    GREY,
+    KIND_COLOURS,
+    ORANGE,
+    PURPLE,
+    STYLE,
+    VERMILION,
+    metric_title,
+    new_figure,
+)
 from solq_lab.workbench.paper import PaperTable
-from solq_lab.workbench.tables import ResultTable
+from solq_lab.workbench.tables import ResultTable, TableRow
 
 ROOM = 0.15  # of a panel's range, above and below its points
 
@@ -124,6 +138,37 @@ def ladder(
         panel.grid(axis="x", visible=True)
         panel.grid(axis="y", visible=False)
         panel.set_title(f"{metric_title(metric)}, percent")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def against_length(
+    table: ResultTable, metrics: Sequence[str] = ("segm.AP", "boundary.AP"), *, title: str = ""
+) -> Figure:
+    """A line per recipe through trainings of several lengths; one row of panels per number, against steps and minutes.
+
+    Args:
+        table: results whose rows are called <recipe>-<steps>; rows without a run are left out.
+        metrics: one row of panels each.
+        title: what is compared.
+    """
+    recipes: dict[str, list[tuple[int, TableRow]]] = {}
+    for row in table.rows:
+        recipe, _, steps = row.name.rpartition("-")
+        if row.runs:
+            recipes.setdefault(recipe, []).append((int(steps), row))
+
+    figure, axes = new_figure(len(metrics), 2, size=(FIGURE_WIDTH, 0.6 + 2.6 * len(metrics)), title=title)
+    for (by_step, by_minute), metric in zip(axes, metrics, strict=True):
+        for (recipe, rows), colour in zip(recipes.items(), cycle((ORANGE, BLUE, GREEN, PURPLE))):
+            look: dict[str, Any] = {"color": colour, "marker": "o", "label": recipe}
+            means = [row.mean(metric) for _, row in rows]
+            by_step.plot([steps for steps, _ in rows], means, **look)
+            by_minute.plot([row.minutes for _, row in rows], means, **look)
+        by_step.set(xlabel="optimiser steps", ylabel=f"{metric_title(metric)}, percent")
+        by_minute.set(xlabel="minutes of training")
+        if recipes:
+            by_step.legend()
     return figure
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path("experiments/results")
 
-# Of one finished run: "name", "seed", "images", "commit" and "metrics", shares in 0..1 as in results.json.
+# Of one finished run: "name", "seed", "images", "commit", "minutes" of training (None where that is not known) and
+# "metrics", shares in 0..1 as in results.json.
 RunNumbers = dict[str, Any]
 
 
@@ -55,6 +56,19 @@ class TableRow:
         """Standard deviation over the seeds (of the sample), percent; None for fewer than two."""
         values = self.values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
+
+    def gain(self, base: TableRow, metric: str) -> float | None:
+        """Mean difference to another row over the seeds that both have, points; None without one."""
+        before = {run["seed"]: run["metrics"].get(metric) for run in base.runs}
+        pairs = [(run["metrics"].get(metric), before.get(run["seed"])) for run in self.runs]
+        gains = [100 * (after - share) for after, share in pairs if after is not None and share is not None]
+        return statistics.fmean(gains) if gains else None
+
+    @property
+    def minutes(self) -> float | None:
+        """Mean training time of the runs, evaluations not counted; None where no run has it."""
+        known = [run["minutes"] for run in self.runs if run["minutes"] is not None]
+        return statistics.fmean(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -200,8 +214,11 @@ def _finished_run(job: Job, notes: list[str]) -> RunNumbers | None:
         notes.append(f"{run.folder}: differs from the sweep in {'; '.join(differences)}")
 
     results, environment = read_json(run.results), read_json(run.environment)
-    commit = (environment.get("git") or {}).get("commit")
-    return _run_from_dict({"name": run.name, "seed": job.seed, "commit": commit} | results, run.results)
+    about = {"name": run.name, "seed": job.seed, "commit": (environment.get("git") or {}).get("commit")}
+    steps = run.metrics("train")
+    if steps:
+        about["minutes"] = round(steps[-1]["seconds"] / 60, 2)
+    return _run_from_dict(about | results, run.results)
 
 
 def _carried_runs(path: Path) -> dict[tuple[str, int], RunNumbers]:
@@ -219,6 +236,7 @@ def _carried_runs(path: Path) -> dict[tuple[str, int], RunNumbers]:
 def _run_from_dict(entry: Mapping[str, Any], source: Path) -> RunNumbers:
     try:
         known = {key: entry[key] for key in ("name", "seed", "images")}
-        return known | {"commit": entry.get("commit"), "metrics": dict(entry["metrics"])}
+        known |= {key: entry.get(key) for key in ("commit", "minutes")}
+        return known | {"metrics": dict(entry["metrics"])}
     except (KeyError, TypeError) as error:
         raise RunError(f"{source}: no {error} of a run; remove the file and evaluate again") from None

@@ -72,6 +72,22 @@ def assert_adds_up(analysis: ErrorAnalysis) -> None:
         assert group.alone[ERRORS[0]] == pytest.approx(group.in_turn[ERRORS[0]])
 
 
+def test_the_rank_correlation_compares_scores_with_the_overlap_of_each_objects_best_detection():
+    places = [(4, 4, 16, 16), (24, 4, 16, 16), (44, 4, 16, 16)]
+    truth = truth_of([(1, CAT, place) for place in places])
+    narrower = [(x, y, 16 - cut, 16) for cut, (x, y, _, _) in zip((0, 2, 4), places, strict=True)]
+
+    def with_scores(*scores: float) -> list[dict]:
+        shown = zip(narrower, scores, strict=True)
+        return [masked(result_of(1, CAT, place, score), rectangle(*place)) for place, score in shown]
+
+    assert analyse(truth, with_scores(0.9, 0.6, 0.3)).rank_correlation() == pytest.approx(1)
+    assert analyse(truth, with_scores(0.3, 0.6, 0.9)).rank_correlation() == pytest.approx(-1)
+    worse = masked(result_of(1, CAT, places[0], 0.1), rectangle(4, 4, 9, 16))  # a second one, of less overlap
+    assert analyse(truth, [*with_scores(0.9, 0.6, 0.3), worse]).rank_correlation() == pytest.approx(1)
+    assert math.isnan(analyse(truth, with_scores(0.9, 0.6, 0.3)[:1]).rank_correlation())
+
+
 # ---- each fault has its type
 
 

@@ -10,7 +10,7 @@ from solq_lab.files import write_json
 from solq_lab.runs import create_run
 from solq_lab.viz.overview import change_intervals, learning_curves
 from solq_lab.viz.style import BLUE, GREY
-from solq_lab.viz.tables import among_methods, beside_paper
+from solq_lab.viz.tables import against_length, among_methods, beside_paper
 from solq_lab.workbench.paper import PaperTable
 from solq_lab.workbench.tables import ResultTable, TableRow, read_table, runs_frame
 
@@ -19,8 +19,8 @@ PAPER = PaperTable(
 )
 
 
-def row(name: str, shares: list[float], paper_name: str | None) -> TableRow:
-    runs = tuple({"seed": seed, "metrics": {"segm.AP": share}} for seed, share in enumerate(shares))
+def row(name: str, shares: list[float], paper_name: str | None, minutes: float | None = None) -> TableRow:
+    runs = tuple({"seed": seed, "metrics": {"segm.AP": share}, "minutes": minutes} for seed, share in enumerate(shares))
     return TableRow(
         name, runs, () if shares else (f"{name}-0",), paper_name, PAPER.row(paper_name) if paper_name else {}
     )
@@ -59,6 +59,21 @@ def test_only_steps_of_one_quantity_with_several_seeds_each_are_joined_by_a_line
     first, last = names
     below = beside_paper([table(row(first, [0.5, 0.6], "1"), row(last, second, "2"))]).axes[1]
     assert (":" in {line.get_linestyle() for line in below.lines}) == joined
+
+
+def test_recipes_stand_over_steps_and_over_minutes():
+    rows = [row("plain-40", [0.5], None, 1.0), row("plain-80", [0.6], None, 2.0), row("look-plus-40", [0.7], None, 1.5)]
+    by_step, by_minute = against_length(table(*rows, row("plus-80", [], None)), ["segm.AP"]).axes
+    assert points(by_step) == [(40, 50), (80, 60), (40, 70)]
+    assert points(by_minute) == [(1, 50), (2, 60), (1.5, 70)]
+    assert [text.get_text() for text in by_step.get_legend().get_texts()] == ["plain", "look-plus"]
+
+
+def test_a_gain_compares_the_seeds_that_both_rows_have():
+    before, after = row("1", [0.5, 0.6, 0.9], None), row("2", [0.7, 0.7], None)
+    assert after.gain(before, "segm.AP") == pytest.approx(15)
+    assert after.gain(before, "box.AP") is None
+    assert after.gain(row("3", [], None), "segm.AP") is None
 
 
 def test_a_single_seed_has_the_largest_spread_of_the_others_as_its_bar_and_what_was_not_run_is_left_out():

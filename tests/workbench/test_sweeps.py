@@ -396,6 +396,19 @@ def test_a_carried_table_stands_in_for_runs_that_are_not_here_and_a_run_here_win
     assert len(mixed.values("box.AP")) == 1
 
 
+def test_a_table_knows_how_long_its_runs_have_trained_also_where_it_is_carried(stand_in):
+    stand_in()
+    run_sweep(jobs_of())
+    for seed, seconds in ((5, (30, 90)), (6, (150,))):
+        lines = [json.dumps({"kind": "train", "seconds": second}) for second in seconds]
+        Path(f"runs/sweep-one-s{seed}/metrics.jsonl").write_text("\n".join(lines) + "\n")
+    here = read_table("sweep.yaml")
+    assert [row.minutes for row in here.rows] == [2.0, None]
+    Path("carried").mkdir()
+    write_json("carried/sweep.json", here.to_dict())
+    assert [row.minutes for row in read_table("sweep.yaml", runs_dir="none", results_dir="carried").rows] == [2.0, None]
+
+
 def test_a_run_of_other_settings_is_pointed_out(stand_in):
     stand_in()
     run_sweep(plan(load_sweep("sweep.yaml"), ["train.steps=7", "train.gpus=2"])[:1])
