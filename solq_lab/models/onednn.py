@@ -161,9 +161,11 @@ class OneDNNFeedForward(FeedForward):
 
     def _predict(self, tokens: Tensor) -> Tensor:
         add, last = torch.ops.mkldnn._linear_pointwise.binary, (self.linear2._packed_weight, self.linear2.bias)
-        chunks = tokens.flatten(0, -2).split(TOKENS_PER_CHUNK)  # (..., C) -> chunks (n, C)
-        changed = [self.norm(add(self.linear1.multiply(some, "relu"), some, *last, "add")) for some in chunks]
-        return torch.cat(changed).view_as(tokens)
+        flat = tokens.flatten(0, -2)  # (..., C) -> (n, C)
+        changed = torch.empty_like(flat)
+        for some, place in zip(flat.split(TOKENS_PER_CHUNK), changed.split(TOKENS_PER_CHUNK), strict=True):
+            place.copy_(self.norm(add(self.linear1.multiply(some, "relu"), some, *last, "add")))
+        return changed.view_as(tokens)
 
 
 class ProposalMLP(MLP):
