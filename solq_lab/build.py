@@ -26,6 +26,7 @@ from solq_lab.data_folder import split_of
 from solq_lab.errors import DataError
 from solq_lab.models.kinds import backbone_spec
 from solq_lab.models.official import is_official
+from solq_lab.models.released import IMAGENET, cached_file
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.sqr import SQRDetector
 from solq_lab.models.weights import (
@@ -84,14 +85,10 @@ def new_codec(experiment: Experiment) -> MaskCodec | None:
     return codec
 
 
-def build_backbone(model: ModelSection, *, imagenet: bool = False) -> Backbone:
-    """The backbone, fresh or with ImageNet weights, and the maps that the network reads."""
-    return backbone_spec(model.backbone).build(
-        pretrained="imagenet" if imagenet else "none",
-        dilation=model.dilation,
-        c5_only=model.levels == 1,
-        c2=model.mask_look > 0,
-    )
+def build_backbone(model: ModelSection) -> Backbone:
+    """The backbone, freshly initialised, with the maps that the network reads."""
+    spec = backbone_spec(model.backbone)
+    return spec.build(dilation=model.dilation, c5_only=model.levels == 1, c2=model.mask_look > 0)
 
 
 def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = False) -> SOLQ:
@@ -105,20 +102,21 @@ def build_model(experiment: Experiment, num_classes: int, *, pretrained: bool = 
 
     Raises:
         WeightMismatch: the file cannot be read, or nothing in it fits.
-        ConfigError: ImageNet weights cannot be fetched, or the backbone needs a package that is not installed.
+        ConfigError: ImageNet weights are not there, or the backbone needs a package that is not installed.
     """
-    network = _build_network(experiment, num_classes, imagenet=pretrained and experiment.model.pretrained == "imagenet")
-    if pretrained and experiment.model.pretrained not in ("imagenet", "none"):
-        _start_from_file(network, Path(experiment.model.pretrained))
+    start = None if not pretrained or experiment.model.pretrained == "none" else _file_to_start_from(experiment.model)
+    network = _build_network(experiment, num_classes)
+    if start is not None:
+        _start_from_file(network, start)
     return network
 
 
-def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) -> SOLQ:
+def _build_network(experiment: Experiment, num_classes: int) -> SOLQ:
     model, codec = experiment.model, experiment.codec
     try:
-        backbone = build_backbone(model, imagenet=imagenet)
-    except (ValueError, ImportError) as error:  # no network to fetch weights, no timm
-        raise ConfigError(f"model.backbone={model.backbone}, model.pretrained={model.pretrained}: {error}") from None
+        backbone = build_backbone(model)
+    except (ValueError, ImportError) as error:  # a name that timm does not know, no timm
+        raise ConfigError(f"model.backbone={model.backbone}: {error}") from None
 
     sizes = model.model_dump(exclude={"backbone", "pretrained", "dilation", "mask_branch", "mask_detail"})
     match model.mask_branch:
@@ -130,6 +128,25 @@ def _build_network(experiment: Experiment, num_classes: int, *, imagenet: bool) 
             decoder = getattr(new_codec(experiment), "decoder", None) if codec.learn_decoder else None
             sizes |= {"vector_layers": experiment.loss.vector_layers, "mask_decoder": decoder}
             return SOLQ(backbone, num_classes, vector_dim=vector_dim, **sizes)
+
+
+def _file_to_start_from(model: ModelSection) -> Path:
+    if model.pretrained != "imagenet":
+        return Path(model.pretrained)
+
+    where = f"model.backbone={model.backbone}, model.pretrained=imagenet"
+    if model.backbone not in IMAGENET:
+        raise ConfigError(
+            f"{where}: no ImageNet weights are fetched for it; name their file (huggingface.co/timm has those of timm) "
+            "as model.pretrained, or set pretrained: none"
+        )
+    path = cached_file(model.backbone)
+    if not path.exists():
+        raise ConfigError(
+            f"{where}: they are not at {path}; `solq-lab download-weights {model.backbone}` fetches them. Or start "
+            "without them: model.pretrained=none"
+        )
+    return path
 
 
 def _start_from_file(network: SOLQ, path: Path) -> None:

@@ -144,9 +144,9 @@ def build_untrained(args: dict[str, Any], num_classes: int) -> torch.nn.Module:
     c5_only = args["num_feature_levels"] == 1
     if args["backbone"].startswith("swin"):
         name = args["backbone"].removesuffix("_p4w7")
-        backbone = SwinBackbone(name, pretrained="none", c5_only=c5_only)
+        backbone = SwinBackbone(name, c5_only=c5_only)
     else:
-        backbone = ResNetBackbone(args["backbone"], pretrained="none", dilation=args["dilation"], c5_only=c5_only)
+        backbone = ResNetBackbone(args["backbone"], dilation=args["dilation"], c5_only=c5_only)
     sizes = {
         "width": args["hidden_dim"],
         "heads": args["nheads"],

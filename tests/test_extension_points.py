@@ -41,7 +41,7 @@ class Patches(nn.Module):
 
     strides, channels = (8, 16, 32), (8, 8, 8)
 
-    def __init__(self, *, pretrained: str, c5_only: bool) -> None:
+    def __init__(self, *, c5_only: bool) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, kernel_size=8, stride=8)
         self.halve = nn.Conv2d(8, 8, kernel_size=2, stride=2)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 
 from solq_lab.models.batch_norm import BatchNorm2d
 from solq_lab.models.checkpointing import Checkpointed
-from solq_lab.models.released import IMAGENET, cached_file
-from solq_lab.models.weights import WeightMismatch, read_backbone_weights
 
 if TYPE_CHECKING:
     from timm.models.swin_transformer import SwinTransformerBlock
@@ -57,19 +54,15 @@ class ResNetBackbone(Backbone):
 
     Args:
         name: "resnet50" or "resnet101".
-        pretrained: "imagenet", "none", or a safetensors or .pth file.
         dilation: keep stride 16 in the last stage and dilate its convolutions instead (DC5).
         c5_only: return C5 alone.
         c2: return C2 too, first.
 
     Raises:
         ValueError: an unknown name.
-        WeightMismatch: the weights cannot be read or do not fit.
     """
 
-    def __init__(
-        self, name: str, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False, c2: bool = False
-    ) -> None:
+    def __init__(self, name: str, *, dilation: bool = False, c5_only: bool = False, c2: bool = False) -> None:
         super().__init__()
         build = _look_up(name, RESNETS)
         body = build(norm_layer=FrozenBatchNorm2d, replace_stride_with_dilation=[False, False, dilation])
@@ -80,7 +73,6 @@ class ResNetBackbone(Backbone):
         self.channels = (256, 512, 1024, 2048)[self.first :]
         self.conv1.requires_grad_(False)
         self.layer1.requires_grad_(False)
-        _initialise(self, pretrained, name)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5], [C5] or [C2, C3, C4, C5], finest first, of normalised pixels (B, 3, H, W)."""
@@ -102,17 +94,15 @@ class SwinBackbone(Backbone):
 
     Args:
         name: "swin_t", "swin_s", "swin_b" or "swin_l".
-        pretrained: "imagenet", "none", or a safetensors or .pth file.
         c5_only: return C5 alone.
         c2: return C2 too, first.
 
     Raises:
         ImportError: timm is not installed.
         ValueError: an unknown name.
-        WeightMismatch: the weights cannot be read or do not fit.
     """
 
-    def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False, c2: bool = False) -> None:
+    def __init__(self, name: str, *, c5_only: bool = False, c2: bool = False) -> None:
         super().__init__()
         try:
             import timm
@@ -131,7 +121,6 @@ class SwinBackbone(Backbone):
         self.strides = tuple(4 * 2**stage for stage in returned)
         self.channels = tuple(width * 2**stage for stage in returned)
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(width * 2**stage) for stage in returned})
-        _initialise(self, pretrained, name)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5], [C5] or [C2, C3, C4, C5], finest first, of normalised pixels (B, 3, H, W) of any size."""
@@ -195,12 +184,8 @@ class SmallBackbone(Backbone):
     Args:
         widths: channels of the four stages; the last three are returned, at strides 8, 16 and 32.
         blocks: residual blocks of the four stages.
-        pretrained: "none", or a safetensors or .pth file.
         c5_only: return C5 alone.
         c2: return the first stage's map too, first.
-
-    Raises:
-        WeightMismatch: the weights cannot be read or do not fit.
     """
 
     def __init__(
@@ -208,7 +193,6 @@ class SmallBackbone(Backbone):
         widths: tuple[int, int, int, int] = (32, 64, 128, 160),
         blocks: tuple[int, int, int, int] = (1, 1, 2, 1),
         *,
-        pretrained: str = "none",
         c5_only: bool = False,
         c2: bool = False,
     ) -> None:
@@ -229,7 +213,6 @@ class SmallBackbone(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        _initialise(self, pretrained, "small")
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5], [C5] or [C2, C3, C4, C5], finest first, of normalised pixels (B, 3, H, W)."""
@@ -271,18 +254,3 @@ def _look_up(name: str, known: dict[str, Any]) -> Any:
     if name not in known:
         raise ValueError(f"backbone {name!r} is unknown; allowed are {', '.join(known)}")
     return known[name]
-
-
-def _initialise(backbone: Backbone, pretrained: str, name: str) -> None:
-    """Load the ImageNet weights of a name, or those of a file; "none" leaves the fresh ones."""
-    if pretrained == "none":
-        return
-    if pretrained == "imagenet" and name not in IMAGENET:
-        raise WeightMismatch(f"there are no ImageNet weights for {type(backbone).__name__}; set pretrained: none")
-    path = cached_file(name) if pretrained == "imagenet" else Path(pretrained)
-    if pretrained == "imagenet" and not path.exists():
-        raise WeightMismatch(
-            f"the ImageNet weights of {name} are not at {path}; `solq-lab download-weights {name}` fetches them. Or "
-            "start without them: pretrained=none"
-        )
-    backbone.load_state_dict(read_backbone_weights(path, backbone.state_dict()))

@@ -15,30 +15,26 @@ if TYPE_CHECKING:
 class BackboneSpec(NamedTuple):
     """A backbone."""
 
-    # "module:name" of a class or function; it takes `arguments`, and `pretrained` and `c5_only` by name, and `c2` if it
-    # is to serve `model.mask_look`; it returns a `models.backbone.Backbone`, or a module with its attributes
+    # "module:name" of a class or function; it takes `arguments`, and `c5_only` by name, and `c2` if it is to serve
+    # `model.mask_look`; it returns a `models.backbone.Backbone`, or a module with its attributes
     path: str
     arguments: tuple[str, ...] = ()  # its positional arguments
     dilates: bool = False  # whether it takes `dilation` by name
     any_size: bool = True  # whether it can be traced for images of any size
 
-    def build(
-        self, *, pretrained: str = "none", dilation: bool = False, c5_only: bool = False, c2: bool = False
-    ) -> Backbone:
-        """The backbone.
+    def build(self, *, dilation: bool = False, c5_only: bool = False, c2: bool = False) -> Backbone:
+        """The backbone, freshly initialised.
 
         Args:
-            pretrained: "imagenet", "none", or a safetensors or .pth file.
             dilation: keep stride 16 in the last stage, where the backbone can; ignored elsewhere.
             c5_only: return C5 alone.
             c2: return C2 too, first.
 
         Raises:
             ImportError: a package is not installed.
-            WeightMismatch: the weights cannot be had or do not fit.
         """
         options = ({"dilation": dilation} if self.dilates else {}) | ({"c2": True} if c2 else {})
-        return pkgutil.resolve_name(self.path)(*self.arguments, pretrained=pretrained, c5_only=c5_only, **options)
+        return pkgutil.resolve_name(self.path)(*self.arguments, c5_only=c5_only, **options)
 
 
 def backbone_spec(name: str) -> BackboneSpec:

@@ -4,14 +4,12 @@ A transformer's maps all have the stride of its patches; three of them, from a t
 depth, are resized to strides 8, 16 and 32, and one from a sixth of it to stride 4 where C2 is wanted.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from solq_lab.models.backbone import Backbone, first_map
-from solq_lab.models.weights import WeightMismatch, read_backbone_weights
 
 STRIDES = (4, 8, 16, 32)
 DEPTHS = (1, 2, 4, 6)  # sixths of a transformer's depth
@@ -22,17 +20,15 @@ class TimmBackbone(Backbone):
 
     Args:
         name: timm's.
-        pretrained: "none", or a safetensors or .pth file with timm's names.
         c5_only: return C5 alone.
         c2: return C2 too, first.
 
     Raises:
         ImportError: timm is not installed.
         ValueError: timm does not know the name, or the network has maps of neither the returned strides nor 16 alone.
-        WeightMismatch: the weights cannot be read or do not fit.
     """
 
-    def __init__(self, name: str, *, pretrained: str = "none", c5_only: bool = False, c2: bool = False) -> None:
+    def __init__(self, name: str, *, c5_only: bool = False, c2: bool = False) -> None:
         super().__init__()
         self.body = _create(name)
         first = first_map(c5_only=c5_only, c2=c2)
@@ -52,13 +48,6 @@ class TimmBackbone(Backbone):
 
         # What comes after the last map would get no gradient, and several processes would wait for it.
         self.body.prune_intermediate_layers(self.places, prune_norm=True, prune_head=True)
-        if pretrained == "imagenet":
-            raise WeightMismatch(
-                f"timm:{name}: weights are not fetched; name their file (huggingface.co/timm has it) as "
-                "model.pretrained, or set it to none"
-            )
-        if pretrained != "none":
-            self.body.load_state_dict(read_backbone_weights(Path(pretrained), self.body.state_dict()))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Maps [C3, C4, C5], [C5] or [C2, C3, C4, C5], finest first, of normalised pixels (B, 3, H, W) of any size."""

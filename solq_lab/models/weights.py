@@ -300,18 +300,22 @@ def read_backbone_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Te
 
     Args:
         path: safetensors or .pth; names of torchvision, timm, the released Swin, or of a detector.
-        own: the backbone's state dict; norms of the returned maps, which no classifier has, keep their values.
+        own: the backbone's state dict; norms of the returned maps, which no classifier has, keep their values, and a
+            network of timm is its part `body`.
 
     Raises:
         WeightMismatch: the file cannot be read, or a tensor is missing or of another shape.
     """
     state = read_official(path).state
-    # A detector's file holds the backbone under a prefix, and the released Swin has other names.
+    # A detector's file holds the backbone under a prefix, the released Swin has other names, and timm no `body`.
     for prefix in (BODY, "backbone."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if "layers.0.downsample.reduction.weight" in state:
         state = {own_swin_name(name): tensor for name, tensor in state.items()}
+
+    if any(name.startswith("body.") for name in own):
+        state = {name if name.startswith("body.") else f"body.{name}": tensor for name, tensor in state.items()}
 
     for name, tensor in own.items():
         if name not in state and name.startswith("norms."):

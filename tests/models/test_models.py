@@ -377,7 +377,7 @@ def test_frozen_batch_norm_is_batch_norm_in_evaluation():
 
 @pytest.mark.parametrize("dilation", [False, True])
 def test_resnet_freezes_its_first_layers_and_dilates_the_last(dilation: bool):
-    backbone = ResNetBackbone("resnet50", pretrained="none", dilation=dilation)
+    backbone = ResNetBackbone("resnet50", dilation=dilation)
     frozen = [name for name, parameter in backbone.named_parameters() if not parameter.requires_grad]
     assert len(frozen) == 11
     assert all(name.startswith(("conv1.", "layer1.")) for name in frozen)
@@ -391,7 +391,7 @@ def test_resnet_freezes_its_first_layers_and_dilates_the_last(dilation: bool):
 def test_swin_is_timm_s_where_no_map_needs_padding():
     timm = pytest.importorskip("timm", reason="the swin extra is not installed")
     torch.manual_seed(0)
-    backbone = SwinBackbone("swin_t", pretrained="none").eval()
+    backbone = SwinBackbone("swin_t").eval()
     sizes = {"strict_img_size": False, "always_partition": True}  # shift even a map of one window, as released
     theirs = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **sizes).eval()
     own = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith("norms.")}
@@ -407,7 +407,7 @@ def test_swin_is_timm_s_where_no_map_needs_padding():
 
 def test_swin_takes_any_image_size():
     pytest.importorskip("timm", reason="the swin extra is not installed")
-    backbone = SwinBackbone("swin_t", pretrained="none", c5_only=False).eval()
+    backbone = SwinBackbone("swin_t").eval()
     with torch.no_grad():
         maps = backbone(torch.randn(2, 3, 50, 37))
     assert [tuple(level.shape) for level in maps] == [(2, 192, 7, 5), (2, 384, 4, 3), (2, 768, 2, 2)]
@@ -417,7 +417,7 @@ def test_swin_takes_any_image_size():
 def test_without_timm_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"pip install 'solq-lab\[swin\]'"):
-        SwinBackbone("swin_t", pretrained="none")
+        SwinBackbone("swin_t")
 
 
 @pytest.mark.parametrize(
@@ -438,8 +438,6 @@ def test_without_timm_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatc
         (lambda: FeedForward(32, 32, 0.0, "tanh"), r"'tanh' is unknown; allowed are relu, gelu, silu"),
         (lambda: SelfAttention(32, 5), r"width 32 is not a multiple of heads 5"),
         (lambda: ResNetBackbone("resnet18"), r"'resnet18' is unknown; allowed are resnet50, resnet101"),
-        (lambda: SmallBackbone(pretrained="imagenet"), r"no ImageNet weights for SmallBackbone; .*none"),
-        (lambda: SmallBackbone(pretrained="absent.pth"), r"absent\.pth: no such checkpoint file"),
     ],
 )
 def test_sizes_that_do_not_fit_are_rejected_with_the_cure(build: Any, message: str):

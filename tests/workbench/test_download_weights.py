@@ -9,12 +9,13 @@ import torch
 from server import serve
 from tiny import tiny_experiment
 
+from solq_lab.build import build_model
+from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
 from solq_lab.errors import UserError
 from solq_lab.models import released
 from solq_lab.models.backbone import ResNetBackbone
 from solq_lab.models.released import RELEASED, cached_file
-from solq_lab.models.weights import WeightMismatch
 from solq_lab.workbench.download.weights import download_weights, fetch_starting_weights
 
 BODY = np.random.default_rng(0).bytes(300_000)
@@ -97,13 +98,14 @@ def test_a_training_fetches_its_backbone_before_it_starts_and_only_then(server, 
     assert server.ranges == [None]
 
 
-def test_a_backbone_takes_the_file_that_was_fetched_and_says_how_to_get_it(server):
-    with pytest.raises(WeightMismatch, match="`solq-lab download-weights resnet50` fetches them"):
-        ResNetBackbone("resnet50", pretrained="imagenet")
+def test_a_model_starts_from_the_file_that_was_fetched_and_says_how_to_get_it(server):
+    experiment = tiny_experiment(".", model={"backbone": "resnet50", "pretrained": "imagenet"})
+    with pytest.raises(ConfigError, match="`solq-lab download-weights resnet50` fetches them"):
+        build_model(experiment, 2, pretrained=True)
 
     donor, file = ResNetBackbone("resnet50"), io.BytesIO()
     torch.save(donor.state_dict(), file)
     cached_file("resnet50").parent.mkdir(parents=True, exist_ok=True)
     cached_file("resnet50").write_bytes(file.getvalue())
-    filled = ResNetBackbone("resnet50", pretrained="imagenet")
+    filled = build_model(experiment, 2, pretrained=True).backbone
     assert all(torch.equal(tensor, filled.state_dict()[name]) for name, tensor in donor.state_dict().items())
