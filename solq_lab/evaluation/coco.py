@@ -25,7 +25,7 @@ from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.gathering import EvaluationStopped
 from solq_lab.evaluation.sizes import area_ranges
-from solq_lab.evaluation.summary import AP_COLUMNS, MAX_DETECTIONS, Evaluation
+from solq_lab.evaluation.summary import AP_COLUMNS, Evaluation
 from solq_lab.schema import EvaluationSection
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,9 @@ _AP50, _AP75 = 0, 5  # rows of the ten IoU thresholds 0.50, 0.55, ... 0.95
 def evaluate_results(
     annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
+    settings: EvaluationSection = DEFAULTS,
     *,
     kinds: Collection[str] = KINDS,
-    area_sides: tuple[float, float] = DEFAULTS.area_sides,
-    boundary_ratio: float = DEFAULTS.boundary_ratio,
-    max_detections: int = MAX_DETECTIONS,
     image_ids: Collection[int] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
@@ -58,12 +56,11 @@ def evaluate_results(
         results: one dictionary per detection: "image_id", "category_id", "score", "bbox" (x, y, w, h) in image pixels
             where boxes are scored, "segmentation" (compressed RLE at image size) where masks are. May be empty; left
             unchanged.
+        settings: what is small and what a boundary (`area_sides`, `boundary_ratio`), how many images (`max_images`),
+            and how many detections of a class in an image are scored, the best ones (`top_k`). AR1, AR10 and AR100 are
+            at most at 1, 10 and 100 of them; all other numbers are of all of them.
         kinds: which of "box", "segm", "boundary".
-        area_sides: square roots of the areas, pixels, between small and medium and between medium and large objects.
-        boundary_ratio: boundary width over the image's diagonal.
-        max_detections: of a class in an image that are scored, the best ones. AR1, AR10 and AR100 are at most at
-            1, 10 and 100 of them; all other numbers are of all of them.
-        image_ids: images to evaluate; results elsewhere are left out. None: all images of the file.
+        image_ids: images to evaluate; results elsewhere are left out. None: those of `settings`.
         should_stop: called every few classes. None: never.
 
     Returns:
@@ -72,19 +69,14 @@ def evaluate_results(
 
     Raises:
         DataError: the annotations or a result cannot be used; the message names the entry and the cure.
-        ValueError: an unknown kind, sizes that do not ascend, or no detections to score.
+        ValueError: an unknown kind.
         EvaluationStopped: `should_stop` returned True.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"evaluation kinds {unknown or list(kinds)}: allowed are {', '.join(KINDS)}")
-    if not 0 < area_sides[0] < area_sides[1]:
-        raise ValueError(f"area_sides {area_sides}: allowed are two ascending positive sides in pixels")
-    if max_detections < 1:
-        raise ValueError(f"max_detections {max_detections}: allowed are positive numbers")
-    data = ScoringData(annotations, image_ids, with_masks=any(kind != "box" for kind in kinds))
+    data = ScoringData(annotations, settings, image_ids, with_masks=any(kind != "box" for kind in kinds))
     shares = data.shares(results)
-    ranges = {size: list(bounds) for size, bounds in area_ranges(area_sides).items()}
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {name: {} for name in data.class_names}
 
@@ -94,19 +86,18 @@ def evaluate_results(
         for share in shares:
             if should_stop is not None and should_stop():
                 raise EvaluationStopped("the scoring was asked to stop")
-            evaluator = data.match(share, kind, boundary_ratio, max_detections, ranges)
+            evaluator = data.match(share, kind)
             evaluator.accumulate()
             precisions.append(evaluator.eval["precision"])
             recalls.append(evaluator.eval["recall"])
 
         precision, recall = np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
-        metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall, max_detections).items()}
+        metrics |= {f"{kind}.{name}": value for name, value in _summarise(precision, recall, settings.top_k).items()}
         for channel, name in enumerate(data.class_names):
             numbers = _average_precisions(precision[:, :, channel : channel + 1])
             per_class[name] |= {f"{kind}.{number}": value for number, value in numbers.items()}
-    return Evaluation(
-        metrics, per_class, (area_sides[0], area_sides[1]), boundary_ratio, len(data.images), max_detections
-    )
+    sizes, boundary, limit = settings.area_sides, settings.boundary_ratio, settings.top_k
+    return Evaluation(metrics, per_class, sizes, boundary, len(data.images), limit)
 
 
 class ClassShare(NamedTuple):
@@ -154,9 +145,15 @@ class ScoringData:
     """The images, classes and objects that count, in the form faster-coco-eval reads."""
 
     def __init__(
-        self, annotations: str | Path | dict | GroundTruth, image_ids: Collection[int] | None, *, with_masks: bool
+        self,
+        annotations: str | Path | dict | GroundTruth,
+        settings: EvaluationSection,
+        image_ids: Collection[int] | None = None,
+        *,
+        with_masks: bool,
     ) -> None:
-        truth = annotations
+        """Arguments as for `evaluate_results`."""
+        self.settings, truth = settings, annotations
         if not isinstance(truth, GroundTruth):
             truth = GroundTruth(truth, with_masks=with_masks, keep="all")
         if truth.keep != "all" or (with_masks and not truth.has_masks):
@@ -164,8 +161,10 @@ class ScoringData:
         self.source = str(truth.source)
         # Image id -> (height, width), pixels, of all images of the file.
         self.sizes = dict(zip(truth.image_ids.tolist(), map(tuple, truth.sizes.tolist()), strict=True))
+        if image_ids is None:
+            image_ids = list(self.sizes)[: settings.max_images]
         try:
-            chosen = {key: self.sizes[key] for key in (self.sizes if image_ids is None else image_ids)}
+            chosen = {key: self.sizes[key] for key in image_ids}
         except KeyError as error:
             raise DataError(f"{self.source}: no image of id {error}; image_ids are those of this file") from None
         self.images = {key: {"id": key, "height": size[0], "width": size[1]} for key, size in chosen.items()}
@@ -225,15 +224,8 @@ class ScoringData:
             shares[-1].numbered.extend(numbered)
         return shares
 
-    def match(
-        self,
-        share: ClassShare,
-        kind: str,
-        boundary_ratio: float,
-        max_detections: int,
-        ranges: dict[str, list[float]] | None = None,
-    ) -> COCOeval_faster:
-        """faster-coco-eval after matching the results of some classes; `ranges` are its areas by size."""
+    def match(self, share: ClassShare, kind: str) -> COCOeval_faster:
+        """faster-coco-eval after matching the results of some classes."""
         category_ids = set(share.category_ids)
         # Copies, because an evaluation writes into the entries.
         objects = [dict(entry) for entry in self.objects if entry["category_id"] in category_ids]
@@ -247,12 +239,12 @@ class ScoringData:
             self._index(objects, share.category_ids),
             self._index(detections, share.category_ids),
             "bbox",
-            boundary_dilation_ratio=boundary_ratio,
+            boundary_dilation_ratio=self.settings.boundary_ratio,
             print_function=logger.debug,
-            ranges=ranges,
+            ranges={size: list(bounds) for size, bounds in area_ranges(self.settings.area_sides).items()},
         )
         evaluator.with_boundaries = kind == "boundary"
-        evaluator.params.maxDets = _limits(max_detections)
+        evaluator.params.maxDets = _limits(self.settings.top_k)
         evaluator.evaluate()
         return evaluator
 

@@ -129,11 +129,8 @@ def evaluate_model(
         return evaluate_results(
             dataset.annotations,
             results,
+            settings,
             kinds=KINDS if codec is not None or isinstance(model, SQRDetector) else ("box",),
-            area_sides=settings.area_sides,
-            boundary_ratio=settings.boundary_ratio,
-            max_detections=settings.top_k,
-            image_ids=list(dataset.image_ids[: settings.max_images]),
             should_stop=should_stop,
         )
 

@@ -19,9 +19,9 @@ from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.data_folder import annotations_of
 from solq_lab.evaluation.coco import DEFAULTS, ClassShare, ScoringData
 from solq_lab.evaluation.results import read_results
-from solq_lab.evaluation.summary import MAX_DETECTIONS
 from solq_lab.files import read_json
 from solq_lab.runs import Run, RunError
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.rules import RECALLS, THRESHOLDS, UNMATCHED, match_detections
 
 NUMBERS = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}  # thresholds that are averaged
@@ -77,13 +77,12 @@ def compare_runs(
         truth,
         read_results(first.detections),
         read_results(second.detections),
+        first.experiment.evaluation,
         names=(first.name, second.name),
         kinds=kinds,
         draws=draws,
         confidence=confidence,
         seed=seed,
-        max_detections=first.experiment.evaluation.top_k,
-        image_ids=truth.image_ids[: first.experiment.evaluation.max_images].tolist(),
     )
 
 
@@ -91,29 +90,25 @@ def compare_results(
     annotations: str | Path | dict | GroundTruth,
     first: Sequence[dict],
     second: Sequence[dict],
+    settings: EvaluationSection = DEFAULTS,
     *,
     names: tuple[str, str] = ("first", "second"),
     kinds: Collection[str] = ("box", "segm"),
     draws: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-    boundary_ratio: float = DEFAULTS.boundary_ratio,
-    max_detections: int = MAX_DETECTIONS,
-    image_ids: Collection[int] | None = None,
 ) -> BootstrapComparison:
     """Compare two lists of COCO results on the same ground truth.
 
     Args:
         annotations: COCO instances file, its parsed content, or its `GroundTruth` with all objects.
         first, second: results, as `evaluate_results` takes them.
+        settings: what is a boundary, how many images, and how many detections of a class in an image count.
         names: of both, for tables.
         kinds: which of "box", "segm", "boundary".
         draws: number of draws.
         confidence: of the interval, for example 0.95.
         seed: of the draws.
-        boundary_ratio: boundary width over the image's diagonal.
-        max_detections: of a class in an image that are scored.
-        image_ids: images to evaluate. None: all.
 
     Raises:
         DataError: the annotations or a result cannot be used.
@@ -124,17 +119,7 @@ def compare_results(
     tail = (1 - confidence) / 2
     rows, images = {}, 0
     for kind in kinds:
-        matches = [
-            match_results(
-                annotations,
-                results,
-                kind=kind,
-                boundary_ratio=boundary_ratio,
-                max_detections=max_detections,
-                image_ids=image_ids,
-            )
-            for results in (first, second)
-        ]
+        matches = [match_results(annotations, results, settings, kind=kind) for results in (first, second)]
         images = matches[0].objects.shape[1]
         counts = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / max(images, 1)), size=draws)
         everything = [precision_on_draws(one, np.ones((1, images))) for one in matches]
@@ -166,23 +151,19 @@ class Matches(NamedTuple):
 def match_results(
     annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
+    settings: EvaluationSection = DEFAULTS,
     *,
     kind: str,
-    boundary_ratio: float = DEFAULTS.boundary_ratio,
-    max_detections: int = MAX_DETECTIONS,
-    image_ids: Collection[int] | None = None,
 ) -> Matches:
     """Match results with ground truth at COCO's ten thresholds.
 
     Args:
-        annotations, results, boundary_ratio, max_detections, image_ids: as in `compare_results`.
+        annotations, results, settings: as in `compare_results`.
         kind: "box", "segm" or "boundary".
     """
-    data = ScoringData(annotations, image_ids, with_masks=kind != "box")
+    data = ScoringData(annotations, settings, with_masks=kind != "box")
     image_rows, class_rows = np.array(sorted(data.images), dtype=np.int64), np.array(data.category_ids, dtype=np.int64)
-    evaluator = data.match(
-        ClassShare(data.category_ids, list(data.counted(results))), kind, boundary_ratio, max_detections
-    )
+    evaluator = data.match(ClassShare(data.category_ids, list(data.counted(results))), kind)
 
     # Detections by falling score, equal ones by image; of each image and class as many as are scored.
     key = ["image_id", "category_id"]

@@ -90,23 +90,13 @@ def oracle_budget(
         DataError: annotations or results cannot be used.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
-    images = None if settings.max_images is None else truth.image_ids[: settings.max_images].tolist()
 
     def score(changed: Sequence[dict]) -> Evaluation:
-        return evaluate_results(
-            truth,
-            changed,
-            kinds=("segm", "boundary"),
-            area_sides=settings.area_sides,
-            boundary_ratio=settings.boundary_ratio,
-            max_detections=settings.top_k,
-            image_ids=images,
-        )
+        return evaluate_results(truth, changed, settings, kinds=("segm", "boundary"))
 
-    evaluations: dict[tuple[str, ...], Evaluation] = {
-        (): score(results)
-    }  # checks both, before the overlaps are measured
-    overlaps = measure_overlaps(truth, results, codec, max_detections=settings.top_k, image_ids=images)
+    # The first one checks both, before the overlaps are measured.
+    evaluations: dict[tuple[str, ...], Evaluation] = {(): score(results)}
+    overlaps = measure_overlaps(truth, results, codec, settings)
     counted = [results[place] for place in overlaps.detections.results.tolist()]
     parts = PARTS if codec is not None else PARTS[:3]
     subsets = [perfect for count in range(1, len(parts) + 1) for perfect in combinations(parts, count)]

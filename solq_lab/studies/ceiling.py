@@ -28,6 +28,7 @@ from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.files import write_json
 from solq_lab.models.weights import read_weights
 from solq_lab.runs import Run
+from solq_lab.schema import EvaluationSection
 from solq_lab.workers import in_processes
 
 _KINDS = ("segm", "boundary")
@@ -59,10 +60,8 @@ class Reconstructions(NamedTuple):
 def codec_ceiling(
     annotations: str | Path | dict | GroundTruth,
     codec: MaskCodec,
+    settings: EvaluationSection = DEFAULTS,
     *,
-    area_sides: tuple[float, float] = DEFAULTS.area_sides,
-    boundary_ratio: float = DEFAULTS.boundary_ratio,
-    max_images: int | None = None,
     noise: Noise = Noise(),  # noqa: B008 - a constant
     processes: int = 1,
 ) -> Evaluation:
@@ -74,9 +73,7 @@ def codec_ceiling(
     Args:
         annotations: COCO instances file, its parsed content, or a `GroundTruth` with masks that kept all objects.
         codec: the codec.
-        area_sides: square roots of the areas, pixels, between small and medium and between medium and large objects.
-        boundary_ratio: boundary width over the image's diagonal.
-        max_images: only the first so many images, by rising id. None: all.
+        settings: what is small and what a boundary, and how many images count, the first ones by rising id.
         noise: errors of boxes and vectors.
         processes: how many work on the images; the numbers do not depend on it.
 
@@ -90,21 +87,14 @@ def codec_ceiling(
         ValueError: negative noise, or several processes for a codec on a GPU.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
-    images = truth.image_ids[:max_images].tolist()
-    found = reconstruct_objects(truth, codec, max_images=max_images, noise=noise, processes=processes)
-    scoring = partial(
-        evaluate_results,
-        truth,
-        found.results,
-        area_sides=area_sides,
-        boundary_ratio=boundary_ratio,
-        # All objects count: the bound is the codec's, not that of a limit on detections.
-        max_detections=max(MAX_DETECTIONS, max_objects_of_a_class(truth, truth.rows(images))),
-        image_ids=images,
-    )
+    rows = truth.rows(truth.image_ids[: settings.max_images].tolist())
+    found = reconstruct_objects(truth, codec, max_images=settings.max_images, noise=noise, processes=processes)
+    # All objects count: the bound is the codec's, not that of a limit on detections.
+    limit = max(MAX_DETECTIONS, max_objects_of_a_class(truth, rows))
+    scoring = partial(evaluate_results, truth, found.results, settings.model_copy(update={"top_k": limit}))
     segm, boundary = in_processes(_score, scoring, _KINDS, min(processes, len(_KINDS)))
 
-    chosen = {"": np.ones(len(found.ious), dtype=bool)} | select_by_size(found.areas, area_sides)
+    chosen = {"": np.ones(len(found.ious), dtype=bool)} | select_by_size(found.areas, settings.area_sides)
     ious = {
         f"segm.IoU{size[:1]}": float(found.ious[which].mean()) if which.any() else math.nan
         for size, which in chosen.items()
@@ -127,17 +117,11 @@ def run_ceiling(run: Run, *, split: Literal["val", "train"] | Split = "val") -> 
     if codec is None:
         return None
 
-    settings, ceiling_file = experiment.evaluation, file_of_split(run.folder / "ceiling.json", split)
+    ceiling_file = file_of_split(run.folder / "ceiling.json", split)
     inputs = inputs_of_scoring(experiment) | {"codec": describe_codec(codec)}
     ceiling = stored_evaluation(ceiling_file, inputs)
     if ceiling is None:
-        ceiling = codec_ceiling(
-            annotations_of(experiment, "val"),
-            codec,
-            area_sides=settings.area_sides,
-            boundary_ratio=settings.boundary_ratio,
-            max_images=settings.max_images,
-        )
+        ceiling = codec_ceiling(annotations_of(experiment, "val"), codec, experiment.evaluation)
         write_json(ceiling_file, ceiling.to_dict() | inputs)
     return ceiling
 

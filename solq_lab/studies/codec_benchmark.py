@@ -26,6 +26,7 @@ from solq_lab.evaluation.sizes import select_by_size
 from solq_lab.evaluation.summary import MAX_DETECTIONS, Evaluation
 from solq_lab.files import hash_file, read_json, replacing, write_json
 from solq_lab.fitting import fit_codec
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.ceiling import Noise, codec_ceiling, max_objects_of_a_class
 
 NUMBERS = tuple(f"{kind}{size}" for kind in ("segm.IoU", "segm.AP", "boundary.AP") for size in ("", "s", "m", "l"))
@@ -163,8 +164,8 @@ class CodecBenchmark:
         if area_sides is None:  # drawn shapes say themselves what is small and medium
             info = self.truth.info if isinstance(self.truth.info, dict) else {}
             area_sides = info.get("area_sides", DEFAULTS.area_sides)
-        self.area_sides = (float(area_sides[0]), float(area_sides[1]))
-        self.boundary_ratio, self.max_images = boundary_ratio, max_images
+        sides = (float(area_sides[0]), float(area_sides[1]))
+        self.settings = EvaluationSection(area_sides=sides, boundary_ratio=boundary_ratio, max_images=max_images)
 
         self._image_ids = self.truth.image_ids.tolist()[:max_images]
         rows = self.truth.rows(self._image_ids)
@@ -186,7 +187,9 @@ class CodecBenchmark:
         self._fit = {"sha256": fit_sha256, "objects": fit_objects}
 
     def __str__(self) -> str:
-        counts = [f"{which.sum()} {size}" for size, which in select_by_size(self._areas, self.area_sides).items()]
+        counts = [
+            f"{which.sum()} {size}" for size, which in select_by_size(self._areas, self.settings.area_sides).items()
+        ]
         return f"{self.truth.source}: {len(self._image_ids)} images, {len(self._areas)} objects, {', '.join(counts)}"
 
     def measure(self, settings: Iterable[CodecSetting]) -> list[UpperBound]:
@@ -220,15 +223,8 @@ class CodecBenchmark:
                 return UpperBound(setting, Evaluation.from_dict(stored), stored["seconds"])
 
         codec, started = self.codec(setting), time.perf_counter()
-        evaluation = codec_ceiling(
-            self.truth,
-            codec,
-            area_sides=self.area_sides,
-            boundary_ratio=self.boundary_ratio,
-            max_images=self.max_images,
-            noise=Noise(setting.box_noise, setting.vector_noise, setting.seed, setting.step),
-            processes=self.processes,
-        )
+        noise = Noise(setting.box_noise, setting.vector_noise, setting.seed, setting.step)
+        evaluation = codec_ceiling(self.truth, codec, self.settings, noise=noise, processes=self.processes)
         seconds = time.perf_counter() - started
         write_json(path, {"about": about, "seconds": seconds} | evaluation.to_dict())
         return UpperBound(setting, evaluation, seconds)
@@ -258,9 +254,9 @@ class CodecBenchmark:
             "setting": {k: v for k, v in dataclasses.asdict(setting).items() if k != "step" or v},
             "annotations": self._sha256,
             "fit": self._fit | {"seed": setting.seed} if CODECS[setting.kind].fitted else None,
-            "area_sides": list(self.area_sides),
-            "boundary_ratio": self.boundary_ratio,
-            "max_images": self.max_images,
+            "area_sides": list(self.settings.area_sides),
+            "boundary_ratio": self.settings.boundary_ratio,
+            "max_images": self.settings.max_images,
         }
         # 0.1.0 scored 100 objects of a class in an image: its numbers are not those of more.
         return about if self._max_objects <= MAX_DETECTIONS else about | {"max_objects": self._max_objects}

@@ -166,10 +166,8 @@ def analyse_errors(
             )
     if not isinstance(annotations, GroundTruth):
         annotations = GroundTruth(annotations, keep="all")
-    sides, count = settings.area_sides, settings.max_images
-    images = None if count is None else annotations.image_ids[:count].tolist()
-    evaluate_results(annotations, results, kinds=("segm",), area_sides=sides, image_ids=images)  # checks both
-    overlaps = measure_overlaps(annotations, results, codec, max_detections=settings.top_k, image_ids=images)
+    evaluate_results(annotations, results, settings, kinds=("segm",))  # checks both
+    overlaps, sides = measure_overlaps(annotations, results, codec, settings), settings.area_sides
 
     objects, detections, (low, high) = overlaps.objects, overlaps.detections, OCCLUSIONS
     outcomes = {"all": _Outcome(overlaps, np.full(len(objects.ids), True), np.full(len(detections.scores), True))}

@@ -4,7 +4,7 @@ Overlaps are of masks, in pixels of the original image. Crowd regions are kept: 
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ from solq_lab.codecs.base import MaskCodec
 from solq_lab.codecs.reconstruct import paste_and_compare, reconstruct
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.ground_truth import GroundTruth
-from solq_lab.evaluation.summary import MAX_DETECTIONS
+from solq_lab.evaluation.coco import DEFAULTS
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.rules import THRESHOLDS, UNMATCHED
 
 SAME_OBJECT = 0.1  # box IoU from which a detection is about an object of its class
@@ -82,9 +83,7 @@ def measure_overlaps(
     annotations: str | Path | dict | GroundTruth,
     results: Sequence[dict],
     codec: MaskCodec | None,
-    *,
-    max_detections: int = MAX_DETECTIONS,
-    image_ids: Collection[int] | None = None,
+    settings: EvaluationSection = DEFAULTS,
 ) -> Overlaps:
     """Overlaps of results with ground truth, and the ones that the codec and the predicted boxes would have allowed.
 
@@ -93,8 +92,7 @@ def measure_overlaps(
             `evaluate_results` accepts.
         results: COCO results with "bbox" and "segmentation", that it accepts too.
         codec: the codec of the model, on any device; None for a model without one.
-        max_detections: of a class in an image that count, the best ones.
-        image_ids: images to measure. None: all.
+        settings: how many images (`max_images`), and detections of a class in an image, the best ones (`top_k`), count.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else GroundTruth(annotations, keep="all")
     classes = ClassMap.from_categories(truth.categories, source=str(truth.source))
@@ -103,11 +101,10 @@ def measure_overlaps(
         places_of[result["image_id"]].append(place)
 
     parts = [_measure_image(truth, np.arange(0), 0, (1, 1), [], results, classes, codec)]  # types of empty columns
-    for image, image_id in enumerate(truth.image_ids.tolist()):
-        if image_ids is None or image_id in image_ids:
-            places = _best_of_each_class(results, places_of[image_id], max_detections)
-            rows, size = np.arange(*truth.starts[image : image + 2]), truth.size(image)
-            parts.append(_measure_image(truth, rows, image_id, size, places, results, classes, codec))
+    for image, image_id in enumerate(truth.image_ids.tolist()[: settings.max_images]):
+        places = _best_of_each_class(results, places_of[image_id], settings.top_k)
+        rows, size = np.arange(*truth.starts[image : image + 2]), truth.size(image)
+        parts.append(_measure_image(truth, rows, image_id, size, places, results, classes, codec))
     return Overlaps(*_join(parts), list(classes.names))
 
 

@@ -12,6 +12,7 @@ from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.results import write_results
 from solq_lab.files import hash_file, write_json
 from solq_lab.runs import RunError, create_run
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies.bootstrap import compare_results, compare_runs, match_results, precision_on_draws
 
 NUM_IMAGES = 12
@@ -54,8 +55,9 @@ def repeated(truth: dict, results: list[dict], counts: list[int]) -> tuple[dict,
 @pytest.mark.parametrize("limit", [60, 100, 500])
 def test_as_many_detections_count_as_the_evaluation_scores(limit):
     truth, results = many_objects()
-    expected = evaluate_results(truth, results, kinds=["segm"], max_detections=limit).metrics["segm.AP"]
-    found = compare_results(truth, results, results, kinds=["segm"], draws=5, max_detections=limit).differences
+    settings = EvaluationSection(top_k=limit)
+    expected = evaluate_results(truth, results, settings, kinds=["segm"]).metrics["segm.AP"]
+    found = compare_results(truth, results, results, settings, kinds=["segm"], draws=5).differences
     assert found.loc["segm.AP", "first"] == pytest.approx(expected, abs=1e-9)
 
 

@@ -29,6 +29,7 @@ from solq_lab.data.annotations import DataError
 from solq_lab.data.ground_truth import GroundTruth
 from solq_lab.evaluation.sizes import select_by_size
 from solq_lab.evaluation.summary import Evaluation
+from solq_lab.schema import EvaluationSection
 from solq_lab.studies import codec_benchmark
 from solq_lab.studies.ceiling import Noise, codec_ceiling, reconstruct_objects
 from solq_lab.studies.codec_benchmark import (
@@ -86,7 +87,7 @@ def test_a_code_that_loses_nothing_leaves_what_the_raster_and_the_paste_lose(doc
 
 def test_the_mean_iou_of_a_size_is_that_of_its_objects(document):
     sides = (11.0, 13.0)
-    metrics = codec_ceiling(document, CODE, area_sides=sides).metrics
+    metrics = codec_ceiling(document, CODE, EvaluationSection(area_sides=sides)).metrics
     found = reconstruct_objects(document, CODE)
     areas = {entry["id"]: entry["area"] for entry in document["annotations"]}
     assert [areas[key] for key in found.ids.tolist()] == found.areas.tolist()
@@ -277,7 +278,7 @@ def measured(monkeypatch) -> list[MaskCodec]:
     monkeypatch.setattr(
         codec_benchmark,
         "codec_ceiling",
-        lambda truth, code, **how: codes.append(code) or codec_ceiling(truth, code, **how),
+        lambda truth, code, *more, **how: codes.append(code) or codec_ceiling(truth, code, *more, **how),
     )
     return codes
 
@@ -291,10 +292,10 @@ def test_an_interrupted_grid_goes_on_and_ends_like_an_uninterrupted_one(annotati
     whole = CodecBenchmark(annotations, tmp_path / "whole").measure(settings)
     real = codec_benchmark.codec_ceiling
 
-    def interrupted(truth, code, **how):
+    def interrupted(truth, code, settings, **how):
         if code.mask_size == 16:
             raise KeyboardInterrupt
-        return real(truth, code, **how)
+        return real(truth, code, settings, **how)
 
     monkeypatch.setattr(codec_benchmark, "codec_ceiling", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -350,11 +351,11 @@ def test_a_data_set_without_objects_is_refused(tmp_path, document):
 
 
 def test_the_size_of_objects_is_read_as_the_data_says(annotations, document, tmp_path):
-    assert CodecBenchmark(annotations, tmp_path).area_sides == (32.0, 96.0)
+    assert CodecBenchmark(annotations, tmp_path).settings.area_sides == (32.0, 96.0)
     path = tmp_path / "with_sides.json"
     path.write_text(json.dumps(document | {"info": {"area_sides": [13, 16]}}))
     benchmark = CodecBenchmark(path, tmp_path)
-    assert benchmark.area_sides == (13.0, 16.0)
+    assert benchmark.settings.area_sides == (13.0, 16.0)
     assert str(benchmark).startswith(f"{path}: 80 images, {len(document['annotations'])} objects, ")
 
 
@@ -433,7 +434,7 @@ def test_the_command_prints_a_table_and_writes_csv_json_and_figure(command, anno
     assert re.search(r"dct +16 +9 ", output)
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["vector_dim"] for row in written["ceilings"]] == [9, 30]
-    expected = codec_ceiling(annotations, DCTCodec(16, 30), area_sides=(11, 13)).metrics
+    expected = codec_ceiling(annotations, DCTCodec(16, 30), EvaluationSection(area_sides=(11, 13))).metrics
     assert {name: written["ceilings"][1][name] for name in NUMBERS} == {name: expected[name] for name in NUMBERS}
     assert {path.name for path in (tmp_path / "runs/ceilings").iterdir()} == {
         "settings",

@@ -267,7 +267,7 @@ def test_whatever_was_found_repairs_in_turn_add_up_to_one_and_ap_is_cocos(object
     ]
     analysis = analyse(truth, results)
     assert_adds_up(analysis)
-    reference = evaluate_results(truth, results, kinds=("segm",), area_sides=SIDES).metrics
+    reference = evaluate_results(truth, results, EvaluationSection(area_sides=SIDES), kinds=("segm",)).metrics
     for group, number in (("all", "AP"), ("small", "APs"), ("medium", "APm"), ("large", "APl")):
         assert analysis.groups[group].ap == pytest.approx(reference[f"segm.{number}"], abs=1e-9, nan_ok=True)
 
@@ -286,7 +286,7 @@ def test_on_photographs_ap_is_cocos_and_repairs_add_up(golden_root: Path, coco_t
 @pytest.mark.parametrize("limit", [60, 100, 500])
 def test_as_many_detections_are_typed_as_the_evaluation_scores(limit):
     truth, results = many_objects()
-    expected = evaluate_results(truth, results, kinds=["segm"], max_detections=limit).metrics["segm.AP"]
+    expected = evaluate_results(truth, results, EvaluationSection(top_k=limit), kinds=["segm"]).metrics["segm.AP"]
     analysis = analyse_errors(truth, results, DCTCodec(16, 30), EvaluationSection(top_k=limit))
     assert analysis.groups["all"].ap == pytest.approx(expected, abs=1e-9)
 
