@@ -1,9 +1,5 @@
-"""Losses and gradients of the second step of a run whose weights are not moved.
+"""Losses and gradients of the second step of a run whose weights are not moved."""
 
-`python losses_and_gradients.py RUN_FOLDER OUTPUT`, also under torchrun.
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -26,8 +22,8 @@ def losses_and_gradients(run_folder: Path) -> dict[str, dict]:
     return {"losses": trainer.run.metrics("train")[-1]["losses"], "gradients": gradients}
 
 
-if __name__ == "__main__":
-    with distributed.process_group(rank_timeout=60.0, on_fatal=print):
-        found = losses_and_gradients(Path(sys.argv[1]))
-        if distributed.is_main():
-            torch.save(found, sys.argv[2])
+def write_losses_and_gradients(run_folder: Path, output: Path) -> None:
+    """The same into a file of the main process, for `in_processes`."""
+    found = losses_and_gradients(run_folder)
+    if distributed.is_main():
+        torch.save(found, output)

@@ -1,9 +1,5 @@
-"""Losses and weights of four training steps in float64.
+"""Losses and weights of four training steps in float64, for `in_processes`."""
 
-`python losses_and_weights.py RUN_FOLDER OUTPUT [frozen]`, also under torchrun; frozen: batch norms are constants.
-"""
-
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +16,11 @@ from solq_lab.training.trainer import Trainer
 STEPS = 4
 
 
-def losses_and_weights(run_folder: Path, *, frozen: bool) -> dict[str, list | dict[str, torch.Tensor]]:
-    """The losses of each step, the weights after the last, and objects by step, process and pass."""
+def write_losses_and_weights(run_folder: Path, output: Path, frozen: bool) -> None:
+    """Into a file of the main process: losses of each step, weights after the last, objects by step, process and pass.
+
+    Where `frozen`, batch norms are constants.
+    """
     torch.set_default_dtype(torch.float64)  # rounding is not to hide behind a tolerance, and AdamW enlarges it
     trainer = Trainer(load_run(run_folder))
     trainer.model.register_forward_pre_hook(_in_double_precision)
@@ -40,15 +39,9 @@ def losses_and_weights(run_folder: Path, *, frozen: bool) -> dict[str, list | di
         {"total": line["total"], "grad_norm": line["grad_norm"], **line["losses"]}
         for line in trainer.run.metrics("train")
     ]
-    return {"losses": losses, "objects": objects, "weights": trainer.model.state_dict()}
+    if distributed.is_main():
+        torch.save({"losses": losses, "objects": objects, "weights": trainer.model.state_dict()}, output)
 
 
 def _in_double_precision(model: torch.nn.Module, inputs: tuple[ImageBatch]) -> tuple[ImageBatch]:
     return (inputs[0]._replace(pixels=inputs[0].pixels.double()),)
-
-
-if __name__ == "__main__":
-    with distributed.process_group(rank_timeout=60.0, on_fatal=print):
-        found = losses_and_weights(Path(sys.argv[1]), frozen="frozen" in sys.argv)
-        if distributed.is_main():
-            torch.save(found, sys.argv[2])

@@ -1,7 +1,6 @@
-"""Three steps under torchrun, two of them spoilt by process 1 alone: `python spoilt_steps.py RUN_FOLDER OUTPUT`."""
+"""Three steps, two of them spoilt by process 1 alone, for `in_processes`."""
 
 import math
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from solq_lab.training.step import Batch
 from solq_lab.training.trainer import Trainer
 
 
-def take_steps(run_folder: Path) -> dict[str, list]:
-    """Whether each step moved this process's weights or batch norms, and the reasons in the run's metrics."""
+def take_steps(run_folder: Path, output: Path) -> None:
+    """Into rank_<n>.pt: whether each step moved weights or batch norms, and the reasons in the run's metrics."""
     trainer = Trainer(load_run(run_folder))
     spoils = distributed.rank() == 1
     states, total = [], SetCriterion.total
@@ -41,9 +40,5 @@ def take_steps(run_folder: Path) -> dict[str, list]:
     copy_state()
     moved = [not all(map(torch.equal, before, after)) for before, after in pairwise(states)]
     distributed.wait_for_all()
-    return {"moved": moved, "reasons": [line["reason"] for line in trainer.run.metrics("nonfinite")]}
-
-
-if __name__ == "__main__":
-    with distributed.process_group(rank_timeout=60.0, on_fatal=print):
-        torch.save(take_steps(Path(sys.argv[1])), Path(sys.argv[2]) / f"rank_{distributed.rank()}.pt")
+    reasons = [line["reason"] for line in trainer.run.metrics("nonfinite")]
+    torch.save({"moved": moved, "reasons": reasons}, output / f"rank_{distributed.rank()}.pt")

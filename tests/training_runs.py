@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from losses_and_gradients import losses_and_gradients
+from losses_and_gradients import losses_and_gradients, write_losses_and_gradients
+from processes import in_processes
 from tiny import tiny_experiment
 
 from solq_lab.models.weights import read_weights
@@ -79,11 +78,6 @@ def wait_for(condition, seconds=120.0, *, process=None):
         time.sleep(0.02)
 
 
-def torchrun(*arguments):
-    """The command that starts two processes."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, arguments)]
-
-
 def assert_shares_learn_as_the_whole(whole: Run, shared_run: Run, output: Path) -> None:
     """Losses and gradients of a step are the same where its batch is divided among passes or two processes.
 
@@ -94,9 +88,7 @@ def assert_shares_learn_as_the_whole(whole: Run, shared_run: Run, output: Path) 
     """
     expected = losses_and_gradients(whole.folder)
     if shared_run.experiment.train.gpus > 1:
-        command = torchrun(TESTS / "losses_and_gradients.py", shared_run.folder, output)
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        in_processes(write_losses_and_gradients, shared_run.folder, output, processes=2)
         shared = torch.load(output, weights_only=True)
     else:
         shared = losses_and_gradients(shared_run.folder)

@@ -1,15 +1,14 @@
 """Several processes evaluate like one: no image twice or lost, and a stop or an error in one reaches all."""
 
-import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 from oracle_detector import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, OracleDetector, open_dataset, write_coco_folder
+from processes import in_processes
 
+from solq_lab import distributed
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.evaluation import gathering
 from solq_lab.evaluation.evaluator import evaluate_model
@@ -45,13 +44,9 @@ def outcome(act: Callable[[], object]) -> object:
         return f"{type(error).__name__}: {error}"
 
 
-def run_all_cases(rank: int, processes: int, root: Path) -> None:
+def run_all_cases(processes: int, root: Path) -> None:
     """One process of a group: its outcomes go into a file."""
-    torch.set_num_threads(1)
-    rendezvous = f"file://{root}/rendezvous{processes}"
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes, timeout=timeout)
-    gathering.CHUNK_SIZE = 2
+    gathering.CHUNK_SIZE, rank = 2, distributed.rank()
     last = processes - 1
     items = list(range(100 * rank, 100 * rank + 3 + 4 * rank))  # the shares differ in length
     outcomes = {
@@ -65,14 +60,13 @@ def run_all_cases(rank: int, processes: int, root: Path) -> None:
         "all are still together": outcome(lambda: list(stream_to_main([rank]))),
     }
     (root / f"process{rank}_of_{processes}.json").write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def outcomes(request, tmp_path_factory) -> list[dict]:
     """The outcomes of each of two, and of three processes."""
     root = write_coco_folder(tmp_path_factory.mktemp("coco"))
-    torch.multiprocessing.spawn(run_all_cases, args=(request.param, root), nprocs=request.param)
+    in_processes(run_all_cases, request.param, root, processes=request.param)
     found = [json.loads((root / f"process{n}_of_{request.param}.json").read_text()) for n in range(request.param)]
     return [{"root": root} | outcome for outcome in found]
 

@@ -1,18 +1,18 @@
 """Training and scoring in less memory: what is recomputed, or done in parts, gives the very same numbers."""
 
 import copy
-import datetime
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import in_processes
 from small_network import SIZES, random_batch, small_backbone, train_once
 from tiny import tiny_experiment, write_tiny_dataset
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from solq_lab import distributed
 from solq_lab.bench import memory
 from solq_lab.bench.evaluation import draw_results
 from solq_lab.bench.scenes import coco_document
@@ -81,12 +81,9 @@ def test_autocast_is_the_same_the_second_time():
         assert torch.equal(gradients_again[parameter], gradient), parameter
 
 
-def share_gradients(rank: int, root: Path) -> None:
+def share_gradients(root: Path) -> None:
     """One of two processes: the averaged gradients of both twins go into a file."""
-    torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2, timeout=patience)
-    found = []
+    rank, found = distributed.rank(), []
     for model in twins("small"):
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         with parallel.no_sync():  # accumulated, as a training with several passes per step does
@@ -94,11 +91,10 @@ def share_gradients(rank: int, root: Path) -> None:
         train_once(parallel, random_batch(side=96 - 32 * rank))
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.save(found, root / f"process{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_share_the_same_gradients(tmp_path):
-    torch.multiprocessing.spawn(share_gradients, args=(tmp_path,), nprocs=2)
+    in_processes(share_gradients, tmp_path, processes=2)
     plain, recomputed = torch.load(tmp_path / "process0.pt", weights_only=True)
     others = torch.load(tmp_path / "process1.pt", weights_only=True)
     for name, gradient in plain.items():

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -17,8 +16,10 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from losses_and_weights import write_losses_and_weights
+from processes import in_processes
 from tiny import tiny_experiment, write_tiny_dataset
-from training_runs import ENVIRONMENT, TESTS, new_run, wait_for
+from training_runs import ENVIRONMENT, new_run, wait_for
 
 from solq_lab import distributed
 from solq_lab.build import build_model
@@ -34,12 +35,7 @@ from solq_lab.workbench.trainings import training_command
 
 
 def four_steps(run, *, processes=1, frozen):
-    """Losses and weights of four steps, by tests/losses_and_weights.py in processes of its own."""
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = [TESTS / "losses_and_weights.py", run.folder, run.folder / "found.pt", *(["frozen"] if frozen else [])]
-    command = [sys.executable, *(several if processes > 1 else []), *script]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    in_processes(write_losses_and_weights, run.folder, run.folder / "found.pt", frozen, processes=processes)
     return torch.load(run.folder / "found.pt", weights_only=True)
 
 

@@ -5,20 +5,13 @@ import logging
 import math
 import re
 import shutil
-import subprocess
 from itertools import pairwise
 
 import pytest
 import torch
-from training_runs import (
-    ENVIRONMENT,
-    TESTS,
-    assert_an_interruption_changes_nothing,
-    before_each_step,
-    new_run,
-    signal_after,
-    torchrun,
-)
+from processes import in_processes
+from spoilt_steps import take_steps
+from training_runs import assert_an_interruption_changes_nothing, before_each_step, new_run, signal_after
 from trap import Trap
 
 from solq_lab import precision
@@ -256,9 +249,7 @@ def test_where_the_disk_is_full_the_message_still_names_the_images(data_root, tm
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_both(data_root, tmp_path):
     run = new_run(data_root, tmp_path, train={"gpus": 2, "skip_nonfinite": 2}, model={"dropout": 0.1})
-    command = torchrun(TESTS / "spoilt_steps.py", run.folder, tmp_path)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    in_processes(take_steps, run.folder, tmp_path, processes=2)
     first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["moved"] == second["moved"] == [False, False, True]
     assert first["reasons"] == second["reasons"]

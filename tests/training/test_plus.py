@@ -14,7 +14,6 @@ from training_runs import (
     assert_same_step,
     assert_shares_learn_as_the_whole,
     new_run,
-    torchrun,
 )
 
 from solq_lab.boxes import cxcywh_to_xyxy
@@ -33,6 +32,7 @@ from solq_lab.training.nonfinite import NonFiniteError
 from solq_lab.training.replay import replay_record
 from solq_lab.training.step import forward_backward
 from solq_lab.training.trainer import Trainer, train_run
+from solq_lab.workbench.trainings import training_command
 
 NEUTRAL = {
     "model.mixed_queries": False,
@@ -109,8 +109,7 @@ def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_r
 
 def test_two_processes_train_where_one_of_them_has_no_object(data_root, tmp_path):
     run = new_run(data_root, tmp_path, **PLUS, train={"gpus": 2, "batch_size": 2, "steps": 12})
-    command = torchrun("-m", "solq_lab.training", run.folder)
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(training_command(run, 2), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = list(run.metrics("train"))
     terms = {f"{term}{layer}" for term in TERMS for layer in ("", "/0")}
