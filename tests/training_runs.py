@@ -1,5 +1,6 @@
 """Tiny trainings: made in a folder, stopped by a signal, started as several processes, and compared."""
 
+import contextlib
 import os
 import signal
 import time
@@ -63,10 +64,25 @@ def assert_an_interruption_changes_nothing(data_root, folder, *, steps=4, **sect
     with pytest.MonkeyPatch.context() as patch:
         signal_after(patch, steps)
         assert train_run(parts) == "preempted"
+    status = parts.status()
+    assert (status["state"], status["step"], status["message"]) == ("preempted", steps, "SIGTERM")
+    assert not parts.weights.exists()
     torch.manual_seed(123)  # another process would not have these generators either
     assert train_run(parts) == "finished"
     assert what_was_learned(parts) == what_was_learned(whole)
     return whole
+
+
+@contextlib.contextmanager
+def training(run, **environment):
+    """`python -m solq_lab.training` on a run, as a process; what is left of it is killed at the end."""
+    command = [sys.executable, "-m", "solq_lab.training", str(run.folder)]
+    process = subprocess.Popen(command, env=ENVIRONMENT | environment, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(condition, seconds=120.0, *, process=None):

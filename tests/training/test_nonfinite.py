@@ -371,15 +371,16 @@ def scaled(patch, scale):
     patch.setattr(Trainer, "__init__", build_and_scale)
 
 
-def test_fp16_trains_close_to_float32(data_root, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("half", "precision"), [("fp16", 0.01), ("bf16", 0.05)])  # four digits, three digits
+def test_half_precision_trains_close_to_float32(data_root, tmp_path, monkeypatch, half, precision):
     scaled(monkeypatch, 1024.0)
     losses = []
-    for autocast in ("none", "fp16"):
+    for autocast in ("none", half):
         run = new_run(data_root, tmp_path / autocast, train={"steps": 3, "autocast": autocast}, model={"dropout": 0.0})
         train_run(run)
         losses.append([line["total"] for line in run.metrics("train")])
     assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)  # fp16 has four digits
+    assert losses[1] == pytest.approx(losses[0], rel=precision)
 
 
 def test_an_overflow_halves_the_scale_without_a_record_and_is_resumed_bit_for_bit(data_root, tmp_path, monkeypatch):

@@ -1,11 +1,10 @@
-"""The options of SOLQ+: their neutral values change no bit, and trainings with all of them resume, replay and share."""
+"""The options of SOLQ+: none is on by default, and trainings with all of them resume, replay and share."""
 
 import subprocess
 from collections.abc import Sequence
 
 import pytest
 import torch
-from losses_and_gradients import losses_and_gradients
 from small_network import SIDE, SIZES, random_batch, small_backbone
 from torchvision.ops import sigmoid_focal_loss
 from training_runs import (
@@ -63,21 +62,6 @@ PLUS = {
 TERMS = ("class", "l1", "giou", "vector", "vector_dice", "outline_dice")
 CLASSES = 3
 PROPOSALS = {"class/proposals", "l1/proposals", "giou/proposals"}
-
-
-@pytest.fixture(scope="module")
-def plain(data_root, tmp_path_factory):
-    """Losses and gradients of an experiment that names none of the options."""
-    return losses_and_gradients(new_run(data_root, tmp_path_factory.mktemp("plain")).folder)
-
-
-@pytest.mark.parametrize("key", NEUTRAL)
-def test_an_option_at_its_neutral_value_changes_no_bit_of_losses_and_gradients(data_root, tmp_path, plain, key):
-    section, name = key.split(".")
-    found = losses_and_gradients(new_run(data_root, tmp_path, **{section: {name: NEUTRAL[key]}}).folder)
-    assert found["losses"] == plain["losses"]
-    assert found["gradients"].keys() == plain["gradients"].keys()
-    assert all(torch.equal(found["gradients"][name], gradient) for name, gradient in plain["gradients"].items())
 
 
 def test_the_options_are_at_most_twenty_and_neutral_by_default():

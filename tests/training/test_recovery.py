@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from tiny import tiny_experiment
-from training_runs import ENVIRONMENT, TESTS, before_each_step, signal_after, wait_for, what_was_learned
+from training_runs import ENVIRONMENT, TESTS, before_each_step, signal_after, training, wait_for, what_was_learned
 
 from solq_lab.config import load_experiment
 from solq_lab.data.coco import CocoDataset
@@ -133,9 +133,11 @@ def test_a_stop_while_a_slow_disk_is_waited_for_does_not_wait(data_root, tmp_pat
     assert_resumes(run, whole)
 
 
-def test_a_signal_that_torchrun_sends_once_more_is_no_second_one(run, monkeypatch):
-    signal_after(monkeypatch, 4, signal.SIGINT, signal.SIGINT, signal.SIGTERM)
+@pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT, signal.SIGTERM], [signal.SIGUSR1]])
+def test_a_signal_that_torchrun_sends_once_more_is_no_second_one(run, monkeypatch, numbers):
+    signal_after(monkeypatch, 4, *numbers)
     assert train_run(run) == "preempted"
+    assert run.status()["message"] == numbers[0].name
     assert step_folders(run.checkpoints)[-1].name == "step_0000004"
 
 
@@ -324,18 +326,6 @@ def test_every_test_in_the_table_of_faults_exists_and_every_fault_has_one():
 
 
 # -------------------------------------------------------------------------------------------- processes of their own
-
-
-@contextlib.contextmanager
-def training(run, **environment):
-    """`python -m solq_lab.training` on a run, as a process; what is left of it is killed at the end."""
-    command = [sys.executable, "-m", "solq_lab.training", str(run.folder)]
-    process = subprocess.Popen(command, env=ENVIRONMENT | environment, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def handles(pid, number):

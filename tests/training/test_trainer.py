@@ -2,18 +2,14 @@
 
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from training_runs import (
-    ENVIRONMENT,
+    assert_an_interruption_changes_nothing,
     assert_shares_learn_as_the_whole,
     new_run,
-    signal_after,
+    training,
     wait_for,
     what_was_learned,
 )
@@ -90,28 +86,11 @@ DECODED = {"vector_kind": "l2", "vector_units": "std", "decoded_dice_weight": 3.
 DECODED |= {"vector_frame": "predicted", "class_loss": "quality", "outline_dice_weight": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("number", "loss"),
-    [(signal.SIGINT, {}), (signal.SIGTERM, {}), (signal.SIGUSR1, {}), (signal.SIGTERM, DECODED)],
-    ids=["SIGINT", "SIGTERM", "SIGUSR1", "std units and decoded dice"],
-)
-def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
-    data_root, tmp_path, monkeypatch, number, loss
-):
+@pytest.mark.parametrize("loss", [{}, DECODED], ids=["plain", "std units and decoded dice"])
+def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(data_root, tmp_path, loss):
     # dropout, averaged weights, accumulation, windows of three steps and an evaluation between: all of it has a state
     train = {"ema": 0.9, "accumulate": 2, "log_every": 3, "evaluate_every": 2}
-    whole = new_run(data_root, tmp_path / "whole", train=train, loss=loss)
-    train_run(whole)
-    parts = new_run(data_root, tmp_path / "parts", train=train, loss=loss)
-    with monkeypatch.context() as patch:
-        signal_after(patch, 5, number)
-        assert train_run(parts) == "preempted"
-    status = parts.status()
-    assert (status["state"], status["step"], status["message"]) == ("preempted", 5, number.name)
-    assert not parts.weights.exists()
-    torch.manual_seed(123)  # another process would not have these generators either
-    assert train_run(parts) == "finished"
-    assert what_was_learned(parts) == what_was_learned(whole)
+    assert_an_interruption_changes_nothing(data_root, tmp_path, steps=5, train=train, loss=loss)
 
 
 def test_a_plain_detector_trains(data_root, tmp_path):
@@ -119,17 +98,6 @@ def test_a_plain_detector_trains(data_root, tmp_path):
     assert train_run(run) == "finished"
     assert run.metrics("start")[0]["plateau"] == {}
     assert "vector" not in run.metrics("train")[0]["losses"]
-
-
-def test_autocast_trains_close_to_float32(data_root, tmp_path):
-    losses = []
-    for autocast in ("none", "bf16"):
-        model = {"dropout": 0.0}
-        run = new_run(data_root, tmp_path / autocast, train={"steps": 3, "autocast": autocast}, model=model)
-        train_run(run)
-        losses.append([line["total"] for line in run.metrics("train")])
-    assert losses[0] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)  # bf16 has three digits
 
 
 def test_a_batch_larger_than_the_data_set_is_refused_before_any_work(data_root, tmp_path):
@@ -158,27 +126,19 @@ def test_more_processes_than_gpus_are_refused_before_they_take_one(data_root, tm
 # -------------------------------------------------------------------------------------------- processes of their own
 
 
-def start(run):
-    """`python -m solq_lab.training` on a run, as a process."""
-    command = [sys.executable, "-m", "solq_lab.training", str(run.folder)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-
-
 def test_sigterm_saves_and_kill_9_loses_only_the_steps_since(data_root, tmp_path):
     sections = {"train": {"steps": 40, "save_every": 10}, "data": {"workers": 1}}
     run = new_run(data_root, tmp_path / "parts", **sections)
-    first = start(run)
-    wait_for(lambda: any(line["step"] >= 5 for line in run.metrics("train")), process=first)
-    os.kill(first.pid, signal.SIGTERM)
-    assert first.wait(30) == 0, first.stderr.read()
+    with training(run) as first:
+        wait_for(lambda: any(line["step"] >= 5 for line in run.metrics("train")), process=first)
+        first.terminate()
+        assert first.wait(30) == 0, first.stderr.read()
     assert run.status()["state"] == "preempted"
 
-    second = start(run)
     target = run.status()["step"] + 14
-    wait_for(lambda: any(line["step"] >= target for line in run.metrics("train")), process=second)
-    assert run.is_training()
-    os.kill(second.pid, signal.SIGKILL)
-    second.wait(30)
+    with training(run) as second:
+        wait_for(lambda: any(line["step"] >= target for line in run.metrics("train")), process=second)
+        assert run.is_training()
     assert not run.is_training()
     assert run.status()["state"] == "training"  # nobody was left to say otherwise
 

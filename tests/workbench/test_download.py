@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from server import PIECE, Server, archive_of, offer_coco
+from server import PIECE, Server, archive_of
 
 from solq_lab.data.annotations import DataError
 from solq_lab.workbench.download import coco as download
@@ -481,15 +481,3 @@ def test_the_stamp_survives_nonsense(coco):
     stamp.write_text("[")
     download_coco(**coco)
     assert json.loads(stamp.read_text())["members"] == {"val2017/9.jpg": 10_000}
-
-
-def test_real_images_go_from_the_server_through_the_check(server, tmp_path, coco_tiny, monkeypatch, command_line):
-    """The README's way, on a small part of COCO: download-coco, then check-data."""
-    offer_coco(server, coco_tiny, tmp_path / "sums")
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    server.breaks = [1_000_000, 2_000_000]
-    assert command_line("download-coco", "coco", "--base-url", server.url, "--sums", "sums")[0] == 0
-    status, output = command_line("check-data", "coco", "--worst", 0)  # 50 images do not have every class
-    assert status == 1
-    assert "problems: class-not-trained\n" in output
-    assert command_line("check-data", "coco", "--worst", 0, "--allow", "class-not-trained")[0] == 0

@@ -130,7 +130,7 @@ def test_patterns_are_expanded_outputs_are_no_inputs_and_what_is_left_out_is_cou
     assert run("links", "--recursive", "--out", "seen").exit_code == 0
     assert {"p/a.png", "p/deep/b.png"} <= {*files_in("seen")}
     os.remove("p/a.jpg")
-    assert "but 2 .heic" in str(run("p").exception)
+    assert "but 2 .heic, 1 without ending, 1 .txt; --recursive looks into its folders too" in str(run("p").exception)
     assert "no file fits this pattern" in str(run("p/*.tiff").exception)
     assert "nowhere: no such file or folder" in str(run("nowhere").exception)
     assert "standard input is not read" in str(run("-").exception)

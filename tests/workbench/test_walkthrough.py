@@ -121,16 +121,13 @@ def test_the_training_ends_with_its_table_its_report_and_everything_that_a_run_h
         assert (run / name).stat().st_size > 500
 
 
-def test_training_what_is_finished_only_shows_its_table(solq_lab, training, workspace):
+def test_training_or_evaluating_what_is_finished_only_shows_its_table(solq_lab, training, workspace):
     run = workspace / "runs" / "walk"
     before = (run / "metrics.jsonl").read_bytes(), (run / "weights.safetensors").stat().st_mtime_ns
     again = solq_lab("train", run / "experiment.yaml")
     assert "finished at step 6, nothing to train" in again.stderr
     assert table_of(again.stdout) == table_of(training.stdout)
     assert before == ((run / "metrics.jsonl").read_bytes(), (run / "weights.safetensors").stat().st_mtime_ns)
-
-
-def test_evaluating_prints_the_table_that_the_training_ended_with(solq_lab, training):
     evaluated = solq_lab("evaluate", "runs/walk")
     assert table_of(evaluated.stdout) == table_of(training.stdout)
     assert "results of these weights exist already" in evaluated.stderr
@@ -163,13 +160,6 @@ def test_the_shared_file_alone_lists_and_draws_objects(solq_lab, shared, workspa
         assert x0 < x1
         assert y0 < y1
     assert (workspace / "predictions" / f"{image.stem}.png").stat().st_size > 10_000
-
-
-def test_a_score_that_no_object_reaches_is_told_with_the_best_one(solq_lab, shared, workspace):
-    image = next((workspace / "data" / "coco" / "val2017").iterdir())
-    said = solq_lab("predict", "walk.safetensors", image, "--score", 0.99).stdout
-    assert "0 objects, drawn in" in said
-    assert re.search(r"none with a score of at least 0\.99; the best has 0\.\d\d, a lower --score shows it", said)
 
 
 # ---- images of one's own
