@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from solq_lab.models.hugging_face import FILES, is_hugging_face, read_settings
 from solq_lab.models.official import (
     BODY,
     WeightMismatch,
-    infer_architecture,
     is_official,
     name_table,
     official_layout,
@@ -230,25 +229,6 @@ def to_official_state(
         )
     index = swin_position_index(SWIN_WINDOW)
     return with_prefixes({official: index if own is None else state[own] for official, own in table})
-
-
-def import_official(
-    source: Path, destination: Path, describe: Callable[[dict[str, dict[str, Any]]], tuple[str, str]]
-) -> ImportReport:
-    """Turn a released checkpoint (SOLQ, Deformable DETR or SQR), or Hugging Face's, into a weights file of ours.
-
-    `describe` turns the inferred sections of the experiment (`infer_architecture`) into the texts stored in the file:
-    the experiment as YAML and the class map as JSON.
-
-    Raises:
-        WeightMismatch: the file cannot be used (`read_official`, `translate_official_state`).
-    """
-    official = read_official(source)
-    own, report = translate_official_state(official.state, source=str(source))
-    architecture = infer_architecture(official.state, official.args, source=str(source))
-    experiment, classes = describe(architecture)
-    save_weights(destination, own, experiment=experiment, classes=classes)
-    return report._replace(architecture=architecture)
 
 
 def export_official(source: Path, destination: Path) -> None:

@@ -3,15 +3,14 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from solq_lab.config import validate_experiment
 from solq_lab.data.annotations import read_annotations
 from solq_lab.data.classes import UNUSED, ClassMap
-from solq_lab.models.hugging_face import read_settings
-from solq_lab.models.weights import ImportReport, import_official
+from solq_lab.models.official import infer_architecture
+from solq_lab.models.weights import ImportReport, read_official, save_weights, translate_official_state
 
 
 def import_released(source: Path, destination: Path, annotations: Path | None = None) -> ImportReport:
@@ -25,15 +24,15 @@ def import_released(source: Path, destination: Path, annotations: Path | None = 
     Raises:
         WeightMismatch, DataError: the checkpoint or the annotations cannot be used.
     """
+    official = read_official(source)
+    state, report = translate_official_state(official.state, source=str(source))
+    architecture = infer_architecture(official.state, official.args, source=str(source))
+
     name = re.sub(r"[^A-Za-z0-9._-]", "-", destination.stem).lstrip("._-") or "imported"
-    labels = read_settings((source if source.is_dir() else source.parent) / "config.json").get("labels", ())
-
-    def describe(architecture: dict[str, dict[str, Any]]) -> tuple[str, str]:
-        experiment = validate_experiment({"name": name} | architecture, source="the imported experiment")
-        classes = _classes(architecture["data"]["num_classes"], annotations, labels)
-        return experiment.to_yaml(), classes.to_json()
-
-    return import_official(source, destination, describe)
+    experiment = validate_experiment({"name": name} | architecture, source="the imported experiment")
+    classes = _classes(architecture["data"]["num_classes"], annotations, official.args.get("labels", ()))
+    save_weights(destination, state, experiment=experiment.to_yaml(), classes=classes.to_json())
+    return report._replace(architecture=architecture)
 
 
 def _classes(count: int, annotations: Path | None, labels: Sequence[str]) -> ClassMap:

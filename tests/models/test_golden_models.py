@@ -11,7 +11,8 @@ from conftest import golden_folder
 from torch import Tensor, nn
 
 from solq_lab.models.attention import Memory, MultiScaleDeformableAttention
-from solq_lab.models.weights import infer_architecture, to_official_state, translate_official_state
+from solq_lab.models.official import infer_architecture
+from solq_lab.models.weights import to_official_state, translate_official_state
 from solq_lab.structures import Predictions
 
 pytestmark = pytest.mark.golden

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from solq_lab.build import build_model
 from solq_lab.config import validate_experiment
-from solq_lab.models.official import Layout, released_names
-from solq_lab.models.weights import WeightMismatch, infer_architecture, read_official, read_weights
+from solq_lab.data.classes import ClassMap
+from solq_lab.models.official import Layout, infer_architecture, released_names
+from solq_lab.models.weights import WeightMismatch, read_official, read_weights
 from solq_lab.structures import ImageBatch
 from solq_lab.workbench.released import import_released
 
@@ -61,7 +62,9 @@ def test_every_name_becomes_the_released_one(layout: Layout):
 
 def test_what_tensors_do_not_tell_comes_from_config_json(tmp_path: Path):
     config = {"encoder_attention_heads": 4, "activation_function": "gelu", "dilation": True, "dropout": 0.0}
-    config |= {"two_stage": True, "two_stage_num_proposals": 25, "id2label": {"0": "N/A", "10": "b", "2": "a"}}
+    labels = ["N/A", *(f"thing {channel}" for channel in range(1, 91))]
+    config |= {"two_stage": True, "two_stage_num_proposals": 25}
+    config["id2label"] = {str(channel): labels[channel] for channel in reversed(range(91))}
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(theirs(released(LAYOUTS[2])), tmp_path / "pytorch_model.bin")
 
@@ -70,7 +73,8 @@ def test_what_tensors_do_not_tell_comes_from_config_json(tmp_path: Path):
     assert {key: model[key] for key in ("heads", "activation", "dilation", "queries", "two_stage", "dropout")} == {
         "heads": 4, "activation": "gelu", "dilation": True, "queries": 25, "two_stage": True, "dropout": 0.0
     }  # fmt: skip
-    assert read.args["labels"] == ["N/A", "a", "b"]
+    import_released(tmp_path, tmp_path / "ours.safetensors")
+    assert ClassMap.from_json(read_weights(tmp_path / "ours.safetensors").classes).names == ("", *labels[1:])
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path):

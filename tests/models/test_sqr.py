@@ -27,13 +27,14 @@ from solq_lab.masks import crop_and_resize, decode_rle
 from solq_lab.models.attention import Memory
 from solq_lab.models.heads import VectorMLP
 from solq_lab.models.sqr import AttentionMaps, MaskBranch, SQRDetector
-from solq_lab.models.weights import WeightMismatch, export_official, import_official, read_weights
+from solq_lab.models.weights import WeightMismatch, export_official, read_weights
 from solq_lab.runs import create_run
 from solq_lab.schema import LossSection
 from solq_lab.structures import ImageMasks, LayerPrediction, Predictions, Target
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.trainer import train_run
+from solq_lab.workbench.released import import_released
 
 SQR = {"model": {"mask_branch": "sqr", "standardise_vectors": False}, "codec": {"kind": "none"}}
 CLASSES = 2
@@ -365,18 +366,11 @@ def test_a_released_checkpoint_is_imported_predicts_masks_and_goes_back(golden_r
     released, ours, back = (tmp_path / name for name in ("released.pth", "ours.safetensors", "back.pth"))
     torch.save({"model": official, "args": argparse.Namespace(**fixture.args)}, released)
 
-    def describe(architecture):
-        from solq_lab.config import validate_experiment
-        from solq_lab.data.classes import ClassMap
-
-        names = tuple(f"category {channel}" for channel in range(91))
-        experiment = validate_experiment({"name": "released"} | architecture, source="test")
-        assert (experiment.model.mask_branch, experiment.codec.kind) == ("sqr", "none")
-        return experiment.to_yaml(), ClassMap(names, tuple(range(91))).to_json()
-
-    report = import_official(released, ours, describe)
+    report = import_released(released, ours)
     assert (report.missing, report.left_over) == ((), ())
-    found = Predictor(ours, device="cpu", top_k=5).predict(np.zeros((48, 64, 3), dtype=np.uint8))
+    predictor = Predictor(ours, device="cpu", top_k=5)
+    assert (predictor.experiment.model.mask_branch, predictor.codec) == ("sqr", None)
+    found = predictor.predict(np.zeros((48, 64, 3), dtype=np.uint8))
     assert [mask["size"] for mask in found.masks] == [[48, 64]] * 5
     export_official(ours, back)
     returned = torch.load(back, weights_only=True)["model"]

@@ -14,13 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from solq_lab.models.backbone import SmallBackbone
-from solq_lab.models.official import Layout
+from solq_lab.models.official import Layout, infer_architecture
 from solq_lab.models.solq import SOLQ
 from solq_lab.models.weights import (
     WeightMismatch,
     export_official,
-    import_official,
-    infer_architecture,
     initialise,
     load_state,
     read_backbone_weights,
@@ -31,6 +29,7 @@ from solq_lab.models.weights import (
     translate_official_state,
 )
 from solq_lab.structures import ImageBatch
+from solq_lab.workbench.released import import_released
 
 NAMELESS = "x: its backbone has no released name; allowed are resnet50"
 
@@ -51,10 +50,6 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def in_order(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(state.items()))
-
-
-def describe(_: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    return "name: imported\n", "[]"
 
 
 LAYOUTS = [
@@ -204,13 +199,7 @@ def test_a_released_checkpoint_is_imported_and_given_back(tmp_path: Path):
     official = made_up(RELEASED)
     extra = {"module.class_embed.0.total_ops": torch.zeros(1)}
     torch.save(checkpoint({f"module.{name}": t for name, t in official.items()} | extra), tmp_path / "released.pth")
-    described = []
-    report = import_official(
-        tmp_path / "released.pth",
-        tmp_path / "ours.safetensors",
-        lambda architecture: described.append(architecture) or ("name: imported\n", '{"names": []}'),
-    )
-    assert described == [report.architecture]
+    report = import_released(tmp_path / "released.pth", tmp_path / "ours.safetensors")
     assert report.architecture["codec"] == {"kind": "dct", "vector_dim": 40, "mask_size": 64}
     assert report.missing == ()
     assert report.left_over == ("class_embed.0.total_ops",)
@@ -219,7 +208,7 @@ def test_a_released_checkpoint_is_imported_and_given_back(tmp_path: Path):
     assert "left over  class_embed.0.total_ops" in str(report)
 
     stored = read_weights(tmp_path / "ours.safetensors")
-    assert (stored.experiment, stored.classes) == ("name: imported\n", '{"names": []}')
+    assert stored.experiment.startswith("name: ours\n")
     assert same(in_order(stored.state), in_order(translate_official_state(official)[0]))
 
     export_official(tmp_path / "ours.safetensors", tmp_path / "back.pth")
@@ -237,7 +226,7 @@ def test_a_bare_state_dict_is_read_too(tmp_path: Path, old_format: bool):
 def test_an_import_that_fails_writes_nothing(tmp_path: Path):
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     with pytest.raises(WeightMismatch, match=r"other\.pth: no tensor transformer\.level_embed"):
-        import_official(tmp_path / "other.pth", tmp_path / "ours.safetensors", describe)
+        import_released(tmp_path / "other.pth", tmp_path / "ours.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth"]
 
 
