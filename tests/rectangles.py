@@ -42,6 +42,11 @@ def result_of(image_id: int, category_id: int, box: tuple[int, int, int, int], s
     return result | {"segmentation": rle_of(rectangle(*box))}
 
 
+def masked(result: dict, bitmap: np.ndarray) -> dict:
+    """The result with another mask, in the same box."""
+    return result | {"segmentation": rle_of(bitmap)}
+
+
 def many_objects() -> tuple[dict, list[dict]]:
     """150 objects of one class in an image, and results that find most of them, some not quite in place."""
     boxes = [(1 + 4 * (k % 15), 1 + 4 * (k // 15), 3, 3) for k in range(150)]

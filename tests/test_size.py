@@ -30,20 +30,23 @@ def functions(path: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def bodies() -> list[tuple[str, list[str]]]:
+    return [one for path in PACKAGE.rglob("*.py") for one in functions(path)]
+
+
 @pytest.mark.parametrize(("folder", "ceiling"), [("solq_lab", MAX_LINES), ("tests", MAX_TEST_LINES)])
 def test_the_code_is_no_longer_than_its_ceiling(folder, ceiling):
     assert sum(len(lines_of(path)) for path in (REPOSITORY / folder).rglob("*.py")) <= ceiling
 
 
-def test_files_and_functions_fit_their_ceilings():
+def test_files_and_functions_fit_their_ceilings(bodies):
     files = {str(path): len(lines_of(path)) for path in PACKAGE.rglob("*.py")}
     assert {path: lines for path, lines in files.items() if lines > MAX_FILE_LINES} == {}
-    bodies = [one for path in PACKAGE.rglob("*.py") for one in functions(path)]
     assert [name for name, body in bodies if len(body) > MAX_FUNCTION_LINES] == []
 
 
-def test_long_functions_have_paragraphs():
-    bodies = [one for path in PACKAGE.rglob("*.py") for one in functions(path)]
+def test_long_functions_have_paragraphs(bodies):
     walls = [
         name
         for name, body in bodies

@@ -4,9 +4,8 @@ import copy
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_rle
-from rectangles import HEIGHT, WIDTH, many_objects, result_of, truth_of
-from tiny import tiny_experiment, write_tiny_dataset
+from rectangles import HEIGHT, WIDTH, many_objects, result_of, rle_of, truth_of
+from tiny import SIDE, tiny_experiment, write_tiny_dataset
 
 from solq_lab.evaluation.coco import evaluate_results
 from solq_lab.evaluation.results import write_results
@@ -164,11 +163,9 @@ def evaluated(tmp_path):
 
 
 def square(x: int) -> dict:
-    bitmap = np.zeros((48, 48), dtype=np.uint8, order="F")
+    bitmap = np.zeros((SIDE, SIDE))
     bitmap[x : x + 20, x : x + 20] = 1
-    rle = coco_rle.encode(bitmap)
-    mask = {"size": rle["size"], "counts": rle["counts"].decode()}
-    return {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [x, x, 20, 20], "segmentation": mask}
+    return {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [x, x, 20, 20], "segmentation": rle_of(bitmap)}
 
 
 def test_two_runs_on_the_same_images_are_compared(tmp_path, evaluated):

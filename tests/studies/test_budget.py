@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from rectangles import WIDTH, rectangle, result_of, rle_of, truth_of
+from rectangles import WIDTH, masked, rectangle, result_of, rle_of, truth_of
 
 from solq_lab.codecs.dct import DCTCodec
 from solq_lab.codecs.flatten import FlattenCodec
@@ -14,11 +14,6 @@ OBJECT, OTHER = (4, 8, 20, 24), (34, 8, 20, 24)
 TRUTH = truth_of([(1, CAT, OBJECT), (2, CAT, OTHER)])
 SETTINGS = EvaluationSection(area_sides=(10.0, 20.0))
 FOUND = [result_of(1, CAT, OBJECT), result_of(2, CAT, OTHER)]
-
-
-def masked(result: dict, bitmap: np.ndarray) -> dict:
-    """The result with another mask, in the same box."""
-    return result | {"segmentation": rle_of(bitmap)}
 
 
 def ap(budget: Budget, *parts: str) -> float:

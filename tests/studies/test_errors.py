@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rectangles import HEIGHT, WIDTH, many_objects, rectangle, result_of, rle_of, truth_of
+from rectangles import HEIGHT, WIDTH, many_objects, masked, rectangle, result_of, rle_of, truth_of
 from torch import Tensor
 
 from solq_lab.codecs.base import MaskCodec
@@ -23,6 +23,10 @@ SIDES = (10.0, 20.0)
 CAT, DOG = 1, 2
 LEFT, RIGHT = (4, 8, 20, 24), (24, 8, 20, 24)  # two objects side by side: their boxes touch but share no pixel
 BEHIND = (16, 8, 24, 24)  # a box that does meet LEFT's
+FRONT, HIDDEN = (
+    rectangle(*LEFT),
+    rectangle(*BEHIND) & ~rectangle(*LEFT),
+)  # a mask of LEFT, and what it leaves of BEHIND
 
 
 class Exact(MaskCodec):
@@ -55,9 +59,11 @@ def types_at(analysis: ErrorAnalysis, threshold: float) -> list[str | None]:
     return [None if by_place[place] < 0 else ERRORS[by_place[place]] for place in sorted(by_place)]
 
 
-def masked(result: dict, bitmap: np.ndarray) -> dict:
-    """The result with another mask, in the same box."""
-    return result | {"segmentation": rle_of(bitmap)}
+def one_behind_another(category: int) -> dict:
+    """A cat at LEFT, and an object of this category of which HIDDEN is seen."""
+    truth = truth_of([(1, CAT, LEFT), (1, category, BEHIND)])
+    truth["annotations"][1]["segmentation"] = rle_of(HIDDEN)
+    return truth
 
 
 def assert_adds_up(analysis: ErrorAnalysis) -> None:
@@ -155,21 +161,15 @@ def test_what_the_code_cannot_say_is_codec_truncation():
 
 
 def test_a_mask_over_two_overlapping_objects_is_siamese():
-    front, behind = rectangle(*LEFT), rectangle(*BEHIND) & ~rectangle(*LEFT)
-    truth = truth_of([(1, CAT, LEFT), (1, DOG, BEHIND)])
-    truth["annotations"][1]["segmentation"] = rle_of(behind)
-    both = masked(result_of(1, CAT, LEFT), front | behind)
-    analysis = analyse(truth, [both, masked(result_of(1, DOG, BEHIND), behind)])
+    both = masked(result_of(1, CAT, LEFT), FRONT | HIDDEN)
+    analysis = analyse(one_behind_another(DOG), [both, masked(result_of(1, DOG, BEHIND), HIDDEN)])
     assert types_at(analysis, 0.6) == ["siamese", None]
-    np.testing.assert_allclose(analysis.overlaps.detections.leak, [behind.sum() / (front | behind).sum(), 0])
+    np.testing.assert_allclose(analysis.overlaps.detections.leak, [HIDDEN.sum() / (FRONT | HIDDEN).sum(), 0])
 
 
 def test_of_two_neighbours_with_the_same_mask_the_one_it_is_not_is_siamese():
-    front, behind = rectangle(*LEFT), rectangle(*BEHIND) & ~rectangle(*LEFT)
-    truth = truth_of([(1, CAT, LEFT), (1, CAT, BEHIND)])
-    truth["annotations"][1]["segmentation"] = rle_of(behind)
-    found = [masked(result_of(1, CAT, LEFT, score=0.9), front), masked(result_of(1, CAT, BEHIND, score=0.8), front)]
-    assert types_at(analyse(truth, found), 0.5) == [None, "siamese"]
+    found = [masked(result_of(1, CAT, LEFT, score=0.9), FRONT), masked(result_of(1, CAT, BEHIND, score=0.8), FRONT)]
+    assert types_at(analyse(one_behind_another(CAT), found), 0.5) == [None, "siamese"]
 
 
 def test_a_mask_over_a_neighbour_whose_box_stays_apart_is_not_siamese():
@@ -180,11 +180,8 @@ def test_a_mask_over_a_neighbour_whose_box_stays_apart_is_not_siamese():
 
 
 def test_a_leak_below_the_bound_is_no_siamese_mask():
-    front, behind = rectangle(*LEFT), rectangle(*BEHIND) & ~rectangle(*LEFT)
-    truth = truth_of([(1, CAT, LEFT), (1, DOG, BEHIND)])
-    truth["annotations"][1]["segmentation"] = rle_of(behind)
-    slightly = masked(result_of(1, CAT, LEFT), front | rectangle(24, 8, 4, 24))
-    analysis = analyse(truth, [slightly])
+    slightly = masked(result_of(1, CAT, LEFT), FRONT | rectangle(24, 8, 4, 24))
+    analysis = analyse(one_behind_another(DOG), [slightly])
     assert 0 < analysis.overlaps.detections.leak[0] < SIAMESE_LEAK
     assert types_at(analysis, 0.9) == ["vector"]
 
@@ -211,9 +208,8 @@ def test_a_detection_on_a_crowd_is_no_error():
 
 
 def test_occlusion_is_the_share_of_the_box_on_other_objects():
-    behind = rectangle(*BEHIND) & ~rectangle(*LEFT)
     truth = truth_of([(1, CAT, LEFT), (1, DOG, BEHIND), (2, DOG, RIGHT)])
-    truth["annotations"][1]["segmentation"] = rle_of(behind)
+    truth["annotations"][1]["segmentation"] = rle_of(HIDDEN)
     analysis = analyse(truth, [])
     np.testing.assert_allclose(analysis.overlaps.objects.occlusion, [0, 8 / 24, 0])  # LEFT lies on top of the other
     counts = {name: group.objects for name, group in analysis.groups.items()}
