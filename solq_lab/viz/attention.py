@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.collections import CircleCollection, LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -19,7 +19,7 @@ from solq_lab.evaluation.sizes import SIZES
 from solq_lab.inference.attention import LayerAttention, ObjectView, heat_map
 from solq_lab.structures import Detections
 from solq_lab.studies.attention import AttentionStudy
-from solq_lab.viz.images import Backdrop, MaskWindow, Window, frame_box, outline_mask, show_window, square_around
+from solq_lab.viz.images import Backdrop, MaskWindow, Window, draw_outlines, frame_box, show_window, square_around
 from solq_lab.viz.style import (
     GREY,
     METHOD_COLOURS,
@@ -228,16 +228,19 @@ def _draw_points(axes: Axes, view: ObjectView, window: Window) -> None:
     places = (looked.points[order] * torch.tensor([width, height]) - 0.5).numpy()
     share = looked.weights[order] / max(float(looked.weights.sum()), 1e-12)
     diameter = MAX_POINT * 72 * PANEL  # in points, as marker areas are
-    axes.scatter(
-        places[:, 0],
-        places[:, 1],
-        s=6 + (diameter**2 * share).numpy(),
-        c=[_level_colour(level) for level in looked.levels[order].tolist()],
+    colours = [_level_colour(level) for level in looked.levels[order].tolist()]
+    # Not `axes.scatter`, which takes as long as all else that is drawn here.
+    circles = CircleCollection(
+        math.pi / 4 * (6 + (diameter**2 * share).numpy()),  # areas in points
+        offsets=places,
+        offset_transform=axes.transData,
+        facecolors=colours,
         edgecolors="black",
         linewidths=0.6,
         alpha=0.9,
         zorder=3,
     )
+    axes.add_collection(circles, autolim=False)
 
 
 def _draw_heat(axes: Axes, view: ObjectView, window: Window) -> None:
@@ -293,7 +296,7 @@ def _draw_outline(axes: Axes, view: ObjectView) -> None:
     if view.mask is None or not view.mask.any():
         frame_box(axes, view.box)
     else:
-        outline_mask(axes, MaskWindow.of_bitmap(view.mask), "white", edge="black")
+        draw_outlines(axes, [(MaskWindow.of_bitmap(view.mask).outline(), "white")], edge="black")
 
 
 def _draw_reference(axes: Axes, reference: np.ndarray, size: tuple[int, int]) -> None:
@@ -321,9 +324,11 @@ def _add_legend(figure: Figure, views: Sequence[ObjectView], outline: str = "pre
     names = {level: f"level {level + 1}" + ("" if level else " (finest)") for level in levels}
     handles = [Line2D([], [], color=_level_colour(level), label=name, **dot) for level, name in names.items()]
 
-    edge = [withStroke(linewidth=2.6, foreground="black")]
     drawn = {outline if view.mask is not None and view.mask.any() else "predicted box" for view in views}
-    handles += [Line2D([], [], color="white", linewidth=1.3, path_effects=edge, label=one) for one in sorted(drawn)]
+    for name in sorted(drawn):  # a box is drawn black on white, a mask white on black
+        colour, edge = ("black", "white") if name == "predicted box" else ("white", "black")
+        look = {"path_effects": [withStroke(linewidth=2.6, foreground=edge)]}
+        handles.append(Line2D([], [], color=colour, linewidth=1.3, label=name, **look))
 
     # Layers that start from a point have a cross for a reference, the others a dashed box.
     cross: dict[str, Any] = {"marker": "+", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}

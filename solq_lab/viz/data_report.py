@@ -17,7 +17,8 @@ from solq_lab.data.folders import Split
 from solq_lab.data.kinds import IMAGE_FORMATS
 from solq_lab.inference.predictor import as_pixels
 from solq_lab.schema import EvaluationSection
-from solq_lab.viz.images import Label, MaskWindow, draw_objects, ground_truth, outline_mask
+from solq_lab.viz.images import MaskWindow, draw_objects, draw_outlines, ground_truth
+from solq_lab.viz.labels import Label, Labels
 from solq_lab.viz.style import BLUE, GREY, ORANGE, SKY, STYLE, VERMILION, colours_of, new_figure
 from solq_lab.workbench.check.findings import RULES, Finding
 from solq_lab.workbench.check.report import Report
@@ -119,11 +120,12 @@ def sample_images(report: Report, name: str) -> Figure:
     for panel, image, some in zip(axes.flat, samples, objects, strict=False):
         size = _draw_image(panel, checked.split, image.file_name)
         panel.set_title(_printable(Path(image.file_name).name, CHARACTERS), fontsize=6.5, loc="left")
-        taken: list[np.ndarray] = []
+        labels = list[Label]()
         for entry, of_class in some:
             top = _draw_outline(panel, entry, size, colours[of_class])
             if top is not None:
-                panel.add_artist(Label(_printable(of_class, 20), top, colours[of_class], 6.5, taken))
+                labels.append((_printable(of_class, 20), top, colours[of_class]))
+        panel.add_artist(Labels(6.5, labels))
     return figure
 
 
@@ -205,7 +207,7 @@ def _draw_outline(axes: Axes, entry: dict, size: tuple[int, int], colour: str) -
     window = None if rle is None else MaskWindow.of_rle(rle)
     if window is None or not window.bitmap.size:
         return None
-    outline_mask(axes, window, colour)
+    draw_outlines(axes, [(window.outline(), colour)])
     return window.left + window.bitmap.shape[1] / 2, window.top
 
 

@@ -16,7 +16,7 @@ from solq_lab.masks import rle_iou
 from solq_lab.structures import Detections
 from solq_lab.studies.cases import FailureCase
 from solq_lab.studies.errors import ERRORS, GroupErrors
-from solq_lab.viz.images import Backdrop, MaskWindow, outline_mask, show_window, square_around
+from solq_lab.viz.images import Backdrop, MaskWindow, draw_outlines, show_window, square_around
 from solq_lab.viz.style import (
     BLACK,
     GREEN,
@@ -156,9 +156,8 @@ def _draw_case(axes: Axes, pixels: np.ndarray, true: Detections, found: Detectio
     for x0, y0, x1, y1 in found.boxes.tolist():
         box = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linestyle=":")
         axes.add_patch(box)
-    for mask, line in ((true_window, "white"), (found_window, colour)):
-        if mask and mask.bitmap.size:
-            outline_mask(axes, mask, line)
+    masks = (true_window, "white"), (found_window, colour)
+    draw_outlines(axes, [(mask.outline(), line) for mask, line in masks if mask and mask.bitmap.size])
 
     words = [*(found.names or true.names), *(f"{score:.2f}" for score in found.scores.tolist())]
     if found.names and true.names and found.names != true.names:

@@ -17,9 +17,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Text
 from PIL import Image
 from pycocotools import mask as coco_rle
 from torch import Tensor
@@ -29,14 +26,14 @@ from solq_lab.data.coco import CocoDataset
 from solq_lab.inference.predictor import ImageSource, Predictor, as_pixels
 from solq_lab.masks import encode_rle, paste_to_rle, runs_of_rle
 from solq_lab.structures import Detections, Target
-from solq_lab.viz.style import FIGURE_WIDTH, STYLE, colours_of, new_figure, text_colour
+from solq_lab.viz.labels import Label, Labels, label_of
+from solq_lab.viz.style import FIGURE_WIDTH, STYLE, colours_of, new_figure
 
 MASK_OPACITY = 0.35
-LABEL_PAD = 0.6  # around a label's text, points
-MAX_MOVES = 8  # of a label off others, in its own height
 PAINTED_SIDE = 8.0  # inches that the longer side of a large image counts as, beside lines and labels in points
 BAND = 256  # rows of an image that lines are laid over at once
 Window = tuple[float, float, float, float]  # left, top, right, bottom, pixels
+Outline = list[np.ndarray]  # lines (n, 2) as (x, y), pixels
 MAX_OUTLINE = 1000  # pixels of a mask's longer side that its outline is found in; larger masks are thinned out
 
 
@@ -156,8 +153,8 @@ def draw_objects(
         filled: False draws outlines only.
     """
     painted = Image.fromarray(pixels)
-    _add_objects(axes, painted, detections, colours, font_size=font_size, filled=filled)
     axes.add_artist(Backdrop(painted))
+    _add_objects(axes, painted, detections, colours, font_size=font_size, filled=filled)
     show_window(axes, (0.0, 0.0, float(painted.width), float(painted.height)))
     axes.set_axis_off()
 
@@ -195,25 +192,23 @@ def _add_objects(
 ) -> None:
     """Lay the masks over an image, in place, and draw their outlines and labels into axes."""
     colours = colours_of(detections.labels.tolist()) if colours is None else colours
-    labels: list[Label] = []
-    taken: list[np.ndarray] = []
+    labels, outlines = list[Label](), list[tuple[Outline, str]]()
     for row, colour in reversed(list(enumerate(colours))):
         x0, y0, x1, y1 = detections.boxes[row].tolist()
         anchor = (x0 + x1) / 2, y0
+        outline = box_outline((x0, y0, x1, y1))
         # One mask at a time, and only its window: bitmaps of the whole image would fill the memory.
         window = None if detections.masks is None else MaskWindow.of_rle(detections.masks[row])
         if window is not None and window.bitmap.size:
             if filled:
                 window.paint(painted, colour)
-            outline_mask(axes, window, colour)
+            outline = window.outline()
             anchor = float(window.left + window.bitmap[0].nonzero()[0].mean()), float(window.top)
-        else:
-            outline: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 1.5}
-            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **outline))
-        if font_size:
-            labels.append(Label(label_of(detections, row), anchor, colour, font_size, taken))
-    for label in reversed(labels):  # the best one chooses its place first
-        axes.add_artist(label)
+        outlines.append((outline, colour))
+        labels.append((label_of(detections, row), anchor, colour))
+    draw_outlines(axes, outlines)
+    if font_size:
+        axes.add_artist(Labels(font_size, labels[::-1]))  # the best one chooses its place first
 
 
 class Backdrop(Artist):
@@ -261,12 +256,6 @@ def square_around(box: Sequence[float], size: tuple[int, int], *, sides: float) 
     return left, top, left + across, top + down
 
 
-def label_of(detections: Detections, row: int) -> str:
-    """An object's class and, unless it is 1 as in the ground truth, its score."""
-    score = float(detections.scores[row])
-    return detections.names[row] + ("" if score == 1 else f" {score:.2f}")
-
-
 class MaskWindow(NamedTuple):
     """A mask inside its tight box."""
 
@@ -299,75 +288,37 @@ class MaskWindow(NamedTuple):
         opacity = Image.fromarray(self.bitmap * np.uint8(round(255 * MASK_OPACITY)))
         image.paste(to_hex(colour), (self.left, self.top), opacity)
 
+    def outline(self) -> Outline:
+        """The closed lines around the mask, in pixels of the image; they close at its border too."""
+        step = max(1, math.ceil(max(self.bitmap.shape) / MAX_OUTLINE))
+        padded = np.pad(self.bitmap[::step, ::step], 1).astype(np.float32)
+        # Not `axes.contour`, which keeps its grids as long as the figure lives.
+        lines: Any = contour_generator(z=padded).lines(0.5)
+        return [step * (line - 1) + (self.left, self.top) for line in lines]
 
-def outline_mask(axes: Axes, window: MaskWindow, colour: str, *, edge: str = "white") -> None:
-    """Draw the outline of a mask, edged in another colour; it closes at the image's border too."""
-    height, width = window.bitmap.shape
-    step = max(1, math.ceil(max(height, width) / MAX_OUTLINE))
-    padded = np.pad(window.bitmap[::step, ::step], 1).astype(np.float32)
-    across = window.left + step * np.arange(-1, padded.shape[1] - 1)
-    down = window.top + step * np.arange(-1, padded.shape[0] - 1)
-    # Not `axes.contour`, which keeps its grids as long as the figure lives.
-    lines: Any = contour_generator(across, down, padded).lines(0.5)
-    halo = [withStroke(linewidth=2.2, foreground=edge)]
-    axes.add_collection(LineCollection(lines, colors=colour, linewidths=1.2, path_effects=halo), autolim=False)
+
+def draw_outlines(
+    axes: Axes, outlines: Iterable[tuple[Outline, str]], *, edge: str = "white", style: Any = "-"
+) -> None:
+    """Draw outlines in their colours, edged in another one, the first at the bottom.
+
+    All are one artist: of a hundred, each would take longer to be made than to be drawn.
+    """
+    strokes = [
+        (line, *look) for outline, colour in outlines for look in ((edge, 2.2), (colour, 1.2)) for line in outline
+    ]
+    if strokes:
+        lines, colours, widths = zip(*strokes, strict=True)
+        drawn = LineCollection(lines, colors=colours, linewidths=widths, linestyles=[style])
+        axes.add_collection(drawn, autolim=False)
+
+
+def box_outline(box: Sequence[float] | np.ndarray) -> Outline:
+    """The outline of a box, xyxy in pixels."""
+    x0, y0, x1, y1 = box
+    return [np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0), (x1, y0)]) - 0.5]  # over its first corner
 
 
 def frame_box(axes: Axes, box: Sequence[float] | np.ndarray, *, style: Any = "-") -> None:
     """Draw a box, xyxy in pixels, black on white, below labels."""
-    x0, y0, x1, y1 = box
-    for colour, thickness in (("white", 2.4), ("black", 1.2)):
-        line: dict[str, Any] = {"edgecolor": colour, "linewidth": thickness, "linestyle": style, "fill": False}
-        axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, **line))
-
-
-class Label(Text):
-    """A text above a point (x, y) in pixels that moves into its axes and off the labels drawn before it.
-
-    How large a text is, and how large its axes are, is known only when it is drawn. The labels of one image share the
-    list `taken`, the extents of those that are drawn.
-    """
-
-    def __init__(
-        self, text: str, anchor: tuple[float, float], colour: str, font_size: float, taken: list[np.ndarray]
-    ) -> None:
-        self._anchor, self._taken = anchor, taken
-        super().__init__(
-            *anchor,
-            text,
-            fontsize=font_size,
-            color=text_colour(colour),
-            horizontalalignment="center",
-            verticalalignment="bottom",
-            bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.8, "pad": LABEL_PAD},
-            clip_on=True,
-        )
-
-    def draw(self, renderer: RendererBase) -> None:
-        assert self.axes is not None  # a label is always drawn into axes
-        if self is next(text for text in self.axes.texts if isinstance(text, Label)):
-            self._taken.clear()  # drawn anew
-        self.set_position(self._anchor)
-        inside, extent = self.axes.bbox.get_points(), self.get_window_extent(renderer).get_points()
-        pad: Any = renderer.points_to_pixels(LABEL_PAD)
-        over = np.minimum(inside[1] - extent[1] - pad, 0)  # to the right and to the top
-        over += np.maximum(inside[0] - extent[0] - over + pad, 0)  # what is too long begins inside
-        extent = np.asarray(extent + over)
-
-        # Down and up in turn, further and further, until the place is free; without one in a crowd it is left out.
-        height = float(np.ptp(extent[:, 1])) + 2 * pad
-        for step in (0, *(sign * count for count in range(1, MAX_MOVES) for sign in (-1, 1))):
-            move = step * height
-            moved = extent + np.array([0.0, move])
-            fits = step == 0 or (moved[0, 1] >= inside[0, 1] and moved[1, 1] <= inside[1, 1])
-            # Rectangles (2, 2) of lower left and upper right corner: none may have a point in common with this one.
-            if fits and not any((moved[0] < other[1]).all() and (other[0] < moved[1]).all() for other in self._taken):
-                break
-        else:
-            return
-        over, extent = over + np.array([0.0, move]), moved
-        self._taken.append(extent)
-        to_display = self.get_transform()
-        place = to_display.inverted().transform(to_display.transform(self._anchor) + over)
-        self.set_position(tuple(place))
-        super().draw(renderer)
+    draw_outlines(axes, [(box_outline(box), "black")], style=style)

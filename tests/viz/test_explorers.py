@@ -150,7 +150,7 @@ def test_a_wipe_has_the_chosen_images_without_labels_and_the_objects_that_are_on
     for layer, objects in ((truth, both.true_objects(0)), (found, both.shown("SOLQ"))):
         assert [one["label"].split()[0] for one in layer["objects"]] == objects.names
         drawn = draw_image(both.pixels(0), objects, width=WIPE[1], labelled=False)
-        assert np.array_equal(pixels(layer["png"]), pixels(drawn))
+        assert np.array_equal(pixels(layer["png"]), pixels(drawn.png()))
     assert found["objects"][0]["colours"][0] == colours_of([int(both.shown("SOLQ").labels[0])])[0]
 
     both.labelled.value = False

@@ -59,8 +59,8 @@ class AttentionExplorer(ModelExplorer):
         self._encode = lru_cache(2)(lambda name, index: record_encoder(self._predictors[name], self.pixels(index)))
         self.place = 0.5, 0.5
         self._drawn = lru_cache(32)(
-            lambda index, score, framed: draw_image(
-                self.pixels(index), self._look(self.names[0], index)[0].above(score), width=WIDTH, framed=framed
+            lambda index, score: draw_image(
+                self.pixels(index), self._look(self.names[0], index)[0].above(score), width=WIDTH
             )
         )
         self._make_controls()
@@ -160,7 +160,7 @@ class AttentionExplorer(ModelExplorer):
         if self.what.value == PIXEL:
             x, y = self.place[0] * size[1], self.place[1] * size[0]
             chosen, boxes, tooltips = 0, [[x - MARK, y - MARK, x + MARK, y + MARK]], ["the pixel"]
-        drawn = self._drawn(self.image.value, self.score.value, () if chosen < 0 else tuple(boxes[chosen]))
+        drawn = self._drawn(self.image.value, self.score.value).png(() if chosen < 0 else boxes[chosen])
         self.clickable.show(drawn, boxes, tooltips, size=size, chosen=chosen)
 
         self.report("")

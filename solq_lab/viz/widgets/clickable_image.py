@@ -3,7 +3,7 @@
 import base64
 import html
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import anywidget
 import ipywidgets as widgets
@@ -12,9 +12,11 @@ import numpy as np
 import traitlets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
 from solq_lab.structures import Detections
-from solq_lab.viz.images import draw_objects, frame_box
+from solq_lab.viz.images import draw_objects
+from solq_lab.viz.labels import Labels
 from solq_lab.viz.style import OBJECT_COLOURS, STYLE, ImageAxes, text_colour
 from solq_lab.viz.widgets.live_panel import DPI, as_png
 
@@ -52,7 +54,7 @@ class ClickableImage(anywidget.AnyWidget):
     Attributes:
         png: bytes of the image.
         objects: name and box of each object; a box is left, top, width and height in percent of the image.
-        chosen: row of the object that is chosen, -1 for none; its frame is part of the image (`draw_image`).
+        chosen: row of the object that is chosen, -1 for none; its frame is part of the image (`DrawnImage`).
         on_click: is given the row of the clicked object, -1 beside all, and the place (x, y) in 0..1 of the image.
     """
 
@@ -186,6 +188,25 @@ def link_figure(figure: Figure, open_object: Callable[..., None]) -> ClickableIm
     return clickable
 
 
+class DrawnImage(NamedTuple):
+    """An image with its objects, and apart from it their labels: a frame lies between them."""
+
+    objects: Image.Image
+    labels: Image.Image  # with transparency
+    scale: float  # pixels drawn for each of the image
+
+    def png(self, framed: Sequence[float] = ()) -> bytes:
+        """The PNG file, with a frame around the box `framed`, xyxy in pixels of the image."""
+        whole = self.objects.copy()
+        if len(framed):
+            x0, y0, x1, y1 = (round(self.scale * edge) for edge in framed)
+            for colour, thickness, off in (("white", 4, 2), ("black", 2, 1)):
+                box = min(x0, x1) - off, min(y0, y1) - off, max(x0, x1) + off, max(y0, y1) + off
+                ImageDraw.Draw(whole).rectangle(box, outline=colour, width=thickness)
+        whole.paste(self.labels, mask=self.labels)
+        return as_png(np.asarray(whole))
+
+
 @mpl.rc_context(STYLE)
 def draw_image(
     pixels: np.ndarray,
@@ -195,21 +216,24 @@ def draw_image(
     width: int,
     filled: bool = True,
     labelled: bool = True,
-    framed: Sequence[float] = (),
-) -> bytes:
-    """The PNG of an image (H, W, 3) with its objects drawn in, `width` pixels wide and without any margin.
-
-    The box `framed`, xyxy, lies below the labels, which a frame of the browser's would cross.
-    """
+) -> DrawnImage:
+    """An image (H, W, 3) with its objects drawn in, `width` pixels wide and without any margin."""
     height = max(round(width * pixels.shape[0] / pixels.shape[1]), 1)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     axes = figure.add_axes(ImageAxes(figure, (0, 0, 1, 1)))
-    font_size = 9 if labelled else 0
-    draw_objects(axes, pixels, objects, colours, font_size=font_size, filled=filled)
-    if len(framed):
-        frame_box(axes, framed)
+    draw_objects(axes, pixels, objects, colours, font_size=9 if labelled else 0, filled=filled)
     axes.set_aspect("auto")  # the height is rounded to whole pixels
-    return as_png(figure_pixels(figure))
+
+    labels = [artist for artist in axes.artists if isinstance(artist, Labels)]
+    for artist in labels:
+        artist.set_animated(True)  # `draw` leaves it out
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    canvas.renderer.clear()
+    for artist in labels:
+        artist.draw(canvas.renderer)
+    return DrawnImage(drawn, Image.fromarray(np.array(canvas.buffer_rgba())), width / pixels.shape[1])
 
 
 def figure_pixels(figure: Figure) -> np.ndarray:

@@ -186,7 +186,7 @@ class DetectionExplorer(ModelExplorer):
             objects, colours = self._find(name, index)[list(rows)], [colours[row] for row in rows]
         width = min(WIPE[0], WIPE[1] * pixels.shape[1] // pixels.shape[0]) if wiped else WIDTH
         framed = objects.boxes[chosen].tolist() if chosen >= 0 else ()
-        return draw_image(pixels, objects, colours, width=width, filled=filled, labelled=labelled, framed=framed)
+        return draw_image(pixels, objects, colours, width=width, filled=filled, labelled=labelled).png(framed)
 
     def _shown_colours(self, name: str) -> list[str]:
         """The colours of the objects that are shown."""

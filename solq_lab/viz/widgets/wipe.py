@@ -7,7 +7,7 @@ import anywidget
 import traitlets
 
 from solq_lab.structures import Detections
-from solq_lab.viz.images import label_of
+from solq_lab.viz.labels import label_of
 from solq_lab.viz.style import text_colour
 from solq_lab.viz.widgets.clickable_image import percent_boxes
 
