@@ -327,7 +327,7 @@ def _add_legend(figure: Figure, views: Sequence[ObjectView], outline: str = "pre
     drawn = {outline if view.mask is not None and view.mask.any() else "predicted box" for view in views}
     for name in sorted(drawn):  # a box is drawn black on white, a mask white on black
         colour, edge = ("black", "white") if name == "predicted box" else ("white", "black")
-        look = {"path_effects": [withStroke(linewidth=2.6, foreground=edge)]}
+        look: dict[str, Any] = {"path_effects": [withStroke(linewidth=2.6, foreground=edge)]}
         handles.append(Line2D([], [], color=colour, linewidth=1.3, label=name, **look))
 
     # Layers that start from a point have a cross for a reference, the others a dashed box.
