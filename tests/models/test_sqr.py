@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from small_network import draw_images
 from tiny import SIDE, tiny_experiment
 from torchvision.ops import sigmoid_focal_loss
-from training_runs import assert_shares_learn_as_the_whole
+from training_runs import SQR
 
 from solq_lab.build import build_dataset, build_model
 from solq_lab.config import ConfigError
@@ -36,9 +36,7 @@ from solq_lab.training.matcher import HungarianMatcher
 from solq_lab.training.trainer import train_run
 from solq_lab.workbench.released import import_released
 
-SQR = {"model": {"mask_branch": "sqr", "standardise_vectors": False}, "codec": {"kind": "none"}}
 CLASSES = 2
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -349,14 +347,6 @@ def test_a_frozen_detector_stays_as_it_was_while_the_branch_learns(data_root, de
     assert not fresh.backbone.training
     assert not fresh.decoder[0].dropout.training
     assert not fresh.eval().mask_branch.training
-
-
-@pytest.mark.parametrize("shares", [{"accumulate": 2}, {"gpus": 2}], ids=["two passes", "two processes"])
-def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares):
-    same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}}
-    whole = create_run(sqr_experiment(data_root, **same), tmp_path / "whole")
-    shared = create_run(sqr_experiment(data_root, train=shares, **same), tmp_path / "shared")
-    assert_shares_learn_as_the_whole(whole, shared, tmp_path / "output.pt")
 
 
 @pytest.mark.golden

@@ -2,17 +2,13 @@
 
 import copy
 import logging
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from small_network import SIZES, random_batch, small_backbone, train_once
 from tiny import tiny_experiment, write_tiny_dataset
 from torch._dynamo.utils import counters
+from training_runs import training, wait_for
 
 from solq_lab.models.checkpointing import checkpoint_activations
 from solq_lab.models.solq import SOLQ
@@ -92,13 +88,10 @@ def test_a_compiled_training_stops_in_its_first_compilation_and_ends_like_a_plai
     train_run(plain)
     train = {"steps": 3, "ema": 0.9, "compile": True, "gradient_checkpointing": True, "evaluate_every": 1}
     run = create_run(tiny_experiment(data, train=train, **sections), tmp_path / "compiled")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "solq_lab.training", str(run.folder)], env=environment)
-    while run.status()["state"] != "training":
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(600) == 0
+    with training(run) as process:
+        wait_for(lambda: run.status()["state"] == "training", process=process)
+        process.terminate()
+        assert process.wait(600) == 0
     assert run.status()["state"] == "preempted"
     assert run.status()["step"] <= 1
     assert train_run(run) == "finished"

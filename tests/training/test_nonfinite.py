@@ -11,7 +11,15 @@ import pytest
 import torch
 from processes import in_processes
 from spoilt_steps import take_steps
-from training_runs import assert_an_interruption_changes_nothing, before_each_step, new_run, signal_after
+from training_runs import (
+    DECODED,
+    PLUS,
+    SQR,
+    assert_an_interruption_changes_nothing,
+    before_each_step,
+    new_run,
+    signal_after,
+)
 from trap import Trap
 
 from solq_lab import precision
@@ -291,11 +299,11 @@ def test_a_replay_repeats_the_step_bit_for_bit_and_finds_the_place(stopped, comm
         {"train": {"gradient_checkpointing": True, "accumulate": 2}},
         {"train": {"autocast": "bf16"}},
         {"model": {"two_stage": True, "queries": 6}},
-        {"model": {"standardise_vectors": False, "mask_branch": "sqr"}, "codec": {"kind": "none"}},
-        {"loss": {"vector_kind": "l2", "vector_units": "std", "decoded_dice_weight": 3.0}},
-        {"loss": {"vector_frame": "predicted", "class_loss": "quality"}},
+        SQR,
+        DECODED,
+        PLUS,
     ],
-    ids=["recomputed passes", "bf16", "two stages", "mask branch", "std units and decoded dice", "frame and quality"],
+    ids=["recomputed passes", "bf16", "two stages", "SQR", "decoded", "plus"],
 )
 def test_every_kind_of_training_is_replayed_bit_for_bit(data_root, tmp_path, sections):
     run = new_run(data_root, tmp_path, optim={"lr": 1e30, "backbone_lr": 1e30}, **sections)

@@ -1,4 +1,4 @@
-"""The options of SOLQ+: none is on by default, and trainings with all of them resume, replay and share."""
+"""The options of SOLQ+: none is on by default, and trainings with all of them learn as they should."""
 
 import subprocess
 from collections.abc import Sequence
@@ -7,13 +7,7 @@ import pytest
 import torch
 from small_network import SIDE, SIZES, random_batch, small_backbone
 from torchvision.ops import sigmoid_focal_loss
-from training_runs import (
-    ENVIRONMENT,
-    assert_an_interruption_changes_nothing,
-    assert_same_step,
-    assert_shares_learn_as_the_whole,
-    new_run,
-)
+from training_runs import ENVIRONMENT, PLUS, assert_same_step, new_run
 
 from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.build import new_codec
@@ -27,8 +21,6 @@ from solq_lab.training import compilation
 from solq_lab.training.guests import BOX_NOISE, WRONG_LABELS, draw_guests
 from solq_lab.training.losses import SetCriterion
 from solq_lab.training.matcher import HungarianMatcher
-from solq_lab.training.nonfinite import NonFiniteError
-from solq_lab.training.replay import replay_record
 from solq_lab.training.step import forward_backward
 from solq_lab.training.trainer import Trainer, train_run
 from solq_lab.workbench.trainings import training_command
@@ -51,14 +43,6 @@ NEUTRAL = {
     "evaluation.vector_dim": None,
     "evaluation.rescore": "none",
 }
-PLUS = {
-    "model": {"mixed_queries": True, "look_twice": True, "mask_look": 8, "denoising": 2},
-    "loss": {"proposals_per_object": 3, "vector_kind": "l2", "vector_units": "std", "vector_frame": "predicted"}
-    | {"class_loss": "quality", "decoded_dice_weight": 1.0, "outline_dice_weight": 1.0}
-    | {"band_limit": 0.5, "tail_drop": 0.5},
-    "codec": {"learn_decoder": True},
-    "evaluation": {"rescore": "sharpness", "vector_dim": 9},
-}
 TERMS = ("class", "l1", "giou", "vector", "vector_dice", "outline_dice")
 CLASSES = 3
 PROPOSALS = {"class/proposals", "l1/proposals", "giou/proposals"}
@@ -67,28 +51,6 @@ PROPOSALS = {"class/proposals", "l1/proposals", "giou/proposals"}
 def test_the_options_are_at_most_twenty_and_neutral_by_default():
     assert len(NEUTRAL) <= 20
     assert {key: default_experiment().value(key) for key in NEUTRAL} == NEUTRAL
-
-
-def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(data_root, tmp_path):
-    sections = PLUS | {"train": {"ema": 0.9, "accumulate": 2, "gradient_checkpointing": True}}
-    assert_an_interruption_changes_nothing(data_root, tmp_path, steps=5, **sections)
-
-
-def test_a_training_is_replayed_bit_for_bit(data_root, tmp_path):
-    run = new_run(data_root, tmp_path, optim={"lr": 1e30, "backbone_lr": 1e30}, **PLUS)
-    with pytest.raises(NonFiniteError, match="step 2: "):
-        train_run(run)
-    assert replay_record(run.folder / "flight" / "step_0000002").exact
-
-
-@pytest.mark.parametrize("shares", [{"accumulate": 2}, {"gpus": 2}], ids=["two passes", "two processes"])
-def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares):
-    """But for guests and lengths of vectors, which every process draws for itself."""
-    same = PLUS | {"model": PLUS["model"] | {"dropout": 0.0, "denoising": 0}, "optim": {"clip_norm": 0.0}}
-    same |= {"loss": PLUS["loss"] | {"tail_drop": 0.0}}
-    whole = new_run(data_root, tmp_path / "whole", **same)
-    shared = new_run(data_root, tmp_path / "shared", train=shares, **same)
-    assert_shares_learn_as_the_whole(whole, shared, tmp_path / "output.pt")
 
 
 def test_two_processes_train_where_one_of_them_has_no_object(data_root, tmp_path):

@@ -17,8 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from conftest import REPOSITORY
 from tiny import tiny_experiment
-from training_runs import ENVIRONMENT, TESTS, before_each_step, signal_after, training, wait_for, what_was_learned
+from training_runs import ENVIRONMENT, before_each_step, signal_after, training, wait_for, what_was_learned
 
 from solq_lab.config import load_experiment
 from solq_lab.data.coco import CocoDataset
@@ -30,7 +31,6 @@ from solq_lab.training.faults import DiskFull, OutOfMemory, explain_fault
 from solq_lab.training.trainer import Trainer, train_run
 from solq_lab.workbench.trainings import follow_training, start_training
 
-REPOSITORY = TESTS.parent
 WITH_EVERY_STATE = {"ema": 0.9, "accumulate": 2, "evaluate_every": 2}  # what a resumed training could forget
 
 

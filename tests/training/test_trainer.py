@@ -5,9 +5,14 @@ import logging
 
 import pytest
 import torch
+from losses_and_gradients import losses_and_gradients, write_losses_and_gradients
+from processes import in_processes
 from training_runs import (
+    DECODED,
+    PLUS,
+    SQR,
     assert_an_interruption_changes_nothing,
-    assert_shares_learn_as_the_whole,
+    assert_same_step,
     new_run,
     training,
     wait_for,
@@ -82,15 +87,17 @@ def test_the_loss_falls_below_what_a_constant_answer_gives(data_root, tmp_path):
     assert sum(vector) / 10 < run.metrics("start")[0]["plateau"]["vector"]
 
 
-DECODED = {"vector_kind": "l2", "vector_units": "std", "decoded_dice_weight": 3.0}
-DECODED |= {"vector_frame": "predicted", "class_loss": "quality", "outline_dice_weight": 1.0}
-
-
-@pytest.mark.parametrize("loss", [{}, DECODED], ids=["plain", "std units and decoded dice"])
-def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(data_root, tmp_path, loss):
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [({}, False), (DECODED, False), (PLUS, True)],
+    ids=["plain", "decoded", "plus and recomputed passes"],
+)
+def test_a_stopped_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
+    data_root, tmp_path, kind, checkpointing
+):
     # dropout, averaged weights, accumulation, windows of three steps and an evaluation between: all of it has a state
-    train = {"ema": 0.9, "accumulate": 2, "log_every": 3, "evaluate_every": 2}
-    assert_an_interruption_changes_nothing(data_root, tmp_path, steps=5, train=train, loss=loss)
+    train = {"ema": 0.9, "accumulate": 2, "log_every": 3, "evaluate_every": 2, "gradient_checkpointing": checkpointing}
+    assert_an_interruption_changes_nothing(data_root, tmp_path, steps=5, train=train, **kind)
 
 
 def test_a_plain_detector_trains(data_root, tmp_path):
@@ -148,13 +155,13 @@ def test_sigterm_saves_and_kill_9_loses_only_the_steps_since(data_root, tmp_path
     assert what_was_learned(run) == what_was_learned(whole)
 
 
-@pytest.mark.parametrize(
-    ("shares", "loss"),
-    [({"accumulate": 2}, {}), ({"gpus": 2, "accumulate": 2}, {}), ({"gpus": 2, "accumulate": 2}, DECODED)],
-    ids=["accumulated", "two processes", "two processes, std units and decoded dice"],
-)
-def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, shares, loss):
-    same = {"model": {"dropout": 0.0}, "optim": {"clip_norm": 0.0}, "loss": loss}
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", [{}, DECODED, SQR, PLUS], ids=["plain", "decoded", "SQR", "plus"])
+def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_root, tmp_path, kind, processes):
+    """But for guests and lengths of vectors, which every process draws for itself."""
+    same = kind | {"model": kind.get("model", {}) | {"dropout": 0.0, "denoising": 0}, "optim": {"clip_norm": 0.0}}
+    same |= {"loss": kind.get("loss", {}) | {"tail_drop": 0.0}}
     whole = new_run(data_root, tmp_path / "whole", **same)
-    shared = new_run(data_root, tmp_path / "shared", train=shares, **same)
-    assert_shares_learn_as_the_whole(whole, shared, tmp_path / "output.pt")
+    shared = new_run(data_root, tmp_path / "shared", train={"gpus": processes, "accumulate": 2}, **same)
+    in_processes(write_losses_and_gradients, shared.folder, tmp_path / "output.pt", processes=processes)
+    assert_same_step(torch.load(tmp_path / "output.pt", weights_only=True), losses_and_gradients(whole.folder))
