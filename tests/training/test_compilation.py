@@ -89,7 +89,7 @@ def test_a_compiled_training_stops_in_its_first_compilation_and_ends_like_a_plai
     train = {"steps": 3, "ema": 0.9, "compile": True, "gradient_checkpointing": True, "evaluate_every": 1}
     run = create_run(tiny_experiment(data, train=train, **sections), tmp_path / "compiled")
     with training(run) as process:
-        wait_for(lambda: run.status()["state"] == "training", process=process)
+        wait_for(lambda: run.status()["state"] == "training", seconds=600, process=process)
         process.terminate()
         assert process.wait(600) == 0
     assert run.status()["state"] == "preempted"
