@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -67,7 +66,7 @@ int find_changes(const bool* row, int64_t count, int* places) {
       for (int64_t i = start; i < count; ++i) cells |= uint64_t(row[i]) << 8 * (i - start);
     }
     for (uint64_t change = cells ^ (cells << 8 | before); change != 0; change &= change - 1) {
-      places[found++] = int(start) + std::countr_zero(change) / 8;
+      places[found++] = int(start) + __builtin_ctzll(change) / 8;
     }
     before = cells >> 56;
   }

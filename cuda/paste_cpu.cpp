@@ -9,7 +9,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 #include "masks_cpu.h"
@@ -73,7 +72,7 @@ class Paster {
     if (!has_area(box)) return changes_.compress(height_ * width_);
     across_.place(box[0], box[2], cells_, width_);
     down_.place(box[1], box[3], cells_, height_);
-    const int64_t rows = std::ssize(down_.cell);
+    const int64_t rows = int64_t(down_.cell.size());
     if (rows > 0 && !across_.cell.empty()) {
       gather_bits(mask);
       find_first_pixels();
@@ -91,6 +90,7 @@ class Paster {
 
  private:
   static bool bit(const std::vector<uint64_t>& bits, int64_t index) { return bits[index / kWord] >> index % kWord & 1; }
+  static int trailing_zeros(uint64_t word) { return word == 0 ? kWord : __builtin_ctzll(word); }
 
   // columns_: the rows of each column of the mask with its border, as bits. Eight rows at a time become one byte of
   // every column.
@@ -142,7 +142,7 @@ class Paster {
     for (int64_t word = start / kWord; word <= last / kWord; ++word) {
       uint64_t mixed = mixed_[word];
       while (mixed != 0) {
-        const int first = std::countr_zero(mixed), count = std::countr_one(mixed >> first);
+        const int first = trailing_zeros(mixed), count = trailing_zeros(~(mixed >> first));
         mixed = first + count < kWord ? mixed >> (first + count) << (first + count) : 0;
         const int64_t cell = word * kWord + first, next = cell + count;
         const int64_t stop = first_pixel_[next];

@@ -81,6 +81,7 @@ def test_every_level_of_x86_passes_the_tests_of_the_operators(monkeypatch, archi
     assert tests.returncode == 0, tests.stdout
 
 
+CPP_OF_TORCH_2_11 = "-std=c++17"
 ARM_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 
 
@@ -98,13 +99,21 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+def test_the_kernels_are_what_the_oldest_torch_compiles():
+    """Without torch, whose newer headers want C++20."""
+    alone = Path(__file__).parent / "kernels_alone"
+    sources = [extension.SOURCES / f"{name}_cpu.cpp" for name in ("crop", "dct", "paste", "reframe")]
+    run("g++", CPP_OF_TORCH_2_11, "-fsyntax-only", f"-I{alone}", f"-I{extension.SOURCES}", *sources)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("arm_tools")
 def test_the_kernels_give_the_same_numbers_on_arm(tmp_path):
     """Without torch, of which there is none for Arm here, by `kernels_alone/main.cpp` in an emulator."""
     alone = Path(__file__).parent / "kernels_alone"
     sources = [alone / "main.cpp", *(extension.SOURCES / f"{name}_cpu.cpp" for name in ("dct", "paste", "crop"))]
-    flags = ["-std=c++20", "-static", f"-I{alone}", f"-I{extension.SOURCES}", *extension.CPU_FLAGS]
+    flags = [CPP_OF_TORCH_2_11, "-static", f"-I{alone}", f"-I{extension.SOURCES}", *extension.CPU_FLAGS]
     flags[flags.index("-fopenmp")] = "-fopenmp-simd"
     run("g++", "-march=native", *flags, *sources, "-o", tmp_path / "here")
     run(ARM_COMPILER, *flags, *sources, "-o", tmp_path / "arm")

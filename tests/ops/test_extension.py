@@ -355,7 +355,7 @@ def cuda_toolkit():
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_cuda_kernels_keep_their_numbers_in_registers(cuda_toolkit, tmp_path, architecture):
     arch = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = [cuda_toolkit.home / "bin" / "nvcc", "-std=c++20", *extension.NVCC_FLAGS, arch, "-Xptxas", "-v"]
+    command = [cuda_toolkit.home / "bin" / "nvcc", "-std=c++17", *extension.NVCC_FLAGS, arch, "-Xptxas", "-v"]
     done = subprocess.run(
         [*command, "-c", CUDA_SOURCE, "-o", tmp_path / "kernels.o"], capture_output=True, text=True, timeout=300
     )
