@@ -54,4 +54,4 @@ class EncoderLayer(nn.Module):
         reference = memory.to_levels(memory.centers)
         attended = self.attention(memory.tokens + memory.positions, reference, memory)
         tokens = self.attention_norm(memory.tokens + self.dropout(attended))
-        return memory._replace(tokens=self.feedforward(tokens))
+        return Memory(self.feedforward(tokens), *memory[1:])  # torch 2.11 compiles _replace to an empty tuple
