@@ -60,11 +60,11 @@ class ImageBatch(NamedTuple):
         """The same batch in page-locked memory; the DataLoader's pinning thread calls this."""
         return ImageBatch(self.pixels.pin_memory(), self.padding.pin_memory())
 
-    def normalised(self, dtype: torch.dtype = torch.float32) -> ImageBatch:
-        """The input of the network: ImageNet-normalised floats, zero on padded cells."""
-        mean = filled(PIXEL_MEAN, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
-        std = filled(PIXEL_STD, dtype=dtype, device=self.pixels.device).view(1, 3, 1, 1)
-        pixels = (self.pixels.to(dtype) / 255 - mean) / std
+    def normalised(self) -> ImageBatch:
+        """The input of the network: ImageNet-normalised float32, zero on padded cells."""
+        mean = filled(PIXEL_MEAN, dtype=torch.float32, device=self.pixels.device).view(1, 3, 1, 1)
+        std = filled(PIXEL_STD, dtype=torch.float32, device=self.pixels.device).view(1, 3, 1, 1)
+        pixels = (self.pixels.float() / 255 - mean) / std
         return ImageBatch(pixels.masked_fill(self.padding.unsqueeze(1), 0.0), self.padding)
 
 

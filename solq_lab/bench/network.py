@@ -60,13 +60,13 @@ def released_model(**changes: Any) -> Experiment:
 TABLE_5 = Workload(released_model(dropout=0), image=IMAGE_SIZE, shown=IMAGE_SIZE, batch=1, repeats=5)
 
 
-def infer_rows(work: Workload = TABLE_5) -> Iterator[Row]:
+def infer_rows() -> Iterator[Row]:
     """One image from pixels to masks."""
-    what = f"{work.describe(work.shown, 1)}, with masks"
-    yield infer_row("infer", what, work, tolerance=1e-3)  # after twelve layers in float32
+    what = f"{TABLE_5.describe(TABLE_5.shown, 1)}, with masks"
+    yield infer_row("infer", what, TABLE_5, tolerance=1e-3)  # after twelve layers in float32
 
 
-def train_rows(work: Workload = TABLE_5) -> Iterator[Row]:
+def train_rows() -> Iterator[Row]:
     """One optimiser step on one image."""
 
     def same(expected: Numbers, found: Numbers) -> bool:
@@ -74,8 +74,8 @@ def train_rows(work: Workload = TABLE_5) -> Iterator[Row]:
         (loss, norm), (our_loss, our_norm) = expected, found
         return abs(our_loss - loss) <= 1e-3 * loss and abs(our_norm - norm) <= 1e-2 * norm
 
-    what = f"one step, {work.describe(work.image, work.batch)}, {OBJECTS} objects"
-    yield train_row("train", what, work, equal=same, repeats=2, seconds=60, settle=True)
+    what = f"one step, {TABLE_5.describe(TABLE_5.image, TABLE_5.batch)}, {OBJECTS} objects"
+    yield train_row("train", what, TABLE_5, equal=same, repeats=2, seconds=60, settle=True)
 
 
 def infer_row(
