@@ -66,8 +66,8 @@ def mosaic(samples: Sequence[Sample]) -> Sample:
 def paste_objects(sample: Sample, donor: Sample, chosen: Tensor) -> Sample:
     """The chosen objects (K,) bool of a donor at their places in another image, where they lie inside it.
 
-    What they cover is cut from the masks of the objects there. An object of which less than `MIN_VISIBLE` is left is
-    dropped; the others keep their boxes, as after a crop. Both targets have masks.
+    What they cover is cut from the masks and boxes of the objects there. An object of which less than `MIN_VISIBLE` is
+    left is dropped. Both targets have masks.
     """
     (image, target), (other, given) = sample, donor
     assert target.masks is not None
@@ -89,9 +89,30 @@ def paste_objects(sample: Sample, donor: Sample, chosen: Tensor) -> Sample:
     )
     visible = target.masks & (cells < 0.5)
     seen = visible.sum((1, 2)) >= MIN_VISIBLE * target.masks.sum((1, 2))
-    boxes = torch.cat([target.boxes[seen], xyxy_to_cxcywh(corners[kept] / scale)])
-    target = target._replace(labels=target.labels[seen], masks=visible[seen])
-    return image, _joined([target, given], boxes, target.image_size)
+    boxes, masks = _around_what_is_seen(target.boxes[seen], target.masks[seen], visible[seen])
+    boxes = torch.cat([boxes, xyxy_to_cxcywh(corners[kept] / scale)])
+    return image, _joined([target._replace(labels=target.labels[seen], masks=masks), given], boxes, target.image_size)
+
+
+def _around_what_is_seen(boxes: Tensor, masks: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The box (K, 4) cxcywh around the visible part of each mask (K, N, N) bool, and that part in this box."""
+    side = masks.shape[-1]
+    before, after = _extent(masks), _extent(visible)
+    moved = before != after
+    cells = torch.where(moved, after, torch.tensor([0, 0, side, side]))  # an edge still seen stays as exact as it was
+
+    corners = cxcywh_to_xyxy(boxes)
+    start, sides = corners[:, :2], corners[:, 2:] - corners[:, :2]
+    smaller = xyxy_to_cxcywh(start.repeat(1, 2) + cells / side * sides.repeat(1, 2))
+    cut = moved.any(1)
+    visible[cut] = crop_and_resize(visible[cut], cells[cut], side) >= 0.5
+    return torch.where(cut[:, None], smaller, boxes), visible
+
+
+def _extent(masks: Tensor) -> Tensor:
+    """(K, N, N) bool -> (K, 4) first and last cell plus one, (x0, y0, x1, y1); of an empty mask the whole."""
+    filled = torch.stack([masks.any(1), masks.any(2)], dim=1).int()  # (K, x and y, N)
+    return torch.cat([filled.argmax(-1), masks.shape[-1] - filled.flip(-1).argmax(-1)], dim=1)
 
 
 def _joined(targets: Sequence[Target], boxes: Tensor, size: tuple[int, int]) -> Target:

@@ -65,6 +65,20 @@ def test_pasted_objects_cover_the_image_and_are_cut_from_what_lies_below():
     assert torch.equal(paste_objects(below, above, torch.zeros(3, dtype=torch.bool))[0], below[0])
 
 
+def test_a_half_hidden_object_gets_the_box_of_what_is_seen_and_others_keep_theirs():
+    pixels, target = sample(0, 128, 128)
+    square = torch.ones_like(target.masks)
+    boxes = torch.tensor([[0.5, 0.25, 0.5, 0.25], [0.5, 0.75, 0.5, 0.25], [0.1, 0.1, 0.1, 0.1]])
+    over = torch.tensor([[0.625, 0.25, 0.25, 0.5]])  # the right half of the first
+    above = pixels, target._replace(boxes=over, masks=square[:1], labels=target.labels[:1])
+    _, found = paste_objects(
+        (pixels, target._replace(boxes=boxes, masks=square)), above, torch.ones(1, dtype=torch.bool)
+    )
+    torch.testing.assert_close(found.boxes[0], torch.tensor([0.375, 0.25, 0.25, 0.25]))
+    assert torch.equal(found.boxes[1:], torch.cat([boxes[1:], over]))
+    assert found.masks.all()
+
+
 @pytest.mark.parametrize(("augment", "fewest"), [("mosaic", 20), ("copy_paste", 4)])  # pasted objects may lie outside
 def test_a_sample_depends_on_seed_epoch_and_index_alone_and_about_half_are_mixed(tmp_path, augment, fewest):
     data = {"augment": augment, "train_scales": [48], "crop_scales": [40], "crop_size": [24, 40]}
