@@ -129,4 +129,6 @@ def save_way(codec: MaskCodec, vectors: Tensor, path: Path, *, frames: int = 24,
 
 
 def _image(mask: Tensor) -> Image.Image:
-    return Image.fromarray(mask.numpy().astype(np.uint8) * 255).convert("1")
+    image = Image.fromarray(mask.numpy().astype(np.uint8), "P")
+    image.putpalette([36] * 3 + [219] * 3)  # the greys of `neighbours`: no mask is as white as the page
+    return image

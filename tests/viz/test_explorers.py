@@ -307,6 +307,20 @@ def test_clicking_an_object_chooses_it_and_marks_it(attention):
     assert attention.clickable.png != drawn  # its frame is drawn in, below the labels
 
 
+def test_an_upright_image_is_no_higher_than_a_square_one(attention):
+    attention.add_image("upright", np.zeros((90, 30, 3), dtype=np.uint8))
+    assert pixels(attention.clickable.png).shape[:2] == (480, 160)
+    assert attention._place.layout.flex == "0 0 12%"
+
+
+def test_a_click_draws_the_image_no_more(attention):
+    with patch("solq_lab.viz.widgets.attention_explorer.draw_image") as drawn:
+        attention.clickable.on_click(1, 0.5, 0.5)
+        attention.what.value = PIXEL
+        attention.clickable.on_click(-1, 0.9, 0.5)
+    assert drawn.call_count == 0
+
+
 def test_a_redraw_reads_its_image_once(both, dataset):
     kind = type(dataset)
     with patch.object(kind, "__getitem__", autospec=True, side_effect=kind.__getitem__) as read:
@@ -355,7 +369,7 @@ def test_a_clicked_pixel_shows_the_points_of_its_tokens_in_the_encoder(attention
     before = attention.panels.value
     attention.clickable.on_click(-1, 0.9, 0.3)
     assert attention.panels.value != before
-    assert attention.clickable.objects[0]["box"][0] == pytest.approx(90 - 100 * MARK / 48, abs=0.1)
+    assert attention.clickable.objects[0]["box"][0] == pytest.approx(90 - 100 * MARK, abs=0.1)
     encoder = record_encoder(predictors["SOLQ"], dataset[0][0].permute(1, 2, 0).numpy())
     attending, memory = encoder[-1]
     points, weights = attending.sampling(memory.tokens + memory.positions, memory.to_levels(memory.centers), memory)

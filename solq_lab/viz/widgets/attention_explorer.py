@@ -24,7 +24,8 @@ from solq_lab.viz.widgets.clickable_image import ClickableImage, draw_image, fig
 from solq_lab.viz.widgets.explorer import ModelExplorer
 from solq_lab.viz.widgets.live_panel import DPI, as_jpeg
 
-WIDTH = 480  # of the drawn image, pixels
+WIDTH = 480  # of the drawn image, pixels; an upright one is as high
+PLACE = 0.36  # its share of the explorer's width
 ALL = -1  # of a list's options: everything summed up
 NOTHING = "Nothing is found in this image with that score; lower the score or choose another image."
 POINTS, LAYERS, QUERIES, PIXEL = "points", "layer by layer", "all queries", "encoder, a pixel"
@@ -34,7 +35,7 @@ USED = {  # which controls change a view; the others are hidden
     QUERIES: (),
     PIXEL: ("head", "level", "close_up"),
 }
-MARK = 3  # half the side of the square around the clicked pixel, image pixels
+MARK = 0.02  # half the side of the square around the clicked pixel, share of the image's longer side
 MIN_IOU = 0.3  # of the boxes of two models' detections that are taken for one object
 
 
@@ -60,7 +61,9 @@ class AttentionExplorer(ModelExplorer):
         self.place = 0.5, 0.5
         self._drawn = lru_cache(32)(
             lambda index, score: draw_image(
-                self.pixels(index), self._look(self.names[0], index)[0].above(score), width=WIDTH
+                self.pixels(index),
+                self._look(self.names[0], index)[0].above(score),
+                width=round(WIDTH * self._share(index)),
             )
         )
         self._make_controls()
@@ -69,8 +72,8 @@ class AttentionExplorer(ModelExplorer):
 
         chosen = [self.what, self.score, self.object, *self._choices.values(), self.close_up, self.status]
         controls = widgets.VBox(chosen, layout={"flex": "1 1 auto", "min_width": "0", "padding": "0 0 0 8px"})
-        image = widgets.Box([self.clickable], layout={"flex": "0 0 36%"})
-        parts = [self.chooser.widget, widgets.HBox([image, controls])]
+        self._place = widgets.Box([self.clickable])
+        parts = [self.chooser.widget, widgets.HBox([self._place, controls])]
         panels = widgets.VBox([self.panels], layout={"align_items": "flex-start"})  # stretched otherwise
         self.widget = widgets.VBox([*parts, panels])
         self._choose_image()
@@ -159,8 +162,10 @@ class AttentionExplorer(ModelExplorer):
         boxes, tooltips = objects.boxes.tolist(), [f"{row + 1}: {label}" for row, label in enumerate(objects.names)]
         if self.what.value == PIXEL:
             x, y = self.place[0] * size[1], self.place[1] * size[0]
-            chosen, boxes, tooltips = 0, [[x - MARK, y - MARK, x + MARK, y + MARK]], ["the pixel"]
+            half = MARK * max(size)
+            chosen, boxes, tooltips = 0, [[x - half, y - half, x + half, y + half]], ["the pixel"]
         drawn = self._drawn(self.image.value, self.score.value).png(() if chosen < 0 else boxes[chosen])
+        self._place.layout.flex = f"0 0 {PLACE * self._share(self.image.value):.0%}"
         self.clickable.show(drawn, boxes, tooltips, size=size, chosen=chosen)
 
         self.report("")
@@ -173,6 +178,11 @@ class AttentionExplorer(ModelExplorer):
             self.panels.value = as_jpeg(figure_pixels(figure))
             self.panels.layout.max_width = f"{figure.get_figwidth() * DPI:.0f}px"
             self.panels.layout.visibility = "visible"
+
+    def _share(self, index: int) -> float:
+        """The width of an image over its height, 1 at most: of how much of the place it fills."""
+        height, width = self.pixels(index).shape[:2]
+        return min(width / height, 1.0)
 
     def _finds(self, name: str) -> bool:
         """Whether a model finds the chosen object; the first one's failure raises, another's is reported."""

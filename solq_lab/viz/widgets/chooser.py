@@ -13,7 +13,7 @@ from solq_lab.evaluation.sizes import SIZES, size_of
 
 ALL = "all"
 MAX_LISTED = 500  # images in the list; a browser takes seconds for more
-FILTERS = {"class": "class", "size": "size", "error": "error"}  # column of the table -> description
+FILTERS = {"class": "160px", "size": "134px", "error": "150px"}  # column of the table -> width, both rows fit 848 px
 SORTS = {"file": (), "lowest IoU": ("IoU", True), "most AP lost": ("lost", False), "highest score": ("score", False)}
 
 
@@ -48,24 +48,24 @@ class ImageChooser:
     """
 
     def __init__(self) -> None:
-        narrow, style = {"width": "172px"}, {"description_width": "44px"}
+        style = {"description_width": "44px"}
         self.image = widgets.BoundedIntText(min=0, max=0, description="image", layout={"width": "130px"}, style=style)
         self.previous, self.next = (
             widgets.Button(icon=f"chevron-{side}", tooltip=name, layout={"width": "34px"})
             for side, name in (("left", "the match before"), ("right", "the next match"))
         )
         self.search = widgets.Text(placeholder="part of a name", description="file", continuous_update=False)
-        self.search.layout, self.search.style = narrow, style
+        self.search.layout, self.search.style = {"width": "150px"}, style
         self.filters = {
-            column: widgets.Dropdown(options=[ALL], description=name, layout=narrow, style=style)
-            for column, name in FILTERS.items()
+            column: widgets.Dropdown(options=[ALL], description=column, layout={"width": width}, style=style)
+            for column, width in FILTERS.items()
         }
         self.score = widgets.FloatRangeSlider(
             value=(0, 1), min=0, max=1, step=0.05, description="found at", continuous_update=False, readout_format=".0%"
         )
-        self.score.layout, self.score.style = {"width": "270px"}, {"description_width": "60px"}
-        self.sort = widgets.Dropdown(options=["file"], description="first", layout=narrow, style=style)
-        self.matches = widgets.Dropdown(options=[], layout={"width": "230px"})
+        self.score.layout, self.score.style = {"width": "232px"}, {"description_width": "60px"}
+        self.sort = widgets.Dropdown(options=["file"], description="first", layout={"width": "172px"}, style=style)
+        self.matches = widgets.Dropdown(options=[], layout={"width": "190px"})
         whole = {"flex": "0 0 auto", "width": "auto"}  # narrower, they would end in dots
         self.upload = widgets.FileUpload(accept="image/*", description="own image", layout=whole)
         self.note = widgets.Label(layout=whole)

@@ -64,9 +64,8 @@ class DetectionExplorer(ModelExplorer):
         self._wiped = widgets.VBox([self.wipe, *chips], layout={"min_width": "0"})
         self._row = widgets.GridBox(layout={"width": "100%", "grid_gap": "8px"})
         looks = [self.score, self.colouring, self.filled, self.labelled, self.arrangement]
-        controls = widgets.HBox(
-            [*looks, *self.columns.values(), self.status], layout={"flex_flow": "row wrap", "grid_gap": "0 6px"}
-        )
+        columns = widgets.HBox(list(self.columns.values()))  # where there is no place, they wrap together
+        controls = widgets.HBox([*looks, columns, self.status], layout={"flex_flow": "row wrap", "grid_gap": "0 6px"})
         self.widget = widgets.VBox([self.chooser.widget, controls, self._row])
 
         self.on_change(self._choose, self.image, self.score)
@@ -130,7 +129,8 @@ class DetectionExplorer(ModelExplorer):
                 self._chips[name].children = self.switches[name]
 
             count, is_own = len(self.true_objects(self.image.value).labels), self.image.value >= len(self._dataset)
-            self._titles[TRUTH].value = f"<b>{TRUTH}</b>: {'none of an own image' if is_own else f'{count} objects'}"
+            known = "none of an own image" if is_own else f"{count} object{'s' * (count != 1)}"
+            self._titles[TRUTH].value = f"<b>{TRUTH}</b>: {known}"
             self.report("")
             self._recolour()
 
