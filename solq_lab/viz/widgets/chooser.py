@@ -54,7 +54,7 @@ class ImageChooser:
             widgets.Button(icon=f"chevron-{side}", tooltip=name, layout={"width": "34px"})
             for side, name in (("left", "the match before"), ("right", "the next match"))
         )
-        self.search = widgets.Text(placeholder="part of a name", description="file", continuous_update=False)
+        self.search = widgets.Text(placeholder="part of it", description="file", continuous_update=False)
         self.search.layout, self.search.style = {"width": "150px"}, style
         self.filters = {
             column: widgets.Dropdown(options=[ALL], description=column, layout={"width": width}, style=style)
