@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,31 @@ class FileError(UserError):
     """A file that cannot be read as what it should be."""
 
 
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def other_than_file(path: str | Path) -> str | None:
+    """What lies at a path, such as "a named pipe", whose reader may wait for ever; None: a file, or nothing."""
+    try:
+        return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
     Raises:
         FileError: the file cannot be read or is not JSON.
     """
+    if what := other_than_file(path):
+        raise FileError(f"{path}: {what}, no JSON file")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from solq_lab.data.kinds import IMAGE_FORMATS, IMAGE_SUFFIXES, Orientation
 from solq_lab.errors import FIRST_FEW, DataError, shorten
+from solq_lab.files import other_than_file
 
 TORCH_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP")  # which torchvision decodes, faster than Pillow
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -89,10 +90,16 @@ def read_image(path: Path, image_id: int, size: tuple[int, int], orientation: Or
 
 def read_file(path: Path, name: str) -> Tensor:
     """The bytes of a file (n,) uint8; `name` is for messages. Raises DataError where it cannot be read."""
+    _require_file(path, name)
     try:
         return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def _require_file(path: Path, name: str) -> None:
+    if what := other_than_file(path):
+        raise DataError(f"{name}: {what}, no image")
 
 
 def read_header(source: Path | Tensor, name: str) -> Header:
@@ -134,6 +141,8 @@ def decode_bytes(data: Tensor, name: str, orientation: Orientation = "stored") -
 def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
     """An image opened by Pillow, which reads its header only; all that its readers raise becomes DataError."""
     size = f"{len(source)} bytes; " if isinstance(source, Tensor) else ""
+    if isinstance(source, Path):
+        _require_file(source, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many are an error
@@ -252,7 +261,7 @@ def _list_files(folder: Path) -> dict[str, os.DirEntry]:
     """The files of a folder by name; nothing where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry for entry in entries if entry.is_symlink() or not entry.is_dir()}
+            return {entry.name: entry for entry in entries if entry.is_symlink() or entry.is_file()}
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return {}
 
@@ -272,8 +281,8 @@ def describe_missing(image_folder: Path, name: str) -> str:
     ending, and the eight digits that Label Studio puts in front of it.
     """
     path = image_folder / name
-    if os.path.isdir(path):
-        return f"{shorten(name)}, a folder"
+    if what := other_than_file(path):
+        return f"{shorten(name)}, {what}"
     if os.path.isfile(path) and (what := _stand_in(path)):
         return f"{shorten(name)}, {what}"
     if os.path.islink(path):

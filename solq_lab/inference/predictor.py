@@ -1,6 +1,7 @@
 """A trained model with everything around it: from an image to its objects in one call."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, overload
@@ -112,8 +113,8 @@ class Predictor:
         Args:
             image: path of an image file, PIL image, uint8 array (H, W, 3) or uint8 tensor (3, H, W), channels in the
                 order red, green, blue (of OpenCV's: `array[..., ::-1]`).
-            batch: images of a list that the network is given at once; they are padded to a common size, which changes
-                the results slightly.
+            batch: images of a list that the network is given at once, fewer where their shapes differ much; they are
+                padded to a common size, which changes the results slightly.
 
         Raises:
             DataError: no such file, no image, or an array of another type or shape.
@@ -128,13 +129,23 @@ class Predictor:
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
         if self.orientation == "stored":
             images = [read_rgb(image, "stored") if isinstance(image, str | Path) else image for image in images]
-        resized, sizes, multiple = [], [], self.bucket or 1
+        resized, sizes = [], []
         for image in images:
             pixels = torch.from_numpy(np.array(as_pixels(image).transpose(2, 0, 1), order="C"))  # (3, H, W)
             height, width = pixels.shape[1:]
             steps = resize.plan((height, width), np.random.default_rng())
             resized.append(apply_to_image(steps, pixels))
             sizes.append((height, width))
+
+        found: dict[int, Detections] = {}
+        for places in group_alike([(image.shape[1], image.shape[2]) for image in resized]):
+            detections = self._detect([resized[place] for place in places], [sizes[place] for place in places])
+            found |= zip(places, detections, strict=True)
+        return [self._complete(found[place], image) for place, image in enumerate(images)]
+
+    def _detect(self, resized: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
+        """The objects in images (3, h, w) uint8 that become one batch; `sizes` are (height, width) of their files."""
+        multiple = self.bucket or 1
         sides = [max(MIN_SIDE, *(image.shape[axis] for image in resized)) for axis in (1, 2)]
         padded = [-(-side // multiple) * multiple for side in sides]
         batch = ImageBatch.from_list(resized, (padded[0], padded[1])).to(self.device)
@@ -144,12 +155,25 @@ class Predictor:
         else:
             last = predict_last_layer(self.model, batch, autocast=self.autocast)
         names, decoding = self.classes.names, decoding_of(self.experiment.evaluation)
-        detections = postprocess(last, sizes, self.codec, top_k=self.top_k, class_names=names, **decoding)
-        return [self._complete(found, image) for found, image in zip(detections, images, strict=True)]
+        return postprocess(last, sizes, self.codec, top_k=self.top_k, class_names=names, **decoding)
 
     def _complete(self, found: Detections, image: ImageSource) -> Detections:
         category_ids = [self.classes.category_ids[label] for label in found.labels.tolist()]
         return dataclasses.replace(found, category_ids=category_ids, image=image)
+
+
+def group_alike(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    """Places of images (height, width), in groups that become batches of no more padding than image."""
+    sides = [(max(height, MIN_SIDE), max(width, MIN_SIDE)) for height, width in sizes]
+    group: list[int] = []
+    for place in sorted(range(len(sides)), key=sides.__getitem__):
+        heights, widths = zip(*(sides[other] for other in (*group, place)), strict=True)
+        own = sum(height * width for height, width in zip(heights, widths, strict=True))
+        if len(heights) * max(heights) * max(widths) > 2 * own:
+            yield group
+            group = []
+        group.append(place)
+    yield group
 
 
 def read_rgb(path: str | Path, orientation: Orientation = "upright") -> Image.Image:

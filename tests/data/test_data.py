@@ -439,7 +439,7 @@ def test_what_lies_in_the_place_of_an_image_is_named_before_it_is_read(tmp_path,
         CocoDataset(**files)
     found, *_ = check_data([Split("train", **files)], processes=1).findings.failing("refused")
     assert found == ("image-missing" if content is None else "image-damaged")
-    with pytest.raises(DataError, match="Is a directory" if content is None else f"it is {what}"):
+    with pytest.raises(DataError, match="a folder, no image" if content is None else f"it is {what}"):
         read_image(files["images"] / "a.png", 1, (30, 40))
 
 

@@ -1,9 +1,12 @@
 """Untrusted files: no code runs, no other file is read, and each is rejected by its name."""
 
 import json
+import os
 import pickle
+import signal
+import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
-from tiny import tiny_experiment, write_tiny_dataset
+from tiny import tiny_experiment, write_model, write_tiny_dataset
 from trap import Trap
+from typer.testing import CliRunner
 
 from solq_lab.build import build_model
 from solq_lab.codecs.artifact import ArtifactError, read_tensors
@@ -21,8 +26,12 @@ from solq_lab.config import ConfigError, load_experiment, load_sweep
 from solq_lab.data.annotations import DataError
 from solq_lab.data.classes import ClassMap
 from solq_lab.data.coco import CocoDataset
+from solq_lab.data.folders import Split, find_splits
 from solq_lab.inference.predictor import Predictor
 from solq_lab.models.weights import WeightMismatch, read_official, read_weights, save_weights
+from solq_lab.workbench.check.checker import check_data
+from solq_lab.workbench.check.report import Options
+from solq_lab.workbench.cli import app
 from solq_lab.workbench.commands.arguments import cluster_options
 from solq_lab.workbench.paper import paper_table
 
@@ -83,6 +92,72 @@ def test_links_within_the_folder_and_a_linked_image_folder_are_fine(secret):
     (secret / "train" / "2.png").symlink_to("1.png")
     (secret / "linked").symlink_to(secret / "train")
     assert CocoDataset(secret / "linked", secret / "train.json")[1][0].shape == (3, 48, 48)
+
+
+# ----------------------------------------------------------------------------------------- what only looks like a file
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Fail after a while: whoever opens a named pipe waits for ever."""
+
+    def fail(*_: object) -> None:
+        pytest.fail("waits for a named pipe")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def put(kind: str, path: Path) -> None:
+    """A pipe, a socket or a link to a device in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(os.path.relpath(path))  # longer names are not allowed
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
+def test_what_is_no_file_is_named_and_never_opened(tmp_path, kind, caplog):
+    root = write_tiny_dataset(tmp_path / "data", train=4)
+    put(kind, root / "train" / "2.png")
+    with pytest.raises(DataError, match=rf"images are missing: '2\.png', {kind} \(image id 2\)"):
+        CocoDataset(root / "train", root / "train.json", allow_links=True)
+    report = check_data([Split("train", root / "train", root / "train.json")], Options(allow_links=True), processes=1)
+    (found,) = report.findings.worst("image-missing", "train")
+    assert found.message == f"image id 2: '2.png', {kind}"
+
+    for name in ("a.png", "b.mp4"):
+        put(kind, root / name)
+    Image.new("RGB", (40, 30)).save(root / "c.png")
+    weights = write_model(tmp_path / "weights.safetensors", tiny_experiment(root))
+    result = CliRunner().invoke(app, ["predict", str(weights), str(root), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert f"a.png: {kind}, no image" in result.output
+    assert f"b.mp4: {kind}, no video" in result.output
+    assert (tmp_path / "out" / "c.png").is_file()
+
+    put(kind, root / "train.json")
+    with pytest.raises(DataError, match=rf"train\.json: {kind}, no annotation file"):
+        CocoDataset(root / "train", root / "train.json")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(("name", "what"), [("a.png", "image"), ("a.txt", "text file")])
+def test_a_pipe_among_images_and_labels_of_a_yolo_folder_is_named(tmp_path, name, what):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text("names: [box]\ntrain: .\n")
+    put("a named pipe", tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name}: a named pipe, no {what}"):
+        find_splits(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ pickles
