@@ -264,8 +264,8 @@ def checked_rle(segmentation: dict, size: tuple[int, int], name: str) -> dict:
     counts, rle_size = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(counts, str | bytes | list) or not isinstance(rle_size, list) or tuple(rle_size) != size:
         raise DataError(
-            f"{name}: segmentation {shorten(segmentation)}; an RLE needs 'counts' and the size [height, width] of "
-            f"its image, here {list(size)}"
+            f"{name}: segmentation of the size {shorten(rle_size)}, keys {shorten(list(segmentation))}; an RLE needs "
+            f"'counts' and the size [height, width] of its image, here {list(size)}"
         )
 
     try:

@@ -129,12 +129,12 @@ class ClassMap:
 
 
 def name_of_category(category: dict[str, Any], source: str) -> str:
-    """The name of an entry of `categories`, by default its id, as text.
+    """The name of an entry of `categories`, as text; its id where it has none.
 
     Raises:
         DataError: half of a surrogate pair, which no file can store; `source` is the file in the message.
     """
-    name = category["id"] if category.get("name") is None else category["name"]
+    name = category["id"] if category.get("name") in (None, "") else category["name"]
     name = name if isinstance(name, str) else shorten(name)
     try:
         name.encode()

@@ -47,7 +47,7 @@ BEYOND = "have a box or outline that reaches out of the image, and is cut off"
 TINY = "are no wider and higher than a pixel"
 APART = "have a box and a mask that lie apart"
 IN_PIXELS = "a bbox is [x, y, width, height] in pixels, as are outlines"
-MISREAD = "almost all boxes or outlines seem to be {}; a bbox is [x, y, width, height]: convert them"
+MISREAD = f"almost all boxes or outlines seem to be {{}}; {IN_PIXELS}: convert them"
 CURES = {
     CROWDS: "write iscrowd 0 for single objects",
     WITHOUT_AREA: "bbox is [x, y, width, height], a polygon has three corners or more",

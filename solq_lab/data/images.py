@@ -23,7 +23,7 @@ from solq_lab.data.kinds import IMAGE_FORMATS, IMAGE_SUFFIXES, Orientation
 from solq_lab.errors import FIRST_FEW, DataError, shorten
 from solq_lab.files import other_than_file
 
-TORCH_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP")  # which torchvision decodes, faster than Pillow
+TORCH_FORMATS = ("JPEG", "MPO", "GIF", "WEBP")  # which torchvision decodes, faster than Pillow; a damaged PNG kills it
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error)
 
@@ -115,26 +115,26 @@ def read_header(source: Path | Tensor, name: str) -> Header:
 def decode_bytes(data: Tensor, name: str, orientation: Orientation = "stored") -> Tensor:
     """The image (3, H, W) uint8 RGB in the bytes (n,) uint8 of a file; of an animation the first frame.
 
+    A pixel's channels lie together in memory, as in the file: that is resized ten times faster than channel by channel.
+
     Raises:
         DataError: not whole, of more than 8 bits per channel, or of too many pixels; `name` is for the message.
     """
     with _opened(data, name) as opened:
         turn = _header_of(opened).turn if orientation == "upright" else 1
         moving = opened.format == "WEBP" and getattr(opened, "is_animated", False)  # torchvision reads still ones only
+        # Cameras use 12 of 16 bits: of three such channels Pillow takes the upper 8, almost black.
+        deep = opened.mode not in EIGHT_BIT_MODES or re.search(r";16[BLN]", str(getattr(opened, "tile", "")))
+        if deep:
+            raise DataError(f"{name}: more than 8 bits per channel; scale it to 0..255 first")
         if opened.format in TORCH_FORMATS and not moving:
             image = decode_image(data, mode=ImageReadMode.RGB)
             image = image[0] if image.ndim == 4 else image
-        elif opened.mode in EIGHT_BIT_MODES:
-            image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
         else:
-            raise DataError(f"{name}: mode {opened.mode} has more than 8 bits per channel; scale it to 0..255 first")
-
-    if image.dtype != torch.uint8:  # cameras use 12 of 16 bits: the upper 8 would be almost black
-        raise DataError(f"{name}: more than 8 bits per channel; scale it to 0..255 first")
-    if turn == 1:
-        return image.contiguous()
-    swapped, flipped = TURNS[turn]
-    return (image.transpose(1, 2) if swapped else image).flip(flipped).contiguous()
+            image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+    swapped, flipped = TURNS.get(turn, (False, ()))
+    image = image.transpose(1, 2) if swapped else image
+    return image.flip(flipped) if flipped else image
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import numpy as np
 
 REACH = 1.0  # pixels that a drawn box may reach out of its image
 FITTING = 0.9  # IoU with the box around its outline, from which a box is read right
+SLACK = 0.01  # share of a side that a box in shares may leave its image by, for roundings
 FEW, ENOUGH, ALMOST_ALL = 3, 10, 0.98  # boxes that are evidence, and the share of them that has to agree
-CORNERS, SWAPPED = "corners x0, y0, x1, y1", "y, x, height, width"
+CORNERS, SWAPPED, SHARES = "corners x0, y0, x1, y1", "y, x, height, width", "shares of their image's sides"
 
 
 def other_reading(
@@ -22,6 +23,10 @@ def other_reading(
         outlines: (A, 4) x0, y0, x1, y1 around their masks, where there are masks.
     """
     (a, b, c, d), usual = boxes.T, corners_of(boxes)
+    for corners in (usual,) if outlines is None else (usual, outlines):
+        within = (corners[:, 2:] > corners[:, :2]) & (corners[:, :2] > -SLACK) & (corners[:, 2:] < 1 + SLACK)
+        if len(corners) >= ENOUGH and within.mean() >= ALMOST_ALL:
+            return SHARES
     beyond = reach(usual, sizes) > REACH
     before = np.zeros(len(boxes)) if outlines is None else iou(usual, outlines)
     readings = {

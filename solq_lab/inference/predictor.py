@@ -128,13 +128,13 @@ class Predictor:
     def _predict_batch(self, images: list[ImageSource]) -> list[Detections]:
         resize = TestResize(self.experiment.data.test_scale, self.experiment.data.max_size)
         if self.orientation == "stored":
-            images = [read_rgb(image, "stored") if isinstance(image, str | Path) else image for image in images]
+            images = [read_pixels(image, "stored") if isinstance(image, str | Path) else image for image in images]
         resized, sizes = [], []
         for image in images:
-            pixels = torch.from_numpy(np.array(as_pixels(image).transpose(2, 0, 1), order="C"))  # (3, H, W)
-            height, width = pixels.shape[1:]
+            pixels = np.require(as_pixels(image), requirements=["C", "W"])  # as torch wants them; a view as a rule
+            height, width = pixels.shape[:2]
             steps = resize.plan((height, width), np.random.default_rng())
-            resized.append(apply_to_image(steps, pixels))
+            resized.append(apply_to_image(steps, torch.from_numpy(pixels).permute(2, 0, 1)))
             sizes.append((height, width))
 
         found: dict[int, Detections] = {}
@@ -182,9 +182,13 @@ def read_rgb(path: str | Path, orientation: Orientation = "upright") -> Image.Im
     Raises:
         DataError: no such file, no image, or more than 8 bits per channel.
     """
-    name = str(path)
-    pixels = decode_bytes(read_file(Path(path), name), name, orientation)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return Image.fromarray(read_pixels(path, orientation))
+
+
+def read_pixels(path: str | Path, orientation: Orientation = "upright") -> np.ndarray:
+    """(H, W, 3) uint8 of the image in a file; see `read_rgb`."""
+    data = read_file(Path(path), str(path))
+    return decode_bytes(data, str(path), orientation).permute(1, 2, 0).contiguous().numpy()
 
 
 def predict_last_layer(model: SOLQ, images: ImageBatch, *, autocast: str) -> LayerPrediction:
@@ -217,7 +221,7 @@ def as_pixels(image: ImageSource) -> np.ndarray:
     """
     match image:
         case str() | Path():
-            return np.asarray(read_rgb(image))
+            return read_pixels(image)
         case Image.Image():
             if image.mode not in EIGHT_BIT_MODES:
                 raise DataError(

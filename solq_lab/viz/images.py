@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools import mask as coco_rle
@@ -31,7 +31,7 @@ from solq_lab.viz.style import FIGURE_WIDTH, STYLE, colours_of, new_figure
 
 MASK_OPACITY = 0.35
 PAINTED_SIDE = 8.0  # inches that the longer side of a large image counts as, beside lines and labels in points
-BAND = 256  # rows of an image that lines are laid over at once
+BAND = 256  # rows of an image that masks and lines are laid over at once
 Window = tuple[float, float, float, float]  # left, top, right, bottom, pixels
 Outline = list[np.ndarray]  # lines (n, 2) as (x, y), pixels
 MAX_OUTLINE = 1000  # pixels of a mask's longer side that its outline is found in; larger masks are thinned out
@@ -169,7 +169,8 @@ def paint_detections(image: ImageSource, detections: Detections) -> Image.Image:
     painted = Image.fromarray(pixels)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     axes.set_axis_off()
-    _add_objects(axes, painted, detections, colours_of(range(len(detections))), font_size=9)
+    fine = int(dpi / 120)  # half the width of an outline, pixels
+    _add_objects(axes, painted, detections, colours_of(range(len(detections))), font_size=9, step=fine)
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -189,6 +190,7 @@ def _add_objects(
     *,
     font_size: float,
     filled: bool = True,
+    step: int = 1,
 ) -> None:
     """Lay the masks over an image, in place, and draw their outlines and labels into axes."""
     colours = colours_of(detections.labels.tolist()) if colours is None else colours
@@ -202,7 +204,7 @@ def _add_objects(
         if window is not None and window.bitmap.size:
             if filled:
                 window.paint(painted, colour)
-            outline = window.outline()
+            outline = window.outline(step)
             anchor = float(window.left + window.bitmap[0].nonzero()[0].mean()), float(window.top)
         outlines.append((outline, colour))
         labels.append((label_of(detections, row), anchor, colour))
@@ -273,7 +275,7 @@ class MaskWindow(NamedTuple):
         ends = np.clip(np.cumsum(runs_of_rle(rle["counts"])) - left * image_height, 0, width * image_height)
         runs = np.diff(ends, prepend=0)
         columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, image_height)
-        return cls(columns[:, top : top + height].T, left, top)
+        return cls(np.ascontiguousarray(columns[:, top : top + height].T), left, top)
 
     @classmethod
     def of_bitmap(cls, mask: np.ndarray) -> MaskWindow:
@@ -284,17 +286,28 @@ class MaskWindow(NamedTuple):
         return cls(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], int(columns[0]), int(rows[0]))
 
     def paint(self, image: Image.Image, colour: str) -> None:
-        """Lay the mask over an image, in place, translucent."""
-        opacity = Image.fromarray(self.bitmap * np.uint8(round(255 * MASK_OPACITY)))
-        image.paste(to_hex(colour), (self.left, self.top), opacity)
+        """Lay the mask over an RGB image, in place, translucent."""
+        before, over = np.arange(256), 255 * np.array(to_rgb(colour))[:, None]
+        mixed = (before + MASK_OPACITY * (over - before)).round().astype(int).ravel().tolist()  # by channel
+        height, width = self.bitmap.shape
+        for first in range(0, height, BAND):
+            some = self.bitmap[first : first + BAND]
+            top = self.top + first
+            box = (self.left, top, self.left + width, top + len(some))
+            image.paste(image.crop(box).point(mixed), box, Image.fromarray(some))
 
-    def outline(self) -> Outline:
-        """The closed lines around the mask, in pixels of the image; they close at its border too."""
-        step = max(1, math.ceil(max(self.bitmap.shape) / MAX_OUTLINE))
-        padded = np.pad(self.bitmap[::step, ::step], 1).astype(np.float32)
+    def outline(self, step: int = 1) -> Outline:
+        """The closed lines around the mask, in pixels of the image; they close at its border too.
+
+        They are found in every `step`-th pixel: a line that is several pixels wide hides the difference.
+        """
+        sides = self.bitmap.shape
+        step = max(1, min(step, min(sides) // 8), math.ceil(max(sides) / MAX_OUTLINE))
+        top, left = (min(step // 2, side - 1) for side in sides)  # in the middle of the pixels that one stands for
+        padded = np.pad(self.bitmap[top::step, left::step], 1).astype(np.float32)
         # Not `axes.contour`, which keeps its grids as long as the figure lives.
         lines: Any = contour_generator(z=padded).lines(0.5)
-        return [step * (line - 1) + (self.left, self.top) for line in lines]
+        return [step * (line - 1) + (self.left + left, self.top + top) for line in lines]
 
 
 def draw_outlines(

@@ -519,7 +519,7 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path, text, message):
         ({"segmentation": {"size": [30, 40], "counts": ""}}, r".*not an RLE"),
         ({"segmentation": {"size": [30, 40], "counts": [-5, 1205]}}, r".*not an RLE"),
         ({"segmentation": {"size": [30, 40], "counts": ["a"]}}, r".*not an RLE"),
-        ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r".*size .* here \[30, 40\]"),
+        ({"segmentation": {"size": [40, 30], "counts": [1200]}}, r".*of the size \[40, 30\], .* here \[30, 40\]"),
         (
             {"segmentation": [[0, 0, 1e8, 5, 3, 1e8]]},
             r"a polygon .* farther outside its image of \[30, 40\] .* than this is long",
@@ -619,6 +619,11 @@ def test_raw_channels_are_the_category_ids():
 def test_a_class_map_survives_json():
     classes = ClassMap.from_categories(categories(3, 1), "raw")
     assert ClassMap.from_json(classes.to_json()) == classes
+
+
+def test_a_category_without_a_name_is_called_by_its_id():
+    categories = [{"id": 3, "name": ""}, {"id": 5, "name": None}, {"id": 7}, {"id": 9, "name": "cat"}]
+    assert ClassMap.from_categories(categories).names == ("3", "5", "7", "cat")
 
 
 def test_no_categories_are_no_channels():

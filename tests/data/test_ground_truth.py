@@ -122,6 +122,7 @@ READINGS = {
     "y, x, height, width": lambda x, y, w, h: [y, x, h, w],
     "corners y0, x0, y1, x1": lambda x, y, w, h: [y, x, y + h, x + w],
     "centre x, centre y, width, height": lambda x, y, w, h: [x + w / 2, y + h / 2, w, h],
+    "shares of their image's sides": lambda x, y, w, h: [x / WIDTH, y / HEIGHT, w / WIDTH, h / HEIGHT],
 }
 
 

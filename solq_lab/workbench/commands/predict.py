@@ -149,10 +149,9 @@ def _read_images(
     sources: Sequence[Source], ids: Sequence[int], orientation: Orientation, skipped: list[str]
 ) -> Iterator[InputImage]:
     """The images and frames; what is damaged is named on the screen and in `skipped`, and costs nothing else."""
-    import numpy as np
     from tqdm.auto import tqdm
 
-    from solq_lab.inference.predictor import read_rgb
+    from solq_lab.inference.predictor import read_pixels
     from solq_lab.workbench.predictions.outputs import InputImage
     from solq_lab.workbench.predictions.video import read_frames
 
@@ -166,7 +165,7 @@ def _read_images(
                     path = Path(folder, f"download{source.suffix}")
                     fetch(source.name, path, retries=1, timeout=30.0, max_bytes=MAX_BYTES, max_seconds=MAX_SECONDS)
                 if not source.is_video:
-                    yield InputImage(source, image_id, np.asarray(read_rgb(path, orientation)))
+                    yield InputImage(source, image_id, read_pixels(path, orientation))
                     continue
                 frames = progress_bar(read_frames(path, source.name), desc=source.name, unit="frame")
                 for number, frame in enumerate(frames):

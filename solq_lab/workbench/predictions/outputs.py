@@ -14,11 +14,12 @@ import yaml
 from PIL import Image
 from pycocotools import mask as coco_rle
 
+from solq_lab.allocation import collecting_no_garbage
 from solq_lab.data.annotations import clamped_box
 from solq_lab.data.classes import UNUSED, ClassMap
 from solq_lab.errors import UserError
 from solq_lab.evaluation.results import write_results
-from solq_lab.files import replacing, write_json, write_text
+from solq_lab.files import replacing, write_text
 from solq_lab.outlines import join_rings
 from solq_lab.structures import Detections
 from solq_lab.viz.images import MaskWindow, paint_detections
@@ -92,18 +93,17 @@ class Masks(Output):
     """Two grey PNGs, the object and the class of each pixel from 1 on; 0 is background, the best object is on top."""
 
     def write(self, image: InputImage, found: Detections) -> None:
-        height, width = image.pixels.shape[:2]
-        values = np.zeros((len(found) + 1, 2), dtype=np.uint16)
-        values[1:, 0], values[1:, 1] = range(1, len(found) + 1), found.labels + 1
-        objects = np.zeros((height, width), dtype=np.uint16)
+        kind = np.uint8 if max(len(found), len(self._classes)) < 256 else np.uint16
+        objects = np.zeros(image.pixels.shape[:2], dtype=kind)
         for row in reversed(range(len(found))):
             window = MaskWindow.of_rle((found.masks or [])[row])
             tall, wide = window.bitmap.shape
-            objects[window.top : window.top + tall, window.left : window.left + wide][window.bitmap] = row + 1
+            inside = objects[window.top : window.top + tall, window.left : window.left + wide]
+            np.copyto(inside, kind(row + 1), where=window.bitmap)
 
-        for path, channel in zip(output_paths(self._out, image.stem, ["masks"]), values.T, strict=True):
-            most = max(len(found), len(self._classes))
-            _save(Image.fromarray(channel.astype(np.uint8 if most < 256 else np.uint16)[objects]), path)
+        of_objects, of_classes = output_paths(self._out, image.stem, ["masks"])
+        _save(Image.fromarray(objects), of_objects)
+        _save(Image.fromarray(np.append(0, found.labels + 1).astype(kind)[objects]), of_classes)
 
     def close(self) -> None:
         lines = [f"{' '.join(name.splitlines())}\n" for name in self._classes.names]
@@ -116,10 +116,11 @@ class Polygons(Output):
     def write(self, image: InputImage, found: Detections) -> None:
         (path,) = output_paths(self._out, image.stem, ["polygons"])
         shapes = []
-        for row, (one, parts) in enumerate(zip(found, found.polygons(), strict=True)):
-            shape = {"label": one.name, "group_id": row + 1, "description": f"score {one.score:.4f}"}
-            shape |= {"shape_type": "polygon", "flags": {}}
-            shapes += [shape | {"points": points.tolist()} for points in parts]
+        with collecting_no_garbage():  # a photograph has millions of corners, each a list
+            for row, (one, parts) in enumerate(zip(found, found.polygons(), strict=True)):
+                shape = {"label": one.name, "group_id": row + 1, "description": f"score {one.score:.4f}"}
+                shape |= {"shape_type": "polygon", "flags": {}}
+                shapes += [shape | {"points": points.tolist()} for points in parts]
 
         height, width = image.pixels.shape[:2]
         known = image.frame is None and Path(image.source.name).exists()
@@ -133,7 +134,7 @@ class Polygons(Output):
             "imageHeight": height,
             "imageWidth": width,
         }
-        write_json(_ensure(path), document)
+        write_text(_ensure(path), json.dumps(document))
 
 
 class Yolo(Output):
@@ -207,7 +208,7 @@ class Coco(Output):
         pairs = zip(self._classes.category_ids, self._classes.names, strict=True)
         categories = [{"id": key, "name": name} for key, name in pairs if key != UNUSED]
         document = {"images": self._images, "categories": categories, "annotations": annotations}
-        write_json(_ensure(self._out / "coco.json"), document)
+        write_text(_ensure(self._out / "coco.json"), json.dumps(document))
         write_results(self._out / "coco_bbox.json", self._results, kind="box")
         if self._masks:
             write_results(self._out / "coco_segm.json", self._results, kind="segm")
