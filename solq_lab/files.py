@@ -17,19 +17,13 @@ class FileError(UserError):
     """A file that cannot be read as what it should be."""
 
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+_KINDS = {"d": "a folder", "p": "a named pipe", "s": "a socket", "c": "a device", "b": "a device"}  # as `ls` marks them
 
 
 def other_than_file(path: str | Path) -> str | None:
     """What lies at a path, such as "a named pipe", whose reader may wait for ever; None: a file, or nothing."""
     try:
-        return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+        return _KINDS.get(stat.filemode(os.stat(path).st_mode)[0])
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
 
@@ -81,9 +75,10 @@ def write_text(path: str | Path, text: str, *, errors: str = "strict") -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; without an error it then replaces `path`, on disk."""
+    """A temporary path beside `path`, whose folder is made, to write to; without an error it then replaces `path`."""
     name = os.fsdecode(os.fsencode(path.name)[:200])  # a longer one has no room for the rest: 255 bytes are allowed
     temporary = path.with_name(f".{name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # safetensors makes files that only their owner may read: note the usual mode, and restore it.
         temporary.touch()

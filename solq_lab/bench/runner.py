@@ -85,7 +85,6 @@ def run(parts: Sequence[str] = (), json_path: str | Path | None = None, *, data:
         "rows": [row.to_dict() for row in rows],
     }
     if json_path is not None:
-        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
         write_json(json_path, report)
     return report
 
@@ -109,7 +108,6 @@ def run_builds(
                 raise RuntimeError(f"measuring with SOLQ_CPU_ARCH={architecture} failed; its error is above")
             reports.append(read_json(path))
     if json_path is not None:
-        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
         write_json(json_path, reports)
     return reports
 

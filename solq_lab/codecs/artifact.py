@@ -60,7 +60,6 @@ def save_codec(path: Path, codec: FittedCodec, *, dataset: Mapping[str, Any], qu
         dataset=dict(dataset),
         quality=dict(quality),
     )._asdict()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, codec.state_dict(), {_HEADER: description})
     write_json(path.with_suffix(".json"), description)
 

@@ -52,7 +52,6 @@ def annotation_file(path: Path, val_fraction: float = 0.0) -> Path:
     made = folder / f"{source.parent.resolve().name}-{key}" / f"instances_{part}.json"
     if not made.exists():
         document = make()
-        made.parent.mkdir(parents=True, exist_ok=True)
         write_text(made, json.dumps(document))
     return made
 

@@ -23,6 +23,7 @@ from solq_lab.errors import DataError
 
 ROBOFLOW = "_annotations.coco.json"
 PARTS = ("train", "val", "test")
+ARCHIVES = (".7z", ".gz", ".rar", ".tar", ".tgz", ".zip")
 _PART = re.compile(r"(train|val|test)(?:ing|id|idation)?(?![a-z])", re.IGNORECASE)
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
@@ -108,7 +109,8 @@ def found_names(data: Mapping[str, Any]) -> dict[str, str]:
 def explain_missing(root: Path, name: str, val_fraction: float = 0.0) -> DataError:
     """Why `found_names` has found nothing for a split, and what helps."""
     try:
-        found = _find_one_each(root, val_fraction)
+        for fraction in (0.0, val_fraction):  # a folder with several readings cannot be divided either
+            found = _find_one_each(root, fraction)
     except DataError as error:
         return error
     split = next((split for split in found if split.name == name), None)
@@ -134,6 +136,8 @@ def _find_one_each(data: Path, val_fraction: float) -> list[_Found]:
 def _find(data: Path, val_fraction: float) -> list[_Found]:
     """The splits of the only layout of a folder, or of a file; train, val and test first."""
     if data.is_file():
+        if data.suffix.lower() in ARCHIVES:
+            raise DataError(f"{data}: an archive; unpack it, and name the folder")
         if data.suffix in (".yaml", ".yml"):
             found = list(_yolo_splits(data))
         else:
@@ -169,7 +173,7 @@ def _only_reading(root: Path) -> list[_Found]:
         inner = next((child for child in _listed(root) if child.is_dir() and _readings(child)), None)
         there = ", ".join(path.name for path in _listed(root)[:8]) or "nothing"
         hint = f"did you mean {inner}?" if inner else "name the annotation file itself"
-        if packed := [*root.glob("*.json.gz"), *root.glob("*/*.json.gz")]:
+        if packed := [path for path in (*root.glob("*"), *root.glob("*/*")) if path.suffix.lower() in ARCHIVES]:
             hint = f"unpack {packed[0]}"
         raise DataError(
             f"{root}: no annotations found; needed is annotations/instances_NAME.json, NAME/{ROBOFLOW}, one COCO file "

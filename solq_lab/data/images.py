@@ -29,16 +29,8 @@ DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, R
 
 ORIENTATION = 0x0112  # the EXIF tag
 LYING = (5, 6, 7, 8)  # orientations whose upright image has the sides swapped
-TURNS = {  # orientation -> what makes a stored image (3, H, W) upright: sides swapped, then axes flipped
-    1: (False, ()),
-    2: (False, (2,)),
-    3: (False, (1, 2)),
-    4: (False, (1,)),
-    5: (True, ()),
-    6: (True, (2,)),
-    7: (True, (1, 2)),
-    8: (True, (1,)),
-}
+# orientation -> axes that a stored image (3, H, W) is flipped along to stand upright, once its sides are swapped
+TURNS: dict[int, tuple[int, ...]] = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
 OTHER: dict[Orientation, Orientation] = {"stored": "upright", "upright": "stored"}
 
 PAGE = "a web page, no image: fetch it again"
@@ -132,24 +124,21 @@ def decode_bytes(data: Tensor, name: str, orientation: Orientation = "stored") -
             image = image[0] if image.ndim == 4 else image
         else:
             image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
-    swapped, flipped = TURNS.get(turn, (False, ()))
-    image = image.transpose(1, 2) if swapped else image
-    return image.flip(flipped) if flipped else image
+    image = image.transpose(1, 2) if turn in LYING else image
+    return image.flip(TURNS[turn]) if TURNS[turn] else image
 
 
 @contextmanager
 def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
     """An image opened by Pillow, which reads its header only; all that its readers raise becomes DataError."""
-    size = f"{len(source)} bytes; " if isinstance(source, Tensor) else ""
     if isinstance(source, Path):
         _require_file(source, name)
+    file = io.BytesIO(source.numpy().data) if isinstance(source, Tensor) else source
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many are an error
-            file = io.BytesIO(source.numpy().data) if isinstance(source, Tensor) else source
-            opened = Image.open(file, formats=list(IMAGE_FORMATS))  # others run programs: EPS starts Ghostscript
-        with opened:
-            yield opened
+            warnings.simplefilter("ignore")  # of many pixels, of which twice as many are an error, and of broken EXIF
+            with Image.open(file, formats=list(IMAGE_FORMATS)) as opened:  # others run programs: EPS starts Ghostscript
+                yield opened
     except DataError:
         raise
     except Image.DecompressionBombError:
@@ -167,8 +156,8 @@ def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
             cure = f"it is {what}"
         elif name.rpartition("/")[2].startswith("._"):
             cure = "it is no image but what macOS adds to archives: leave it out"
-        formats = ", ".join(IMAGE_FORMATS)
-        raise DataError(f"{name}: not a whole image ({size}{reason}); {formats} are read; {cure}") from None
+        formats, size = ", ".join(IMAGE_FORMATS), len(source) if isinstance(source, Tensor) else source.stat().st_size
+        raise DataError(f"{name}: not a whole image ({size} bytes; {reason}); {formats} are read; {cure}") from None
 
 
 def _stand_in(source: Path | Tensor) -> str | None:
@@ -205,7 +194,9 @@ def check_size(
     if found == size:
         return
     cure, other, header = "correct the annotations or the file", OTHER[orientation], read_header(source, name)
-    if header.turn != 1 and header.size_as(other) == size:
+    if header.turn == 1 and found == size[::-1]:
+        cure = "exchange height and width in the annotations"
+    elif header.turn != 1 and header.size_as(other) == size:
         cure = f"this image is turned by EXIF (orientation {header.turn}); set data.orientation={other}"
         cure += f" (of evaluate: --orientation {other})"
     raise DataError(

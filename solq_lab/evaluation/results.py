@@ -46,7 +46,6 @@ def write_results(path: str | Path, results: Sequence[dict], *, kind: Literal["a
             )
     left_out = set() if kind == "all" else set(_SHAPES.values()) - {_SHAPES[kind]}
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, contextlib.ExitStack() as opened:
         file: BinaryIO | gzip.GzipFile = opened.enter_context(temporary.open("wb"))
         if path.suffix == ".gz":  # without a time stamp inside, so that equal results give equal files

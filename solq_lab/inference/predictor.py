@@ -107,7 +107,7 @@ class Predictor:
     def predict(self, image: ImageSource | list[ImageSource], *, batch: int = 1) -> Detections | list[Detections]:
         """The objects in one image, or in each of a list, with boxes and masks in its pixels.
 
-        A file is turned upright by its EXIF orientation, as `read_rgb` does, unless the model's data.orientation is
+        A file is turned upright by its EXIF orientation, as `read_pixels` does, unless the model's data.orientation is
         "stored". The pixels of a PIL image, an array or a tensor are used as they are.
 
         Args:
@@ -139,27 +139,23 @@ class Predictor:
 
         found: dict[int, Detections] = {}
         for places in group_alike([(image.shape[1], image.shape[2]) for image in resized]):
-            detections = self._detect([resized[place] for place in places], [sizes[place] for place in places])
-            found |= zip(places, detections, strict=True)
-        return [self._complete(found[place], image) for place, image in enumerate(images)]
+            some, multiple = [resized[place] for place in places], self.bucket or 1
+            sides = [max(MIN_SIDE, *(image.shape[axis] for image in some)) for axis in (1, 2)]
+            height, width = (-(-side // multiple) * multiple for side in sides)
+            batch = ImageBatch.from_list(some, (height, width))
+            found |= zip(places, self.detect(batch, [sizes[place] for place in places]), strict=True)
+        return [dataclasses.replace(found[place], image=image) for place, image in enumerate(images)]
 
-    def _detect(self, resized: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
-        """The objects in images (3, h, w) uint8 that become one batch; `sizes` are (height, width) of their files."""
-        multiple = self.bucket or 1
-        sides = [max(MIN_SIDE, *(image.shape[axis] for image in resized)) for axis in (1, 2)]
-        padded = [-(-side // multiple) * multiple for side in sides]
-        batch = ImageBatch.from_list(resized, (padded[0], padded[1])).to(self.device)
-
-        if self._graphed is not None:
-            last = self._graphed(batch)
-        else:
-            last = predict_last_layer(self.model, batch, autocast=self.autocast)
-        names, decoding = self.classes.names, decoding_of(self.experiment.evaluation)
-        return postprocess(last, sizes, self.codec, top_k=self.top_k, class_names=names, **decoding)
-
-    def _complete(self, found: Detections, image: ImageSource) -> Detections:
-        category_ids = [self.classes.category_ids[label] for label in found.labels.tolist()]
-        return dataclasses.replace(found, category_ids=category_ids, image=image)
+    @torch.inference_mode()
+    def detect(
+        self, images: ImageBatch, sizes: Sequence[tuple[int, int]], *, top_k: int | None = None
+    ) -> list[Detections]:
+        """The objects in uint8 images as the network takes them, in pixels of files of `sizes` (height, width)."""
+        forward = self._graphed or partial(predict_last_layer, self.model, autocast=self.autocast)
+        last, decoding = forward(images.to(self.device)), decoding_of(self.experiment.evaluation)
+        names, ids, top_k = self.classes.names, self.classes.category_ids, self.top_k if top_k is None else top_k
+        every = postprocess(last, sizes, self.codec, top_k=top_k, class_names=names, **decoding)
+        return [dataclasses.replace(one, category_ids=[ids[label] for label in one.labels.tolist()]) for one in every]
 
 
 def group_alike(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
@@ -176,17 +172,12 @@ def group_alike(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
     yield group
 
 
-def read_rgb(path: str | Path, orientation: Orientation = "upright") -> Image.Image:
-    """The image in a file as 8-bit RGB, turned by its EXIF orientation as a viewer shows it, or as it is stored.
+def read_pixels(path: str | Path, orientation: Orientation = "upright") -> np.ndarray:
+    """(H, W, 3) uint8 of the image in a file, turned by its EXIF orientation as a viewer shows it, or as it is stored.
 
     Raises:
         DataError: no such file, no image, or more than 8 bits per channel.
     """
-    return Image.fromarray(read_pixels(path, orientation))
-
-
-def read_pixels(path: str | Path, orientation: Orientation = "upright") -> np.ndarray:
-    """(H, W, 3) uint8 of the image in a file; see `read_rgb`."""
     data = read_file(Path(path), str(path))
     return decode_bytes(data, str(path), orientation).permute(1, 2, 0).contiguous().numpy()
 

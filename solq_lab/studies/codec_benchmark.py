@@ -328,7 +328,6 @@ def size_gap_frame(bounds: Sequence[UpperBound]) -> pd.DataFrame:
 
 def write_csv(path: Path, bounds: Sequence[UpperBound]) -> None:
     """Write the rows of upper bounds for other programs: shares in 0..1, empty where there is no such object."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [bound.row() for bound in bounds]
     with replacing(path) as temporary:
         pd.DataFrame(rows, columns=None if rows else ["kind"]).to_csv(temporary, index=False)

@@ -137,7 +137,6 @@ def new_panels(
 
 def save_animation(frames: Sequence[Image.Image], path: Path, *, milliseconds: int) -> None:
     """Write frames of one size as a GIF that starts again at its end, `milliseconds` each; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = frames
     with replacing(path) as unfinished:
         first.save(unfinished, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)

@@ -82,7 +82,6 @@ class Plan(NamedTuple):
 
     def write(self, path: Path, command: str) -> None:
         """Write the experiment, below the command."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, f"# {command}\n{self}\n")
 
 

@@ -578,7 +578,7 @@ def test_an_annotation_id_that_comes_twice_is_refused_whatever_becomes_of_its_ob
         (lambda path: path.unlink(), "cannot be read: No such file"),
         (
             lambda path: Image.new("RGB", (30, 40)).save(path),
-            r"40 x 30 pixels \(height x width\), the annotations give 30 x 40",
+            r"40 x 30 pixels \(height x width\), the annotations give 30 x 40; exchange height and width",
         ),
     ],
     ids=["cut", "empty", "text", "half a JPEG", "vanished", "another size"],

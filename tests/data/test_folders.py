@@ -11,7 +11,7 @@ from solq_lab.build import build_dataset
 from solq_lab.config import ConfigError, default_experiment, load_experiment
 from solq_lab.data.coco import CocoDataset
 from solq_lab.data.folders import find_splits
-from solq_lab.data_folder import check_data_folder, split_of
+from solq_lab.data_folder import check_data_folder, open_folder, split_of
 from solq_lab.errors import DataError
 
 COCO = {
@@ -224,5 +224,15 @@ def test_what_is_missing_is_named_with_a_cure(tiny, tmp_path):
         check_data_folder(write_experiment(tmp_path, lay_out(tiny, tmp_path / "two", COCO), "data.val_fraction=0.5"))
     with pytest.raises(DataError, match=f"no annotations found; .* did you mean {root}"):
         find_splits(tmp_path)
+    (root / "train").rename(tmp_path / "unpacked")
+    (root / "export.zip").touch()
+    with pytest.raises(DataError, match=r"it holds export\.zip; unpack .*export\.zip"):
+        find_splits(root)
+    with pytest.raises(DataError, match=r"export\.zip: an archive; unpack it, and name the folder"):
+        open_folder(root / "export.zip")
+    several = lay_out(tiny, tmp_path / "several", COCO)
+    shutil.copy(several / "annotations/instances_train2017.json", several / "annotations/train_old.json")
+    with pytest.raises(DataError, match=r"has 2 annotation files for train: .* or choose by name"):
+        open_folder(several)
     with pytest.raises(ConfigError, match=r"data\.train_annotations: found ''"):
         default_experiment(["data.root=x"]).evaluated_on("train")

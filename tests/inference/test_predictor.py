@@ -13,7 +13,7 @@ from solq_lab.boxes import cxcywh_to_xyxy
 from solq_lab.build import build_model
 from solq_lab.config import ConfigError
 from solq_lab.data.annotations import DataError
-from solq_lab.inference.predictor import Predictor, read_rgb
+from solq_lab.inference.predictor import Predictor, read_pixels
 from solq_lab.models.weights import WeightMismatch, save_weights
 from solq_lab.runs import RunError, create_run, load_run
 from solq_lab.structures import PIXEL_MEAN, PIXEL_STD, ImageBatch
@@ -126,7 +126,7 @@ def test_a_file_is_turned_upright_but_an_open_image_is_taken_as_its_pixels_lie(
     exif[ORIENTATION] = 6
     lying.save(tmp_path / "lying.png", exif=exif)
     upright = np.ascontiguousarray(np.rot90(image, k=-1))
-    assert np.array_equal(np.asarray(read_rgb(tmp_path / "lying.png")), upright)
+    assert np.array_equal(read_pixels(tmp_path / "lying.png"), upright)
     assert_same(predictor.predict(tmp_path / "lying.png"), predictor.predict(upright))
     monkeypatch.setattr(predictor, "orientation", "stored")  # as of a data set that counts stored pixels
     assert_same(predictor.predict(tmp_path / "lying.png"), predictor.predict(image))

@@ -200,7 +200,7 @@ def test_masks_are_laid_over_every_pixel_of_a_painted_photograph_and_no_other():
     expected = np.where(mask[..., None], (1 - MASK_OPACITY) * pixels + MASK_OPACITY * colour, pixels)
     wrong = (np.abs(painted - expected) > 1).any(axis=2)
     on_edge, near = (maximum_filter(mask, size) & maximum_filter(~mask, size) for size in (3, 23))
-    assert not (wrong & ~near).any()  # the white edge of a line reaches 7.6 pixels from its middle
+    assert not (wrong & ~near)[95:].any()  # below the label; a line's white edge reaches 7.6 pixels from its middle
     assert (np.abs(painted - colour) < 2).all(axis=2)[on_edge].mean() > 0.99
 
 

@@ -28,7 +28,7 @@ from solq_lab.inference.export.packaging import without_paths
 from solq_lab.inference.export.parity import TOLERANCE, measure_parity
 from solq_lab.inference.folding import fold
 from solq_lab.inference.postprocess import decoding_of
-from solq_lab.inference.predictor import Predictor, find_weights, read_rgb, read_trained
+from solq_lab.inference.predictor import Predictor, find_weights, read_pixels, read_trained
 from solq_lab.models.kinds import backbone_spec
 from solq_lab.models.weights import load_state
 from solq_lab.ops.ms_deform_attn import ms_deform_attn_reference
@@ -91,7 +91,7 @@ def export_onnx(
     _check(destination, size, batch)
 
     predictor = Predictor(weights_or_run, device="cpu", top_k=top_k)
-    arrays = [np.asarray(read_rgb(path)) for path in images]
+    arrays = [read_pixels(path) for path in images]
     if not arrays:  # shapes; one image is wide and one tall, so that batches are padded
         scenes = [draw_scene(LEVELS["hard"], np.random.default_rng(seed)).image for seed in range(DRAWN)]
         arrays = [scenes[0], scenes[1][: len(scenes[1]) * 3 // 4], scenes[2][:, : len(scenes[2]) * 2 // 3]]
@@ -109,7 +109,6 @@ def export_onnx(
     if fixed or "mask_logits" in graph.outputs:
         batch = batch or 1  # windows, or queries, share an axis with the images, whose number the tracer then pins
 
-    destination.parent.mkdir(parents=True, exist_ok=True)
     with replacing(destination) as unfinished:
         inputs = _write(graph, unfinished, size, batch, predictor)
         megabytes = unfinished.stat().st_size / 1e6

@@ -43,7 +43,6 @@ def share(weights_or_run: str | Path | Run, destination: Path) -> Predictor:
     weights, experiment, classes = read_trained(find_weights(weights_or_run))
     codec = build_codec(experiment, tables=weights.codec)
     tables = codec.state_dict() if isinstance(codec, FittedCodec) else {}
-    destination.parent.mkdir(parents=True, exist_ok=True)
     with replacing(destination) as unfinished:
         about = {"experiment": without_paths(experiment).to_yaml(), "classes": classes.to_json()}
         save_weights(unfinished, weights.state, codec=tables, **about)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from solq_lab.data.transforms import Resize, TestResize, apply_to_image
 from solq_lab.inference.compare import Difference, Tolerance, compare_detections
-from solq_lab.inference.postprocess import cut_out_masks, decoding_of, postprocess
+from solq_lab.inference.postprocess import cut_out_masks
 from solq_lab.inference.predictor import Predictor
 from solq_lab.masks import paste_to_rle
 from solq_lab.structures import Detections, ImageBatch, ImageMasks
@@ -52,7 +52,7 @@ def measure_parity(predictor: Predictor, path: Path, images: Sequence[np.ndarray
     data = predictor.experiment.data
     for batch in _batches(session, images, TestResize(data.test_scale, data.max_size)):
         theirs = _detect_in_onnx(session, batch, predictor.classes.names)
-        expected += _detect_in_torch(predictor, batch, top_k=len(theirs[0].scores))
+        expected += predictor.detect(batch, batch.sizes.tolist(), top_k=len(theirs[0].scores))
         found += theirs
         sizes += batch.sizes.tolist()
     given = slice(len(images))  # a last batch may repeat an image
@@ -78,15 +78,6 @@ def _resized(image: np.ndarray, room: tuple[int, int] | None, resize: TestResize
     share = min(room[0] / before[0], room[1] / before[1])
     after = (max(1, int(before[0] * share)), max(1, int(before[1] * share)))
     return apply_to_image([Resize(before, after)], pixels)
-
-
-@torch.inference_mode()
-def _detect_in_torch(predictor: Predictor, images: ImageBatch, *, top_k: int) -> list[Detections]:
-    """The model's detections in uint8 images, in their own pixels."""
-    last = predictor.model(images.normalised()).layers[-1]
-    sizes, names = images.sizes.tolist(), predictor.classes.names
-    decoding = decoding_of(predictor.experiment.evaluation)
-    return postprocess(last, sizes, predictor.codec, top_k=top_k, class_names=names, **decoding)
 
 
 def _detect_in_onnx(session: Session, images: ImageBatch, names: Sequence[str]) -> list[Detections]:

@@ -213,10 +213,10 @@ def _check_file(content: _Content, image: Image) -> tuple[Image, list[Finding]]:
 
     digest, thumb, orientation = b"", b"", split.orientation or "stored"
     try:
-        header = read_header(path, str(image))
+        data = read_file(path, str(image)) if look == "decode" else None
+        header = read_header(path if data is None else data, str(image))
         size = header.size_as(orientation)
-        if look == "decode":
-            data = read_file(path, str(image))
+        if data is not None:
             pixels = decode_bytes(data, str(image), orientation)
             size, thumb = (pixels.shape[1], pixels.shape[2]), thumbnail(pixels)
             digest = hashlib.blake2b(data.numpy().data, digest_size=16).digest()

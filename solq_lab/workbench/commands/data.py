@@ -125,7 +125,6 @@ def check_data(
     report = check(splits, options, processes=processes)
     typer.echo(report.table(str(data)))
     folder = output or Path("runs/data_checks") / name
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report.to_dict(worst) | {"allowed": allowed})
     typer.echo(f"\nnumbers {folder / 'report.json'}")
     if not (overrides or images):

@@ -65,7 +65,6 @@ def convert_data(
         splits.append(place)
 
     for place, (folder, document) in zip(splits, documents.values(), strict=True):
-        place.annotations.parent.mkdir(parents=True, exist_ok=True)
         write_text(place.annotations, json.dumps(document))
         if link and not place.images.exists():
             place.images.symlink_to(folder.resolve(), target_is_directory=True)

@@ -107,7 +107,7 @@ class Masks(Output):
 
     def close(self) -> None:
         lines = [f"{' '.join(name.splitlines())}\n" for name in self._classes.names]
-        write_text(_ensure(self._out / "masks" / "classes.txt"), "".join(lines))
+        write_text(self._out / "masks" / "classes.txt", "".join(lines))
 
 
 class Polygons(Output):
@@ -134,7 +134,7 @@ class Polygons(Output):
             "imageHeight": height,
             "imageWidth": width,
         }
-        write_text(_ensure(path), json.dumps(document))
+        write_text(path, json.dumps(document))
 
 
 class Yolo(Output):
@@ -152,12 +152,10 @@ class Yolo(Output):
         for label, points in zip(found.labels.tolist(), shapes, strict=True):
             if len(points):
                 lines.append(" ".join([str(label), *(f"{share:.6f}" for share in (points / (width, height)).ravel())]))
-        write_text(_ensure(path), "".join(f"{line}\n" for line in lines))
+        write_text(path, "".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
-        write_text(
-            _ensure(self._out / "data.yaml"), yaml.safe_dump({"names": list(self._classes.names)}, allow_unicode=True)
-        )
+        write_text(self._out / "data.yaml", yaml.safe_dump({"names": list(self._classes.names)}, allow_unicode=True))
 
 
 class Csv(Output):
@@ -180,7 +178,7 @@ class Csv(Output):
             self._writer.writerow([*about, *box, area])
 
     def close(self) -> None:
-        write_text(_ensure(self._out / "objects.csv"), self._text.getvalue(), errors="surrogateescape")
+        write_text(self._out / "objects.csv", self._text.getvalue(), errors="surrogateescape")
 
 
 class Coco(Output):
@@ -208,7 +206,7 @@ class Coco(Output):
         pairs = zip(self._classes.category_ids, self._classes.names, strict=True)
         categories = [{"id": key, "name": name} for key, name in pairs if key != UNUSED]
         document = {"images": self._images, "categories": categories, "annotations": annotations}
-        write_text(_ensure(self._out / "coco.json"), json.dumps(document))
+        write_text(self._out / "coco.json", json.dumps(document))
         write_results(self._out / "coco_bbox.json", self._results, kind="box")
         if self._masks:
             write_results(self._out / "coco_segm.json", self._results, kind="segm")
@@ -227,13 +225,8 @@ def require_masks(formats: Sequence[str], found: Detections) -> None:
             raise UserError(f"--save {name}: this model finds boxes, but no masks; drawn, coco, yolo, csv hold boxes")
 
 
-def _ensure(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def _save(image: Image.Image, path: Path) -> None:
-    with replacing(_ensure(path)) as temporary:
+    with replacing(path) as temporary:
         image.save(temporary, format="PNG", compress_level=1)
 
 

@@ -70,7 +70,6 @@ class VideoWriter:
         """A video at `path` like the one that `first` is a frame of."""
         import av
 
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._stack = contextlib.ExitStack()
         temporary = self._stack.enter_context(replacing(path))
         self._container = self._stack.enter_context(av.open(str(temporary), "w", format="mp4"))
