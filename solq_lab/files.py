@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from solq_lab.errors import UserError
+from solq_lab.errors import DataError, UserError
 
 
 class FileError(UserError):
@@ -28,14 +28,19 @@ def other_than_file(path: str | Path) -> str | None:
         return None
 
 
+def require_file(path: str | Path, wanted: str, name: str = "") -> None:
+    """Raise DataError where something else than a file lies at a path, whose `name` in the message may be another."""
+    if what := other_than_file(path):
+        raise DataError(f"{name or path}: {what}, no {wanted}")
+
+
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
     Raises:
-        FileError: the file cannot be read or is not JSON.
+        FileError, DataError: the file cannot be read or is not JSON.
     """
-    if what := other_than_file(path):
-        raise FileError(f"{path}: {what}, no JSON file")
+    require_file(path, "JSON file")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_rle
 from solq_lab import masks
 from solq_lab.data.entries import Entries, parse_document
 from solq_lab.errors import FIRST_FEW, DataError, first_few, shorten
-from solq_lab.files import other_than_file
+from solq_lab.files import require_file
 
 __all__ = ["FIRST_FEW", "DataError", "first_few", "shorten"]
 
@@ -32,8 +32,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
     Raises:
         DataError: no such file, not JSON, or not a mapping with lists of images, annotations and categories.
     """
-    if what := other_than_file(path):
-        raise DataError(f"{path}: {what}, no annotation file")
+    require_file(path, "annotation file")
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:

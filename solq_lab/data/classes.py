@@ -115,13 +115,10 @@ class ClassMap:
         try:
             return self._channels[category_id]
         except KeyError:
-            raise DataError(f"category id {category_id} is not in the class map; {self.describe()}") from None
-
-    def describe(self) -> str:
-        """The category ids of the map in half a sentence, for messages."""
-        used = sorted(self._channels)
-        shown = ", ".join(map(str, used[:12])) + (f", ... {used[-1]}" if len(used) > 12 else "")
-        return f"it has {len(used)} category ids: {shown}"
+            used = sorted(self._channels)
+            shown = ", ".join(map(str, used[:12])) + (f", ... {used[-1]}" if len(used) > 12 else "")
+            has = f"it has {len(used)} category ids: {shown}"
+            raise DataError(f"category id {category_id} is not in the class map; {has}") from None
 
     @cached_property
     def _channels(self) -> dict[int, int]:

@@ -51,17 +51,14 @@ def annotation_file(path: Path, val_fraction: float = 0.0) -> Path:
     key = blake2b(json.dumps([VERSION, str(source.resolve()), facts]).encode(), digest_size=8).hexdigest()
     made = folder / f"{source.parent.resolve().name}-{key}" / f"instances_{part}.json"
     if not made.exists():
-        document = make()
-        write_text(made, json.dumps(document))
+        write_text(made, json.dumps(make()))
     return made
 
 
 def _stamp(path: Path) -> list[Any]:
     """What changes when a file does; nothing where there is no file."""
-    if not path.exists():
-        return [str(path)]
-    status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    facts = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+    return [str(path), *facts]
 
 
 def _part_of(source: Path, part: str, val_fraction: float) -> dict[str, Any]:

@@ -114,7 +114,6 @@ class GroundTruth:
         self._read_images(document["images"])
         self._read_objects(document["annotations"])
         if keep == "learnable" and report:
-            self._report_names()
             self._report_twice()
             self._report_units()
 
@@ -258,13 +257,12 @@ class GroundTruth:
         """(A, 4) x0, y0, x1, y1 around the masks; zeros where there is no polygon."""
         return self._packed.bounds()[self._places]
 
-    def _report_names(self) -> None:
+    def _report_twice(self) -> None:
+        """Count images with the file, and objects with the image, class and box, of another one: merged exports."""
         if shared := [shorten(name) for name, count in Counter(self.file_names).items() if count > 1]:
             message = "%s: %d images have several ids, each with some of the objects: %s; merge their entries"
             logger.warning(message, self.source, len(shared), first_few(shared))
 
-    def _report_twice(self) -> None:
-        """Count objects with the image, class and box of another one: exports that were merged twice."""
         columns = [self.image_rows, self.category_ids, *self.coco_boxes.T + 0.0]  # + 0.0: -0.0 is 0.0
         hashes = np.zeros(len(self), dtype=np.uint64)  # of rows: twenty times faster than np.unique over axis 0
         for column in columns:

@@ -21,7 +21,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from solq_lab.data.kinds import IMAGE_FORMATS, IMAGE_SUFFIXES, Orientation
 from solq_lab.errors import FIRST_FEW, DataError, shorten
-from solq_lab.files import other_than_file
+from solq_lab.files import other_than_file, require_file
 
 TORCH_FORMATS = ("JPEG", "MPO", "GIF", "WEBP")  # which torchvision decodes, faster than Pillow; a damaged PNG kills it
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -31,7 +31,6 @@ ORIENTATION = 0x0112  # the EXIF tag
 LYING = (5, 6, 7, 8)  # orientations whose upright image has the sides swapped
 # orientation -> axes that a stored image (3, H, W) is flipped along to stand upright, once its sides are swapped
 TURNS: dict[int, tuple[int, ...]] = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
-OTHER: dict[Orientation, Orientation] = {"stored": "upright", "upright": "stored"}
 
 PAGE = "a web page, no image: fetch it again"
 STAND_INS = {
@@ -48,9 +47,8 @@ LEAVES = (
 
 
 class Header(NamedTuple):
-    """What a file says of its image before the pixels: Pillow's name of the format, size, and EXIF orientation."""
+    """What a file says of its image before the pixels: size and EXIF orientation."""
 
-    format: str
     size: tuple[int, int]  # (height, width) as stored, pixels
     turn: int  # the EXIF orientation, 1 to 8; 1 is an image that is stored upright, or a TIFF, which is always read so
 
@@ -82,16 +80,11 @@ def read_image(path: Path, image_id: int, size: tuple[int, int], orientation: Or
 
 def read_file(path: Path, name: str) -> Tensor:
     """The bytes of a file (n,) uint8; `name` is for messages. Raises DataError where it cannot be read."""
-    _require_file(path, name)
+    require_file(path, "image", name)
     try:
         return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from None
-
-
-def _require_file(path: Path, name: str) -> None:
-    if what := other_than_file(path):
-        raise DataError(f"{name}: {what}, no image")
 
 
 def read_header(source: Path | Tensor, name: str) -> Header:
@@ -132,7 +125,7 @@ def decode_bytes(data: Tensor, name: str, orientation: Orientation = "stored") -
 def _opened(source: Path | Tensor, name: str) -> Iterator[Image.Image]:
     """An image opened by Pillow, which reads its header only; all that its readers raise becomes DataError."""
     if isinstance(source, Path):
-        _require_file(source, name)
+        require_file(source, "image", name)
     file = io.BytesIO(source.numpy().data) if isinstance(source, Tensor) else source
     try:
         with warnings.catch_warnings():
@@ -176,7 +169,7 @@ def _header_of(opened: Image.Image) -> Header:
     in_front = "exif" in opened.info or "XML:com.adobe.xmp" in opened.info
     tagged = in_front if opened.format == "PNG" else opened.format != "TIFF"
     turn = opened.getexif().get(ORIENTATION, 1) if tagged else 1
-    return Header(str(opened.format), (opened.height, opened.width), turn if turn in TURNS else 1)
+    return Header((opened.height, opened.width), turn if turn in TURNS else 1)
 
 
 def check_size(
@@ -193,7 +186,8 @@ def check_size(
     """
     if found == size:
         return
-    cure, other, header = "correct the annotations or the file", OTHER[orientation], read_header(source, name)
+    cure, header = "correct the annotations or the file", read_header(source, name)
+    other: Orientation = "upright" if orientation == "stored" else "stored"
     if header.turn == 1 and found == size[::-1]:
         cure = "exchange height and width in the annotations"
     elif header.turn != 1 and header.size_as(other) == size:

@@ -24,7 +24,7 @@ def other_reading(
     """
     (a, b, c, d), usual = boxes.T, corners_of(boxes)
     for corners in (usual,) if outlines is None else (usual, outlines):
-        if len(corners) >= ENOUGH and _lies_inside(corners, np.ones(2), SLACK).mean() >= ALMOST_ALL:
+        if len(corners) >= ENOUGH and (reach(corners, np.ones(2)) <= SLACK).mean() >= ALMOST_ALL:
             return SHARES
     beyond = reach(usual, sizes) > REACH
     before = np.zeros(len(boxes)) if outlines is None else iou(usual, outlines)
@@ -53,12 +53,8 @@ def other_reading(
 
 def _explains(corners: np.ndarray, beyond: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether boxes that leave their images lie inside with all the others, if these are their corners."""
-    inside = _lies_inside(corners, sizes, REACH)
+    inside = (reach(corners, sizes) <= REACH) & (corners[:, 2:] > corners[:, :2]).all(axis=1)
     return bool(len(inside) >= ENOUGH and beyond.sum() >= FEW and inside.mean() >= ALMOST_ALL)
-
-
-def _lies_inside(corners: np.ndarray, sizes: np.ndarray, slack: float) -> np.ndarray:
-    return (reach(corners, sizes) <= slack) & (corners[:, 2:] > corners[:, :2]).all(axis=1)
 
 
 def corners_of(boxes: np.ndarray) -> np.ndarray:

@@ -66,14 +66,11 @@ class TestResize:
 
 
 @dataclass(frozen=True)
-class FlipOnly:
+class FlipOnly(TestResize):
     """Mirror with probability 1/2, then resize to the test scale."""
 
-    test_scale: int  # length of the shorter side, pixels
-    max_size: int  # longest allowed longer side, pixels
-
     def plan(self, size: tuple[int, int], random: np.random.Generator) -> list[Step]:
-        return [*_mirror(size, random), *_resize(size, self.test_scale, self.max_size)]
+        return [*_mirror(size, random), *super().plan(size, random)]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pycocotools import mask as coco_rle
 from solq_lab.bars import progress_bar
 from solq_lab.data.kinds import IMAGE_SUFFIXES, count_endings
 from solq_lab.errors import DataError, first_few, shorten
-from solq_lab.files import files_below, other_than_file
+from solq_lab.files import files_below, require_file
 from solq_lab.plain_yaml import load_yaml
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,7 @@ def _read_settings(source: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    if what := other_than_file(path):
-        raise DataError(f"{path}: {what}, no text file")
+    require_file(path, "text file")
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

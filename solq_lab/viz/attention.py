@@ -17,6 +17,7 @@ from PIL import Image
 
 from solq_lab.evaluation.sizes import SIZES
 from solq_lab.inference.attention import LayerAttention, ObjectView, heat_map
+from solq_lab.masks import encode_rle
 from solq_lab.structures import Detections
 from solq_lab.studies.attention import AttentionStudy
 from solq_lab.viz.images import Backdrop, MaskWindow, Window, draw_outlines, frame_box, show_window, square_around
@@ -296,7 +297,8 @@ def _draw_outline(axes: Axes, view: ObjectView) -> None:
     if view.mask is None or not view.mask.any():
         frame_box(axes, view.box)
     else:
-        draw_outlines(axes, [(MaskWindow.of_bitmap(view.mask).outline(), "white")], edge="black")
+        (rle,) = encode_rle(torch.from_numpy(view.mask)[None])
+        draw_outlines(axes, [(MaskWindow.of_rle(rle).outline(), "white")], edge="black")
 
 
 def _draw_reference(axes: Axes, reference: np.ndarray, size: tuple[int, int]) -> None:

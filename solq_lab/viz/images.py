@@ -277,22 +277,13 @@ class MaskWindow(NamedTuple):
         columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, image_height)
         return cls(np.ascontiguousarray(columns[:, top : top + height].T), left, top)
 
-    @classmethod
-    def of_bitmap(cls, mask: np.ndarray) -> MaskWindow:
-        """Cut the tight box out of a mask (H, W) bool of the whole image."""
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        if not len(rows):
-            return cls(mask[:0, :0], 0, 0)
-        return cls(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], int(columns[0]), int(rows[0]))
-
     def paint(self, image: Image.Image, colour: str) -> None:
         """Lay the mask over an RGB image, in place, translucent."""
         before, over = np.arange(256), 255 * np.array(to_rgb(colour))[:, None]
         mixed = (before + MASK_OPACITY * (over - before)).round().astype(int).ravel().tolist()  # by channel
         height, width = self.bitmap.shape
         for first in range(0, height, BAND):
-            some = self.bitmap[first : first + BAND]
-            top = self.top + first
+            some, top = self.bitmap[first : first + BAND], self.top + first
             box = (self.left, top, self.left + width, top + len(some))
             image.paste(image.crop(box).point(mixed), box, Image.fromarray(some))
 

@@ -325,7 +325,7 @@ def test_a_listed_image_outside_the_folder_is_refused_with_its_line(yolo, tmp_pa
 
 def test_an_image_that_cannot_be_read_is_named(yolo, tmp_path):
     (yolo / "images" / "train" / "1.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"train/1\.png: not a whole image \(a format unknown"):
+    with pytest.raises(DataError, match=r"train/1\.png: not a whole image \(7 bytes; a format unknown"):
         convert_data(yolo, tmp_path / "out")
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from solq_lab.errors import UserError
-from solq_lab.files import other_than_file, replacing
+from solq_lab.files import replacing, require_file
 
 CRF = "20"  # constant quality of x264, 0..51; lower is better
 
@@ -38,8 +38,7 @@ def read_frames(path: Path, name: str) -> Iterator[Frame]:
     """
     import av
 
-    if what := other_than_file(path):
-        raise UserError(f"{name}: {what}, no video")
+    require_file(path, "video", name)
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
