@@ -14,10 +14,7 @@ from solq_lab.data.folders import find_splits
 from solq_lab.data_folder import check_data_folder, open_folder, split_of
 from solq_lab.errors import DataError
 
-COCO = {
-    "annotations/instances_train2017.json": "train2017",
-    "annotations/instances_val2017.json": "val2017",
-}
+COCO = {"annotations/instances_train2017.json": "train2017", "annotations/instances_val2017.json": "val2017"}
 LAYOUTS = {
     "COCO 2017": COCO,
     "COCO, images below": {

@@ -83,35 +83,21 @@ def test_more_pixels_than_pillow_allows_are_refused_as_in_prediction(tmp_path, m
         read_image(tmp_path / "a.png", 1, (30, 40))
 
 
-def rgb16_png(pixels: np.ndarray) -> bytes:
-    """A PNG of (H, W, 3) uint16 pixels."""
-    height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    parts = (
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def rgb16_tiff(pixels: np.ndarray) -> bytes:
-    """A TIFF of (H, W, 3) uint16 pixels."""
-    height, width = pixels.shape[:2]
-    fields = {256: width, 257: height, 258: 122, 259: 1, 262: 2, 273: 128, 277: 3, 278: height, 279: pixels.nbytes}
-    kinds = {key: (3, 3) if key == 258 else (4, 1) for key in fields}  # three numbers of 16 bits, or one of 32
-    entries = b"".join(struct.pack("<HHII", key, *kinds[key], value) for key, value in fields.items())
-    depths = struct.pack("<I3H", 0, 16, 16, 16)
-    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + depths + pixels.astype("<u2").tobytes()
-
-
-@pytest.mark.parametrize(("suffix", "write"), [(".png", rgb16_png), (".tiff", rgb16_tiff)])
-def test_three_channels_of_16_bits_are_rejected_as_one_is(tmp_path, suffix, write):
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_three_channels_of_16_bits_are_rejected_as_one_is(tmp_path, suffix):
     """Pillow takes the upper 8 bits without a word: images of cameras with 12 bits would be almost black."""
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(write(np.full((30, 40, 3), 4000, dtype=np.uint16)))
+    Image.new("RGB", (80, 30)).save(path)  # a row has as many bytes as one of 40 pixels of 16 bits
+    content = bytearray(path.read_bytes())
+    if suffix == ".png":
+        content[16:25] = struct.pack(">IIB", 40, 30, 16)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    else:
+        content = content.replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 16, 16, 16))
+        content = content.replace(struct.pack("<HHII", 256, 4, 1, 80), struct.pack("<HHII", 256, 4, 1, 40))
+    path.write_bytes(content)
     with Image.open(path) as opened:
-        assert (opened.mode, opened.size, opened.getpixel((0, 0))) == ("RGB", (40, 30), (15, 15, 15))
+        assert (opened.mode, opened.size, opened.getpixel((0, 0))) == ("RGB", (40, 30), (0, 0, 0))
     with pytest.raises(DataError, match="more than 8 bits per channel; scale it"):
         read_image(path, 1, (30, 40))
 
@@ -128,12 +114,6 @@ def test_a_damaged_image_is_rejected_or_read_and_kills_no_process(tmp_path, suff
         path.write_bytes(content)
         with contextlib.suppress(DataError):
             assert read_image(path, 1, (30, 40)).shape == (3, 30, 40)
-
-
-def test_broken_exif_counts_as_none_without_a_word(tmp_path, recwarn):
-    drawn(40, 30).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\1" * 30)
-    assert read_image(tmp_path / "a.jpg", 1, (30, 40), "upright").shape == (3, 30, 40)
-    assert recwarn.list == []
 
 
 def test_a_file_that_macos_adds_to_archives_is_called_so(tmp_path):

@@ -163,12 +163,7 @@ def test_samples_are_the_same_to_the_bit_for_any_workers_ranks_and_accumulation(
 
 
 @settings(deadline=None)
-@given(
-    length=st.integers(1, 60),
-    batch_size=st.integers(1, 9),
-    share=st.floats(0, 1),
-    seed=st.integers(0, 99),
-)
+@given(length=st.integers(1, 60), batch_size=st.integers(1, 9), share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_batches_of_one_shape_lose_and_repeat_nothing(length, batch_size, share, seed):
     random = np.random.default_rng(seed)
     aspects = np.where(random.random(length) < share, 0.7, 1.5) + 0.01 * random.random(length)

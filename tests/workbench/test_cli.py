@@ -145,10 +145,7 @@ def test_the_version_is_that_of_the_package(command):
         ("evaluate run --split tst", "'tst' is not one of 'val', 'train'"),
         ("evaluate runs/none", "not a run folder"),
         ("train tiny.yaml train.stpes=3", "unknown key train.stpes; did you mean steps?"),
-        (
-            "train tiny.yaml train.steps=many",
-            "unable to parse string as an integer (found 'many')",
-        ),
+        ("train tiny.yaml train.steps=many", "unable to parse string as an integer (found 'many')"),
         ("train tiny.yaml codec.mask_size=4", "vector_dim 20 exceeds mask_size squared (16)"),
         ("train tiny.yaml data.root=imagess", "data.root: found imagess, which does not exist; did you mean images?"),
         ("train tiny.yaml model.pretrained=nowhere.pth", "model.pretrained: found nowhere.pth, which does not exist"),
@@ -190,10 +187,7 @@ def change_annotations(data_root: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (
-            lambda root: (root / "train.json").write_text('{"images": []}'),
-            "no list 'annotations' (found 'images')",
-        ),
+        (lambda root: (root / "train.json").write_text('{"images": []}'), "no list 'annotations' (found 'images')"),
         (lambda root: (root / "train.json").write_text("<xml/>"), "train.json: "),
         (lambda root: change_annotations(root, category_id=77), "category id 77"),
         (lambda root: (root / "train" / "2.png").unlink(), "'2.png' (image id 2)"),

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import signal
-import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,45 +96,42 @@ def test_links_within_the_folder_and_a_linked_image_folder_are_fine(secret):
 # ----------------------------------------------------------------------------------------- what only looks like a file
 
 
-@pytest.fixture
-def impatient() -> Iterator[None]:
-    """Fail after a while: whoever opens a named pipe waits for ever."""
+@pytest.fixture(params=["a named pipe", "a device"])
+def put(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], str]]:
+    """Puts a pipe, or a link to a device, in the place of a file; whoever opens it fails after a while."""
 
-    def fail(*_: object) -> None:
-        pytest.fail("waits for a named pipe")
+    def put(path: Path) -> str:
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if request.param == "a named pipe" else path.symlink_to("/dev/zero")
+        return request.param
 
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(20)
-    yield
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for a named pipe"))
+    signal.alarm(60)
+    yield put
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
 
-def put(kind: str, path: Path) -> None:
-    """A pipe, a socket or a link to a device in the place of a file."""
-    path.unlink(missing_ok=True)
-    if kind == "a named pipe":
-        os.mkfifo(path)
-    elif kind == "a socket":
-        with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(os.path.relpath(path))  # longer names are not allowed
-    else:
-        path.symlink_to("/dev/zero")
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("kind", ["a named pipe", "a socket", "a device"])
-def test_what_is_no_file_is_named_and_never_opened(tmp_path, kind, caplog):
+def test_what_is_no_file_is_named_and_never_opened(tmp_path, put):
     root = write_tiny_dataset(tmp_path / "data", train=4)
-    put(kind, root / "train" / "2.png")
+    kind = put(root / "train" / "2.png")
     with pytest.raises(DataError, match=rf"images are missing: '2\.png', {kind} \(image id 2\)"):
         CocoDataset(root / "train", root / "train.json", allow_links=True)
     report = check_data([Split("train", root / "train", root / "train.json")], Options(allow_links=True), processes=1)
-    (found,) = report.findings.worst("image-missing", "train")
-    assert found.message == f"image id 2: '2.png', {kind}"
+    assert report.findings.worst("image-missing", "train")[0].message == f"image id 2: '2.png', {kind}"
+    put(root / "train.json")
+    with pytest.raises(DataError, match=rf"train\.json: {kind}, no annotation file"):
+        CocoDataset(root / "train", root / "train.json")
 
-    for name in ("a.png", "b.mp4"):
-        put(kind, root / name)
+    (root / "data.yaml").write_text("names: [box]\ntrain: yolo\n")
+    (root / "yolo").mkdir()
+    for name, what in (("a.txt", "text file"), ("a.png", "image")):
+        Image.new("RGB", (40, 30)).save(root / "yolo" / "a.png")
+        put(root / "yolo" / name)
+        with pytest.raises(DataError, match=rf"{name}: {kind}, no {what}"):
+            find_splits(root / "data.yaml")
+
+    put(root / "a.png"), put(root / "b.mp4")
     Image.new("RGB", (40, 30)).save(root / "c.png")
     weights = write_model(tmp_path / "weights.safetensors", tiny_experiment(root))
     result = CliRunner().invoke(app, ["predict", str(weights), str(root), "--out", str(tmp_path / "out")])
@@ -143,21 +139,6 @@ def test_what_is_no_file_is_named_and_never_opened(tmp_path, kind, caplog):
     assert f"a.png: {kind}, no image" in result.output
     assert f"b.mp4: {kind}, no video" in result.output
     assert (tmp_path / "out" / "c.png").is_file()
-
-    put(kind, root / "train.json")
-    with pytest.raises(DataError, match=rf"train\.json: {kind}, no annotation file"):
-        CocoDataset(root / "train", root / "train.json")
-
-
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(("name", "what"), [("a.png", "image"), ("a.txt", "text file")])
-def test_a_pipe_among_images_and_labels_of_a_yolo_folder_is_named(tmp_path, name, what):
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.5\n")
-    (tmp_path / "data.yaml").write_text("names: [box]\ntrain: .\n")
-    put("a named pipe", tmp_path / name)
-    with pytest.raises(DataError, match=rf"{name}: a named pipe, no {what}"):
-        find_splits(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ pickles
