@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "solq_lab"
 MAX_LINES = 33_260  # of the whole package
-MAX_TEST_LINES = 24_820
+MAX_TEST_LINES = 24_880
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # without the docstring
 MAX_WITHOUT_PAUSE = 15  # lines of a function without a blank line or a comment

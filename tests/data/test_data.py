@@ -620,6 +620,11 @@ def test_a_category_without_a_name_is_called_by_its_id():
     assert ClassMap.from_categories(categories).names == ("3", "5", "7", "cat")
 
 
+def test_no_categories_are_no_channels():
+    assert len(ClassMap.from_categories(categories(), "raw")) == 0
+    assert len(ClassMap.from_categories(categories())) == 0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

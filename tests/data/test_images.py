@@ -116,6 +116,12 @@ def test_a_damaged_image_is_rejected_or_read_and_kills_no_process(tmp_path, suff
             assert read_image(path, 1, (30, 40)).shape == (3, 30, 40)
 
 
+def test_broken_exif_counts_as_none_without_a_word(tmp_path, recwarn):
+    drawn(40, 30).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\1" * 30)
+    assert read_image(tmp_path / "a.jpg", 1, (30, 40), "upright").shape == (3, 30, 40)
+    assert recwarn.list == []
+
+
 def test_a_file_that_macos_adds_to_archives_is_called_so(tmp_path):
     (tmp_path / "._a.jpg").write_bytes(b"\x00\x05\x16\x07Mac OS X")
     with pytest.raises(DataError, match="it is no image but what macOS adds to archives: leave it out"):

@@ -14,6 +14,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.transforms import Bbox
 from pycocotools import mask as coco_rle
+from scipy.ndimage import maximum_filter
 from scipy.spatial.distance import pdist
 
 from solq_lab.boxes import xyxy_to_cxcywh
@@ -28,6 +29,7 @@ from solq_lab.viz.images import (
     MaskWindow,
     draw_detections,
     ground_truth,
+    paint_detections,
     prediction_grid,
 )
 from solq_lab.viz.labels import MAX_SHOWN, Labels
@@ -183,6 +185,23 @@ def test_a_window_is_the_part_of_the_mask_in_its_box(box):
     back[window.top : window.top + height, window.left : window.left + width] = window.bitmap
     np.testing.assert_array_equal(back, mask)
     assert not window.bitmap.size or all(window.bitmap.any(axis=axis)[[0, -1]].all() for axis in (0, 1))
+
+
+def test_masks_are_laid_over_every_pixel_of_a_painted_photograph_and_no_other():
+    """But for its outline, which is found in every fourth pixel: it lies within its own width."""
+    mask = np.zeros((1000, 4000), dtype=bool)
+    mask[101:903, 53:3947] = True
+    mask[400:503, 300:1701] = False
+    (rle,) = encode_rle(torch.from_numpy(mask)[None])
+    first, box = torch.zeros(1, dtype=torch.long), torch.tensor([[53.0, 101, 3947, 903]])
+    pixels = np.random.default_rng(0).integers(0, 256, (*mask.shape, 3), dtype=np.uint8)
+    painted = np.asarray(paint_detections(pixels, Detections(torch.ones(1), first, box, first, [rle], [""])))
+    colour = 255 * np.array(to_rgb(OBJECT_COLOURS[0]))
+    expected = np.where(mask[..., None], (1 - MASK_OPACITY) * pixels + MASK_OPACITY * colour, pixels)
+    wrong = (np.abs(painted - expected) > 1).any(axis=2)
+    on_edge, near = (maximum_filter(mask, size) & maximum_filter(~mask, size) for size in (3, 23))
+    assert not (wrong & ~near)[95:].any()  # below the label; a line's white edge reaches 7.6 pixels from its middle
+    assert (np.abs(painted - colour) < 2).all(axis=2)[on_edge].mean() > 0.99
 
 
 def test_the_objects_of_a_large_photograph_need_little_memory():

@@ -101,6 +101,13 @@ def test_a_clean_data_set_has_no_finding_but_notes(tmp_path):
     assert "nothing that would stop or harm a training" in report.table("here")
 
 
+def test_a_data_set_without_images_has_nothing_to_learn(tmp_path):
+    split = write_split(tmp_path, lambda document: document.update(images=[], annotations=[]))
+    assert broken(check(split)) == broken(check(split, processes=2)) == {"nothing-to-learn": 1}
+    assert worst_images(check(split)) == {}
+    class_distribution(check(split)), size_distribution(check(split))
+
+
 def test_the_drawn_shapes_are_clean(tmp_path):
     write_tiny_dataset(tmp_path)
     splits = [Split(name, tmp_path / name, tmp_path / f"{name}.json") for name in ("train", "val")]
@@ -194,6 +201,15 @@ def test_a_fault_is_found_once_and_under_its_name(tmp_path, rule, change):
     assert RULES[rule].title in report.table("here")
 
 
+@pytest.mark.parametrize("content", [b"", b"GIF8", b"not an image"])
+def test_a_damaged_image_is_found_by_opening_it(tmp_path, content):
+    split = write_split(tmp_path)
+    (split.images / "b.png").write_bytes(content)
+    assert broken(check(split)) == {"image-damaged": 1}
+    assert broken(check(split, look="header")) == {"image-damaged": 1}
+    assert broken(check(split, look="names")) == {}
+
+
 def test_a_truncated_jpeg_is_found_by_decoding_it_and_not_by_its_header(tmp_path, coco_tiny):
     shutil.copytree(coco_tiny, tmp_path / "coco")
     (split, _) = find_splits(tmp_path / "coco")
@@ -214,6 +230,16 @@ def test_a_link_out_of_the_folder_is_rejected_as_in_training_unless_it_is_allowe
     assert broken(check(split, allow_links=True)) == {}
     (tmp_path / "stored.png").unlink()
     assert broken(check(split, allow_links=True)) == {"image-missing": 1}
+
+
+def test_a_missing_image_is_named_with_the_file_that_is_meant(tmp_path):
+    split = write_split(tmp_path)
+    before = split.images / "b.png"
+    for name in ("B.PNG", "0a1b2c3d-b.png", "b.jpg", "b", "sub/b.png "):
+        (split.images / name).parent.mkdir(exist_ok=True)
+        before = before.rename(split.images / name)
+        (finding,) = check(split).findings.worst("image-missing", "train")
+        assert finding.message == f"image id 2: 'b.png', while there is {name!r}"
 
 
 def test_masks_are_not_looked_at_where_none_are_learnt(tmp_path):
