@@ -133,7 +133,7 @@ def build(
 
 
 def _compile(source: Path, result: Path, flags: list[str]) -> None:
-    _call(["-std=c++17", "-fPIC", *flags, f"-I{HERE}", f"-I{SOURCES}", "-c", source, "-o", result])
+    _call(["-std=c++20", "-fPIC", *flags, f"-I{HERE}", f"-I{SOURCES}", "-c", source, "-o", result])
 
 
 def _call(arguments: list[str | Path]) -> None:
