@@ -23,7 +23,7 @@ def losses_and_gradients(run_folder: Path) -> dict[str, dict]:
 
 
 def write_losses_and_gradients(run_folder: Path, output: Path) -> None:
-    """The same into a file of the main process, for `in_processes`."""
+    """The same into a file of the main process, for `in_process_group`."""
     found = losses_and_gradients(run_folder)
     if distributed.is_main():
         torch.save(found, output)

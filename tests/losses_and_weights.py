@@ -1,4 +1,4 @@
-"""Losses and weights of four training steps in float64, for `in_processes`."""
+"""Losses and weights of four training steps in float64, for `in_process_group`."""
 
 from pathlib import Path
 

@@ -12,7 +12,7 @@ from solq_lab import distributed
 multiprocessing.set_forkserver_preload(["solq_lab.training.trainer"])
 
 
-def in_processes(act: Callable[..., None], *arguments: object, processes: int) -> None:
+def in_process_group(act: Callable[..., None], *arguments: object, processes: int) -> None:
     """Call act(*arguments) in one process, or in each of a group as torchrun starts them; their errors are raised."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

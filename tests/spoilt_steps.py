@@ -1,4 +1,4 @@
-"""Three steps, two of them spoilt by process 1 alone, for `in_processes`."""
+"""Three steps, two of them spoilt by process 1 alone, for `in_process_group`."""
 
 import math
 from itertools import pairwise

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from oracle_detector import MASK_SIZE, NUM_IMAGES, VECTOR_DIM, OracleDetector, open_dataset, write_coco_folder
-from processes import in_processes
+from processes import in_process_group
 
 from solq_lab import distributed
 from solq_lab.codecs.dct import DCTCodec
@@ -66,7 +66,7 @@ def run_all_cases(processes: int, root: Path) -> None:
 def outcomes(request, tmp_path_factory) -> list[dict]:
     """The outcomes of each of two, and of three processes."""
     root = write_coco_folder(tmp_path_factory.mktemp("coco"))
-    in_processes(run_all_cases, request.param, root, processes=request.param)
+    in_process_group(run_all_cases, request.param, root, processes=request.param)
     found = [json.loads((root / f"process{n}_of_{request.param}.json").read_text()) for n in range(request.param)]
     return [{"root": root} | outcome for outcome in found]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import in_processes
+from processes import in_process_group
 from small_network import SIZES, random_batch, small_backbone, train_once
 from tiny import tiny_experiment, write_tiny_dataset
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def share_gradients(root: Path) -> None:
 
 
 def test_two_processes_share_the_same_gradients(tmp_path):
-    in_processes(share_gradients, tmp_path, processes=2)
+    in_process_group(share_gradients, tmp_path, processes=2)
     plain, recomputed = torch.load(tmp_path / "process0.pt", weights_only=True)
     others = torch.load(tmp_path / "process1.pt", weights_only=True)
     for name, gradient in plain.items():

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from losses_and_weights import write_losses_and_weights
-from processes import in_processes
+from processes import in_process_group
 from tiny import tiny_experiment, write_tiny_dataset
 from training_runs import ENVIRONMENT, new_run, wait_for
 
@@ -35,7 +35,7 @@ from solq_lab.workbench.trainings import training_command
 
 
 def four_steps(run, *, processes=1, frozen):
-    in_processes(write_losses_and_weights, run.folder, run.folder / "found.pt", frozen, processes=processes)
+    in_process_group(write_losses_and_weights, run.folder, run.folder / "found.pt", frozen, processes=processes)
     return torch.load(run.folder / "found.pt", weights_only=True)
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from processes import in_processes
+from processes import in_process_group
 from spoilt_steps import take_steps
 from training_runs import (
     DECODED,
@@ -257,7 +257,7 @@ def test_where_the_disk_is_full_the_message_still_names_the_images(data_root, tm
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_both(data_root, tmp_path):
     run = new_run(data_root, tmp_path, train={"gpus": 2, "skip_nonfinite": 2}, model={"dropout": 0.1})
-    in_processes(take_steps, run.folder, tmp_path, processes=2)
+    in_process_group(take_steps, run.folder, tmp_path, processes=2)
     first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["moved"] == second["moved"] == [False, False, True]
     assert first["reasons"] == second["reasons"]

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from losses_and_gradients import losses_and_gradients, write_losses_and_gradients
-from processes import in_processes
+from processes import in_process_group
 from training_runs import (
     DECODED,
     PLUS,
@@ -163,5 +163,5 @@ def test_a_shared_batch_gives_the_losses_and_gradients_of_the_whole_batch(data_r
     same |= {"loss": kind.get("loss", {}) | {"tail_drop": 0.0}}
     whole = new_run(data_root, tmp_path / "whole", **same)
     shared = new_run(data_root, tmp_path / "shared", train={"gpus": processes, "accumulate": 2}, **same)
-    in_processes(write_losses_and_gradients, shared.folder, tmp_path / "output.pt", processes=processes)
+    in_process_group(write_losses_and_gradients, shared.folder, tmp_path / "output.pt", processes=processes)
     assert_same_step(torch.load(tmp_path / "output.pt", weights_only=True), losses_and_gradients(whole.folder))
